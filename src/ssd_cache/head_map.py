@@ -1,0 +1,253 @@
+"""HeadMap: which KV heads of a generator are spatial and which semantic, with the scores behind the labels.
+
+It is a checked, immutable value that can be saved, loaded and shared. It does not label heads (`profiling.py` does) and
+does not know what a cache does with a label (`layer.py` does). The files are in `head_map_files.py`, the Hub in
+`head_map_hub.py`, the model card in `head_map_card.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import CommitInfo
+
+from ssd_cache import head_map_card, head_map_checks, head_map_files, head_map_hub
+from ssd_cache.head_map_checks import HeadMapError
+
+__all__ = ["HeadMap", "HeadMapError"]
+
+INVERTED = "inverted"
+
+
+@dataclass(frozen=True, init=False, eq=False, repr=False)
+class HeadMap:
+    """The labels of all KV heads of one model.
+
+    Args:
+        is_spatial: boolean tensor `[layers, kv_heads]`; True is spatial, False semantic. At most 1024 x 4096.
+        grid: rows and columns of the picture in visual tokens.
+        scores: what the labels were decided on: one floating-point tensor `[layers, kv_heads]` (kept as "score"), or
+            several by name. Finite; kept in float32.
+        threshold: the score above which a head was called spatial.
+        model_id: the model that was profiled, as given to its `from_pretrained`.
+        revision: the commit of that model.
+        model_type: `config.model_type` of that model.
+        method: how the labels were made, in a few words.
+        profile: further facts that repeat the making (prompts, seeds, window, ...), a small dict of JSON values.
+
+    Tensors are copied to the CPU; treat them as read-only. Raises [`HeadMapError`] for anything out of these limits.
+
+    Example:
+        >>> head_map = HeadMap(torch.tensor([[True, False], [False, False]]), grid=(24, 24))
+        >>> head_map
+        HeadMap(2 layers x 2 KV heads, 1 spatial, 3 semantic, grid 24x24, made in memory)
+    """
+
+    is_spatial: torch.Tensor
+    grid: tuple[int, int]
+    scores: dict[str, torch.Tensor]
+    threshold: float | None
+    model_id: str | None
+    revision: str | None
+    model_type: str | None
+    method: str | None
+    profile: dict[str, Any]
+    origin: str = field(init=False)
+    """Where this map comes from: a path, a Hub repository with its commit, or "made in memory"."""
+
+    def __init__(
+        self,
+        is_spatial: torch.Tensor,
+        grid: tuple[int, int] = (24, 24),
+        *,
+        scores: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        threshold: float | None = None,
+        model_id: str | None = None,
+        revision: str | None = None,
+        model_type: str | None = None,
+        method: str | None = None,
+        profile: Mapping[str, Any] | None = None,
+    ) -> None:
+        labels = head_map_checks.checked_labels(is_spatial)
+        texts = {"model_id": model_id, "revision": revision, "model_type": model_type, "method": method}
+        values = {
+            "is_spatial": labels,
+            "grid": head_map_checks.checked_grid(grid),
+            "scores": head_map_checks.checked_scores(scores, labels.shape),
+            "threshold": head_map_checks.checked_threshold(threshold),
+            **{name: head_map_checks.checked_text(name, text) for name, text in texts.items()},
+            "profile": head_map_checks.checked_profile(profile),
+            "origin": "made in memory",
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def uniform(
+        cls,
+        kind: Literal["spatial", "semantic"],
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        grid: tuple[int, int] = (24, 24),
+    ) -> HeadMap:
+        """A map whose heads are all of one `kind`, as the baselines have it: StreamingLLM is all spatial, H2O all
+        semantic."""
+        if kind not in ("spatial", "semantic"):
+            raise HeadMapError(f"kind={kind!r} is neither 'spatial' nor 'semantic'; give one of the two")
+        head_map_checks.check_shape((num_layers, num_kv_heads))
+        labels = torch.full((num_layers, num_kv_heads), kind == "spatial", dtype=torch.bool, device="cpu")
+        return cls(labels, grid, method=f"uniform {kind}")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        subfolder: str | None = None,
+    ) -> HeadMap:
+        """Loads a map from a folder, from either of its two files, or from a repository of the Hub.
+
+        A folder or file that exists goes before a repository of the same name. The files may come from anyone: no code
+        is run, sizes are checked before reading, and links that leave the folder are refused. `revision` (branch, tag
+        or commit), `token`, `cache_dir`, `local_files_only` and `force_download` mean what they mean in
+        `huggingface_hub.hf_hub_download`; when the Hub cannot be reached, its cached copy is used.
+
+        Raises [`HeadMapError`], naming the place and the remedy, for everything that cannot be found or trusted.
+        """
+        head_map_files.check_subfolder(subfolder)
+        path = head_map_files.find_local(source)
+        if path is not None:
+            if revision is not None:
+                raise HeadMapError(f"{path}: revision={revision!r} is for repositories of the Hub; leave it out")
+            config, tensors = head_map_files.read_folder(path, subfolder)
+            place = str(path / subfolder) if subfolder else str(path)
+        else:
+            config, tensors, commit = head_map_hub.download(
+                str(source),
+                revision=revision,
+                subfolder=subfolder,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                force_download=force_download,
+            )
+            place = f"{source}@{commit}" + (f"/{subfolder}" if subfolder else "")
+        facts, is_spatial, scores = head_map_files.decode(config, tensors, place)
+        try:
+            head_map = cls(is_spatial, scores=scores, **facts)
+        except HeadMapError as error:
+            raise HeadMapError(f"{place}: {error}") from error
+        object.__setattr__(head_map, "origin", place)
+        return head_map
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes `config.json` and `head_map.safetensors` into `folder`, made if missing, and returns its path.
+
+        A crash in between leaves either the old map or a pair that [`from_pretrained`] refuses, never a wrong map.
+        Raises [`HeadMapError`] when the folder cannot be written.
+        """
+        path = Path(os.path.expanduser(folder))
+        head_map_files.write_folder(path, self._files())
+        return path
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: bool | str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload head map",
+    ) -> CommitInfo:
+        """Puts both files, a model card and a picture of the map into a repository of the Hub, in one commit.
+
+        The repository, and the branch `revision`, are made when they are missing; a card that is there is replaced.
+        Returns huggingface_hub's `CommitInfo` (`.oid` is the commit, `.commit_url` its page). Raises [`HeadMapError`].
+        """
+        files = self._files() | {head_map_card.PICTURE_NAME: head_map_card.png(self)}
+        repo_id = head_map_hub.create(repo_id, token=token, private=private, revision=revision)
+        files["README.md"] = head_map_card.card(self, repo_id).encode()
+        return head_map_hub.upload(repo_id, files, token=token, revision=revision, commit_message=commit_message)
+
+    @property
+    def num_layers(self) -> int:
+        return self.is_spatial.shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.is_spatial.shape[1]
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Cells of the grid: rows x columns."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def digest(self) -> str:
+        """Twelve hex digits of the sha256 of labels and grid: the name of this map in a table of results."""
+        shape = f"{self.num_layers}x{self.num_kv_heads} {self.grid[0]}x{self.grid[1]} "
+        return hashlib.sha256(shape.encode() + bytes(self.is_spatial.flatten().tolist())).hexdigest()[:12]
+
+    def __invert__(self) -> HeadMap:
+        """The same heads with each label turned round; scores stay, `method` says so, twice gives this map again."""
+        if self.method is None or self.method == INVERTED:
+            method = None if self.method else INVERTED
+        elif self.method.startswith(f"{INVERTED}: "):
+            method = self.method.removeprefix(f"{INVERTED}: ")
+        else:
+            method = f"{INVERTED}: {self.method}"[: head_map_checks.MAX_TEXT]
+        inverted = replace(self, is_spatial=~self.is_spatial, method=method)
+        object.__setattr__(inverted, "origin", f"{self.origin}, inverted")
+        return inverted
+
+    def __eq__(self, other: object) -> bool:
+        """Equal labels, scores and facts; the origin does not count."""
+        if not isinstance(other, HeadMap):
+            return NotImplemented
+        return (
+            self._facts() == other._facts()
+            and torch.equal(self.is_spatial, other.is_spatial)
+            and self.scores.keys() == other.scores.keys()
+            and all(torch.equal(score, other.scores[name]) for name, score in self.scores.items())
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        num_spatial = int(self.is_spatial.sum())
+        return (
+            f"HeadMap({self.num_layers} layers x {self.num_kv_heads} KV heads, {num_spatial} spatial, "
+            f"{self.is_spatial.numel() - num_spatial} semantic, grid {self.grid[0]}x{self.grid[1]}, "
+            f"{'' if self.origin.startswith('made in memory') else 'from '}{self.origin})"
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        """What config.json holds beside its version and checksum."""
+        return {
+            "grid": list(self.grid),
+            "num_layers": self.num_layers,
+            "num_kv_heads": self.num_kv_heads,
+            "model_id": self.model_id,
+            "revision": self.revision,
+            "model_type": self.model_type,
+            "method": self.method,
+            "threshold": self.threshold,
+            "profile": self.profile,
+        }
+
+    def _files(self) -> dict[str, bytes]:
+        scores = {head_map_files.SCORE_PREFIX + name: score for name, score in self.scores.items()}
+        return head_map_files.encode(self._facts(), {"is_spatial": self.is_spatial, **scores})

@@ -1,0 +1,68 @@
+"""The attention "ssd": brings each step's query to the cache, then runs torch's sdpa over what every head holds.
+
+Importing it registers the name with transformers, attention and mask both. With any cache but `SSDCache`, or none, it
+is sdpa itself, so a model may keep it for good. It computes attention; what is kept was decided before it is called.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ssd_cache.layer import SSDLayer
+
+NAME = "ssd"
+
+
+def ssd_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function for the name "ssd".
+
+    Args:
+        query: `[batch, heads, new, head_dim]`.
+        key, value: what the cache's `update` returned, the very objects.
+        attention_mask: transformers' own for this forward. For one-token steps it is not read: it is made for the
+            first layer's length, and which columns of the prompt are padding is known since the prompt.
+
+    Returns:
+        `[batch, new, heads, head_dim]`, and None for the weights.
+    """
+    layer: SSDLayer | None = getattr(key, "ssd_layer", None)
+    if layer is None or layer.num_visual == 0:
+        if layer is not None:
+            layer.receive_mask(_prompt_columns(attention_mask, key.shape[2]))
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    batch, num_heads, _, head_dim = query.shape
+    scaling = head_dim**-0.5 if scaling is None else scaling
+    num_kv_heads = len(layer.plan.is_spatial)
+    grouped = query.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    outputs = []
+    for part, store in zip(layer.receive_query(grouped, scaling), layer.stores, strict=True):
+        keys, values, mask = store.visible()
+        outputs.append(F.scaled_dot_product_attention(part, keys, values, mask, dropout, scale=scaling))
+    return layer.restore_order(outputs).reshape(batch, 1, num_heads, -1), None
+
+
+def _prompt_columns(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """`[batch, length]`, False on padding, from a mask `[batch, 1, new, length]`: the last token sees all else."""
+    if attention_mask is None:
+        return None
+    last = attention_mask[:, 0, -1, :length]
+    return last if last.dtype == torch.bool else last >= 0
+
+
+AttentionInterface.register(NAME, ssd_attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)

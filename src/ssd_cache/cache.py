@@ -1,0 +1,191 @@
+"""`SSDCache`: a transformers `Cache` of fixed size for autoregressive image generators.
+
+A list of `SSDLayer`s and the settings they were made from. It checks what a user asks for before anything is
+generated; what a head keeps is the layers' work, and which head is which the head map's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache
+
+from ssd_cache.budget import Budget, check_count, resolve_budget, resolve_recent
+from ssd_cache.head_map import HeadMap, HeadMapError
+from ssd_cache.layer import LayerPlan, SSDLayer
+
+POLICIES = ("full", "ssd", "h2o", "streaming-llm")
+"""Names that `SSDCache.from_policy` knows."""
+
+
+@dataclass(frozen=True)
+class MemoryStats:
+    """Bytes of one cache: K and V, what is kept beside them, and K and V of a full cache that saw the same tokens."""
+
+    key_value: int
+    bookkeeping: int
+    full_cache: int
+
+
+class SSDCache(Cache):
+    """KV cache that keeps the prompt whole and a budget of visual tokens in every head (SSD, arXiv 2510.18716).
+
+    Spatial heads keep their newest tokens, semantic heads those that received the most attention. Pass it to
+    `generate(past_key_values=...)` of a model whose attention is "ssd"; one cache serves one batch of pictures.
+
+    Args:
+        head_map: which KV head is spatial and which semantic, and the grid of visual tokens.
+        budget: visual tokens that a head may hold at any moment: a float in (0, 1], the fraction of the grid, or an
+            int, the tokens; or one for each kind, `{"spatial": 0.1, "semantic": 0.3}`; or a list of these, one a layer.
+        buffer: tokens evicted at once, when a token arrives and all slots are taken; a grid row when not given.
+            1 evicts at every step.
+        num_recent: newest tokens that a semantic head always keeps; a float in [0, 1) is a fraction of its slots.
+        num_sinks: first tokens that a spatial head always keeps.
+
+    Raises:
+        ValueError: a setting out of range, or a budget that does not hold `buffer` and what must be kept.
+        HeadMapError: at the first update, when the map does not fit the model.
+    """
+
+    def __init__(
+        self,
+        head_map: HeadMap,
+        budget: Budget = 0.2,
+        *,
+        buffer: int | None = None,
+        num_recent: int | float = 0.25,
+        num_sinks: int = 0,
+    ):
+        if not isinstance(head_map, HeadMap):
+            raise TypeError(
+                f"head_map is a {type(head_map).__name__}, expected a HeadMap: HeadMap.from_pretrained(...) loads one"
+            )
+        rows, columns = head_map.grid
+        self.head_map, self.budget = head_map, budget
+        self.buffer = columns if buffer is None else check_count("buffer", buffer, 1)
+        self.num_recent, self.num_sinks = num_recent, check_count("num_sinks", num_sinks, 0)
+        self._warned = False
+        slots = resolve_budget(budget, head_map.num_layers, rows * columns)
+        plans = [
+            LayerPlan(
+                layer_idx=index,
+                is_spatial=tuple(head_map.is_spatial[index].tolist()),
+                num_slots=slots[index],
+                num_cells=rows * columns,
+                buffer=self.buffer,
+                num_recent=resolve_recent(num_recent, slots[index]["semantic"]),
+                num_sinks=self.num_sinks,
+            )
+            for index in range(head_map.num_layers)
+        ]
+        _check_plans(plans, columns)
+        super().__init__(layers=[SSDLayer(plan) for plan in plans])
+
+    @classmethod
+    def from_policy(
+        cls, policy: str, head_map: HeadMap, budget: Budget = 0.2, *, buffer: int | None = None, **settings
+    ) -> SSDCache:
+        """A cache by a policy's name; the map's labels matter to "ssd" alone, its shape to all.
+
+        - "full": every token is kept, whatever the budget.
+        - "ssd": the map as it is.
+        - "h2o": every head semantic, half its slots for the newest tokens (Zhang et al., arXiv 2306.14048).
+        - "streaming-llm": every head spatial, with 4 sinks (Xiao et al., arXiv 2309.17453). The prompt is kept
+          whole here too, so the sinks are the first visual tokens.
+
+        Raises:
+            ValueError: an unknown policy, or as `SSDCache`.
+        """
+        shape = {"num_layers": head_map.num_layers, "num_kv_heads": head_map.num_kv_heads, "grid": head_map.grid}
+        if policy == "full":
+            return cls(head_map, 1.0, buffer=buffer, **settings)
+        if policy == "ssd":
+            return cls(head_map, budget, buffer=buffer, **settings)
+        if policy == "h2o":
+            return cls(HeadMap.uniform("semantic", **shape), budget, buffer=buffer, **{"num_recent": 0.5, **settings})
+        if policy == "streaming-llm":
+            return cls(HeadMap.uniform("spatial", **shape), budget, buffer=buffer, **{"num_sinks": 4, **settings})
+        raise ValueError(f"unknown policy {policy!r}; the policies are {', '.join(POLICIES)}")
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Store new tokens of one layer; see `SSDLayer.update` for shapes, returns and errors."""
+        if layer_idx >= len(self.layers) or key_states.shape[1] != self.head_map.num_kv_heads:
+            raise HeadMapError(
+                f"the head map ({self.head_map.origin}) has {self.head_map.num_layers} layers x "
+                f"{self.head_map.num_kv_heads} KV heads, but layer {layer_idx} of the model has {key_states.shape[1]} "
+                "KV heads: use the map that was made for this model"
+            )
+        states = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        if layer_idx == 0:
+            self._check_progress()
+        return states
+
+    def _check_progress(self) -> None:
+        """What shows only as tokens arrive: a map with layers the model lacks, and more tokens than the grid has."""
+        num_visual = self.layers[0].num_visual
+        if num_visual == 1:
+            used = sum(layer.is_initialized for layer in self.layers)
+            if used < len(self.layers):
+                raise HeadMapError(
+                    f"the head map ({self.head_map.origin}) has {len(self.layers)} layers, but the model used {used} "
+                    "for its prompt: use the map that was made for this model"
+                )
+        if num_visual > self.head_map.num_visual_tokens and not self._warned:
+            self._warned = True
+            rows, columns = self.head_map.grid
+            warnings.warn(
+                f"SSDCache is past the {rows} x {columns} = {rows * columns} visual tokens of its head map's grid and "
+                "goes on; is the grid right for this model, or the cache used for a second picture without reset()?",
+                stacklevel=2,
+            )
+
+    def reset(self) -> None:
+        """Forget everything held; ready for the next picture, of any batch size and prompt length."""
+        super().reset()
+        self._warned = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V really held, over all layers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def memory_stats(self) -> MemoryStats:
+        """Bytes held now, and what a full cache would hold that had seen the same tokens."""
+        return MemoryStats(
+            key_value=self.nbytes,
+            bookkeeping=sum(layer.bookkeeping_nbytes for layer in self.layers),
+            full_cache=sum(layer.full_nbytes for layer in self.layers),
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"SSDCache({self.head_map!r}, budget={self.budget!r}, buffer={self.buffer}, num_recent={self.num_recent}, "
+            f"num_sinks={self.num_sinks}, {self.get_seq_length()} tokens seen, {self.nbytes / 2**20:.1f} MiB)"
+        )
+
+
+def _check_plans(plans: list[LayerPlan], columns: int) -> None:
+    """Refuse budgets that do not hold what must be kept; warn where a window is too short to see straight up."""
+    short = None
+    for plan in plans:
+        kept = {"spatial": ("num_sinks", plan.num_sinks), "semantic": ("num_recent", plan.num_recent)}
+        for kind in sorted(set(plan.kinds)):
+            num_slots, (name, value) = plan.num_slots[kind], kept[kind]
+            if num_slots >= plan.num_cells:
+                continue  # nothing is evicted within a picture
+            if num_slots < plan.buffer + value:
+                raise ValueError(
+                    f"the budget gives a {kind} head of layer {plan.layer_idx} {num_slots} slots, fewer than "
+                    f"buffer={plan.buffer} and {name}={value} together: raise the budget, or lower buffer or {name}"
+                )
+            window = num_slots - plan.buffer - plan.num_sinks + 1
+            if kind == "spatial" and window < columns + 2:
+                short = min(window, short or window)
+    if short is not None:
+        warnings.warn(
+            f"after an eviction a spatial head holds its last {short} visual tokens, fewer than a grid row and two "
+            f"({columns + 2}): it can not see the token right above. Raise the budget, or lower buffer or num_sinks.",
+            stacklevel=3,
+        )

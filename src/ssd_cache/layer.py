@@ -1,0 +1,298 @@
+"""`SSDLayer`: what `SSDCache` holds for one layer of the model, every head by its own kind.
+
+It answers transformers' questions about lengths (tokens seen and tokens stored are two numbers here), hands K and V to
+slot stores, and meets the queries that the attention "ssd" brings. How attention is computed is `attention.py`'s work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from ssd_cache.slots import SlotStore
+
+USE_SSD_ATTENTION = (
+    "load the model with attn_implementation='ssd', call model.set_attn_implementation('ssd'), "
+    "or generate inside `with ssd_cache.enable(model, head_map):`"
+)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer keeps, with all settings resolved to tokens.
+
+    `is_spatial` has one entry a KV head; `num_slots` and `num_recent` say how much a head of each kind holds.
+    """
+
+    layer_idx: int
+    is_spatial: tuple[bool, ...]
+    num_slots: dict[str, int]
+    num_cells: int
+    buffer: int
+    num_recent: int
+    num_sinks: int
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kind of each KV head, "spatial" or "semantic"."""
+        return ["spatial" if spatial else "semantic" for spatial in self.is_spatial]
+
+
+class GroupedStates(list):
+    """Keys (or values) of a layer whose heads hold different numbers of tokens: one tensor a group of equal heads.
+
+    Only the attention "ssd" can read it; anything else that takes it for a tensor is told so.
+    """
+
+    ssd_layer: SSDLayer
+
+    def __getattr__(self, name: str):
+        raise AttributeError(
+            f"heads of this layer hold different numbers of tokens, which only the attention 'ssd' can read; "
+            f"{USE_SSD_ATTENTION}"
+        )
+
+
+class SSDLayer(CacheLayerMixin):
+    """K and V of one layer: the prompt whole, and of the visual tokens what each head's kind keeps.
+
+    Stored as `[batch, heads, prompt + slots, head_dim]` a store, with one store for each number of slots.
+    """
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, plan: LayerPlan):
+        super().__init__()
+        self.plan = plan
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; ready for the next picture."""
+        self.is_initialized = False
+        self.keys = self.values = None  # the prompt, until the first visual token arrives
+        self.prompt_mask: torch.Tensor | None = None
+        self.num_prompt = self.num_visual = 0
+        self._query_missing = False
+        self.stores: list[SlotStore] = []
+        self.order: torch.Tensor | None = None
+        self.head_indices: list[list[int]] = []
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether this layer works with the attention "ssd" alone: it scores tokens, or its heads differ in length."""
+        plan = self.plan
+        scores = "semantic" in plan.kinds and plan.num_slots["semantic"] < plan.num_cells
+        return scores or len({plan.num_slots[kind] for kind in plan.kinds}) > 1
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Take in new tokens and return what their queries may look at.
+
+        Args:
+            key_states: `[batch, kv_heads, new, head_dim]`, after RoPE.
+            value_states: the same shape but for the last dimension.
+
+        Returns:
+            Keys and values `[batch, kv_heads, stored, head_dim]`, or a `GroupedStates` where heads differ in length.
+
+        Raises:
+            ValueError: several tokens at once after visual tokens, another batch size, or queries that do not arrive.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        # The cache holds values, not graphs: no gradient flows into the past.
+        key_states, value_states = key_states.detach(), value_states.detach()
+        if self._query_missing and self.needs_queries:
+            raise ValueError(
+                f"layer {self.plan.layer_idx} of SSDCache does not get to see the model's queries, which its heads "
+                f"need: the model's attention is not 'ssd'. Remedy: {USE_SSD_ATTENTION}."
+            )
+        self._query_missing = True
+        if self.num_visual == 0 and (self.num_prompt == 0 or key_states.shape[2] > 1):
+            return self._update_prompt(key_states, value_states)
+        self._check_visual(key_states)
+        if not self.stores:
+            self._open_stores()
+        parts = zip(self.stores, self._split(key_states), self._split(value_states), strict=True)
+        for store, keys, values in parts:
+            store.append(keys, values, self.num_visual)
+        self.num_visual += 1
+        return self._visible()
+
+    def _update_prompt(self, key_states: torch.Tensor, value_states: torch.Tensor):
+        if self.keys is not None:
+            key_states = torch.cat([self.keys, key_states], dim=2)
+            value_states = torch.cat([self.values, value_states], dim=2)
+        self.keys, self.values = key_states, value_states
+        self.num_prompt = key_states.shape[2]
+        seen = key_states[:]  # an alias, since the layer must not hold the tensor that holds the layer
+        seen.ssd_layer = self
+        return seen, value_states
+
+    def _check_visual(self, key_states: torch.Tensor) -> None:
+        batch = (self.keys if self.keys is not None else self.stores[0].keys).shape[0]
+        if key_states.shape[2] != 1:
+            raise ValueError(
+                f"SSDCache got {key_states.shape[2]} tokens at once while it holds a picture of {self.num_visual} "
+                "visual tokens. For the next picture call cache.reset() or make a new SSDCache (ssd_cache.enable does "
+                "that for every generate call); speculative and assisted decoding are not supported."
+            )
+        if key_states.shape[0] != batch:
+            raise ValueError(
+                f"SSDCache holds {batch} rows and got {key_states.shape[0]}: one cache serves one batch. "
+                "Call cache.reset() before another batch."
+            )
+        if key_states.device != self.device:
+            raise ValueError(
+                f"layer {self.plan.layer_idx} of SSDCache holds its tokens on {self.device} and got one on "
+                f"{key_states.device}; moving a model in mid-picture is not supported."
+            )
+
+    def _open_stores(self) -> None:
+        """Move the prompt into stores, one for each number of slots, the semantic heads of a store first."""
+        plan = self.plan
+        by_slots: dict[int, list[int]] = {}
+        kinds = plan.kinds
+        for head in sorted(range(len(kinds)), key=lambda head: kinds[head]):  # "semantic" < "spatial"
+            by_slots.setdefault(plan.num_slots[kinds[head]], []).append(head)
+        for num_slots, heads in by_slots.items():
+            # with room for the whole grid nothing is evicted within a picture, so nothing is scored
+            scored = num_slots < plan.num_cells
+            store = self.make_store(
+                num_slots,
+                sum(kinds[head] == "semantic" for head in heads) if scored else 0,
+                buffer=min(plan.buffer, num_slots),
+                num_recent=plan.num_recent,
+                num_sinks=plan.num_sinks if scored else 0,
+            )
+            heads = heads if scored else sorted(heads)
+            store.allocate(self.keys[:, heads], self.values[:, heads], self.prompt_mask)
+            self.stores.append(store)
+            self.head_indices.append(heads)
+        order = [head for heads in self.head_indices for head in heads]
+        if order != list(range(len(order))):
+            self.order = torch.tensor(order, device=self.keys.device)
+            self.inverse_order = self.order.argsort()
+        self.keys = self.values = None
+
+    def _split(self, states: torch.Tensor) -> Sequence[torch.Tensor]:
+        """`[batch, kv_heads, ...]` in the model's order of heads, split over the stores in theirs."""
+        if self.order is not None:
+            states = states.index_select(1, self.order)
+        return states.split([len(heads) for heads in self.head_indices], dim=1)
+
+    def make_store(self, *args, **kwargs) -> SlotStore:
+        """The store for a group of heads; profiling puts in one that watches."""
+        return SlotStore(*args, **kwargs)
+
+    def _visible(self):
+        if len(self.stores) == 1:
+            keys, values, _ = self.stores[0].visible()
+        else:
+            pairs = [store.visible() for store in self.stores]
+            keys, values = GroupedStates(pair[0] for pair in pairs), GroupedStates(pair[1] for pair in pairs)
+        keys.ssd_layer = self
+        return keys, values
+
+    def receive_mask(self, allowed: torch.Tensor | None) -> None:
+        """Learn from the prompt's attention which columns are padding, `[batch, num_prompt]`, False on padding."""
+        self._query_missing = False
+        self.prompt_mask = allowed
+
+    def receive_query(self, query_states: torch.Tensor, scaling: float) -> Sequence[torch.Tensor]:
+        """Take the newest token's query, `[batch, kv_heads, groups, head_dim]`; returns it split over the stores."""
+        self._query_missing = False
+        parts = self._split(query_states)
+        for store, part in zip(self.stores, parts, strict=True):
+            store.hold_query(part, scaling)
+        return parts
+
+    def restore_order(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Join the stores' results, each `[batch, heads, groups, head_dim]`, in the model's order of heads."""
+        output = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), dim=1)
+        return output if self.order is None else output.index_select(1, self.inverse_order)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, prompt included; positions count from here. Not the tokens stored."""
+        return self.num_prompt + self.num_visual
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that the next `update` with `query_length` tokens will return."""
+        if self.num_visual == 0 and (self.num_prompt == 0 or query_length > 1):
+            return self.num_prompt + query_length, 0
+        if not self.stores:
+            return self.num_prompt + 1, 0
+        return self.num_prompt + self.stores[0].num_after_append, 0
+
+    def get_max_length(self) -> int:
+        """-1: any number of tokens may go by."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused, unless nothing is to be removed: evicted tokens can not come back."""
+        if tokens_to_remove != 0:
+            raise ValueError(
+                "SSDCache can not be cropped, since tokens once evicted can not come back; assisted and speculative "
+                "decoding need a DynamicCache."
+            )
+
+    def offload(self) -> None:
+        raise NotImplementedError(
+            "SSDCache does not support offloading; lower the budget instead, or use DynamicCache."
+        )
+
+    prefetch = offload
+
+    def _select_rows(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for name in ("keys", "values", "prompt_mask"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, select(tensor))
+        for store in self.stores:
+            store.select_rows(select)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Let row `i` go on from row `beam_idx[i]`, with all its state."""
+        self._select_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, which may be numbers or a boolean mask."""
+        self._select_rows(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self._select_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V really held."""
+        prompt = 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+        return prompt + sum(store.nbytes for store in self.stores)
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes of K and V of a full cache that had seen the same tokens."""
+        if not self.is_initialized:
+            return 0
+        held = self.num_prompt + (self.stores[0].num_slots if self.stores else 0)
+        heads = len(self.head_indices[0]) if self.stores else len(self.plan.is_spatial)
+        first = self.stores[0].nbytes if self.stores else self.nbytes
+        return first // (held * heads) * len(self.plan.is_spatial) * self.get_seq_length()
+
+    @property
+    def bookkeeping_nbytes(self) -> int:
+        """Bytes of positions, scores, held queries and masks."""
+        prompt = 0 if self.prompt_mask is None else self.prompt_mask.nbytes
+        return prompt + sum(store.bookkeeping_nbytes for store in self.stores)
+
+    def __repr__(self) -> str:
+        spatial, heads = sum(self.plan.is_spatial), len(self.plan.is_spatial)
+        stored = "/".join(str(store.num_stored) for store in self.stores) or "0"
+        kinds = f"{spatial} spatial + {heads - spatial} semantic heads"
+        return f"SSDLayer({kinds}, {stored} of {self.num_visual} visual tokens)"

@@ -1,0 +1,119 @@
+"""Which visual tokens a head keeps: pure tensor functions, no state.
+
+A policy is a score; choosing the victims and moving the survivors is written once, here. The rules are those of
+docs/concepts.md, after SSD (Jian and Wang, arXiv 2510.18716): a spatial head keeps its newest tokens, a semantic head
+those that received the most attention. Nothing here knows of models, caches or head maps.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def attention_weights(
+    query_states: torch.Tensor,
+    key_states: torch.Tensor,
+    scaling: float,
+    num_prompt: int,
+    num_first: int,
+    prompt_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Softmax weights of consecutive one-token steps, all computed at once.
+
+    Query `i` was made when `num_first + i` visual tokens were stored, itself included, so it sees the prompt and
+    that many slots. Nothing may have been evicted in between.
+
+    Args:
+        query_states: `[batch, kv_heads, groups, steps, head_dim]`, `groups` query heads to a KV head.
+        key_states: `[batch, kv_heads, num_prompt + stored, head_dim]`.
+        scaling: factor on the products, as the model's attention uses it.
+        num_prompt: prompt tokens at the front of `key_states`.
+        num_first: visual tokens that the first query saw.
+        prompt_mask: `[batch, num_prompt]`, False on padding.
+
+    Returns:
+        `[batch, kv_heads, groups, steps, num_prompt + stored]`, float32.
+    """
+    batch, heads, groups, steps, head_dim = query_states.shape
+    length = key_states.shape[2]
+    logits = query_states.reshape(batch, heads, groups * steps, head_dim) @ key_states.transpose(2, 3)
+    logits = logits.view(batch, heads, groups, steps, length).float() * scaling
+    step = torch.arange(steps, device=logits.device)[:, None]
+    column = torch.arange(length, device=logits.device)
+    logits = logits.masked_fill(column >= num_prompt + num_first + step, float("-inf"))
+    if prompt_mask is not None:
+        logits[..., :num_prompt].masked_fill_(~prompt_mask[:, None, None, None], float("-inf"))
+    return logits.softmax(-1)
+
+
+def select_victims(
+    positions: torch.Tensor,
+    scores: torch.Tensor | None,
+    num_evict: int,
+    num_seen: int,
+    num_recent: int = 0,
+    num_sinks: int = 0,
+) -> torch.Tensor:
+    """Slots to empty in every head: the lowest scores of semantic heads, the oldest tokens of spatial ones.
+
+    Semantic heads come first: `scores` covers the first of the heads, the rest are spatial. A semantic head spares its
+    `num_recent` newest tokens, a spatial one its first `num_sinks`; of equal scores the older token goes.
+
+    Args:
+        positions: `[batch, kv_heads, slots]`, which visual token sits in a slot, counted from 0; every slot is taken.
+        scores: `[batch, semantic_heads, slots]`, float32; None when there is no semantic head.
+        num_evict: tokens to drop from each head.
+        num_seen: visual tokens seen so far, the one that asks for room not counted.
+
+    Returns:
+        `[batch, kv_heads, num_evict]`, slots in rising order.
+
+    Example: four slots hold tokens 0, 1, 2, 3 and two must go. A spatial head drops 0 and 1 (with one sink: 1 and 2).
+    A semantic head with scores 3, 1, 2, 0 and one recent drops 1 and 2: token 3 has the lowest score and is spared.
+
+        >>> positions = torch.tensor([[[0, 1, 2, 3]]])
+        >>> select_victims(positions, None, num_evict=2, num_seen=4, num_sinks=1)
+        tensor([[[1, 2]]])
+        >>> scores = torch.tensor([[[3.0, 1.0, 2.0, 0.0]]])
+        >>> select_victims(positions, scores, num_evict=2, num_seen=4, num_recent=1)
+        tensor([[[1, 2]]])
+    """
+    num_semantic = 0 if scores is None else scores.shape[1]
+    victims = []
+    if num_semantic:
+        by_age = positions[:, :num_semantic].argsort(-1)
+        spared = positions[:, :num_semantic] >= num_seen - num_recent
+        keep = scores.masked_fill(spared, float("inf")).gather(-1, by_age)
+        lowest = keep.argsort(dim=-1, stable=True)[..., :num_evict]  # stable: of equal scores the older comes first
+        victims.append(by_age.gather(-1, lowest))
+    if num_semantic < positions.shape[1]:
+        # every row and every spatial head holds the same tokens, in the same slots
+        age = positions[0, num_semantic]
+        oldest = torch.where(age < num_sinks, num_seen, age).argsort()[:num_evict]
+        victims.append(oldest.expand(positions.shape[0], positions.shape[1] - num_semantic, num_evict))
+    return torch.cat(victims, 1).sort(-1).values
+
+
+def compact(tensors: list[torch.Tensor], victims: torch.Tensor) -> None:
+    """Empty the victims' slots in place, so that the free ones are the last: at most `num_evict` rows move a head.
+
+    Survivors among the last `num_evict` slots move into the victims' places before them; no other row is touched.
+
+    Args:
+        tensors: each `[batch, heads, slots]` or `[batch, heads, slots, head_dim]`, all slots taken; `heads` may be
+            fewer than the victims', then they are the first ones.
+        victims: `[batch, kv_heads, num_evict]`, rising (see `select_victims`).
+    """
+    num_slots, num_evict = tensors[0].shape[2], victims.shape[-1]
+    first_free = num_slots - num_evict
+    # Survivors of the tail first, in order. There are as many of them as victims in front of the tail, and the
+    # victims are sorted, so the pairs match; what is left over moves dead rows onto dead rows.
+    is_dead = torch.zeros(*victims.shape[:2], num_slots, dtype=torch.bool, device=victims.device)
+    is_dead.scatter_(2, victims, True)
+    sources = is_dead[..., first_free:].to(torch.uint8).argsort(dim=-1, stable=True) + first_free
+    for tensor in tensors:
+        source, target = sources[:, : tensor.shape[1]], victims[:, : tensor.shape[1]]
+        if tensor.ndim == 4:
+            source = source[..., None].expand(-1, -1, -1, tensor.shape[3])
+            target = target[..., None].expand(-1, -1, -1, tensor.shape[3])
+        tensor.scatter_(2, target, tensor.gather(2, source))

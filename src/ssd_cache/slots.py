@@ -1,0 +1,143 @@
+"""The memory of some heads of one layer: prompt and slots in one tensor, scores beside it.
+
+All heads of a store have equally many slots. Tokens are written into free slots, nothing is concatenated per step, and
+eviction moves rows in place. It does not know heads of other stores, models, or how attention is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ssd_cache.retention import attention_weights, compact, select_victims
+
+
+class SlotStore:
+    """K and V of heads with equally many slots, the semantic heads first.
+
+    Args:
+        num_slots: places for visual tokens in each head.
+        num_semantic: how many of the heads, counted from the first, keep by score; the others keep by age.
+        buffer: tokens evicted at once, when one arrives and all slots are taken.
+        num_recent: newest tokens that a semantic head never drops.
+        num_sinks: first tokens that a spatial head never drops.
+
+    Attributes:
+        keys, values: `[batch, heads, num_prompt + num_slots, head_dim]`; slots from `num_stored` on are free.
+        positions: `[batch, heads, num_slots]`, int32, the visual token in each slot, counted from 0.
+        scores: `[batch, num_semantic, num_slots]`, float32, attention received so far; None without semantic heads.
+        queries: `[batch, num_semantic, groups, buffer, head_dim]`, steps whose attention is not yet in `scores`.
+    """
+
+    def __init__(self, num_slots: int, num_semantic: int, *, buffer: int, num_recent: int, num_sinks: int):
+        self.num_slots, self.num_semantic = num_slots, num_semantic
+        self.buffer, self.num_recent, self.num_sinks = buffer, num_recent, num_sinks
+        self.num_prompt = self.num_stored = self.num_held = 0
+        self.scaling = 1.0
+        self.keys = self.values = self.positions = None
+        self.scores = self.queries = self.mask = None
+
+    def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor, prompt_mask: torch.Tensor | None) -> None:
+        """Take in the whole prompt, `[batch, heads, num_prompt, head_dim]`, and make room for the slots.
+
+        `prompt_mask` is `[batch, num_prompt]`, False on padding, or None where there is none.
+        """
+        batch, heads, self.num_prompt, _ = key_states.shape
+        self.keys, self.values = (
+            states.new_zeros(batch, heads, self.num_prompt + self.num_slots, states.shape[-1])
+            for states in (key_states, value_states)
+        )
+        self.keys[:, :, : self.num_prompt] = key_states
+        self.values[:, :, : self.num_prompt] = value_states
+        self.positions = torch.zeros(batch, heads, self.num_slots, dtype=torch.int32, device=key_states.device)
+        if self.num_semantic:
+            self.scores = torch.zeros(batch, self.num_semantic, self.num_slots, device=key_states.device)
+        if prompt_mask is not None:
+            self.mask = torch.ones(batch, self.keys.shape[2], dtype=torch.bool, device=key_states.device)
+            self.mask[:, : self.num_prompt] = prompt_mask
+
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor, position: int) -> None:
+        """Store visual token number `position`, `[batch, heads, 1, head_dim]`; evict first when all slots are taken."""
+        if self.num_stored == self.num_slots:
+            self._evict(position)
+        self.keys[:, :, self.num_prompt + self.num_stored] = key_states[:, :, 0]
+        self.values[:, :, self.num_prompt + self.num_stored] = value_states[:, :, 0]
+        self.positions[:, :, self.num_stored] = position
+        self.num_stored += 1
+
+    @property
+    def num_after_append(self) -> int:
+        """How many visual tokens will be stored once the next one has arrived."""
+        left = self.num_slots - self.buffer if self.num_stored == self.num_slots else self.num_stored
+        return left + 1
+
+    def visible(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Keys, values `[batch, heads, num_prompt + num_stored, head_dim]`, mask `[batch, 1, 1, the same]` or None."""
+        end = self.num_prompt + self.num_stored
+        mask = None if self.mask is None else self.mask[:, None, None, :end]
+        return self.keys[:, :, :end], self.values[:, :, :end], mask
+
+    def hold_query(self, query_states: torch.Tensor, scaling: float) -> None:
+        """Keep the newest token's query, `[batch, heads, groups, head_dim]`, until it is scored with its neighbours."""
+        if not self.num_semantic:
+            return
+        query_states = query_states[:, : self.num_semantic]
+        if self.queries is None:
+            batch, heads, groups, head_dim = query_states.shape
+            self.queries = query_states.new_empty(batch, heads, groups, self.buffer, head_dim)
+        self.scaling = scaling
+        self.queries[:, :, :, self.num_held] = query_states
+        self.num_held += 1
+        if self.num_held == self.buffer:
+            self._score()
+
+    def _score(self) -> None:
+        """Add the attention of the held queries to the scores; exact, since nothing was evicted since the first."""
+        if self.num_held == 0:
+            return
+        end = self.num_prompt + self.num_stored
+        weights = attention_weights(
+            self.queries[:, :, :, : self.num_held],
+            self.keys[:, : self.num_semantic, :end],
+            self.scaling,
+            num_prompt=self.num_prompt,
+            num_first=self.num_stored - self.num_held + 1,
+            prompt_mask=None if self.mask is None else self.mask[:, : self.num_prompt],
+        )
+        self._receive(weights)
+        self.num_held = 0
+
+    def _receive(self, weights: torch.Tensor) -> None:
+        """Take in attention `[batch, num_semantic, groups, steps, num_prompt + num_stored]`; profiling looks in."""
+        self.scores[:, :, : self.num_stored] += weights[..., self.num_prompt :].sum((2, 3))
+
+    def _evict(self, num_seen: int) -> None:
+        self._score()
+        victims = select_victims(
+            self.positions, self.scores, self.buffer, num_seen, num_recent=self.num_recent, num_sinks=self.num_sinks
+        )
+        moved = [self.keys[:, :, self.num_prompt :], self.values[:, :, self.num_prompt :], self.positions]
+        if self.scores is not None:
+            moved.append(self.scores)
+        compact(moved, victims)
+        self.num_stored -= self.buffer
+        if self.scores is not None:
+            self.scores[:, :, self.num_stored :] = 0
+
+    def select_rows(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every tensor by `select(tensor)`, which picks, repeats or reorders rows of the batch."""
+        for name in ("keys", "values", "positions", "scores", "queries", "mask"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, select(tensor))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V."""
+        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+
+    @property
+    def bookkeeping_nbytes(self) -> int:
+        """Bytes of everything else: positions, scores, held queries, the prompt's mask."""
+        tensors = (self.positions, self.scores, self.queries, self.mask)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)

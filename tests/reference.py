@@ -1,0 +1,77 @@
+"""The rules of retention in plain loops and float64: what the fast code must equal, to the token.
+
+Slow on purpose, one Python list per head and row, every step scored when it happens. Imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import math
+
+
+class AmbiguousError(Exception):
+    """Two scores at the cut are closer than float32 can tell apart, so either choice is right."""
+
+
+class ReferenceHead:
+    """One KV head of one row: which visual tokens it holds, and what attention over them gives."""
+
+    def __init__(self, kind, num_slots, num_cells, buffer, num_recent, num_sinks):
+        self.evicts_by_score = kind == "semantic" and num_slots < num_cells
+        self.num_slots = num_slots
+        self.buffer = min(buffer, num_slots)
+        self.num_recent = num_recent
+        self.num_sinks = num_sinks if num_slots < num_cells else 0
+        self.kept = []
+        self.score = {}
+        self.keys, self.values = [], []  # of every visual token that ever arrived
+
+    def _evict(self):
+        arrived = len(self.keys)
+        if self.evicts_by_score:
+            candidates = [token for token in self.kept if token < arrived - self.num_recent]
+            ranked = sorted(candidates, key=lambda token: (self.score[token], token))
+            if len(ranked) > self.buffer:
+                last, spared = self.score[ranked[self.buffer - 1]], self.score[ranked[self.buffer]]
+                if spared - last < 1e-5 * max(1.0, spared):
+                    raise AmbiguousError
+        else:
+            ranked = sorted(token for token in self.kept if token >= self.num_sinks)
+        for token in ranked[: self.buffer]:
+            self.kept.remove(token)
+
+    def step(self, queries, key, value, prompt_keys, prompt_values, prompt_seen, scaling):
+        """Take in one visual token and return the attention output of each of its query heads.
+
+        queries: one list of floats per query head of this KV head; key, value: lists of floats;
+        prompt_keys, prompt_values: lists of them; prompt_seen: False on padding.
+        """
+        if len(self.kept) == self.num_slots:
+            self._evict()
+        token = len(self.keys)
+        self.keys.append(key)
+        self.values.append(value)
+        self.kept.append(token)
+        self.score[token] = 0.0
+        outputs = []
+        for query in queries:
+            logits, seen_values, tokens = [], [], []
+            for prompt_key, prompt_value, seen in zip(prompt_keys, prompt_values, prompt_seen, strict=True):
+                if seen:
+                    logits.append(scaling * sum(a * b for a, b in zip(query, prompt_key, strict=True)))
+                    seen_values.append(prompt_value)
+                    tokens.append(None)
+            for kept in self.kept:
+                logits.append(scaling * sum(a * b for a, b in zip(query, self.keys[kept], strict=True)))
+                seen_values.append(self.values[kept])
+                tokens.append(kept)
+            highest = max(logits)
+            weights = [math.exp(logit - highest) for logit in logits]
+            total = sum(weights)
+            weights = [weight / total for weight in weights]
+            for weight, kept in zip(weights, tokens, strict=True):
+                if kept is not None:
+                    self.score[kept] += weight
+            outputs.append(
+                [sum(w * v[d] for w, v in zip(weights, seen_values, strict=True)) for d in range(len(seen_values[0]))]
+            )
+        return outputs

@@ -1,0 +1,44 @@
+"""The command line `ssd-cache`: a thin shell over the library, and no logic that the library lacks.
+
+Exit codes: 0 done, 2 wrong use, 130 interrupted, 1 anything else. A mistake is one line on stderr.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import ssd_cache
+from ssd_cache.cli import generate, inspect
+from ssd_cache.cli.bench import bench
+from ssd_cache.cli.errors import OneLineGroup
+
+app = typer.Typer(
+    cls=OneLineGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a bug shows Python's own traceback
+)
+app.command("generate")(generate.generate)
+app.command("inspect")(inspect.inspect)
+app.command("bench")(bench)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ssd-cache {ssd_cache.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Draw pictures with autoregressive image generators and a KV cache of fixed size (SSD, arXiv 2510.18716)."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)

@@ -1,0 +1,74 @@
+"""`ssd-cache bench`: the policies side by side on a decoder with random weights, as a table of speed and bytes.
+
+Options and a table; what is timed is in `ssd_cache.bench`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ssd_cache.bench import SHAPES, default_cases, measure, random_janus
+from ssd_cache.cli.errors import WrongUse, refusing
+from ssd_cache.cli.report import size
+from ssd_cache.head_map import HeadMap
+from ssd_cache.models import BUNDLED, find_generator, resolve_device, resolve_dtype
+
+
+def bench(
+    model: Annotated[
+        str,
+        typer.Option(help=f"A shape with random weights ({', '.join(SHAPES)}), or {BUNDLED}.", metavar="NAME"),
+    ] = "small-cpu",
+    batch_size: Annotated[int, typer.Option(help="Pictures at once; guidance doubles the rows.", metavar="N")] = 8,
+    rounds: Annotated[int, typer.Option(help="Counted rounds, after one to warm up.", metavar="N")] = 2,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.", metavar="NAME")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda:0, ..., or auto.", metavar="NAME")] = "auto",
+) -> None:
+    """Measure speed and memory of cache policies side by side.
+
+    Every policy draws the same number of whole pictures through transformers'
+    own generate; half of a random model's heads, drawn at random, are spatial.
+    """
+    if batch_size < 1 or rounds < 1:
+        raise WrongUse("--batch-size and --rounds: give whole numbers from 1 up")
+    with refusing():
+        where = resolve_device(device)
+        kind = resolve_dtype(dtype, where)
+        if model in SHAPES:
+            network = random_janus(**SHAPES[model], dtype=kind).to(where)
+            config = network.config.text_config
+            generator = torch.Generator().manual_seed(0)
+            labels = torch.rand(config.num_hidden_layers, config.num_key_value_heads, generator=generator) < 0.5
+            head_map: HeadMap | None = HeadMap(labels)
+        else:
+            checkpoint = find_generator(model)
+            network, head_map = checkpoint.load(kind, where).model, checkpoint.head_map()
+    if head_map is None:
+        raise WrongUse(f"--model {model} has no head map in its folder")
+    console = Console(highlight=False, markup=False)
+    results = []
+    for turn, results in enumerate(  # noqa: B007  # the last round's is printed
+        measure(network, default_cases(network, head_map), batch_size=batch_size, rounds=rounds), start=1
+    ):
+        console.print(f"round {turn} of {rounds} done", style="dim")
+    report = Table(
+        box=box.SIMPLE_HEAD,
+        caption=f"{model}, {batch_size} pictures of {head_map.num_visual_tokens} tokens with guidance, {kind} on "
+        f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {rounds} rounds",
+        caption_justify="left",
+    )
+    for title in ("cache", "tokens/s", "against Dynamic", "against Static", "K and V"):
+        report.add_column(title, justify="left" if title == "cache" else "right")
+    dynamic, static = results[0].tokens_per_second, results[1].tokens_per_second
+    for result in results:
+        speed = result.tokens_per_second
+        report.add_row(
+            result.name, f"{speed:.0f}", f"{speed / dynamic:.2f}x", f"{speed / static:.2f}x", size(result.nbytes)
+        )
+    console.print(report)

@@ -1,0 +1,86 @@
+"""How the command line ends: one line on stderr for what went wrong, and the exit code.
+
+What can go wrong is known by the library's own errors. Anything else is a bug, and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import typer
+from tqdm import tqdm
+from typer.core import TyperGroup
+
+INTERRUPTED = 130
+
+
+class Failure(Exception):
+    """A run that ends here, with a message for its user."""
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class WrongUse(Failure):
+    """What was asked for can not be done; nothing was started."""
+
+    def __init__(self, message: str):
+        super().__init__(message, exit_code=2)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Where the library checks what a user asked for: its refusal is wrong use."""
+    try:
+        yield
+    except ValueError as error:  # HeadMapError and GeneratorError among them
+        raise WrongUse(str(error)) from error
+
+
+class OneLineGroup(TyperGroup):
+    """A group of commands that prints mistakes, warnings and an interruption as one line each."""
+
+    def main(self, args=None, prog_name=None, complete_var=None, standalone_mode=True, **extra):  # type: ignore[override]
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = self._run(args, prog_name, complete_var, **extra)
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+    def _run(self, args, prog_name, complete_var, **extra) -> int:
+        try:
+            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra) or 0
+            if code == INTERRUPTED:
+                _say("interrupted")
+            return code
+        except typer.Abort:
+            _say("interrupted")
+            return INTERRUPTED
+        except Failure as error:
+            _say(str(error))
+            return error.exit_code
+        except torch.OutOfMemoryError:
+            _say("out of GPU memory: draw fewer pictures at once (--batch-size), or lower --budget")
+        except OSError as error:
+            _say(str(error))
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # what typer finds wrong has it: options, numbers, choices
+                raise
+            _say(error.format_message())
+            return error.exit_code  # type: ignore[attr-defined]
+        return 1
+
+
+def _say(message: str) -> None:
+    typer.echo(f"ssd-cache: {' '.join(message.split())}", err=True)
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    # a progress bar may stand on the line; it is drawn again below
+    tqdm.write(f"ssd-cache: warning: {' '.join(str(message).split())}", file=sys.stderr)

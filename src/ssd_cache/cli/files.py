@@ -1,0 +1,73 @@
+"""Files that the command line reads and writes: prompts in, pictures out.
+
+What can be refused is refused before any work. A picture is written under a temporary name beside its place and then
+renamed, so that an interrupted run leaves the older file, or none.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from ssd_cache.cli.errors import WrongUse
+
+PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def read_prompts(prompts: Sequence[str], prompts_file: Path | None) -> list[str]:
+    """Prompts of the command line, then one a line of the file; empty lines of the file are left out.
+
+    Raises:
+        WrongUse: no prompt at all, an empty one, or a file that can not be read.
+    """
+    found = [prompt.strip() for prompt in prompts]
+    if not all(found):
+        raise WrongUse(f"prompt {found.index('') + 1} is empty; write what the picture is to show")
+    if prompts_file is not None:
+        try:
+            lines = prompts_file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise WrongUse(f"can not read --prompts-file {prompts_file}: {reason}") from error
+        found += [line.strip() for line in lines if line.strip()]
+    if not found:
+        where = f"; {prompts_file} has none" if prompts_file else ""
+        raise WrongUse(
+            f'no prompt{where}: give one or more ("a photo of a red circle"), or a --prompts-file with one a line'
+        )
+    return found
+
+
+def check_output(output: Path) -> Path:
+    """The place of a picture, made absolute.
+
+    Raises:
+        WrongUse: no picture format, a missing folder, or a place that can not be written.
+    """
+    output = output.expanduser().absolute()
+    if output.suffix.lower() not in PICTURE_FORMATS:
+        raise WrongUse(f"--output {output.name}: give a name that ends with {', '.join(PICTURE_FORMATS)}")
+    if output.is_dir():
+        raise WrongUse(f"--output {output} is a folder; give a file in it")
+    if not output.parent.is_dir():
+        raise WrongUse(f"--output {output}: the folder {output.parent} does not exist; make it first")
+    try:
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise WrongUse(f"--output {output}: can not write into {output.parent}: {error.strerror}") from error
+    return output
+
+
+def save_picture(image: Image.Image, output: Path) -> None:
+    """Write a picture whole or not at all."""
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
+    try:
+        image.save(temporary, format=PICTURE_FORMATS[output.suffix.lower()])
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,64 @@
+"""From the words of the command line to caches: which policies, which budget, which head map.
+
+All of it is checked on the model's configuration, before its weights are loaded.
+"""
+
+from __future__ import annotations
+
+from ssd_cache.cache import POLICIES, SSDCache
+from ssd_cache.cli.errors import WrongUse
+from ssd_cache.head_map import HeadMap
+from ssd_cache.models import Checkpoint
+
+
+def parse_budget(text: str) -> int | float:
+    """A count of tokens from digits alone above 1, else a fraction of the grid.
+
+    Raises:
+        WrongUse: neither.
+    """
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = 0.0
+    if text.strip().isdecimal() and int(text) > 1:
+        return int(text)
+    if 0 < amount <= 1:
+        return amount
+    raise WrongUse(
+        f"--budget {text}: give a fraction of the grid above 0 and up to 1 (0.2), or a whole number of visual tokens "
+        "above 1 (115)"
+    )
+
+
+def choose_policies(policy: str | None, compare: bool) -> tuple[str, ...]:
+    """The policies to draw with, in the order of the rows; raises WrongUse."""
+    if compare and policy is not None:
+        raise WrongUse("--compare draws with every policy: leave --policy out")
+    if policy is not None and policy not in POLICIES:
+        raise WrongUse(f"--policy {policy}: the policies are {', '.join(POLICIES)}")
+    return POLICIES if compare else (policy or "ssd",)
+
+
+def make_caches(
+    checkpoint: Checkpoint, policies: tuple[str, ...], head_map: str | None, budget: int | float, buffer: int | None
+) -> dict[str, SSDCache]:
+    """A cache for every policy, which checks budget and map; raises ValueError or WrongUse."""
+    rows, columns = checkpoint.grid
+    if isinstance(budget, int) and budget > rows * columns:
+        raise WrongUse(
+            f"--budget {budget}: {checkpoint.name} draws {rows} x {columns} = {rows * columns} visual tokens; "
+            f"give at most {rows * columns}, or a fraction up to 1"
+        )
+    labels = checkpoint.head_map() if head_map is None else HeadMap.from_pretrained(head_map)
+    if labels is None and "ssd" in policies:
+        raise WrongUse(
+            f"policy ssd needs a head map, and {checkpoint.name} has none in its folder: give --head-map, "
+            "or --policy full, h2o or streaming-llm"
+        )
+    if labels is None:  # the other policies need the shape alone
+        labels = HeadMap.uniform(
+            "semantic", num_layers=checkpoint.num_layers, num_kv_heads=checkpoint.num_kv_heads, grid=checkpoint.grid
+        )
+    checkpoint.check_head_map(labels)
+    return {name: SSDCache.from_policy(name, labels, budget, buffer=buffer) for name in policies}

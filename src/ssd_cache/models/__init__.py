@@ -1,0 +1,24 @@
+"""Generators: the image models that ssd-cache knows how to prompt, draw with and decode.
+
+`find_generator("shapes-janus" | folder | Hub id)` reads a checkpoint's configuration alone, so that mistakes show
+before gigabytes are loaded; `.load()` gives the `Generator`. One small file a model family; no caching happens here.
+"""
+
+from ssd_cache.models.base import BUNDLED, Checkpoint, Generator
+from ssd_cache.models.find import FAMILIES, find_generator, generator_of
+from ssd_cache.models.janus import JanusGenerator
+from ssd_cache.models.settings import GeneratorError, check_drawing, resolve_device, resolve_dtype
+
+__all__ = [
+    "BUNDLED",
+    "FAMILIES",
+    "Checkpoint",
+    "Generator",
+    "GeneratorError",
+    "JanusGenerator",
+    "check_drawing",
+    "find_generator",
+    "generator_of",
+    "resolve_device",
+    "resolve_dtype",
+]

@@ -1,0 +1,168 @@
+"""What every generator offers: prompts to visual tokens, visual tokens to pictures, and the facts a cache needs.
+
+A model family subclasses `Generator` and fills in five short methods (see `janus.py`). Which checkpoint a name means is
+`find.py`'s business; what is kept of the visual tokens is the cache's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import Cache, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from ssd_cache.head_map import HeadMap, HeadMapError
+from ssd_cache.models.settings import GeneratorError, check_drawing, resolve_device, resolve_dtype
+
+BUNDLED = "shapes-janus"
+"""The small trained model that travels with the package."""
+
+HEAD_MAP_FOLDER = "head_map"
+"""A checkpoint's own head map, inside its folder."""
+
+
+class Generator(ABC):
+    """A loaded image model with its processor; made by `Checkpoint.load`.
+
+    Attributes:
+        checkpoint: where it comes from, its grid and numbers of layers and heads.
+        model: the transformers model, in evaluation mode, its attention set to "ssd".
+        processor: the transformers processor.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, processor: ProcessorMixin):
+        self.checkpoint, self.model, self.processor = checkpoint, model, processor
+
+    @staticmethod
+    @abstractmethod
+    def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
+        """Rows and columns of visual tokens in a picture."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Generator:
+        """The model and processor of a checkpoint."""
+
+    @abstractmethod
+    def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Inputs for the model's own `generate`, left-padded `[batch, prompt length]`, on the model's device."""
+
+    @abstractmethod
+    def draw(self, prompts, cache, guidance_scale, temperature, on_tokens) -> torch.Tensor:
+        """Visual tokens `[batch, cells]` with settings that were checked; see `generate`."""
+
+    @abstractmethod
+    def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:
+        """Pictures of visual tokens `[batch, cells]`, decoded in float32 and a few at a time."""
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        cache: Cache | None = None,
+        *,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> torch.Tensor:
+        """Draw one picture a prompt, all in one batch; returns visual tokens `[batch, rows * columns]`.
+
+        The seed belongs to the batch: the same prompts in the same order give the same pictures, a prompt alone or in
+        another batch does not. torch's own generators are left as they were.
+
+        Args:
+            prompts: one text a picture; repeat a prompt to draw it several times.
+            cache: a cache fresh from its constructor or `reset()`; the model's own default when not given.
+            guidance_scale: above 1; the checkpoint's own when not given.
+            temperature: 0 always takes the likeliest token; the checkpoint's own when not given.
+            seed: of the batch.
+            on_tokens: called at every step with the number of visual tokens drawn in it.
+
+        Raises:
+            GeneratorError: no prompt, an empty one, or a setting out of range.
+        """
+        if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+            raise GeneratorError(f"prompts={list(prompts)!r}: give at least one prompt, and none that is empty")
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        temperature = self.temperature if temperature is None else temperature
+        check_drawing(guidance_scale, temperature, seed)
+        device = self.model.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+            torch.manual_seed(seed)
+            return self.draw(prompts, cache, guidance_scale, temperature, on_tokens)
+
+    @property
+    def guidance_scale(self) -> float:
+        """The checkpoint's own guidance scale, or Janus-Pro's 5."""
+        return self._setting("guidance_scale", 5.0)
+
+    @property
+    def temperature(self) -> float:
+        """The checkpoint's own temperature, or 1."""
+        return self._setting("temperature", 1.0)
+
+    def _setting(self, name: str, default: float) -> float:
+        value = getattr(self.model.generation_config, name, None)
+        return default if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A generator that was found and not loaded yet: what its configuration alone tells.
+
+    Attributes:
+        name: the model as its user named it.
+        source: the folder, or the Hub id, for `from_pretrained`.
+        config: its configuration.
+        family: the class that loads it.
+    """
+
+    name: str
+    source: str
+    config: PreTrainedConfig
+    family: type[Generator]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of visual tokens in a picture."""
+        return self.family.grid_of(self.config)
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.get_text_config(decoder=True).num_hidden_layers
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.config.get_text_config(decoder=True).num_key_value_heads
+
+    def head_map(self) -> HeadMap | None:
+        """The head map that travels in the checkpoint's folder, if there is one."""
+        folder = Path(self.source) / HEAD_MAP_FOLDER
+        return HeadMap.from_pretrained(folder) if folder.is_dir() else None
+
+    def check_head_map(self, head_map: HeadMap) -> None:
+        """Refuse a map of another model's shape.
+
+        Raises:
+            HeadMapError: layers, KV heads or grid differ.
+        """
+        wanted = (self.num_layers, self.num_kv_heads, self.grid)
+        if (head_map.num_layers, head_map.num_kv_heads, head_map.grid) != wanted:
+            raise HeadMapError(
+                f"the head map ({head_map.origin}) has {head_map.num_layers} layers x {head_map.num_kv_heads} KV heads "
+                f"and a grid of {_times(head_map.grid)}, but {self.name} has {self.num_layers} x {self.num_kv_heads} "
+                f"and {_times(self.grid)}: use the map that was made for this model"
+            )
+
+    def load(self, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto") -> Generator:
+        """The model itself, in evaluation mode; see `resolve_dtype` and `resolve_device` for "auto"."""
+        device = resolve_device(device)
+        return self.family.load(self, resolve_dtype(dtype, device), device)
+
+
+def _times(grid: tuple[int, int]) -> str:
+    return f"{grid[0]} x {grid[1]}"

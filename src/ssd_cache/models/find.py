@@ -1,0 +1,126 @@
+"""From a model's name to its checkpoint: the bundled model, a local folder, or a repository of the Hub.
+
+Only `config.json` is read, or downloaded, here. Weights are `Checkpoint.load`'s business.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from ssd_cache.models.base import BUNDLED, Checkpoint, Generator
+from ssd_cache.models.janus import JanusGenerator
+from ssd_cache.models.settings import GeneratorError
+
+FAMILIES: dict[str, type[Generator]] = {"janus": JanusGenerator}
+"""The class for every `config.model_type` that is supported; a new model is one file and one entry."""
+
+BUNDLED_FOLDER = Path(__file__).parents[1] / "shapes" / "checkpoint"
+
+
+def find_generator(name: str) -> Checkpoint:
+    """The checkpoint that a name means; a folder that exists goes before a Hub repository of the same name.
+
+    Args:
+        name: "shapes-janus", a folder with a transformers checkpoint, or a Hub id such as
+            "deepseek-community/Janus-Pro-1B".
+
+    Raises:
+        GeneratorError: nothing of that name, a folder without a readable checkpoint, or a model that is not supported.
+        ConnectionError: the Hub could not be asked.
+    """
+    if not name.strip():
+        raise GeneratorError(f"model {name!r} is no name; give {BUNDLED}, a checkpoint folder, or a Hub id")
+    if name == BUNDLED:
+        folder = BUNDLED_FOLDER
+    else:
+        path = Path(name).expanduser()
+        folder = path if path.exists() or _must_be_path(name) else _config_from_hub(name).parent
+    if not (folder / "config.json").is_file():
+        problem = "no config.json in this folder" if folder.is_dir() else "no such folder"
+        raise GeneratorError(
+            f"model {name!r}: {problem} ({folder}); give {BUNDLED}, a folder that save_pretrained wrote, or a Hub id"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GeneratorError(f"model {name!r}: its config.json can not be read: {_first_line(error)}") from error
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise GeneratorError(
+            f"model {name!r} is of type {config.model_type!r}; ssd-cache draws with {', '.join(sorted(FAMILIES))}"
+        )
+    is_local = name == BUNDLED or Path(name).expanduser().exists()
+    return Checkpoint(name, str(folder) if is_local else name, config, family)
+
+
+def generator_of(model: PreTrainedModel, processor: ProcessorMixin | None = None) -> Generator:
+    """The generator around a model that is loaded already; its processor is loaded from where the model came from.
+
+    Raises:
+        GeneratorError: a model that is not supported, or a processor that can not be loaded.
+    """
+    family = FAMILIES.get(model.config.model_type)
+    if family is None:
+        raise GeneratorError(
+            f"a model of type {model.config.model_type!r}; ssd-cache draws with {', '.join(sorted(FAMILIES))}"
+        )
+    source = model.name_or_path
+    if processor is None:
+        try:
+            processor = AutoProcessor.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise GeneratorError(
+                f"no processor can be loaded from {source!r}, where the model came from: give processor=... "
+                f"({_first_line(error)})"
+            ) from error
+    return family(Checkpoint(source or type(model).__name__, source, model.config, family), model, processor)
+
+
+def _must_be_path(name: str) -> bool:
+    """Whether a name that does not exist here can not be a Hub id either."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
+
+
+def _config_from_hub(name: str) -> Path:
+    """The cached copy of a repository's config.json, downloaded when needed."""
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except HFValidationError as error:
+        raise GeneratorError(
+            f"model {name!r}: no such folder, and no Hub id either; a Hub id looks like 'user/name'"
+        ) from error
+    except GatedRepoError as error:
+        raise GeneratorError(
+            f"model {name!r} is gated: ask for access on its Hub page and log in with `hf auth login`"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(
+            f"model {name!r}: no such folder, none of that name in the Hub's cache here, and the Hub is out of reach; "
+            "check the name, the network and HF_HUB_OFFLINE"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise GeneratorError(
+            f"model {name!r}: no such folder, and no such public repository on the Hub; check the name, or log in with "
+            "`hf auth login` if it is private"
+        ) from error
+    except EntryNotFoundError as error:
+        raise GeneratorError(
+            f"model {name!r}: the Hub repository has no config.json, so it is no transformers checkpoint"
+        ) from error
+    except HfHubHTTPError as error:
+        raise ConnectionError(f"model {name!r}: the Hub answered with an error: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

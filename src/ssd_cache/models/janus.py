@@ -1,0 +1,120 @@
+"""Janus and Janus-Pro in transformers: chat prompt, 576 visual tokens under guidance, VQ decoder.
+
+Everything goes through the model's own `generate`, `decode_image_tokens` and its processor's `postprocess`; no step of
+the generation is written anew here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import (
+    Cache,
+    JanusForConditionalGeneration,
+    JanusProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+)
+
+from ssd_cache.attention import NAME
+from ssd_cache.models.base import Checkpoint, Generator
+
+DECODE_BATCH = 4
+"""Pictures decoded at once: the decoder's last layers hold a few hundred MB for each."""
+
+
+class JanusGenerator(Generator):
+    """`JanusForConditionalGeneration` as a generator; guidance doubles its rows, [conditional; unconditional]."""
+
+    @staticmethod
+    def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        return side, side
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> JanusGenerator:
+        processor = JanusProcessor.from_pretrained(checkpoint.source)
+        model = JanusForConditionalGeneration.from_pretrained(checkpoint.source, dtype="auto", attn_implementation=NAME)
+        for name, part in (*model.model.named_children(), ("lm_head", model.lm_head)):
+            part.to(torch.float32 if name == "vqmodel" else dtype)  # pictures are decoded in float32 at any dtype
+        return cls(checkpoint, model.to(device).eval(), processor)
+
+    def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """As transformers' documentation does it: the chat template, if the processor has one, and begin-of-image."""
+        texts = list(prompts)
+        if self.processor.chat_template is not None:
+            chats = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in texts]
+            texts = self.processor.apply_chat_template(chats, add_generation_prompt=True)
+        inputs = self.processor(
+            text=texts,
+            generation_mode="image",
+            padding=True,
+            padding_side="left",
+            max_length=None,  # a tokenizer saved with a fixed length else warns that it is not used
+            return_tensors="pt",
+        )
+        self._warn_of_unknown_words(prompts)
+        return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        cache: Cache | None,
+        guidance_scale: float,
+        temperature: float,
+        on_tokens: Callable[[int], None] | None,
+    ) -> torch.Tensor:
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            # transformers samples from the 50 likeliest when a checkpoint does not say; Janus's authors from all
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": self.model.generation_config.top_k or 0}
+        return self.model.generate(
+            **self.prepare(prompts),
+            generation_mode="image",
+            past_key_values=cache,
+            guidance_scale=guidance_scale,
+            generation_kwargs={"boi_token_id": self.processor.tokenizer.boi_token_id},
+            logits_processor=LogitsProcessorList([] if on_tokens is None else [_Ticker(on_tokens)]),
+            **sampling,
+        )
+
+    @torch.no_grad()
+    def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:
+        images: list[Image.Image] = []
+        for part in tokens.to(self.model.device).split(DECODE_BATCH):
+            pixels = self.model.decode_image_tokens(part).float().cpu()  # [batch, height, width, 3]
+            pixels = pixels.permute(
+                0, 3, 1, 2
+            )  # transformers' image processor without torchvision reads no other order
+            images += self.processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["pixel_values"]
+        return images
+
+    def _warn_of_unknown_words(self, prompts: Sequence[str]) -> None:
+        """A word-level tokenizer, as shapes-janus has it, knows few words; say which ones the model will not see."""
+        tokenizer = self.processor.tokenizer
+        if tokenizer.unk_token_id is None:
+            return
+        words = dict.fromkeys(word for prompt in prompts for word in prompt.split())
+        unknown = [word for word in words if tokenizer.unk_token_id in tokenizer.encode(word, add_special_tokens=False)]
+        if unknown:
+            warnings.warn(
+                f"{self.checkpoint.name} does not know {', '.join(map(repr, unknown[:10]))} and will not see "
+                f"{'it' if len(unknown) == 1 else 'them'}; its captions are like 'a photo of a red circle'",
+                stacklevel=2,
+            )
+
+
+class _Ticker(LogitsProcessor):
+    """Reports every step of a generation and changes nothing."""
+
+    def __init__(self, on_tokens: Callable[[int], None]):
+        self.on_tokens = on_tokens
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.on_tokens(input_ids.shape[0])
+        return scores

@@ -1,0 +1,68 @@
+"""Settings of a drawing that are the same for every generator: guidance, temperature, seed, device, dtype.
+
+They are checked here, before anything is loaded; what they do is the generators' business.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class GeneratorError(ValueError):
+    """A model that can not be found or used, or a setting of a drawing out of range."""
+
+
+def check_drawing(guidance_scale: float | None = None, temperature: float | None = None, seed: int = 0) -> None:
+    """Refuse settings that no drawing can be made with; None stands for the checkpoint's own and passes.
+
+    Raises:
+        GeneratorError: a guidance scale up to 1, a temperature below 0, a seed that is no whole number from 0 up.
+    """
+    if guidance_scale is not None and not (math.isfinite(guidance_scale) and guidance_scale > 1):
+        raise GeneratorError(
+            f"guidance_scale={guidance_scale} is out of range: transformers' Janus needs a number above 1; "
+            "1.001 is next to no guidance"
+        )
+    if temperature is not None and not (math.isfinite(temperature) and temperature >= 0):
+        raise GeneratorError(
+            f"temperature={temperature} is out of range: give 0 (always the likeliest token) or more; 1 is usual"
+        )
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise GeneratorError(f"seed={seed!r} is out of range: give a whole number from 0 to 2**63 - 1")
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """A device that is there; "auto" is the first GPU, or the CPU without one.
+
+    Raises:
+        GeneratorError: no such device on this machine.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)  # asks the device itself
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise GeneratorError(
+            f"device {str(device)!r} can not be used on this machine: give 'auto', 'cpu', or a GPU that is there"
+        ) from error
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype = "auto", device: torch.device | None = None) -> torch.dtype:
+    """A floating-point type; "auto" is float32 on the CPU and bfloat16 elsewhere.
+
+    Raises:
+        GeneratorError: an unknown name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device is None or device.type == "cpu" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise GeneratorError(f"unknown dtype {dtype!r}; give 'auto' or one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]

@@ -1,0 +1,81 @@
+"""`enable` inside transformers' own any-to-any pipeline: one prompt, and a list of prompts."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from tiny_checkpoint import head_map, write_checkpoint
+from transformers import JanusForConditionalGeneration, JanusProcessor, pipeline
+from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+from transformers.utils import is_torchvision_available
+
+from ssd_cache import SSDCache, enable
+
+PROMPTS = ["a photo of a red circle", "a photo of three squares", "a photo of a circle left of a triangle"]
+SETTINGS = {"budget": 30, "buffer": 4, "num_recent": 4}
+
+
+class ChannelsFirst(JanusImageProcessorPil):
+    """transformers' Janus processor without torchvision, told about the channels as it needs to be.
+
+    The pipeline hands over `[height, width, channels]`, which this one refuses.
+    """
+
+    def postprocess(self, images, **kwargs):
+        return super().postprocess([image.permute(2, 0, 1) for image in images], **kwargs)
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    folder = write_checkpoint(tmp_path_factory.mktemp("pipeline") / "model", guidance_scale=3.0)
+    model = JanusForConditionalGeneration.from_pretrained(folder).eval()
+    processor = JanusProcessor.from_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        if not is_torchvision_available():
+            # The pipeline wants torchvision, and no build of that runs beside the CPU build of torch that
+            # constraints.txt pins. All but this check and the order of channels is transformers' own.
+            patch.setattr("transformers.pipelines.any_to_any.requires_backends", lambda *args: None)
+            processor.image_processor = ChannelsFirst()
+        yield pipeline("any-to-any", model=model, processor=processor)
+
+
+def draw(pipe, prompts):
+    torch.manual_seed(0)
+    return pipe(prompts, generation_mode="image")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "num_calls"),
+    [(PROMPTS[0], 1), (PROMPTS[:1], 1), (PROMPTS, 1), ([{"text": prompt} for prompt in PROMPTS], 3)],
+    ids=["one", "list of one", "list in one batch", "one call each"],
+)
+def test_every_call_of_a_pipeline_gets_a_cache_of_its_own(pipe, prompts, num_calls, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        importlib.import_module("ssd_cache.enable"),
+        "SSDCache",
+        lambda *args, **kwargs: made.append(SSDCache(*args, **kwargs)) or made[-1],
+    )
+    with enable(pipe.model, head_map(), **SETTINGS):
+        results = draw(pipe, prompts)
+        again = draw(pipe, prompts)
+    number = len(prompts) if isinstance(prompts, list) else 1
+    assert len(results) == number
+    used = [cache for cache in made if cache.get_seq_length()]  # the first was made to check the settings
+    assert len(used) == 2 * num_calls
+    assert all(store.num_slots == 30 for cache in used for layer in cache.layers for store in layer.stores)
+    for result, repeated in zip(results, again, strict=True):
+        first, second = (entry[0] if isinstance(entry, list) else entry for entry in (result, repeated))
+        assert first["generated_image"].size == (128, 128)
+        assert first["generated_image"].tobytes() == second["generated_image"].tobytes()
+    assert "generate" not in vars(pipe.model)
+
+
+def test_a_full_budget_changes_no_pixel(pipe):
+    plain = draw(pipe, PROMPTS[0])[0]["generated_image"]
+    with enable(pipe.model, head_map(), budget=1.0):
+        assert draw(pipe, PROMPTS[0])[0]["generated_image"].tobytes() == plain.tobytes()
+    with enable(pipe.model, head_map(), budget=10, buffer=2):
+        assert draw(pipe, PROMPTS[0])[0]["generated_image"].tobytes() != plain.tobytes()

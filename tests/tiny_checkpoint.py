@@ -1,0 +1,48 @@
+"""A checkpoint folder with random weights, small pictures, a head map, and the words of shapes-janus.
+
+Pictures are 8 x 8 visual tokens (128 x 128 pixels), so that drawing one takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from models import tiny_janus
+
+from ssd_cache import HeadMap
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "train_shapes_janus.py"
+SIDE, LAYERS, HEADS = 8, 2, 2
+
+
+def load_example():
+    """examples/train_shapes_janus.py as a module."""
+    spec = importlib.util.spec_from_file_location("train_shapes_janus", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def head_map():
+    return HeadMap(
+        torch.tensor([[True, False], [False, False]]),
+        (SIDE, SIDE),
+        scores=torch.tensor([[0.9, 0.2], [0.1, 0.0]]),
+        threshold=0.5,
+        model_id="tiny",
+        model_type="janus",
+        method="made up for tests",
+    )
+
+
+def write_checkpoint(folder: Path, *, guidance_scale=None, temperature=None, with_head_map=True) -> Path:
+    model = tiny_janus(layers=LAYERS, heads=HEADS, grid_side=SIDE, attn_implementation="sdpa")
+    model.generation_config.guidance_scale, model.generation_config.temperature = guidance_scale, temperature
+    model.generation_config.do_sample = True
+    model.save_pretrained(folder)
+    load_example().build_processor().save_pretrained(folder)
+    if with_head_map:
+        head_map().save_pretrained(folder / "head_map")
+    return folder

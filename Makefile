@@ -1,0 +1,54 @@
+# Everything this repository does, by name. Each target makes what it needs; `make demo` and `make test` start from
+# nothing but Python and a package index.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+PROMPT ?= a photo of a red circle and a blue square
+PICTURE ?= demo.png
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench docs clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.runtime ## draw a prompt with the bundled model (PROMPT=..., PICTURE=...)
+	$(BIN)/ssd-cache generate "$(PROMPT)" --output "$(PICTURE)"
+	@echo "The picture is $(abspath $(PICTURE))"
+
+test: check ## run all checks, then the whole test suite
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev ## lint, format, types, and the documentation built strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.runtime ## measure speed and memory of the policies side by side
+	$(BIN)/ssd-cache bench
+
+docs: $(VENV)/.dev ## build the documentation
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "The documentation is $(abspath site/index.html)"
+
+clean: ## remove what was built and cached; .venv stays
+	rm -rf site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("ssd-cache needs Python 3.11: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp stands for an installed environment; it is renewed when the packages asked for change.
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e '.[dev,docs]'
+	@touch $@ $(VENV)/.runtime

@@ -6,6 +6,7 @@ Pictures are 8 x 8 visual tokens (128 x 128 pixels), so that drawing one takes a
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ def load_example():
     """examples/train_shapes_janus.py as a module."""
     spec = importlib.util.spec_from_file_location("train_shapes_janus", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
 

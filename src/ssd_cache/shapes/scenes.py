@@ -123,11 +123,11 @@ def _caption(kind: str, rng: random.Random, max_count: int, relations: tuple[str
 
 
 def _places(number: int, relation: str | None, tile_rows: int, rng: random.Random) -> list[tuple[int, int]]:
-    """Tiles (row, column) for the objects; related ones share a row or a column of tiles."""
+    """Tiles (row, column) for the objects: in the caption's order, or as the relation has it, in one row or column."""
     tile_columns = GRID[1] // TILE
     if relation is None:
         tiles = [(row, column) for row in range(tile_rows) for column in range(tile_columns)]
-        return rng.sample(tiles, number)
+        return sorted(rng.sample(tiles, number))  # first named is first drawn
     sideways = relation in ("left of", "right of")
     before, after = sorted(rng.sample(range(tile_columns if sideways else tile_rows), 2))
     line = rng.randrange(tile_rows if sideways else tile_columns)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import Cache
@@ -98,15 +99,20 @@ class SSDCache(Cache):
         Raises:
             ValueError: an unknown policy, or as `SSDCache`.
         """
-        shape = {"num_layers": head_map.num_layers, "num_kv_heads": head_map.num_kv_heads, "grid": head_map.grid}
+
+        def uniform(kind: Literal["spatial", "semantic"]) -> HeadMap:
+            return HeadMap.uniform(
+                kind, num_layers=head_map.num_layers, num_kv_heads=head_map.num_kv_heads, grid=head_map.grid
+            )
+
         if policy == "full":
             return cls(head_map, 1.0, buffer=buffer, **settings)
         if policy == "ssd":
             return cls(head_map, budget, buffer=buffer, **settings)
         if policy == "h2o":
-            return cls(HeadMap.uniform("semantic", **shape), budget, buffer=buffer, **{"num_recent": 0.5, **settings})
+            return cls(uniform("semantic"), budget, buffer=buffer, **{"num_recent": 0.5, **settings})
         if policy == "streaming-llm":
-            return cls(HeadMap.uniform("spatial", **shape), budget, buffer=buffer, **{"num_sinks": 4, **settings})
+            return cls(uniform("spatial"), budget, buffer=buffer, **{"num_sinks": 4, **settings})
         raise ValueError(f"unknown policy {policy!r}; the policies are {', '.join(POLICIES)}")
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):

@@ -49,7 +49,7 @@ def download(
     """
 
     def fetch(name: str, limit: int, at: str | None) -> tuple[bytes, str]:
-        def call(dry_run: bool):  # type: ignore[no-untyped-def]  # a path, or what would be downloaded
+        def call(dry_run: bool):  # a path, or what would be downloaded
             return hf_hub_download(
                 repo_id,
                 name,

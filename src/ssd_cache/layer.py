@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -73,7 +74,8 @@ class SSDLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything; ready for the next picture."""
         self.is_initialized = False
-        self.keys = self.values = None  # the prompt, until the first visual token arrives
+        self.keys: torch.Tensor | None = None  # of the prompt, until the first visual token arrives
+        self.values: torch.Tensor | None = None
         self.prompt_mask: torch.Tensor | None = None
         self.num_prompt = self.num_visual = 0
         self._query_missing = False
@@ -118,8 +120,9 @@ class SSDLayer(CacheLayerMixin):
         if self.num_visual == 0 and (self.num_prompt == 0 or key_states.shape[2] > 1):
             return self._update_prompt(key_states, value_states)
         self._check_visual(key_states)
-        if not self.stores:
-            self._open_stores()
+        if self.keys is not None and self.values is not None:
+            self._open_stores(self.keys, self.values)
+            self.keys = self.values = None
         parts = zip(self.stores, self._split(key_states), self._split(value_states), strict=True)
         for store, keys, values in parts:
             store.append(keys, values, self.num_visual)
@@ -127,17 +130,17 @@ class SSDLayer(CacheLayerMixin):
         return self._visible()
 
     def _update_prompt(self, key_states: torch.Tensor, value_states: torch.Tensor):
-        if self.keys is not None:
+        if self.keys is not None and self.values is not None:
             key_states = torch.cat([self.keys, key_states], dim=2)
             value_states = torch.cat([self.values, value_states], dim=2)
         self.keys, self.values = key_states, value_states
         self.num_prompt = key_states.shape[2]
         seen = key_states[:]  # an alias, since the layer must not hold the tensor that holds the layer
-        seen.ssd_layer = self
+        seen.ssd_layer = self  # type: ignore[attr-defined]
         return seen, value_states
 
     def _check_visual(self, key_states: torch.Tensor) -> None:
-        batch = (self.keys if self.keys is not None else self.stores[0].keys).shape[0]
+        batch = (self.stores[0].keys if self.keys is None else self.keys).shape[0]
         if key_states.shape[2] != 1:
             raise ValueError(
                 f"SSDCache got {key_states.shape[2]} tokens at once while it holds a picture of {self.num_visual} "
@@ -155,7 +158,7 @@ class SSDLayer(CacheLayerMixin):
                 f"{key_states.device}; moving a model in mid-picture is not supported."
             )
 
-    def _open_stores(self) -> None:
+    def _open_stores(self, prompt_keys: torch.Tensor, prompt_values: torch.Tensor) -> None:
         """Move the prompt into stores, one for each number of slots, the semantic heads of a store first."""
         plan = self.plan
         by_slots: dict[int, list[int]] = {}
@@ -165,22 +168,23 @@ class SSDLayer(CacheLayerMixin):
         for num_slots, heads in by_slots.items():
             # with room for the whole grid nothing is evicted within a picture, so nothing is scored
             scored = num_slots < plan.num_cells
+            heads = heads if scored else sorted(heads)
             store = self.make_store(
-                num_slots,
-                sum(kinds[head] == "semantic" for head in heads) if scored else 0,
+                prompt_keys[:, heads],
+                prompt_values[:, heads],
+                self.prompt_mask,
+                num_slots=num_slots,
+                num_semantic=sum(kinds[head] == "semantic" for head in heads) if scored else 0,
                 buffer=min(plan.buffer, num_slots),
                 num_recent=plan.num_recent,
                 num_sinks=plan.num_sinks if scored else 0,
             )
-            heads = heads if scored else sorted(heads)
-            store.allocate(self.keys[:, heads], self.values[:, heads], self.prompt_mask)
             self.stores.append(store)
             self.head_indices.append(heads)
         order = [head for heads in self.head_indices for head in heads]
         if order != list(range(len(order))):
-            self.order = torch.tensor(order, device=self.keys.device)
+            self.order = torch.tensor(order, device=prompt_keys.device)
             self.inverse_order = self.order.argsort()
-        self.keys = self.values = None
 
     def _split(self, states: torch.Tensor) -> Sequence[torch.Tensor]:
         """`[batch, kv_heads, ...]` in the model's order of heads, split over the stores in theirs."""
@@ -193,11 +197,9 @@ class SSDLayer(CacheLayerMixin):
         return SlotStore(*args, **kwargs)
 
     def _visible(self):
-        if len(self.stores) == 1:
-            keys, values, _ = self.stores[0].visible()
-        else:
-            pairs = [store.visible() for store in self.stores]
-            keys, values = GroupedStates(pair[0] for pair in pairs), GroupedStates(pair[1] for pair in pairs)
+        pairs = [store.visible()[:2] for store in self.stores]
+        states: Any = pairs[0] if len(pairs) == 1 else [GroupedStates(group) for group in zip(*pairs, strict=True)]
+        keys, values = states
         keys.ssd_layer = self
         return keys, values
 
@@ -272,7 +274,7 @@ class SSDLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of K and V really held."""
-        prompt = 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+        prompt = sum(states.nbytes for states in (self.keys, self.values) if states is not None)
         return prompt + sum(store.nbytes for store in self.stores)
 
     @property

@@ -24,34 +24,32 @@ THRESHOLD = 0.5
 
 
 class WindowMass:
-    """Mean share of a head's visual attention that lies on its last `window` visual tokens.
+    """Share of a head's visual attention that lies on its last `window` visual tokens.
 
-    With `a[t, j]` the softmax weight that the query of visual token `t` gives to visual token `j <= t`:
-    `mass[t] = sum(a[t, j] for j > t - window) / sum(a[t, j] for all j)`, averaged over the query heads of a KV head,
-    the rows of the batch, and the `t >= window`, since before that it is 1 whatever the head does.
+    With `a[t, j]` the softmax weight that the query of visual token `t` gives to visual token `j <= t`, the score is
+    `sum(a[t, j] for t, j > t - window) / sum(a[t, j] for t, j)`: over the query heads of a KV head, the rows of the
+    batch, and the `t >= window`, since before that all tokens lie inside. A head that looks at the prompt alone has 0.
     """
 
     def __init__(self, num_layers: int, num_kv_heads: int, window: int):
         self.window = window
-        self.total = torch.zeros(num_layers, num_kv_heads, dtype=torch.float64)
-        self.count = 0
+        self.inside = torch.zeros(num_layers, num_kv_heads, dtype=torch.float64)
+        self.visual = torch.zeros(num_layers, num_kv_heads, dtype=torch.float64)
 
     def add(self, layer_idx: int, weights: torch.Tensor, num_prompt: int) -> None:
         """Take in `[batch, kv_heads, groups, steps, num_prompt + stored]`, the last query on the last token."""
         visual = weights[..., num_prompt:]
         steps, stored = visual.shape[-2:]
         token = torch.arange(stored - steps, stored, device=visual.device)[:, None]
-        inside = torch.arange(stored, device=visual.device) > token - self.window
-        counted = token[:, 0] >= self.window
-        mass = (visual * inside).sum(-1) / visual.sum(-1)  # [batch, kv_heads, groups, steps]
-        self.total[layer_idx] += mass[..., counted].double().sum((0, 2, 3)).cpu()
-        if layer_idx == 0:
-            self.count += mass.shape[0] * mass.shape[2] * int(counted.sum())
+        near = torch.arange(stored, device=visual.device) > token - self.window
+        visual = visual * (token >= self.window)
+        self.visual[layer_idx] += visual.sum((0, 2, 3, 4), dtype=torch.float64).cpu()
+        self.inside[layer_idx] += (visual * near).sum((0, 2, 3, 4), dtype=torch.float64).cpu()
 
     @property
-    def mean(self) -> torch.Tensor:
+    def score(self) -> torch.Tensor:
         """`[layers, kv_heads]`, float64, in [0, 1]."""
-        return self.total / max(1, self.count)
+        return self.inside / self.visual.clamp(min=torch.finfo(torch.float64).tiny)
 
 
 class _WatchingStore(SlotStore):
@@ -76,7 +74,7 @@ class _WatchingLayer(SSDLayer):
 
 def watching_cache(grid: tuple[int, int], statistics: WindowMass) -> Cache:
     """A full cache that shows every step's attention to `statistics`."""
-    num_layers, num_kv_heads = statistics.total.shape
+    num_layers, num_kv_heads = statistics.inside.shape
     cells = grid[0] * grid[1]
     # one cell more than the grid has, so that every head counts as one that is scored
     plans = [
@@ -84,6 +82,23 @@ def watching_cache(grid: tuple[int, int], statistics: WindowMass) -> Cache:
         for layer in range(num_layers)
     ]
     return Cache(layers=[_WatchingLayer(plan, statistics) for plan in plans])
+
+
+def check_profiling(grid: tuple[int, int], window: int | None, threshold: float, batch_size: int) -> int:
+    """The window to use, when all settings are in range.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    rows, columns = grid
+    window = columns + 1 if window is None else window
+    if not 1 <= window < rows * columns:
+        raise ValueError(f"window={window} is out of range: give 1 to {rows * columns - 1} visual tokens")
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold={threshold} is out of range: give a number between 0 and 1")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} is out of range: give 1 or more")
+    return window
 
 
 def profile_heads(
@@ -111,7 +126,9 @@ def profile_heads(
         window: visual tokens that count as near; a grid row and one when not given, so that "right above" is inside.
         threshold: between 0 and 1.
         batch_size: pictures drawn at once.
-        guidance_scale, temperature, seed: as for `Generator.generate`; batch `i` is drawn with `seed + i`.
+        guidance_scale: as for `Generator.generate`.
+        temperature: as for `Generator.generate`.
+        seed: of the first batch; batch `i` is drawn with `seed + i`.
         progress: show a bar over visual tokens.
 
     Returns:
@@ -124,13 +141,7 @@ def profile_heads(
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
     checkpoint = generator.checkpoint
     rows, columns = checkpoint.grid
-    window = columns + 1 if window is None else window
-    if not 1 <= window < rows * columns:
-        raise ValueError(f"window={window} is out of range: give 1 to {rows * columns - 1} visual tokens")
-    if not 0 < threshold < 1:
-        raise ValueError(f"threshold={threshold} is out of range: give a number between 0 and 1")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} is out of range: give 1 or more")
+    window = check_profiling(checkpoint.grid, window, threshold, batch_size)
     prompts = list(prompts)
     statistics = WindowMass(checkpoint.num_layers, checkpoint.num_kv_heads, window)
     with (
@@ -146,7 +157,7 @@ def profile_heads(
                 seed=seed + batch,
                 on_tokens=bar.update,
             )
-    scores = statistics.mean.float()
+    scores = statistics.score.float()
     return HeadMap(
         scores >= threshold,
         checkpoint.grid,

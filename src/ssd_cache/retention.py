@@ -80,7 +80,7 @@ def select_victims(
     """
     num_semantic = 0 if scores is None else scores.shape[1]
     victims = []
-    if num_semantic:
+    if scores is not None and num_semantic:
         by_age = positions[:, :num_semantic].argsort(-1)
         spared = positions[:, :num_semantic] >= num_seen - num_recent
         keep = scores.masked_fill(spared, float("inf")).gather(-1, by_age)

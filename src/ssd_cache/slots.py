@@ -17,6 +17,8 @@ class SlotStore:
     """K and V of heads with equally many slots, the semantic heads first.
 
     Args:
+        key_states, value_states: the whole prompt, `[batch, heads, num_prompt, head_dim]`.
+        prompt_mask: `[batch, num_prompt]`, False on padding, or None where there is none.
         num_slots: places for visual tokens in each head.
         num_semantic: how many of the heads, counted from the first, keep by score; the others keep by age.
         buffer: tokens evicted at once, when one arrives and all slots are taken.
@@ -26,33 +28,37 @@ class SlotStore:
     Attributes:
         keys, values: `[batch, heads, num_prompt + num_slots, head_dim]`; slots from `num_stored` on are free.
         positions: `[batch, heads, num_slots]`, int32, the visual token in each slot, counted from 0.
-        scores: `[batch, num_semantic, num_slots]`, float32, attention received so far; None without semantic heads.
+        scores: `[batch, num_semantic, num_slots]`, float32, attention received so far.
         queries: `[batch, num_semantic, groups, buffer, head_dim]`, steps whose attention is not yet in `scores`.
     """
 
-    def __init__(self, num_slots: int, num_semantic: int, *, buffer: int, num_recent: int, num_sinks: int):
+    def __init__(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        prompt_mask: torch.Tensor | None,
+        *,
+        num_slots: int,
+        num_semantic: int,
+        buffer: int,
+        num_recent: int,
+        num_sinks: int,
+    ):
         self.num_slots, self.num_semantic = num_slots, num_semantic
         self.buffer, self.num_recent, self.num_sinks = buffer, num_recent, num_sinks
-        self.num_prompt = self.num_stored = self.num_held = 0
+        self.num_stored = self.num_held = 0
         self.scaling = 1.0
-        self.keys = self.values = self.positions = None
-        self.scores = self.queries = self.mask = None
-
-    def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor, prompt_mask: torch.Tensor | None) -> None:
-        """Take in the whole prompt, `[batch, heads, num_prompt, head_dim]`, and make room for the slots.
-
-        `prompt_mask` is `[batch, num_prompt]`, False on padding, or None where there is none.
-        """
         batch, heads, self.num_prompt, _ = key_states.shape
         self.keys, self.values = (
-            states.new_zeros(batch, heads, self.num_prompt + self.num_slots, states.shape[-1])
+            states.new_zeros(batch, heads, self.num_prompt + num_slots, states.shape[-1])
             for states in (key_states, value_states)
         )
         self.keys[:, :, : self.num_prompt] = key_states
         self.values[:, :, : self.num_prompt] = value_states
-        self.positions = torch.zeros(batch, heads, self.num_slots, dtype=torch.int32, device=key_states.device)
-        if self.num_semantic:
-            self.scores = torch.zeros(batch, self.num_semantic, self.num_slots, device=key_states.device)
+        self.positions = torch.zeros(batch, heads, num_slots, dtype=torch.int32, device=key_states.device)
+        self.scores = torch.zeros(batch, num_semantic, num_slots, device=key_states.device)
+        self.queries: torch.Tensor | None = None
+        self.mask: torch.Tensor | None = None
         if prompt_mask is not None:
             self.mask = torch.ones(batch, self.keys.shape[2], dtype=torch.bool, device=key_states.device)
             self.mask[:, : self.num_prompt] = prompt_mask
@@ -94,7 +100,7 @@ class SlotStore:
 
     def _score(self) -> None:
         """Add the attention of the held queries to the scores; exact, since nothing was evicted since the first."""
-        if self.num_held == 0:
+        if self.queries is None or self.num_held == 0:
             return
         end = self.num_prompt + self.num_stored
         weights = attention_weights(
@@ -117,13 +123,10 @@ class SlotStore:
         victims = select_victims(
             self.positions, self.scores, self.buffer, num_seen, num_recent=self.num_recent, num_sinks=self.num_sinks
         )
-        moved = [self.keys[:, :, self.num_prompt :], self.values[:, :, self.num_prompt :], self.positions]
-        if self.scores is not None:
-            moved.append(self.scores)
-        compact(moved, victims)
+        keys, values = self.keys[:, :, self.num_prompt :], self.values[:, :, self.num_prompt :]
+        compact([keys, values, self.positions, self.scores], victims)
         self.num_stored -= self.buffer
-        if self.scores is not None:
-            self.scores[:, :, self.num_stored :] = 0
+        self.scores[:, :, self.num_stored :] = 0
 
     def select_rows(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every tensor by `select(tensor)`, which picks, repeats or reorders rows of the batch."""
@@ -134,7 +137,7 @@ class SlotStore:
     @property
     def nbytes(self) -> int:
         """Bytes of K and V."""
-        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+        return self.keys.nbytes + self.values.nbytes
 
     @property
     def bookkeeping_nbytes(self) -> int:

@@ -10,8 +10,7 @@ from typing import Annotated
 import typer
 
 import ssd_cache
-from ssd_cache.cli import generate, inspect
-from ssd_cache.cli.bench import bench
+from ssd_cache.cli import bench, generate, inspect, profile
 from ssd_cache.cli.errors import OneLineGroup
 
 app = typer.Typer(
@@ -22,7 +21,8 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
-app.command("bench")(bench)
+app.command("profile")(profile.profile)
+app.command("bench")(bench.bench)
 
 
 def _version(wanted: bool) -> None:

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ssd_cache.bench import SHAPES, default_cases, measure, random_janus
+from ssd_cache.bench import SHAPES, Measurement, default_cases, measure, random_janus
 from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.report import size
 from ssd_cache.head_map import HeadMap
@@ -52,7 +52,7 @@ def bench(
     if head_map is None:
         raise WrongUse(f"--model {model} has no head map in its folder")
     console = Console(highlight=False, markup=False)
-    results = []
+    results: list[Measurement] = []
     for turn, results in enumerate(  # noqa: B007  # the last round's is printed
         measure(network, default_cases(network, head_map), batch_size=batch_size, rounds=rounds), start=1
     ):

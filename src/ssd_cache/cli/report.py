@@ -31,7 +31,7 @@ def table(drawings: Sequence[Drawing], conditions: str) -> Table:
     for title in (
         "visual\ntokens",
         "K and V\nnow",
-        "with a full\ncache",
+        "full\ncache",
         "ratio",
         "beside\nK and V",
         "tokens/s",

@@ -47,7 +47,7 @@ def score_shapes(
     guidance_scale: float | None = None,
     temperature: float | None = None,
     seed: int = 0,
-    on_tokens: Callable[[int], None] | None = None,
+    on_tokens: Callable[[int], object] | None = None,
 ) -> ShapesScore:
     """Draw every prompt once and judge it.
 

@@ -26,11 +26,11 @@ HEAD_MAP_FOLDER = "head_map"
 
 
 class Generator(ABC):
-    """A loaded image model with its processor; made by `Checkpoint.load`.
+    """A loaded image model with its processor; made by `Checkpoint.load`, or by `generator_of` around a model.
 
     Attributes:
         checkpoint: where it comes from, its grid and numbers of layers and heads.
-        model: the transformers model, in evaluation mode, its attention set to "ssd".
+        model: the transformers model; from `Checkpoint.load` in evaluation mode, with the attention "ssd".
         processor: the transformers processor.
     """
 
@@ -57,7 +57,7 @@ class Generator(ABC):
 
     @abstractmethod
     def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:
-        """Pictures of visual tokens `[batch, cells]`, decoded in float32 and a few at a time."""
+        """Pictures of visual tokens `[batch, cells]`, decoded a few at a time, in float32 after `load`."""
 
     def generate(
         self,
@@ -67,7 +67,7 @@ class Generator(ABC):
         guidance_scale: float | None = None,
         temperature: float | None = None,
         seed: int = 0,
-        on_tokens: Callable[[int], None] | None = None,
+        on_tokens: Callable[[int], object] | None = None,
     ) -> torch.Tensor:
         """Draw one picture a prompt, all in one batch; returns visual tokens `[batch, rows * columns]`.
 
@@ -83,8 +83,10 @@ class Generator(ABC):
             on_tokens: called at every step with the number of visual tokens drawn in it.
 
         Raises:
-            GeneratorError: no prompt, an empty one, or a setting out of range.
+            GeneratorError: no list of prompts, none in it, an empty one, or a setting out of range.
         """
+        if isinstance(prompts, str):
+            raise GeneratorError(f"prompts={prompts!r} is one text: give a list of texts, one a picture")
         if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
             raise GeneratorError(f"prompts={list(prompts)!r}: give at least one prompt, and none that is empty")
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale

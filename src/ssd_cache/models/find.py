@@ -55,6 +55,8 @@ def find_generator(name: str) -> Checkpoint:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GeneratorError(f"model {name!r}: its config.json can not be read: {_first_line(error)}") from error
+    if hasattr(config, "format_version"):  # of a map, which names the type of its model too
+        raise GeneratorError(f"model {name!r} is a head map, not a model; give it as --head-map, or to HeadMap")
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise GeneratorError(

@@ -67,7 +67,7 @@ class JanusGenerator(Generator):
         cache: Cache | None,
         guidance_scale: float,
         temperature: float,
-        on_tokens: Callable[[int], None] | None,
+        on_tokens: Callable[[int], object] | None,
     ) -> torch.Tensor:
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
@@ -112,7 +112,7 @@ class JanusGenerator(Generator):
 class _Ticker(LogitsProcessor):
     """Reports every step of a generation and changes nothing."""
 
-    def __init__(self, on_tokens: Callable[[int], None]):
+    def __init__(self, on_tokens: Callable[[int], object]):
         self.on_tokens = on_tokens
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:

@@ -54,6 +54,7 @@ def forge(folder: Path, tensors: dict[str, torch.Tensor] | bytes | None = None, 
         "model_type": None,
         "method": None,
         "threshold": None,
+        "budget": None,
         "profile": {},
         **config_changes,
     }
@@ -240,6 +241,7 @@ def test_golden_file():
     assert (head_map.threshold, head_map.model_type, head_map.model_id) == (0.625, "janus", "user/tiny-janus")
     assert (head_map.revision, head_map.method) == ("0123456789abcdef0123456789abcdef01234567", "window mass")
     assert head_map.profile == {"num_prompts": 2, "seeds": [0, 1], "window": 10, "note": "größer"}
+    assert head_map.budget == [{"spatial": 12, "semantic": 16}, 0.5, 20]
     assert head_map.digest == "2968bca653eb"
     assert repr(head_map) == f"HeadMap(3 layers x 4 KV heads, 4 spatial, 8 semantic, grid 6x8, from {GOLDEN})"
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ssd_cache.attention import NAME
 from ssd_cache.cache import SSDCache
-from ssd_cache.head_map import HeadMap, HeadMapError
+from ssd_cache.head_map import HeadMap
 
 
 @contextmanager
@@ -38,12 +38,7 @@ def enable(model: PreTrainedModel, head_map: HeadMap, **settings) -> Iterator[Pr
     """
     SSDCache(head_map, **settings)  # refuse bad settings now, not in the middle of a pipeline
     config = model.config.get_text_config(decoder=True)
-    if (config.num_hidden_layers, config.num_key_value_heads) != (head_map.num_layers, head_map.num_kv_heads):
-        raise HeadMapError(
-            f"the head map ({head_map.origin}) has {head_map.num_layers} layers x {head_map.num_kv_heads} KV heads, "
-            f"but {type(model).__name__} has {config.num_hidden_layers} x {config.num_key_value_heads}: use the map "
-            "that was made for this model"
-        )
+    head_map.check_fits(type(model).__name__, config.num_hidden_layers, config.num_key_value_heads)
     own_generate = vars(model).get("generate")
     generate = model.generate
 

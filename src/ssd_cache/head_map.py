@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import CommitInfo
 
 from ssd_cache import head_map_card, head_map_checks, head_map_files, head_map_hub
+from ssd_cache.budget import Budget
 from ssd_cache.head_map_checks import HeadMapError
 
 __all__ = ["HeadMap", "HeadMapError"]
@@ -39,6 +40,7 @@ class HeadMap:
         revision: the commit of that model.
         model_type: `config.model_type` of that model.
         method: how the labels were made, in a few words.
+        budget: the budget that the map was fitted to, as for [`SSDCache`], which uses it when none is given.
         profile: further facts that repeat the making (prompts, seeds, window, ...), a small dict of JSON values.
 
     Tensors are copied to the CPU; treat them as read-only. Raises [`HeadMapError`] for anything out of these limits.
@@ -57,7 +59,10 @@ class HeadMap:
     revision: str | None
     model_type: str | None
     method: str | None
+    budget: Budget | None
     profile: dict[str, Any]
+    is_online: bool = field(init=False)
+    """Whether the labels are still to be found, in every run anew; see [`HeadMap.online`]."""
     origin: str = field(init=False)
     """Where this map comes from: a path, a Hub repository with its commit, or "made in memory"."""
 
@@ -72,6 +77,7 @@ class HeadMap:
         revision: str | None = None,
         model_type: str | None = None,
         method: str | None = None,
+        budget: Budget | None = None,
         profile: Mapping[str, Any] | None = None,
     ) -> None:
         labels = head_map_checks.checked_labels(is_spatial)
@@ -82,7 +88,9 @@ class HeadMap:
             "scores": head_map_checks.checked_scores(scores, labels.shape),
             "threshold": head_map_checks.checked_threshold(threshold),
             **{name: head_map_checks.checked_text(name, text) for name, text in texts.items()},
+            "budget": head_map_checks.checked_budget(budget, labels.shape[0], head_map_checks.checked_grid(grid)),
             "profile": head_map_checks.checked_profile(profile),
+            "is_online": False,
             "origin": "made in memory",
         }
         for name, value in values.items():
@@ -104,6 +112,18 @@ class HeadMap:
         head_map_checks.check_shape((num_layers, num_kv_heads))
         labels = torch.full((num_layers, num_kv_heads), kind == "spatial", dtype=torch.bool, device="cpu")
         return cls(labels, grid, method=f"uniform {kind}")
+
+    @classmethod
+    def online(cls, *, num_layers: int, num_kv_heads: int, grid: tuple[int, int] = (24, 24)) -> HeadMap:
+        """A map without labels: an `SSDCache` finds them for itself, from the first rows of each batch of pictures.
+
+        For a model that nobody has profiled. What a layer decides by is told in `SSDLayer`; `cache.labels` tells what
+        was decided. There is nothing in it to save or to invert.
+        """
+        head_map = cls.uniform("semantic", num_layers=num_layers, num_kv_heads=num_kv_heads, grid=grid)
+        for name, value in {"is_online": True, "method": "online", "origin": "labels found at run time"}.items():
+            object.__setattr__(head_map, name, value)
+        return head_map
 
     @classmethod
     def from_pretrained(
@@ -158,6 +178,7 @@ class HeadMap:
         A crash in between leaves either the old map or a pair that [`from_pretrained`] refuses, never a wrong map.
         Raises [`HeadMapError`] when the folder cannot be written.
         """
+        self._check_labelled("saved")
         path = Path(os.path.expanduser(folder))
         head_map_files.write_folder(path, self._files())
         return path
@@ -176,6 +197,7 @@ class HeadMap:
         The repository, and the branch `revision`, are made when they are missing; a card that is there is replaced.
         Returns huggingface_hub's `CommitInfo` (`.oid` is the commit, `.commit_url` its page). Raises [`HeadMapError`].
         """
+        self._check_labelled("pushed to the Hub")
         files = self._files() | {head_map_card.PICTURE_NAME: head_map_card.png(self)}
         repo_id = head_map_hub.create(repo_id, token=token, private=private, revision=revision)
         files["README.md"] = head_map_card.card(self, repo_id).encode()
@@ -200,8 +222,29 @@ class HeadMap:
         shape = f"{self.num_layers}x{self.num_kv_heads} {self.grid[0]}x{self.grid[1]} "
         return hashlib.sha256(shape.encode() + bytes(self.is_spatial.flatten().tolist())).hexdigest()[:12]
 
+    def check_fits(self, model: str, num_layers: int, num_kv_heads: int, grid: tuple[int, int] | None = None) -> None:
+        """Refuse to be used with a model of another shape.
+
+        Args:
+            model: the model's name, for the message.
+            num_layers, num_kv_heads: the model's decoder layers, and KV heads in each.
+            grid: its rows and columns of visual tokens, where they are known.
+
+        Raises [`HeadMapError`] with both shapes and this map's origin.
+        """
+        same_grid = grid is None or grid == self.grid
+        if (num_layers, num_kv_heads) != (self.num_layers, self.num_kv_heads) or not same_grid:
+            ours, theirs = "", ""
+            if grid is not None:
+                ours, theirs = f" and a grid of {self.grid[0]} x {self.grid[1]}", f" and {grid[0]} x {grid[1]}"
+            raise HeadMapError(
+                f"the head map ({self.origin}) has {self.num_layers} layers x {self.num_kv_heads} KV heads{ours}, but "
+                f"{model} has {num_layers} x {num_kv_heads}{theirs}: use the map that was made for this model"
+            )
+
     def __invert__(self) -> HeadMap:
         """The same heads with each label turned round; scores stay, `method` says so, twice gives this map again."""
+        self._check_labelled("inverted")
         if self.method is None or self.method == INVERTED:
             method = None if self.method else INVERTED
         elif self.method.startswith(f"{INVERTED}: "):
@@ -217,7 +260,8 @@ class HeadMap:
         if not isinstance(other, HeadMap):
             return NotImplemented
         return (
-            self._facts() == other._facts()
+            self.is_online == other.is_online
+            and self._facts() == other._facts()
             and torch.equal(self.is_spatial, other.is_spatial)
             and self.scores.keys() == other.scores.keys()
             and all(torch.equal(score, other.scores[name]) for name, score in self.scores.items())
@@ -228,11 +272,19 @@ class HeadMap:
 
     def __repr__(self) -> str:
         num_spatial = int(self.is_spatial.sum())
+        labels = f"{num_spatial} spatial, {self.is_spatial.numel() - num_spatial} semantic"
+        place = self.origin if self.is_online or self.origin.startswith("made in memory") else f"from {self.origin}"
         return (
-            f"HeadMap({self.num_layers} layers x {self.num_kv_heads} KV heads, {num_spatial} spatial, "
-            f"{self.is_spatial.numel() - num_spatial} semantic, grid {self.grid[0]}x{self.grid[1]}, "
-            f"{'' if self.origin.startswith('made in memory') else 'from '}{self.origin})"
+            f"HeadMap({self.num_layers} layers x {self.num_kv_heads} KV heads, "
+            f"{'online' if self.is_online else labels}, grid {self.grid[0]}x{self.grid[1]}, {place})"
         )
+
+    def _check_labelled(self, what: str) -> None:
+        if self.is_online:
+            raise HeadMapError(
+                f"an online map has no labels, so it can not be {what}; use the labels that a cache found "
+                "(cache.labels), or profile_heads"
+            )
 
     def _facts(self) -> dict[str, Any]:
         """What config.json holds beside its version and checksum."""
@@ -245,6 +297,7 @@ class HeadMap:
             "model_type": self.model_type,
             "method": self.method,
             "threshold": self.threshold,
+            "budget": self.budget,
             "profile": self.profile,
         }
 

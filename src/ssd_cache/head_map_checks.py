@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ssd_cache.budget import Budget, resolve_budget
+
 MAX_LAYERS, MAX_KV_HEADS, MAX_GRID_SIDE, MAX_SCORES = 1024, 4096, 4096, 64
 MAX_TEXT, MAX_PROFILE_BYTES, MAX_JSON_DEPTH = 256, 64 << 10, 16
 SCORE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -81,6 +83,21 @@ def checked_threshold(threshold: float | None) -> float | None:
     if not math.isfinite(value):
         raise HeadMapError(f"threshold={threshold!r:.100}; give a finite number, or None")
     return value
+
+
+def checked_budget(budget: Budget | None, num_layers: int, grid: tuple[int, int]) -> Budget | None:
+    """A copy of a budget that fits the map, as JSON holds it: a number, or a list with one dict or number a layer."""
+    if budget is None:
+        return None
+    cells = grid[0] * grid[1]
+    try:
+        slots = resolve_budget(budget, num_layers, cells)
+    except (ValueError, TypeError) as error:
+        raise HeadMapError(f"budget: {error}") from error
+    most = max(max(layer.values()) for layer in slots)
+    if most > cells:
+        raise HeadMapError(f"budget: {most} slots, but the grid has {cells} visual tokens; give at most {cells}")
+    return checked_profile({"budget": budget})["budget"]
 
 
 def checked_text(name: str, text: str | None) -> str | None:

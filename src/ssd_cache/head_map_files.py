@@ -30,7 +30,7 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_TENSORS_BYTES = 16 << 20
 MAX_HEADER_BYTES = 64 << 10
 
-FACTS = frozenset({"grid", "model_id", "revision", "model_type", "method", "threshold", "profile"})
+FACTS = frozenset({"grid", "model_id", "revision", "model_type", "method", "threshold", "budget", "profile"})
 CONFIG_FIELDS = FACTS | {"format_version", "num_layers", "num_kv_heads", "sha256"}
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from ssd_cache.head_map import HeadMap, HeadMapError
+from ssd_cache.head_map import HeadMap
 from ssd_cache.models.settings import GeneratorError, check_drawing, resolve_device, resolve_dtype
 
 BUNDLED = "shapes-janus"
@@ -54,6 +54,10 @@ class Generator(ABC):
     @abstractmethod
     def draw(self, prompts, cache, guidance_scale, temperature, on_tokens) -> torch.Tensor:
         """Visual tokens `[batch, cells]` with settings that were checked; see `generate`."""
+
+    def is_unconditional(self, num_prompts: int) -> torch.Tensor:
+        """Which of the decoder's rows for that many prompts guidance draws without them, boolean `[rows]`."""
+        return torch.zeros(num_prompts, dtype=torch.bool)
 
     @abstractmethod
     def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:
@@ -152,19 +156,9 @@ class Checkpoint:
         Raises:
             HeadMapError: layers, KV heads or grid differ.
         """
-        wanted = (self.num_layers, self.num_kv_heads, self.grid)
-        if (head_map.num_layers, head_map.num_kv_heads, head_map.grid) != wanted:
-            raise HeadMapError(
-                f"the head map ({head_map.origin}) has {head_map.num_layers} layers x {head_map.num_kv_heads} KV heads "
-                f"and a grid of {_times(head_map.grid)}, but {self.name} has {self.num_layers} x {self.num_kv_heads} "
-                f"and {_times(self.grid)}: use the map that was made for this model"
-            )
+        head_map.check_fits(self.name, self.num_layers, self.num_kv_heads, self.grid)
 
     def load(self, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto") -> Generator:
         """The model itself, in evaluation mode; see `resolve_dtype` and `resolve_device` for "auto"."""
         device = resolve_device(device)
         return self.family.load(self, resolve_dtype(dtype, device), device)
-
-
-def _times(grid: tuple[int, int]) -> str:
-    return f"{grid[0]} x {grid[1]}"

@@ -23,6 +23,7 @@ class ReferenceHead:
         self.num_sinks = num_sinks if num_slots < num_cells else 0
         self.kept = []
         self.score = {}
+        self.received = []  # one dict a step: visual token -> weight
         self.keys, self.values = [], []  # of every visual token that ever arrived
 
     def _evict(self):
@@ -52,6 +53,7 @@ class ReferenceHead:
         self.values.append(value)
         self.kept.append(token)
         self.score[token] = 0.0
+        self.received.append({})
         outputs = []
         for query in queries:
             logits, seen_values, tokens = [], [], []
@@ -71,7 +73,36 @@ class ReferenceHead:
             for weight, kept in zip(weights, tokens, strict=True):
                 if kept is not None:
                     self.score[kept] += weight
+                    self.received[token][kept] = self.received[token].get(kept, 0.0) + weight
             outputs.append(
                 [sum(w * v[d] for w, v in zip(weights, seen_values, strict=True)) for d in range(len(seen_values[0]))]
             )
         return outputs
+
+
+def online_kind(rows):
+    """The kind that an online map gives a KV head whose slots are full for the first time; `rows` are its rows.
+
+    Looks back at the last `buffer` queries: of the tokens from before them, did the newest half receive more of their
+    attention, or the half of highest score?
+    """
+    window = hitters = 0.0
+    for head in rows:
+        first = head.num_slots - head.buffer  # the first of the last queries
+        num_kept = first // 2
+        num_recent = head.num_recent * num_kept // head.num_slots
+        score = {
+            token: sum(head.received[query].get(token, 0.0) for query in range(token, first)) for token in range(first)
+        }
+        spared = [token for token in range(first) if token >= first - num_recent]
+        others = sorted((token for token in range(first) if token not in spared), key=lambda t: (-score[t], -t))
+        num_others = num_kept - len(spared)
+        if 0 < num_others < len(others) and score[others[num_others - 1]] - score[others[num_others]] < 1e-5:
+            raise AmbiguousError
+        kept_by_score = spared + others[:num_others]
+        for query in range(first, head.num_slots):
+            window += sum(head.received[query].get(token, 0.0) for token in range(first - num_kept, first))
+            hitters += sum(head.received[query].get(token, 0.0) for token in kept_by_score)
+    if abs(window - hitters) < 1e-5 * max(window, hitters) and window != hitters:
+        raise AmbiguousError
+    return "spatial" if window > hitters else "semantic"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_checkpoint import HEADS, LAYERS, SIDE, head_map, write_checkpoint
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache
 from ssd_cache.models import (
@@ -276,3 +276,13 @@ def test_devices_that_are_not_there_are_refused(device):
     assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(GeneratorError, match=f"device '{device}' can not be used on this machine"):
         resolve_device(device)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.001, 5.0])
+def test_the_bundled_model_with_a_full_budget_draws_what_dynamic_cache_draws(guidance_scale):
+    bundled = find_generator(BUNDLED).load("float32", "cpu")
+    captions = ["a photo of a red circle", "a photo of a square left of a triangle", "a photo of four circles"]
+    settings = {"guidance_scale": guidance_scale, "temperature": 1.0, "seed": 3}
+    expected = bundled.generate(captions, DynamicCache(), **settings)
+    cache = SSDCache(bundled.checkpoint.head_map(), 1.0)
+    assert torch.equal(bundled.generate(captions, cache, **settings), expected)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from reference import AmbiguousError, ReferenceHead
+from reference import AmbiguousError, ReferenceHead, online_kind
 
 from ssd_cache import HeadMap, SSDCache
 from ssd_cache.attention import ssd_attention_forward
@@ -147,6 +147,63 @@ def test_same_tokens_and_outputs_as_plain_loops(run):
                 torch_errors.append((plain[:, 0].double() - expected).abs().max())
     # at most twice the error of torch's own attention over the same tokens; 1e-6 for runs in which that is nil
     assert max(errors) <= 2 * max(torch_errors) + 1e-6
+
+
+@given(runs(), st.integers(1, 30))
+def test_online_labels_and_tokens_as_plain_loops(run, num_slots):
+    torch.manual_seed(run["seed"])
+    batch, kv_heads, groups, dim = run["batch"], len(run["is_spatial"]), run["groups"], 4
+    grid, cells = run["grid"], run["grid"][0] * run["grid"][1]
+    least = run["buffer"] + max(run["num_recent"], run["num_sinks"])
+    assume(least <= num_slots < cells)
+    num_prompt, total = run["num_prompt"], run["num_prompt"] + cells
+    queries = torch.randn(batch, kv_heads * groups, total, dim) * run["sharpness"]
+    keys, values = torch.randn(batch, kv_heads, total, dim), torch.randn(batch, kv_heads, total, dim)
+    for head in range(0, kv_heads, 2):  # every other head follows what came just before
+        for token in range(1, total):
+            keys[:, head, token] = 0.7 * keys[:, head, token - 1] + 0.7 * keys[:, head, token]
+            for query in range(head * groups, (head + 1) * groups):
+                queries[:, query, token] = 3 * keys[:, head, token]
+    settings = {name: run[name] for name in ("buffer", "num_recent", "num_sinks")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cache = SSDCache(HeadMap.online(num_layers=1, num_kv_heads=kv_heads, grid=grid), num_slots, **settings)
+    reference = {
+        (row, head): ReferenceHead("semantic", num_slots, cells, *settings.values())
+        for row in range(batch)
+        for head in range(kv_heads)
+    }
+    kinds = None
+    prompt = slice(0, num_prompt)
+    for step, output in step_through(cache, queries, keys, values, num_prompt, None):
+        at = num_prompt + step
+        try:
+            if step == num_slots:
+                kinds = [online_kind([reference[row, head] for row in range(batch)]) for head in range(kv_heads)]
+                for (_, head), slow in reference.items():
+                    slow.evicts_by_score = kinds[head] == "semantic"
+            expected = {
+                (row, head): slow.step(
+                    queries[row, head * groups : (head + 1) * groups, at].tolist(),
+                    keys[row, head, at].tolist(),
+                    values[row, head, at].tolist(),
+                    keys[row, head, prompt].tolist(),
+                    values[row, head, prompt].tolist(),
+                    [True] * num_prompt,
+                    dim**-0.5,
+                )
+                for (row, head), slow in reference.items()
+            }
+        except AmbiguousError:
+            assume(False)
+        assert held_tokens(cache.layers[0]) == {place: sorted(slow.kept) for place, slow in reference.items()}
+        for (row, head), rows in expected.items():
+            mine = output[row, head * groups : (head + 1) * groups].double()
+            torch.testing.assert_close(mine, torch.tensor(rows, dtype=torch.float64), rtol=1e-4, atol=1e-5)
+        labels = cache.labels
+        assert (labels is None) == (step < num_slots)
+        if labels is not None:
+            assert labels.is_spatial[0].tolist() == [kind == "spatial" for kind in kinds]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

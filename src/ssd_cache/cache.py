@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from ssd_cache.budget import Budget, check_count, resolve_budget, resolve_recent
 from ssd_cache.head_map import HeadMap, HeadMapError
 from ssd_cache.layer import LayerPlan, SSDLayer
+
+DEFAULT_BUDGET = 0.2
+"""The paper's budget: a fifth of the visual tokens."""
 
 POLICIES = ("full", "ssd", "h2o", "streaming-llm")
 """Names that `SSDCache.from_policy` knows."""
@@ -40,6 +43,7 @@ class SSDCache(Cache):
         head_map: which KV head is spatial and which semantic, and the grid of visual tokens.
         budget: visual tokens that a head may hold at any moment: a float in (0, 1], the fraction of the grid, or an
             int, the tokens; or one for each kind, `{"spatial": 0.1, "semantic": 0.3}`; or a list of these, one a layer.
+            When not given, the budget that the map was fitted to, or 0.2.
         buffer: tokens evicted at once, when a token arrives and all slots are taken; a grid row when not given.
             1 evicts at every step.
         num_recent: newest tokens that a semantic head always keeps; a float in [0, 1) is a fraction of its slots.
@@ -53,7 +57,7 @@ class SSDCache(Cache):
     def __init__(
         self,
         head_map: HeadMap,
-        budget: Budget = 0.2,
+        budget: Budget | None = None,
         *,
         buffer: int | None = None,
         num_recent: int | float = 0.25,
@@ -64,6 +68,8 @@ class SSDCache(Cache):
                 f"head_map is a {type(head_map).__name__}, expected a HeadMap: HeadMap.from_pretrained(...) loads one"
             )
         rows, columns = head_map.grid
+        if budget is None:
+            budget = DEFAULT_BUDGET if head_map.budget is None else head_map.budget
         self.head_map, self.budget = head_map, budget
         self.buffer = columns if buffer is None else check_count("buffer", buffer, 1)
         self.num_recent, self.num_sinks = num_recent, check_count("num_sinks", num_sinks, 0)
@@ -78,6 +84,7 @@ class SSDCache(Cache):
                 buffer=self.buffer,
                 num_recent=resolve_recent(num_recent, slots[index]["semantic"]),
                 num_sinks=self.num_sinks,
+                is_online=head_map.is_online,
             )
             for index in range(head_map.num_layers)
         ]
@@ -85,8 +92,29 @@ class SSDCache(Cache):
         super().__init__(layers=[SSDLayer(plan) for plan in plans])
 
     @classmethod
+    def online(
+        cls, model: PreTrainedModel, budget: Budget = DEFAULT_BUDGET, *, grid: tuple[int, int] = (24, 24), **settings
+    ) -> SSDCache:
+        """A cache for a model without a head map: it labels the heads itself, from the first rows of each batch.
+
+        Args:
+            model: the generator; its decoder's numbers of layers and KV heads are read.
+            budget: as for `SSDCache`, the same for both kinds.
+            grid: rows and columns of the model's visual tokens; Janus-Pro's when not given.
+            settings: as for `SSDCache`.
+
+        Raises:
+            ValueError: as `SSDCache`.
+        """
+        config = model.config.get_text_config(decoder=True)
+        head_map = HeadMap.online(
+            num_layers=config.num_hidden_layers, num_kv_heads=config.num_key_value_heads, grid=grid
+        )
+        return cls(head_map, budget, **settings)
+
+    @classmethod
     def from_policy(
-        cls, policy: str, head_map: HeadMap, budget: Budget = 0.2, *, buffer: int | None = None, **settings
+        cls, policy: str, head_map: HeadMap, budget: Budget | None = None, *, buffer: int | None = None, **settings
     ) -> SSDCache:
         """A cache by a policy's name; the map's labels matter to "ssd" alone, its shape to all.
 
@@ -153,6 +181,16 @@ class SSDCache(Cache):
         self._warned = False
 
     @property
+    def labels(self) -> HeadMap | None:
+        """The labels in force: the map's, or what an online cache found for this batch; None until it has."""
+        if not self.head_map.is_online:
+            return self.head_map
+        labels = [layer.labels for layer in self.layers]
+        if None in labels:
+            return None
+        return HeadMap(torch.tensor(labels), self.head_map.grid, method="found online")
+
+    @property
     def nbytes(self) -> int:
         """Bytes of K and V really held, over all layers."""
         return sum(layer.nbytes for layer in self.layers)
@@ -176,6 +214,11 @@ def _check_plans(plans: list[LayerPlan], columns: int) -> None:
     """Refuse budgets that do not hold what must be kept; warn where a window is too short to see straight up."""
     short = None
     for plan in plans:
+        if plan.is_online and len(set(plan.num_slots.values())) > 1:
+            raise ValueError(
+                f"budget gives spatial heads {plan.num_slots['spatial']} slots and semantic ones "
+                f"{plan.num_slots['semantic']}: an online map does not know yet which are which, so give one number"
+            )
         kept = {"spatial": ("num_sinks", plan.num_sinks), "semantic": ("num_recent", plan.num_recent)}
         for kind in sorted(set(plan.kinds)):
             num_slots, (name, value) = plan.num_slots[kind], kept[kind]

@@ -25,7 +25,9 @@ USE_SSD_ATTENTION = (
 class LayerPlan:
     """What one layer keeps, with all settings resolved to tokens.
 
-    `is_spatial` has one entry a KV head; `num_slots` and `num_recent` say how much a head of each kind holds.
+    `is_spatial` has one entry a KV head; `num_slots` and `num_recent` say how much a head of each kind holds. An online
+    layer starts with semantic heads and finds out which are spatial when its slots are first full (see
+    `retention.prefers_window`); its kinds have equally many slots.
     """
 
     layer_idx: int
@@ -35,6 +37,7 @@ class LayerPlan:
     buffer: int
     num_recent: int
     num_sinks: int
+    is_online: bool = False
 
     @property
     def kinds(self) -> list[str]:
@@ -80,11 +83,14 @@ class SSDLayer(CacheLayerMixin):
         self.num_prompt = self.num_visual = 0
         self._query_missing = False
         self.stores: list[SlotStore] = []
+        self.labels: tuple[bool, ...] | None = None if self.plan.is_online else self.plan.is_spatial
         self.order: torch.Tensor | None = None
         self.head_indices: list[list[int]] = []
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
+        _, heads, _, head_dim = key_states.shape
+        self.token_nbytes = heads * (head_dim + value_states.shape[3]) * key_states.itemsize
         self.is_initialized = True
 
     @property
@@ -123,6 +129,8 @@ class SSDLayer(CacheLayerMixin):
         if self.keys is not None and self.values is not None:
             self._open_stores(self.keys, self.values)
             self.keys = self.values = None
+        if self.labels is None:
+            self._find_labels()
         parts = zip(self.stores, self._split(key_states), self._split(value_states), strict=True)
         for store, keys, values in parts:
             store.append(keys, values, self.num_visual)
@@ -140,7 +148,7 @@ class SSDLayer(CacheLayerMixin):
         return seen, value_states
 
     def _check_visual(self, key_states: torch.Tensor) -> None:
-        batch = (self.stores[0].keys if self.keys is None else self.keys).shape[0]
+        batch = self._num_rows
         if key_states.shape[2] != 1:
             raise ValueError(
                 f"SSDCache got {key_states.shape[2]} tokens at once while it holds a picture of {self.num_visual} "
@@ -157,6 +165,11 @@ class SSDLayer(CacheLayerMixin):
                 f"layer {self.plan.layer_idx} of SSDCache holds its tokens on {self.device} and got one on "
                 f"{key_states.device}; moving a model in mid-picture is not supported."
             )
+
+    @property
+    def _num_rows(self) -> int:
+        """Rows of the batch held; reordering and selecting rows change it."""
+        return (self.stores[0].keys if self.keys is None else self.keys).shape[0]
 
     def _open_stores(self, prompt_keys: torch.Tensor, prompt_values: torch.Tensor) -> None:
         """Move the prompt into stores, one for each number of slots, the semantic heads of a store first."""
@@ -178,13 +191,28 @@ class SSDLayer(CacheLayerMixin):
                 buffer=min(plan.buffer, num_slots),
                 num_recent=plan.num_recent,
                 num_sinks=plan.num_sinks if scored else 0,
+                is_online=plan.is_online and scored,
             )
             self.stores.append(store)
             self.head_indices.append(heads)
+        self._set_order()
+
+    def _set_order(self) -> None:
         order = [head for heads in self.head_indices for head in heads]
         if order != list(range(len(order))):
-            self.order = torch.tensor(order, device=prompt_keys.device)
+            self.order = torch.tensor(order, device=self.device)
             self.inverse_order = self.order.argsort()
+
+    def _find_labels(self) -> None:
+        """Once an online layer's store has found its spatial heads, sort its heads by kind; before the next token."""
+        (store,) = self.stores
+        if store.found is None:
+            return
+        self.labels = labels = tuple(store.found.tolist())
+        heads = sorted(range(len(labels)), key=lambda head: labels[head])
+        store.take_order(torch.tensor(heads, device=self.device), labels.count(False))
+        self.head_indices = [heads]
+        self._set_order()
 
     def _split(self, states: torch.Tensor) -> Sequence[torch.Tensor]:
         """`[batch, kv_heads, ...]` in the model's order of heads, split over the stores in theirs."""
@@ -282,10 +310,7 @@ class SSDLayer(CacheLayerMixin):
         """Bytes of K and V of a full cache that had seen the same tokens."""
         if not self.is_initialized:
             return 0
-        held = self.num_prompt + (self.stores[0].num_slots if self.stores else 0)
-        heads = len(self.head_indices[0]) if self.stores else len(self.plan.is_spatial)
-        first = self.stores[0].nbytes if self.stores else self.nbytes
-        return first // (held * heads) * len(self.plan.is_spatial) * self.get_seq_length()
+        return self._num_rows * self.token_nbytes * self.get_seq_length()
 
     @property
     def bookkeeping_nbytes(self) -> int:
@@ -294,7 +319,9 @@ class SSDLayer(CacheLayerMixin):
         return prompt + sum(store.bookkeeping_nbytes for store in self.stores)
 
     def __repr__(self) -> str:
-        spatial, heads = sum(self.plan.is_spatial), len(self.plan.is_spatial)
+        heads = len(self.plan.is_spatial)
         stored = "/".join(str(store.num_stored) for store in self.stores) or "0"
-        kinds = f"{spatial} spatial + {heads - spatial} semantic heads"
+        kinds = f"{heads} heads without labels yet"
+        if self.labels is not None:
+            kinds = f"{sum(self.labels)} spatial + {heads - sum(self.labels)} semantic heads"
         return f"SSDLayer({kinds}, {stored} of {self.num_visual} visual tokens)"

@@ -94,6 +94,35 @@ def select_victims(
     return torch.cat(victims, 1).sort(-1).values
 
 
+def prefers_window(weights: torch.Tensor, scores: torch.Tensor, num_prompt: int, num_recent: int) -> torch.Tensor:
+    """Which kind would have served each head better: the label of an online map.
+
+    Looks back at the newest queries. When the first of them came, the head held the tokens before it. Had it kept half
+    of these, the newest half (as a spatial head) or the half of highest score (as a semantic head, its newest ones
+    spared), which half received more of the attention that followed? Rows of the batch count together; of equal
+    halves the semantic one wins.
+
+    Args:
+        weights: `[batch, kv_heads, groups, steps, num_prompt + stored]`, the attention of the newest queries, every
+            token still in the slot of its arrival.
+        scores: `[batch, kv_heads, stored]`, what the tokens had received before these queries.
+        num_prompt: columns of the prompt.
+        num_recent: newest tokens that a semantic head spares, of the half it keeps.
+
+    Returns:
+        `[kv_heads]`, True where the window keeps more.
+    """
+    num_before = scores.shape[-1] - weights.shape[-2]
+    num_kept = num_before // 2
+    received = weights[..., num_prompt : num_prompt + num_before].sum((2, 3))  # [batch, kv_heads, num_before]
+    ranks = scores[..., :num_before].clone()
+    ranks[..., num_before - num_recent :] = float("inf")
+    # the newest first, so that of equal scores the older token goes
+    best = ranks.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
+    hitters = received.flip(-1).gather(-1, best).sum((0, 2), dtype=torch.float64)
+    return received[..., num_before - num_kept :].sum((0, 2), dtype=torch.float64) > hitters * (1 + 1e-6)
+
+
 def compact(tensors: list[torch.Tensor], victims: torch.Tensor) -> None:
     """Empty the victims' slots in place, so that the free ones are the last: at most `num_evict` rows move a head.
 

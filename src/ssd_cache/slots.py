@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from ssd_cache.retention import attention_weights, compact, select_victims
+from ssd_cache.retention import attention_weights, compact, prefers_window, select_victims
 
 
 class SlotStore:
@@ -24,12 +24,14 @@ class SlotStore:
         buffer: tokens evicted at once, when one arrives and all slots are taken.
         num_recent: newest tokens that a semantic head never drops.
         num_sinks: first tokens that a spatial head never drops.
+        is_online: find out which heads are spatial when the slots are first full, instead of being told.
 
     Attributes:
         keys, values: `[batch, heads, num_prompt + num_slots, head_dim]`; slots from `num_stored` on are free.
         positions: `[batch, heads, num_slots]`, int32, the visual token in each slot, counted from 0.
         scores: `[batch, num_semantic, num_slots]`, float32, attention received so far.
         queries: `[batch, num_semantic, groups, buffer, head_dim]`, steps whose attention is not yet in `scores`.
+        found: `[heads]`, which heads turned out spatial, until `take_order` makes it so; None before.
     """
 
     def __init__(
@@ -43,10 +45,15 @@ class SlotStore:
         buffer: int,
         num_recent: int,
         num_sinks: int,
+        is_online: bool = False,
     ):
         self.num_slots, self.num_semantic = num_slots, num_semantic
         self.buffer, self.num_recent, self.num_sinks = buffer, num_recent, num_sinks
         self.num_stored = self.num_held = 0
+        # the first scoring is early, so that the last before an eviction always covers a whole buffer
+        self.num_to_hold = num_slots % buffer or buffer
+        self.is_online = is_online
+        self.found: torch.Tensor | None = None
         self.scaling = 1.0
         batch, heads, self.num_prompt, _ = key_states.shape
         self.keys, self.values = (
@@ -95,31 +102,48 @@ class SlotStore:
         self.scaling = scaling
         self.queries[:, :, :, self.num_held] = query_states
         self.num_held += 1
-        if self.num_held == self.buffer:
-            self._score()
+        if self.num_held == self.num_to_hold:
+            self.score_held()
 
-    def _score(self) -> None:
-        """Add the attention of the held queries to the scores; exact, since nothing was evicted since the first."""
-        if self.queries is None or self.num_held == 0:
-            return
+    def held_attention(self, rows: slice = slice(None)) -> torch.Tensor:
+        """Softmax weights of the held queries, float32, `[rows, num_semantic, groups, held, num_prompt + num_stored]`.
+
+        Exact, since nothing was evicted since the first of them; the last query is the newest token's.
+        """
+        assert self.queries is not None
         end = self.num_prompt + self.num_stored
-        weights = attention_weights(
-            self.queries[:, :, :, : self.num_held],
-            self.keys[:, : self.num_semantic, :end],
+        return attention_weights(
+            self.queries[rows, :, :, : self.num_held],
+            self.keys[rows, : self.num_semantic, :end],
             self.scaling,
             num_prompt=self.num_prompt,
             num_first=self.num_stored - self.num_held + 1,
-            prompt_mask=None if self.mask is None else self.mask[:, : self.num_prompt],
+            prompt_mask=None if self.mask is None else self.mask[rows, : self.num_prompt],
         )
-        self._receive(weights)
-        self.num_held = 0
 
-    def _receive(self, weights: torch.Tensor) -> None:
-        """Take in attention `[batch, num_semantic, groups, steps, num_prompt + num_stored]`; profiling looks in."""
+    def score_held(self) -> None:
+        """Add the attention of the held queries to the scores, and let them go."""
+        if self.num_held == 0:
+            return
+        weights = self.held_attention()
+        if self.is_online and self.num_stored == self.num_slots:
+            # half the tokens are kept in this trial, so of them the same share is spared
+            num_recent = self.num_recent * ((self.num_slots - self.num_held) // 2) // self.num_slots
+            self.found = prefers_window(weights, self.scores, self.num_prompt, num_recent)
+            self.is_online = False
         self.scores[:, :, : self.num_stored] += weights[..., self.num_prompt :].sum((2, 3))
+        self.num_held, self.num_to_hold = 0, self.buffer
+
+    def take_order(self, order: torch.Tensor, num_semantic: int) -> None:
+        """Put the heads into the order that the labels found ask for, the semantic ones first."""
+        self.keys, self.values = self.keys[:, order], self.values[:, order]
+        self.positions, self.scores = self.positions[:, order], self.scores[:, order[:num_semantic]]
+        if self.queries is not None:
+            self.queries = self.queries[:, order[:num_semantic]]
+        self.num_semantic, self.found = num_semantic, None
 
     def _evict(self, num_seen: int) -> None:
-        self._score()
+        self.score_held()
         victims = select_victims(
             self.positions, self.scores, self.buffer, num_seen, num_recent=self.num_recent, num_sinks=self.num_sinks
         )

@@ -61,7 +61,10 @@ def generate(
     head_map: Annotated[
         str | None,
         typer.Option(
-            help="A folder or Hub id.", metavar="NAME", show_default="in the model's folder", rich_help_panel=MODEL
+            help="A folder, a Hub id, or online: heads are labelled while drawing.",
+            metavar="NAME",
+            show_default="in the model's folder",
+            rich_help_panel=MODEL,
         ),
     ] = None,
     dtype: Annotated[

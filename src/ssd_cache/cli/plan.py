@@ -10,6 +10,9 @@ from ssd_cache.cli.errors import WrongUse
 from ssd_cache.head_map import HeadMap
 from ssd_cache.models import Checkpoint
 
+ONLINE = "online"
+"""In place of a head map: no map; the cache labels the heads."""
+
 
 def parse_budget(text: str) -> int | float:
     """A count of tokens from digits alone above 1, else a fraction of the grid.
@@ -50,15 +53,17 @@ def make_caches(
             f"--budget {budget}: {checkpoint.name} draws {rows} x {columns} = {rows * columns} visual tokens; "
             f"give at most {rows * columns}, or a fraction up to 1"
         )
-    labels = checkpoint.head_map() if head_map is None else HeadMap.from_pretrained(head_map)
+    num_layers, num_kv_heads, grid = checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.grid
+    if head_map == ONLINE:
+        labels: HeadMap | None = HeadMap.online(num_layers=num_layers, num_kv_heads=num_kv_heads, grid=grid)
+    else:
+        labels = checkpoint.head_map() if head_map is None else HeadMap.from_pretrained(head_map)
     if labels is None and "ssd" in policies:
         raise WrongUse(
-            f"policy ssd needs a head map, and {checkpoint.name} has none in its folder: give --head-map, "
-            "or --policy full, h2o or streaming-llm"
+            f"policy ssd needs a head map, and {checkpoint.name} has none in its folder: give --head-map "
+            f"(a map, or {ONLINE!r} to label heads while drawing), or --policy full, h2o or streaming-llm"
         )
     if labels is None:  # the other policies need the shape alone
-        labels = HeadMap.uniform(
-            "semantic", num_layers=checkpoint.num_layers, num_kv_heads=checkpoint.num_kv_heads, grid=checkpoint.grid
-        )
+        labels = HeadMap.uniform("semantic", num_layers=num_layers, num_kv_heads=num_kv_heads, grid=grid)
     checkpoint.check_head_map(labels)
     return {name: SSDCache.from_policy(name, labels, budget, buffer=buffer) for name in policies}

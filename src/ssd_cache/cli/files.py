@@ -6,6 +6,7 @@ renamed, so that an interrupted run leaves the older file, or none.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEB
 def read_prompts(prompts: Sequence[str], prompts_file: Path | None) -> list[str]:
     """Prompts of the command line, then one a line of the file; empty lines of the file are left out.
 
+    A line of a `.jsonl` file is an object with the text under "prompt", as in GenEval's evaluation_metadata.jsonl.
+
     Raises:
         WrongUse: no prompt at all, an empty one, or a file that can not be read.
     """
@@ -33,6 +36,8 @@ def read_prompts(prompts: Sequence[str], prompts_file: Path | None) -> list[str]
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise WrongUse(f"can not read --prompts-file {prompts_file}: {reason}") from error
+        if prompts_file.suffix.lower() == ".jsonl":
+            lines = [_prompt_of(line, number, prompts_file) for number, line in enumerate(lines, 1) if line.strip()]
         found += [line.strip() for line in lines if line.strip()]
     if not found:
         where = f"; {prompts_file} has none" if prompts_file else ""
@@ -40,6 +45,16 @@ def read_prompts(prompts: Sequence[str], prompts_file: Path | None) -> list[str]
             f'no prompt{where}: give one or more ("a photo of a red circle"), or a --prompts-file with one a line'
         )
     return found
+
+
+def _prompt_of(line: str, number: int, prompts_file: Path) -> str:
+    try:
+        entry = json.loads(line)
+        if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
+            return entry["prompt"]
+    except ValueError:
+        pass
+    raise WrongUse(f'--prompts-file {prompts_file}, line {number}: not a JSON object with a text under "prompt"')
 
 
 def check_output(output: Path) -> Path:

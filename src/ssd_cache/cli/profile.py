@@ -5,16 +5,18 @@ Options only; the watching and labelling is `ssd_cache.profiling`'s.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from ssd_cache.cli.errors import WrongUse, refusing
+from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.files import read_prompts
 from ssd_cache.models import BUNDLED, check_drawing, find_generator
-from ssd_cache.profiling import THRESHOLD, check_profiling, profile_heads
+from ssd_cache.profiling import check_profiling, profile_heads
+from ssd_cache.profiling_state import Processes
 
 
 def profile(
@@ -25,7 +27,12 @@ def profile(
         ),
     ] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option(help="Further prompts, one a line.", metavar="FILE", show_default=False)
+        Path | None,
+        typer.Option(
+            help='Further prompts, one a line; of a .jsonl file, the text under "prompt".',
+            metavar="FILE",
+            show_default=False,
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the map.", metavar="FOLDER")] = Path(
         "head-map"
@@ -33,13 +40,46 @@ def profile(
     model: Annotated[
         str, typer.Option(help=f"{BUNDLED} (comes with the package), a folder, or a Hub id.", metavar="NAME")
     ] = BUNDLED,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="coverage: the kind that keeps more of a head's attention. window: attention on the newest tokens, "
+            "held against a threshold.",
+            metavar="NAME",
+        ),
+    ] = "window",
+    budget: Annotated[
+        str, typer.Option(help="The budget that the map is for: 0.2 of the grid, or 115 tokens.", metavar="N")
+    ] = "0.2",
+    levels: Annotated[
+        str | None,
+        typer.Option(
+            help="Further budgets to measure, for sharing slots out: 0.1,0.3,0.5.", metavar="N,N", show_default=False
+        ),
+    ] = None,
+    buffer: Annotated[
+        int | None, typer.Option(help="Tokens evicted at once.", metavar="N", show_default="a row of the grid")
+    ] = None,
+    num_recent: Annotated[
+        str, typer.Option(help="Newest tokens that a semantic head keeps: tokens, or a fraction.", metavar="N")
+    ] = "0.25",
+    num_sinks: Annotated[int, typer.Option(help="First tokens that a spatial head keeps.", metavar="N")] = 0,
     window: Annotated[
         int | None,
         typer.Option(help="Visual tokens that count as near.", metavar="N", show_default="a row of the grid and one"),
     ] = None,
     threshold: Annotated[
-        float, typer.Option(help="Share of attention in the window from which a head is spatial.", metavar="X")
-    ] = THRESHOLD,
+        float | None,
+        typer.Option(
+            help="With window: share of attention from which a head is spatial.",
+            metavar="X",
+            show_default="chosen from the data",
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Keep sums here after every batch, and go on from them.", metavar="FILE", show_default=False),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures drawn at once.", metavar="N")] = 4,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale, above 1.", metavar="X", show_default="the model's own")
@@ -54,26 +94,71 @@ def profile(
 ) -> None:
     """Label the heads of a model as spatial or semantic, and save the head map.
 
-    A picture of each prompt is drawn with a full cache, and each head's share of
-    attention on its nearest visual tokens is held against the threshold.
+    A picture of each prompt is drawn with a full cache, and each head is
+    labelled by where its attention goes. Several processes share the pictures
+    under `accelerate launch -m ssd_cache.cli profile ...`.
     """
     texts = read_prompts(prompts or [], prompts_file)
-    if output.exists() and not output.is_dir():
-        raise WrongUse(f"--output {output} is a file; give a folder")
+    _check_place("--output", output, is_folder=True)
+    if resume is not None:
+        _check_place("--resume", resume, is_folder=False)
+    settings: dict[str, Any] = {
+        "method": method,
+        "budget": _amount("--budget", budget),
+        "levels": [_amount("--levels", level) for level in levels.split(",")] if levels else None,
+        "buffer": buffer,
+        "num_recent": _amount("--num-recent", num_recent),
+        "num_sinks": num_sinks,
+        "window": window,
+        "threshold": threshold,
+        "batch_size": batch_size,
+    }
     with refusing():
         check_drawing(guidance, temperature, seed)
         checkpoint = find_generator(model)
-        check_profiling(checkpoint.grid, window, threshold, batch_size)
-        generator = checkpoint.load(dtype, device)
-    head_map = profile_heads(
-        generator,
-        texts,
-        window=window,
-        threshold=threshold,
-        batch_size=batch_size,
-        guidance_scale=guidance,
-        temperature=temperature,
-        seed=seed,
-    )
-    folder = head_map.save_pretrained(output)
-    Console(highlight=False, markup=False).print(f"{head_map!r}\nwrote {folder}", soft_wrap=True)
+        check_profiling(checkpoint.grid, **settings)
+        processes = Processes()
+        own = device if device != "auto" or processes.device is None else processes.device
+        generator = checkpoint.load(dtype, own)
+    try:
+        head_map = profile_heads(
+            generator,
+            texts,
+            **settings,
+            guidance_scale=guidance,
+            temperature=temperature,
+            seed=seed,
+            state_file=resume,
+        )
+        folder = head_map.save_pretrained(output) if processes.is_main else output
+    except ValueError as error:  # NaN, a prompt too long, sums of another run, a full disk: each says what to do
+        raise Failure(str(error)) from error
+    if processes.is_main:
+        Console(highlight=False, markup=False).print(f"{head_map!r}\nwrote {folder}", soft_wrap=True)
+    processes.close()
+
+
+def _amount(option: str, text: str) -> int | float:
+    """A count from digits alone, else a fraction; `1` is the whole grid, as for `generate --budget`."""
+    text = text.strip()
+    if text.isdecimal() and (int(text) != 1 or option == "--num-recent"):
+        return int(text)
+    try:
+        return float(text)
+    except ValueError:
+        raise WrongUse(f"{option} {text}: give a fraction (0.2), or a whole number of visual tokens (115)") from None
+
+
+def _check_place(option: str, place: Path, is_folder: bool) -> None:
+    """Refuse, before anything is drawn, a place that can not be written."""
+    if place.exists() and place.is_dir() != is_folder:
+        wanted, found = ("folder", "file") if is_folder else ("file", "folder")
+        raise WrongUse(f"{option} {place} is a {found}; give a {wanted}")
+    folder = place if is_folder else place.parent
+    while not folder.exists() and is_folder:  # a map's folder is made with those above it
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise WrongUse(f"{option} {place}: can not write into {folder}: {error.strerror}") from error

@@ -83,6 +83,10 @@ class JanusGenerator(Generator):
             **sampling,
         )
 
+    def is_unconditional(self, num_prompts: int) -> torch.Tensor:
+        """Guidance is always on in transformers' Janus: [conditional; unconditional]."""
+        return torch.arange(2 * num_prompts) >= num_prompts
+
     @torch.no_grad()
     def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:
         images: list[Image.Image] = []

@@ -1,0 +1,162 @@
+"""`measure_heads`: watch a model draw some prompts with a full cache; every head's attention comes out as sums.
+
+The watching goes through the attention "ssd" (`watching.py`), so no attention matrix is ever stored. Batches can be
+shared between processes, and a run that was interrupted goes on (`profiling_state.py`). It labels nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ssd_cache.budget import Amount, check_count
+from ssd_cache.enable import ssd_attention
+from ssd_cache.models import Generator, GeneratorError, generator_of
+from ssd_cache.observing import HeadObserver
+from ssd_cache.profiling_state import Processes, load_state, save_state
+from ssd_cache.statistics import HeadStatistics, Level, ProfilingError, resolve_levels
+from ssd_cache.watching import WatchingCache
+
+
+def measure_heads(
+    model: PreTrainedModel | Generator,
+    prompts: Sequence[str],
+    *,
+    budget: Amount = 0.2,
+    buffer: int | None = None,
+    num_recent: Amount = 0.25,
+    num_sinks: int = 0,
+    levels: Sequence[Amount] | None = None,
+    processor: ProcessorMixin | None = None,
+    batch_size: int = 4,
+    guidance_scale: float | None = None,
+    temperature: float | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    state_file: str | os.PathLike[str] | None = None,
+) -> HeadStatistics:
+    """What `profile_heads` labels by, for all other questions: see there for the arguments and errors.
+
+    Beside what drawing takes, a run holds for every layer, row and KV head the queries of one grid row and 4 bytes for
+    each level and cell, and for a moment a few times 4 MB of softmax weights: with the default buffer and one level
+    under a tenth of the full cache's K and V.
+
+    Started by `accelerate launch` or `torchrun`, the processes draw the batches in turn, each with the seed that it has
+    in a single process, and every process gets the sums of all; the main one alone writes the state file.
+    """
+    generator = model if isinstance(model, Generator) else generator_of(model, processor)
+    check_count("batch_size", batch_size, 1)
+    checkpoint = generator.checkpoint
+    found = resolve_levels(checkpoint.grid, budget, levels, buffer=buffer, num_recent=num_recent, num_sinks=num_sinks)
+    prompts = _checked_prompts(generator, prompts)
+    settings: dict[str, Any] = {
+        "guidance_scale": generator.guidance_scale if guidance_scale is None else guidance_scale,
+        "temperature": generator.temperature if temperature is None else temperature,
+        "seed": seed,
+    }
+    statistics = HeadStatistics(checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads, found)
+    fingerprint = _fingerprint(generator, prompts, batch_size, statistics) | settings
+    path, processes, done = Path(state_file) if state_file else None, Processes(), 0
+    if path is not None and path.exists() and processes.is_main:
+        done = load_state(path, statistics, fingerprint)
+    statistics, done = processes.from_main(statistics, done)
+    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    cells = checkpoint.grid[0] * checkpoint.grid[1]
+    own = range(done + processes.index, len(batches), processes.count)
+    num_tokens = cells * sum(len(batches[index]) for index in own)
+    with (
+        ssd_attention(generator.model),
+        tqdm(total=num_tokens, unit="token", disable=not (progress and processes.is_main), desc="profiling") as bar,
+    ):
+        for first in range(done, len(batches), processes.count):
+            mine, batch = first + processes.index, statistics.empty()
+            if mine < len(batches):
+                batch = _measure_batch(generator, batches[mine], found, bar.update, **settings | {"seed": seed + mine})
+            # added in the order of the batches, so that the sums do not depend on how many processes there are
+            for part in processes.gather(batch):
+                statistics = statistics + part
+            if path is not None and processes.is_main:
+                save_state(path, statistics, min(first + processes.count, len(batches)), fingerprint)
+    return statistics
+
+
+def prompts_sha256(prompts: Sequence[str]) -> str:
+    """Which prompts these are, for a map's profile."""
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+
+
+def _measure_batch(
+    generator: Generator, prompts: list[str], levels: Sequence[Level], on_tokens, **settings
+) -> HeadStatistics:
+    """The statistics of one batch."""
+    checkpoint = generator.checkpoint
+    shape = checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads
+    observer = HeadObserver(*shape, levels, generator.is_unconditional(len(prompts)))
+    cache = WatchingCache(*shape, observer)
+    try:
+        tokens = generator.generate(prompts, cache, on_tokens=on_tokens, **settings)
+    except RuntimeError as error:
+        # sampling from NaN fails at once; the attention of the row so far shows where it came from
+        with suppress(RuntimeError):
+            cache.finish()
+            observer.finish()
+        if "probability tensor" in str(error):
+            raise ProfilingError(
+                f"{checkpoint.name} gives NaN or infinite numbers before it has drawn anything: the model's numbers "
+                "overflow, as they may in float16; load it in bfloat16 or float32"
+            ) from error
+        raise
+    rows, columns = checkpoint.grid
+    if tokens.shape[-1] != rows * columns:
+        raise ProfilingError(
+            f"{checkpoint.name} drew {tokens.shape[-1]} visual tokens, but its grid is {rows} x {columns}: the map "
+            "would not fit it"
+        )
+    cache.finish()
+    return observer.finish()
+
+
+def _checked_prompts(generator: Generator, prompts: Sequence[str]) -> list[str]:
+    """A list of the prompts; refuses, before anything is drawn, empty ones and those that leave the picture no room."""
+    if isinstance(prompts, str) or not prompts or not all(isinstance(text, str) and text.strip() for text in prompts):
+        raise GeneratorError(f"prompts={prompts!r:.80}: give a list of at least one prompt, and none that is empty")
+    checkpoint = generator.checkpoint
+    config = checkpoint.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None)
+    room = None if limit is None else limit - checkpoint.grid[0] * checkpoint.grid[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again when the prompt is drawn
+        for text in dict.fromkeys(prompts):
+            length = generator.prepare([text])["attention_mask"].shape[1]
+            if room is not None and length > room:
+                raise GeneratorError(
+                    f"prompt {text[:60]!r} is {length} tokens long; {checkpoint.name} has {limit} positions, and the "
+                    f"picture leaves {room} for the prompt: shorten it"
+                )
+    return list(prompts)
+
+
+def _fingerprint(
+    generator: Generator, prompts: Sequence[str], batch_size: int, statistics: HeadStatistics
+) -> dict[str, Any]:
+    """What must be the same for a run to go on from another's sums."""
+    checkpoint = generator.checkpoint
+    return {
+        "model": checkpoint.name,
+        "revision": getattr(checkpoint.config, "_commit_hash", None),
+        "dtype": str(generator.model.dtype),
+        "grid": list(checkpoint.grid),
+        "heads": [checkpoint.num_layers, checkpoint.num_kv_heads],
+        "levels": [[level.num_slots, level.buffer, level.num_recent, level.num_sinks] for level in statistics.levels],
+        "num_prompts": len(prompts),
+        "prompts_sha256": prompts_sha256(prompts),
+        "batch_size": batch_size,
+    }

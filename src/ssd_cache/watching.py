@@ -1,0 +1,97 @@
+"""A full cache that shows the attention of every step to an observer, without an attention matrix ever being stored.
+
+The queries of a grid row are held and their softmax is made once a row, a few rows of the batch at a time. What an
+observer makes of it is its own: `statistics.py` labels heads by it, `analysis` draws it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from transformers import Cache
+
+from ssd_cache.layer import LayerPlan, SSDLayer
+from ssd_cache.slots import SlotStore
+
+CHUNK = 1 << 20
+"""Weights made at once: 4 MB in float32, so that what a softmax needs beside the cache does not grow with the batch."""
+
+
+class Observer(Protocol):
+    """Takes in attention as it is made."""
+
+    def observe(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, rows: slice) -> None:
+        """Take in the queries of a grid row (fewer in the last one), of some rows of the batch.
+
+        Args:
+            layer_idx: the decoder layer.
+            weights: `[rows, kv_heads, groups, steps, num_prompt + stored]`, float32, summing to 1 over the last
+                dimension. The last step is visual token `stored - 1`, counted from 0; nothing was evicted, so visual
+                token `j` is in column `num_prompt + j`, and what a step can not see yet weighs 0.
+            num_prompt: columns of the prompt, padding included (which weighs 0).
+            rows: which rows of the batch these are.
+        """
+
+
+class WatchingCache(Cache):
+    """A full cache for one batch of pictures; call `finish` after generating.
+
+    Args:
+        grid: rows and columns of visual tokens.
+        num_layers: decoder layers.
+        num_kv_heads: KV heads in each.
+        observer: told of all attention.
+    """
+
+    def __init__(self, grid: tuple[int, int], num_layers: int, num_kv_heads: int, observer: Observer):
+        cells = grid[0] * grid[1]
+        slots = {"semantic": cells, "spatial": cells}
+        # one cell more than the grid has, so that every head counts as one that is scored
+        plans = [
+            LayerPlan(layer, (False,) * num_kv_heads, slots, cells + 1, grid[1], 0, 0) for layer in range(num_layers)
+        ]
+        super().__init__(layers=[_WatchingLayer(plan, observer) for plan in plans])
+
+    def finish(self) -> None:
+        """Show the steps of a grid row that was not completed; transformers never feeds a picture's last token."""
+        for layer in self.layers:
+            for store in layer.stores:
+                store.score_held()
+
+
+class _WatchingStore(SlotStore):
+    """Slots that keep every token, and show the attention that they would have been scored by."""
+
+    def __init__(self, *args, layer_idx: int, observer: Observer, **kwargs):
+        super().__init__(*args, **kwargs)
+        # nothing is evicted, so neither scores nor a position for every head are needed
+        self.scores, self.positions = self.scores[..., :0].clone(), self.positions[:, :1].clone()
+        self.layer_idx, self.observer = layer_idx, observer
+
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor, position: int) -> None:
+        if self.num_stored == self.num_slots:
+            raise ValueError(
+                f"a token arrives after the {self.num_slots} of the grid: the model's grid is another, or this cache "
+                "was used for a second picture; it serves one batch of pictures"
+            )
+        super().append(key_states, value_states, position)
+
+    def score_held(self) -> None:
+        if self.queries is None or self.num_held == 0:
+            return
+        batch, heads, groups = self.queries.shape[:3]
+        num_rows = max(1, CHUNK // (heads * groups * self.num_held * (self.num_prompt + self.num_stored)))
+        for start in range(0, batch, num_rows):
+            rows = slice(start, min(start + num_rows, batch))
+            self.observer.observe(self.layer_idx, self.held_attention(rows), self.num_prompt, rows)
+        self.num_held = 0
+
+
+class _WatchingLayer(SSDLayer):
+    def __init__(self, plan: LayerPlan, observer: Observer):
+        self.observer = observer
+        super().__init__(plan)
+
+    def make_store(self, *args, **kwargs) -> SlotStore:
+        return _WatchingStore(*args, layer_idx=self.plan.layer_idx, observer=self.observer, **kwargs)

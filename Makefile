@@ -50,5 +50,5 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP_INSTALL) -e '.[dev,docs]'
+	$(PIP_INSTALL) -e '.[dev,docs,plot,distributed]'
 	@touch $@ $(VENV)/.runtime

@@ -1,6 +1,6 @@
-"""`ssd-cache inspect`: what a head map says, as a table.
+"""`ssd-cache inspect`: what a head map says, as a table, and as a picture.
 
-It reads a map and prints it; making maps is `profile`'s work.
+It reads a map and shows it; making maps is `profile`'s work, and measuring heads `analyze`'s.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ssd_cache.analysis.scores import head_scores
 from ssd_cache.cli.errors import WrongUse, refusing
+from ssd_cache.cli.files import check_output, save_picture
 from ssd_cache.head_map import HeadMap
+from ssd_cache.head_map_card import picture
 from ssd_cache.models import BUNDLED, find_generator
 
 
@@ -22,8 +25,19 @@ def inspect(
     source: Annotated[
         str, typer.Argument(help=f"Folder or Hub id of a head map, a folder of a model with one, or {BUNDLED}.")
     ] = BUNDLED,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Draw the map too: .png, .jpg, .webp.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Print a head map: its origin and which heads of every layer are spatial."""
+    place = None if output is None else check_output(output)
     with refusing():
         head_map = _find(source)
     console = Console(highlight=False, markup=False)
@@ -44,14 +58,27 @@ def inspect(
     for name, value in facts.items():
         if value is not None:
             console.print(f"{name:<11}{value}", soft_wrap=True)
-    layers = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="# spatial, . semantic", caption_justify="left")
-    layers.add_column("layer", justify="right")
-    layers.add_column("spatial", justify="right")
-    layers.add_column("semantic", justify="right")
+    scores = head_scores(head_map)
+    caption, shown = "# spatial, . semantic", [""] * head_map.num_layers
+    layers = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("layer", "spatial", "semantic"):
+        layers.add_column(title, justify="right")
     layers.add_column("KV heads")
+    if scores.values is not None:
+        layers.add_column((scores.name or "").replace("_", " "))
+        if scores.values.min() >= 0 and scores.values.max() <= 1:
+            shown = ["".join(map(str, row)) for row in (scores.values * 10).int().clamp(max=9).tolist()]
+            caption += "; the score of each head in tenths"
+        else:
+            shown = [f"{min(row):.3f} to {max(row):.3f}" for row in scores.values.tolist()]
     for index, row in enumerate(head_map.is_spatial.tolist()):
-        layers.add_row(str(index), str(sum(row)), str(len(row) - sum(row)), "".join(".#"[spatial] for spatial in row))
-    console.print(layers)
+        kinds = "".join(".#"[spatial] for spatial in row)
+        layers.add_row(str(index), str(sum(row)), str(len(row) - sum(row)), kinds, shown[index])
+    console.print(layers, caption, sep="", soft_wrap=True)
+    if place is not None:
+        image = picture(head_map)
+        save_picture(image, place)
+        console.print(f"wrote {output} ({image.width} x {image.height})", soft_wrap=True)
 
 
 def _find(source: str) -> HeadMap:

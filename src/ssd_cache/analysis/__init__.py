@@ -1,0 +1,47 @@
+"""The phenomena behind SSD, measured on a model and drawn: where heads look, what they hold, where the prompt sits.
+
+`analyze(model, prompt, head_map)` measures all of them and `write_report` makes a page of it; each also has a function
+that gives its numbers and one that draws them. Drawing needs `pip install 'ssd-cache[plot]'`, measuring does not.
+"""
+
+from ssd_cache.analysis.attention import AttentionRecorder, HeadAttention, choose_heads, draw_first_rows, draw_queries
+from ssd_cache.analysis.concentration import Concentration, draw_columns, draw_curves, semantic_concentration
+from ssd_cache.analysis.margin import MarginTest, margin_test
+from ssd_cache.analysis.report import as_json, write_report
+from ssd_cache.analysis.retention_map import (
+    Retention,
+    RetentionProbe,
+    draw_heads,
+    draw_over_picture,
+    over_picture,
+    read_retention,
+)
+from ssd_cache.analysis.scores import HeadScores, draw_scores, head_scores
+from ssd_cache.analysis.study import Analysis, analyze
+
+__all__ = [
+    "Analysis",
+    "AttentionRecorder",
+    "Concentration",
+    "HeadAttention",
+    "HeadScores",
+    "MarginTest",
+    "Retention",
+    "RetentionProbe",
+    "analyze",
+    "as_json",
+    "choose_heads",
+    "draw_columns",
+    "draw_curves",
+    "draw_first_rows",
+    "draw_heads",
+    "draw_over_picture",
+    "draw_queries",
+    "draw_scores",
+    "head_scores",
+    "margin_test",
+    "over_picture",
+    "read_retention",
+    "semantic_concentration",
+    "write_report",
+]

@@ -1,0 +1,62 @@
+"""What `analyze` is to measure, checked against a model's configuration before its weights are loaded.
+
+Settings in, caches and heads out. Nothing is drawn or measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ssd_cache.analysis.attention import choose_heads
+from ssd_cache.analysis.scores import head_scores
+from ssd_cache.budget import Budget
+from ssd_cache.cache import SSDCache
+from ssd_cache.head_map import HeadMap, HeadMapError
+from ssd_cache.models import Checkpoint
+
+POLICIES = ("ssd", "h2o", "streaming-llm")
+NUM_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be measured, with every setting checked; see `analyze` for their meaning."""
+
+    head_map: HeadMap
+    heads: tuple[tuple[int, int], ...]
+    step: int
+    num_images: int
+    caches: Mapping[str, SSDCache]
+
+
+def plan_analysis(
+    checkpoint: Checkpoint,
+    head_map: HeadMap,
+    *,
+    budget: Budget = 0.2,
+    buffer: int | None = None,
+    step: int | None = None,
+    head: tuple[int, int] | None = None,
+    num_images: int = NUM_IMAGES,
+) -> Plan:
+    """Check the settings of `analyze` against a model that need not be loaded yet; raises as `analyze`."""
+    if head_map.is_online:
+        raise HeadMapError("an online map has no labels to analyze: give a head map, or profile the model first")
+    checkpoint.check_head_map(head_map)
+    cells = head_map.num_visual_tokens
+    if isinstance(budget, int) and budget > cells:
+        raise ValueError(f"budget={budget}: the grid has {cells} visual tokens; give at most {cells}")
+    step = cells * 3 // 4 if step is None else step
+    if not 1 <= step < cells:
+        raise ValueError(f"step={step} is out of range: give 1 to {cells - 1} visual tokens")
+    if num_images < 1:
+        raise ValueError(f"num_images={num_images} is out of range: give 1 or more")
+    if head is not None:
+        for name, number, limit in zip(
+            ("layer", "head"), head, (head_map.num_layers, head_map.num_kv_heads), strict=True
+        ):
+            if not 0 <= number < limit:
+                raise ValueError(f"{name}={number} is out of range: {checkpoint.name} has {limit}, counted from 0")
+    caches = {policy: SSDCache.from_policy(policy, head_map, budget, buffer=buffer) for policy in POLICIES}
+    return Plan(head_map, choose_heads(head_scores(head_map), head), step, num_images, caches)

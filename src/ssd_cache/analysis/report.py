@@ -1,0 +1,91 @@
+"""The report of an analysis: one HTML page that needs nothing else, and the JSON of all its numbers beside it.
+
+Pictures lie in the page itself, and nothing is loaded from a network. What the page shows is `page.py`'s matter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssd_cache.analysis.page import render
+from ssd_cache.analysis.plotting import check_packages
+from ssd_cache.analysis.study import Analysis
+
+
+def write_report(analysis: Analysis, output: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Write the page and its JSON, both whole or neither; returns their paths.
+
+    Args:
+        analysis: what to report.
+        output: a name that ends with .html, with the JSON beside it; or else a folder, made when missing, for
+            report.html and report.json.
+
+    Raises:
+        ImportError: matplotlib or jinja2 is not installed.
+        OSError: it can not be written; older files are as they were.
+    """
+    check_packages()
+    page, numbers = report_paths(output)
+    texts = {page: render(analysis), numbers: json.dumps(as_json(analysis), allow_nan=False, ensure_ascii=False)}
+    is_new = not page.parent.exists()
+    page.parent.mkdir(exist_ok=True)
+    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in texts}
+    try:
+        for path, text in texts.items():
+            parts[path].write_text(text, encoding="utf-8")
+        for path, part in parts.items():
+            os.replace(part, path)
+    except BaseException:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+        if is_new and not any(page.parent.iterdir()):
+            page.parent.rmdir()
+        raise
+    return page, numbers
+
+
+def report_paths(output: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Where `write_report` puts the page and its JSON."""
+    path = Path(output).expanduser().absolute()
+    page = path if path.suffix.lower() in (".html", ".htm") else path / "report.html"
+    return page, page.with_suffix(".json")
+
+
+def as_json(analysis: Analysis) -> dict[str, Any]:
+    """All numbers of an analysis in JSON's own types; floats to seven digits, pictures left out."""
+    numbers = {
+        field.name: plain(getattr(analysis, field.name))
+        for field in dataclasses.fields(analysis)
+        if field.name != "pictures"
+    }
+    numbers["concentration"]["is_shown"] = analysis.concentration.is_shown
+    numbers["concentration"]["sentence"] = analysis.concentration.sentence(analysis.conditions["model"])
+    for policy, retention in analysis.retention.items():
+        numbers["retention"][policy] |= plain(
+            {
+                "mean_held": retention.mean_held,
+                "lost_share": retention.lost_share,
+                "margin_share": {kind: retention.margin_share(kind) for kind in ("spatial", "semantic")},
+            }
+        )
+    return numbers
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, tensors, tuples and mappings as dicts, lists and numbers."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, torch.Tensor):
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value

@@ -1,0 +1,132 @@
+"""The scores behind a head map, layers by heads, and the heat map of them with the labels marked.
+
+It reads a `HeadMap` and decides nothing: the scores come from `profiling`, the labels are the map's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ssd_cache.analysis.plotting import WIDTH, color_map, new_figure
+from ssd_cache.head_map import HeadMap
+from ssd_cache.head_map_card import SEMANTIC, SPATIAL
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """What a map says of its heads.
+
+    Attributes:
+        is_spatial: bool, `[layers, kv_heads]`.
+        name: of the score that goes with the labels; None when the map holds no score.
+        values: that score, float32, `[layers, kv_heads]`, or None.
+        threshold: from which on it calls a head spatial, where that is known.
+        others: the map's other scores by name, shaped alike.
+    """
+
+    is_spatial: torch.Tensor
+    name: str | None
+    values: torch.Tensor | None
+    threshold: float | None
+    others: dict[str, torch.Tensor]
+
+    @property
+    def all(self) -> dict[str, torch.Tensor]:
+        """Every score by name, the one that goes with the labels first."""
+        first = {} if self.name is None or self.values is None else {self.name: self.values}
+        return first | self.others
+
+    def most(self, kind: str) -> list[tuple[int, int]]:
+        """All heads as (layer, head): those called `kind` ("spatial" or "semantic") first, clear cases first."""
+        wanted = self.is_spatial if kind == "spatial" else ~self.is_spatial
+        clear = torch.zeros(wanted.shape, dtype=torch.float64)
+        if self.values is not None:
+            clear = (self.values if kind == "spatial" else -self.values).double() * self._direction
+        order = sorted(range(wanted.numel()), key=lambda i: (not wanted.flatten()[i], -clear.flatten()[i].item(), i))
+        return [divmod(index, wanted.shape[1]) for index in order]
+
+    @property
+    def _direction(self) -> int:
+        """1 when spatial heads have the higher scores, -1 when the lower ones."""
+        assert self.values is not None
+        if self.is_spatial.all() or not self.is_spatial.any():
+            return 1
+        return 1 if self.values[self.is_spatial].mean() >= self.values[~self.is_spatial].mean() else -1
+
+
+def head_scores(head_map: HeadMap, name: str | None = None) -> HeadScores:
+    """The labels of a map and one of its scores.
+
+    Args:
+        head_map: any map that has labels.
+        name: of the score; when not given, the one that gives the labels when held against the threshold, else the
+            one that has the method's name, else the first.
+
+    Raises:
+        ValueError: the map has no score of that name.
+    """
+    deciding = _deciding(head_map)
+    name = deciding if name is None else name
+    if name is not None and name not in head_map.scores:
+        known = ", ".join(map(repr, head_map.scores)) or "none"
+        raise ValueError(f"the head map ({head_map.origin}) has no score {name!r}; its scores are: {known}")
+    others = {other: values for other, values in head_map.scores.items() if other != name}
+    values = None if name is None else head_map.scores[name]
+    threshold = head_map.threshold if name == deciding else None
+    return HeadScores(head_map.is_spatial, name, values, threshold, others)
+
+
+def _deciding(head_map: HeadMap) -> str | None:
+    """The score that the labels were made by: found by trying, since a map may carry many."""
+    cut = 0.0 if head_map.threshold is None else head_map.threshold
+    for name, values in head_map.scores.items():
+        if torch.equal(values.double() >= cut, head_map.is_spatial):
+            return name
+    return head_map.method if head_map.method in head_map.scores else next(iter(head_map.scores), None)
+
+
+def draw_scores(scores: HeadScores) -> Figure:
+    """Layers (rows) by KV heads (columns), coloured by score; a dot marks a spatial head, a line the threshold."""
+    layers, heads = scores.is_spatial.shape
+    width = max(WIDTH, 1.6 + 0.22 * heads)
+    figure = new_figure(max(2.2, 1.5 + layers * min(0.5, (width - 1.6) / heads)), width)
+    axes = figure.add_subplot()
+    if scores.values is None:
+        from matplotlib.colors import ListedColormap
+
+        axes.imshow(scores.is_spatial.numpy(), cmap=ListedColormap([SEMANTIC, SPATIAL]), vmin=0, vmax=1, aspect="auto")
+    else:
+        low, high, cmap = _scale(scores.values)
+        image = axes.imshow(scores.values.numpy(), cmap=cmap, vmin=low, vmax=high, aspect="auto")
+        bar = figure.colorbar(image, ax=axes, label=(scores.name or "").replace("_", " "))
+        if scores.threshold is not None and low < scores.threshold < high:
+            bar.ax.axhline(scores.threshold, color="white", linewidth=3)
+            bar.ax.axhline(scores.threshold, color="black", linewidth=1.2)
+            bar.ax.text(-0.25, scores.threshold, f"{scores.threshold:.3g}", ha="right", va="center", fontsize=9)
+    row, column = scores.is_spatial.numpy().nonzero()
+    size = max(4.0, min(60.0, 4000 / max(layers, heads) ** 2))
+    dots = axes.scatter(column, row, s=size, color="white", edgecolors="black", linewidths=0.8)
+    dots.set_label(f"spatial ({len(row)} of {layers * heads})")
+    figure.legend(handles=[dots], loc="outside upper left", frameon=False)
+    axes.set(xlabel="KV head", ylabel="layer")
+    for axis, number in ((axes.xaxis, heads), (axes.yaxis, layers)):
+        step = next(step for step in (1, 2, 4, 5, 10, 20, 50, 100, 500) if number / step <= 16)
+        axis.set_ticks(range(0, number, step))
+    return figure
+
+
+def _scale(values: torch.Tensor):
+    """Ends of the colour scale, and its colours: orange to purple round 0 where there are scores below it."""
+    from matplotlib import colormaps
+
+    low, high = values.min().item(), values.max().item()
+    if low < 0:
+        most = max(-low, high)
+        return -most, most, colormaps["PuOr"]
+    return 0.0, 1.0 if high <= 1 else high, color_map()

@@ -1,0 +1,209 @@
+"""`analyze`: draws a prompt with a full cache and under every policy, and measures all phenomena of the paper on it.
+
+The order of work and its conditions. What is measured is in the other files of this package; the page made of it is
+`report.py`'s.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from tqdm import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+import ssd_cache
+from ssd_cache.analysis.attention import AttentionRecorder, HeadAttention
+from ssd_cache.analysis.concentration import Concentration, semantic_concentration
+from ssd_cache.analysis.plan import NUM_IMAGES, Plan, plan_analysis
+from ssd_cache.analysis.retention_map import Retention, RetentionProbe
+from ssd_cache.analysis.scores import HeadScores, head_scores
+from ssd_cache.budget import Budget
+from ssd_cache.cache import MemoryStats
+from ssd_cache.enable import ssd_attention
+from ssd_cache.head_map import HeadMap
+from ssd_cache.models import Generator, check_drawing, generator_of
+from ssd_cache.watching import WatchingCache
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All that `analyze` measured.
+
+    Attributes:
+        conditions: what it was measured on and with, as JSON holds it.
+        scores: of the head map.
+        attention: of the most spatial and the most semantic head, while drawing with a full cache.
+        concentration: of all pictures of the full cache.
+        retention: by policy, what each head held of the first picture.
+        memory: by policy, bytes at the end, all pictures together.
+        pictures: the first picture by policy, "full" first.
+    """
+
+    conditions: dict[str, Any]
+    scores: HeadScores
+    attention: tuple[HeadAttention, ...]
+    concentration: Concentration
+    retention: dict[str, Retention]
+    memory: dict[str, MemoryStats]
+    pictures: dict[str, Image.Image]
+
+
+def analyze(
+    model: PreTrainedModel | Generator,
+    prompt: str,
+    head_map: HeadMap,
+    *,
+    processor: ProcessorMixin | None = None,
+    budget: Budget = 0.2,
+    buffer: int | None = None,
+    step: int | None = None,
+    head: tuple[int, int] | None = None,
+    num_images: int = NUM_IMAGES,
+    guidance_scale: float | None = None,
+    temperature: float | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Analysis:
+    """Measure where a model's heads look, what they hold, and where the prompt sits in K and V.
+
+    Draws `4 * num_images` pictures of one prompt: with a full cache, and under SSD, H2O and StreamingLLM.
+
+    Args:
+        model: a loaded image model of a supported family, or a `Generator`.
+        prompt: what to draw.
+        head_map: the labels.
+        processor: the model's; loaded from where the model came from when not given.
+        budget: visual tokens that a head may hold, as for `SSDCache`.
+        buffer: as for `SSDCache`.
+        step: visual tokens gone by when the retention map is read; three quarters of the grid when not given.
+        head: a (layer, head) to draw in place of the most spatial or the most semantic one, whichever kind it is.
+        num_images: pictures at once; the margin test needs several (see `margin_test`).
+        guidance_scale, temperature, seed: as for `Generator.generate`.
+        progress: show a bar over visual tokens.
+
+    Raises:
+        ValueError: a setting out of range, a model or map that does not fit, or attention that is not finite.
+    """
+    check_drawing(guidance_scale, temperature, seed)
+    generator = model if isinstance(model, Generator) else generator_of(model, processor)
+    plan = plan_analysis(
+        generator.checkpoint, head_map, budget=budget, buffer=buffer, step=step, head=head, num_images=num_images
+    )
+    return run_plan(
+        generator, prompt, plan, guidance_scale=guidance_scale, temperature=temperature, seed=seed, progress=progress
+    )
+
+
+def run_plan(
+    generator: Generator,
+    prompt: str,
+    plan: Plan,
+    *,
+    guidance_scale: float | None = None,
+    temperature: float | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Analysis:
+    """Draw and measure what was planned; see `analyze`."""
+    checkpoint, head_map = generator.checkpoint, plan.head_map
+    is_unconditional = generator.is_unconditional(plan.num_images)
+    row = int(is_unconditional.long().argmin())  # the first picture's conditional row
+    recorder = AttentionRecorder(plan.heads, checkpoint.grid, row=row)
+    watching = WatchingCache(checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads, recorder)
+    probes = {policy: RetentionProbe(cache, plan.step, row=row) for policy, cache in plan.caches.items()}
+    retention: dict[str, Retention] = {}
+    memory: dict[str, MemoryStats] = {}
+    drawn: dict[str, torch.Tensor] = {}
+    total = (1 + len(probes)) * plan.num_images * head_map.num_visual_tokens
+    with (
+        ssd_attention(generator.model),
+        tqdm(
+            total=total,
+            unit=" visual tokens",
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file gets a line now and then
+            disable=not progress,
+        ) as bar,
+    ):
+
+        def draw(policy: str, cache, probe: RetentionProbe | None = None) -> None:
+            def on_tokens(number: int) -> None:
+                bar.update(number)
+                if probe is not None:
+                    probe(number)
+
+            bar.set_description(policy)
+            tokens = generator.generate(
+                [prompt] * plan.num_images,
+                cache,
+                guidance_scale=guidance_scale,
+                temperature=temperature,
+                seed=seed,
+                on_tokens=on_tokens,
+            )
+            drawn[policy] = tokens[:1]
+
+        try:
+            draw("full", watching)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            watching.finish()  # raises by itself where the attention shows which head it was
+            raise ValueError(
+                f"{checkpoint.name} gives NaN or infinite numbers: run it in bfloat16 or float32"
+            ) from error
+        watching.finish()
+        attention = recorder.result()
+        concentration = semantic_concentration(watching, head_map, is_unconditional=is_unconditional, seed=seed)
+        dtype, device = watching.layers[0].dtype, watching.layers[0].device
+        del watching  # a full cache is large
+        for policy, probe in probes.items():
+            cache = plan.caches[policy]
+            cache.reset()
+            draw(policy, cache, probe)
+            assert probe.result is not None
+            retention[policy], memory[policy] = probe.result, cache.memory_stats()
+            cache.reset()
+        pictures = generator.to_images(torch.cat(list(drawn.values())))
+    conditions = _conditions(generator, plan) | {
+        "prompt": prompt,
+        "seed": seed,
+        "guidance_scale": generator.guidance_scale if guidance_scale is None else guidance_scale,
+        "temperature": generator.temperature if temperature is None else temperature,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+    }
+    return Analysis(
+        conditions,
+        head_scores(head_map),
+        attention,
+        concentration,
+        retention,
+        memory,
+        dict(zip(drawn, pictures, strict=True)),
+    )
+
+
+def _conditions(generator: Generator, plan: Plan) -> dict[str, Any]:
+    checkpoint, head_map, cache = generator.checkpoint, plan.head_map, plan.caches["ssd"]
+    return {
+        "model": checkpoint.name,
+        "revision": getattr(checkpoint.config, "_commit_hash", None),
+        "layers": checkpoint.num_layers,
+        "kv_heads": checkpoint.num_kv_heads,
+        "grid": list(checkpoint.grid),
+        "num_images": plan.num_images,
+        "head_map_digest": head_map.digest,
+        "head_map_method": head_map.method,
+        "head_map_threshold": head_map.threshold,
+        "budget": cache.budget,
+        "buffer": cache.buffer,
+        "step": plan.step,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "ssd_cache": ssd_cache.__version__,
+    }

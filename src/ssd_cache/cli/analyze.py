@@ -1,0 +1,185 @@
+"""`ssd-cache analyze`: where a model's heads look and what they hold, as one HTML page with the numbers beside it.
+
+Options only; measuring and drawing are `ssd_cache.analysis`'s.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ssd_cache.analysis.plan import NUM_IMAGES, plan_analysis
+from ssd_cache.analysis.plotting import check_packages
+from ssd_cache.analysis.report import report_paths, write_report
+from ssd_cache.analysis.study import run_plan
+from ssd_cache.cli.errors import Failure, WrongUse, refusing
+from ssd_cache.cli.files import read_prompts
+from ssd_cache.cli.plan import ONLINE, parse_budget
+from ssd_cache.head_map import HeadMap
+from ssd_cache.models import BUNDLED, Checkpoint, check_drawing, find_generator, resolve_device, resolve_dtype
+
+PROMPT = "a photo of a red circle and a blue square"
+MODEL, MEASURING, SAMPLING = "Model", "Measuring", "Sampling"
+
+
+def analyze(
+    prompt: Annotated[str, typer.Argument(help="What to draw.", metavar="PROMPT")] = PROMPT,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A folder for report.html and report.json, or the page's name, ending in .html.",
+            metavar="PLACE",
+        ),
+    ] = Path("analysis"),
+    model: Annotated[
+        str,
+        typer.Option(
+            help=f"{BUNDLED} (comes with the package), a folder, or a Hub id.", metavar="NAME", rich_help_panel=MODEL
+        ),
+    ] = BUNDLED,
+    head_map: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder or Hub id.", metavar="NAME", show_default="in the model's folder", rich_help_panel=MODEL
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float32, bfloat16, float16, or auto: float32 on a CPU, else bfloat16.",
+            metavar="NAME",
+            rich_help_panel=MODEL,
+        ),
+    ] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(help="cpu, cuda:0, ..., or auto: a GPU if there is one.", metavar="NAME", rich_help_panel=MODEL),
+    ] = "auto",
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            help="With --head: a head to draw, from 0.",
+            metavar="N",
+            show_default="the clearest of each kind",
+            rich_help_panel=MEASURING,
+        ),
+    ] = None,
+    head: Annotated[
+        int | None,
+        typer.Option(help="With --layer; it takes its kind's place.", metavar="N", rich_help_panel=MEASURING),
+    ] = None,
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="Visual tokens a head may hold: a fraction of the grid, or a count (115).",
+            metavar="X",
+            rich_help_panel=MEASURING,
+        ),
+    ] = "0.2",
+    buffer: Annotated[
+        int | None,
+        typer.Option(
+            help="Visual tokens evicted at once.",
+            metavar="N",
+            show_default="a row of the grid",
+            rich_help_panel=MEASURING,
+        ),
+    ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(
+            help="Visual tokens gone by when it is read what heads hold.",
+            metavar="N",
+            show_default="3/4 of the grid",
+            rich_help_panel=MEASURING,
+        ),
+    ] = None,
+    num_images: Annotated[
+        int,
+        typer.Option(help="Pictures at once; the margin test needs several.", metavar="N", rich_help_panel=MEASURING),
+    ] = NUM_IMAGES,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="Guidance scale, above 1.", metavar="X", show_default="the model's own", rich_help_panel=SAMPLING
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="0 takes the likeliest token.", metavar="X", show_default="the model's own", rich_help_panel=SAMPLING
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the pictures.", metavar="N", rich_help_panel=SAMPLING)] = 0,
+) -> None:
+    """Measure where a model's heads look, what they hold, and where the prompt sits in K and V.
+
+    Draws the prompt with a full cache and under SSD, H2O and StreamingLLM, and
+    writes one HTML page with all figures, and the JSON behind it.
+    """
+    [text] = read_prompts([prompt], None)
+    _check_place(output)
+    amount = parse_budget(budget)
+    if (layer is None) != (head is None):
+        raise WrongUse("--layer and --head name one head together: give both or neither")
+    try:
+        check_packages()
+    except ImportError as error:
+        raise WrongUse(str(error)) from error
+    with refusing():
+        check_drawing(guidance, temperature, seed)
+        where = resolve_device(device)
+        kind = resolve_dtype(dtype, where)
+        checkpoint = find_generator(model)
+        plan = plan_analysis(
+            checkpoint,
+            _head_map(checkpoint, head_map),
+            budget=amount,
+            buffer=buffer,
+            step=step,
+            head=None if layer is None or head is None else (layer, head),
+            num_images=num_images,
+        )
+    generator = checkpoint.load(kind, where)
+    try:
+        analysis = run_plan(generator, text, plan, guidance_scale=guidance, temperature=temperature, seed=seed)
+    except ValueError as error:  # NaN, or a prompt that does not fit: each says what to do
+        raise Failure(str(error)) from error
+    page, numbers = write_report(analysis, output)
+    Console(highlight=False, markup=False).print(
+        f"{analysis.concentration.sentence(checkpoint.name)}\nwrote {page} and {numbers.name}", soft_wrap=True
+    )
+
+
+def _check_place(output: Path) -> None:
+    """Refuse a place that can not be written; raises WrongUse."""
+    page, numbers = report_paths(output)
+    folder = page.parent
+    for path in (page, numbers):
+        if path.is_dir():
+            raise WrongUse(f"--output {output}: {path} is a folder; give another name")
+    if folder.exists() and not folder.is_dir():
+        raise WrongUse(f"--output {output} is a file; give a folder, or a name that ends in .html")
+    above = folder if folder.exists() or page.name != "report.html" else folder.parent
+    if not above.is_dir():
+        raise WrongUse(f"--output {output}: the folder {above} does not exist; make it first")
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise WrongUse(f"--output {output}: can not write into {above}: {error.strerror}") from error
+
+
+def _head_map(checkpoint: Checkpoint, name: str | None) -> HeadMap:
+    if name == ONLINE:
+        raise WrongUse(f"--head-map {ONLINE} has no labels to analyze: give a map, or make one with profile")
+    head_map = checkpoint.head_map() if name is None else HeadMap.from_pretrained(name)
+    if head_map is None:
+        raise WrongUse(f"{checkpoint.name} has no head map in its folder: give --head-map, or make one with profile")
+    return head_map

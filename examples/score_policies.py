@@ -3,7 +3,9 @@
     python examples/score_policies.py --num-per-kind 100 --budgets 0.2,0.5 --output scores.json
 
 Prints a Markdown table, one row a policy and budget, and writes the verdict on every picture as JSON, so that policies
-can be compared picture by picture. It says nothing about models other than the one it is run on.
+can be compared picture by picture. Beside the cache's own policies it knows `online` (no map: labels found while
+drawing), `inverted` (every label turned round, a control), `fitted` (slots shared out by `allocate_budgets`), and a
+folder with a head map. It says nothing about models other than the one it is run on.
 """
 
 from __future__ import annotations
@@ -16,9 +18,24 @@ import typer
 from tqdm import tqdm
 
 from ssd_cache import POLICIES, HeadMap, SSDCache
+from ssd_cache.allocation import allocate_budgets
 from ssd_cache.evaluation import score_shapes
 from ssd_cache.models import find_generator
 from ssd_cache.shapes import KINDS, make_prompts
+
+
+def make_cache(policy: str, head_map: HeadMap, budget: float, **settings) -> SSDCache:
+    """A fresh cache by the name of a policy, of one of this script's own, or of a head map's folder."""
+    if policy in POLICIES:
+        return SSDCache.from_policy(policy, head_map, budget, **settings)
+    if policy == "inverted":
+        return SSDCache(~head_map, budget, **settings)
+    if policy == "fitted":
+        return SSDCache(head_map, allocate_budgets(head_map, budget), **settings)
+    if policy == "online":
+        shape = {"num_layers": head_map.num_layers, "num_kv_heads": head_map.num_kv_heads, "grid": head_map.grid}
+        return SSDCache(HeadMap.online(**shape), budget, **settings)
+    return SSDCache(HeadMap.from_pretrained(policy), budget, **settings)
 
 
 def main(
@@ -29,6 +46,7 @@ def main(
     num_per_kind: int = 100,
     batch_size: int = 50,
     buffer: int = 24,
+    num_recent: float | None = None,
     prompt_seed: int = 1,
     seed: int = 0,
     device: str = "auto",
@@ -44,8 +62,9 @@ def main(
         for policy in policies.split(",")
         for budget in ([1.0] if policy == "full" else map(float, budgets.split(",")))
     ]
+    settings = {"buffer": buffer} | ({} if num_recent is None else {"num_recent": num_recent})
     for policy, budget in runs:
-        SSDCache.from_policy(policy, labels, budget, buffer=buffer)  # refuse bad settings before anything is drawn
+        make_cache(policy, labels, budget, **settings)  # refuse bad settings before anything is drawn
     prompts = make_prompts(num_per_kind, prompt_seed)
     generator = checkpoint.load(device=device)
     rows, lines = [], []
@@ -54,7 +73,7 @@ def main(
             score = score_shapes(
                 generator,
                 prompts,
-                lambda policy=policy, budget=budget: SSDCache.from_policy(policy, labels, budget, buffer=buffer),
+                lambda policy=policy, budget=budget: make_cache(policy, labels, budget, **settings),
                 batch_size=batch_size,
                 seed=seed,
                 on_tokens=bar.update,
@@ -67,7 +86,7 @@ def main(
             "head_map": labels.digest,
             "num_per_kind": num_per_kind,
             "batch_size": batch_size,
-            "buffer": buffer,
+            **settings,
             "prompt_seed": prompt_seed,
             "seed": seed,
             "guidance_scale": generator.guidance_scale,

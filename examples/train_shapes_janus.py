@@ -4,8 +4,9 @@
 
 Writes a checkpoint for `JanusForConditionalGeneration.from_pretrained` and `JanusProcessor.from_pretrained`.
 Training starts on pictures of 8 rows, then 16, then the full 24: a low picture asks as much of the prompt at a
-sixth of the cost, and a row is as wide as it will stay. Stop it at any time and start it again with the same
-arguments: it goes on from `OUTPUT/training.pt`. This is a recipe for a toy world, not a trainer for Janus.
+sixth of the cost, and a row is as wide as it will stay. Which word belongs to which object is learned late, so most
+steps are low and most captions hard. Stop it at any time and start it again with the same arguments: it goes on from
+`OUTPUT/training.pt`. This is a recipe for a toy world, not a trainer for Janus.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +41,10 @@ PROMPT_LENGTH = 12
 UNCONDITIONAL_SHARE = 0.1
 """Share of scenes whose caption is blanked as guidance blanks it (Ho and Salimans 2022)."""
 
-HARD_SHARES = {"single_object": 1, "two_object": 1, "counting": 2, "colors": 1, "position": 4, "color_attr": 4}
-"""How often each kind is drawn in the second part of training."""
+EVEN = dict.fromkeys(KINDS, 1)
+BINDING = {"single_object": 1, "two_object": 1, "counting": 2, "colors": 1, "position": 4, "color_attr": 5}
+COUNTING = {"single_object": 1, "two_object": 1, "counting": 6, "colors": 1, "position": 4, "color_attr": 2}
+"""How often each kind is drawn: while drawing is learned, then the words of the caption, then numbers."""
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<begin_of_image>", "<end_of_image>", "<image_placeholder>")
 WORDS = (
@@ -173,36 +177,40 @@ def set_palette_decoder(model: JanusForConditionalGeneration, processor: JanusPr
 
 @dataclass(frozen=True)
 class Step:
-    """What one step of training sees; `even_kinds` is False where the hard kinds are drawn more often."""
+    """What one step of training sees: how high the pictures are, how many, of which kinds, at which learning rate."""
 
     rows: int
     batch_size: int
     lr_factor: float
-    even_kinds: bool = True
+    shares: dict[str, int]
 
 
-def schedule(low: int, middle: int, full: int, binding: int, polish: int, batch_size: int) -> list[Step]:
-    """Learn to draw (low, middle and full pictures in turn), then which word belongs to which object.
+def schedule(draw: int, bind: int, middle: int, full: int, count: int, rounds: int, batch_size: int) -> list[Step]:
+    """Learn to draw, then which word belongs to which object, on low pictures; grow to the full height; learn to count.
 
-    The second part starts anew from a high learning rate: `binding` times two steps of low pictures and one of full
-    ones, then `polish` steps of full ones, the hard kinds more often in both.
+    The learning rate rises for 100 steps, stays, and falls to zero over the last three quarters of the full pictures.
+    Low pictures do not teach counting, having no room for four objects, so it has rounds of its own, in each of which
+    the rate starts again at a half and falls to zero.
     """
-    warm = [min(1.0, (step + 1) / 100) for step in range(low + middle)]
-    drawing = [(8, 2 * batch_size)] * low + [(16, batch_size)] * middle
-    steps = [Step(rows, size, factor) for (rows, size), factor in zip(drawing, warm, strict=True)]
-    steps += [Step(24, batch_size, min(1.0, (full - step) / max(1, full * 3 // 4))) for step in range(full)]
-    low_step, full_step = Step(8, 2 * batch_size, 0.75, False), Step(24, batch_size, 0.75, False)
-    steps += [low_step, low_step, full_step] * binding
-    steps += [Step(24, batch_size, 0.75 * (polish - step) / polish, False) for step in range(polish)]
-    return steps
+    low = [Step(8, 2 * batch_size, min(1.0, (step + 1) / 100), EVEN) for step in range(draw)]
+    low += [Step(8, 2 * batch_size, 1.0, BINDING)] * bind
+    grown = [Step(16, batch_size, 1.0, BINDING)] * middle
+    falling = max(1, full * 3 // 4)
+    grown += [Step(24, batch_size, min(1.0, (full - step) / falling), BINDING) for step in range(full)]
+    counted = [Step(24, batch_size, 0.5 * (count - step) / count, COUNTING) for step in range(count)]
+    return low + grown + counted * rounds
 
 
-def make_batch(processor: JanusProcessor, batch_size: int, rows: int, seed: str, even_kinds: bool = True):
-    """Prompts `[batch, 12]`, whether each prompt token is seen `[batch, 12]`, visual tokens `[batch, rows * 24]`."""
+def make_batch(processor: JanusProcessor, batch_size: int, rows: int, seed: str, shares: dict[str, int]):
+    """Prompts `[batch, 12]`, which of their tokens are seen `[batch, 12]`, visual tokens `[batch, rows * 24]`, kinds.
+
+    The kind of a scene whose caption is blanked is "unconditional".
+    """
     rng = random.Random(seed)
     tokenizer = processor.tokenizer
-    shares = [HARD_SHARES[kind] for kind in KINDS]
-    kinds = [None] * batch_size if even_kinds else rng.choices(KINDS, shares, k=batch_size)
+    kinds = (
+        [None] * batch_size if shares is EVEN else rng.choices(KINDS, [shares[kind] for kind in KINDS], k=batch_size)
+    )
     scenes = [make_scene(rng, kind, rows) for kind in kinds]
     encoded = tokenizer(
         [scene.caption + "<begin_of_image>" for scene in scenes],
@@ -214,7 +222,8 @@ def make_batch(processor: JanusProcessor, batch_size: int, rows: int, seed: str,
     keep = (prompts == tokenizer.bos_token_id) | (prompts == tokenizer.boi_token_id)
     blank = torch.tensor([rng.random() < UNCONDITIONAL_SHARE for _ in scenes])[:, None]
     prompts = prompts.masked_fill(blank & ~keep, tokenizer.pad_token_id)
-    return prompts, seen, torch.stack([torch.from_numpy(scene.tokens) for scene in scenes])
+    shown = ["unconditional" if alone else scene.kind for scene, alone in zip(scenes, blank[:, 0], strict=True)]
+    return prompts, seen, torch.stack([torch.from_numpy(scene.tokens) for scene in scenes]), shown
 
 
 def blockwise_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -239,7 +248,7 @@ AttentionInterface.register("blockwise", blockwise_attention)
 
 
 def loss_of(model, decoder, prompts, seen, pictures) -> torch.Tensor:
-    """Mean cross-entropy of the visual tokens, in nats."""
+    """Cross-entropy of every picture, in nats `[batch]`: what its caption does not settle stays."""
     parts = model.model
     inputs = torch.cat(
         [
@@ -252,7 +261,7 @@ def loss_of(model, decoder, prompts, seen, pictures) -> torch.Tensor:
     mask[:, 0, 0, : seen.shape[1]].masked_fill_(~seen, -1e30)
     hidden = decoder(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
     logits = parts.generation_head(hidden[:, seen.shape[1] - 1 :])
-    return F.cross_entropy(logits.float().flatten(0, 1), pictures.flatten())
+    return F.cross_entropy(logits.float().transpose(1, 2), pictures, reduction="none").sum(1)
 
 
 def build_optimizers(model: JanusForConditionalGeneration, lr: float) -> list[torch.optim.Optimizer]:
@@ -277,11 +286,12 @@ def write(path: Path, save) -> None:
 
 def main(
     output: Path = Path("shapes-janus"),
-    low_steps: int = 1500,
-    middle_steps: int = 700,
-    full_steps: int = 2000,
-    binding_rounds: int = 560,
-    polish_steps: int = 760,
+    draw_steps: int = 500,
+    bind_steps: int = 2700,
+    middle_steps: int = 900,
+    full_steps: int = 1700,
+    count_steps: int = 700,
+    count_rounds: int = 2,
     batch_size: int = 16,
     lr: float = 4e-3,
     seed: int = 0,
@@ -303,7 +313,7 @@ def main(
     trained = [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
     forward = torch.compile(decoder, dynamic=False) if compiled else decoder
 
-    steps = schedule(low_steps, middle_steps, full_steps, binding_rounds, polish_steps, batch_size)
+    steps = schedule(draw_steps, bind_steps, middle_steps, full_steps, count_steps, count_rounds, batch_size)
     step, state_file = 0, output / "training.pt"
     if state_file.exists():
         state = torch.load(state_file, map_location=device, weights_only=True)
@@ -316,29 +326,30 @@ def main(
         state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
         write(state_file, lambda path: torch.save(state, path))
 
-    losses, started = [], time.time()
+    nats, started = defaultdict(list), time.time()
     with tqdm(total=len(steps), initial=step, unit="step", smoothing=0.02) as progress:
         while step < len(steps):
             now = steps[step]
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr * now.lr_factor
-            batch = make_batch(processor, now.batch_size, now.rows, f"{seed}-{step}", now.even_kinds)
+            *batch, kinds = make_batch(processor, now.batch_size, now.rows, f"{seed}-{step}", now.shares)
             with torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32"):
-                loss = loss_of(model, forward, *(part.to(device) for part in batch))
-            loss.backward()
+                losses = loss_of(model, forward, *(part.to(device) for part in batch))
+            (losses.mean() / (now.rows * GRID[1])).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             step += 1
-            losses.append(loss.item() * now.rows * GRID[1])  # nats a picture: what the prompt does not settle stays
             progress.update()
+            for kind, loss in zip(kinds, losses.tolist(), strict=True):
+                nats[kind].append(loss)
             if step % 50 == 0:
-                mean = sum(losses[-50:]) / len(losses[-50:])
-                progress.set_postfix(rows=now.rows, nats_per_picture=f"{mean:.2f}")
+                means = " ".join(f"{kind} {sum(nats[kind]) / len(nats[kind]):.2f}" for kind in sorted(nats))
+                nats.clear()
                 with open(output / "training.log", "a") as log:
-                    log.write(f"{step} {now.rows} {mean:.3f} {time.time() - started:.0f}\n")
+                    log.write(f"step {step} rows {now.rows} seconds {time.time() - started:.0f} nats: {means}\n")
             if step % save_every == 0 or step == len(steps):
                 save()
 

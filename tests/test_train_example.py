@@ -20,11 +20,12 @@ from ssd_cache.shapes.scenes import GRID, KINDS, PALETTE, make_scene
 
 example = load_example()
 SMALL = {
-    "low_steps": 2,
+    "draw_steps": 2,
+    "bind_steps": 3,
     "middle_steps": 2,
     "full_steps": 2,
-    "binding_rounds": 1,
-    "polish_steps": 2,
+    "count_steps": 1,
+    "count_rounds": 2,
     "batch_size": 2,
     "dtype": "float32",
     "compiled": False,
@@ -128,7 +129,7 @@ def test_training_sees_prompts_as_generation_gives_them():
     processor = example.build_processor()
     tokenizer, rng = processor.tokenizer, random.Random("prompts")
     captions = [make_scene(rng, rows=24).caption for _ in range(200)]
-    prompts, seen, pictures = example.make_batch(processor, 200, 24, "prompts")
+    prompts, seen, pictures, kinds = example.make_batch(processor, 200, 24, "prompts", example.EVEN)
     inputs = processor(
         text=captions,
         generation_mode="image",
@@ -143,6 +144,7 @@ def test_training_sees_prompts_as_generation_gives_them():
     blank[(blank != tokenizer.bos_token_id) & (blank != tokenizer.boi_token_id)] = tokenizer.pad_token_id
     is_blank = (prompts != inputs.input_ids).any(1)
     np.testing.assert_array_equal(prompts, torch.where(is_blank[:, None], blank, inputs.input_ids))
+    assert [kind == "unconditional" for kind in kinds] == is_blank.tolist()
     assert 5 <= int(is_blank.sum()) <= 40  # a tenth of 200, and chance
 
 

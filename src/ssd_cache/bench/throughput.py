@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from tqdm import tqdm
 from transformers import (
     Cache,
     DynamicCache,
@@ -120,7 +121,13 @@ def default_cases(model: PreTrainedModel, head_map: HeadMap) -> list[Case]:
 
 
 def measure(
-    model: PreTrainedModel, cases: Sequence[Case], *, batch_size: int, rounds: int = 3, guidance_scale: float = 5.0
+    model: PreTrainedModel,
+    cases: Sequence[Case],
+    *,
+    batch_size: int,
+    rounds: int = 3,
+    guidance_scale: float = 5.0,
+    progress: bool = False,
 ) -> Iterator[list[Measurement]]:
     """Time every case once a round, one uncounted round first; yields all measurements after each round.
 
@@ -129,6 +136,7 @@ def measure(
         cases: what to measure.
         batch_size: pictures drawn at once; guidance doubles the rows.
         rounds: counted rounds.
+        progress: show a bar over the batches of pictures.
     """
     before = model.config.get_text_config(decoder=True)._attn_implementation
     prompt = torch.randint(10, 60, (batch_size, PROMPT_LENGTH), generator=torch.Generator().manual_seed(0))
@@ -136,9 +144,11 @@ def measure(
     prompt = prompt.clamp(max=model.config.text_config.vocab_size - 1).to(model.device)
     cells = model.config.vision_config.num_image_tokens
     results = [Measurement(case.name, batch_size * cells) for case in cases]
+    bar = tqdm(total=(rounds + 1) * len(cases), unit="batch", disable=not progress)
     try:
         for turn in range(rounds + 1):
             for case, result in zip(cases, results, strict=True):
+                bar.set_description(case.name)
                 model.set_attn_implementation({"text_config": case.attention})
                 cache = case.make_cache()
                 torch.manual_seed(0)
@@ -156,9 +166,11 @@ def measure(
                 if turn > 0:
                     result.seconds.append(time.perf_counter() - start)
                 result.nbytes = sum(_layer_nbytes(layer) for layer in cache.layers)
+                bar.update()
             if turn > 0:
                 yield results
     finally:
+        bar.close()
         model.set_attn_implementation({"text_config": before})
 
 

@@ -52,11 +52,9 @@ def bench(
     if head_map is None:
         raise WrongUse(f"--model {model} has no head map in its folder")
     console = Console(highlight=False, markup=False)
-    results: list[Measurement] = []
-    for turn, results in enumerate(  # noqa: B007  # the last round's is printed
-        measure(network, default_cases(network, head_map), batch_size=batch_size, rounds=rounds), start=1
-    ):
-        console.print(f"round {turn} of {rounds} done", style="dim")
+    results: list[Measurement]
+    cases = default_cases(network, head_map)
+    *_, results = measure(network, cases, batch_size=batch_size, rounds=rounds, progress=True)
     report = Table(
         box=box.SIMPLE_HEAD,
         caption=f"{model}, {batch_size} pictures of {head_map.num_visual_tokens} tokens with guidance, {kind} on "

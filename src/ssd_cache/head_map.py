@@ -227,7 +227,8 @@ class HeadMap:
 
         Args:
             model: the model's name, for the message.
-            num_layers, num_kv_heads: the model's decoder layers, and KV heads in each.
+            num_layers: the model's decoder layers.
+            num_kv_heads: KV heads in each.
             grid: its rows and columns of visual tokens, where they are known.
 
         Raises [`HeadMapError`] with both shapes and this map's origin.

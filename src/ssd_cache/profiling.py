@@ -49,8 +49,10 @@ def profile_heads(
         model: a loaded image model of a supported family, or a `Generator`.
         prompts: one picture is drawn for each.
         method: "coverage" or "window".
-        budget, buffer, num_recent, num_sinks: the cache that the map is meant for, as for `SSDCache`; the budget is
-            one number here.
+        budget: of the cache that the map is meant for, as for `SSDCache`, but one number.
+        buffer: of that cache, as for `SSDCache`.
+        num_recent: of that cache, as for `SSDCache`.
+        num_sinks: of that cache, as for `SSDCache`.
         levels: further budgets at which retained attention is measured, for `allocate_budgets`.
         window: visual tokens that count as near; a grid row and one when not given, so that "right above" is inside.
         threshold: between 0 and 1, for "window"; chosen from the data when not given.

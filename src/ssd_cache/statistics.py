@@ -88,7 +88,8 @@ class HeadStatistics:
 
     Args:
         grid: rows and columns of visual tokens.
-        num_layers, num_kv_heads: the model's.
+        num_layers: the model's decoder layers.
+        num_kv_heads: KV heads in each.
         levels: caches whose retention is followed; labels are made for the first.
         device: where the sums are.
 

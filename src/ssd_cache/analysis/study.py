@@ -83,7 +83,9 @@ def analyze(
         step: visual tokens gone by when the retention map is read; three quarters of the grid when not given.
         head: a (layer, head) to draw in place of the most spatial or the most semantic one, whichever kind it is.
         num_images: pictures at once; the margin test needs several (see `margin_test`).
-        guidance_scale, temperature, seed: as for `Generator.generate`.
+        guidance_scale: as for `Generator.generate`.
+        temperature: as for `Generator.generate`.
+        seed: as for `Generator.generate`.
         progress: show a bar over visual tokens.
 
     Raises:

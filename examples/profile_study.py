@@ -56,8 +56,8 @@ def time_side_by_side(generator: Generator, prompts: list[str], repeats: int, **
 
 
 def compare(statistics: HeadStatistics, settings: list[tuple[str, dict]]) -> list[list]:
-    """Every setting's labels against those of the default."""
-    usual = label_heads(statistics)[0]
+    """Every setting's labels against those of coverage."""
+    usual = label_heads(statistics, method="coverage")[0]
     rows = []
     for name, setting in settings:
         labels, threshold = label_heads(statistics, **setting)

@@ -148,7 +148,7 @@ def _read(source: HeadMap | HeadStatistics) -> tuple[np.ndarray, Mapping[str, to
     """Labels `[layers, kv_heads]`, scores by name, grid."""
     if isinstance(source, HeadMap):
         return source.is_spatial.numpy(), source.scores, source.grid
-    return label_heads(source)[0].numpy(), head_scores(source), source.grid
+    return label_heads(source, method="coverage")[0].numpy(), head_scores(source), source.grid
 
 
 def _curves(scores: Mapping[str, torch.Tensor], grid: tuple[int, int]) -> dict[str, dict[int, np.ndarray]]:

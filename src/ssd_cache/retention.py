@@ -107,7 +107,7 @@ def prefers_window(weights: torch.Tensor, scores: torch.Tensor, num_prompt: int,
             token still in the slot of its arrival.
         scores: `[batch, kv_heads, stored]`, what the tokens had received before these queries.
         num_prompt: columns of the prompt.
-        num_recent: newest tokens that a semantic head spares, of the half it keeps.
+        num_recent: newest tokens that a semantic head spares of all that is stored; of the half, the same share.
 
     Returns:
         `[kv_heads]`, True where the window keeps more.
@@ -116,7 +116,7 @@ def prefers_window(weights: torch.Tensor, scores: torch.Tensor, num_prompt: int,
     num_kept = num_before // 2
     received = weights[..., num_prompt : num_prompt + num_before].sum((2, 3))  # [batch, kv_heads, num_before]
     ranks = scores[..., :num_before].clone()
-    ranks[..., num_before - num_recent :] = float("inf")
+    ranks[..., num_before - num_recent * num_kept // scores.shape[-1] :] = float("inf")
     # the newest first, so that of equal scores the older token goes
     best = ranks.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
     hitters = received.flip(-1).gather(-1, best).sum((0, 2), dtype=torch.float64)

@@ -127,9 +127,7 @@ class SlotStore:
             return
         weights = self.held_attention()
         if self.is_online and self.num_stored == self.num_slots:
-            # half the tokens are kept in this trial, so of them the same share is spared
-            num_recent = self.num_recent * ((self.num_slots - self.num_held) // 2) // self.num_slots
-            self.found = prefers_window(weights, self.scores, self.num_prompt, num_recent)
+            self.found = prefers_window(weights, self.scores, self.num_prompt, self.num_recent)
             self.is_online = False
         self.scores[:, :, : self.num_stored] += weights[..., self.num_prompt :].sum((2, 3))
         self.num_held, self.num_to_hold = 0, self.buffer

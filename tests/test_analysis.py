@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -547,16 +548,16 @@ def test_a_failure_while_writing_leaves_what_was_there(analysis, tmp_path, monke
         folder.mkdir()
         for name in ("report.html", "report.json"):
             (folder / name).write_text("older")
-    write_text, calls = Path.write_text, []
+    fsync, calls = os.fsync, []
 
-    def fail(self, text, *args, **kwargs):
-        calls.append(self)
+    def fail(descriptor):
+        calls.append(descriptor)
         if len(calls) == failing:
-            write_text(self, text[:100], *args, **kwargs)
+            os.ftruncate(descriptor, 2)
             raise OSError(28, "No space left on device")
-        return write_text(self, text, *args, **kwargs)
+        fsync(descriptor)
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     monkeypatch.setattr("ssd_cache.analysis.report.render", lambda _: "page")
     with pytest.raises(OSError, match="No space left"):
         write_report(analysis, folder)

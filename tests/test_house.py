@@ -23,6 +23,7 @@ FLOORS = {
     "head_map_files": 0,
     "head_map_hub": 0,
     "retention": 0,
+    "writing": 0,
     "budget": 0,
     "shapes": 0,
     "statistics": 0,

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import uuid
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -19,6 +18,7 @@ import safetensors.torch
 import torch
 
 from ssd_cache.head_map_checks import MAX_JSON_DEPTH, HeadMapError, json_depth_exceeds
+from ssd_cache.writing import write_files
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "config.json"
@@ -124,22 +124,11 @@ def read_folder(folder: Path, subfolder: str | None = None) -> tuple[bytes, byte
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:
     """Writes each file beside its place, then moves them there in order: a reader sees whole files only."""
-    parts = {name: folder / f".{name}.{uuid.uuid4().hex}.part" for name in files}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            with parts[name].open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for name, part in parts.items():
-            os.replace(part, folder / name)
+        write_files({folder / name: content for name, content in files.items()})
     except OSError as error:
         raise HeadMapError(f"{folder}: the head map cannot be written ({error}); give another folder") from error
-    finally:
-        for part in parts.values():
-            if os.path.lexists(part):
-                part.unlink()
 
 
 def check_subfolder(subfolder: str | None) -> None:

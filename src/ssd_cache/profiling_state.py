@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ssd_cache.statistics import HeadStatistics, ProfilingError
+from ssd_cache.writing import write_files
 
 FORMAT = "ssd-cache profile 1"
 
@@ -30,20 +30,13 @@ def save_state(path: Path, statistics: HeadStatistics, num_batches: int, setting
         ProfilingError: it can not be written; an older file is as it was.
     """
     header = {"format": FORMAT, "num_batches": str(num_batches), "settings": json.dumps(settings)}
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with part.open("xb") as file:
-            file.write(safetensors.torch.save(statistics.state_dict(), metadata=header))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        write_files({path: safetensors.torch.save(statistics.state_dict(), metadata=header)})
     except OSError as error:
         raise ProfilingError(
             f"{path}: the sums of the first {num_batches} batches can not be written ({error.strerror}); make room, or "
             "give another file"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_state(path: Path, statistics: HeadStatistics, settings: Mapping[str, Any]) -> int:

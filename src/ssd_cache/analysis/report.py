@@ -17,6 +17,7 @@ import torch
 from ssd_cache.analysis.page import render
 from ssd_cache.analysis.plotting import check_packages
 from ssd_cache.analysis.study import Analysis
+from ssd_cache.writing import write_files
 
 
 def write_report(analysis: Analysis, output: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -36,15 +37,9 @@ def write_report(analysis: Analysis, output: str | os.PathLike[str]) -> tuple[Pa
     texts = {page: render(analysis), numbers: json.dumps(as_json(analysis), allow_nan=False, ensure_ascii=False)}
     is_new = not page.parent.exists()
     page.parent.mkdir(exist_ok=True)
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in texts}
     try:
-        for path, text in texts.items():
-            parts[path].write_text(text, encoding="utf-8")
-        for path, part in parts.items():
-            os.replace(part, path)
+        write_files({path: text.encode() for path, text in texts.items()})
     except BaseException:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
         if is_new and not any(page.parent.iterdir()):
             page.parent.rmdir()
         raise

@@ -5,7 +5,6 @@ Options only; measuring and drawing are `ssd_cache.analysis`'s.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -17,13 +16,14 @@ from ssd_cache.analysis.plotting import check_packages
 from ssd_cache.analysis.report import report_paths, write_report
 from ssd_cache.analysis.study import run_plan
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
-from ssd_cache.cli.files import read_prompts
+from ssd_cache.cli.files import check_writable, read_prompts
+from ssd_cache.cli.options import MODEL, SAMPLING, Device, Dtype, Guidance, ModelName, Temperature
 from ssd_cache.cli.plan import ONLINE, parse_budget
 from ssd_cache.head_map import HeadMap
 from ssd_cache.models import BUNDLED, Checkpoint, check_drawing, find_generator, resolve_device, resolve_dtype
 
 PROMPT = "a photo of a red circle and a blue square"
-MODEL, MEASURING, SAMPLING = "Model", "Measuring", "Sampling"
+MEASURING = "Measuring"
 
 
 def analyze(
@@ -37,30 +37,15 @@ def analyze(
             metavar="PLACE",
         ),
     ] = Path("analysis"),
-    model: Annotated[
-        str,
-        typer.Option(
-            help=f"{BUNDLED} (comes with the package), a folder, or a Hub id.", metavar="NAME", rich_help_panel=MODEL
-        ),
-    ] = BUNDLED,
+    model: ModelName = BUNDLED,
     head_map: Annotated[
         str | None,
         typer.Option(
             help="A folder or Hub id.", metavar="NAME", show_default="in the model's folder", rich_help_panel=MODEL
         ),
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="float32, bfloat16, float16, or auto: float32 on a CPU, else bfloat16.",
-            metavar="NAME",
-            rich_help_panel=MODEL,
-        ),
-    ] = "auto",
-    device: Annotated[
-        str,
-        typer.Option(help="cpu, cuda:0, ..., or auto: a GPU if there is one.", metavar="NAME", rich_help_panel=MODEL),
-    ] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     layer: Annotated[
         int | None,
         typer.Option(
@@ -104,18 +89,8 @@ def analyze(
         int,
         typer.Option(help="Pictures at once; the margin test needs several.", metavar="N", rich_help_panel=MEASURING),
     ] = NUM_IMAGES,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            help="Guidance scale, above 1.", metavar="X", show_default="the model's own", rich_help_panel=SAMPLING
-        ),
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            help="0 takes the likeliest token.", metavar="X", show_default="the model's own", rich_help_panel=SAMPLING
-        ),
-    ] = None,
+    guidance: Guidance = None,
+    temperature: Temperature = None,
     seed: Annotated[int, typer.Option(help="Of the pictures.", metavar="N", rich_help_panel=SAMPLING)] = 0,
 ) -> None:
     """Measure where a model's heads look, what they hold, and where the prompt sits in K and V.
@@ -169,11 +144,7 @@ def _check_place(output: Path) -> None:
     above = folder if folder.exists() or page.name != "report.html" else folder.parent
     if not above.is_dir():
         raise WrongUse(f"--output {output}: the folder {above} does not exist; make it first")
-    try:
-        with tempfile.TemporaryFile(dir=above):
-            pass
-    except OSError as error:
-        raise WrongUse(f"--output {output}: can not write into {above}: {error.strerror}") from error
+    check_writable("--output", output, above)
 
 
 def _head_map(checkpoint: Checkpoint, name: str | None) -> HeadMap:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ssd_cache.bench import SHAPES, Measurement, default_cases, measure, random_janus
 from ssd_cache.cli.errors import WrongUse, refusing
+from ssd_cache.cli.options import Device, Dtype
 from ssd_cache.cli.report import size
 from ssd_cache.head_map import HeadMap
 from ssd_cache.models import BUNDLED, find_generator, resolve_device, resolve_dtype
@@ -27,8 +28,8 @@ def bench(
     ] = "small-cpu",
     batch_size: Annotated[int, typer.Option(help="Pictures at once; guidance doubles the rows.", metavar="N")] = 8,
     rounds: Annotated[int, typer.Option(help="Counted rounds, after one to warm up.", metavar="N")] = 2,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.", metavar="NAME")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda:0, ..., or auto.", metavar="NAME")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> None:
     """Measure speed and memory of cache policies side by side.
 

@@ -70,12 +70,17 @@ def check_output(output: Path) -> Path:
         raise WrongUse(f"--output {output} is a folder; give a file in it")
     if not output.parent.is_dir():
         raise WrongUse(f"--output {output}: the folder {output.parent} does not exist; make it first")
+    check_writable("--output", output, output.parent)
+    return output
+
+
+def check_writable(option: str, place: Path, folder: Path) -> None:
+    """Refuse the `place` that an option names when nothing can be written into `folder`; raises WrongUse."""
     try:
-        with tempfile.TemporaryFile(dir=output.parent):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise WrongUse(f"--output {output}: can not write into {output.parent}: {error.strerror}") from error
-    return output
+        raise WrongUse(f"{option} {place}: can not write into {folder}: {error.strerror}") from error
 
 
 def save_picture(image: Image.Image, output: Path) -> None:

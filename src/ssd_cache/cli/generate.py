@@ -16,6 +16,18 @@ from ssd_cache.cache import POLICIES
 from ssd_cache.cli.draw import Drawing, draw
 from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.files import check_output, read_prompts, save_picture
+from ssd_cache.cli.options import (
+    MODEL,
+    SAMPLING,
+    Device,
+    Dtype,
+    Guidance,
+    ModelName,
+    Prompts,
+    PromptsFile,
+    Seed,
+    Temperature,
+)
 from ssd_cache.cli.plan import choose_policies, make_caches, parse_budget
 from ssd_cache.cli.report import process_peak, size, table
 from ssd_cache.cli.sheet import Row, contact_sheet
@@ -29,21 +41,14 @@ from ssd_cache.models import (
     resolve_dtype,
 )
 
-MODEL, CACHE, SAMPLING = "Model", "Cache", "Sampling"
+CACHE = "Cache"
 MAX_COLUMNS = 8
 """Pictures side by side on a contact sheet."""
 
 
 def generate(
-    prompts: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="What to draw; several prompts as several arguments.", metavar="PROMPT", show_default=False
-        ),
-    ] = None,
-    prompts_file: Annotated[
-        Path | None, typer.Option(help="Further prompts, one a line.", metavar="FILE", show_default=False)
-    ] = None,
+    prompts: Prompts = None,
+    prompts_file: PromptsFile = None,
     num_images: Annotated[int, typer.Option(help="Pictures of each prompt.", metavar="N")] = 1,
     output: Annotated[
         Path,
@@ -52,12 +57,7 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Draw with every policy on the same seeds, one row each.")
     ] = False,
-    model: Annotated[
-        str,
-        typer.Option(
-            help=f"{BUNDLED} (comes with the package), a folder, or a Hub id.", metavar="NAME", rich_help_panel=MODEL
-        ),
-    ] = BUNDLED,
+    model: ModelName = BUNDLED,
     head_map: Annotated[
         str | None,
         typer.Option(
@@ -67,18 +67,8 @@ def generate(
             rich_help_panel=MODEL,
         ),
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="float32, bfloat16, float16, or auto: float32 on a CPU, else bfloat16.",
-            metavar="NAME",
-            rich_help_panel=MODEL,
-        ),
-    ] = "auto",
-    device: Annotated[
-        str,
-        typer.Option(help="cpu, cuda:0, ..., or auto: a GPU if there is one.", metavar="NAME", rich_help_panel=MODEL),
-    ] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     policy: Annotated[
         str | None,
         typer.Option(
@@ -99,21 +89,9 @@ def generate(
             help="Visual tokens evicted at once.", metavar="N", show_default="a row of the grid", rich_help_panel=CACHE
         ),
     ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            help="Guidance scale, above 1.", metavar="X", show_default="the model's own", rich_help_panel=SAMPLING
-        ),
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            help="0 takes the likeliest token.", metavar="X", show_default="the model's own", rich_help_panel=SAMPLING
-        ),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Of the first batch; the next batch adds 1.", metavar="N", rich_help_panel=SAMPLING)
-    ] = 0,
+    guidance: Guidance = None,
+    temperature: Temperature = None,
+    seed: Seed = 0,
     batch_size: Annotated[
         int | None,
         typer.Option(help="Pictures drawn at once.", metavar="N", show_default="all", rich_help_panel=SAMPLING),

@@ -5,7 +5,6 @@ Options only; the watching and labelling is `ssd_cache.profiling`'s.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,33 +12,20 @@ import typer
 from rich.console import Console
 
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
-from ssd_cache.cli.files import read_prompts
+from ssd_cache.cli.files import check_writable, read_prompts
+from ssd_cache.cli.options import Device, Dtype, Guidance, ModelName, Prompts, PromptsFile, Seed, Temperature
 from ssd_cache.models import BUNDLED, check_drawing, find_generator
 from ssd_cache.profiling import check_profiling, profile_heads
 from ssd_cache.profiling_state import Processes
 
 
 def profile(
-    prompts: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="What to draw; several prompts as several arguments.", metavar="PROMPT", show_default=False
-        ),
-    ] = None,
-    prompts_file: Annotated[
-        Path | None,
-        typer.Option(
-            help='Further prompts, one a line; of a .jsonl file, the text under "prompt".',
-            metavar="FILE",
-            show_default=False,
-        ),
-    ] = None,
+    prompts: Prompts = None,
+    prompts_file: PromptsFile = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the map.", metavar="FOLDER")] = Path(
         "head-map"
     ),
-    model: Annotated[
-        str, typer.Option(help=f"{BUNDLED} (comes with the package), a folder, or a Hub id.", metavar="NAME")
-    ] = BUNDLED,
+    model: ModelName = BUNDLED,
     method: Annotated[
         str,
         typer.Option(
@@ -81,16 +67,11 @@ def profile(
         typer.Option(help="Keep sums here after every batch, and go on from them.", metavar="FILE", show_default=False),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures drawn at once.", metavar="N")] = 4,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale, above 1.", metavar="X", show_default="the model's own")
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(help="0 takes the likeliest token.", metavar="X", show_default="the model's own"),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the first batch; the next batch adds 1.", metavar="N")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.", metavar="NAME")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda:0, ..., or auto.", metavar="NAME")] = "auto",
+    guidance: Guidance = None,
+    temperature: Temperature = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> None:
     """Label the heads of a model as spatial or semantic, and save the head map.
 
@@ -157,8 +138,4 @@ def _check_place(option: str, place: Path, is_folder: bool) -> None:
     folder = place if is_folder else place.parent
     while not folder.exists() and is_folder:  # a map's folder is made with those above it
         folder = folder.parent
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise WrongUse(f"{option} {place}: can not write into {folder}: {error.strerror}") from error
+    check_writable(option, place, folder)

@@ -14,7 +14,7 @@ from reference import AmbiguousError, ReferenceHead, online_kind
 
 from ssd_cache import HeadMap, SSDCache
 from ssd_cache.attention import ssd_attention_forward
-from ssd_cache.retention import compact, select_victims
+from ssd_cache.retention import attention_weights, compact, select_victims
 
 MODULE = SimpleNamespace(num_key_value_groups=1, is_causal=True)
 
@@ -229,6 +229,13 @@ def test_low_precision_outputs_over_the_kept_set(dtype, slots):
             torch_errors.append(float((plain.double() - exact).abs().max()))
     assert max(errors) <= 2 * max(torch_errors)
     assert all(len(tokens) <= 12 for tokens in held_tokens(cache.layers[0]).values())
+
+
+def test_half_precision_products_do_not_overflow_where_the_attention_does_not():
+    signs = torch.tensor([1.0, -1.0, 1.0])[None, None, :, None].expand(1, 1, 3, 16)
+    queries, keys = (64 * signs[:, :, None, 1:]).half(), (80 * signs).half()  # products of 81,920, a quarter scaled
+    weights = attention_weights(queries, keys, 0.25, num_prompt=1, num_first=1)
+    torch.testing.assert_close(weights[0, 0, 0], torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]))
 
 
 def test_victims_of_equal_score_go_oldest_first():

@@ -36,8 +36,9 @@ def attention_weights(
     """
     batch, heads, groups, steps, head_dim = query_states.shape
     length = key_states.shape[2]
-    logits = query_states.reshape(batch, heads, groups * steps, head_dim) @ key_states.transpose(2, 3)
-    logits = logits.view(batch, heads, groups, steps, length).float() * scaling
+    # scaled before the product, as sdpa does: in fp16 the bare product overflows where the attention itself does not
+    queries = query_states.reshape(batch, heads, groups * steps, head_dim) * scaling
+    logits = (queries @ key_states.transpose(2, 3)).view(batch, heads, groups, steps, length).float()
     step = torch.arange(steps, device=logits.device)[:, None]
     column = torch.arange(length, device=logits.device)
     logits = logits.masked_fill(column >= num_prompt + num_first + step, float("-inf"))

@@ -136,6 +136,12 @@ def test_a_picture_that_was_not_finished_has_no_result():
 # --- scores
 
 
+def test_scores_are_listed_by_name_and_number():
+    scores = {f"retained-{slots}": torch.zeros(1, 2) for slots in (115, 29, 86)} | {"window_mass": torch.ones(1, 2)}
+    listed = head_scores(HeadMap(torch.ones(1, 2, dtype=torch.bool), (6, 6), scores=scores, threshold=0.5)).all
+    assert list(listed) == ["window_mass", "retained-29", "retained-86", "retained-115"]
+
+
 def test_the_clearest_heads_are_chosen_and_a_wanted_one_takes_its_kinds_place():
     is_spatial = torch.tensor([[True, False, True], [False, True, False]])
     score = torch.tensor([[0.6, 0.4, 0.9], [0.1, 0.7, 0.3]])
@@ -144,6 +150,11 @@ def test_the_clearest_heads_are_chosen_and_a_wanted_one_takes_its_kinds_place():
     assert choose_heads(scores, (0, 0)) == ((0, 0), (1, 0))
     assert choose_heads(scores, (0, 1)) == ((0, 2), (0, 1))
     assert scores.most("semantic") == [(1, 0), (1, 2), (0, 1), (0, 0), (1, 1), (0, 2)]
+    prompt = torch.tensor([[0.1, 0.2, 0.8], [0.9, 0.1, 0.7]])  # heads that look at the prompt come after others
+    told = head_scores(HeadMap(is_spatial, (6, 6), scores={"window": score, "prompt": prompt}, threshold=0.5))
+    assert choose_heads(told) == ((1, 1), (0, 1))
+    everywhere = HeadMap(is_spatial, (6, 6), scores={"window": score, "prompt": torch.ones(2, 3)}, threshold=0.5)
+    assert choose_heads(head_scores(everywhere)) == ((0, 2), (1, 0))
     low_is_spatial = head_scores(HeadMap(is_spatial, (6, 6), scores=-score))
     assert choose_heads(low_is_spatial) == ((0, 2), (1, 0))
 

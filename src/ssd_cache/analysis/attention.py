@@ -137,9 +137,18 @@ def default_queries(grid: tuple[int, int]) -> tuple[int, ...]:
 
 
 def choose_heads(scores: HeadScores, wanted: tuple[int, int] | None = None) -> tuple[tuple[int, int], ...]:
-    """The most spatial and the most semantic head; `wanted` takes the place of the one of its own kind."""
-    spatial = scores.most("spatial")[0]
-    semantic = scores.most("semantic")[0]
+    """The most spatial and the most semantic head; `wanted` takes the place of the one of its own kind.
+
+    Of a kind, heads that spend more than half of their attention on the prompt come last, where the map knows (its
+    score "prompt"): what little they see of the picture tells no kind.
+    """
+    prompt = scores.all.get("prompt", torch.zeros(scores.is_spatial.shape))
+
+    def clearest(kind: str) -> tuple[int, int]:
+        is_kind = scores.is_spatial == (kind == "spatial")
+        return min(scores.most(kind), key=lambda head: (not is_kind[head], bool(prompt[head] > 0.5)))
+
+    spatial, semantic = clearest("spatial"), clearest("semantic")
     if wanted is not None:
         if scores.is_spatial[wanted]:
             spatial = wanted

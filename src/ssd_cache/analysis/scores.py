@@ -5,6 +5,7 @@ It reads a `HeadMap` and decides nothing: the scores come from `profiling`, the 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,9 +39,9 @@ class HeadScores:
 
     @property
     def all(self) -> dict[str, torch.Tensor]:
-        """Every score by name, the one that goes with the labels first."""
+        """Every score by name, the one that goes with the labels first, then by name, numbers in them by size."""
         first = {} if self.name is None or self.values is None else {self.name: self.values}
-        return first | self.others
+        return first | {name: self.others[name] for name in sorted(self.others, key=_by_number)}
 
     def most(self, kind: str) -> list[tuple[int, int]]:
         """All heads as (layer, head): those called `kind` ("spatial" or "semantic") first, clear cases first."""
@@ -58,6 +59,11 @@ class HeadScores:
         if self.is_spatial.all() or not self.is_spatial.any():
             return 1
         return 1 if self.values[self.is_spatial].mean() >= self.values[~self.is_spatial].mean() else -1
+
+
+def _by_number(name: str) -> list[str | int]:
+    """A key that puts "retained_spatial-86" before "retained_spatial-115"."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def head_scores(head_map: HeadMap, name: str | None = None) -> HeadScores:

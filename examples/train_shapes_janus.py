@@ -6,7 +6,8 @@ Writes a checkpoint for `JanusForConditionalGeneration.from_pretrained` and `Jan
 Training starts on pictures of 8 rows, then 16, then the full 24: a low picture asks as much of the prompt at a
 sixth of the cost, and a row is as wide as it will stay. Which word belongs to which object is learned late, so most
 steps are low and most captions hard. Stop it at any time and start it again with the same arguments: it goes on from
-`OUTPUT/training.pt`. This is a recipe for a toy world, not a trainer for Janus.
+`OUTPUT/training.pt`. A CPU without bf16 instructions wants `--dtype float32`. This is a recipe for a toy world, not a
+trainer for Janus.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def build_model(
             "num_image_tokens": GRID[0] * GRID[1],
         },
         vq_config={
-            "embed_dim": 16,
+            "embed_dim": 32,
             "num_embeddings": len(PALETTE),
             "latent_channels": 64,
             "base_channels": 64,
@@ -152,8 +153,8 @@ def set_palette_decoder(model: JanusForConditionalGeneration, processor: JanusPr
         conv.bias.zero_()
         conv.weight[:, :, conv.kernel_size[0] // 2, conv.kernel_size[1] // 2] = weight
 
-    vqmodel.quantize.embedding.weight.copy_(torch.eye(num_tokens, 16))
-    to_pairs = torch.zeros(64, 16)
+    vqmodel.quantize.embedding.weight.copy_(torch.eye(num_tokens, 32))
+    to_pairs = torch.zeros(64, 32)
     for token in range(num_tokens):
         to_pairs[2 * token, token], to_pairs[2 * token + 1, token] = 2, -2
     center(vqmodel.post_quant_conv, to_pairs)
@@ -247,6 +248,14 @@ def blockwise_attention(module, query, key, value, attention_mask, scaling, drop
 AttentionInterface.register("blockwise", blockwise_attention)
 
 
+def attention_mask(decoder, seen: torch.Tensor, length: int) -> torch.Tensor:
+    """Which of `length` tokens are seen, in the form that the decoder's attention takes."""
+    seen = F.pad(seen, (0, length - seen.shape[1]), value=True)
+    if decoder.config._attn_implementation != "blockwise":
+        return seen
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -1e30)[:, None, None]
+
+
 def loss_of(model, decoder, prompts, seen, pictures) -> torch.Tensor:
     """Cross-entropy of every picture, in nats `[batch]`: what its caption does not settle stays."""
     parts = model.model
@@ -257,14 +266,47 @@ def loss_of(model, decoder, prompts, seen, pictures) -> torch.Tensor:
         ],
         dim=1,
     )
-    mask = torch.zeros(inputs.shape[0], 1, 1, inputs.shape[1], device=inputs.device)
-    mask[:, 0, 0, : seen.shape[1]].masked_fill_(~seen, -1e30)
+    mask = attention_mask(parts.language_model, seen, inputs.shape[1])
     hidden = decoder(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
     logits = parts.generation_head(hidden[:, seen.shape[1] - 1 :])
     return F.cross_entropy(logits.float().transpose(1, 2), pictures, reduction="none").sum(1)
 
 
-def build_optimizers(model: JanusForConditionalGeneration, lr: float) -> list[torch.optim.Optimizer]:
+class Muon(torch.optim.Optimizer):
+    """torch's Muon (Jordan 2024), its steps as large as AdamW's (Liu et al. 2025), with products in a given `dtype`.
+
+    torch's own always multiplies in bf16, which a CPU without such instructions emulates at a twentieth of the speed.
+    """
+
+    def __init__(self, matrices, lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                gradient, state = weight.grad, self.state[weight]
+                mean = state.setdefault("momentum_buffer", torch.zeros_like(gradient))
+                mean.lerp_(gradient, 1 - group["momentum"])
+                update = self._orthogonalize(gradient.lerp(mean, group["momentum"]))
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update, alpha=-0.2 * group["lr"] * max(weight.shape) ** 0.5)
+
+    def _orthogonalize(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The nearest matrix with singular values of about 1, by five steps of a Newton-Schulz iteration."""
+        is_tall = matrix.shape[0] > matrix.shape[1]
+        near = (matrix.T if is_tall else matrix).to(self.dtype)
+        near = near / near.norm().clamp(min=1e-7)
+        for _ in range(5):
+            gram = near @ near.T
+            near = torch.addmm(near, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), near, beta=3.4445)
+        return near.T if is_tall else near
+
+
+def build_optimizers(
+    model: JanusForConditionalGeneration, lr: float, dtype: torch.dtype = torch.bfloat16
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the decoder's layers, AdamW for everything else that is trained."""
     parts = model.model
     matrices = [weight for weight in parts.language_model.layers.parameters() if weight.ndim == 2]
@@ -272,7 +314,7 @@ def build_optimizers(model: JanusForConditionalGeneration, lr: float) -> list[to
     for module in (parts.generation_embeddings, parts.generation_aligner, parts.generation_head):
         rest += list(module.parameters())
     return [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=lr, weight_decay=0.01, dtype=dtype),
         torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
@@ -286,6 +328,7 @@ def write(path: Path, save) -> None:
 
 def main(
     output: Path = Path("shapes-janus"),
+    start: Path | None = None,
     draw_steps: int = 500,
     bind_steps: int = 2700,
     middle_steps: int = 900,
@@ -302,14 +345,16 @@ def main(
     hidden_size: int = 192,
     num_layers: int = 6,
 ) -> None:
-    """Train shapes-janus and write it to OUTPUT."""
+    """Train shapes-janus, anew or from the weights in START, and write it to OUTPUT."""
     torch.manual_seed(seed)
     output.mkdir(parents=True, exist_ok=True)
     processor = build_processor()
     model = build_model(processor, hidden_size, num_layers).to(device)
     decoder = model.model.language_model
-    decoder.config._attn_implementation = "blockwise"
-    optimizers = build_optimizers(model, lr)
+    if start is not None:
+        model.load_state_dict(JanusForConditionalGeneration.from_pretrained(start).state_dict())
+    decoder.config._attn_implementation = "blockwise" if dtype == "bfloat16" else "sdpa"
+    optimizers = build_optimizers(model, lr, getattr(torch, dtype))
     trained = [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
     forward = torch.compile(decoder, dynamic=False) if compiled else decoder
 

@@ -76,6 +76,13 @@ def test_another_seed_trains_other_weights(unbroken, tmp_path):
     )
 
 
+def test_a_start_gives_the_weights_that_training_goes_on_from(unbroken, tmp_path):
+    example.main(tmp_path, start=unbroken, lr=0.0, **SMALL)
+    before, after = load_file(unbroken / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_a_failed_save_leaves_the_older_state(tmp_path):
     state = tmp_path / "training.pt"
     example.write(state, lambda path: path.write_bytes(b"old"))
@@ -161,3 +168,21 @@ def test_blockwise_attention_is_attention(length):
     mine, theirs = output[seen], expected[seen]  # what a padded column attends to is never read
     # the scores are summed in float32: its rounding, of numbers of about 1
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (48, 16), (16, 48)])
+def test_muon_is_torchs_own_in_another_precision(shape):
+    ours, exact, theirs = (torch.nn.Parameter(torch.full(shape, 0.1)) for _ in range(3))
+    optimizers = [
+        example.Muon([ours], lr=0.1, weight_decay=0.01, dtype=torch.bfloat16),
+        example.Muon([exact], lr=0.1, weight_decay=0.01, dtype=torch.float32),
+        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(3):
+        gradient = torch.randn(shape)
+        for weight, optimizer in zip((ours, exact, theirs), optimizers, strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(exact, theirs, rtol=0, atol=0.05)
+    assert (exact.detach() - 0.1).abs().max() > 0.1

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ssd_cache.shapes.relations import relations
 from ssd_cache.shapes.scenes import (
     BITMAPS,
     COLORS,
@@ -23,6 +24,7 @@ from ssd_cache.shapes.scenes import (
     OBJECT_SIZE,
     PALETTE,
     RELATIONS,
+    SHADES,
     SHAPES,
 )
 
@@ -111,8 +113,8 @@ def to_tokens(picture: np.ndarray | Image.Image | Sequence[int]) -> np.ndarray:
 
 
 def _blots(picture: np.ndarray):
-    """Connected cells (4 neighbours) of one colour, fill and outline alike: (colour, cells `[n, 2]`)."""
-    family = np.where(picture < NUM_BACKGROUNDS, -1, (picture - NUM_BACKGROUNDS) // 2)
+    """Connected cells (4 neighbours) of one colour, whatever their shade: (colour, cells `[n, 2]`)."""
+    family = np.where(picture < NUM_BACKGROUNDS, -1, (picture - NUM_BACKGROUNDS) // SHADES)
     todo = {(int(row), int(column)) for row, column in zip(*np.nonzero(family >= 0), strict=True)}
     while todo:
         start = min(todo)  # raster order, so that the same picture always reads the same
@@ -159,19 +161,6 @@ def read_objects(picture) -> tuple[tuple[FoundObject, ...], int]:
     return tuple(objects), junk
 
 
-def relations(first: FoundObject, second: FoundObject) -> set[str]:
-    """Where `first` lies relative to `second`, by GenEval's rule: centres' offsets shrunk by a tenth of both sizes."""
-    a, b = (np.array(item.box, dtype=float) for item in (first, second))
-    offset = (a[:2] + a[2:] - b[:2] - b[2:]) / 2
-    sizes = (a[2:] - a[:2]) + (b[2:] - b[:2])
-    shrunk = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * sizes, 0)
-    if np.all(np.abs(shrunk) < 1e-3):
-        return set()
-    across, down = shrunk / np.linalg.norm(offset)
-    found = {"left of": across < -0.5, "right of": across > 0.5, "above": down < -0.5, "below": down > 0.5}
-    return {name for name, holds in found.items() if holds}
-
-
 def judge(picture, caption: str) -> Verdict:
     """Decide whether a picture shows what its caption says, and nothing else.
 
@@ -195,7 +184,7 @@ def judge(picture, caption: str) -> Verdict:
             return Verdict(False, f"expected a {color} {shape}", objects)
     if requirement.relation is not None:
         first, second = (next(item for item in objects if item.shape == shape) for shape, _ in requirement.objects)
-        if requirement.relation not in relations(first, second):
+        if requirement.relation not in relations(first.box, second.box):
             return Verdict(False, f"the {first.shape} is not {requirement.relation} the {second.shape}", objects)
     return Verdict(True, "", objects)
 

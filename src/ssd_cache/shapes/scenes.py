@@ -1,8 +1,8 @@
 """Pixel-art scenes and their captions: the little world that shapes-janus was trained to draw.
 
 A scene is a 24 x 24 grid of palette entries, one visual token a cell: a light background and one to four
-objects (circle, square, triangle; six colours; a fill and a darker outline). Captions follow the six kinds
-of GenEval (Ghosh et al. 2023). Nothing here looks at a model; reading pictures back is `judge.py`'s work.
+objects (circle, square, triangle; six colours, each in three shades). Captions follow the six kinds of GenEval
+(Ghosh et al. 2023). Nothing here looks at a model; reading pictures back is `judge.py`'s work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ GRID = (24, 24)
 """Rows and columns of visual tokens, Janus-Pro's own."""
 
 TILE = 8
-"""Objects stand on a lattice of tiles of this side, so that neighbours never touch."""
+"""Every object stands inside a tile of this side, away from one edge of it, so that neighbours never touch."""
 
 SHAPES = ("circle", "square", "triangle")
 COLORS = ("red", "green", "blue", "yellow", "purple", "black")
@@ -26,45 +26,48 @@ KINDS = ("single_object", "two_object", "counting", "colors", "position", "color
 """The six kinds of caption, named as GenEval's tags."""
 
 NUM_BACKGROUNDS = 3
+SHADES = 3
+"""Light, middle and dark of every colour: tokens that follow one another in `PALETTE`."""
+
 PALETTE = (
     # three light backgrounds
     (245, 240, 230),
     (226, 238, 246),
     (236, 230, 243),
-    # fill and outline of every colour, in the order of COLORS
+    # light, middle and dark of every colour, in the order of COLORS
+    (250, 138, 126),
     (222, 64, 56),
     (140, 28, 24),
+    (144, 220, 150),
     (74, 176, 92),
     (28, 98, 44),
+    (136, 182, 250),
     (62, 114, 214),
     (24, 54, 128),
+    (255, 236, 150),
     (246, 204, 64),
     (170, 128, 16),
+    (204, 156, 238),
     (150, 88, 196),
     (84, 38, 122),
+    (146, 146, 152),
     (84, 84, 88),
     (18, 18, 20),
 )
 """RGB of every token."""
 
-_OUTLINES = {
-    "circle": ("..###..", ".#####.", "#######", "#######", "#######", ".#####.", "..###.."),
-    "square": ("#######",) * 7,
-    "triangle": ("...#...", "..###..", "..###..", ".#####.", ".#####.", "#######", "#######"),
+# Lit from the upper left. No two rows are alike in all three shapes, so that a row tells what stands under it, as it
+# does in most natural pictures: a cache that keeps little more than a row can still finish an object.
+_SHADING = {
+    "circle": (" +++ ", "++###", "+###-", "###--", " --- "),
+    "square": ("+++++", "++##-", "+#+#-", "+##+-", "+----"),
+    "triangle": ("  +  ", " +#- ", " +-- ", "+##--", "-----"),
 }
 
+BITMAPS = {shape: np.array([[" +#-".index(cell) for cell in row] for row in rows]) for shape, rows in _SHADING.items()}
+"""`[5, 5]` a shape: 0 outside, 1 light, 2 middle, 3 dark."""
 
-def _bitmap(rows: tuple[str, ...]) -> np.ndarray:
-    """`[7, 7]` of 0 outside, 1 fill, 2 outline: a cell of the body with an outside 4-neighbour is outline."""
-    body = np.pad(np.array([[cell == "#" for cell in row] for row in rows]), 1)
-    inner = body[1:-1, 1:-1] & body[:-2, 1:-1] & body[2:, 1:-1] & body[1:-1, :-2] & body[1:-1, 2:]
-    return np.where(inner, 1, np.where(body[1:-1, 1:-1], 2, 0))
-
-
-BITMAPS = {shape: _bitmap(rows) for shape, rows in _OUTLINES.items()}
-"""`[7, 7]` a shape: 0 outside, 1 fill, 2 outline."""
-
-OBJECT_SIZE = 7
+OBJECT_SIZE = 5
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,9 @@ def draw(objects: tuple[SceneObject, ...], background: int = 0, rows: int = GRID
     picture = np.full((rows, GRID[1]), background, dtype=np.int64)
     for item in objects:
         bitmap = BITMAPS[item.shape]
-        fill = NUM_BACKGROUNDS + 2 * COLORS.index(item.color)
+        lightest = NUM_BACKGROUNDS + SHADES * COLORS.index(item.color)
         view = picture[item.row : item.row + OBJECT_SIZE, item.column : item.column + OBJECT_SIZE]
-        view[bitmap == 1] = fill
-        view[bitmap == 2] = fill + 1
+        view[bitmap > 0] = lightest + bitmap[bitmap > 0] - 1
     return picture
 
 
@@ -122,15 +124,22 @@ def _caption(kind: str, rng: random.Random, max_count: int, relations: tuple[str
     raise ValueError(f"unknown kind of caption {kind!r}; the kinds are {', '.join(KINDS)}")
 
 
-def _places(number: int, relation: str | None, tile_rows: int, rng: random.Random) -> list[tuple[int, int]]:
-    """Tiles (row, column) for the objects: in the caption's order, or as the relation has it, in one row or column."""
-    tile_columns = GRID[1] // TILE
+def _tiles(kind: str, number: int, relation: str | None, tile_rows: int, rng: random.Random) -> list[tuple[int, int]]:
+    """Tiles (row, column) of the objects, in the order in which the caption names them.
+
+    Things counted stand in a row, four of them in two rows of two; a relation holds along one row or column; other
+    objects stand anywhere, the first named being the first drawn.
+    """
+    columns = range(GRID[1] // TILE)
+    if kind == "counting":
+        rows = sorted(rng.sample(range(tile_rows), 2 if number == 4 else 1))
+        across = sorted(rng.sample(columns, number // len(rows)))
+        return [(row, column) for row in rows for column in across]
     if relation is None:
-        tiles = [(row, column) for row in range(tile_rows) for column in range(tile_columns)]
-        return sorted(rng.sample(tiles, number))  # first named is first drawn
+        return sorted(rng.sample([(row, column) for row in range(tile_rows) for column in columns], number))
     sideways = relation in ("left of", "right of")
-    before, after = sorted(rng.sample(range(tile_columns if sideways else tile_rows), 2))
-    line = rng.randrange(tile_rows if sideways else tile_columns)
+    before, after = sorted(rng.sample(columns if sideways else range(tile_rows), 2))
+    line = rng.choice(range(tile_rows) if sideways else columns)
     pair = [(line, before), (line, after)] if sideways else [(before, line), (after, line)]
     return pair if relation in ("left of", "above") else pair[::-1]
 
@@ -152,13 +161,14 @@ def make_scene(rng: random.Random, kind: str | None = None, rows: int = GRID[0])
     kind = rng.choice(KINDS) if kind is None else kind
     tile_rows = rows // TILE
     caption, things, relation = _caption(
-        kind, rng, max_count=3 * tile_rows, relations=RELATIONS if tile_rows > 1 else RELATIONS[:2]
+        kind, rng, max_count=3 if tile_rows == 1 else 4, relations=RELATIONS if tile_rows > 1 else RELATIONS[:2]
     )
-    shift_row, shift_column = rng.randrange(2), rng.randrange(2)  # the lattice as a whole moves, so gaps stay
-    places = _places(len(things), relation, tile_rows, rng)
+    tiles = _tiles(kind, len(things), relation, tile_rows, rng)
+    spare = TILE - OBJECT_SIZE  # objects of one row of tiles start on one row of cells, or raster order would mix them
+    down = [rng.randrange(spare) for _ in range(tile_rows)]
     objects = tuple(
-        SceneObject(shape, color, row * TILE + shift_row, column * TILE + shift_column)
-        for (shape, color), (row, column) in zip(things, places, strict=True)
+        SceneObject(shape, color, row * TILE + down[row], column * TILE + rng.randrange(spare))
+        for (shape, color), (row, column) in zip(things, tiles, strict=True)
     )
     background = rng.randrange(NUM_BACKGROUNDS)
     return Scene(kind, caption, objects, background, draw(objects, background, rows).reshape(-1))

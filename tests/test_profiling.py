@@ -360,7 +360,7 @@ def test_agreement_of_halves_grows_with_what_they_share():
 
 def test_a_map_says_how_it_was_made_and_the_model_stays_as_it_was(folder, generator):
     before = generator.model.config.text_config._attn_implementation
-    settings = {"method": "coverage", "levels": [0.4], "progress": False, "batch_size": 2, **CACHE}
+    settings = {"levels": [0.4], "progress": False, "batch_size": 2, **CACHE}
     head_map = profile_heads(generator, PROMPTS, seed=5, **settings)
     assert generator.model.config.text_config._attn_implementation == before
     assert head_map.method == "coverage"
@@ -373,7 +373,7 @@ def test_a_map_says_how_it_was_made_and_the_model_stays_as_it_was(folder, genera
     assert torch.equal(head_map.scores["coverage"] > 1e-6, head_map.is_spatial)
     assert profile_heads(generator, PROMPTS, seed=5, **settings) == head_map
     assert profile_heads(generator, PROMPTS, seed=6, **settings) != head_map
-    by_window = profile_heads(generator, PROMPTS, progress=False, batch_size=2, seed=5, **CACHE)
+    by_window = profile_heads(generator, PROMPTS, method="window", progress=False, batch_size=2, seed=5, **CACHE)
     assert torch.equal(by_window.scores["window_mass"], head_map.scores["window_mass"])
     assert by_window.method == "window mass, threshold from the data"
     SSDCache(head_map, allocate_budgets(head_map, 30), buffer=4, num_recent=4)

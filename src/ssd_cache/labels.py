@@ -25,7 +25,7 @@ TOLERANCE = 1e-6
 def label_heads(
     statistics: HeadStatistics,
     *,
-    method: Method = "window",
+    method: Method = "coverage",
     num_slots: int | None = None,
     window: int | None = None,
     threshold: float | None = None,

@@ -23,7 +23,7 @@ def profile_heads(
     model: PreTrainedModel | Generator,
     prompts: Sequence[str],
     *,
-    method: Method = "window",
+    method: Method = "coverage",
     budget: Amount = 0.2,
     buffer: int | None = None,
     num_recent: Amount = 0.25,
@@ -41,9 +41,9 @@ def profile_heads(
 ) -> HeadMap:
     """Label a model's heads from pictures that it draws with a full cache (SSD's "sparsity profiling").
 
-    The paper gives no formula. By default a head is spatial when the share of its attention on its newest tokens is
-    above a threshold, which the data choose ("window"); "coverage" gives each head the kind whose rules retain more of
-    its attention at the intended budget. `label_heads` defines both, `HeadStatistics` what they are made of.
+    The paper gives no formula. By default each head gets the kind whose rules retain more of its attention at the
+    intended budget ("coverage"); with "window" a head is spatial when the share of its attention on its newest tokens
+    is above a threshold, which the data choose. `label_heads` defines both, `HeadStatistics` what they are made of.
 
     Args:
         model: a loaded image model of a supported family, or a `Generator`.
@@ -123,7 +123,7 @@ def profile_heads(
 def check_profiling(
     grid: tuple[int, int],
     *,
-    method: str = "window",
+    method: str = "coverage",
     window: int | None = None,
     threshold: float | None = None,
     batch_size: int = 4,

@@ -33,7 +33,7 @@ def profile(
             "held against a threshold.",
             metavar="NAME",
         ),
-    ] = "window",
+    ] = "coverage",
     budget: Annotated[
         str, typer.Option(help="The budget that the map is for: 0.2 of the grid, or 115 tokens.", metavar="N")
     ] = "0.2",

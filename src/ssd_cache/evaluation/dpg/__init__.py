@@ -1,0 +1,33 @@
+"""DPG-Bench: 1065 long prompts, four pictures each, scored by yes/no questions to a VQA model.
+
+The rules are those of the official script (TencentQQGYLab/ELLA, `dpg_bench/compute_dpg_bench.py`); the VQA models are
+not its mPLUG, so results are named "DPG rules (VQA = ...)" and compare cache policies with each other, not with papers.
+Prompts and questions are read by path; none travels with the package.
+"""
+
+from ssd_cache.evaluation.dpg.prompts import read_prompts
+from ssd_cache.evaluation.dpg.questions import Question, read_questions
+from ssd_cache.evaluation.dpg.reading import DPGError
+from ssd_cache.evaluation.dpg.rules import DPGScore, score_answers
+from ssd_cache.evaluation.dpg.score import DPGResult, score_sheets
+from ssd_cache.evaluation.dpg.sheet import check_sheets, cut_sheet, make_sheet, missing_sheets, write_sheet
+from ssd_cache.evaluation.dpg.vqa import BlipVQA, ChatVQA, VQAModel
+
+__all__ = [
+    "BlipVQA",
+    "ChatVQA",
+    "DPGError",
+    "DPGResult",
+    "DPGScore",
+    "Question",
+    "VQAModel",
+    "check_sheets",
+    "cut_sheet",
+    "make_sheet",
+    "missing_sheets",
+    "read_prompts",
+    "read_questions",
+    "score_answers",
+    "score_sheets",
+    "write_sheet",
+]

@@ -1,0 +1,69 @@
+"""JSON lines of a DPG-Bench run: first its settings, then a row a prompt, appended as they come.
+
+What an earlier run of the same settings left there is kept and used. What the rows mean is `score`'s business.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ssd_cache.evaluation.dpg.reading import DPGError, read_text
+from ssd_cache.writing import write_files
+
+Answers = list[list[bool]]
+"""Raw answers about one sheet, `[crops][questions]`."""
+
+
+class ResultFile:
+    """The rows of a run; without a path it keeps nothing.
+
+    A line that a crash cut short is taken off, rows of pictures that could not be read are left out, so that they are
+    tried again. Of two rows about one item the later one counts.
+
+    Raises:
+        DPGError: the file holds something else, or a run of other settings.
+        OSError: it can not be read or written.
+    """
+
+    def __init__(self, path: str | Path | None, settings: dict[str, Any]):
+        self.path = None if path is None else Path(path)
+        self.rows: dict[str, dict[str, Any]] = {}
+        if self.path is not None:
+            if self.path.exists():
+                self.rows = _read_rows(self.path, settings)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_files({self.path: "".join(map(_as_line, [settings, *self.rows.values()])).encode()})
+
+    def kept_answers(self, item_id: str, key: str, shape: tuple[int, int]) -> Answers | None:
+        """Answers of an earlier run, if its row has this key and they are `shape` (crops, questions)."""
+        row = self.rows.get(item_id)
+        if row is None or row.get("key") != key:
+            return None
+        crops, num_questions = shape
+        if len(row["answers"]) != crops or any(len(crop) != num_questions for crop in row["answers"]):
+            return None
+        return [[bool(answer) for answer in crop] for crop in row["answers"]]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row, unless the file holds it already."""
+        if self.path is not None and self.rows.get(row["item_id"]) != row:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_as_line(row))
+
+
+def _as_line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _read_rows(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    lines = read_text(path).split("\n")[:-1]  # what follows the last newline is nothing, or a line cut short
+    try:
+        first, *rows = map(json.loads, lines)
+        answered = {row["item_id"]: row for row in rows if "answers" in row}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DPGError(f"{path} is no file of results ({error}): take it away, or give another place") from error
+    if first != settings:
+        raise DPGError(f"{path} holds results of {first}, not of {settings}: take it away, or give another place")
+    return answered

@@ -1,0 +1,209 @@
+"""Score a folder of sheets: every question about every picture to a VQA model, then the rules.
+
+Raw answers are kept a prompt a line, so an interrupted run goes on where it stopped. It draws nothing; how the scores
+come from the answers is `rules`' business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ssd_cache.evaluation.dpg import rules
+from ssd_cache.evaluation.dpg.questions import Question
+from ssd_cache.evaluation.dpg.reading import DPGError, named
+from ssd_cache.evaluation.dpg.result_file import Answers, ResultFile
+from ssd_cache.evaluation.dpg.sheet import PICTURES, check_side, cut_sheet, find_sheets
+from ssd_cache.writing import write_files
+
+if TYPE_CHECKING:
+    from ssd_cache.evaluation.dpg.vqa import VQAModel
+
+
+@dataclass(frozen=True)
+class DPGResult:
+    """What a run gives.
+
+    Attributes:
+        name: "DPG rules (VQA = ...)", with ", official quirks" where they were on.
+        score: overall, its standard error, a prompt each, categories, and what the official quirks dropped.
+        answers: raw, by item id.
+        unreadable: item ids whose picture could not be read, and why; they are in no mean.
+        num_prompts: how many were to be scored.
+    """
+
+    name: str
+    score: rules.DPGScore
+    answers: dict[str, Answers]
+    unreadable: dict[str, str]
+    num_prompts: int
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every prompt that was to be scored is in the mean."""
+        return len(self.score.prompts) == self.num_prompts
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the answers, for JSON."""
+        return {
+            "name": self.name,
+            "overall": self.score.overall,
+            "standard_error": self.score.standard_error,
+            "level1": self.score.level1,
+            "level2": self.score.level2,
+            "num_prompts": self.num_prompts,
+            "num_scored": len(self.score.prompts),
+            "is_complete": self.is_complete,
+            "dropped": self.score.dropped,
+            "unreadable": self.unreadable,
+            "prompts": self.score.prompts,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict()` as JSON, whole or not at all."""
+        write_files({Path(path): (json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n").encode()})
+
+
+def score_sheets(
+    folder: str | Path,
+    questions: Mapping[str, Sequence[Question]],
+    vqa: VQAModel,
+    side: int,
+    *,
+    item_ids: Iterable[str] | None = None,
+    official: bool = False,
+    results: str | Path | None = None,
+    on_prompt: Callable[[str], object] | None = None,
+) -> DPGResult:
+    """Ask every question about every picture of every sheet, and score the answers.
+
+    A sheet that is not a whole picture is named in `unreadable` and the run goes on; where nothing else is said, what
+    is missing is an error before the first question.
+
+    Args:
+        folder: the sheets, one a prompt, named by item id; see `write_sheet`.
+        questions: as `read_questions` reads them.
+        vqa: who answers.
+        side: of one picture in pixels, 384 for Janus-Pro's.
+        item_ids: the prompts to score; all that have questions when not given.
+        official: as the official script, see `rules.score_answers`; a missing picture is dropped as well, and a picture
+            without questions. Read the questions with `official=True` too.
+        results: JSON lines to write, first the settings, then a prompt a line with its raw answers, scores after the
+            dependency rule, and score. If it is there, prompts whose picture and questions are as they were are
+            taken from it, and unreadable ones tried again.
+        on_prompt: called with each item id that was tried, for a progress bar.
+
+    Raises:
+        DPGError: a missing picture, one without questions or of the wrong size, results of other settings, or no
+            prompt that can be scored.
+        OSError: results can not be written.
+    """
+    name = f"DPG rules (VQA = {vqa.name})" + (", official quirks" if official else "")
+    sheets = find_sheets(folder)
+    wanted = list(dict.fromkeys(questions if item_ids is None else item_ids))
+    if official and item_ids is None:
+        wanted += [item_id for item_id in sheets if item_id not in questions]
+    dropped = {item_id: why for item_id in wanted if (why := _why_dropped(item_id, sheets, questions))}
+    if not official:
+        _check_complete(folder, wanted, sheets, questions, dropped)
+    _check_sides([item_id for item_id in wanted if item_id not in dropped], sheets, side)
+
+    lines = ResultFile(results, {"name": name, "side": side, "official": official})
+    answers: dict[str, Answers] = {}
+    unreadable: dict[str, str] = {}
+    for item_id in wanted:
+        if item_id in dropped:
+            continue
+        asked = questions[item_id]
+        try:
+            content = sheets[item_id].read_bytes()
+            crops = _crops(content, side)
+        except (OSError, _UnreadableError) as error:
+            unreadable[item_id] = f"{sheets[item_id]}: {error}"
+            lines.add({"item_id": item_id, "unreadable": unreadable[item_id]})
+        else:
+            key = _fingerprint(content, asked)
+            answers[item_id] = lines.kept_answers(item_id, key, (PICTURES, len(asked))) or [
+                vqa.answers(crop, [question.text for question in asked]) for crop in crops
+            ]
+            lines.add(_line(item_id, key, answers[item_id], asked))
+        if on_prompt is not None:
+            on_prompt(item_id)
+    if not answers:
+        why = next(iter([*unreadable.values(), *dropped.values()]), "there are no questions")
+        raise DPGError(f"none of {len(wanted)} prompts of {folder} can be scored ({why}): see the pictures are whole")
+    score = rules.score_answers(questions, answers, official=official)
+    return DPGResult(name, replace(score, dropped=dropped), answers, unreadable, len(wanted))
+
+
+def _why_dropped(item_id: str, sheets: Mapping[str, Path], questions: Mapping[str, Sequence[Question]]) -> str:
+    return rules.drop_reason(questions, item_id) or ("" if item_id in sheets else "no picture")
+
+
+def _check_complete(
+    folder: str | Path,
+    wanted: Sequence[str],
+    sheets: Mapping[str, Path],
+    questions: Mapping[str, Sequence[Question]],
+    dropped: Mapping[str, str],
+) -> None:
+    """Refuse a run that the official script would quietly score a part of."""
+    missing = [item_id for item_id in wanted if item_id not in sheets]
+    if missing:
+        raise DPGError(
+            f"{folder} has {len(wanted) - len(missing)} of {len(wanted)} sheets, not {named(missing)}: draw them, or "
+            "name those to score in item_ids"
+        )
+    unknown = [item_id for item_id in sheets if item_id not in questions]
+    if unknown:
+        raise DPGError(f"{folder} has pictures without questions, {named(unknown)}: take them out")
+    if dropped:
+        reasons = [f"{item_id}: {why}" for item_id, why in dropped.items()]
+        raise DPGError(f"{len(dropped)} items can not be scored, {named(reasons)}; give a complete question file")
+
+
+def _check_sides(wanted: Sequence[str], sheets: Mapping[str, Path], side: int) -> None:
+    """Look at the head of every picture before the first question; those without one are left to the run."""
+    for item_id in wanted:
+        try:
+            with Image.open(sheets[item_id]) as sheet:
+                size = sheet.size
+        except Exception:  # as in _crops
+            continue
+        check_side(size, side, str(sheets[item_id]))
+
+
+class _UnreadableError(Exception):
+    """A file is no whole picture."""
+
+
+def _crops(content: bytes, side: int) -> list[Image.Image]:
+    try:
+        with Image.open(io.BytesIO(content)) as sheet:
+            sheet.load()
+    except Exception as error:  # PIL's formats raise OSError, SyntaxError, ValueError, struct.error and more
+        raise _UnreadableError(f"not a whole picture ({error})") from error
+    return cut_sheet(sheet, side)
+
+
+def _fingerprint(content: bytes, questions: Sequence[Question]) -> str:
+    """Of a picture and what is asked about it."""
+    return hashlib.sha256(repr(tuple(questions)).encode() + b"\0" + content).hexdigest()
+
+
+def _line(item_id: str, key: str, answers: Answers, questions: Sequence[Question]) -> dict[str, Any]:
+    scores = [rules.apply_dependencies(crop, questions) for crop in answers]
+    return {
+        "item_id": item_id,
+        "key": key,
+        "answers": [[int(answer) for answer in crop] for crop in answers],
+        "scores": [[int(score) for score in crop] for crop in scores],
+        "score": rules.prompt_score(scores),
+    }

@@ -1,0 +1,197 @@
+"""Models that answer yes or no about a picture: BLIP, tuned for VQA, and any chat model of images and text.
+
+They stand in for the official script's mPLUG, so levels differ from papers'. What follows from the answers is `rules`'.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, BlipForQuestionAnswering, BlipProcessor
+
+from ssd_cache.evaluation.dpg.reading import DPGError, named
+from ssd_cache.models.settings import resolve_device, resolve_dtype
+
+MAX_ANSWER_TOKENS = 10
+"""Of BLIP's answer, as mPLUG's in the official script; "yes" is one."""
+
+FORMS = (str.lower, str.capitalize, str.upper)
+"""Spellings of yes and no that a chat model's next token may take, each with and without a blank before it."""
+
+
+class VQAModel(ABC):
+    """Answers yes (True) or no to questions about a picture.
+
+    Attributes:
+        name: stands in the results; two models of one name must give the same answers.
+    """
+
+    name: str
+
+    @abstractmethod
+    def answer(self, image: Image.Image, question: str) -> bool:
+        """Whether the answer to one question is yes."""
+
+    def answers(self, image: Image.Image, questions: Sequence[str]) -> list[bool]:
+        """Whether the answer is yes, question by question; one at a time unless a model knows better."""
+        return [self.answer(image, question) for question in questions]
+
+
+class BlipVQA(VQAModel):
+    """BLIP for VQA, as Salesforce/blip-vqa-capfilt-large: yes if the answer it writes, lower-cased, is "yes".
+
+    Questions of one length in tokens go through together. Others do not: transformers' BLIP lets its answering part
+    look at padding, so that a question's answer would depend on its neighbours.
+    """
+
+    def __init__(self, model: BlipForQuestionAnswering, processor: BlipProcessor, name: str, batch_size: int = 16):
+        self.model, self.processor, self.name, self.batch_size = model.eval(), processor, name, _checked(batch_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        name: str | None = None,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device = "auto",
+        batch_size: int = 16,
+    ) -> BlipVQA:
+        """Load a folder or a Hub id; the name is the source unless given.
+
+        Raises:
+            DPGError: the checkpoint is not of a BLIP for VQA, or a setting is out of range.
+        """
+        _checked(batch_size)
+        model = _load(BlipForQuestionAnswering, source, dtype, device)
+        return cls(model, BlipProcessor.from_pretrained(source), name or str(source), batch_size)
+
+    def answer(self, image: Image.Image, question: str) -> bool:
+        return self.answers(image, [question])[0]
+
+    def answers(self, image: Image.Image, questions: Sequence[str]) -> list[bool]:
+        return [text == "yes" for text in self.texts(image, questions)]
+
+    @torch.inference_mode()
+    def texts(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
+        """What the model writes, stripped and lower-cased, a text a question."""
+        pixels = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        pixels = pixels.to(self.model.device, self.model.dtype)  # [1, 3, height, width]
+        ids = [self.processor.tokenizer(question)["input_ids"] for question in questions]
+        texts = [""] * len(questions)
+        for rows in _batches_of_one_length(ids, self.batch_size):
+            input_ids = torch.tensor([ids[row] for row in rows], device=self.model.device)  # [batch, tokens]
+            output = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                pixel_values=pixels.expand(len(rows), -1, -1, -1),
+                max_new_tokens=MAX_ANSWER_TOKENS,
+                do_sample=False,
+            )
+            for row, text in zip(rows, self.processor.batch_decode(output, skip_special_tokens=True), strict=True):
+                texts[row] = text.strip().lower()
+        return texts
+
+
+class ChatVQA(VQAModel):
+    """Any chat model of images and text in transformers: yes if its next token is likelier a yes than a no.
+
+    Asked is "{question} Answer with yes or no."; compared is the probability of all spellings of yes that are one
+    token with that of no. No free text is read. Some families' processors (those with video) need torchvision.
+    """
+
+    def __init__(self, model: Any, processor: Any, name: str, batch_size: int = 8):
+        if not getattr(processor, "chat_template", None) or not hasattr(processor, "image_processor"):
+            raise DPGError(f"{name} has no chat template, or no image processor: give a chat model that takes images")
+        self.model, self.processor, self.name, self.batch_size = model.eval(), processor, name, _checked(batch_size)
+        self.yes_ids, self.no_ids = (self._token_ids(word) for word in ("yes", "no"))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        name: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        batch_size: int = 8,
+    ) -> ChatVQA:
+        """Load a folder or a Hub id; the name is the source unless given.
+
+        Raises:
+            DPGError: weights are missing, there is no chat template, or a setting is out of range.
+        """
+        _checked(batch_size)
+        model = _load(AutoModelForImageTextToText, source, dtype, device)
+        return cls(model, AutoProcessor.from_pretrained(source), name or str(source), batch_size)
+
+    def answer(self, image: Image.Image, question: str) -> bool:
+        return self.answers(image, [question])[0]
+
+    def answers(self, image: Image.Image, questions: Sequence[str]) -> list[bool]:
+        return [yes > no for yes, no in self.log_probabilities(image, questions)]
+
+    @torch.inference_mode()
+    def log_probabilities(self, image: Image.Image, questions: Sequence[str]) -> list[tuple[float, float]]:
+        """(yes, no) log-probabilities of the next token, a pair a question, each summed over its spellings."""
+        image = image.convert("RGB")
+        pairs: list[tuple[float, float]] = []
+        for start in range(0, len(questions), self.batch_size):
+            inputs = self.processor.apply_chat_template(
+                [self._chat(image, question) for question in questions[start : start + self.batch_size]],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": "left"},  # the last token is the last column
+            ).to(self.model.device, self.model.dtype)
+            output = self.model.generate(  # knows each family's positions, and keeps the logits of one token only
+                **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+            scores = output.logits[0].float().log_softmax(-1)  # [batch, vocabulary]
+            both = torch.stack([scores[:, ids].logsumexp(-1) for ids in (self.yes_ids, self.no_ids)], dim=-1)
+            pairs += [(yes, no) for yes, no in both.tolist()]
+        return pairs
+
+    @staticmethod
+    def _chat(image: Image.Image, question: str) -> list[dict[str, Any]]:
+        text = f"{question} Answer with yes or no."
+        return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+
+    def _token_ids(self, word: str) -> list[int]:
+        tokenizer = self.processor.tokenizer
+        spellings = [blank + form(word) for blank in ("", " ") for form in FORMS]
+        encoded = [tokenizer.encode(spelling, add_special_tokens=False) for spelling in spellings]
+        ids = sorted({one[0] for one in encoded if len(one) == 1 and one[0] != tokenizer.unk_token_id})
+        if not ids:
+            raise DPGError(f"{self.name} has no single token for any of {named(spellings)}: give another chat model")
+        return ids
+
+
+def _checked(batch_size: int) -> int:
+    if batch_size < 1:
+        raise DPGError(f"batch_size={batch_size} is out of range: give 1 or more questions at once")
+    return batch_size
+
+
+def _batches_of_one_length(ids: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Rows of `ids` in groups of at most `batch_size` that have the same number of tokens."""
+    by_length: dict[int, list[int]] = {}
+    for row, tokens in enumerate(ids):
+        by_length.setdefault(len(tokens), []).append(row)
+    return [rows[i : i + batch_size] for rows in by_length.values() for i in range(0, len(rows), batch_size)]
+
+
+def _load(family: Any, source: str | Path, dtype: str | torch.dtype, device: str | torch.device) -> Any:
+    """A model with all its weights: transformers fills missing ones with chance and only warns."""
+    device = resolve_device(device)
+    model, info = family.from_pretrained(source, dtype=resolve_dtype(dtype, device), output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise DPGError(f"{source} has no weights for {named(missing)} of {type(model).__name__}: give one that fits")
+    return model.to(device)

@@ -1,0 +1,156 @@
+"""Reads GenEval's prompt file, evaluation_metadata.jsonl or a part of it, into prompts with what they ask for.
+
+Every wrong line is refused with its file and number; nothing is downloaded and nothing is judged here. The official
+file has 553 prompts; a prompt's number in an image folder is its line's, from 0.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssd_cache.evaluation.geneval.names import CLASSES, COLORS, RELATIONS, TAGS
+
+NUM_PROMPTS = 553
+"""Prompts of the official file."""
+
+
+@dataclass(frozen=True)
+class Include:
+    """Objects that a picture must show: `count` of a class, of a colour, and how they lie to those of another entry.
+
+    `position` is (relation, index of the entry in the prompt's `include` that it is relative to).
+    """
+
+    class_name: str
+    count: int
+    color: str | None = None
+    position: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Exclude:
+    """Objects that a picture must not show: `count` or more of a class."""
+
+    class_name: str
+    count: int
+
+
+@dataclass(frozen=True)
+class GenEvalPrompt:
+    """One line of the prompt file; `str(prompt)` is the text that is drawn."""
+
+    tag: str
+    prompt: str
+    include: tuple[Include, ...]
+    exclude: tuple[Exclude, ...] = ()
+
+    def __str__(self) -> str:
+        return self.prompt
+
+    def to_json(self) -> str:
+        """The line of the prompt file, without its end."""
+        include = []
+        for item in self.include:
+            entry: dict[str, Any] = {"class": item.class_name, "count": item.count}
+            if item.color is not None:
+                entry["color"] = item.color
+            if item.position is not None:
+                entry["position"] = list(item.position)
+            include.append(entry)
+        line: dict[str, Any] = {"tag": self.tag, "include": include}
+        if self.exclude:
+            line["exclude"] = [{"class": item.class_name, "count": item.count} for item in self.exclude]
+        return json.dumps({**line, "prompt": self.prompt})
+
+
+def read_prompts(path: str | Path) -> list[GenEvalPrompt]:
+    """The prompts of a file in the form of evaluation_metadata.jsonl, one JSON object a line.
+
+    Raises:
+        ValueError: a file that can not be read or is empty, or a wrong line, with its number from 1.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ValueError(
+            f"{path}: the prompts can not be read ({reason}); give GenEval's evaluation_metadata.jsonl"
+        ) from error
+    lines = text.removesuffix("\n").split("\n") if text.strip() else []
+    if not lines:
+        raise ValueError(f"{path}: no prompt in it; give GenEval's evaluation_metadata.jsonl, or some of its lines")
+    return [parse_prompt(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def parse_prompt(line: str, place: str = "the prompt") -> GenEvalPrompt:
+    """The prompt of one line; `place` opens the message of an error.
+
+    Raises:
+        ValueError: no JSON object, or one that asks for something GenEval does not know.
+    """
+    try:
+        return _prompt_of(json.loads(line))
+    except (ValueError, RecursionError) as error:
+        found = f"not JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise ValueError(f"{place}: {found}; take the line as it is in GenEval's evaluation_metadata.jsonl") from error
+
+
+def _prompt_of(line: Any) -> GenEvalPrompt:
+    _check_keys("the line", line, {"tag", "include", "prompt"}, {"exclude"})
+    tag = _one_of("tag", line["tag"], TAGS)
+    if not isinstance(line["prompt"], str) or not line["prompt"].strip():
+        raise ValueError(f"prompt is {line['prompt']!r}, not a text")
+    for key in ("include", "exclude"):
+        if not isinstance(line.get(key, []), list):
+            raise ValueError(f"{key} is {line[key]!r}, not a list")
+    if not line["include"]:
+        raise ValueError("include is empty, so that every picture would be correct")
+    include = tuple(_include_of(f"include[{index}]", item, index) for index, item in enumerate(line["include"]))
+    exclude = tuple(_exclude_of(f"exclude[{index}]", item) for index, item in enumerate(line.get("exclude", [])))
+    return GenEvalPrompt(tag, line["prompt"], include, exclude)
+
+
+def _include_of(name: str, item: Any, index: int) -> Include:
+    _check_keys(name, item, {"class", "count"}, {"color", "position"})
+    color = _one_of(f"{name} color", item["color"], COLORS) if "color" in item else None
+    position = None
+    if "position" in item:
+        position = item["position"]
+        if not isinstance(position, list) or len(position) != 2:
+            raise ValueError(f"{name} position is {position!r}, not [relation, index of an entry of include]")
+        relation, target = _one_of(f"{name} relation", position[0], RELATIONS), position[1]
+        if type(target) is not int or not 0 <= target < index:
+            raise ValueError(f"{name} position is relative to entry {target!r}, not to one before it, from 0")
+        position = (relation, target)
+    return Include(_one_of(f"{name} class", item["class"], CLASSES), _count(name, item), color, position)
+
+
+def _exclude_of(name: str, item: Any) -> Exclude:
+    _check_keys(name, item, {"class", "count"}, set())
+    return Exclude(_one_of(f"{name} class", item["class"], CLASSES), _count(name, item))
+
+
+def _check_keys(name: str, item: Any, needed: set[str], more: set[str]) -> None:
+    if not isinstance(item, dict):
+        raise ValueError(f"{name} is {item!r}, not an object with {', '.join(sorted(needed))}")
+    if missing := sorted(needed - item.keys()):
+        raise ValueError(f"{name} has no {', '.join(missing)}")
+    if unknown := sorted(item.keys() - needed - more):
+        raise ValueError(f"{name} has {', '.join(unknown)}, which means nothing here")
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> str:
+    if value not in known:
+        listed = ", ".join(known) if len(known) <= 10 else f"one of the {len(known)} in GenEval's object_names.txt"
+        raise ValueError(f"{name} is {value!r}, not {listed}")
+    return value
+
+
+def _count(name: str, item: dict[str, Any]) -> int:
+    if type(item["count"]) is not int or item["count"] < 1:
+        raise ValueError(f"{name} count is {item['count']!r}, not a whole number from 1 up")
+    return item["count"]

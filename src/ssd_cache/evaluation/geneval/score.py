@@ -1,0 +1,155 @@
+"""Scores a whole folder of pictures: detector and colours on every picture, GenEval's rules, one result a picture.
+
+Results go to a file line by line, and a run that was interrupted goes on after its last whole line. A picture that can
+not be read is named, counts as wrong, and the run goes on. It draws nothing, and means are `summary.py`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ssd_cache.evaluation.geneval.colors import ColorClassifier
+from ssd_cache.evaluation.geneval.detector import Detector
+from ssd_cache.evaluation.geneval.folder import SampleFolder
+from ssd_cache.evaluation.geneval.prompts import GenEvalPrompt
+from ssd_cache.evaluation.geneval.rules import OFFICIAL, Rules, judge, objects_of
+from ssd_cache.evaluation.geneval.summary import SCORER, GenEvalScore, ImageResult, summarize
+from ssd_cache.writing import write_files
+
+
+def score_image(
+    image: Image.Image,
+    prompt: GenEvalPrompt,
+    detector: Detector,
+    classifier: ColorClassifier,
+    *,
+    filename: str = "",
+    rules: Rules = OFFICIAL,
+) -> ImageResult:
+    """Judge one picture; `filename` goes into the result as it is."""
+    objects = objects_of(detector.detect(image), prompt.tag, rules)
+    judgement = judge(prompt, objects, lambda found, name: classifier.classify(image, found, name), rules)
+    return ImageResult(
+        filename=filename,
+        tag=prompt.tag,
+        prompt=prompt.prompt,
+        correct=judgement.correct,
+        reason="\n".join(judgement.reasons),
+        metadata=prompt.to_json(),
+        details={name: [[*item.box, item.score] for item in found] for name, found in objects.items()},
+        settings=settings_of(detector, classifier, rules),
+    )
+
+
+def settings_of(detector: Detector, classifier: ColorClassifier, rules: Rules = OFFICIAL) -> dict[str, Any]:
+    """With what pictures are judged: results with other settings are not compared or mixed."""
+    return {
+        "detector": detector.name,
+        "short_side": detector.short_side,
+        "long_side": detector.long_side,
+        "classifier": classifier.name,
+        "rules": asdict(rules),
+    }
+
+
+def score_folder(
+    folder: SampleFolder,
+    detector: Detector,
+    classifier: ColorClassifier,
+    *,
+    results_file: str | Path | None = None,
+    rules: Rules = OFFICIAL,
+    on_image: Callable[[ImageResult], object] | None = None,
+) -> GenEvalScore:
+    """Judge every picture of a folder that is complete.
+
+    Args:
+        folder: the pictures and what they are of.
+        detector, classifier: who looks at them.
+        results_file: one JSON object a picture, see `ImageResult`. When it is there already, its pictures are not
+            judged again, except those that could not be read or have changed since.
+        rules: GenEval's thresholds.
+        on_image: called with every result, in order, those from the file too.
+
+    Raises:
+        ValueError: an incomplete folder, or a file with the results of another run.
+        OSError: the file can not be written.
+    """
+    folder.check_complete()
+    path = None if results_file is None else Path(results_file)
+    done: dict[str, ImageResult] = {}
+    if path is not None:
+        done = {result.filename: result for result in _read_results(path, settings_of(detector, classifier, rules))}
+        _write_results(path, done.values())  # whole lines only, in case the last was cut short
+    results: list[ImageResult] = []
+    for number, sample in folder:
+        name, prompt = folder.name(number, sample), folder.prompts[number]
+        content = folder.picture(number, sample).read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        result = done.get(name)
+        if result is None or not result.readable or (result.sha256, result.metadata) != (sha256, prompt.to_json()):
+            image = _open(content)
+            if isinstance(image, str):
+                settings = settings_of(detector, classifier, rules)
+                result = ImageResult(
+                    name, prompt.tag, prompt.prompt, False, image, prompt.to_json(), readable=False, settings=settings
+                )
+            else:
+                result = score_image(image, prompt, detector, classifier, filename=name, rules=rules)
+            result = replace(result, sha256=sha256)
+            if path is not None:
+                with path.open("a", encoding="utf-8") as lines:
+                    lines.write(_line(result))
+        results.append(result)
+        if on_image is not None:
+            on_image(result)
+    if path is not None:  # in order, each picture once
+        _write_results(path, results)
+    return summarize(results)
+
+
+def _open(content: bytes) -> Image.Image | str:
+    """A picture from the bytes of its file, or why it can not be read."""
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as file:
+            return file.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        kind = "not a PNG file" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        return f"the picture can not be read ({kind}); draw it anew"
+
+
+def _line(result: ImageResult) -> str:
+    return json.dumps(asdict(result)) + "\n"
+
+
+def _write_results(path: Path, results: Iterable[ImageResult]) -> None:
+    write_files({path: "".join(map(_line, results)).encode()})
+
+
+def _read_results(path: Path, settings: dict[str, Any]) -> list[ImageResult]:
+    """Results of an earlier run with the same settings, without a last line that was cut short; none without a file."""
+    results: list[ImageResult] = []
+    if not path.exists():
+        return results
+    remedy = "give another file, or delete it to begin anew"
+    try:
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            results.append(ImageResult(**json.loads(line)))
+    except (OSError, ValueError, TypeError) as error:
+        place = f"{path}, line {len(results) + 1}"
+        raise ValueError(f"{place}: not a result of a GenEval run ({error}); {remedy}") from error
+    for number, result in enumerate(results, 1):
+        if (result.scorer, result.settings) != (SCORER, settings):
+            raise ValueError(
+                f"{path}, line {number}: a result of another run ({result.scorer}, {result.settings}), but this one is "
+                f"{SCORER}, {settings}; {remedy}"
+            )
+    return results

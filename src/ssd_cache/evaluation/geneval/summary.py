@@ -1,0 +1,111 @@
+"""GenEval's means: of each tag over its pictures, and overall over the tags, each of equal weight.
+
+Says beside them what they are worth: how many pictures and prompts, which could not be read, whose scorer. It judges
+nothing itself. Source: github.com/djghosh13/geneval, evaluation/summary_scores.py, written anew from its rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ssd_cache.evaluation.geneval.names import TAGS
+
+SCORER = "GenEval rules, HF detector"
+"""Stands in all results: the rules are GenEval's, the detector's weights are not, so the numbers are not official."""
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """One picture's result, with the fields of the official result file and four more.
+
+    Attributes:
+        filename: of the picture, below the folder's root.
+        tag, prompt: what was asked for.
+        correct: the verdict.
+        reason: one a line, empty when it is correct.
+        metadata: the prompt's line, by which pictures of one prompt are known.
+        details: the objects that counted: [left, top, right, bottom, score] of each, by class.
+        readable: False for a picture that could not be opened or was cut short; it counts as wrong.
+        sha256: of the picture's file.
+        scorer, settings: by whom, and with which detector, classifier and thresholds.
+    """
+
+    filename: str
+    tag: str
+    prompt: str
+    correct: bool
+    reason: str
+    metadata: str
+    details: dict[str, list[list[float]]] = field(default_factory=dict)
+    readable: bool = True
+    sha256: str = ""
+    scorer: str = SCORER
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GenEvalScore:
+    """The score of a folder.
+
+    Attributes:
+        tags: share of correct pictures of each tag, in GenEval's order, of the tags that were drawn.
+        overall: unweighted mean of `tags`.
+        images_correct: share of correct pictures, whatever their tag.
+        prompts_correct: share of prompts with at least one correct picture.
+        num_images, num_prompts: of each tag.
+        unreadable: names of pictures that could not be read; they count as wrong, so the score is too low.
+        scorer, settings: who judged, and with what.
+    """
+
+    tags: dict[str, float]
+    overall: float
+    images_correct: float
+    prompts_correct: float
+    num_images: dict[str, int]
+    num_prompts: dict[str, int]
+    unreadable: tuple[str, ...] = ()
+    scorer: str = SCORER
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, for a JSON file."""
+        return asdict(self)
+
+
+def summarize(results: Sequence[ImageResult]) -> GenEvalScore:
+    """The score of some pictures.
+
+    Raises:
+        ValueError: no pictures, an unknown tag, or results of several scorers or settings.
+    """
+    if not results:
+        raise ValueError("no results: give those of one picture or more")
+    first = results[0]
+    if other := next((it for it in results if (it.scorer, it.settings) != (first.scorer, first.settings)), None):
+        raise ValueError(
+            f"results of two runs: {first.filename} by {first.scorer!r} with {first.settings}, {other.filename} by "
+            f"{other.scorer!r} with {other.settings}; give those of one"
+        )
+    if unknown := sorted({result.tag for result in results} - set(TAGS)):
+        raise ValueError(f"results of unknown tags {', '.join(unknown)}; GenEval's are {', '.join(TAGS)}")
+    tags, num_images, num_prompts = {}, {}, {}
+    for tag in TAGS:
+        if part := [result for result in results if result.tag == tag]:
+            tags[tag] = sum(result.correct for result in part) / len(part)
+            num_images[tag], num_prompts[tag] = len(part), len({result.metadata for result in part})
+    prompts: dict[str, bool] = {}
+    for result in results:
+        prompts[result.metadata] = prompts.get(result.metadata, False) or result.correct
+    return GenEvalScore(
+        tags=tags,
+        overall=sum(tags.values()) / len(tags),
+        images_correct=sum(result.correct for result in results) / len(results),
+        prompts_correct=sum(prompts.values()) / len(prompts),
+        num_images=num_images,
+        num_prompts=num_prompts,
+        unreadable=tuple(result.filename for result in results if not result.readable),
+        scorer=first.scorer,
+        settings=first.settings,
+    )

@@ -13,26 +13,38 @@ class AmbiguousError(Exception):
 
 
 class ReferenceHead:
-    """One KV head of one row: which visual tokens it holds, and what attention over them gives."""
+    """One KV head of one row: which visual tokens it holds, and what attention over them gives.
 
-    def __init__(self, kind, num_slots, num_cells, buffer, num_recent, num_sinks):
+    score: "sum", "mean", "last" or "margin", what a semantic head ranks its tokens by; columns: of the grid.
+    """
+
+    def __init__(self, kind, num_slots, num_cells, buffer, num_recent, num_sinks, score="sum", columns=1):
         self.evicts_by_score = kind == "semantic" and num_slots < num_cells
         self.num_slots = num_slots
         self.buffer = min(buffer, num_slots)
         self.num_recent = num_recent
         self.num_sinks = num_sinks if num_slots < num_cells else 0
+        self.score, self.columns = score, columns
         self.kept = []
-        self.score = {}
         self.received = []  # one dict a step: visual token -> weight
         self.keys, self.values = [], []  # of every visual token that ever arrived
+
+    def score_of(self, token, arrived):
+        """The score of a visual token when `arrived` of them had arrived and as many queries had been made."""
+        if self.score == "margin":
+            return 1.0 if token % self.columns in (0, self.columns - 1) else 0.0
+        first = max(0, arrived - self.buffer) if self.score == "last" else token
+        received = sum(self.received[query].get(token, 0.0) for query in range(first, arrived))
+        return received / (arrived - token) if self.score == "mean" else received
 
     def _evict(self):
         arrived = len(self.keys)
         if self.evicts_by_score:
-            candidates = [token for token in self.kept if token < arrived - self.num_recent]
-            ranked = sorted(candidates, key=lambda token: (self.score[token], token))
-            if len(ranked) > self.buffer:
-                last, spared = self.score[ranked[self.buffer - 1]], self.score[ranked[self.buffer]]
+            score = {token: self.score_of(token, arrived) for token in self.kept}
+            candidates = [token for token in self.kept if self.num_sinks <= token < arrived - self.num_recent]
+            ranked = sorted(candidates, key=lambda token: (score[token], token))
+            if len(ranked) > self.buffer and self.score != "margin":  # whole numbers are never ambiguous
+                last, spared = score[ranked[self.buffer - 1]], score[ranked[self.buffer]]
                 if spared - last < 1e-5 * max(1.0, spared):
                     raise AmbiguousError
         else:
@@ -52,7 +64,6 @@ class ReferenceHead:
         self.keys.append(key)
         self.values.append(value)
         self.kept.append(token)
-        self.score[token] = 0.0
         self.received.append({})
         outputs = []
         for query in queries:
@@ -72,7 +83,6 @@ class ReferenceHead:
             weights = [weight / total for weight in weights]
             for weight, kept in zip(weights, tokens, strict=True):
                 if kept is not None:
-                    self.score[kept] += weight
                     self.received[token][kept] = self.received[token].get(kept, 0.0) + weight
             outputs.append(
                 [sum(w * v[d] for w, v in zip(weights, seen_values, strict=True)) for d in range(len(seen_values[0]))]
@@ -84,16 +94,14 @@ def online_kind(rows):
     """The kind that an online map gives a KV head whose slots are full for the first time; `rows` are its rows.
 
     Looks back at the last `buffer` queries: of the tokens from before them, did the newest half receive more of their
-    attention, or the half of highest score?
+    attention, or the half of highest score? Scores are those of an eviction right before these queries.
     """
     window = hitters = 0.0
     for head in rows:
         first = head.num_slots - head.buffer  # the first of the last queries
         num_kept = first // 2
         num_recent = head.num_recent * num_kept // head.num_slots
-        score = {
-            token: sum(head.received[query].get(token, 0.0) for query in range(token, first)) for token in range(first)
-        }
+        score = {token: head.score_of(token, first) for token in range(first)}
         spared = [token for token in range(first) if token >= first - num_recent]
         others = sorted((token for token in range(first) if token not in spared), key=lambda t: (-score[t], -t))
         num_others = num_kept - len(spared)

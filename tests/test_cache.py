@@ -11,7 +11,8 @@ import torch
 from models import left_padded_prompts, tiny_janus, tiny_llama
 from transformers import DynamicCache, DynamicLayer
 
-from ssd_cache import HeadMap, HeadMapError, SSDCache, enable
+from ssd_cache import POLICIES, HeadMap, HeadMapError, SSDCache, enable
+from ssd_cache.retention import SCORES
 
 GRID = (6, 6)
 
@@ -54,6 +55,13 @@ def test_full_janus_grid_is_identical_too():
     expected = draw_picture(model, DynamicCache(), lengths=(4,))
     assert expected.shape == (1, 576)
     assert torch.equal(draw_picture(model, SSDCache(mixed_map(grid=(24, 24)), 1.0), lengths=(4,)), expected)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_full_budget_is_identical_with_every_score(score):
+    model = tiny_janus(grid_side=6)
+    expected = draw_picture(model, DynamicCache())
+    assert torch.equal(draw_picture(model, SSDCache(mixed_map(), 1.0, score=score, num_sinks=2)), expected)
 
 
 @pytest.mark.parametrize("kind", ["spatial", "semantic", "mixed"])
@@ -158,10 +166,10 @@ def feed(cache, states, rows=None):
     return torch.stack(outputs)
 
 
-def half_drawn(budget, rows=None):
+def half_drawn(budget, rows=None, **settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cache = SSDCache(mixed_map(), budget, buffer=4, num_recent=2)
+        cache = SSDCache(mixed_map(), budget, **{"buffer": 4, "num_recent": 2, **settings})
     feed(cache, random_states(3, 5, 0), rows)
     for step in range(17):
         feed(cache, random_states(3, 1, 1 + step), rows)
@@ -170,10 +178,11 @@ def half_drawn(budget, rows=None):
 
 @pytest.mark.parametrize("budget", [12, {"spatial": 9, "semantic": 13}])
 @pytest.mark.parametrize("move", ["reorder", "select", "mask", "repeat"])
-def test_rows_can_be_moved_in_mid_picture(budget, move):
+@pytest.mark.parametrize("score", ["sum", "last", "margin"])
+def test_rows_can_be_moved_in_mid_picture(budget, move, score):
     rows = {"reorder": [2, 0, 0], "select": [1, 2], "mask": [0, 2], "repeat": [0, 0, 1, 1, 2, 2]}[move]
     rows = torch.tensor(rows)
-    moved, expected = half_drawn(budget), half_drawn(budget, rows)
+    moved, expected = half_drawn(budget, score=score), half_drawn(budget, rows, score=score)
     if move == "reorder":
         moved.reorder_cache(rows)
     elif move == "select":
@@ -306,11 +315,18 @@ def test_prompt_in_chunks_is_one_prompt():
         ({"budget": [0.5]}, "1 entries, but the head map has 2 layers"),
         ({"budget": 8, "buffer": 6, "num_recent": 4}, "buffer=6 and num_recent=4 together"),
         ({"budget": 8, "buffer": 6, "num_recent": 0, "num_sinks": 3}, "buffer=6 and num_sinks=3 together"),
+        (
+            {"budget": 9, "buffer": 6, "num_recent": 2, "num_sinks": 2},
+            "a semantic head of layer 0 9 slots, fewer than buffer=6 and num_recent=2 and num_sinks=2 together",
+        ),
         ({"buffer": 0}, "buffer=0 is out of range"),
         ({"buffer": 2.0}, "buffer=2.0 is out of range"),
         ({"num_sinks": -1}, "num_sinks=-1 is out of range"),
         ({"num_recent": 1.0}, "num_recent=1.0 is out of range"),
         ({"num_recent": -1}, "num_recent=-1 is out of range"),
+        ({"score": "maen"}, "score='maen' is unknown: did you mean 'mean'"),
+        ({"score": "attention"}, "score='attention' is unknown: give one of 'sum', 'mean', 'last', 'margin'"),
+        ({"score": None}, "score=None is unknown"),
     ],
 )
 def test_bad_settings_are_refused_at_birth(settings, message):
@@ -353,6 +369,40 @@ def test_spatial_heads_need_no_queries(attn_implementation):
         model = tiny_janus(grid_side=6, attn_implementation=implementation)
         results.append(draw_picture(model, SSDCache(head_map, 16, buffer=3, num_sinks=2), do_sample=False))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_heads_that_keep_the_margin_need_no_queries(attn_implementation):
+    head_map = HeadMap.uniform("semantic", num_layers=2, num_kv_heads=2, grid=GRID)
+    results = []
+    for implementation in (attn_implementation, "ssd"):
+        model = tiny_janus(grid_side=6, attn_implementation=implementation)
+        cache = SSDCache.from_policy("margin", head_map, 18, buffer=3)
+        results.append(draw_picture(model, cache, do_sample=False))
+        assert not any(layer.needs_queries for layer in cache.layers)
+        (store,) = cache.layers[0].stores
+        assert store.queries is None
+        held = set(store.positions[0, 0, : store.num_stored].tolist())
+        # the margin of all rows, the newest, and what came since the last eviction
+        assert held == {token for token in range(35) if token % 6 in (0, 5)} | set(range(27, 35))
+    assert torch.equal(*results)
+
+
+def test_the_margin_beside_other_heads_needs_the_attention_ssd():
+    # stored with the semantic heads first, which only "ssd" can undo
+    assert [layer.needs_queries for layer in SSDCache.from_policy("margin", mixed_map(), 18, buffer=3).layers] == [
+        False,
+        True,
+    ]
+    model = tiny_janus(grid_side=6, attn_implementation="sdpa")
+    with pytest.raises(ValueError, match=r"set_attn_implementation\('ssd'\)"):
+        draw_picture(model, SSDCache.from_policy("margin", mixed_map(), 18, buffer=3))
+
+
+@pytest.mark.parametrize("make", [SSDCache, lambda *args, **kwargs: SSDCache.from_policy("margin", *args)])
+def test_the_margin_gives_an_online_map_nothing_to_label_by(make):
+    with pytest.raises(ValueError, match="score='margin' looks at no attention"):
+        make(HeadMap.online(num_layers=2, num_kv_heads=2, grid=GRID), 0.5, score="margin")
 
 
 def test_a_second_picture_without_reset_is_refused():
@@ -473,5 +523,12 @@ def test_policies_fall_out_of_the_rules():
     assert streaming.head_map.is_spatial.all()
     assert streaming.num_sinks == 4
     assert SSDCache.from_policy("ssd", head_map, 20, buffer=4).head_map == head_map
-    with pytest.raises(ValueError, match="full, ssd, h2o, streaming-llm"):
+    linear = SSDCache.from_policy("linear", head_map, 20)
+    assert not linear.head_map.is_spatial.any()
+    plan = linear.layers[0].plan
+    assert (plan.score, plan.num_sinks, plan.num_recent, plan.buffer) == ("last", 4, 6, 6)
+    assert SSDCache.from_policy("linear", head_map, 20, num_sinks=0).num_sinks == 0
+    margin = SSDCache.from_policy("margin", head_map, 20)
+    assert (margin.head_map, margin.score) == (head_map, "margin")
+    with pytest.raises(ValueError, match=", ".join(POLICIES)):
         SSDCache.from_policy("sdd", head_map)

@@ -25,7 +25,7 @@ import ssd_cache
 from ssd_cache import POLICIES, HeadMap, SSDCache
 from ssd_cache.cli import app
 from ssd_cache.cli.files import save_picture
-from ssd_cache.cli.plan import parse_budget
+from ssd_cache.cli.plan import COMPARED, parse_budget
 from ssd_cache.cli.sheet import Row, contact_sheet
 from ssd_cache.models import Checkpoint, find_generator
 
@@ -115,8 +115,8 @@ BAD = [
     ([CIRCLE, "--budget", "0.1"], "fewer than buffer=8 and"),
     ([CIRCLE, "--budget", "20", "--buffer", "19"], "raise the budget, or lower buffer"),
     ([CIRCLE, "--buffer", "0"], "buffer=0 is out of range"),
-    ([CIRCLE, "--policy", "lru"], "--policy lru: the policies are full, ssd, h2o, streaming-llm"),
-    ([CIRCLE, "--policy", "ssd", "--compare"], "--compare draws with every policy: leave --policy out"),
+    ([CIRCLE, "--policy", "lru"], "--policy lru: the policies are full, ssd, h2o, streaming-llm, linear, margin"),
+    ([CIRCLE, "--policy", "ssd", "--compare"], "--compare draws with full, ssd, h2o, streaming-llm: leave"),
     ([CIRCLE, "--guidance", "1"], "guidance_scale=1.0 is out of range"),
     ([CIRCLE, "--guidance", "1.0"], "1.001 is next to no guidance"),
     ([CIRCLE, "--temperature", "-1"], "temperature=-1.0 is out of range"),
@@ -214,9 +214,9 @@ def test_budget_as_a_count_and_policies_differ(run):
         result = run(CIRCLE, "--policy", policy, "--budget", "26", "-o", f"{policy}.png")
         assert result.exit_code == 0, result.output
         sizes[policy] = table(result.stdout)[policy][1]
-    assert len({sizes["ssd"], sizes["h2o"], sizes["streaming-llm"]}) == 1  # the same budget, the same bytes
+    assert len({sizes[policy] for policy in POLICIES if policy != "full"}) == 1  # the same budget, the same bytes
     assert sizes["full"] != sizes["ssd"]
-    assert len({Path(f"{policy}.png").read_bytes() for policy in POLICIES}) == 4
+    assert len({Path(f"{policy}.png").read_bytes() for policy in POLICIES}) == len(POLICIES)
 
 
 def test_the_same_command_draws_the_same_and_another_seed_does_not(run):
@@ -278,9 +278,9 @@ def test_compare_draws_a_row_a_policy_on_the_same_seed(run, generator):
     result = run(CIRCLE, SQUARES, "--compare", "--budget", "0.4", "--seed", "2", "-o", "a.png")
     assert result.exit_code == 0, result.output
     rows = table(result.stdout)
-    assert tuple(rows) == POLICIES
+    assert tuple(rows) == COMPARED
     heights = []
-    for policy in POLICIES:
+    for policy in COMPARED:
         cache = SSDCache.from_policy(policy, head_map(), 0.4)
         images = generator.to_images(generator.generate([CIRCLE, SQUARES], cache, seed=2))
         first, second = find_pictures(Image.open("a.png"), images)
@@ -304,6 +304,9 @@ def test_a_model_without_a_map_draws_under_the_other_policies(run, tmp_path):
     model = write_checkpoint(tmp_path / "mapless", with_head_map=False)
     result = run(CIRCLE, "--model", model, "--policy", "h2o", "--budget", "0.4", "-o", "a.png")
     assert result.exit_code == 0, result.output
+    result = run(CIRCLE, "--model", model, "--policy", "margin", "--budget", "0.4", "-o", "a.png")
+    assert result.exit_code == 2
+    assert "policy margin needs a head map" in " ".join(result.stderr.split())
 
 
 def test_warnings_are_one_line_each(run):

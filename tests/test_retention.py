@@ -14,7 +14,7 @@ from reference import AmbiguousError, ReferenceHead, online_kind
 
 from ssd_cache import HeadMap, SSDCache
 from ssd_cache.attention import ssd_attention_forward
-from ssd_cache.retention import attention_weights, compact, select_victims
+from ssd_cache.retention import SCORES, attention_weights, compact, form_scores, select_victims
 
 MODULE = SimpleNamespace(num_key_value_groups=1, is_causal=True)
 
@@ -52,13 +52,33 @@ def step_through(cache, queries, keys, values, num_prompt, seen):
     assert cache.get_seq_length() == total
 
 
+def step_reference(reference, queries, keys, values, num_prompt, step, seen):
+    """The same step in plain loops: (row, KV head) -> outputs `[groups, head_dim]`, float64."""
+    at, groups, outputs = num_prompt + step, queries.shape[1] // keys.shape[1], {}
+    for (row, head), slow in reference.items():
+        try:
+            output = slow.step(
+                queries[row, head * groups : (head + 1) * groups, at].tolist(),
+                keys[row, head, at].tolist(),
+                values[row, head, at].tolist(),
+                keys[row, head, :num_prompt].tolist(),
+                values[row, head, :num_prompt].tolist(),
+                [True] * num_prompt if seen is None else seen[row].tolist(),
+                keys.shape[-1] ** -0.5,
+            )
+        except AmbiguousError:
+            assume(False)
+        outputs[row, head] = torch.tensor(output, dtype=torch.float64)
+    return outputs
+
+
 @st.composite
 def runs(draw):
     grid = (draw(st.integers(2, 5)), draw(st.integers(2, 5)))
     cells = grid[0] * grid[1]
     buffer = draw(st.integers(1, 6))
     num_recent, num_sinks = draw(st.integers(0, 4)), draw(st.integers(0, 3))
-    least = buffer + max(num_recent, num_sinks)
+    least = buffer + num_recent + num_sinks
     slots = {kind: draw(st.integers(min(least, cells), cells)) for kind in ("spatial", "semantic")}
     if draw(st.booleans()):
         slots["semantic"] = slots["spatial"]
@@ -68,6 +88,7 @@ def runs(draw):
         "buffer": buffer,
         "num_recent": num_recent,
         "num_sinks": num_sinks,
+        "score": draw(st.sampled_from(SCORES)),
         "slots": slots,
         "is_spatial": draw(st.lists(st.booleans(), min_size=kv_heads, max_size=kv_heads)),
         "groups": draw(st.integers(1, 3)),
@@ -100,6 +121,7 @@ def test_same_tokens_and_outputs_as_plain_loops(run):
             buffer=run["buffer"],
             num_recent=run["num_recent"],
             num_sinks=run["num_sinks"],
+            score=run["score"],
         )
         cells = run["grid"][0] * run["grid"][1]
         reference = {
@@ -110,32 +132,22 @@ def test_same_tokens_and_outputs_as_plain_loops(run):
                 run["buffer"],
                 run["num_recent"],
                 run["num_sinks"],
+                run["score"],
+                run["grid"][1],
             )
             for row in range(batch)
             for head, spatial in enumerate(run["is_spatial"])
         }
         errors, torch_errors = [], []
-        prompt = slice(0, run["num_prompt"])
         for step, output in step_through(cache, queries, keys, values, run["num_prompt"], seen):
             held = held_tokens(cache.layers[0])
             at = run["num_prompt"] + step
+            slowly = step_reference(reference, queries, keys, values, run["num_prompt"], step, seen)
             for (row, head), slow in reference.items():
                 mine = slice(head * groups, (head + 1) * groups)
                 prompt_seen = [True] * run["num_prompt"] if seen is None else seen[row].tolist()
-                try:
-                    expected = slow.step(
-                        queries[row, mine, at].tolist(),
-                        keys[row, head, at].tolist(),
-                        values[row, head, at].tolist(),
-                        keys[row, head, prompt].tolist(),
-                        values[row, head, prompt].tolist(),
-                        prompt_seen,
-                        dim**-0.5,
-                    )
-                except AmbiguousError:
-                    assume(False)
                 assert held[row, head] == sorted(slow.kept)
-                expected = torch.tensor(expected, dtype=torch.float64)
+                expected = slowly[row, head]
                 errors.append((output[row, mine].double() - expected).abs().max())
                 columns = [c for c in range(run["num_prompt"]) if prompt_seen[c]]
                 columns += [run["num_prompt"] + token for token in sorted(slow.kept)]
@@ -154,8 +166,10 @@ def test_online_labels_and_tokens_as_plain_loops(run, num_slots):
     torch.manual_seed(run["seed"])
     batch, kv_heads, groups, dim = run["batch"], len(run["is_spatial"]), run["groups"], 4
     grid, cells = run["grid"], run["grid"][0] * run["grid"][1]
-    least = run["buffer"] + max(run["num_recent"], run["num_sinks"])
-    assume(least <= num_slots < cells)
+    least = run["buffer"] + run["num_recent"] + run["num_sinks"]
+    assume(least < cells)
+    num_slots = least + num_slots % (cells - least)
+    score = "sum" if run["score"] == "margin" else run["score"]  # an online map refuses it
     num_prompt, total = run["num_prompt"], run["num_prompt"] + cells
     queries = torch.randn(batch, kv_heads * groups, total, dim) * run["sharpness"]
     keys, values = torch.randn(batch, kv_heads, total, dim), torch.randn(batch, kv_heads, total, dim)
@@ -167,43 +181,56 @@ def test_online_labels_and_tokens_as_plain_loops(run, num_slots):
     settings = {name: run[name] for name in ("buffer", "num_recent", "num_sinks")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cache = SSDCache(HeadMap.online(num_layers=1, num_kv_heads=kv_heads, grid=grid), num_slots, **settings)
+        head_map = HeadMap.online(num_layers=1, num_kv_heads=kv_heads, grid=grid)
+        cache = SSDCache(head_map, num_slots, score=score, **settings)
     reference = {
-        (row, head): ReferenceHead("semantic", num_slots, cells, *settings.values())
+        (row, head): ReferenceHead("semantic", num_slots, cells, *settings.values(), score)
         for row in range(batch)
         for head in range(kv_heads)
     }
     kinds = None
-    prompt = slice(0, num_prompt)
     for step, output in step_through(cache, queries, keys, values, num_prompt, None):
-        at = num_prompt + step
-        try:
-            if step == num_slots:
+        if step == num_slots:
+            try:
                 kinds = [online_kind([reference[row, head] for row in range(batch)]) for head in range(kv_heads)]
-                for (_, head), slow in reference.items():
-                    slow.evicts_by_score = kinds[head] == "semantic"
-            expected = {
-                (row, head): slow.step(
-                    queries[row, head * groups : (head + 1) * groups, at].tolist(),
-                    keys[row, head, at].tolist(),
-                    values[row, head, at].tolist(),
-                    keys[row, head, prompt].tolist(),
-                    values[row, head, prompt].tolist(),
-                    [True] * num_prompt,
-                    dim**-0.5,
-                )
-                for (row, head), slow in reference.items()
-            }
-        except AmbiguousError:
-            assume(False)
+            except AmbiguousError:
+                assume(False)
+            for (_, head), slow in reference.items():
+                slow.evicts_by_score = kinds[head] == "semantic"
+        expected = step_reference(reference, queries, keys, values, num_prompt, step, None)
         assert held_tokens(cache.layers[0]) == {place: sorted(slow.kept) for place, slow in reference.items()}
         for (row, head), rows in expected.items():
             mine = output[row, head * groups : (head + 1) * groups].double()
-            torch.testing.assert_close(mine, torch.tensor(rows, dtype=torch.float64), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mine, rows, rtol=1e-4, atol=1e-5)
         labels = cache.labels
         assert (labels is None) == (step < num_slots)
         if labels is not None:
             assert labels.is_spatial[0].tolist() == [kind == "spatial" for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings"),
+    [
+        # semantic: num_recent, num_sinks, score
+        ("linear", (5, 4, "last")),
+        ("h2o", (10, 0, "sum")),
+        ("margin", (5, 0, "margin")),
+    ],
+)
+def test_policies_are_the_reference_with_their_settings(policy, settings):
+    num_recent, num_sinks, score = settings
+    grid, cells, slots, num_prompt = (6, 5), 30, 21, 3
+    queries, keys, values = (torch.randn(2, 2, num_prompt + cells, 4) for _ in range(3))
+    head_map = HeadMap.uniform("semantic", num_layers=1, num_kv_heads=2, grid=grid)
+    cache = SSDCache.from_policy(policy, head_map, 0.7)
+    reference = {
+        (row, head): ReferenceHead("semantic", slots, cells, 5, num_recent, num_sinks, score, grid[1])
+        for row in range(2)
+        for head in range(2)
+    }
+    for step, _ in step_through(cache, queries, keys, values, num_prompt, None):
+        step_reference(reference, queries, keys, values, num_prompt, step, None)
+        assert held_tokens(cache.layers[0]) == {place: sorted(slow.kept) for place, slow in reference.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -243,6 +270,22 @@ def test_victims_of_equal_score_go_oldest_first():
     scores = torch.tensor([[[1.0, 1.0, 1.0, 0.5]]])
     # semantic head: token 3 has the lowest score, then token 2 is the oldest of three equals; spatial: tokens 4 and 5
     assert select_victims(positions, scores, num_evict=2, num_seen=8).tolist() == [[[1, 3], [0, 1]]]
+
+
+def test_sinks_are_spared_by_score_too():
+    positions = torch.tensor([[[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]])
+    scores = torch.tensor([[[0.1, 0.2, 0.9, 0.5, 0.3]]])
+    victims = select_victims(positions, scores, num_evict=2, num_seen=5, num_recent=1, num_sinks=1)
+    assert victims.tolist() == [[[1, 3], [1, 2]]]
+
+
+def test_scores_in_numbers():
+    attention = torch.tensor([[[1.4, 0.5, 0.4, 0.2]]])  # the table of docs/concepts.md
+    positions = torch.tensor([[[0, 1, 2, 3]]])
+    formed = {name: form_scores(name, attention, positions, num_seen=4, columns=3)[0, 0].tolist() for name in SCORES}
+    assert formed["sum"] == formed["last"] == pytest.approx([1.4, 0.5, 0.4, 0.2])
+    assert formed["mean"] == pytest.approx([0.35, 0.5 / 3, 0.2, 0.2])
+    assert formed["margin"] == [1, 0, 1, 1]
 
 
 @given(st.integers(1, 9), st.data())

@@ -7,8 +7,11 @@ generated; what a head keeps is the layers' work, and which head is which the he
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from difflib import get_close_matches
+from typing import Any, Literal
 
 import torch
 from transformers import Cache, PreTrainedModel
@@ -16,11 +19,12 @@ from transformers import Cache, PreTrainedModel
 from ssd_cache.budget import Budget, check_count, resolve_budget, resolve_recent
 from ssd_cache.head_map import HeadMap, HeadMapError
 from ssd_cache.layer import LayerPlan, SSDLayer
+from ssd_cache.retention import SCORES
 
 DEFAULT_BUDGET = 0.2
 """The paper's budget: a fifth of the visual tokens."""
 
-POLICIES = ("full", "ssd", "h2o", "streaming-llm")
+POLICIES = ("full", "ssd", "h2o", "streaming-llm", "linear", "margin")
 """Names that `SSDCache.from_policy` knows."""
 
 
@@ -36,8 +40,9 @@ class MemoryStats:
 class SSDCache(Cache):
     """KV cache that keeps the prompt whole and a budget of visual tokens in every head (SSD, arXiv 2510.18716).
 
-    Spatial heads keep their newest tokens, semantic heads those that received the most attention. Pass it to
-    `generate(past_key_values=...)` of a model whose attention is "ssd"; one cache serves one batch of pictures.
+    Spatial heads keep their newest tokens, semantic heads those that received the most attention (or what else `score`
+    says). Pass it to `generate(past_key_values=...)` of a model whose attention is "ssd"; one cache serves one batch of
+    pictures.
 
     Args:
         head_map: which KV head is spatial and which semantic, and the grid of visual tokens.
@@ -47,10 +52,15 @@ class SSDCache(Cache):
         buffer: tokens evicted at once, when a token arrives and all slots are taken; a grid row when not given.
             1 evicts at every step.
         num_recent: newest tokens that a semantic head always keeps; a float in [0, 1) is a fraction of its slots.
-        num_sinks: first tokens that a spatial head always keeps.
+        num_sinks: the picture's first tokens, which every head always keeps.
+        score: what a semantic head ranks its tokens by: "sum", the attention received since a token arrived; "mean",
+            that over the number of queries since; "last", the attention of the last `buffer` queries; "margin", the
+            grid's first and last column before all else. The last one needs no queries: where all heads of a layer are
+            of one kind, it works with any attention.
 
     Raises:
-        ValueError: a setting out of range, or a budget that does not hold `buffer` and what must be kept.
+        ValueError: a setting out of range, a budget that does not hold `buffer` and what must be kept, or "margin"
+            with an online map.
         HeadMapError: at the first update, when the map does not fit the model.
     """
 
@@ -62,6 +72,7 @@ class SSDCache(Cache):
         buffer: int | None = None,
         num_recent: int | float = 0.25,
         num_sinks: int = 0,
+        score: str = "sum",
     ):
         if not isinstance(head_map, HeadMap):
             raise TypeError(
@@ -73,7 +84,8 @@ class SSDCache(Cache):
         self.head_map, self.budget = head_map, budget
         self.buffer = columns if buffer is None else check_count("buffer", buffer, 1)
         self.num_recent, self.num_sinks = num_recent, check_count("num_sinks", num_sinks, 0)
-        self._warned = False
+        self.score = _check_score(score, head_map)
+        self._warned = self._is_counted = False
         slots = resolve_budget(budget, head_map.num_layers, rows * columns)
         plans = [
             LayerPlan(
@@ -85,6 +97,8 @@ class SSDCache(Cache):
                 num_recent=resolve_recent(num_recent, slots[index]["semantic"]),
                 num_sinks=self.num_sinks,
                 is_online=head_map.is_online,
+                score=score,
+                columns=columns,
             )
             for index in range(head_map.num_layers)
         ]
@@ -116,13 +130,17 @@ class SSDCache(Cache):
     def from_policy(
         cls, policy: str, head_map: HeadMap, budget: Budget | None = None, *, buffer: int | None = None, **settings
     ) -> SSDCache:
-        """A cache by a policy's name; the map's labels matter to "ssd" alone, its shape to all.
+        """A cache by a policy's name; the map's labels matter to "ssd" and "margin", its shape to all.
 
         - "full": every token is kept, whatever the budget.
         - "ssd": the map as it is.
         - "h2o": every head semantic, half its slots for the newest tokens (Zhang et al., arXiv 2306.14048).
         - "streaming-llm": every head spatial, with 4 sinks (Xiao et al., arXiv 2309.17453). The prompt is kept
           whole here too, so the sinks are the first visual tokens.
+        - "linear": every head semantic, with score="last": at the end of a line of the picture, the tokens that its
+          queries attended least are dropped; first tokens and most recent lines stay (LineAR, arXiv 2512.04857). How
+          many of these is not public: 4 tokens and one line are our choice, and the prompt is kept whole here too.
+        - "margin": the map as it is, with score="margin": semantic heads keep the margin columns by position alone.
 
         Raises:
             ValueError: an unknown policy, or as `SSDCache`.
@@ -133,15 +151,21 @@ class SSDCache(Cache):
                 kind, num_layers=head_map.num_layers, num_kv_heads=head_map.num_kv_heads, grid=head_map.grid
             )
 
+        presets: dict[str, dict[str, Any]] = {
+            "h2o": {"num_recent": 0.5},
+            "streaming-llm": {"num_sinks": 4},
+            "linear": {"score": "last", "num_sinks": 4, "num_recent": head_map.grid[1]},
+            "margin": {"score": "margin"},
+        }
+        if policy not in POLICIES:
+            raise ValueError(f"unknown policy {policy!r}; the policies are {', '.join(POLICIES)}")
         if policy == "full":
-            return cls(head_map, 1.0, buffer=buffer, **settings)
-        if policy == "ssd":
-            return cls(head_map, budget, buffer=buffer, **settings)
-        if policy == "h2o":
-            return cls(uniform("semantic"), budget, buffer=buffer, **{"num_recent": 0.5, **settings})
-        if policy == "streaming-llm":
-            return cls(uniform("spatial"), budget, buffer=buffer, **{"num_sinks": 4, **settings})
-        raise ValueError(f"unknown policy {policy!r}; the policies are {', '.join(POLICIES)}")
+            budget = 1.0
+        elif policy in ("h2o", "linear"):
+            head_map = uniform("semantic")
+        elif policy == "streaming-llm":
+            head_map = uniform("spatial")
+        return cls(head_map, budget, buffer=buffer, **{**presets.get(policy, {}), **settings})
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Store new tokens of one layer; see `SSDLayer.update` for shapes, returns and errors."""
@@ -152,9 +176,35 @@ class SSDCache(Cache):
                 "KV heads: use the map that was made for this model"
             )
         states = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
-        if layer_idx == 0:
+        if layer_idx == 0 and not self._is_counted:
             self._check_progress()
         return states
+
+    @property
+    def can_count_step(self) -> bool:
+        """Whether the next token can be a `counted_step`: from a picture's second visual token on."""
+        return all(layer.can_begin_step for layer in self.layers)
+
+    @contextmanager
+    def counted_step(self) -> Iterator[None]:
+        """Count one visual token in ahead of the model's forward over it, which then touches tensors alone.
+
+        Inside the block `update` and the attention "ssd" work on all slots under a mask, at places worked out from one
+        tensor, so that shapes and Python's numbers are the same at every step and the forward can be compiled once
+        (`fast_decode` does). Scores, labels and evictions that are due are dealt with on entering.
+        """
+        steps: dict[torch.device, torch.Tensor] = {}
+        for layer in self.layers:
+            step = steps.setdefault(layer.device, torch.tensor(layer.num_visual, device=layer.device))
+            layer.begin_step(step)
+        self._is_counted = True
+        self._check_progress()
+        try:
+            yield
+        finally:
+            self._is_counted = False
+            for layer in self.layers:
+                layer.end_step()
 
     def _check_progress(self) -> None:
         """What shows only as tokens arrive: a map with layers the model lacks, and more tokens than the grid has."""
@@ -206,8 +256,22 @@ class SSDCache(Cache):
     def __repr__(self) -> str:
         return (
             f"SSDCache({self.head_map!r}, budget={self.budget!r}, buffer={self.buffer}, num_recent={self.num_recent}, "
-            f"num_sinks={self.num_sinks}, {self.get_seq_length()} tokens seen, {self.nbytes / 2**20:.1f} MiB)"
+            f"num_sinks={self.num_sinks}, score={self.score!r}, {self.get_seq_length()} tokens seen, "
+            f"{self.nbytes / 2**20:.1f} MiB)"
         )
+
+
+def _check_score(score: str, head_map: HeadMap) -> str:
+    if score not in SCORES:
+        near = get_close_matches(str(score), SCORES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"score={score!r} is unknown: {hint}give one of {', '.join(map(repr, SCORES))}")
+    if score == "margin" and head_map.is_online:
+        raise ValueError(
+            "score='margin' looks at no attention, by which an online map labels its heads: give a map with labels, or "
+            "score='sum', 'mean' or 'last'"
+        )
+    return score
 
 
 def _check_plans(plans: list[LayerPlan], columns: int) -> None:
@@ -219,15 +283,19 @@ def _check_plans(plans: list[LayerPlan], columns: int) -> None:
                 f"budget gives spatial heads {plan.num_slots['spatial']} slots and semantic ones "
                 f"{plan.num_slots['semantic']}: an online map does not know yet which are which, so give one number"
             )
-        kept = {"spatial": ("num_sinks", plan.num_sinks), "semantic": ("num_recent", plan.num_recent)}
         for kind in sorted(set(plan.kinds)):
-            num_slots, (name, value) = plan.num_slots[kind], kept[kind]
+            num_slots = plan.num_slots[kind]
             if num_slots >= plan.num_cells:
                 continue  # nothing is evicted within a picture
-            if num_slots < plan.buffer + value:
+            room = {"buffer": plan.buffer, "num_recent": plan.num_recent, "num_sinks": plan.num_sinks}
+            if kind == "spatial":
+                del room["num_recent"]
+            if num_slots < sum(room.values()):
+                asked = [f"{name}={value}" for name, value in room.items() if value]
                 raise ValueError(
                     f"the budget gives a {kind} head of layer {plan.layer_idx} {num_slots} slots, fewer than "
-                    f"buffer={plan.buffer} and {name}={value} together: raise the budget, or lower buffer or {name}"
+                    f"{' and '.join(asked)} together: raise the budget, or lower "
+                    f"{' or '.join(name for name, value in room.items() if value)}"
                 )
             window = num_slots - plan.buffer - plan.num_sinks + 1
             if kind == "spatial" and window < columns + 2:

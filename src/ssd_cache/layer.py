@@ -6,7 +6,7 @@ slot stores, and meets the queries that the attention "ssd" brings. How attentio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ class LayerPlan:
 
     `is_spatial` has one entry a KV head; `num_slots` and `num_recent` say how much a head of each kind holds. An online
     layer starts with semantic heads and finds out which are spatial when its slots are first full (see
-    `retention.prefers_window`); its kinds have equally many slots.
+    `retention.prefers_window`); its kinds have equally many slots. `columns`, of the grid, is what the score "margin"
+    asks for.
     """
 
     layer_idx: int
@@ -38,6 +39,8 @@ class LayerPlan:
     num_recent: int
     num_sinks: int
     is_online: bool = False
+    score: str = "sum"
+    columns: int = 1
 
     @property
     def kinds(self) -> list[str]:
@@ -82,6 +85,7 @@ class SSDLayer(CacheLayerMixin):
         self.prompt_mask: torch.Tensor | None = None
         self.num_prompt = self.num_visual = 0
         self._query_missing = False
+        self.step: torch.Tensor | None = None
         self.stores: list[SlotStore] = []
         self.labels: tuple[bool, ...] | None = None if self.plan.is_online else self.plan.is_spatial
         self.order: torch.Tensor | None = None
@@ -95,10 +99,16 @@ class SSDLayer(CacheLayerMixin):
 
     @property
     def needs_queries(self) -> bool:
-        """Whether this layer works with the attention "ssd" alone: it scores tokens, or its heads differ in length."""
+        """Whether this layer works with the attention "ssd" alone.
+
+        That is so when attention scores its tokens, and when its heads differ in length or are stored in another order.
+        """
         plan = self.plan
-        scores = "semantic" in plan.kinds and plan.num_slots["semantic"] < plan.num_cells
-        return scores or len({plan.num_slots[kind] for kind in plan.kinds}) > 1
+        kinds, slots = plan.kinds, {plan.num_slots[kind] for kind in plan.kinds}
+        if len(slots) > 1:
+            return True
+        is_reordered = kinds != sorted(kinds)  # a store has its semantic heads first
+        return max(slots) < plan.num_cells and "semantic" in kinds and (plan.score != "margin" or is_reordered)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Take in new tokens and return what their queries may look at.
@@ -113,6 +123,12 @@ class SSDLayer(CacheLayerMixin):
         Raises:
             ValueError: several tokens at once after visual tokens, another batch size, or queries that do not arrive.
         """
+        if self.step is not None:
+            for store, keys, values in zip(
+                self.stores, self._split(key_states), self._split(value_states), strict=True
+            ):
+                store.write_at(self.step, keys, values)
+            return self._show([(store.keys[:], store.values[:]) for store in self.stores])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         # The cache holds values, not graphs: no gradient flows into the past.
@@ -129,13 +145,41 @@ class SSDLayer(CacheLayerMixin):
         if self.keys is not None and self.values is not None:
             self._open_stores(self.keys, self.values)
             self.keys = self.values = None
-        if self.labels is None:
-            self._find_labels()
+        self._settle()
         parts = zip(self.stores, self._split(key_states), self._split(value_states), strict=True)
         for store, keys, values in parts:
             store.append(keys, values, self.num_visual)
         self.num_visual += 1
-        return self._visible()
+        return self._show([store.visible()[:2] for store in self.stores])
+
+    def _settle(self) -> None:
+        """Score what is due and find labels, before the next token."""
+        for store in self.stores:
+            store.score_due()
+        if self.labels is None:
+            self._find_labels()
+
+    @property
+    def can_begin_step(self) -> bool:
+        """Whether the first visual token has set everything up, so that the next ones can be counted ahead."""
+        return self.num_visual > 0
+
+    def begin_step(self, step: torch.Tensor) -> None:
+        """Count the next visual token in, and do all that changes numbers, shapes or places of older tokens.
+
+        Until `end_step`, `update` and the attention write at places worked out from `step`, the token's number as a
+        tensor without dimensions, and show all slots under a mask: the forward touches tensors of fixed shape alone.
+        """
+        self._settle()
+        for store in self.stores:
+            store.count(self.num_visual)
+            store.count_query()
+        self.num_visual += 1
+        self.step = step
+
+    def end_step(self) -> None:
+        """Back to steps that count for themselves."""
+        self.step = None
 
     def _update_prompt(self, key_states: torch.Tensor, value_states: torch.Tensor):
         if self.keys is not None and self.values is not None:
@@ -191,6 +235,8 @@ class SSDLayer(CacheLayerMixin):
                 buffer=min(plan.buffer, num_slots),
                 num_recent=plan.num_recent,
                 num_sinks=plan.num_sinks if scored else 0,
+                score=plan.score,
+                columns=plan.columns,
                 is_online=plan.is_online and scored,
             )
             self.stores.append(store)
@@ -224,8 +270,8 @@ class SSDLayer(CacheLayerMixin):
         """The store for a group of heads; profiling puts in one that watches."""
         return SlotStore(*args, **kwargs)
 
-    def _visible(self):
-        pairs = [store.visible()[:2] for store in self.stores]
+    def _show(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]):
+        """What the stores show, each keys and values, as the model and the attention "ssd" take it."""
         states: Any = pairs[0] if len(pairs) == 1 else [GroupedStates(group) for group in zip(*pairs, strict=True)]
         keys, values = states
         keys.ssd_layer = self
@@ -238,11 +284,20 @@ class SSDLayer(CacheLayerMixin):
 
     def receive_query(self, query_states: torch.Tensor, scaling: float) -> Sequence[torch.Tensor]:
         """Take the newest token's query, `[batch, kv_heads, groups, head_dim]`; returns it split over the stores."""
-        self._query_missing = False
         parts = self._split(query_states)
         for store, part in zip(self.stores, parts, strict=True):
-            store.hold_query(part, scaling)
+            if self.step is None:
+                store.hold_query(part, scaling)
+            else:
+                store.hold_query_at(self.step, part)
+        if self.step is None:
+            self._query_missing = False
         return parts
+
+    def visible(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """Keys, values and mask of each store for the newest token's query (see `SlotStore.visible`)."""
+        for store in self.stores:
+            yield store.visible() if self.step is None else (store.keys, store.values, store.visible_at(self.step))
 
     def restore_order(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """Join the stores' results, each `[batch, heads, groups, head_dim]`, in the model's order of heads."""

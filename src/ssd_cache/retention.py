@@ -2,12 +2,15 @@
 
 A policy is a score; choosing the victims and moving the survivors is written once, here. The rules are those of
 docs/concepts.md, after SSD (Jian and Wang, arXiv 2510.18716): a spatial head keeps its newest tokens, a semantic head
-those that received the most attention. Nothing here knows of models, caches or head maps.
+those of highest score. Nothing here knows of models, caches or head maps.
 """
 
 from __future__ import annotations
 
 import torch
+
+SCORES = ("sum", "mean", "last", "margin")
+"""Names that `form_scores` knows."""
 
 
 def attention_weights(
@@ -47,6 +50,43 @@ def attention_weights(
     return logits.softmax(-1)
 
 
+def form_scores(
+    score: str, attention: torch.Tensor, positions: torch.Tensor, num_seen: int, columns: int
+) -> torch.Tensor:
+    """What semantic heads rank their tokens by; those of the lowest scores go first.
+
+    - "sum": the attention that a token received from all visual queries since it arrived, its own included.
+    - "mean": the same over the number of these queries, so that a token does not gain by its age alone.
+    - "last": the attention that it received from the last stretch of queries.
+    - "margin": 1 in the first and the last column of the grid, 0 elsewhere; no query is asked.
+
+    Args:
+        score: one of `SCORES`.
+        attention: `[batch, semantic_heads, slots]`, float32, what each token received: for "last" from the last
+            stretch alone, for "margin" not read.
+        positions: the same shape, which visual token sits in a slot, counted from 0; every slot is taken.
+        num_seen: visual tokens seen, all of them before the eviction.
+        columns: of the grid, which tokens fill row by row.
+
+    Returns:
+        `[batch, semantic_heads, slots]`, float32.
+
+    Example: tokens 0 to 3 of a grid with three columns. The oldest was seen by four queries, the newest by one.
+
+        >>> attention, positions = torch.tensor([[[1.4, 0.6, 0.5, 0.3]]]), torch.tensor([[[0, 1, 2, 3]]])
+        >>> form_scores("mean", attention, positions, num_seen=4, columns=3)
+        tensor([[[0.3500, 0.2000, 0.2500, 0.3000]]])
+        >>> form_scores("margin", attention, positions, num_seen=4, columns=3)
+        tensor([[[1., 0., 1., 1.]]])
+    """
+    if score == "mean":
+        return attention / (num_seen - positions)
+    if score == "margin":
+        column = positions % columns
+        return ((column == 0) | (column == columns - 1)).float()
+    return attention
+
+
 def select_victims(
     positions: torch.Tensor,
     scores: torch.Tensor | None,
@@ -57,12 +97,12 @@ def select_victims(
 ) -> torch.Tensor:
     """Slots to empty in every head: the lowest scores of semantic heads, the oldest tokens of spatial ones.
 
-    Semantic heads come first: `scores` covers the first of the heads, the rest are spatial. A semantic head spares its
-    `num_recent` newest tokens, a spatial one its first `num_sinks`; of equal scores the older token goes.
+    Semantic heads come first: `scores` covers the first of the heads, the rest are spatial. Every head spares the first
+    `num_sinks` tokens of the picture, a semantic one its `num_recent` newest too; of equal scores the older token goes.
 
     Args:
         positions: `[batch, kv_heads, slots]`, which visual token sits in a slot, counted from 0; every slot is taken.
-        scores: `[batch, semantic_heads, slots]`, float32; None when there is no semantic head.
+        scores: `[batch, semantic_heads, slots]`, float32, of `form_scores`; None when there is no semantic head.
         num_evict: tokens to drop from each head.
         num_seen: visual tokens seen so far, the one that asks for room not counted.
 
@@ -84,6 +124,8 @@ def select_victims(
     if scores is not None and num_semantic:
         by_age = positions[:, :num_semantic].argsort(-1)
         spared = positions[:, :num_semantic] >= num_seen - num_recent
+        if num_sinks:
+            spared |= positions[:, :num_semantic] < num_sinks
         keep = scores.masked_fill(spared, float("inf")).gather(-1, by_age)
         lowest = keep.argsort(dim=-1, stable=True)[..., :num_evict]  # stable: of equal scores the older comes first
         victims.append(by_age.gather(-1, lowest))
@@ -100,24 +142,24 @@ def prefers_window(weights: torch.Tensor, scores: torch.Tensor, num_prompt: int,
 
     Looks back at the newest queries. When the first of them came, the head held the tokens before it. Had it kept half
     of these, the newest half (as a spatial head) or the half of highest score (as a semantic head, its newest ones
-    spared), which half received more of the attention that followed? Rows of the batch count together; of equal
-    halves the semantic one wins.
+    spared), which half received more of the attention that followed? Sinks are left out, since both kinds keep the same
+    ones. Rows of the batch count together; of equal halves the semantic one wins.
 
     Args:
         weights: `[batch, kv_heads, groups, steps, num_prompt + stored]`, the attention of the newest queries, every
             token still in the slot of its arrival.
-        scores: `[batch, kv_heads, stored]`, what the tokens had received before these queries.
+        scores: `[batch, kv_heads, stored - steps]`, of `form_scores`, before these queries.
         num_prompt: columns of the prompt.
         num_recent: newest tokens that a semantic head spares of all that is stored; of the half, the same share.
 
     Returns:
         `[kv_heads]`, True where the window keeps more.
     """
-    num_before = scores.shape[-1] - weights.shape[-2]
+    num_before, num_stored = scores.shape[-1], weights.shape[-1] - num_prompt
     num_kept = num_before // 2
     received = weights[..., num_prompt : num_prompt + num_before].sum((2, 3))  # [batch, kv_heads, num_before]
-    ranks = scores[..., :num_before].clone()
-    ranks[..., num_before - num_recent * num_kept // scores.shape[-1] :] = float("inf")
+    ranks = scores.clone()
+    ranks[..., num_before - num_recent * num_kept // num_stored :] = float("inf")
     # the newest first, so that of equal scores the older token goes
     best = ranks.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
     hitters = received.flip(-1).gather(-1, best).sum((0, 2), dtype=torch.float64)

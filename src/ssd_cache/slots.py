@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from ssd_cache.retention import attention_weights, compact, prefers_window, select_victims
+from ssd_cache.retention import attention_weights, compact, form_scores, prefers_window, select_victims
 
 
 class SlotStore:
@@ -23,13 +23,16 @@ class SlotStore:
         num_semantic: how many of the heads, counted from the first, keep by score; the others keep by age.
         buffer: tokens evicted at once, when one arrives and all slots are taken.
         num_recent: newest tokens that a semantic head never drops.
-        num_sinks: first tokens that a spatial head never drops.
+        num_sinks: first tokens that no head drops.
+        score: what semantic heads rank tokens by (see `retention.form_scores`).
+        columns: of the grid; only the score "margin" asks.
         is_online: find out which heads are spatial when the slots are first full, instead of being told.
 
     Attributes:
         keys, values: `[batch, heads, num_prompt + num_slots, head_dim]`; slots from `num_stored` on are free.
         positions: `[batch, heads, num_slots]`, int32, the visual token in each slot, counted from 0.
-        scores: `[batch, num_semantic, num_slots]`, float32, attention received so far.
+        scores: `[batch, num_semantic, num_slots]`, float32, attention received so far, for "last" from the last stretch
+            of queries alone; no heads for "margin", which needs neither it nor queries.
         queries: `[batch, num_semantic, groups, buffer, head_dim]`, steps whose attention is not yet in `scores`.
         found: `[heads]`, which heads turned out spatial, until `take_order` makes it so; None before.
     """
@@ -45,10 +48,13 @@ class SlotStore:
         buffer: int,
         num_recent: int,
         num_sinks: int,
+        score: str = "sum",
+        columns: int = 1,
         is_online: bool = False,
     ):
         self.num_slots, self.num_semantic = num_slots, num_semantic
         self.buffer, self.num_recent, self.num_sinks = buffer, num_recent, num_sinks
+        self.score, self.columns = score, columns
         self.num_stored = self.num_held = 0
         # the first scoring is early, so that the last before an eviction always covers a whole buffer
         self.num_to_hold = num_slots % buffer or buffer
@@ -63,7 +69,8 @@ class SlotStore:
         self.keys[:, :, : self.num_prompt] = key_states
         self.values[:, :, : self.num_prompt] = value_states
         self.positions = torch.zeros(batch, heads, num_slots, dtype=torch.int32, device=key_states.device)
-        self.scores = torch.zeros(batch, num_semantic, num_slots, device=key_states.device)
+        num_scored = 0 if score == "margin" else num_semantic
+        self.scores = torch.zeros(batch, num_scored, num_slots, device=key_states.device)
         self.queries: torch.Tensor | None = None
         self.mask: torch.Tensor | None = None
         if prompt_mask is not None:
@@ -72,12 +79,28 @@ class SlotStore:
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, position: int) -> None:
         """Store visual token number `position`, `[batch, heads, 1, head_dim]`; evict first when all slots are taken."""
+        self.count(position)
+        column = self.num_prompt + self.num_stored - 1
+        self.keys[:, :, column] = key_states[:, :, 0]
+        self.values[:, :, column] = value_states[:, :, 0]
+
+    def count(self, position: int) -> None:
+        """Take token number `position` into account before it is written; evict first when all slots are taken."""
         if self.num_stored == self.num_slots:
             self._evict(position)
-        self.keys[:, :, self.num_prompt + self.num_stored] = key_states[:, :, 0]
-        self.values[:, :, self.num_prompt + self.num_stored] = value_states[:, :, 0]
         self.positions[:, :, self.num_stored] = position
         self.num_stored += 1
+
+    def write_at(self, step: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Write a token that was counted; `step` is its number as a tensor without dimensions, so no shape changes."""
+        column = (self.num_prompt + self._slot_at(step)).view(1)
+        self.keys.index_copy_(2, column, key_states)
+        self.values.index_copy_(2, column, value_states)
+
+    def _slot_at(self, step: torch.Tensor) -> torch.Tensor:
+        """The slot of token number `step`: slots fill in order, and from then on the last `buffer` of them again."""
+        after = self.num_slots - self.buffer + (step - self.num_slots) % self.buffer
+        return torch.where(step < self.num_slots, step, after)
 
     @property
     def num_after_append(self) -> int:
@@ -93,7 +116,7 @@ class SlotStore:
 
     def hold_query(self, query_states: torch.Tensor, scaling: float) -> None:
         """Keep the newest token's query, `[batch, heads, groups, head_dim]`, until it is scored with its neighbours."""
-        if not self.num_semantic:
+        if not self.scores.shape[1]:
             return
         query_states = query_states[:, : self.num_semantic]
         if self.queries is None:
@@ -102,8 +125,30 @@ class SlotStore:
         self.scaling = scaling
         self.queries[:, :, :, self.num_held] = query_states
         self.num_held += 1
+
+    def count_query(self) -> None:
+        """Take a query into account before `hold_query_at` keeps it; one at least was held by `hold_query` before."""
+        if self.scores.shape[1]:
+            self.num_held += 1
+
+    def hold_query_at(self, step: torch.Tensor, query_states: torch.Tensor) -> None:
+        """The same for a token that was counted, see `write_at`; its query was counted by `count_query`."""
+        if self.queries is None:
+            return
+        first = self.num_slots % self.buffer
+        index = torch.where(step < first, step, (step - first) % self.buffer).view(1)
+        self.queries.index_copy_(3, index, query_states[:, : self.num_semantic].unsqueeze(3))
+
+    def score_due(self) -> None:
+        """Score the held queries once there are as many as belong together; before the next token is counted."""
         if self.num_held == self.num_to_hold:
             self.score_held()
+
+    def visible_at(self, step: torch.Tensor) -> torch.Tensor:
+        """Which columns a counted token may look at, `[batch or 1, 1, 1, num_prompt + num_slots]`."""
+        columns = torch.arange(self.keys.shape[2], device=self.keys.device)
+        mask = (columns <= self.num_prompt + self._slot_at(step))[None, None, None]
+        return mask if self.mask is None else mask & self.mask[:, None, None]
 
     def held_attention(self, rows: slice = slice(None)) -> torch.Tensor:
         """Softmax weights of the held queries, float32, `[rows, num_semantic, groups, held, num_prompt + num_stored]`.
@@ -122,13 +167,17 @@ class SlotStore:
         )
 
     def score_held(self) -> None:
-        """Add the attention of the held queries to the scores, and let them go."""
+        """Add the attention of the held queries, a stretch, to the scores, and let them go."""
         if self.num_held == 0:
             return
         weights = self.held_attention()
         if self.is_online and self.num_stored == self.num_slots:
-            self.found = prefers_window(weights, self.scores, self.num_prompt, self.num_recent)
+            before = slice(self.num_stored - self.num_held)  # tokens older than the held queries, in order of arrival
+            ranks = self._ranks(before.stop, before)
+            self.found = prefers_window(weights, ranks, self.num_prompt, self.num_recent)
             self.is_online = False
+        if self.score == "last":
+            self.scores.zero_()
         self.scores[:, :, : self.num_stored] += weights[..., self.num_prompt :].sum((2, 3))
         self.num_held, self.num_to_hold = 0, self.buffer
 
@@ -140,10 +189,20 @@ class SlotStore:
             self.queries = self.queries[:, order[:num_semantic]]
         self.num_semantic, self.found = num_semantic, None
 
+    def _ranks(self, num_seen: int, slots: slice = slice(None)) -> torch.Tensor:
+        """Scores of the semantic heads' tokens in these slots, `[batch, num_semantic, slots]`."""
+        positions = self.positions[:, : self.num_semantic, slots]
+        return form_scores(self.score, self.scores[..., slots], positions, num_seen, self.columns)
+
     def _evict(self, num_seen: int) -> None:
         self.score_held()
         victims = select_victims(
-            self.positions, self.scores, self.buffer, num_seen, num_recent=self.num_recent, num_sinks=self.num_sinks
+            self.positions,
+            self._ranks(num_seen),
+            self.buffer,
+            num_seen,
+            num_recent=self.num_recent,
+            num_sinks=self.num_sinks,
         )
         keys, values = self.keys[:, :, self.num_prompt :], self.values[:, :, self.num_prompt :]
         compact([keys, values, self.positions, self.scores], victims)

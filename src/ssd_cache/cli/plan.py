@@ -10,6 +10,12 @@ from ssd_cache.cli.errors import WrongUse
 from ssd_cache.head_map import HeadMap
 from ssd_cache.models import Checkpoint
 
+COMPARED = ("full", "ssd", "h2o", "streaming-llm")
+"""Rows of the sheet of `--compare`: the policies of the paper's tables."""
+
+LABELLED = ("ssd", "margin")
+"""Policies that need to know which head is which."""
+
 ONLINE = "online"
 """In place of a head map: no map; the cache labels the heads."""
 
@@ -37,10 +43,10 @@ def parse_budget(text: str) -> int | float:
 def choose_policies(policy: str | None, compare: bool) -> tuple[str, ...]:
     """The policies to draw with, in the order of the rows; raises WrongUse."""
     if compare and policy is not None:
-        raise WrongUse("--compare draws with every policy: leave --policy out")
+        raise WrongUse(f"--compare draws with {', '.join(COMPARED)}: leave --policy out")
     if policy is not None and policy not in POLICIES:
         raise WrongUse(f"--policy {policy}: the policies are {', '.join(POLICIES)}")
-    return POLICIES if compare else (policy or "ssd",)
+    return COMPARED if compare else (policy or "ssd",)
 
 
 def make_caches(
@@ -58,10 +64,13 @@ def make_caches(
         labels: HeadMap | None = HeadMap.online(num_layers=num_layers, num_kv_heads=num_kv_heads, grid=grid)
     else:
         labels = checkpoint.head_map() if head_map is None else HeadMap.from_pretrained(head_map)
-    if labels is None and "ssd" in policies:
+    needy = next((name for name in policies if name in LABELLED), None)
+    if labels is None and needy is not None:
+        online = f", or {ONLINE!r} to label heads while drawing" if needy == "ssd" else ""
+        others = ", ".join(name for name in POLICIES if name not in LABELLED)
         raise WrongUse(
-            f"policy ssd needs a head map, and {checkpoint.name} has none in its folder: give --head-map "
-            f"(a map, or {ONLINE!r} to label heads while drawing), or --policy full, h2o or streaming-llm"
+            f"policy {needy} needs a head map, and {checkpoint.name} has none in its folder: give --head-map "
+            f"(a map{online}), or another --policy: {others}"
         )
     if labels is None:  # the other policies need the shape alone
         labels = HeadMap.uniform("semantic", num_layers=num_layers, num_kv_heads=num_kv_heads, grid=grid)

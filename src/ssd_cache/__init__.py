@@ -6,19 +6,11 @@ Importing it registers the attention name "ssd" with transformers and changes no
 from ssd_cache.allocation import allocate_budgets
 from ssd_cache.cache import POLICIES, MemoryStats, SSDCache
 from ssd_cache.enable import enable
+from ssd_cache.fast_decode import fast_decode
 from ssd_cache.head_map import HeadMap, HeadMapError
 from ssd_cache.measuring import measure_heads
 from ssd_cache.profiling import profile_heads
 
 __version__ = "0.1.0"
-__all__ = [
-    "POLICIES",
-    "HeadMap",
-    "HeadMapError",
-    "MemoryStats",
-    "SSDCache",
-    "allocate_budgets",
-    "enable",
-    "measure_heads",
-    "profile_heads",
-]
+__all__ = ["POLICIES", "HeadMap", "HeadMapError", "MemoryStats", "SSDCache"]
+__all__ += ["allocate_budgets", "enable", "fast_decode", "measure_heads", "profile_heads"]

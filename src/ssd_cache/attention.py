@@ -39,7 +39,7 @@ def ssd_attention_forward(
         `[batch, new, heads, head_dim]`, and None for the weights.
     """
     layer: SSDLayer | None = getattr(key, "ssd_layer", None)
-    if layer is None or layer.num_visual == 0:
+    if layer is None or (layer.step is None and layer.num_visual == 0):
         if layer is not None:
             layer.receive_mask(_prompt_columns(attention_mask, key.shape[2]))
         return sdpa_attention_forward(
@@ -50,8 +50,7 @@ def ssd_attention_forward(
     num_kv_heads = len(layer.plan.is_spatial)
     grouped = query.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
     outputs = []
-    for part, store in zip(layer.receive_query(grouped, scaling), layer.stores, strict=True):
-        keys, values, mask = store.visible()
+    for part, (keys, values, mask) in zip(layer.receive_query(grouped, scaling), layer.visible(), strict=True):
         outputs.append(F.scaled_dot_product_attention(part, keys, values, mask, dropout, scale=scaling))
     return layer.restore_order(outputs).reshape(batch, 1, num_heads, -1), None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,7 @@ from transformers import (
 
 from ssd_cache.attention import NAME
 from ssd_cache.cache import SSDCache
+from ssd_cache.fast_decode import fast_decode
 from ssd_cache.head_map import HeadMap
 
 SHAPES = {"small-cpu": {"hidden_size": 512, "num_layers": 8, "num_heads": 8}}
@@ -35,11 +37,12 @@ PROMPT_LENGTH = 16
 
 @dataclass(frozen=True)
 class Case:
-    """A cache to measure: how to make a fresh one, and the attention that it runs with."""
+    """A cache to measure: how to make a fresh one, the attention it runs with, and whether steps are compiled."""
 
     name: str
     make_cache: Callable[[], Cache]
     attention: str = NAME
+    is_fast: bool = False
 
 
 @dataclass
@@ -101,7 +104,7 @@ def random_janus(
 
 
 def default_cases(model: PreTrainedModel, head_map: HeadMap) -> list[Case]:
-    """transformers' own full caches, SSD at three budgets and without a buffer, and the two baselines at 20%."""
+    """transformers' own full caches, SSD at three budgets, compiled and without a buffer, and the baselines at 20%."""
     config = model.config.get_text_config(decoder=True)
     length = PROMPT_LENGTH + head_map.num_visual_tokens
 
@@ -114,6 +117,7 @@ def default_cases(model: PreTrainedModel, head_map: HeadMap) -> list[Case]:
         Case("ssd 100%", ssd(1.0)),
         Case("ssd 50%", ssd(0.5)),
         Case("ssd 20%", ssd(0.2)),
+        Case("ssd 20%, fast_decode", ssd(0.2), is_fast=True),
         Case("ssd 20%, buffer 1", ssd(0.2, 1)),
         Case("h2o 20%", ssd(0.2, policy="h2o")),
         Case("streaming-llm 20%", ssd(0.2, policy="streaming-llm")),
@@ -154,14 +158,15 @@ def measure(
                 torch.manual_seed(0)
                 _synchronize(model.device)
                 start = time.perf_counter()
-                model.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    generation_mode="image",
-                    past_key_values=cache,
-                    guidance_scale=guidance_scale,
-                    do_sample=True,
-                )
+                with fast_decode(model) if case.is_fast else nullcontext():
+                    model.generate(
+                        prompt,
+                        attention_mask=torch.ones_like(prompt),
+                        generation_mode="image",
+                        past_key_values=cache,
+                        guidance_scale=guidance_scale,
+                        do_sample=True,
+                    )
                 _synchronize(model.device)
                 if turn > 0:
                     result.seconds.append(time.perf_counter() - start)

@@ -1,0 +1,108 @@
+"""`fast_decode`: inside the block, a model's one-token steps over an `SSDCache` run through `torch.compile`.
+
+The standard `generate` stays as it is. What changes Python's numbers (counting, scoring, evicting) is done before the
+compiled call, so its graph is made once and serves every step of a picture. The prompt, other caches, and steps that
+ask for hidden states run as ever. Measured on the CPU alone; nothing here is made for CUDA graphs yet.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from ssd_cache.attention import NAME
+from ssd_cache.cache import SSDCache
+
+DROPPED = {"use_cache", "guidance_scale"}
+"""Arguments that a compiled step is not given: it always uses the cache, and Janus's decoder ignores its guidance."""
+
+
+@contextmanager
+def fast_decode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Compile the steps of a model's decoder that go over an `SSDCache` inside the block.
+
+    The first visual token of a picture runs as ever, the second waits for the compiler (half a minute for eight layers
+    on two cores), all others are fast. Another batch size or length of prompt compiles once more; from then on sizes
+    are left open.
+
+    Args:
+        model: a transformers model with `generate` and the attention "ssd".
+
+    Yields:
+        The model. Its decoder's `forward` is the old one after the block, also after an exception.
+
+    Warns:
+        UserWarning: once, where `torch.compile` can not be used (no C++ compiler, say); drawing goes on without it.
+
+    Example:
+        with fast_decode(model):
+            model.generate(**inputs, generation_mode="image", past_key_values=SSDCache(head_map, budget=0.2))
+    """
+    decoder = model.get_decoder()
+    own = vars(decoder).get("forward")
+    decoder.forward = _FastForward(decoder.forward, decoder.config)
+    try:
+        yield model
+    finally:
+        if own is None:
+            del decoder.forward
+        else:
+            decoder.forward = own
+
+
+class _FastForward:
+    """A decoder's forward that sends the steps it can to a compiled copy."""
+
+    def __init__(self, eager, config):
+        self.eager, self.config = eager, config
+        self.compiled = torch.compile(eager, fullgraph=True)
+        self.is_usable = True
+
+    def __call__(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, **kwargs
+    ):
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        new = inputs_embeds if input_ids is None else input_ids
+        if not self._is_step(new, past_key_values, kwargs):
+            return self.eager(
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **inputs,
+                **kwargs,
+            )
+        if position_ids is None:
+            position_ids = torch.full((1, 1), past_key_values.get_seq_length(), device=new.device)
+        # A mask of four dimensions is taken as it is, so no other is made; "ssd" reads none once the prompt is in.
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=new.device)
+        arguments = {
+            **inputs,
+            "attention_mask": mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": True,
+        }
+        with past_key_values.counted_step():
+            if self.is_usable:
+                try:
+                    return self.compiled(**arguments)
+                except Exception as error:  # the compiler's own errors have no class in common
+                    self.is_usable = False
+                    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                    warnings.warn(f"fast_decode goes on uncompiled: {reason}", stacklevel=3)
+            return self.eager(**arguments)  # writes into the same places, so a step half done is done again
+
+    def _is_step(self, new: torch.Tensor | None, cache, kwargs: dict) -> bool:
+        return (
+            isinstance(cache, SSDCache)
+            and self.config._attn_implementation == NAME
+            and new is not None
+            and new.shape[1] == 1
+            and cache.can_count_step
+            and not torch.is_grad_enabled()
+            and all(value is None or value is False for name, value in kwargs.items() if name not in DROPPED)
+        )

@@ -1,0 +1,145 @@
+"""`fast_decode`: compiled steps give eager's tokens, compile once, and leave nothing on the model.
+
+Everything is compiled for real, on models so small that it takes seconds.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+
+import pytest
+import torch
+from models import left_padded_prompts, tiny_janus, tiny_llama
+from torch._dynamo.utils import counters
+from transformers import DynamicCache
+
+from ssd_cache import HeadMap, SSDCache, fast_decode
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler on the CPU"
+)
+GRID = (12, 12)
+LABELS = HeadMap(torch.tensor([[True, False], [False, True]]), grid=GRID)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def draw(model, cache, lengths=(5, 9, 3), **kwargs):
+    inputs = left_padded_prompts(lengths)
+    return model.generate(**inputs, generation_mode="image", past_key_values=cache, do_sample=False, **kwargs)
+
+
+SETTINGS = {
+    "one store": {"budget": 0.4, "buffer": 12},
+    "two stores": {"budget": {"spatial": 30, "semantic": 50}, "buffer": 12, "num_recent": 7},
+    "full": {"budget": 1.0},
+    "a buffer that does not divide the slots": {"budget": 50, "buffer": 8, "score": "mean", "num_sinks": 2},
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", SETTINGS)
+def test_compiled_pictures_are_eager_pictures_and_compile_once(name):
+    model = tiny_janus(grid_side=12)
+    eager = SSDCache(LABELS, **SETTINGS[name])
+    expected = draw(model, eager)
+    fast = SSDCache(LABELS, **SETTINGS[name])
+    with fast_decode(model):
+        assert torch.equal(draw(model, fast), expected)
+        assert counters["stats"]["unique_graphs"] == 1
+        assert torch.equal(draw(model, SSDCache(LABELS, **SETTINGS[name])), expected)
+        assert counters["stats"]["unique_graphs"] == 1, "the second picture compiled again"
+    for ours, theirs in zip(fast.layers, eager.layers, strict=True):
+        assert repr(ours) == repr(theirs)
+        for mine, other in zip(ours.stores, theirs.stores, strict=True):
+            held = slice(other.num_stored)
+            assert torch.equal(mine.positions[..., held], other.positions[..., held])
+            # two compilations of the same sums: float32 rounding, over at most 144 queries
+            torch.testing.assert_close(mine.scores, other.scores, rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+def test_online_labels_are_found_in_compiled_steps():
+    model = tiny_janus(grid_side=12)
+    online = HeadMap.online(num_layers=2, num_kv_heads=2, grid=GRID)
+    eager, fast = SSDCache(online, 0.4), SSDCache(online, 0.4)
+    expected = draw(model, eager)
+    with fast_decode(model):
+        assert torch.equal(draw(model, fast), expected)
+    assert fast.labels == eager.labels
+
+
+@needs_compiler
+def test_text_model_with_grouped_heads_and_left_padding():
+    model = tiny_llama()
+    inputs = left_padded_prompts((7, 4, 6))
+    options = {"do_sample": False, "max_new_tokens": 100}
+    expected = model.generate(**inputs, past_key_values=SSDCache(LABELS, 0.4), **options)
+    with fast_decode(model):
+        assert torch.equal(model.generate(**inputs, past_key_values=SSDCache(LABELS, 0.4), **options), expected)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@needs_compiler
+def test_other_sizes_compile_a_little_more_and_stay_right():
+    model = tiny_janus(grid_side=12)
+    sizes = [(5, 9, 3), (4,), (6, 6), (8, 3, 2, 7)]
+    expected = [draw(model, SSDCache(LABELS, 0.4), lengths=lengths) for lengths in sizes]
+    with fast_decode(model):
+        for lengths, tokens in zip(sizes, expected, strict=True):
+            assert torch.equal(draw(model, SSDCache(LABELS, 0.4), lengths=lengths), tokens)
+    assert counters["stats"]["unique_graphs"] <= 4
+
+
+def test_steps_may_be_compiled_in_mid_picture_and_not():
+    """The decoder alone, step by step: eager and compiled steps in turn lead to the same states."""
+    model = tiny_llama()
+    tokens = torch.randint(10, 40, (2, 100))
+
+    def run(is_fast):
+        cache = SSDCache(LABELS, 0.4, buffer=10)
+        with torch.no_grad():
+            outputs = [model(tokens[:, :6], past_key_values=cache).logits[:, -1]]
+            for step in range(6, 100):
+                with fast_decode(model) if is_fast(step) else torch.no_grad():
+                    outputs.append(model(tokens[:, step : step + 1], past_key_values=cache).logits[:, -1])
+        return torch.stack(outputs)
+
+    # float32 rounding of two ways to sum the same softmax
+    torch.testing.assert_close(run(lambda step: step % 20 > 10), run(lambda step: False), rtol=1e-4, atol=1e-4)
+
+
+def test_other_caches_are_left_alone():
+    model = tiny_janus(grid_side=12)
+    expected = draw(model, DynamicCache())
+    with fast_decode(model):
+        assert torch.equal(draw(model, DynamicCache()), expected)
+    assert counters["stats"]["unique_graphs"] == 0
+
+
+def test_what_is_put_on_the_model_comes_off():
+    model = tiny_janus(grid_side=12)
+    decoder = model.get_decoder()
+    before = dict(vars(decoder))
+    with pytest.raises(KeyError), fast_decode(model):
+        assert "forward" in vars(decoder)
+        raise KeyError
+    assert vars(decoder) == before
+
+
+def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch):
+    model = tiny_janus(grid_side=12)
+    expected = draw(model, SSDCache(LABELS, 0.4))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with fast_decode(model):
+            for _ in range(2):
+                assert torch.equal(draw(model, SSDCache(LABELS, 0.4)), expected)
+    assert len([warning for warning in caught if "goes on uncompiled" in str(warning.message)]) == 1

@@ -1,76 +1,120 @@
 """The exact benchmark: shapes-janus draws captions of six kinds, the judge reads the pictures back.
 
-Scored as GenEval is: the share of correct pictures of each kind, and the mean of the six kinds. It draws and counts;
-what counts as correct is `ssd_cache.shapes.judge`'s decision.
+It draws what has no line of results yet, and writes a line a picture. What counts as correct is decided in
+`ssd_cache.shapes.judge`; the share of correct pictures, kind by kind as GenEval counts, is `bootstrap.py`'s.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
-from transformers import Cache
+from tqdm import tqdm
 
-from ssd_cache.models import Generator
-from ssd_cache.shapes import KINDS, judge
-
-
-@dataclass(frozen=True)
-class ShapesScore:
-    """Verdicts of one policy, `correct[kind]` a list of one bool a picture, in the order of the prompts."""
-
-    correct: dict[str, list[bool]]
-
-    def kind(self, kind: str) -> float:
-        """Share of correct pictures of one kind."""
-        return sum(self.correct[kind]) / len(self.correct[kind])
-
-    @property
-    def overall(self) -> float:
-        """Mean over the kinds, each of equal weight."""
-        return sum(map(self.kind, self.correct)) / len(self.correct)
-
-    @property
-    def standard_error(self) -> float:
-        """Of `overall`, for independent pictures: the root of the summed binomial variances, over the kinds."""
-        variances = [self.kind(kind) * (1 - self.kind(kind)) / len(verdicts) for kind, verdicts in self.correct.items()]
-        return math.sqrt(sum(variances)) / len(variances)
+from ssd_cache.evaluation.conditions import draw_seed
+from ssd_cache.evaluation.policies import mean_slots
+from ssd_cache.evaluation.records import Record
+from ssd_cache.evaluation.results_folder import ResultsFolder
+from ssd_cache.evaluation.runner import Batch, Plan, budget_name, digest_of
+from ssd_cache.models import Checkpoint, Generator, GeneratorError
+from ssd_cache.shapes import GRID, KINDS, PALETTE, judge, make_prompts
 
 
-def score_shapes(
+def check_model(checkpoint: Checkpoint) -> None:
+    """Refuse a model whose pictures the judge can not read.
+
+    Raises:
+        GeneratorError: another grid, or other visual tokens than the palette's.
+    """
+    num_tokens = checkpoint.config.vq_config.num_embeddings
+    if checkpoint.grid != GRID or num_tokens != len(PALETTE):
+        rows, columns = checkpoint.grid
+        raise GeneratorError(
+            f"{checkpoint.name} draws {rows} x {columns} visual tokens out of {num_tokens}; the judge of shapes reads "
+            f"{GRID[0]} x {GRID[1]} out of {len(PALETTE)}: give shapes-janus, or a model that was trained on its scenes"
+        )
+
+
+def shapes_prompts(num_per_kind: int, seed: int) -> list[tuple[str, str]]:
+    """Captions of `make_prompts`, the kinds in turn, so that a batch has all of them, and a run before its end too."""
+    prompts = make_prompts(num_per_kind, seed)
+    return [prompts[kind * num_per_kind + number] for number in range(num_per_kind) for kind in range(len(KINDS))]
+
+
+def run_shapes(
     generator: Generator,
-    prompts: Sequence[tuple[str, str]],
-    make_cache: Callable[[], Cache],
+    plan: Plan,
+    folder: ResultsFolder,
     *,
-    batch_size: int = 50,
     guidance_scale: float | None = None,
     temperature: float | None = None,
-    seed: int = 0,
-    on_tokens: Callable[[int], object] | None = None,
-) -> ShapesScore:
-    """Draw every prompt once and judge it.
+    process: int = 0,
+    num_processes: int = 1,
+    progress: bool = True,
+) -> None:
+    """Draw and judge this process's share of what has no line yet, one line a picture.
 
     Args:
         generator: shapes-janus, or a model that draws the same world.
-        prompts: (kind, caption), as `ssd_cache.shapes.make_prompts` makes them.
-        make_cache: called for a fresh cache for every batch.
-        batch_size: pictures drawn at once. Batch `i` is drawn with `seed + i`, so the same prompts, batch size and
-            seed give every policy the same draws of chance.
-        guidance_scale, temperature: the checkpoint's own when not given.
-        on_tokens: called with the number of visual tokens drawn at each step.
+        plan: what to draw.
+        folder: where the lines go.
+        guidance_scale: the checkpoint's own when not given.
+        temperature: the checkpoint's own when not given.
+        process: this process's number, from 0.
+        num_processes: how many share the plan.
+        progress: show a bar over visual tokens.
+
+    Raises:
+        ResultsError: a line can not be written.
     """
-    correct: dict[str, list[bool]] = {kind: [] for kind in KINDS if any(kind == other for other, _ in prompts)}
-    for batch, start in enumerate(range(0, len(prompts), batch_size)):
-        part = prompts[start : start + batch_size]
-        tokens = generator.generate(
-            [caption for _, caption in part],
-            make_cache(),
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            seed=seed + batch,
-            on_tokens=on_tokens,
+    own, missing = plan.share(process, num_processes, folder.done)
+    num_cells = plan.head_map.num_visual_tokens
+    total, left = (sum(len(batch.prompts) for batch in part) for part in (own, missing))
+    with tqdm(
+        total=total * num_cells,
+        initial=(total - left) * num_cells,
+        unit=" visual tokens",
+        unit_scale=True,
+        mininterval=5,
+        disable=not progress,
+    ) as bar:
+        for batch in missing:
+            bar.set_description(f"{batch.policy.label} {budget_name(batch.budget)}", refresh=False)
+            folder.append(_draw(generator, plan, batch, guidance_scale, temperature, bar.update))
+
+
+def _draw(
+    generator: Generator,
+    plan: Plan,
+    batch: Batch,
+    guidance_scale: float | None,
+    temperature: float | None,
+    on_tokens: Callable[[int], object],
+) -> list[Record]:
+    """A batch drawn and judged."""
+    cache = plan.make_cache(batch.policy, batch.budget)
+    pictures = generator.generate(
+        [plan.prompts[index][1] for index in batch.prompts],
+        cache,
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        seed=draw_seed(batch.seed, batch.number),
+        on_tokens=on_tokens,
+    )
+    tokens = pictures.cpu().numpy()
+    verdicts = [judge(picture, plan.prompts[index][1]) for index, picture in zip(batch.prompts, tokens, strict=True)]
+    return [
+        Record(
+            policy=batch.policy.label,
+            settings=plan.settings_of(batch.policy),
+            budget=batch.budget,
+            num_slots=mean_slots(cache),
+            head_map=digest_of(cache.head_map),
+            seed=batch.seed,
+            prompt=index,
+            kind=plan.prompts[index][0],
+            caption=plan.prompts[index][1],
+            correct=verdict.correct,
+            reason=verdict.reason,
         )
-        for (kind, caption), picture in zip(part, tokens.cpu().numpy(), strict=True):
-            correct[kind].append(judge(picture, caption).correct)
-    return ShapesScore(correct)
+        for index, verdict in zip(batch.prompts, verdicts, strict=True)
+    ]

@@ -1,0 +1,106 @@
+"""Options that the evaluations share, and how their lists are read.
+
+Types for the signatures; defaults stay with the commands. What a policy's name means is `evaluation.policies`'s.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ssd_cache.budget import Amount
+from ssd_cache.cache import POLICIES
+from ssd_cache.cli.errors import WrongUse
+from ssd_cache.cli.options import MODEL
+from ssd_cache.cli.plan import parse_budget
+from ssd_cache.evaluation.policies import OWN, SETTINGS
+
+CACHE = "Cache"
+
+DEFAULT_POLICIES = ",".join(POLICIES)
+
+Policies = Annotated[
+    str,
+    typer.Option(
+        help=f"What to compare: {', '.join((*POLICIES, *OWN))}, a folder with a head map. Settings of its own go "
+        "behind a colon: ssd:num_recent=0.5,buffer=8.",
+        metavar="NAME,NAME",
+        rich_help_panel=CACHE,
+    ),
+]
+Budgets = Annotated[
+    str,
+    typer.Option(
+        help="Visual tokens a head may hold: fractions of the grid, or counts (115). full has one, everything.",
+        metavar="X,X",
+        rich_help_panel=CACHE,
+    ),
+]
+HeadMapName = Annotated[
+    str | None,
+    typer.Option(
+        help="A folder or Hub id.", metavar="NAME", show_default="in the model's folder", rich_help_panel=MODEL
+    ),
+]
+Buffer = Annotated[
+    int | None,
+    typer.Option(
+        help="Visual tokens evicted at once.", metavar="N", show_default="a row of the grid", rich_help_panel=CACHE
+    ),
+]
+NumRecent = Annotated[
+    str | None,
+    typer.Option(
+        help="Newest tokens that a semantic head keeps: tokens, or a fraction.",
+        metavar="N",
+        show_default="the policy's own",
+        rich_help_panel=CACHE,
+    ),
+]
+NumSinks = Annotated[
+    int | None,
+    typer.Option(
+        help="First tokens that every head keeps.",
+        metavar="N",
+        show_default="the policy's own",
+        rich_help_panel=CACHE,
+    ),
+]
+ScoreName = Annotated[
+    str | None,
+    typer.Option(
+        help="How attention adds up to a token's score.",
+        metavar="NAME",
+        show_default="the policy's own",
+        rich_help_panel=CACHE,
+    ),
+]
+
+
+def parse_budgets(text: str) -> list[Amount]:
+    """Budgets of a list with commas, each once; raises WrongUse."""
+    return list(dict.fromkeys(parse_budget(part.strip()) for part in text.split(",")))
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds of a list with commas, each once; raises WrongUse."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise WrongUse(f"--seeds {text}: give whole numbers from 0 up, with commas between (0,1,2)")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def cache_settings(
+    buffer: int | None, num_recent: str | None, num_sinks: int | None, score: str | None
+) -> dict[str, Any]:
+    """Settings of every cache that were given, by their names in `SSDCache`; raises WrongUse."""
+    texts = {"buffer": buffer, "num_recent": num_recent, "num_sinks": num_sinks, "score": score}
+    settings = {}
+    for name, text in texts.items():
+        if text is not None:
+            try:
+                settings[name] = SETTINGS[name](str(text).strip())
+            except ValueError as error:
+                raise WrongUse(f"--{name.replace('_', '-')} {text}: {error}") from error
+    return settings

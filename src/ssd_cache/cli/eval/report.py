@@ -1,0 +1,63 @@
+"""`ssd-cache eval report`: tables and plot of results, anew from their lines.
+
+Options only; reading and writing are `ssd_cache.evaluation.reporting`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ssd_cache.cli.errors import Failure, WrongUse, refusing
+from ssd_cache.cli.files import check_writable
+from ssd_cache.evaluation.reporting import read_summary, write_report
+from ssd_cache.evaluation.tables import difference_table, score_table
+
+
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of results, of the same conditions.", metavar="DIR", show_default=False),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A folder for the report.", metavar="FOLDER", show_default="the first DIR"),
+    ] = None,
+) -> None:
+    """Make tables and plot from the lines of one or several runs.
+
+    Writes results.md, results.json and score-by-budget.png, and prints the
+    tables.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise WrongUse(f"{folder}: no such folder; give one that an evaluation wrote as its --output")
+    place = output or folders[0]
+    if place.exists() and not place.is_dir():
+        raise WrongUse(f"--output {place} is a file; give a folder")
+    above = place
+    while not above.exists():
+        above = above.parent
+    check_writable("--output", place, above)
+    finish(folders, place)
+
+
+def finish(folders: Sequence[Path], output: Path) -> None:
+    """Write a report and print its tables; a line that can not be used is named, and the exit code 1 in the end."""
+    with refusing():
+        summary, problems = read_summary(folders)
+    for problem in problems:
+        typer.echo(f"ssd-cache: {problem}", err=True)
+    paths, remedy = write_report(summary, output)
+    console = Console(highlight=False, markup=False)
+    tables = [score_table(summary), *([difference_table(summary)] if summary.comparisons else [])]
+    console.print("\n\n".join(tables), soft_wrap=True)
+    console.print(f"\nwrote {', '.join(path.name for path in paths)} in {output}", soft_wrap=True)
+    if remedy:
+        typer.echo(f"ssd-cache: {remedy}", err=True)
+    if problems:
+        raise Failure(f"{len(problems)} line(s) of results could not be used and are left out: they are named above")

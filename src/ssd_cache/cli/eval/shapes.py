@@ -1,0 +1,155 @@
+"""`ssd-cache eval shapes`: score policies on shapes-janus, exactly, and go on where an earlier run stopped.
+
+Options and the order of work: everything that can be refused is refused before weights are loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ssd_cache.cli.errors import INTERRUPTED, Failure, WrongUse, refusing
+from ssd_cache.cli.eval.options import (
+    DEFAULT_POLICIES,
+    Budgets,
+    Buffer,
+    HeadMapName,
+    NumRecent,
+    NumSinks,
+    Policies,
+    ScoreName,
+    cache_settings,
+    parse_budgets,
+    parse_seeds,
+)
+from ssd_cache.cli.eval.report import finish
+from ssd_cache.cli.loading import load_generator
+from ssd_cache.cli.options import SAMPLING, Device, Dtype, Guidance, ModelName, Temperature
+from ssd_cache.evaluation.conditions import drawing_conditions
+from ssd_cache.evaluation.policies import choose_head_map, parse_policies
+from ssd_cache.evaluation.records import read_records
+from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder
+from ssd_cache.evaluation.runner import Plan
+from ssd_cache.evaluation.shapes import check_model, run_shapes, shapes_prompts
+from ssd_cache.models import BUNDLED, check_drawing, find_generator, resolve_device, resolve_dtype
+from ssd_cache.profiling_state import Processes
+
+
+def shapes(
+    policies: Policies = DEFAULT_POLICIES,
+    budgets: Budgets = "0.2,0.5",
+    num_per_kind: Annotated[int, typer.Option(help="Captions of each of the six kinds.", metavar="N")] = 100,
+    seeds: Annotated[str, typer.Option(help="One picture of every caption for each.", metavar="N,N")] = "0",
+    prompt_seed: Annotated[int, typer.Option(help="Which captions: those of this seed.", metavar="N")] = 1,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="A folder of results; what it has is not drawn again.", metavar="FOLDER"),
+    ] = Path("results"),
+    model: ModelName = BUNDLED,
+    head_map: HeadMapName = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    buffer: Buffer = None,
+    num_recent: NumRecent = None,
+    num_sinks: NumSinks = None,
+    score: ScoreName = None,
+    guidance: Guidance = None,
+    temperature: Temperature = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Pictures drawn at once.", metavar="N", rich_help_panel=SAMPLING)
+    ] = 60,
+) -> None:
+    """Score cache policies on shapes-janus: captions drawn with the same seeds, judged exactly.
+
+    Every policy draws the same captions; the share of correct pictures is told
+    kind by kind, with paired differences. Stop it at any point: the same command
+    goes on. Several processes share the work under
+    `accelerate launch -m ssd_cache.cli eval shapes ...`.
+    """
+    for option, number in (("--num-per-kind", num_per_kind), ("--batch-size", batch_size)):
+        if number < 1:
+            raise WrongUse(f"{option} {number}: give a whole number from 1 up")
+    if output.exists() and not output.is_dir():
+        raise WrongUse(f"--output {output} is a file; give a folder")
+    with refusing():
+        check_drawing(guidance, temperature)
+        processes = Processes()
+        where = resolve_device(device if device != "auto" or processes.device is None else processes.device)
+        kind = resolve_dtype(dtype, where)
+        checkpoint = find_generator(model)
+        check_model(checkpoint)
+        chosen = parse_policies(policies)
+        plan = Plan(
+            policies=chosen,
+            budgets=_budgets(budgets, checkpoint.grid),
+            seeds=parse_seeds(seeds),
+            prompts=shapes_prompts(num_per_kind, prompt_seed),
+            batch_size=batch_size,
+            head_map=choose_head_map(checkpoint, head_map, chosen),
+            settings=cache_settings(buffer, num_recent, num_sinks, score),
+        )
+        run: dict[str, Any] = {
+            "conditions": {
+                "bench": "shapes",
+                "num_per_kind": num_per_kind,
+                "prompt_seed": prompt_seed,
+                **drawing_conditions(
+                    checkpoint,
+                    plan.prompts,
+                    dtype=kind,
+                    device=where,
+                    batch_size=batch_size,
+                    guidance_scale=guidance,
+                    temperature=temperature,
+                    settings=plan.settings,
+                ),
+            },
+            "policies": plan.describe(),
+            "command": {"model": model, "head_map": head_map},
+        }
+        results = ResultsFolder(output, run, processes.index)
+    try:
+        with results:
+            if plan.share(processes.index, processes.count, results.done)[1]:
+                run_shapes(
+                    load_generator(checkpoint, kind, where),
+                    plan,
+                    results,
+                    guidance_scale=guidance,
+                    temperature=temperature,
+                    process=processes.index,
+                    num_processes=processes.count,
+                    progress=processes.is_main,
+                )
+    except ResultsError as error:
+        raise Failure(str(error)) from error
+    except KeyboardInterrupt as error:
+        raise Failure(
+            f"interrupted; {output} keeps {len(results.done)} pictures: run the same command again to go on",
+            INTERRUPTED,
+        ) from error
+    finally:
+        processes.close()
+    _tell(plan, output, processes)
+
+
+def _budgets(text: str, grid: tuple[int, int]) -> list[int | float]:
+    budgets, cells = parse_budgets(text), grid[0] * grid[1]
+    for budget in budgets:
+        if isinstance(budget, int) and budget > cells:
+            raise WrongUse(f"--budgets {budget}: a picture has {cells} visual tokens; give at most {cells}")
+    return budgets
+
+
+def _tell(plan: Plan, output: Path, processes: Processes) -> None:
+    """Write and print the tables, once the last of several processes is at its end."""
+    wanted = {key for batch in plan.batches() for key in batch.pictures()}
+    if wanted <= {record.key for record in read_records([output])[0]}:
+        finish([output], output)
+    elif processes.is_main:
+        Console(highlight=False, markup=False).print(
+            f"process 0 is done; the last one prints the tables, or `ssd-cache eval report {output}`", soft_wrap=True
+        )

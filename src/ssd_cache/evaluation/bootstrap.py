@@ -1,0 +1,128 @@
+"""Shares of correct pictures, their standard errors, and the paired bootstrap over prompts for what two differ by.
+
+Numbers in, numbers out: it knows nothing of policies or files. All samples of a prompt stay together, since they are
+not independent, and every kind counts the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+NUM_RESAMPLES = 10_000
+
+Verdicts = Mapping[str, Mapping[int, Mapping[int, bool]]]
+"""Kind -> prompt -> seed -> whether the picture is correct."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one policy at one budget; a kind without pictures is NaN, and so is `overall` then.
+
+    Attributes:
+        kinds: share of correct pictures of each kind: the mean over prompts of the mean over their samples.
+        overall: mean of the kinds.
+        standard_error: of `overall`, from the spread between prompts within kinds.
+        num_pictures: how many were judged.
+    """
+
+    kinds: dict[str, float]
+    overall: float
+    standard_error: float
+    num_pictures: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of `overall`, one policy's less another's, over the pictures that both have.
+
+    Attributes:
+        difference: mean of the kinds' differences.
+        low: lower end of the 95% interval, a percentile of the bootstrap.
+        high: its upper end.
+        p: two-sided: twice the smaller share of resamples on the other side of zero, at most 1.
+        num_pictures: pairs.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    num_pictures: int
+
+
+def score(verdicts: Verdicts, kinds: Sequence[str]) -> Score:
+    """The shares and what they are worth.
+
+    Example: two kinds, two prompts each, one sample.
+
+        >>> verdicts = {"a": {0: {0: True}, 1: {0: True}}, "b": {2: {0: True}, 3: {0: False}}}
+        >>> score(verdicts, ["a", "b"])
+        Score(kinds={'a': 1.0, 'b': 0.5}, overall=0.75, standard_error=0.1767766952966369, num_pictures=4)
+    """
+    means = {kind: np.array([_mean(samples) for samples in verdicts.get(kind, {}).values()]) for kind in kinds}
+    shares = {kind: float(values.mean()) if values.size else math.nan for kind, values in means.items()}
+    variance = sum(float(values.var()) / values.size if values.size else math.nan for values in means.values())
+    return Score(
+        kinds=shares,
+        overall=sum(shares.values()) / len(shares),
+        standard_error=math.sqrt(variance) / len(shares),
+        num_pictures=sum(len(samples) for prompts in verdicts.values() for samples in prompts.values()),
+    )
+
+
+def compare(
+    first: Verdicts, second: Verdicts, kinds: Sequence[str], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> Difference:
+    """What `first` is above `second`, by paired bootstrap: prompts are drawn anew within each kind, with replacement.
+
+    Pictures that one of the two lacks are left out. A prompt's difference is one of few values, so a resample is drawn
+    as how often each value comes up, which is the same distribution as drawing the prompts one by one.
+
+    Example: two kinds of one prompt each, and `first` better at one of them.
+
+        >>> right, wrong = {0: {0: True}}, {0: {0: False}}
+        >>> compare({"a": right, "b": right}, {"a": wrong, "b": right}, ["a", "b"], num_resamples=99)
+        Difference(difference=0.5, low=0.5, high=0.5, p=0.02, num_pictures=2)
+    """
+    rng = np.random.default_rng(seed)
+    difference, resampled, num_pictures = 0.0, np.zeros(num_resamples), 0
+    for kind in kinds:
+        of_prompts, pairs = _differences(first.get(kind, {}), second.get(kind, {}))
+        num_pictures += pairs
+        if not of_prompts:
+            difference, resampled = math.nan, np.full(num_resamples, math.nan)
+            continue
+        values, counts = np.unique(of_prompts, return_counts=True)
+        number = len(of_prompts)
+        drawn = rng.multinomial(number, counts / number, size=num_resamples)  # [resamples, values]
+        difference += float(np.mean(of_prompts)) / len(kinds)
+        resampled += drawn @ values / number / len(kinds)
+    if math.isnan(difference):
+        return Difference(math.nan, math.nan, math.nan, math.nan, num_pictures)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    tiny = 1e-12  # sums of fractions that are zero in truth
+    below, above = int((resampled <= tiny).sum()), int((resampled >= -tiny).sum())
+    p = min(1.0, 2 * (min(below, above) + 1) / (num_resamples + 1))
+    return Difference(difference, float(low), float(high), p, num_pictures)
+
+
+def _mean(samples: Mapping[int, bool]) -> float:
+    return sum(samples.values()) / len(samples)
+
+
+def _differences(
+    first: Mapping[int, Mapping[int, bool]], second: Mapping[int, Mapping[int, bool]]
+) -> tuple[list[float], int]:
+    """The difference of every prompt that both have, over the samples that both have; and the number of samples."""
+    differences, pairs = [], 0
+    for prompt, samples in first.items():
+        others = second.get(prompt, {})
+        shared = [seed for seed in samples if seed in others]
+        if shared:
+            differences.append(sum(samples[seed] - others[seed] for seed in shared) / len(shared))
+            pairs += len(shared)
+    return differences, pairs

@@ -1,0 +1,93 @@
+"""What results depend on beside policy, budget and seed: versions, weights, device, prompts, settings of the drawing.
+
+Results that are compared share them, field by field. They are known before the weights are loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig
+
+import ssd_cache
+from ssd_cache.models import Checkpoint
+
+SEEDS = "first 63 bits of sha256('seed batch')"
+
+
+def draw_seed(seed: int, batch: int) -> int:
+    """torch's seed for a batch of a sample: by these two alone, so that every policy gets the same draws of chance."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:8], "big") >> 1
+
+
+def drawing_conditions(
+    checkpoint: Checkpoint,
+    prompts: Sequence[tuple[str, str]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch_size: int,
+    guidance_scale: float | None,
+    temperature: float | None,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The conditions of a run as JSON values.
+
+    Args:
+        checkpoint: the model.
+        prompts: (kind, caption), in the order in which they are drawn.
+        dtype: of the decoder.
+        device: where it runs.
+        batch_size: pictures drawn at once.
+        guidance_scale: the checkpoint's own when not given.
+        temperature: the checkpoint's own when not given.
+        settings: of every policy's cache, as far as its name does not carry others.
+    """
+    own = _own_sampling(checkpoint)
+    texts = "\n".join(f"{kind}\t{caption}" for kind, caption in prompts)
+    return {
+        "grid": list(checkpoint.grid),
+        "ssd_cache": ssd_cache.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "model_sha256": model_sha256(checkpoint),
+        "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+        "batch_size": batch_size,
+        "seeds": SEEDS,
+        "guidance_scale": own["guidance_scale"] if guidance_scale is None else float(guidance_scale),
+        "temperature": own["temperature"] if temperature is None else float(temperature),
+        "settings": dict(settings),
+    }
+
+
+def model_sha256(checkpoint: Checkpoint) -> str:
+    """Which model this is: of a folder, its weights and JSON files; of the Hub, repository and commit."""
+    folder, found = Path(checkpoint.source), hashlib.sha256()
+    if not folder.is_dir():
+        found.update(f"{checkpoint.source}@{getattr(checkpoint.config, '_commit_hash', None)}".encode())
+        return found.hexdigest()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json")):
+        with path.open("rb") as file:
+            found.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return found.hexdigest()
+
+
+def _own_sampling(checkpoint: Checkpoint) -> dict[str, float]:
+    """What `Generator.guidance_scale` and `.temperature` will say once the weights are loaded."""
+    try:
+        config = GenerationConfig.from_pretrained(checkpoint.source)
+    except OSError:  # a checkpoint without generation_config.json
+        config = GenerationConfig()
+    found = {"guidance_scale": config.guidance_scale, "temperature": config.temperature}
+    return {
+        name: {"guidance_scale": 5.0, "temperature": 1.0}[name] if v is None else float(v) for name, v in found.items()
+    }

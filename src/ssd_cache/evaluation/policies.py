@@ -1,0 +1,202 @@
+"""From a policy's name to fresh caches: the cache's own policies, controls, head maps in folders, settings in names.
+
+`ssd`, `random-1` or `ssd:buffer=8,num_recent=0.5`: one place for everything that is compared. What a policy keeps is
+the cache's business; nothing is drawn here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ssd_cache.allocation import fit_heads
+from ssd_cache.budget import Amount
+from ssd_cache.cache import POLICIES, SSDCache
+from ssd_cache.head_map import HeadMap
+from ssd_cache.models import Checkpoint
+
+RANDOM = re.compile(r"random-(\d{1,9})")
+OWN = ("online", "fitted", "inverted", "random-N")
+"""Compared beside `POLICIES`: labels found while drawing, kinds and slots of each head by `fit_heads`, two controls."""
+
+WITHOUT_LABELS = ("full", "h2o", "streaming-llm", "linear", "online")
+"""Policies that look at the shape of a head map alone, or bring their labels."""
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError("give a whole number (8)")
+    return int(text)
+
+
+def _amount(text: str) -> Amount:
+    if text.isdecimal():
+        return int(text)
+    if not re.fullmatch(r"\d*\.\d+", text):
+        raise ValueError("give a whole number (8) or a fraction (0.5)")
+    return float(text)
+
+
+def _word(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z][\w-]*", text):
+        raise ValueError("give a name")
+    return text
+
+
+SETTINGS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
+    {"buffer": _count, "num_recent": _amount, "num_sinks": _count, "score": _word}
+)
+"""Settings of `SSDCache` that a policy's name may carry, and how each is read."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is compared: a name, and the settings that its name carries.
+
+    Attributes:
+        name: one of `POLICIES`, of `OWN`, or a folder with a head map.
+        settings: settings of `SSDCache` that belong to this policy; they go before those of the whole run.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """The name with its settings, in one spelling: how the policy is called in results."""
+        settings = ",".join(f"{name}={self.settings[name]}" for name in sorted(self.settings))
+        return f"{self.name}:{settings}" if settings else self.name
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the head map of the run says which heads are which; a folder brings a map of its own."""
+        return self.name not in WITHOUT_LABELS and _is_known(self.name)
+
+    def budgets(self, budgets: Sequence[Amount]) -> list[Amount]:
+        """Those of the run, each once; the full cache has one, everything."""
+        return [1.0] if self.name == "full" else list(dict.fromkeys(budgets))
+
+    def make_cache(self, head_map: HeadMap, budget: Amount, **settings) -> SSDCache:
+        """A fresh cache.
+
+        Args:
+            head_map: the run's, whose labels `needs_labels` asks for and whose shape all need.
+            budget: visual tokens a head may hold, as for `SSDCache`; `fitted` shares its bytes out.
+            settings: of the whole run, as for `SSDCache`; the full cache takes none.
+
+        Raises:
+            ValueError: a setting or budget out of range, or a map that does not fit.
+        """
+        settings = {**settings, **self.settings}
+        if self.name == "full":
+            return SSDCache.from_policy("full", head_map)
+        if self.name in POLICIES:
+            return SSDCache.from_policy(self.name, head_map, budget, **settings)
+        if self.name == "fitted":
+            return SSDCache(fit_heads(head_map, budget), **settings)
+        if self.name == "inverted":
+            return SSDCache(~head_map, budget, **settings)
+        shape: dict[str, Any] = {"num_layers": head_map.num_layers, "num_kv_heads": head_map.num_kv_heads}
+        shape["grid"] = head_map.grid
+        if self.name == "online":
+            return SSDCache(HeadMap.online(**shape), budget, **settings)
+        if match := RANDOM.fullmatch(self.name):
+            return SSDCache(random_map(head_map, int(match[1])), budget, **settings)
+        own = HeadMap.from_pretrained(self.name)
+        own.check_fits("the model", **shape)
+        return SSDCache(own, budget, **settings)
+
+
+def random_map(head_map: HeadMap, seed: int) -> HeadMap:
+    """A map of the same shape with as many spatial heads, drawn at random: what labels are worth, as a control."""
+    labels = head_map.is_spatial.flatten()
+    order = torch.randperm(labels.numel(), generator=torch.Generator().manual_seed(seed))
+    return HeadMap(labels[order].view_as(head_map.is_spatial), head_map.grid, method=f"random, seed {seed}")
+
+
+def choose_head_map(checkpoint: Checkpoint, name: str | None, policies: Sequence[Policy]) -> HeadMap:
+    """The head map of a run: the one that is named, or the checkpoint's own, or its shape where that is enough.
+
+    Raises:
+        ValueError: no map for a policy that needs labels, one that can not be read, or one of another model's shape.
+    """
+    if name == "online":
+        raise ValueError("--head-map online: labels found while drawing are a policy here; give the policy online")
+    head_map = checkpoint.head_map() if name is None else HeadMap.from_pretrained(name)
+    wanting = [policy.label for policy in policies if policy.needs_labels]
+    if head_map is None and wanting:
+        raise ValueError(
+            f"{', '.join(wanting)} needs a head map, and {checkpoint.name} has none in its folder: give --head-map, or "
+            f"other policies ({', '.join(WITHOUT_LABELS)})"
+        )
+    if head_map is None:
+        head_map = HeadMap.uniform(
+            "semantic", num_layers=checkpoint.num_layers, num_kv_heads=checkpoint.num_kv_heads, grid=checkpoint.grid
+        )
+    checkpoint.check_head_map(head_map)
+    return head_map
+
+
+def mean_slots(cache: SSDCache) -> float:
+    """Visual tokens that a head of the cache may hold, on average over its heads."""
+    held = [slots for layer in cache.layers for slots in layer.plan.num_slots]
+    return sum(held) / len(held)
+
+
+def parse_policies(text: str) -> list[Policy]:
+    """Policies of a list with commas, each once: `full,ssd:score=mean,num_recent=0.5,h2o` is three of them.
+
+    Raises:
+        ValueError: an empty list, an unknown name (with the nearest), or a setting that can not be read.
+    """
+    parts: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        if re.match(r"\w+\s*=", part) and not Path(part).is_dir():  # a further setting of the policy before
+            if not parts or ":" not in parts[-1]:
+                raise ValueError(f"{part!r} is a setting without a policy: write it as ssd:{part}")
+            parts[-1] += f",{part}"
+        else:
+            parts.append(part)
+    policies = [parse_policy(part) for part in parts]
+    return list({policy.label: policy for policy in policies}.values())
+
+
+def parse_policy(text: str) -> Policy:
+    """One policy: a name, or a name, a colon and settings; raises ValueError as `parse_policies`."""
+    name, colon, rest = text.strip().rpartition(":")
+    if not colon or "=" not in rest:  # no settings; a colon may be part of a folder's name
+        name, rest = text.strip(), ""
+    if not name or (not _is_known(name) and not Path(name).expanduser().is_dir()):
+        known = [*POLICIES, *OWN]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"unknown policy {name!r}; {hint}The policies are {', '.join(known)}, and any folder with a head map"
+        )
+    settings: dict[str, Any] = {}
+    for part in rest.split(",") if rest else []:
+        key, _, value = (piece.strip() for piece in part.partition("="))
+        if key not in SETTINGS:
+            near = difflib.get_close_matches(key, SETTINGS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"policy {text!r}: unknown setting {key!r}; {hint}The settings are {', '.join(SETTINGS)}")
+        if key in settings:
+            raise ValueError(f"policy {text!r}: {key} is given twice; give it once")
+        try:
+            settings[key] = SETTINGS[key](value)
+        except ValueError as error:
+            raise ValueError(f"policy {text!r}: {key}={value!r} can not be read: {error}") from error
+    if name == "full" and settings:
+        raise ValueError(f"policy {text!r}: the full cache keeps everything, so it takes no settings; write full")
+    return Policy(name, MappingProxyType(settings))
+
+
+def _is_known(name: str) -> bool:
+    return name in POLICIES or name in OWN[:-1] or RANDOM.fullmatch(name) is not None

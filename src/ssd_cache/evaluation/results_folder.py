@@ -1,0 +1,188 @@
+"""A folder of results while it is written: `run.json` with the conditions, and one file of lines a process.
+
+Lines are appended and forced to the disk batch by batch, so a run that ends at any point leaves whole lines and at most
+one half. A folder of other conditions is refused, field by field. What a line holds is `records.py`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from ssd_cache.evaluation.records import PATTERN, Key, Record, read_records
+from ssd_cache.writing import write_files
+
+RUN_FILE = "run.json"
+FORMAT = "ssd-cache eval shapes 1"
+
+
+class ResultsError(ValueError):
+    """A folder of results that can not be used, or no longer be written."""
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What `run.json` says: "conditions", "policies" and "command".
+
+    Raises:
+        ResultsError: it is missing, or not of this format.
+    """
+    path = folder / RUN_FILE
+    try:
+        run = json.loads(path.read_text("utf-8"))
+        if run["format"] != FORMAT:
+            raise ValueError(f"its format is {run['format']!r}")
+        if not all(isinstance(run[name], dict) for name in ("conditions", "policies", "command")):
+            raise ValueError("a part of it is no object")
+    except FileNotFoundError as error:
+        raise ResultsError(f"{folder} has no {RUN_FILE}: give a folder that `ssd-cache eval shapes` wrote") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResultsError(
+            f"{path} can not be read ({error}): it should be as `ssd-cache eval shapes` wrote it"
+        ) from error
+    return run
+
+
+def check_same(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse conditions that differ; raises ResultsError with every field and both values."""
+    differing = [
+        f"{name} {found.get(name)!r} there, {wanted.get(name)!r} now"
+        for name in dict.fromkeys([*wanted, *found])
+        if found.get(name) != wanted.get(name)
+    ]
+    if differing:
+        raise ResultsError(
+            f"{place}: results of other conditions ({'; '.join(differing)}), not to be compared: give another folder"
+        )
+
+
+def merge_runs(place: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The first run with the second's policies and budgets added.
+
+    Raises:
+        ResultsError: other conditions, or other caches behind the same name of a policy.
+    """
+    check_same(place, first["conditions"], second["conditions"])
+    policies = {label: {**entry, "slots": dict(entry["slots"])} for label, entry in first["policies"].items()}
+    for label, entry in second["policies"].items():
+        known = policies.setdefault(label, {**entry, "slots": {}})
+        shared = known["slots"].keys() & entry["slots"].keys()
+        check_same(
+            f"{place}, policy {label}",
+            {**known, "slots": {budget: known["slots"][budget] for budget in shared}},
+            {**entry, "slots": {budget: entry["slots"][budget] for budget in shared}},
+        )
+        known["slots"].update(entry["slots"])
+    return {**first, "policies": policies}
+
+
+class ResultsFolder:
+    """One process's hand on a folder of results; a context manager, which closes its file.
+
+    Args:
+        folder: made when missing.
+        run: conditions, policies and command of this run.
+        process: this process's number, from 0; process 0 writes `run.json`.
+
+    Attributes:
+        done: pictures that have a line already, whoever wrote it.
+
+    Raises:
+        ResultsError: results of other conditions, a damaged line, or a run that is still writing here.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any], process: int = 0):
+        self.folder = folder
+        self.path = folder / f"results-{process}.jsonl"
+        self._file: IO[bytes] | None = None
+        merged = check_folder(folder, run)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab")
+            _lock(self._file, self.path)
+            if process == 0:
+                text = json.dumps({"format": FORMAT, **merged}, indent=1, ensure_ascii=False) + "\n"
+                write_files({folder / RUN_FILE: text.encode()})
+            self._drop_half_line()
+        except OSError as error:
+            self.close()
+            raise ResultsError(f"{folder} can not be written ({error.strerror}); make room, or give another") from error
+        except BaseException:
+            self.close()
+            raise
+        self.done: set[Key] = {record.key for record in read_records([folder])[0]}
+
+    def __enter__(self) -> ResultsFolder:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Write those records that have no line yet, and wait until they are on the disk.
+
+        Raises:
+            ResultsError: they can not be written; the file is as it was before.
+        """
+        new = [record for record in records if record.key not in self.done]
+        assert self._file is not None
+        size = self._file.seek(0, os.SEEK_END)
+        try:
+            self._file.write("".join(record.line() for record in new).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self.close()
+            with suppress(OSError):
+                os.truncate(self.path, size)
+            raise ResultsError(
+                f"{self.path} can not be written ({error.strerror}); the lines before are kept: make room, and run the "
+                "same command again to go on"
+            ) from error
+        self.done.update(record.key for record in new)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            with suppress(OSError):  # what could not be written was told by `append`
+                file.close()
+
+    def _drop_half_line(self) -> None:
+        content = self.path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            os.truncate(self.path, content.rfind(b"\n") + 1)
+
+
+def check_folder(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    """What `run.json` will say when this run goes on in the folder; nothing is written.
+
+    Raises:
+        ResultsError: as `ResultsFolder`.
+    """
+    if not (folder / RUN_FILE).exists():
+        if folder.is_dir() and any(folder.glob(PATTERN)):
+            raise ResultsError(f"{folder} has results and no {RUN_FILE}, so their conditions are unknown: give another")
+        return dict(run)
+    merged = merge_runs(str(folder), read_run(folder), run)
+    _, problems = read_records([folder])
+    if problems:
+        raise ResultsError(f"{problems[0]}; delete this line, and start again to draw what is missing")
+    return merged
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    """Keep a second run out, which would draw everything twice; where the system has no such lock, trust the user."""
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ResultsError(f"{path}: another run is writing here; wait for its end, or give another folder") from error
+    except OSError:  # a network file system without locks
+        return

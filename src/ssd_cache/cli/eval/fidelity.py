@@ -1,0 +1,210 @@
+"""`ssd-cache eval fidelity`: how far cache policies move a model from its full cache, step by step, without a judge.
+
+Options, the order of work and a table: everything that can be refused is refused before weights are loaded.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ssd_cache.analysis.plotting import check_packages
+from ssd_cache.budget import Amount, check_count
+from ssd_cache.cache import SSDCache
+from ssd_cache.cli.errors import Failure, WrongUse, refusing
+from ssd_cache.cli.eval.drawing import check_results
+from ssd_cache.cli.eval.options import (
+    Budgets,
+    Buffer,
+    HeadMapName,
+    NumRecent,
+    NumSinks,
+    Policies,
+    ScoreName,
+    cache_settings,
+    parse_budgets,
+)
+from ssd_cache.cli.files import read_prompts
+from ssd_cache.cli.options import SAMPLING, Device, Dtype, Guidance, ModelName, Prompts, PromptsFile
+from ssd_cache.evaluation.conditions import drawing_conditions
+from ssd_cache.evaluation.fidelity import Fidelity, measure_fidelity, write_fidelity
+from ssd_cache.evaluation.fidelity.measure import check_settings
+from ssd_cache.evaluation.policies import Policy, choose_head_map, mean_slots, parse_policies
+from ssd_cache.models import BUNDLED, find_generator, resolve_device, resolve_dtype
+
+PROMPTS = (
+    "a photo of a red circle and a blue square",
+    "a photo of three triangles",
+    "a photo of a circle left of a square",
+    "a photo of a yellow triangle",
+)
+"""Drawn when none are given; words that shapes-janus knows, and every larger model."""
+
+Case = tuple[Policy, Amount]
+
+
+def fidelity(
+    context: typer.Context,
+    prompts: Prompts = None,
+    prompts_file: PromptsFile = None,
+    num_images: Annotated[
+        int, typer.Option(help="Pictures in all, at once: the first prompts, and then round again.", metavar="N")
+    ] = 4,
+    policies: Policies = "ssd,h2o,streaming-llm",
+    budgets: Budgets = "0.2",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A folder for fidelity.json and fidelity.png.", metavar="FOLDER")
+    ] = Path("fidelity"),
+    model: ModelName = BUNDLED,
+    head_map: HeadMapName = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    buffer: Buffer = None,
+    num_recent: NumRecent = None,
+    num_sinks: NumSinks = None,
+    score: ScoreName = None,
+    guidance: Guidance = None,
+    temperature: Annotated[
+        float, typer.Option(help="Of the distribution, above 0.", metavar="X", rich_help_panel=SAMPLING)
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the pictures.", metavar="N", rich_help_panel=SAMPLING)] = 0,
+) -> None:
+    """Compare cache policies with the full cache at every step, on any model.
+
+    Draws a few pictures with a full cache and feeds the same tokens to every
+    policy. Tells how far the next token's distribution moves, how wrong the
+    attention's output gets, and how much attention fell on what heads hold.
+    """
+    texts = read_prompts(prompts or [], prompts_file) if prompts or prompts_file else list(PROMPTS)
+    check_results(output)
+    with refusing():
+        check_count("num_images", num_images, 1)
+        check_settings(guidance, temperature, seed)
+        where = resolve_device(device)
+        kind = resolve_dtype(dtype, where)
+        chosen = parse_policies(policies)
+        amounts = parse_budgets(budgets)
+        checkpoint = find_generator(model)
+        labels = choose_head_map(checkpoint, head_map, chosen)
+        settings = cache_settings(buffer, num_recent, num_sinks, score)
+        cells = labels.num_visual_tokens
+        for amount in amounts:
+            if isinstance(amount, int) and amount > cells:
+                raise WrongUse(f"--budgets {amount}: a picture has {cells} visual tokens; give at most {cells}")
+        cases = {
+            f"{policy.label} {_words(amount)}": (policy, amount)
+            for policy in chosen
+            for amount in policy.budgets(amounts)
+        }
+        caches = {name: policy.make_cache(labels, amount, **settings) for name, (policy, amount) in cases.items()}
+    try:
+        check_packages("matplotlib")
+    except ImportError as error:
+        raise WrongUse(str(error)) from error
+    drawn = [texts[index % len(texts)] for index in range(num_images)]
+    conditions: dict[str, Any] = {
+        "model": checkpoint.name,
+        "head_map": labels.digest,
+        **drawing_conditions(
+            checkpoint,
+            [("", text) for text in drawn],
+            dtype=kind,
+            device=where,
+            batch_size=num_images,
+            guidance_scale=guidance,
+            temperature=temperature,
+            settings=settings,
+        ),
+        "seeds": "torch's, of the one batch",
+        "seed": seed,
+        "command": _command(context),
+        "prompts": drawn,
+        "policies": {name: _facts(cases[name], cache) for name, cache in caches.items()},
+    }
+    generator = checkpoint.load(kind, where)
+    started = time.perf_counter()
+    try:
+        results = measure_fidelity(
+            generator,
+            drawn,
+            {name: partial(_same, cache) for name, cache in caches.items()},
+            seed=seed,
+            guidance_scale=guidance,
+            temperature=temperature,
+            progress=True,
+        )
+    except ValueError as error:  # a prompt that does not fit, NaN: each says what to do
+        raise Failure(str(error)) from error
+    conditions["seconds"] = round(time.perf_counter() - started, 1)
+    paths = write_fidelity(results, output, conditions)
+    console = Console(highlight=False, markup=False)
+    console.print(_table(cases, results, _caption(conditions)))
+    console.print(f"wrote {' and '.join(path.name for path in paths)} in {output}", soft_wrap=True)
+
+
+def _same(cache: SSDCache) -> SSDCache:
+    """The cache that was checked, so that what it warns of is said once."""
+    return cache
+
+
+def _command(context: typer.Context) -> str:
+    """What repeats the run: every option, those left out too."""
+    options = {name: value for name, value in context.params.items() if name != "prompts" and value is not None}
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return shlex.join(["ssd-cache", "eval", "fidelity", *(context.params["prompts"] or []), *words])
+
+
+def _words(amount: Amount) -> str:
+    return f"{100 * amount:g}%" if isinstance(amount, float) else str(amount)
+
+
+def _facts(case: Case, cache: SSDCache) -> dict[str, Any]:
+    policy, amount = case
+    return {
+        "policy": policy.label,
+        "budget": amount,
+        "num_slots": mean_slots(cache),
+        "buffer": cache.buffer,
+        "num_recent": cache.num_recent,
+        "num_sinks": cache.num_sinks,
+        "score": cache.score,
+        "head_map": "online" if cache.head_map.is_online else cache.head_map.digest,
+    }
+
+
+def _caption(conditions: Mapping[str, Any]) -> str:
+    return (
+        f"{conditions['model']}, {len(conditions['prompts'])} picture(s) drawn with the full cache, guidance "
+        f"{conditions['guidance_scale']:g}, temperature {conditions['temperature']:g}, seed {conditions['seed']}, "
+        f"{conditions['dtype']} on {conditions['device']}, {conditions['seconds']:.0f} s; means over all steps, KL "
+        "with its standard error over pictures"
+    )
+
+
+def _table(cases: Mapping[str, Case], results: Mapping[str, Fidelity], conditions: str) -> Table:
+    """One row a policy and budget; `conditions` says below what the numbers were measured on."""
+    table = Table(box=box.SIMPLE_HEAD, caption=conditions, caption_justify="left", padding=(0, 1, 0, 0))
+    table.add_column("policy")
+    for title in ("budget", "mean KL,\nnats", "same\ntop-1", "attention\nerror", "retained\nmass"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, (policy, amount) in cases.items():
+        result = results[name]
+        error = result.kl_standard_error
+        table.add_row(
+            policy.label,
+            _words(amount),
+            f"{result.mean_kl:.4f}" + ("" if error is None else f" ± {error:.4f}"),
+            f"{result.agreement:.2%}",
+            f"{result.mean_attention_error:.1%}",
+            f"{result.mean_retained:.1%}",
+        )
+    return table

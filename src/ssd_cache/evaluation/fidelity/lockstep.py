@@ -1,0 +1,215 @@
+"""A full cache and compressed ones side by side: what the model feeds to the first goes through the others as well.
+
+Hooks on the decoder, on its attention's output and on the head that scores visual tokens; the model's own `generate`
+runs the loop, so no step of the generation is written anew. A few numbers a step are kept, never a step's attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+from ssd_cache.cache import SSDCache
+from ssd_cache.layer import SSDLayer
+from ssd_cache.models import Generator, GeneratorError
+from ssd_cache.watching import WatchingCache
+
+
+class Trace:
+    """What is measured of one compressed cache; the tensors are those of `Fidelity`, not yet on the CPU."""
+
+    def __init__(self, cache: SSDCache, pictures: int, steps: int, device: torch.device, home: torch.device):
+        shape = steps, cache.head_map.num_layers
+        self.cache = cache
+        self.kl = torch.zeros(pictures, steps, dtype=torch.float64, device=home)
+        self.agrees = torch.zeros(pictures, steps, dtype=torch.bool, device=home)
+        self.attention_error = torch.zeros(shape, device=device)
+        self.retained = torch.zeros(*shape, cache.head_map.num_kv_heads, device=device)
+        self.hidden: torch.Tensor | None = None  # of the newest token, `[rows, 1, hidden]`
+
+
+class Lockstep:
+    """Runs compressed caches beside a full one, inside `with lockstep.hooked():`; the caller generates with `full`.
+
+    Args:
+        generator: with the attention "ssd" in force.
+        caches: fresh ones.
+        num_pictures: prompts that will be drawn.
+        guidance_scale, temperature: of the distribution that is compared.
+        tokens: `[pictures, cells]`, what the model is made to draw; its own choice when None.
+
+    Attributes:
+        full: the cache to generate with.
+        traces: one a cache, in order.
+        num_compared: steps whose distributions were compared.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        caches: Sequence[SSDCache],
+        num_pictures: int,
+        guidance_scale: float,
+        temperature: float,
+        tokens: torch.Tensor | None = None,
+    ):
+        checkpoint = generator.checkpoint
+        cells = checkpoint.grid[0] * checkpoint.grid[1]
+        self.generator, self.guidance_scale, self.temperature = generator, guidance_scale, temperature
+        device = generator.model.device
+        self.home = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        self.is_unconditional = generator.is_unconditional(num_pictures).to(self.home)
+        self.tokens = tokens
+        # a grid of one column: no more than one query is held
+        self.full = WatchingCache((cells, 1), checkpoint.num_layers, checkpoint.num_kv_heads, self)
+        self.traces = [Trace(cache, num_pictures, cells - 1, device, self.home) for cache in caches]
+        self.num_compared = 0
+        self._running: Trace | None = None  # None while the full cache runs
+        self._weights: dict[int, list[torch.Tensor]] = {}
+        self._outputs: dict[int, torch.Tensor] = {}
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Put the hooks on the model; they come off at the end, also after an exception."""
+        decoder, head, projections = parts_of(self.generator)
+        handles = []
+        try:
+            handles.append(decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
+            handles.append(head.register_forward_hook(self._after_head))
+            for layer, projection in projections.items():
+                handles.append(projection.register_forward_pre_hook(partial(self._before_projection, layer)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def step(self) -> int:
+        """Which visual token was fed last; -1 after the prompt."""
+        return self.full.layers[0].num_visual - 1
+
+    def observe(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, rows: slice) -> None:
+        """See `watching.Observer.observe`; one step comes at a time. Kept until the next one."""
+        parts = self._weights.setdefault(layer_idx, [])
+        if rows.start == 0:
+            parts.clear()
+        parts.append(weights[:, :, :, 0].mean(2))
+
+    def _after_decoder(self, decoder: torch.nn.Module, args: tuple, kwargs: dict, output) -> None:
+        """The full cache has seen a token: show it to the others, and read what they hold."""
+        if kwargs.get("past_key_values") is not self.full:
+            return
+        for layer in self.full.layers:
+            for store in layer.stores:
+                store.score_held()  # what was not shown yet, now and not before the next token
+        for trace in self.traces:
+            self._running = trace
+            try:
+                states = decoder(*args, **{**kwargs, "past_key_values": trace.cache}).last_hidden_state
+            finally:
+                self._running = None
+            trace.hidden = states[:, -1:]
+            if self.step < 0:
+                continue
+            for layer_idx, layer in enumerate(trace.cache.layers):
+                share = retained_share(torch.cat(self._weights[layer_idx]), layer)
+                trace.retained[self.step, layer_idx] = share.mean(0)
+
+    def _before_projection(self, layer_idx: int, projection: torch.nn.Module, args: tuple) -> None:
+        """The attention's output, `[rows, new, heads * head_dim]`, goes by."""
+        if self.step < 0:
+            return
+        output = args[0].float()
+        if self._running is None:
+            self._outputs[layer_idx] = output
+            return
+        full = self._outputs[layer_idx]
+        error = (output - full).norm(dim=-1) / full.norm(dim=-1).clamp_min(torch.finfo(full.dtype).tiny)
+        self._running.attention_error[self.step, layer_idx] = error.mean()
+
+    def _after_head(self, head: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        """The full cache's scores of the next token are there: make the others', and compare."""
+        if self.step >= 0:
+            log_p = self._log_probabilities(output)
+            for trace in self.traces:
+                assert trace.hidden is not None
+                log_q = self._log_probabilities(head.forward(trace.hidden.reshape(args[0].shape)))
+                trace.kl[:, self.step] = kl_divergence(log_p, log_q)
+                trace.agrees[:, self.step] = log_p.argmax(-1) == log_q.argmax(-1)
+            self.num_compared += 1
+        return None if self.tokens is None else self._forced(output, self.tokens)
+
+    def _log_probabilities(self, scores: torch.Tensor) -> torch.Tensor:
+        """What tokens are sampled by, float64 `[pictures, vocabulary]`, of the head's scores of one token a row."""
+        scores = scores.reshape(len(scores), -1).to(self.home, torch.float64)
+        if self.is_unconditional.any():
+            without = scores[self.is_unconditional]
+            scores = without + self.guidance_scale * (scores[~self.is_unconditional] - without)
+        return (scores / self.temperature).log_softmax(-1)
+
+    def _forced(self, output: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Scores shaped as the head's under which the likeliest token is the given one, guidance or not."""
+        token = tokens[:, self.step + 1].to(output.device)
+        if (limit := output.shape[-1]) <= tokens.max():
+            raise GeneratorError(
+                f"tokens hold {int(tokens.max())}, but {self.generator.checkpoint.name} has {limit} visual tokens, "
+                "counted from 0"
+            )
+        rows = torch.empty(len(output), dtype=token.dtype, device=token.device)
+        for branch in (self.is_unconditional, ~self.is_unconditional):
+            if branch.any():
+                rows[branch.to(rows.device)] = token
+        index = rows.view(-1, *[1] * (output.ndim - 1)).expand(*output.shape[:-1], 1)
+        return torch.zeros_like(output).scatter_(-1, index, 100.0)
+
+
+def retained_share(weights: torch.Tensor, layer: SSDLayer) -> torch.Tensor:
+    """Share of a full cache's attention on what a layer of another cache holds, `[rows, kv_heads]`.
+
+    Args:
+        weights: `[rows, kv_heads, num_prompt + seen]`, softmax of the newest query over every token in order.
+        layer: having seen the same tokens.
+    """
+    prompt, visual = weights[..., : layer.num_prompt].sum(-1), weights[..., layer.num_prompt :]
+    share = torch.empty_like(prompt)
+    for store, heads in zip(layer.stores, layer.head_indices, strict=True):
+        held = store.positions[:, :, : store.num_stored].long()
+        share[:, heads] = prompt[:, heads] + visual[:, heads].gather(-1, held).sum(-1)
+    return share
+
+
+def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) in nats, `[...]`, of log-probabilities `[..., vocabulary]`; what p rules out counts nothing."""
+    p = log_p.exp()
+    terms = (p * (log_p - log_q)).masked_fill(p == 0, 0.0)
+    return terms.sum(-1).clamp_min(0)  # below 0 by rounding alone
+
+
+def parts_of(
+    generator: Generator,
+) -> tuple[torch.nn.Module, torch.nn.Module, dict[int, torch.nn.Module]]:
+    """The decoder, the head that scores visual tokens, and by layer what takes in the attention's output.
+
+    Raises:
+        GeneratorError: a model that is built otherwise.
+    """
+    model = generator.model
+    decoder = model.get_decoder()
+    # Janus has a head of its own for pictures; other families score all tokens in one
+    head = getattr(model.base_model, "generation_head", None) or model.get_output_embeddings()
+    projections = {
+        module.layer_idx: module.o_proj
+        for module in decoder.modules()
+        if hasattr(module, "layer_idx") and hasattr(module, "o_proj")
+    }
+    num_layers = generator.checkpoint.num_layers
+    if head is None or sorted(projections) != list(range(num_layers)):
+        raise GeneratorError(
+            f"{generator.checkpoint.name} can not be watched: its decoder has {num_layers} layers, and "
+            f"{len(projections)} attention outputs (o_proj) were found in it, {'no' if head is None else 'a'} head "
+            "that scores tokens"
+        )
+    return decoder, head, projections

@@ -1,0 +1,86 @@
+"""What `measure_fidelity` found, written down: fidelity.json with the numbers, fidelity.png with the curves.
+
+Both are written whole or not at all. Which numbers there are is `result.py`'s, how they look `figure.py`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ssd_cache.analysis.plotting import check_packages, to_png
+from ssd_cache.analysis.report import plain
+from ssd_cache.evaluation.fidelity.figure import draw_fidelity
+from ssd_cache.evaluation.fidelity.result import Fidelity
+from ssd_cache.writing import write_files
+
+FORMAT = "ssd-cache fidelity 1"
+NUMBERS, FIGURE = "fidelity.json", "fidelity.png"
+
+
+def write_fidelity(
+    results: Mapping[str, Fidelity], folder: str | os.PathLike[str], conditions: Mapping[str, Any] | None = None
+) -> list[Path]:
+    """Write the numbers and the figure; returns their paths.
+
+    Args:
+        results: as `measure_fidelity` gives them; for the figure, see `draw_fidelity` on names.
+        folder: made when missing; older files of these names are replaced.
+        conditions: what the results depend on, as JSON holds it.
+
+    Raises:
+        ImportError: matplotlib is not installed, with the remedy.
+        OSError: a file can not be written; older ones are as they were.
+    """
+    check_packages("matplotlib")
+    folder = Path(folder)
+    numbers = {"format": FORMAT, "conditions": dict(conditions or {}), **as_json(results)}
+    contents = {
+        folder / NUMBERS: json.dumps(numbers, allow_nan=False, ensure_ascii=False).encode() + b"\n",
+        folder / FIGURE: to_png(draw_fidelity(results)),
+    }
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        write_files(contents)
+    except BaseException:
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    return list(contents)
+
+
+def as_json(results: Mapping[str, Fidelity]) -> dict[str, Any]:
+    """The numbers in JSON's own types, floats to seven digits.
+
+    KL and agreement for every picture and step, attention errors for every step and layer; retained mass is a mean over
+    each grid row, since `[steps, layers, kv_heads]` is millions of numbers in a large model.
+    """
+    first = next(iter(results.values()))
+    return {
+        "grid": list(first.grid),
+        "tokens": first.tokens.tolist(),
+        "results": {
+            name: plain(
+                {
+                    "budget": result.budget,
+                    "mean_kl": result.mean_kl,
+                    "kl_standard_error": result.kl_standard_error,
+                    "agreement": result.agreement,
+                    "mean_attention_error": result.mean_attention_error,
+                    "mean_retained": result.mean_retained,
+                    "mean_retained_by_kind": {kind: result.retained_by_kind(kind) for kind in ("spatial", "semantic")},
+                    "is_spatial": result.is_spatial,
+                    "retained_by_head": result.retained_by_head,
+                    "kl": result.kl,
+                    "agrees": result.agrees,
+                    "attention_error": result.attention_error,
+                    "retained_by_grid_row": result.by_grid_row(result.retained),
+                }
+            )
+            for name, result in results.items()
+        },
+    }

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_judges import WORDS, tiny_tokenizer, write_blip
 
 from ssd_cache.evaluation.dpg.prompts import read_prompts
 from ssd_cache.evaluation.dpg.questions import Question, read_questions
@@ -433,8 +434,6 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
 
 # VQA models, tiny and with random weights, saved and loaded
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[BOS]", "<image>", "yes", "no", "Yes", "No", "USER", "ASSISTANT"]
-WORDS += ["Is", "there", "a", "car", "dog", "photo", "this", "the", "red", "driven", "Answer", "with", "or", "?", "."]
 CHAT = (
     "{% for message in messages %}USER {% for part in message.content %}"
     "{{ '<image> ' if part.type == 'image' else part.text + ' ' }}{% endfor %}{% endfor %}"
@@ -442,50 +441,9 @@ CHAT = (
 )
 
 
-def tiny_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        bos_token="[BOS]",
-        extra_special_tokens={"image_token": "<image>"},
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
 @pytest.fixture(scope="module")
 def blip_folder(tmp_path_factory):
-    import torch
-    from transformers import BlipConfig, BlipForQuestionAnswering, BlipProcessor
-    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
-
-    torch.manual_seed(3)
-    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = BlipConfig(
-        text_config={
-            **shared,
-            "vocab_size": len(WORDS),
-            "max_position_embeddings": 64,
-            "initializer_range": 0.5,  # sharp enough that picture and question matter
-            "pad_token_id": 0,
-            "sep_token_id": 3,
-            "bos_token_id": 4,
-            "eos_token_id": 3,
-        },
-        vision_config={**shared, "image_size": SIDE, "patch_size": 16, "initializer_range": 0.5},
-    )
-    folder = tmp_path_factory.mktemp("blip")
-    BlipForQuestionAnswering(config).save_pretrained(folder)
-    images = BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
-    BlipProcessor(images, tiny_tokenizer()).save_pretrained(folder)
-    return folder
+    return write_blip(tmp_path_factory.mktemp("blip"), SIDE)
 
 
 @pytest.fixture(scope="module")

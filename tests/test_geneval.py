@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_judges import write_classifier, write_detector
 
 from ssd_cache.evaluation.geneval import (
     SCORER,
@@ -299,69 +300,6 @@ def test_wrong_use_of_a_folder(tmp_path):
 
 
 # The models
-
-
-def write_detector(folder, labels=80):
-    """A small random Mask2Former that sees a car and a bench in every picture."""
-    pytest.importorskip("scipy", reason="transformers' Mask2Former is built with scipy")
-    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
-
-    backbone = SwinConfig(
-        embed_dim=8,
-        depths=[1, 1, 1, 1],
-        num_heads=[1, 1, 2, 2],
-        window_size=4,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
-    config = Mask2FormerConfig(
-        backbone_config=backbone,
-        feature_size=32,
-        mask_feature_size=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=32,
-        dim_feedforward=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        num_attention_heads=2,
-        num_queries=6,
-        num_labels=labels,
-    )
-    torch.manual_seed(3)
-    model = Mask2FormerForUniversalSegmentation(config)
-    with torch.no_grad():
-        model.model.pixel_level_module.decoder.mask_projection.weight.mul_(50)  # masks that are sure of themselves
-        if labels == len(CLASSES):
-            model.class_predictor.bias[CLASSES.index("car")] = 9.0
-            model.class_predictor.bias[CLASSES.index("bench")] = 9.0
-    model.save_pretrained(folder)
-    return folder
-
-
-def write_classifier(folder):
-    """A small random CLIP that reads letter by letter."""
-    from transformers import (
-        CLIPConfig,
-        CLIPImageProcessorPil,
-        CLIPModel,
-        CLIPTextConfig,
-        CLIPTokenizer,
-        CLIPVisionConfig,
-    )
-
-    letters = [chr(code) for code in range(33, 127)]
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    tokenizer = CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = CLIPTextConfig(
-        vocab_size=len(words), max_position_embeddings=77, bos_token_id=0, eos_token_id=1, pad_token_id=1, **small
-    )
-    vision = CLIPVisionConfig(image_size=32, patch_size=8, **small)
-    torch.manual_seed(4)
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
-    CLIPModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

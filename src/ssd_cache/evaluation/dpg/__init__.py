@@ -5,24 +5,38 @@ not its mPLUG, so results are named "DPG rules (VQA = ...)" and compare cache po
 Prompts and questions are read by path; none travels with the package.
 """
 
+from ssd_cache.evaluation.dpg.export import DPGPictures
 from ssd_cache.evaluation.dpg.prompts import read_prompts
 from ssd_cache.evaluation.dpg.questions import Question, read_questions
 from ssd_cache.evaluation.dpg.reading import DPGError
 from ssd_cache.evaluation.dpg.rules import DPGScore, score_answers
-from ssd_cache.evaluation.dpg.score import DPGResult, score_sheets
-from ssd_cache.evaluation.dpg.sheet import check_sheets, cut_sheet, make_sheet, missing_sheets, write_sheet
-from ssd_cache.evaluation.dpg.vqa import BlipVQA, ChatVQA, VQAModel
+from ssd_cache.evaluation.dpg.score import DPGResult, check_complete, score_sheets
+from ssd_cache.evaluation.dpg.sheet import (
+    PICTURES,
+    check_sheets,
+    cut_sheet,
+    find_sheets,
+    make_sheet,
+    missing_sheets,
+    write_sheet,
+)
+from ssd_cache.evaluation.dpg.vqa import BlipVQA, ChatVQA, VQAModel, load_vqa
 
 __all__ = [
+    "PICTURES",
     "BlipVQA",
     "ChatVQA",
     "DPGError",
+    "DPGPictures",
     "DPGResult",
     "DPGScore",
     "Question",
     "VQAModel",
+    "check_complete",
     "check_sheets",
     "cut_sheet",
+    "find_sheets",
+    "load_vqa",
     "make_sheet",
     "missing_sheets",
     "read_prompts",

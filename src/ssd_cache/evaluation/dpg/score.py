@@ -37,6 +37,7 @@ class DPGResult:
         answers: raw, by item id.
         unreadable: item ids whose picture could not be read, and why; they are in no mean.
         num_prompts: how many were to be scored.
+        is_official: whether the official script's quirks were on.
     """
 
     name: str
@@ -44,6 +45,7 @@ class DPGResult:
     answers: dict[str, Answers]
     unreadable: dict[str, str]
     num_prompts: int
+    is_official: bool = False
 
     @property
     def is_complete(self) -> bool:
@@ -112,7 +114,7 @@ def score_sheets(
         wanted += [item_id for item_id in sheets if item_id not in questions]
     dropped = {item_id: why for item_id in wanted if (why := _why_dropped(item_id, sheets, questions))}
     if not official:
-        _check_complete(folder, wanted, sheets, questions, dropped)
+        check_complete(folder, questions, wanted)
     _check_sides([item_id for item_id in wanted if item_id not in dropped], sheets, side)
 
     lines = ResultFile(results, {"name": name, "side": side, "official": official})
@@ -140,21 +142,19 @@ def score_sheets(
         why = next(iter([*unreadable.values(), *dropped.values()]), "there are no questions")
         raise DPGError(f"none of {len(wanted)} prompts of {folder} can be scored ({why}): see the pictures are whole")
     score = rules.score_answers(questions, answers, official=official)
-    return DPGResult(name, replace(score, dropped=dropped), answers, unreadable, len(wanted))
+    return DPGResult(name, replace(score, dropped=dropped), answers, unreadable, len(wanted), official)
 
 
-def _why_dropped(item_id: str, sheets: Mapping[str, Path], questions: Mapping[str, Sequence[Question]]) -> str:
-    return rules.drop_reason(questions, item_id) or ("" if item_id in sheets else "no picture")
-
-
-def _check_complete(
-    folder: str | Path,
-    wanted: Sequence[str],
-    sheets: Mapping[str, Path],
-    questions: Mapping[str, Sequence[Question]],
-    dropped: Mapping[str, str],
+def check_complete(
+    folder: str | Path, questions: Mapping[str, Sequence[Question]], item_ids: Iterable[str] | None = None
 ) -> None:
-    """Refuse a run that the official script would quietly score a part of."""
+    """Refuse a folder that the official script would quietly score a part of; arguments as for `score_sheets`.
+
+    Raises:
+        DPGError: a sheet is missing, or without questions, or its questions are not whole.
+    """
+    sheets = find_sheets(folder)
+    wanted = list(dict.fromkeys(questions if item_ids is None else item_ids))
     missing = [item_id for item_id in wanted if item_id not in sheets]
     if missing:
         raise DPGError(
@@ -164,9 +164,12 @@ def _check_complete(
     unknown = [item_id for item_id in sheets if item_id not in questions]
     if unknown:
         raise DPGError(f"{folder} has pictures without questions, {named(unknown)}: take them out")
-    if dropped:
-        reasons = [f"{item_id}: {why}" for item_id, why in dropped.items()]
-        raise DPGError(f"{len(dropped)} items can not be scored, {named(reasons)}; give a complete question file")
+    if reasons := [f"{item_id}: {why}" for item_id in wanted if (why := rules.drop_reason(questions, item_id))]:
+        raise DPGError(f"{len(reasons)} items can not be scored, {named(reasons)}; give a complete question file")
+
+
+def _why_dropped(item_id: str, sheets: Mapping[str, Path], questions: Mapping[str, Sequence[Question]]) -> str:
+    return rules.drop_reason(questions, item_id) or ("" if item_id in sheets else "no picture")
 
 
 def _check_sides(wanted: Sequence[str], sheets: Mapping[str, Path], side: int) -> None:

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, BlipForQuestionAnswering, BlipProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BlipForQuestionAnswering,
+    BlipProcessor,
+)
 
 from ssd_cache.evaluation.dpg.reading import DPGError, named
 from ssd_cache.models.settings import resolve_device, resolve_dtype
@@ -171,6 +177,24 @@ class ChatVQA(VQAModel):
         if not ids:
             raise DPGError(f"{self.name} has no single token for any of {named(spellings)}: give another chat model")
         return ids
+
+
+def load_vqa(source: str | Path, **settings) -> BlipVQA | ChatVQA:
+    """The VQA model of a folder or a Hub id: BLIP by its own class, anything else as a chat model.
+
+    Args:
+        source: where it is.
+        settings: `name`, `dtype`, `device` and `batch_size`, as for the classes' `from_pretrained`.
+
+    Raises:
+        DPGError: a model that is neither, or one whose weights are not all there.
+        OSError: it can not be found.
+    """
+    family = BlipVQA if AutoConfig.from_pretrained(source).model_type == "blip" else ChatVQA
+    try:
+        return family.from_pretrained(source, **settings)
+    except ValueError as error:  # transformers: its type has no class for images and text
+        raise DPGError(" ".join(str(error).split())[:300]) from error
 
 
 def _checked(batch_size: int) -> int:

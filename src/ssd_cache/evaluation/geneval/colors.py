@@ -13,14 +13,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
+from ssd_cache.evaluation.clip import CLIP, load_clip
 from ssd_cache.evaluation.geneval.names import COLORS
 from ssd_cache.evaluation.geneval.rules import Detection
-from ssd_cache.models.settings import resolve_device
-
-CLASSIFIER = "openai/clip-vit-large-patch14"
-"""The weights that GenEval uses, with their own activation (quick_gelu)."""
 
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 BACKGROUND = (0x99, 0x99, 0x99)
@@ -40,23 +36,15 @@ class ColorClassifier:
         self._weights: dict[str, torch.Tensor] = {}
 
     @classmethod
-    def from_pretrained(
-        cls, source: str | Path = CLASSIFIER, *, device: str | torch.device = "auto"
-    ) -> ColorClassifier:
+    def from_pretrained(cls, source: str | Path = CLIP, *, device: str | torch.device = "auto") -> ColorClassifier:
         """Load a CLIP from a folder or the Hub.
 
         Raises:
             ValueError: another kind of model, or one whose weights are not all there.
             OSError: it can not be found.
         """
-        kind = AutoConfig.from_pretrained(source).model_type
-        if kind != "clip":
-            raise ValueError(f"{source}: a {kind!r} model, not 'clip'; give one such as {CLASSIFIER}")
-        model, loading = CLIPModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-        if missing := sorted(set(loading["missing_keys"]) & {name for name, _ in model.named_parameters()}):
-            raise ValueError(f"{source}: {len(missing)} weights are missing, such as {missing[0]}; fetch it anew")
-        processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(source), AutoTokenizer.from_pretrained(source))
-        return cls(model.to(resolve_device(device)), processor, str(source))
+        model, processor = load_clip(source, device=device)
+        return cls(model, processor, str(source))
 
     @torch.inference_mode()
     def weights(self, class_name: str) -> torch.Tensor:

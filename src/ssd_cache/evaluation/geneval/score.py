@@ -73,7 +73,8 @@ def score_folder(
 
     Args:
         folder: the pictures and what they are of.
-        detector, classifier: who looks at them.
+        detector: sees the objects.
+        classifier: tells their colours.
         results_file: one JSON object a picture, see `ImageResult`. When it is there already, its pictures are not
             judged again, except those that could not be read or have changed since.
         rules: GenEval's thresholds.

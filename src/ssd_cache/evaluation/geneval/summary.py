@@ -6,6 +6,8 @@ nothing itself. Source: github.com/djghosh13/geneval, evaluation/summary_scores.
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -55,6 +57,9 @@ class GenEvalScore:
         images_correct: share of correct pictures, whatever their tag.
         prompts_correct: share of prompts with at least one correct picture.
         num_images, num_prompts: of each tag.
+        tag_errors: standard error of each tag, prompts taken as independent and a prompt's pictures not; None for a
+            single prompt.
+        standard_error: of `overall`, from these; None where one of them is.
         unreadable: names of pictures that could not be read; they count as wrong, so the score is too low.
         scorer, settings: who judged, and with what.
     """
@@ -65,6 +70,8 @@ class GenEvalScore:
     prompts_correct: float
     num_images: dict[str, int]
     num_prompts: dict[str, int]
+    tag_errors: dict[str, float | None]
+    standard_error: float | None
     unreadable: tuple[str, ...] = ()
     scorer: str = SCORER
     settings: dict[str, Any] = field(default_factory=dict)
@@ -90,21 +97,26 @@ def summarize(results: Sequence[ImageResult]) -> GenEvalScore:
         )
     if unknown := sorted({result.tag for result in results} - set(TAGS)):
         raise ValueError(f"results of unknown tags {', '.join(unknown)}; GenEval's are {', '.join(TAGS)}")
-    tags, num_images, num_prompts = {}, {}, {}
+    tags, num_images, num_prompts, errors = {}, {}, {}, {}
+    prompts: dict[str, list[bool]] = {}
+    for result in results:
+        prompts.setdefault(result.metadata, []).append(result.correct)
     for tag in TAGS:
         if part := [result for result in results if result.tag == tag]:
             tags[tag] = sum(result.correct for result in part) / len(part)
-            num_images[tag], num_prompts[tag] = len(part), len({result.metadata for result in part})
-    prompts: dict[str, bool] = {}
-    for result in results:
-        prompts[result.metadata] = prompts.get(result.metadata, False) or result.correct
+            means = [statistics.fmean(prompts[metadata]) for metadata in dict.fromkeys(it.metadata for it in part)]
+            num_images[tag], num_prompts[tag] = len(part), len(means)
+            errors[tag] = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
+    known = [error for error in errors.values() if error is not None]
     return GenEvalScore(
         tags=tags,
         overall=sum(tags.values()) / len(tags),
         images_correct=sum(result.correct for result in results) / len(results),
-        prompts_correct=sum(prompts.values()) / len(prompts),
+        prompts_correct=sum(map(any, prompts.values())) / len(prompts),
         num_images=num_images,
         num_prompts=num_prompts,
+        tag_errors=errors,
+        standard_error=math.hypot(*known) / len(tags) if len(known) == len(tags) else None,
         unreadable=tuple(result.filename for result in results if not result.readable),
         scorer=first.scorer,
         settings=first.settings,

@@ -1,0 +1,206 @@
+"""What `eval geneval export` and `eval dpg export` share: their options, and the way from options to pictures.
+
+All that can be refused is refused before weights are loaded. How a batch is drawn and a folder resumed is
+`ssd_cache.evaluation.export`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ssd_cache.budget import check_count
+from ssd_cache.cli.errors import Failure, WrongUse, refusing
+from ssd_cache.cli.files import check_writable
+from ssd_cache.cli.loading import load_generator
+from ssd_cache.cli.options import MODEL, SAMPLING
+from ssd_cache.cli.plan import parse_budget
+from ssd_cache.evaluation.conditions import drawing_conditions
+from ssd_cache.evaluation.export import PictureSet, claim_folder, draw_pictures
+from ssd_cache.evaluation.policies import SETTINGS, choose_head_map, mean_slots, parse_policy
+from ssd_cache.models import check_drawing, find_generator, resolve_device, resolve_dtype
+from ssd_cache.profiling_state import Processes
+
+CACHE = "Cache"
+
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="The folder of the pictures.", metavar="FOLDER", show_default=False)
+]
+PolicyName = Annotated[
+    str,
+    typer.Option(
+        help="What is kept: full, ssd, h2o, streaming-llm, ..., with settings as in ssd:buffer=8.",
+        metavar="NAME",
+        rich_help_panel=CACHE,
+    ),
+]
+BudgetText = Annotated[
+    str,
+    typer.Option(
+        help="Visual tokens a head may hold: a fraction of the grid, or a count (115).",
+        metavar="X",
+        rich_help_panel=CACHE,
+    ),
+]
+HeadMapName = Annotated[
+    str | None,
+    typer.Option(
+        help="A folder, a Hub id, or online: heads are labelled while drawing.",
+        metavar="NAME",
+        show_default="in the model's folder",
+        rich_help_panel=MODEL,
+    ),
+]
+BatchSize = Annotated[
+    int, typer.Option(help="Pictures drawn at once; part of the settings.", metavar="N", rich_help_panel=SAMPLING)
+]
+ExportSeed = Annotated[
+    int, typer.Option(help="With a batch's number it gives the batch's seed.", metavar="N", rich_help_panel=SAMPLING)
+]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of an export, as they were given."""
+
+    model: str
+    head_map: str | None
+    policy: str
+    budget: str
+    output: Path
+    batch_size: int
+    guidance: float | None
+    temperature: float | None
+    seed: int
+    dtype: str
+    device: str
+
+
+def export(
+    bench: str,
+    pictures: PictureSet,
+    prompts: str,
+    tagged: Sequence[tuple[str, str]],
+    num_samples: int,
+    options: Options,
+) -> None:
+    """Draw what a folder lacks of a benchmark's pictures, and say how many there are.
+
+    Args:
+        bench: what the folder is called in its settings.
+        pictures: what is to be drawn.
+        prompts: the text of the folder's own prompt file.
+        tagged: tag or id, and text of every prompt, for the settings.
+        num_samples: pictures of a prompt.
+        options: the rest.
+    """
+    amount = parse_budget(options.budget)
+    with refusing():
+        policy = parse_policy(options.policy)
+        check_drawing(options.guidance, options.temperature, options.seed)
+        check_count("batch_size", options.batch_size, 1)
+        if options.batch_size % pictures.unit:
+            raise WrongUse(
+                f"--batch-size {options.batch_size}: {pictures.unit} pictures are written as one; give a multiple of "
+                f"{pictures.unit}"
+            )
+        _check_place(options.output)
+        processes = Processes()
+        where = resolve_device(
+            options.device if options.device != "auto" or processes.device is None else processes.device
+        )
+        kind = resolve_dtype(options.dtype, where)
+        checkpoint = find_generator(options.model)
+        labels = choose_head_map(checkpoint, options.head_map, [policy])
+        [amount] = policy.budgets([amount])
+        cache = policy.make_cache(labels, amount)
+        settings: dict[str, Any] = {
+            "format": f"ssd-cache {bench} export 1",
+            "model": checkpoint.name,
+            "policy": policy.label,
+            "budget": amount,
+            "num_slots": mean_slots(cache),
+            "head_map": "online" if cache.head_map.is_online else cache.head_map.digest,
+            "seed": options.seed,
+            "num_prompts": len(tagged),
+            "num_samples": num_samples,
+            **drawing_conditions(
+                checkpoint,
+                tagged,
+                dtype=kind,
+                device=where,
+                batch_size=options.batch_size,
+                guidance_scale=options.guidance,
+                temperature=options.temperature,
+                settings={name: getattr(cache, name) for name in SETTINGS},
+            ),
+        }
+        claim_folder(pictures.root, settings, prompts, write=processes.is_main)
+    generator = load_generator(checkpoint, kind, where)
+    try:
+        drawn = draw_pictures(
+            generator,
+            pictures,
+            lambda: policy.make_cache(labels, amount),
+            batch_size=options.batch_size,
+            seed=options.seed,
+            guidance_scale=options.guidance,
+            temperature=options.temperature,
+            processes=processes,
+        )
+    except (
+        ValueError
+    ) as error:  # a full disk, a map that does not fit, a picture of another prompt: each says what to do
+        raise Failure(str(error)) from error
+    if processes.is_main:
+        total = len(pictures.texts)
+        here = total - len(pictures.missing(range(total)))
+        share = f"{drawn} drawn now" if processes.count == 1 else f"{processes.count} processes"
+        Console(highlight=False, markup=False).print(
+            f"{pictures.root}: {here} of {total} pictures ({share}; {described(settings)})", soft_wrap=True
+        )
+    processes.close()
+
+
+def described(settings: Mapping[str, Any]) -> str:
+    """The settings of an export in one line, for tables; what an unknown program drew is said to be unknown."""
+    if not settings:
+        return "drawn by another program, settings unknown"
+    budget, slots = settings["budget"], settings["num_slots"]
+    share = f"{budget:.0%} of the visual tokens" if isinstance(budget, float) else f"{budget} visual tokens"
+    return (
+        f"{settings['model']}, policy {settings['policy']}, budget {share} ({slots:g} slots a head in "
+        f"every row of guidance, the prompt not counted), map {settings['head_map']}, seed {settings['seed']}, "
+        f"guidance {settings['guidance_scale']:g}, temperature {settings['temperature']:g}, {settings['dtype']}"
+    )
+
+
+@contextmanager
+def judge(option: str, name: str) -> Iterator[None]:
+    """Where the model that an option names is loaded: what can not be found is told with both, as a Failure."""
+    try:
+        yield
+    except (OSError, ImportError) as error:
+        raise Failure(f"{option} {name}: {error}") from error
+
+
+def check_results(output: Path) -> None:
+    """Refuse, before any model is loaded, a place where no folder of results can be; raises WrongUse."""
+    _check_place(output)
+
+
+def _check_place(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise WrongUse(f"--output {output} is a file; give a folder")
+    folder = output.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise WrongUse(f"--output {output}: {folder} is a file; give another place")
+    check_writable("--output", output, folder)

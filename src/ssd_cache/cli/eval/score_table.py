@@ -1,0 +1,61 @@
+"""A table of scores: on the terminal, as Markdown, and as JSON with all that stands behind it.
+
+It lays out what it is given. Numbers and words come from the commands.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ssd_cache.writing import write_files
+
+
+@dataclass(frozen=True)
+class Report:
+    """A table, its name above it, notes below it, and the data of its JSON file."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    notes: Sequence[str]
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def markdown(self) -> str:
+        """The same as Markdown."""
+        lines = [f"## {self.title}", "", *map(_row, [self.columns, ["---"] * len(self.columns), *self.rows]), ""]
+        return "\n".join([*lines, *(f"- {note}" for note in self.notes)]) + "\n"
+
+    def show(self, console: Console) -> None:
+        """The same on a terminal."""
+        table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
+        for index, name in enumerate(self.columns):
+            table.add_column(name, justify="left" if index == 0 else "right")
+        for row in self.rows:
+            table.add_row(*map(str, row))
+        console.print(table)
+        for note in self.notes:
+            console.print(note, soft_wrap=True)
+
+
+def print_and_save(report: Report, folder: Path, console: Console) -> None:
+    """Print a report, and write `summary.json` and `summary.md` of it into a folder.
+
+    Raises:
+        OSError: they can not be written.
+    """
+    summary = json.dumps(report.data, indent=1, ensure_ascii=False) + "\n"
+    write_files({folder / "summary.json": summary.encode(), folder / "summary.md": report.markdown().encode()})
+    report.show(console)
+    console.print(f"wrote {folder}", soft_wrap=True)
+
+
+def _row(cells: Sequence[object]) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,91 @@
+"""CLIPScore of pictures and their prompts: torchmetrics' own class, over a CLIP of transformers 5.
+
+It draws nothing. Reading in batches and the result are `metrics.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ssd_cache.budget import check_count
+from ssd_cache.evaluation.clip import CLIP, load_clip
+from ssd_cache.evaluation.metrics import MetricResult, MetricsError, first_reason, read_batches, torchmetrics_module
+from ssd_cache.evaluation.picture_folders import Captioned
+from ssd_cache.models.settings import resolve_device
+
+
+def clip_score(
+    captioned: Sequence[Captioned],
+    source: str | Path = CLIP,
+    *,
+    batch_size: int = 16,
+    device: str | torch.device = "auto",
+    on_picture: Callable[[str], object] | None = None,
+) -> MetricResult:
+    """Mean of 100 times the cosine between a picture and its prompt (Hessel et al., arXiv 2104.08718), at least 0.
+
+    Args:
+        captioned: pictures and what they are of; see `find_captioned`.
+        source: a CLIP in a folder or on the Hub; it sees a picture's middle square.
+        batch_size: pictures looked at at once.
+        device: where.
+        on_picture: called with the name of every picture that was looked at.
+
+    Raises:
+        MetricsError: no picture that can be read, or torchmetrics is missing.
+        ValueError: another kind of model, or one whose weights are not all there.
+        OSError: the model can not be found.
+    """
+    check_count("batch_size", batch_size, 1)
+    where, score = resolve_device(device), torchmetrics_module("multimodal.clip_score").CLIPScore
+    model, processor = load_clip(source, device=where)
+    reader = _Reader(processor, model.config.text_config.max_position_embeddings)
+    metric = score(lambda: (_Tensors(model), reader)).to(where)
+    texts = {picture.name: text for picture, text in captioned}
+    unreadable: dict[str, str] = {}
+    count = 0
+    with torch.inference_mode():
+        for names, batch in read_batches([one for one, _ in captioned], batch_size, unreadable, on_picture):
+            metric.update([image.to(where) for image in batch], [texts[name] for name in names])
+            count += len(batch)
+        if not count:
+            raise MetricsError(f"none of {len(captioned)} pictures can be read ({first_reason(unreadable)})")
+        value = metric.compute().item()
+    return MetricResult(f"CLIPScore ({source})", value, count, num_cut=reader.num_cut, unreadable=unreadable)
+
+
+class _Tensors(torch.nn.Module):
+    """A CLIP that gives its features as tensors, which torchmetrics 1 takes; transformers 5 gives output objects."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.get_image_features(pixel_values).pooler_output
+
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.model.get_text_features(input_ids, attention_mask).pooler_output
+
+
+class _Reader:
+    """A CLIP's processor that cuts long prompts before their end mark.
+
+    torchmetrics would cut the mark off, and CLIP, which reads a text's features there, would read them elsewhere.
+    """
+
+    def __init__(self, processor, longest: int):
+        self.processor, self.longest, self.num_cut = processor, longest, 0
+
+    def __call__(self, text: list[str] | None = None, images: list[torch.Tensor] | None = None, **_) -> Any:
+        if images is not None:
+            pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+            return self.processor.image_processor(images=pictures, return_tensors="pt")
+        tokenizer = self.processor.tokenizer
+        self.num_cut += sum(len(tokenizer(one)["input_ids"]) > self.longest for one in text or [])
+        return tokenizer(text, padding=True, truncation=True, max_length=self.longest, return_tensors="pt")

@@ -1,0 +1,134 @@
+"""Finds the pictures of a folder, and what they are of: GenEval's layout, DPG-Bench's sheets, or files and a list.
+
+It opens none of them. Names and order are the same on every machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from ssd_cache.evaluation.dpg.prompts import read_prompts as read_dpg_prompts
+from ssd_cache.evaluation.dpg.reading import as_text, field, json_rows
+from ssd_cache.evaluation.dpg.sheet import PICTURES, cut_sheet, find_sheets
+from ssd_cache.evaluation.export import PROMPTS_FILE
+from ssd_cache.evaluation.geneval.prompts import parse_prompt
+
+CAPTIONS_FILE = "metadata.jsonl"
+"""A list of captions beside pictures, as the Hub's image folders have it: file_name and prompt (or text) a line."""
+
+
+class PictureFolderError(ValueError):
+    """A folder whose pictures, or what they are of, can not be found."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in a file, or one of the four on a sheet (`quarter` 0 to 3)."""
+
+    name: str
+    path: Path
+    quarter: int | None = None
+
+    def open(self) -> Image.Image:
+        """The whole picture, RGB; raises what PIL raises."""
+        with Image.open(self.path) as file:
+            image = file.convert("RGB")
+        return image if self.quarter is None else cut_sheet(image, image.width // 2)[self.quarter]
+
+
+Captioned = tuple[Picture, str]
+"""A picture and what it is of."""
+
+
+def find_pictures(folder: str | Path) -> list[Picture]:
+    """All pictures in a folder and those below it, by name; of GenEval's layout the samples alone, of sheets quarters.
+
+    Raises:
+        PictureFolderError: no such folder, or no picture in it.
+    """
+    folder = Path(folder)
+    _check_folder(folder)
+    if sheets := _sheets(folder):
+        return [picture for item_id in sheets for picture in _quarters(item_id, sheets[item_id])]
+    formats = Image.registered_extensions()
+    is_geneval = bool(_geneval_folders(folder))
+    found = [
+        Picture(path.relative_to(folder).as_posix(), path)
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in formats
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and (not is_geneval or path.parent.name == "samples")
+    ]
+    if not found:
+        raise PictureFolderError(f"{folder} has no pictures; give a folder with .png, .jpg and the like")
+    return found
+
+
+def find_captioned(folder: str | Path) -> list[Captioned]:
+    """Pictures with what they are of: GenEval's layout, sheets that `eval dpg export` drew, or a `metadata.jsonl`.
+
+    Raises:
+        PictureFolderError: none of these; a line of the list without a picture, or a picture twice.
+        ValueError: a file that can not be read, with its line.
+    """
+    folder = Path(folder)
+    _check_folder(folder)
+    if below := _geneval_folders(folder):
+        return [pair for path in below for pair in _geneval_pictures(folder, path)]
+    if sheets := _sheets(folder):
+        prompts = read_dpg_prompts(folder / PROMPTS_FILE)
+        return [(picture, prompts[item]) for item in sheets for picture in _quarters(item, sheets[item])]
+    if (folder / CAPTIONS_FILE).is_file():
+        return _listed(folder)
+    raise PictureFolderError(
+        f"{folder}: nothing says what its pictures are of; give GenEval's layout, a folder of `eval dpg export`, or "
+        f'a {CAPTIONS_FILE} beside the pictures with {{"file_name": ..., "prompt": ...}} a line'
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise PictureFolderError(f"{folder} is no folder; give one with pictures")
+
+
+def _geneval_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name.isdigit() and (path / CAPTIONS_FILE).is_file())
+
+
+def _geneval_pictures(root: Path, folder: Path) -> list[Captioned]:
+    line = folder / CAPTIONS_FILE
+    text = parse_prompt(line.read_text("utf-8"), str(line)).prompt
+    found = sorted((folder / "samples").glob("*.png"))
+    return [(Picture(path.relative_to(root).as_posix(), path), text) for path in found if path.stem.isdigit()]
+
+
+def _sheets(folder: Path) -> dict[str, Path]:
+    """Sheets by item id, where a prompt file of `eval dpg export` says that they are sheets."""
+    path = folder / PROMPTS_FILE
+    if not path.is_file() or _geneval_folders(folder):
+        return {}
+    prompts = read_dpg_prompts(path)
+    return {item_id: sheet for item_id, sheet in find_sheets(folder).items() if item_id in prompts}
+
+
+def _quarters(item_id: str, path: Path) -> list[Picture]:
+    return [Picture(f"{path.name} [{quarter}]", path, quarter) for quarter in range(PICTURES)]
+
+
+def _listed(folder: Path) -> list[Captioned]:
+    found: dict[str, Captioned] = {}
+    for where, row in json_rows(folder / CAPTIONS_FILE):
+        name = as_text(field(row, "file_name", where), "file_name", where)
+        text = as_text(
+            row["text"] if "text" in row and "prompt" not in row else field(row, "prompt", where), "prompt", where
+        )
+        path = folder / name
+        if name in found or not path.is_file():
+            problem = "stands in it twice" if name in found else "is not there"
+            raise PictureFolderError(f"{where}: the picture {name!r} {problem}; take the line out, or mend it")
+        found[name] = (Picture(name, path), text)
+    return list(found.values())

@@ -1,0 +1,122 @@
+"""Small random models that look at pictures, as folders: a Mask2Former, a CLIP, a BLIP for VQA, of the real classes.
+
+What they say means nothing; how they are loaded, fed and read is what is tested with them.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BlipConfig,
+    BlipForQuestionAnswering,
+    BlipProcessor,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    PreTrainedTokenizerFast,
+    SwinConfig,
+)
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from ssd_cache.evaluation.geneval.names import CLASSES
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[BOS]", "<image>", "yes", "no", "Yes", "No", "USER", "ASSISTANT"]
+WORDS += ["Is", "there", "a", "car", "dog", "photo", "this", "the", "red", "driven", "Answer", "with", "or", "?", "."]
+
+
+def write_detector(folder, labels=80):
+    """A small random Mask2Former that sees a car and a bench in every picture."""
+    pytest.importorskip("scipy", reason="transformers' Mask2Former is built with scipy")
+
+    backbone = SwinConfig(
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = Mask2FormerConfig(
+        backbone_config=backbone,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        dim_feedforward=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=6,
+        num_labels=labels,
+    )
+    torch.manual_seed(3)
+    model = Mask2FormerForUniversalSegmentation(config)
+    with torch.no_grad():
+        model.model.pixel_level_module.decoder.mask_projection.weight.mul_(50)  # masks that are sure of themselves
+        if labels == len(CLASSES):
+            model.class_predictor.bias[CLASSES.index("car")] = 9.0
+            model.class_predictor.bias[CLASSES.index("bench")] = 9.0
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_classifier(folder, seed=4):
+    """A small random CLIP that reads letter by letter."""
+    letters = [chr(code) for code in range(33, 127)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    tokenizer = CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = CLIPTextConfig(
+        vocab_size=len(words), max_position_embeddings=77, bos_token_id=0, eos_token_id=1, pad_token_id=1, **small
+    )
+    vision = CLIPVisionConfig(image_size=32, patch_size=8, **small)
+    torch.manual_seed(seed)
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def tiny_tokenizer():
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        bos_token="[BOS]",
+        extra_special_tokens={"image_token": "<image>"},
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def write_blip(folder, side):
+    """A small random BLIP for VQA that looks at pictures of `side` pixels, in words of these tests."""
+    torch.manual_seed(3)
+    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BlipConfig(
+        text_config={
+            **shared,
+            "vocab_size": len(WORDS),
+            "max_position_embeddings": 64,
+            "initializer_range": 0.5,  # sharp enough that picture and question matter
+            "pad_token_id": 0,
+            "sep_token_id": 3,
+            "bos_token_id": 4,
+            "eos_token_id": 3,
+        },
+        vision_config={**shared, "image_size": side, "patch_size": 16, "initializer_range": 0.5},
+    )
+    BlipForQuestionAnswering(config).save_pretrained(folder)
+    images = BlipImageProcessorPil(size={"height": side, "width": side})
+    BlipProcessor(images, tiny_tokenizer()).save_pretrained(folder)
+    return folder

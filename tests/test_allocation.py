@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssd_cache import HeadMap, SSDCache
-from ssd_cache.allocation import allocate_budgets, best_choices, retained_attention
+from ssd_cache.allocation import allocate_budgets, best_choices, fit_heads, retained_attention
 
 KINDS = ("spatial", "semantic")
 GRID = (10, 10)
@@ -85,6 +85,66 @@ def test_the_total_is_never_above_the_uniform_one_and_the_cache_takes_it(seed, b
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # so few slots make short windows
         SSDCache(head_map, budgets, **SETTINGS)
+
+
+def losses(head_map, choice):
+    """What each head loses of its attention at its own slots, by the kind that loses less."""
+    share = {slots: (99 - slots) / 99 for slots in set(choice)}
+    kept = {
+        kind: [head_map.scores[f"retained_{kind}-{slots}"].flatten()[head].item() for head, slots in enumerate(choice)]
+        for kind in KINDS
+    }
+    return [share[slots] * (1 - max(pair)) for slots, *pair in zip(choice, *kept.values(), strict=True)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_heads_are_fitted_as_well_as_any_choice_of_levels_and_kinds_does(seed):
+    levels = (15, 20, 25)
+    head_map = made_up_map(torch.zeros(2, 3, dtype=torch.bool), levels, seed)
+    fitted = fit_heads(head_map, 20)
+    slots = [held for layer in fitted.budget for held in layer]
+    assert sum(slots) <= 6 * 20
+    squares = {
+        choice: sum(loss**2 for loss in losses(head_map, choice))
+        for choice in itertools.product(levels, repeat=6)
+        if sum(choice) <= 6 * 20
+    }
+    assert squares[tuple(slots)] == pytest.approx(min(squares.values()), abs=1e-9)
+    assert squares[tuple(slots)] < squares[(20,) * 6]
+    expected = 1 - sum(losses(head_map, slots)) / 6  # the labels are those of the kinds that lose less
+    assert retained_attention(fitted, fitted.budget) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_fitted_map_is_saved_and_its_slots_are_what_the_cache_holds(tmp_path):
+    fitted = fit_heads(made_up_map(torch.zeros(2, 3, dtype=torch.bool), (15, 20, 25)), 20)
+    loaded = HeadMap.from_pretrained(fitted.save_pretrained(tmp_path))
+    assert loaded == fitted
+    assert loaded.budget == fitted.budget
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # so few slots make short windows
+        cache = SSDCache(loaded, **SETTINGS)
+    for num_tokens in [4] + [1] * 60:
+        for layer in range(2):
+            states = torch.randn(1, 3, num_tokens, 8)
+            keys, _ = cache.update(states, states, layer)
+            if num_tokens == 1:  # as the attention "ssd" does
+                keys.ssd_layer.receive_query(torch.randn(1, 3, 1, 8), 1.0)
+            else:
+                keys.ssd_layer.receive_mask(None)
+    assert cache.nbytes == sum(2 * (4 + slots) * 8 * 4 for layer in fitted.budget for slots in layer)
+    assert [list(layer.plan.num_slots) for layer in cache.layers] == fitted.budget
+
+
+def test_a_budget_for_every_head_is_checked():
+    head_map = HeadMap(torch.tensor([[True, False], [False, True]]), GRID)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cache = SSDCache(head_map, [[20, 0.4], {"spatial": 20, "semantic": 30}], buffer=4)
+    assert [layer.plan.num_slots for layer in cache.layers] == [(20, 40), (30, 20)]
+    with pytest.raises(ValueError, match=r"budget\[1\] has 1 entries, but the layer has 2 KV heads: give one a head"):
+        SSDCache(head_map, [[20, 20], [20]], buffer=4)
+    with pytest.raises(ValueError, match=r"budget\[0\]\[1\]=0 is out of range"):
+        SSDCache(head_map, [[20, 0], 20], buffer=4)
 
 
 def test_steps_between_levels_are_worth_what_lies_between():

@@ -107,9 +107,9 @@ def test_nbytes_is_the_formula(budget, dtype):
     assert tokens.shape == (3, 36)
     rows, prompt, head_dim, itemsize = 6, 9, 16, torch.finfo(dtype).bits // 8
     slots = 0
-    for layer, plan in enumerate([cache.layers[0].plan, cache.layers[1].plan]):
-        for spatial in head_map.is_spatial[layer].tolist():
-            slots += prompt + plan.num_slots["spatial" if spatial else "semantic"]
+    for plan in (cache.layers[0].plan, cache.layers[1].plan):
+        for head in range(head_map.num_kv_heads):
+            slots += prompt + plan.num_slots[head]
     assert cache.nbytes == rows * slots * head_dim * itemsize * 2
     stats = cache.memory_stats()
     assert stats.key_value == cache.nbytes
@@ -518,7 +518,7 @@ def test_policies_fall_out_of_the_rules():
     assert full.budget == 1.0
     h2o = SSDCache.from_policy("h2o", head_map, 20, buffer=4)
     assert not h2o.head_map.is_spatial.any()
-    assert h2o.layers[0].plan.num_recent == 10
+    assert h2o.layers[0].plan.num_recent == (10, 10)
     streaming = SSDCache.from_policy("streaming-llm", head_map, 20, buffer=4)
     assert streaming.head_map.is_spatial.all()
     assert streaming.num_sinks == 4
@@ -526,7 +526,7 @@ def test_policies_fall_out_of_the_rules():
     linear = SSDCache.from_policy("linear", head_map, 20)
     assert not linear.head_map.is_spatial.any()
     plan = linear.layers[0].plan
-    assert (plan.score, plan.num_sinks, plan.num_recent, plan.buffer) == ("last", 4, 6, 6)
+    assert (plan.score, plan.num_sinks, plan.num_recent, plan.buffer) == ("last", 4, (6, 6), 6)
     assert SSDCache.from_policy("linear", head_map, 20, num_sinks=0).num_sinks == 0
     margin = SSDCache.from_policy("margin", head_map, 20)
     assert (margin.head_map, margin.score) == (head_map, "margin")

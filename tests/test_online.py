@@ -87,7 +87,7 @@ def test_enable_takes_an_online_map(model):
 
 
 def test_different_budgets_of_the_kinds_are_refused(model):
-    with pytest.raises(ValueError, match="spatial heads 18 slots and semantic ones 20: an online map does not know"):
+    with pytest.raises(ValueError, match="different numbers of slots: an online map does not know"):
         SSDCache.online(model, {"spatial": 18, "semantic": 20}, grid=GRID, buffer=4)
 
 
@@ -103,9 +103,9 @@ def test_an_online_map_can_not_be_saved_or_inverted(tmp_path):
 
 def test_a_map_brings_its_own_budget():
     fitted = HeadMap(torch.tensor([[True, False]]), GRID, budget=[{"spatial": 14, "semantic": 22}])
-    assert SSDCache(fitted, buffer=4).layers[0].plan.num_slots == {"spatial": 14, "semantic": 22}
-    assert SSDCache(fitted, 0.5, buffer=4).layers[0].plan.num_slots == {"spatial": 18, "semantic": 18}
-    assert SSDCache(HeadMap(torch.tensor([[True]]), (24, 24))).layers[0].plan.num_slots["spatial"] == 115
+    assert SSDCache(fitted, buffer=4).layers[0].plan.num_slots == (14, 22)
+    assert SSDCache(fitted, 0.5, buffer=4).layers[0].plan.num_slots == (18, 18)
+    assert SSDCache(HeadMap(torch.tensor([[True]]), (24, 24))).layers[0].plan.num_slots == (115,)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 Importing it registers the attention name "ssd" with transformers and changes nothing else.
 """
 
-from ssd_cache.allocation import allocate_budgets
+from ssd_cache.allocation import allocate_budgets, fit_heads
 from ssd_cache.cache import POLICIES, MemoryStats, SSDCache
 from ssd_cache.enable import enable
 from ssd_cache.fast_decode import fast_decode
@@ -13,4 +13,4 @@ from ssd_cache.profiling import profile_heads
 
 __version__ = "0.1.0"
 __all__ = ["POLICIES", "HeadMap", "HeadMapError", "MemoryStats", "SSDCache"]
-__all__ += ["allocate_budgets", "enable", "fast_decode", "measure_heads", "profile_heads"]
+__all__ += ["allocate_budgets", "enable", "fast_decode", "fit_heads", "measure_heads", "profile_heads"]

@@ -1,7 +1,7 @@
-"""`allocate_budgets`: a fixed total of slots, shared out over layers and kinds so that heads retain most attention.
+"""A fixed total of slots, shared out: `fit_heads` head by head, `allocate_budgets` by layer and kind.
 
-It reads what profiling measured at several levels and gives `SSDCache(budget=...)`'s list. It measures nothing, and a
-head's kind stays as it is labelled.
+Both read what profiling measured at several levels and give what `SSDCache` takes; they measure nothing. `fit_heads`
+chooses labels as well, `allocate_budgets` leaves them.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 
 from ssd_cache.budget import KINDS, Amount, Budget, resolve_amount, resolve_budget
 from ssd_cache.head_map import HeadMap
-from ssd_cache.labels import head_scores, label_heads
+from ssd_cache.labels import label_heads, map_scores
 from ssd_cache.statistics import HeadStatistics
 
 SCORE = re.compile(r"retained_(spatial|semantic)-(\d+)")
@@ -56,17 +57,7 @@ def allocate_budgets(
     is_spatial, scores, grid = _read(source)
     uniform = resolve_amount("budget", budget, grid[0] * grid[1])
     curves = _curves(scores, grid)
-    levels = sorted(curves["spatial"].keys() & curves["semantic"].keys())
-    if len(levels) < 2:
-        raise ValueError(
-            f"attention was measured at {len(levels)} number of slots {levels}, and sharing needs two or more: profile "
-            "again with levels=(0.1, 0.2, 0.3, 0.5)"
-        )
-    if uniform < levels[0]:
-        raise ValueError(
-            f"budget={budget} is {uniform} slots a head, fewer than the lowest level, {levels[0]}: give more, or "
-            f"profile again with levels=({uniform}, ...)"
-        )
+    levels = _levels(curves, uniform)
     choices = _between(levels, step)
     groups, costs, values = [], [], []
     for layer, labels in enumerate(is_spatial):
@@ -81,6 +72,56 @@ def allocate_budgets(
     for (layer, kind), pick in zip(groups, picks, strict=True):
         result[layer][kind] = choices[pick]
     return result
+
+
+def fit_heads(source: HeadMap | HeadStatistics, budget: Amount = 0.2, *, step: int | None = None) -> HeadMap:
+    """A map with a kind and slots for every head, together at most what a uniform budget takes, that spoil least.
+
+    At each measured level a head takes the kind that retains more of its attention there. Slots are then shared out so
+    that the sum over the heads of (1 - retained attention) squared is least: exact, by dynamic programming. The square
+    is there because one head that loses most of what it looks at spoils a picture more than many that lose a little
+    (docs/head-maps.md has the measurement). Heads that look at the prompt or at a short window alone give theirs away.
+
+    Args:
+        source: a map that `profile_heads(..., levels=...)` made, or statistics.
+        budget: the uniform budget whose bytes are shared: a fraction of the grid, or slots a head.
+        step: also try slots between the levels, this far apart; what they retain is interpolated linearly.
+
+    Returns:
+        The map, its `budget` a number for every head: `SSDCache(fit_heads(head_map))` uses it with the buffer, recents
+        and sinks of the profile. Scores and origin of the source stay.
+
+    Raises:
+        ValueError: fewer than two levels, or a budget below the lowest.
+
+    Example: the first head sees what it needs in a short window, the second wants more than its share.
+
+        >>> kept = {"spatial-20": [1.0, 0.2], "spatial-40": [1.0, 0.3], "spatial-60": [1.0, 0.4]}
+        >>> kept |= {"semantic-20": [0.5, 0.5], "semantic-40": [0.6, 0.6], "semantic-60": [0.8, 0.9]}
+        >>> scores = {f"retained_{name}": torch.tensor([values]) for name, values in kept.items()}
+        >>> fitted = fit_heads(HeadMap(torch.tensor([[True, True]]), grid=(10, 10), scores=scores), 40)
+        >>> fitted.is_spatial.tolist(), fitted.budget
+        ([[True, False]], [[20, 60]])
+    """
+    labels, scores, grid = _read(source)
+    uniform = resolve_amount("budget", budget, grid[0] * grid[1])
+    curves = _curves(scores, grid)
+    levels = _levels(curves, uniform)
+    choices = _between(levels, step)
+    spatial, semantic = (
+        np.array([np.interp(choices, levels, head) for head in np.array([curves[kind][n].ravel() for n in levels]).T])
+        for kind in KINDS
+    )  # each [heads, choices]
+    losses = (1 - np.maximum(spatial, semantic)) ** 2
+    picks = best_choices([np.array(choices)] * len(losses), list(-losses), uniform * len(losses))
+    is_spatial = np.array([spatial[head, pick] > semantic[head, pick] for head, pick in enumerate(picks)])
+    slots = np.array(choices)[picks].reshape(labels.shape)
+    facts: dict[str, Any] = {"scores": scores}
+    if isinstance(source, HeadMap):
+        facts |= {name: getattr(source, name) for name in ("model_id", "revision", "model_type", "profile")}
+    return HeadMap(
+        torch.from_numpy(is_spatial.reshape(labels.shape)), grid, method="fit", budget=slots.tolist(), **facts
+    )
 
 
 def retained_attention(
@@ -102,13 +143,13 @@ def retained_attention(
     labels, scores, grid = _read(source)
     labels = labels if is_spatial is None else is_spatial.cpu().numpy()
     curves, kept = _curves(scores, grid), []
-    for layer, slots in enumerate(resolve_budget(budget, len(labels), grid[0] * grid[1])):
-        for kind, heads in zip(KINDS, (labels[layer], ~labels[layer]), strict=True):
-            if heads.any():
-                if slots[kind] not in curves[kind]:
-                    raise ValueError(f"{slots[kind]} slots were not measured; the levels are {sorted(curves[kind])}")
-                kept.append(curves[kind][slots[kind]][layer][heads])
-    return float(np.concatenate(kept).mean())
+    slots = resolve_budget(budget, labels.tolist(), grid[0] * grid[1])
+    for layer, head in np.ndindex(*labels.shape):
+        curve = curves["spatial" if labels[layer, head] else "semantic"]
+        if slots[layer][head] not in curve:
+            raise ValueError(f"{slots[layer][head]} slots were not measured; the levels are {sorted(curve)}")
+        kept.append(curve[slots[layer][head]][layer, head])
+    return float(np.mean(kept))
 
 
 def best_choices(costs: list[np.ndarray], values: list[np.ndarray], capacity: int) -> list[int]:
@@ -148,7 +189,7 @@ def _read(source: HeadMap | HeadStatistics) -> tuple[np.ndarray, Mapping[str, to
     """Labels `[layers, kv_heads]`, scores by name, grid."""
     if isinstance(source, HeadMap):
         return source.is_spatial.numpy(), source.scores, source.grid
-    return label_heads(source, method="coverage")[0].numpy(), head_scores(source), source.grid
+    return label_heads(source, method="coverage")[0].numpy(), map_scores(source), source.grid
 
 
 def _curves(scores: Mapping[str, torch.Tensor], grid: tuple[int, int]) -> dict[str, dict[int, np.ndarray]]:
@@ -161,6 +202,22 @@ def _curves(scores: Mapping[str, torch.Tensor], grid: tuple[int, int]) -> dict[s
             share = max(0, num_queries - slots) / num_queries
             curves[match[1]][slots] = 1 - share * (1 - score.double().numpy())
     return curves
+
+
+def _levels(curves: Mapping[str, Mapping[int, np.ndarray]], uniform: int) -> list[int]:
+    """The numbers of slots that both kinds were measured at; refuses too few of them, and a budget below them all."""
+    levels = sorted(curves["spatial"].keys() & curves["semantic"].keys())
+    if len(levels) < 2:
+        raise ValueError(
+            f"attention was measured at {len(levels)} number of slots {levels}, and sharing needs two or more: profile "
+            "again with levels=(0.1, 0.2, 0.3, 0.5)"
+        )
+    if uniform < levels[0]:
+        raise ValueError(
+            f"the budget is {uniform} slots a head, fewer than the lowest level, {levels[0]}: give more, or "
+            f"profile again with levels=({uniform}, ...)"
+        )
+    return levels
 
 
 def _between(levels: list[int], step: int | None) -> list[int]:

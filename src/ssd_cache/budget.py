@@ -6,11 +6,12 @@ Plain numbers in, plain numbers out: no tensors, no state.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 KINDS = ("spatial", "semantic")
 
 Amount = int | float
-Budget = Amount | Mapping[str, Amount] | Sequence[Amount | Mapping[str, Amount]]
+Budget = Amount | Mapping[str, Amount] | Sequence[Amount | Mapping[str, Amount] | Sequence[Amount]]
 
 
 def resolve_amount(name: str, amount: Amount, num_cells: int) -> int:
@@ -29,28 +30,47 @@ def resolve_amount(name: str, amount: Amount, num_cells: int) -> int:
     )
 
 
-def resolve_budget(budget: Budget, num_layers: int, num_cells: int) -> list[dict[str, int]]:
-    """Slots of a spatial and of a semantic head, for every layer.
+def resolve_budget(budget: Budget, is_spatial: Sequence[Sequence[bool]], num_cells: int) -> list[tuple[int, ...]]:
+    """Slots of every KV head, layer by layer.
 
     Args:
-        budget: a float or int; or `{"spatial": ..., "semantic": ...}`; or a list of either, one entry a layer.
+        budget: a float or int; or `{"spatial": ..., "semantic": ...}`; or a list with an entry for each layer, which is
+            one of these or a list with a number for each KV head.
+        is_spatial: the labels, `[layers][kv_heads]`.
+        num_cells: visual tokens of the grid.
 
     Raises:
         ValueError: out of range, an unknown kind, or a list of another length.
     """
-    if isinstance(budget, Sequence) and not isinstance(budget, str):
-        if len(budget) != num_layers:
+    if not _is_list(budget):
+        return [_resolve_layer(budget, "budget", labels, num_cells) for labels in is_spatial]
+    if len(budget) != len(is_spatial):
+        raise ValueError(
+            f"budget has {len(budget)} entries, but the head map has {len(is_spatial)} layers: give one a layer"
+        )
+    return [
+        _resolve_layer(entry, f"budget[{layer}]", labels, num_cells)
+        for layer, (entry, labels) in enumerate(zip(budget, is_spatial, strict=True))
+    ]
+
+
+def _is_list(budget) -> TypeGuard[Sequence[Any]]:
+    return isinstance(budget, Sequence) and not isinstance(budget, str)
+
+
+def _resolve_layer(budget, name: str, labels: Sequence[bool], num_cells: int) -> tuple[int, ...]:
+    if _is_list(budget):
+        if len(budget) != len(labels):
             raise ValueError(
-                f"budget has {len(budget)} entries, but the head map has {num_layers} layers: give one a layer"
+                f"{name} has {len(budget)} entries, but the layer has {len(labels)} KV heads: give one a head"
             )
-        return [resolve_budget(entry, 1, num_cells)[0] for entry in budget]
+        return tuple(resolve_amount(f"{name}[{head}]", amount, num_cells) for head, amount in enumerate(budget))
     if isinstance(budget, Mapping):
         if set(budget) != set(KINDS):
-            raise ValueError(f"budget={dict(budget)!r}: give both kinds, as {{'spatial': 0.1, 'semantic': 0.3}}")
-        slots = {kind: resolve_amount(f"budget[{kind!r}]", budget[kind], num_cells) for kind in KINDS}
-    else:
-        slots = dict.fromkeys(KINDS, resolve_amount("budget", budget, num_cells))
-    return [dict(slots) for _ in range(num_layers)]
+            raise ValueError(f"{name}={dict(budget)!r}: give both kinds, as {{'spatial': 0.1, 'semantic': 0.3}}")
+        slots = {kind: resolve_amount(f"{name}[{kind!r}]", budget[kind], num_cells) for kind in KINDS}
+        return tuple(slots["spatial" if spatial else "semantic"] for spatial in labels)
+    return (resolve_amount(name, budget, num_cells),) * len(labels)
 
 
 def resolve_recent(num_recent: Amount, num_slots: int) -> int:

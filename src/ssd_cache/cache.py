@@ -47,7 +47,8 @@ class SSDCache(Cache):
     Args:
         head_map: which KV head is spatial and which semantic, and the grid of visual tokens.
         budget: visual tokens that a head may hold at any moment: a float in (0, 1], the fraction of the grid, or an
-            int, the tokens; or one for each kind, `{"spatial": 0.1, "semantic": 0.3}`; or a list of these, one a layer.
+            int, the tokens; or one for each kind, `{"spatial": 0.1, "semantic": 0.3}`; or a list with an entry for each
+            layer, which is one of these or a list with a number for each KV head.
             When not given, the budget that the map was fitted to, or 0.2.
         buffer: tokens evicted at once, when a token arrives and all slots are taken; a grid row when not given.
             1 evicts at every step.
@@ -86,15 +87,18 @@ class SSDCache(Cache):
         self.num_recent, self.num_sinks = num_recent, check_count("num_sinks", num_sinks, 0)
         self.score = _check_score(score, head_map)
         self._warned = self._is_counted = False
-        slots = resolve_budget(budget, head_map.num_layers, rows * columns)
+        labels = head_map.is_spatial.tolist()
+        slots = resolve_budget(budget, labels, rows * columns)
+        if head_map.is_online:
+            _check_online(budget, head_map, slots)
         plans = [
             LayerPlan(
                 layer_idx=index,
-                is_spatial=tuple(head_map.is_spatial[index].tolist()),
+                is_spatial=tuple(labels[index]),
                 num_slots=slots[index],
                 num_cells=rows * columns,
                 buffer=self.buffer,
-                num_recent=resolve_recent(num_recent, slots[index]["semantic"]),
+                num_recent=tuple(resolve_recent(num_recent, held) for held in slots[index]),
                 num_sinks=self.num_sinks,
                 is_online=head_map.is_online,
                 score=score,
@@ -274,20 +278,24 @@ def _check_score(score: str, head_map: HeadMap) -> str:
     return score
 
 
+def _check_online(budget: Budget, head_map: HeadMap, slots: list[tuple[int, ...]]) -> None:
+    """Refuse budgets by kind or by head, when no head has a kind yet."""
+    swapped = resolve_budget(budget, (~head_map.is_spatial).tolist(), head_map.num_visual_tokens)
+    if swapped != slots or any(len(set(layer)) > 1 for layer in slots):
+        raise ValueError(
+            f"budget={budget!r} gives heads of one layer different numbers of slots: an online map does not know yet "
+            "which head is which, so give one number, or a list with one for each layer"
+        )
+
+
 def _check_plans(plans: list[LayerPlan], columns: int) -> None:
     """Refuse budgets that do not hold what must be kept; warn where a window is too short to see straight up."""
     short = None
     for plan in plans:
-        if plan.is_online and len(set(plan.num_slots.values())) > 1:
-            raise ValueError(
-                f"budget gives spatial heads {plan.num_slots['spatial']} slots and semantic ones "
-                f"{plan.num_slots['semantic']}: an online map does not know yet which are which, so give one number"
-            )
-        for kind in sorted(set(plan.kinds)):
-            num_slots = plan.num_slots[kind]
+        for kind, num_slots, num_recent in sorted(set(zip(plan.kinds, plan.num_slots, plan.num_recent, strict=True))):
             if num_slots >= plan.num_cells:
                 continue  # nothing is evicted within a picture
-            room = {"buffer": plan.buffer, "num_recent": plan.num_recent, "num_sinks": plan.num_sinks}
+            room = {"buffer": plan.buffer, "num_recent": num_recent, "num_sinks": plan.num_sinks}
             if kind == "spatial":
                 del room["num_recent"]
             if num_slots < sum(room.values()):

@@ -88,7 +88,7 @@ class HeadMap:
             "scores": head_map_checks.checked_scores(scores, labels.shape),
             "threshold": head_map_checks.checked_threshold(threshold),
             **{name: head_map_checks.checked_text(name, text) for name, text in texts.items()},
-            "budget": head_map_checks.checked_budget(budget, labels.shape[0], head_map_checks.checked_grid(grid)),
+            "budget": head_map_checks.checked_budget(budget, labels, head_map_checks.checked_grid(grid)),
             "profile": head_map_checks.checked_profile(profile),
             "is_online": False,
             "origin": "made in memory",

@@ -85,16 +85,16 @@ def checked_threshold(threshold: float | None) -> float | None:
     return value
 
 
-def checked_budget(budget: Budget | None, num_layers: int, grid: tuple[int, int]) -> Budget | None:
-    """A copy of a budget that fits the map, as JSON holds it: a number, or a list with one dict or number a layer."""
+def checked_budget(budget: Budget | None, is_spatial: torch.Tensor, grid: tuple[int, int]) -> Budget | None:
+    """A copy of a budget that fits the map, as JSON holds it: a number, or a list with an entry for each layer."""
     if budget is None:
         return None
     cells = grid[0] * grid[1]
     try:
-        slots = resolve_budget(budget, num_layers, cells)
+        slots = resolve_budget(budget, is_spatial.tolist(), cells)
     except (ValueError, TypeError) as error:
         raise HeadMapError(f"budget: {error}") from error
-    most = max(max(layer.values()) for layer in slots)
+    most = max(map(max, slots))
     if most > cells:
         raise HeadMapError(f"budget: {most} slots, but the grid has {cells} visual tokens; give at most {cells}")
     return checked_profile({"budget": budget})["budget"]

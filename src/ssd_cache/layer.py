@@ -25,18 +25,18 @@ USE_SSD_ATTENTION = (
 class LayerPlan:
     """What one layer keeps, with all settings resolved to tokens.
 
-    `is_spatial` has one entry a KV head; `num_slots` and `num_recent` say how much a head of each kind holds. An online
-    layer starts with semantic heads and finds out which are spatial when its slots are first full (see
-    `retention.prefers_window`); its kinds have equally many slots. `columns`, of the grid, is what the score "margin"
+    `is_spatial`, `num_slots` and `num_recent` have one entry a KV head (`num_recent` says nothing of spatial ones). An
+    online layer starts with semantic heads and finds out which are spatial when its slots are first full (see
+    `retention.prefers_window`); its heads have equally many slots. `columns`, of the grid, is what the score "margin"
     asks for.
     """
 
     layer_idx: int
     is_spatial: tuple[bool, ...]
-    num_slots: dict[str, int]
+    num_slots: tuple[int, ...]
     num_cells: int
     buffer: int
-    num_recent: int
+    num_recent: tuple[int, ...]
     num_sinks: int
     is_online: bool = False
     score: str = "sum"
@@ -104,7 +104,7 @@ class SSDLayer(CacheLayerMixin):
         That is so when attention scores its tokens, and when its heads differ in length or are stored in another order.
         """
         plan = self.plan
-        kinds, slots = plan.kinds, {plan.num_slots[kind] for kind in plan.kinds}
+        kinds, slots = plan.kinds, set(plan.num_slots)
         if len(slots) > 1:
             return True
         is_reordered = kinds != sorted(kinds)  # a store has its semantic heads first
@@ -221,7 +221,7 @@ class SSDLayer(CacheLayerMixin):
         by_slots: dict[int, list[int]] = {}
         kinds = plan.kinds
         for head in sorted(range(len(kinds)), key=lambda head: kinds[head]):  # "semantic" < "spatial"
-            by_slots.setdefault(plan.num_slots[kinds[head]], []).append(head)
+            by_slots.setdefault(plan.num_slots[head], []).append(head)
         for num_slots, heads in by_slots.items():
             # with room for the whole grid nothing is evicted within a picture, so nothing is scored
             scored = num_slots < plan.num_cells
@@ -233,7 +233,7 @@ class SSDLayer(CacheLayerMixin):
                 num_slots=num_slots,
                 num_semantic=sum(kinds[head] == "semantic" for head in heads) if scored else 0,
                 buffer=min(plan.buffer, num_slots),
-                num_recent=plan.num_recent,
+                num_recent=plan.num_recent[heads[0]],  # of the first semantic head, if there is one
                 num_sinks=plan.num_sinks if scored else 0,
                 score=plan.score,
                 columns=plan.columns,

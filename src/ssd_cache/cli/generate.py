@@ -76,13 +76,14 @@ def generate(
         ),
     ] = None,
     budget: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Visual tokens a head may hold: a fraction of the grid, or a count (115).",
             metavar="X",
+            show_default="what the head map was fitted to, or 0.2",
             rich_help_panel=CACHE,
         ),
-    ] = "0.2",
+    ] = None,
     buffer: Annotated[
         int | None,
         typer.Option(
@@ -105,7 +106,7 @@ def generate(
     texts = read_prompts(prompts or [], prompts_file)
     place = check_output(output)
     policies = choose_policies(policy, compare)
-    amount = parse_budget(budget)
+    amount = None if budget is None else parse_budget(budget)
     for name, number in (("--num-images", num_images), ("--batch-size", batch_size)):
         if number is not None and number < 1:
             raise WrongUse(f"{name} {number}: give a whole number from 1 up")

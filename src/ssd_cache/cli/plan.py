@@ -50,7 +50,11 @@ def choose_policies(policy: str | None, compare: bool) -> tuple[str, ...]:
 
 
 def make_caches(
-    checkpoint: Checkpoint, policies: tuple[str, ...], head_map: str | None, budget: int | float, buffer: int | None
+    checkpoint: Checkpoint,
+    policies: tuple[str, ...],
+    head_map: str | None,
+    budget: int | float | None,
+    buffer: int | None,
 ) -> dict[str, SSDCache]:
     """A cache for every policy, which checks budget and map; raises ValueError or WrongUse."""
     rows, columns = checkpoint.grid

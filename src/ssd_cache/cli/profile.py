@@ -11,8 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ssd_cache.allocation import fit_heads
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.files import check_writable, read_prompts
+from ssd_cache.cli.loading import load_generator
 from ssd_cache.cli.options import Device, Dtype, Guidance, ModelName, Prompts, PromptsFile, Seed, Temperature
 from ssd_cache.models import BUNDLED, check_drawing, find_generator
 from ssd_cache.profiling import check_profiling, profile_heads
@@ -43,6 +45,9 @@ def profile(
             help="Further budgets to measure, for sharing slots out: 0.1,0.3,0.5.", metavar="N,N", show_default=False
         ),
     ] = None,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Share slots out head by head, by what --levels tells; labels follow.")
+    ] = False,
     buffer: Annotated[
         int | None, typer.Option(help="Tokens evicted at once.", metavar="N", show_default="a row of the grid")
     ] = None,
@@ -77,9 +82,13 @@ def profile(
 
     A picture of each prompt is drawn with a full cache, and each head is
     labelled by where its attention goes. Several processes share the pictures
-    under `accelerate launch -m ssd_cache.cli profile ...`.
+    under `accelerate launch --multi_gpu -m ssd_cache.cli profile ...`.
     """
     texts = read_prompts(prompts or [], prompts_file)
+    if fit and not levels:
+        raise WrongUse(
+            "--fit shares slots out by what heads retain at several budgets: give --levels too (0.1,0.3,0.5)"
+        )
     _check_place("--output", output, is_folder=True)
     if resume is not None:
         _check_place("--resume", resume, is_folder=False)
@@ -100,7 +109,7 @@ def profile(
         check_profiling(checkpoint.grid, **settings)
         processes = Processes()
         own = device if device != "auto" or processes.device is None else processes.device
-        generator = checkpoint.load(dtype, own)
+        generator = load_generator(checkpoint, dtype, own)
     try:
         head_map = profile_heads(
             generator,
@@ -111,6 +120,7 @@ def profile(
             seed=seed,
             state_file=resume,
         )
+        head_map = fit_heads(head_map, settings["budget"]) if fit else head_map
         folder = head_map.save_pretrained(output) if processes.is_main else output
     except ValueError as error:  # NaN, a prompt too long, sums of another run, a full disk: each says what to do
         raise Failure(str(error)) from error

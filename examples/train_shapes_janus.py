@@ -43,7 +43,7 @@ UNCONDITIONAL_SHARE = 0.1
 """Share of scenes whose caption is blanked as guidance blanks it (Ho and Salimans 2022)."""
 
 EVEN = dict.fromkeys(KINDS, 1)
-BINDING = {"single_object": 1, "two_object": 1, "counting": 2, "colors": 1, "position": 4, "color_attr": 5}
+BINDING = {"single_object": 1, "two_object": 1, "counting": 4, "colors": 1, "position": 4, "color_attr": 4}
 COUNTING = {"single_object": 1, "two_object": 1, "counting": 6, "colors": 1, "position": 4, "color_attr": 2}
 """How often each kind is drawn: while drawing is learned, then the words of the caption, then numbers."""
 

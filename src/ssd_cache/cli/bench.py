@@ -13,12 +13,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ssd_cache.bench import SHAPES, Measurement, default_cases, measure, random_janus
+from ssd_cache.bench import SHAPES, Case, Measurement, default_cases, measure, random_janus
 from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.options import Device, Dtype
 from ssd_cache.cli.report import size
 from ssd_cache.head_map import HeadMap
 from ssd_cache.models import BUNDLED, find_generator, resolve_device, resolve_dtype
+
+RIVALS = ("DynamicCache", "StaticCache")
+"""transformers' full caches, which speeds are compared with."""
 
 
 def bench(
@@ -28,6 +31,14 @@ def bench(
     ] = "small-cpu",
     batch_size: Annotated[int, typer.Option(help="Pictures at once; guidance doubles the rows.", metavar="N")] = 8,
     rounds: Annotated[int, typer.Option(help="Counted rounds, after one to warm up.", metavar="N")] = 2,
+    caches: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows of the table to measure, by name and separated by semicolons: DynamicCache;ssd 20%.",
+            metavar="NAME;NAME",
+            show_default="all",
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -54,7 +65,7 @@ def bench(
         raise WrongUse(f"--model {model} has no head map in its folder")
     console = Console(highlight=False, markup=False)
     results: list[Measurement]
-    cases = default_cases(network, head_map)
+    cases = _choose(default_cases(network, head_map), caches)
     *_, results = measure(network, cases, batch_size=batch_size, rounds=rounds, progress=True)
     report = Table(
         box=box.SIMPLE_HEAD,
@@ -64,10 +75,20 @@ def bench(
     )
     for title in ("cache", "tokens/s", "against Dynamic", "against Static", "K and V"):
         report.add_column(title, justify="left" if title == "cache" else "right")
-    dynamic, static = results[0].tokens_per_second, results[1].tokens_per_second
+    speeds = {result.name: result.tokens_per_second for result in results}
     for result in results:
-        speed = result.tokens_per_second
-        report.add_row(
-            result.name, f"{speed:.0f}", f"{speed / dynamic:.2f}x", f"{speed / static:.2f}x", size(result.nbytes)
-        )
+        speed = speeds[result.name]
+        ratios = [f"{speed / speeds[rival]:.2f}x" if rival in speeds else "-" for rival in RIVALS]
+        report.add_row(result.name, f"{speed:.0f}", *ratios, size(result.nbytes))
     console.print(report)
+
+
+def _choose(cases: list[Case], names: str | None) -> list[Case]:
+    """The cases of these names, in the order of the table; all when none are given."""
+    if names is None:
+        return cases
+    wanted = [name.strip() for name in names.split(";")]
+    known = {case.name for case in cases}
+    if unknown := [name for name in wanted if name not in known]:
+        raise WrongUse(f"--caches {unknown[0]}: give names of {'; '.join(case.name for case in cases)}")
+    return [case for case in cases if case.name in wanted]

@@ -1,28 +1,70 @@
-"""How far can a head map be trusted? Profiling of a model, and what its labels depend on, as Markdown tables.
+"""How far can a head map be trusted, and what does it cost? Tables, figures and JSON about profiling one model.
 
-    python examples/profile_study.py --num-prompts 128 --output study.md
+    python examples/profile_study.py --num-prompts 128 --output study
 
-One run with the model's own guidance answers all but one question; a second one nearly without guidance answers that.
-It measures labels and the attention they retain. How well pictures come out is `score_policies.py`'s question.
+One run with the model's own guidance answers all questions but two: a second one with another guidance, and one with
+caches that label heads for themselves, answer those. It measures labels, the attention they retain, seconds and bytes.
+How well pictures come out is `ssd-cache eval shapes`'s question. Interrupted, it goes on from the sums in the folder.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import random
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
 from tqdm import tqdm
 
-from ssd_cache import HeadMap
-from ssd_cache.allocation import allocate_budgets, retained_attention
-from ssd_cache.labels import head_scores, label_agreement, label_heads, split_half_agreement, total
+from ssd_cache import HeadMap, SSDCache
+from ssd_cache.allocation import allocate_budgets, fit_heads, retained_attention
+from ssd_cache.analysis.plotting import check_packages, to_png
+from ssd_cache.analysis.sensitivity import draw_halves, draw_maps, draw_sensitivity, rows_agreement, vary_labels
+from ssd_cache.enable import ssd_attention
+from ssd_cache.labels import (
+    METHODS,
+    label_agreement,
+    label_heads,
+    map_scores,
+    resolve_window,
+    split_half_agreement,
+    total,
+)
 from ssd_cache.measuring import measure_heads
 from ssd_cache.models import Generator, find_generator
 from ssd_cache.shapes import KINDS, make_prompts
 from ssd_cache.statistics import HeadStatistics
+from ssd_cache.watching_cost import watching_cost
+
+PEAK = """
+import sys
+from ssd_cache.measuring import measure_heads
+from ssd_cache.models import find_generator
+
+def peak():  # not ru_maxrss, which starts from what the parent held
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+
+kind, model, *prompts = sys.argv[1:]
+generator = find_generator(model).load(device="cpu")
+generator.generate(prompts[:1])
+before = peak()
+if kind == "plain":
+    generator.generate(prompts)
+else:
+    measure_heads(generator, prompts, batch_size=len(prompts), progress=False)
+print(peak() - before)
+"""
+"""What a process of its own holds at most while it draws, since a process's peak never falls."""
 
 
 def table(title: str, columns: list[str], rows: list[list]) -> str:
@@ -32,7 +74,7 @@ def table(title: str, columns: list[str], rows: list[list]) -> str:
     return f"\n{title}\n\n" + "\n".join(f"| {line} |" for line in lines)
 
 
-def seconds(generator: Generator, action) -> float:
+def seconds(generator: Generator, action: Callable[[], object]) -> float:
     """Wall time of an action, all that the device was given included."""
     start = time.perf_counter()
     action()
@@ -41,36 +83,75 @@ def seconds(generator: Generator, action) -> float:
     return time.perf_counter() - start
 
 
-def time_side_by_side(generator: Generator, prompts: list[str], repeats: int, **settings) -> str:
+def time_side_by_side(generator: Generator, prompts: list[str], rounds: int, **settings) -> list[dict[str, float]]:
     """Profiling and plain generation of the same prompts in turn, so that both see the same machine."""
     generator.generate(prompts)  # the first time pays for whatever is done once
-    rows = []
-    for turn in range(repeats):
+    found = []
+    for _ in tqdm(range(rounds), desc="plain and watched"):
         plain = seconds(generator, lambda: generator.generate(prompts))
         watched = seconds(
             generator,
             lambda: measure_heads(generator, prompts, batch_size=len(prompts), progress=False, **settings),
         )
-        rows.append([turn + 1, round(plain, 1), round(watched, 1), watched / plain])
-    return table(f"Seconds for {len(prompts)} pictures in one batch.", ["turn", "plain", "profiled", "ratio"], rows)
+        found.append({"plain": plain, "watched": watched, "ratio": watched / plain})
+    return found
 
 
-def compare(statistics: HeadStatistics, settings: list[tuple[str, dict]]) -> list[list]:
-    """Every setting's labels against those of coverage."""
-    usual = label_heads(statistics, method="coverage")[0]
-    rows = []
-    for name, setting in settings:
-        labels, threshold = label_heads(statistics, **setting)
-        tau = "-" if threshold is None else threshold
-        rows.append(
-            [name, tau, int(labels.sum()), label_agreement(labels, usual), retained_attention_of(statistics, labels)]
+def peak_memory(model: str, prompts: list[str]) -> dict[str, int]:
+    """Bytes that a process grows by at its peak, drawing the prompts in one batch, plain and watched (on Linux)."""
+    found = {}
+    for kind in ("plain", "watched"):
+        done = subprocess.run([sys.executable, "-c", PEAK, kind, model, *prompts], capture_output=True, text=True)
+        if done.returncode:
+            raise typer.BadParameter(f"the process that measures peak memory failed: {done.stderr[-400:]}")
+        found[kind] = int(done.stdout)
+    return found
+
+
+def measure_parts(
+    generator: Generator, prompts: list[str], part_size: int, folder: Path, guidance: float, seed: int, **settings
+) -> list[HeadStatistics]:
+    """The statistics of every `part_size` prompts; their sums stay in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        measure_heads(
+            generator,
+            prompts[start : start + part_size],
+            batch_size=part_size,
+            guidance_scale=guidance,
+            seed=seed + start // part_size,
+            progress=False,
+            state_file=folder / f"sums-guidance-{guidance:g}-{start}.safetensors",
+            **settings,
         )
-    return rows
+        for start in tqdm(range(0, len(prompts), part_size), desc=f"guidance {guidance:g}")
+    ]
 
 
-def retained_attention_of(statistics: HeadStatistics, labels: torch.Tensor, budget=None) -> float:
-    """Mean over the heads at the intended budget, or at another that was measured."""
-    return retained_attention(statistics, budget or statistics.levels[0].num_slots, labels)
+def draw_online(
+    generator: Generator, prompts: list[str], batch_size: int, head_map: HeadMap, slots: int, seed: int, **settings
+) -> tuple[list[torch.Tensor], dict[str, float]]:
+    """Labels that online caches find, batch by batch; and seconds a picture, online and with a map, in turn."""
+    labels, spent = [], {"online": 0.0, "offline": 0.0}
+    grid = head_map.grid
+    with ssd_attention(generator.model):
+        for start in tqdm(range(0, len(prompts), batch_size), desc=f"online at {slots} slots"):
+            part = prompts[start : start + batch_size]
+            caches = {
+                "online": SSDCache.online(generator.model, slots, grid=grid, **settings),
+                "offline": SSDCache(head_map, slots, **settings),
+            }
+            for name, cache in caches.items():
+                spent[name] += seconds(generator, partial(generator.generate, part, cache, seed=seed + start))
+            found = caches["online"].labels
+            assert found is not None
+            labels.append(found.is_spatial)
+    return labels, {name: value / len(prompts) for name, value in spent.items()}
+
+
+def mean(values: list[float]) -> float:
+    """Of at least one number."""
+    return sum(values) / len(values)
 
 
 def main(
@@ -80,100 +161,147 @@ def main(
     budget: float = 0.2,
     levels: str = "0.1,0.15,0.3,0.5",
     num_recent: float = 0.25,
-    temperature: float = 1.0,
-    guidance: float = 3.0,
+    other_guidance: float = 3.0,
     seed: int = 0,
     prompt_seed: int = 7,
     timed_prompts: int = 16,
-    repeats: int = 3,
+    rounds: int = 3,
+    online_prompts: int = 32,
+    memory: bool = True,
     device: str = "auto",
-    output: Path = Path("profile-study.md"),
+    output: Path = Path("profile-study"),
 ) -> None:
-    """Profile NUM_PROMPTS captions in parts of PART_SIZE, at GUIDANCE and nearly without, and print tables."""
-    generator = find_generator(model).load(device=device)
+    """Profile NUM_PROMPTS captions in parts of PART_SIZE, and write study.md, study.json and three figures."""
+    check_packages("matplotlib")
+    checkpoint = find_generator(model)
+    generator = checkpoint.load(device=device)
+    own = generator.guidance_scale
     prompts = [caption for _, caption in make_prompts(-(-num_prompts // len(KINDS)), prompt_seed)]
     random.Random(prompt_seed).shuffle(prompts)  # they come kind by kind
     prompts = prompts[:num_prompts]
-    amounts = [float(level) for level in levels.split(",")]
-    settings = {"budget": budget, "levels": amounts, "num_recent": num_recent}
-    text = [f"{model} on {generator.model.device}, {generator.model.dtype}, budget {budget}, temperature {temperature}"]
-    text.append(time_side_by_side(generator, prompts[:timed_prompts], repeats, budget=budget, num_recent=num_recent))
+    settings: dict[str, Any] = {"budget": budget, "levels": [float(x) for x in levels.split(",")]}
+    settings["num_recent"] = num_recent
+    numbers: dict[str, Any] = {"model": model, "device": str(generator.model.device), "num_prompts": len(prompts)}
+    numbers |= {"dtype": str(generator.model.dtype).removeprefix("torch."), "guidance": own, "budget": budget}
+    numbers |= {"temperature": generator.temperature, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    text = [", ".join(f"{name} {value}" for name, value in numbers.items())]
 
-    def measure(guidance_scale: float) -> list[HeadStatistics]:
-        return [
-            measure_heads(
-                generator,
-                prompts[start : start + part_size],
-                batch_size=part_size,
-                guidance_scale=guidance_scale,
-                temperature=temperature,
-                seed=seed + start // part_size,
-                progress=False,
-                **settings,
-            )
-            for start in tqdm(range(0, len(prompts), part_size), desc=f"guidance {guidance_scale:g}")
-        ]
+    # what it costs
+    timed = prompts[:timed_prompts]
+    numbers["seconds"] = time_side_by_side(generator, timed, rounds, budget=budget, num_recent=num_recent)
+    rows: list[list] = [[turn, *row.values()] for turn, row in enumerate(numbers["seconds"], 1)]
+    rows.append(["mean", *(mean([row[name] for row in numbers["seconds"]]) for name in ("plain", "watched", "ratio"))])
+    text.append(table(f"Seconds for {len(timed)} pictures in one batch.", ["round", "plain", "watched", "ratio"], rows))
+    num_rows, longest = (
+        len(generator.is_unconditional(len(timed))),
+        max(generator.prepare([prompt])["attention_mask"].shape[1] for prompt in timed),
+    )
+    cost = watching_cost(
+        checkpoint.config,
+        checkpoint.grid,
+        num_rows=num_rows,
+        num_prompt=longest,
+        itemsize=generator.model.dtype.itemsize,
+        on_gpu=generator.model.device.type != "cpu",
+    )
+    numbers["bytes"] = dataclasses.asdict(cost) | {"share": cost.share}
+    rows = [[name.replace("_", " "), f"{value / 1e6:.1f} MB"] for name, value in dataclasses.asdict(cost).items()]
+    if memory and sys.platform == "linux":
+        numbers["peak"] = peak_memory(model, timed)
+        rows += [[f"peak of a process, {name}", f"{value / 1e6:.1f} MB"] for name, value in numbers["peak"].items()]
+        more = (numbers["peak"]["watched"] - numbers["peak"]["plain"]) / cost.full_cache
+        rows.append(["more at the peak, of the full cache", f"{more:.1%}"])
+    rows.append(["by the formula at most, of the full cache", f"{cost.share:.1%}"])
+    text.append(table(f"Memory for {len(timed)} pictures in one batch.", ["bytes", ""], rows))
 
-    parts = measure(guidance)
-    statistics, unguided = total(parts), total(measure(1.001))
-    agreement = {method: split_half_agreement(parts, method=method) for method in ("coverage", "window")}
+    # what labels depend on
+    started = time.perf_counter()
+    parts = measure_parts(generator, prompts, part_size, output, own, seed, **settings)
+    numbers["profiling_seconds"] = time.perf_counter() - started
+    text.append(
+        f"\nThe {len(prompts)} pictures took {numbers['profiling_seconds']:.0f} s, less what was there from before."
+    )
+    unlike = total(measure_parts(generator, prompts, part_size, output, other_guidance, seed, **settings))
+    statistics = total(parts)
+    agreement = {method: split_half_agreement(parts, method=method) for method in METHODS}
+    numbers["halves"] = agreement
     rows = [[number, *agreement["coverage"][number], *agreement["window"][number]] for number in agreement["coverage"]]
     columns = ["prompts", "coverage", "lowest", "window", "lowest"]
-    text.append(table("Agreement of labels between two halves of the prompts, over 50 draws.", columns, rows))
+    text.append(table("Heads labelled alike by two halves of the prompts, over 50 draws.", columns, rows))
+    variants = vary_labels(statistics)
+    numbers["sensitivity"] = [dataclasses.asdict(variant) for variant in variants]
+    columns = ["setting", "value", "method", "threshold", "spatial heads", "agrees with the usual labels", "retained"]
+    rows = [["-" if value is None else value for value in dataclasses.astuple(variant)] for variant in variants]
+    text.append(table("Labels with one setting changed.", columns, rows))
+    usual = {method: label_heads(statistics, method=method)[0] for method in METHODS}
+    numbers["agreement"] = {
+        method: {
+            "conditional and unconditional rows": rows_agreement(statistics, method),
+            f"guidance {own:g} and {other_guidance:g}": label_agreement(
+                usual[method], label_heads(unlike, method=method)[0]
+            ),
+            "coverage and window": label_agreement(*usual.values()),
+        }
+        for method in METHODS
+    }
+    columns = ["method", *numbers["agreement"]["coverage"]]
+    rows = [[method, *values.values()] for method, values in numbers["agreement"].items()]
+    text.append(table("Heads labelled alike.", columns, rows))
 
-    slots = statistics.levels[0].num_slots
-    windows = [2, *(int(generator.checkpoint.grid[1] * rows + 1) for rows in (1, 2, 3))]
-    variants: list[tuple[str, dict]] = [("coverage", {"method": "coverage"})]
-    variants += [
-        (f"coverage at {level.num_slots} slots", {"method": "coverage", "num_slots": level.num_slots})
-        for level in statistics.levels[1:]
-    ]
-    variants += [(f"window {window}", {"method": "window", "window": window}) for window in windows]
-    variants += [(f"threshold {tau}", {"method": "window", "threshold": tau}) for tau in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)]
-    variants += [(f"{rows} rows", {"method": "coverage", "rows": rows}) for rows in ("conditional", "unconditional")]
-    columns = ["labels by", "threshold", "spatial heads", "agrees with coverage", f"retained at {slots}"]
-    text.append(table("Sensitivity of the labels.", columns, compare(statistics, variants)))
-
-    rows = []
-    for method in ("coverage", "window"):
-        usual, *others = (
-            label_heads(of, method=method, rows=rows_of)[0]
-            for of, rows_of in (
-                (statistics, "all"),
-                (unguided, "all"),
-                (statistics, "conditional"),
-                (statistics, "unconditional"),
-            )
-        )
-        rows.append([method, label_agreement(*others[1:]), label_agreement(usual, others[0])])
-    columns = ["method", "conditional and unconditional rows", f"guidance {guidance:g} and 1.001"]
-    text.append(table("Agreement of labels.", columns, rows))
-
-    labels = label_heads(statistics, method="coverage")[0]
-    maps = {"coverage": labels, "window": label_heads(statistics, method="window")[0], "inverted coverage": ~labels}
-    maps |= {"all spatial": torch.ones_like(labels), "all semantic": torch.zeros_like(labels)}
-    sizes = sorted(level.num_slots for level in statistics.levels)
-    rows = [[name, *(retained_attention_of(statistics, of, size) for size in sizes)] for name, of in maps.items()]
-    scores = head_scores(statistics)
+    # which map retains how much, and labels found while drawing
+    labels, scores = usual["coverage"], map_scores(statistics)
     fitted = HeadMap(labels, statistics.grid, scores=scores)
-    budgets = {size: allocate_budgets(fitted, size) for size in sizes}
-    rows.append(["coverage, budgets fitted", *(retained_attention(fitted, budgets[size]) for size in sizes)])
-    text.append(table("Retained attention, mean over the heads.", ["map", *(f"{size} slots" for size in sizes)], rows))
-    text.append(f"\nBudgets fitted to {slots} slots: {budgets[slots]}")
-
-    names = ["window_mass", "margin", "margin_chance", "prompt", "entropy", "top_share"]
-    names += [f"retained_spatial-{slots}", f"retained_semantic-{slots}"]
+    sizes = {f"{share:.0%}": round(share * labels.new_empty(statistics.grid).numel()) for share in (budget, 0.5)}
+    maps = {"window": usual["window"], "coverage": labels, "inverted coverage": ~labels}
+    maps |= {"all spatial": torch.ones_like(labels), "all semantic": torch.zeros_like(labels)}
+    retained = {
+        name: {size: retained_attention(statistics, slots, of) for size, slots in sizes.items()}
+        for name, of in maps.items()
+    }
+    retained["online"], numbers["online"] = {}, {}
+    for size, slots in sizes.items():
+        found, spent = draw_online(
+            generator, prompts[:online_prompts], timed_prompts, fitted, slots, seed, num_recent=num_recent
+        )
+        retained["online"][size] = mean([retained_attention(statistics, slots, of) for of in found])
+        numbers["online"][size] = {
+            "agrees with coverage": mean([label_agreement(of, labels) for of in found]),
+            "agrees with window": mean([label_agreement(of, usual["window"]) for of in found]),
+            "agreement of two batches": mean([label_agreement(of, found[0]) for of in found[1:]] or [1.0]),
+            "seconds a picture, online": spent["online"],
+            "seconds a picture, with a map": spent["offline"],
+        }
+    retained["budgets fitted"] = {
+        size: retained_attention(fitted, allocate_budgets(fitted, slots)) for size, slots in sizes.items()
+    }
+    by_head = {size: fit_heads(fitted, slots) for size, slots in sizes.items()}
+    retained["fitted head by head"] = {size: retained_attention(of, of.budget) for size, of in by_head.items()}
+    numbers["retained"] = retained
+    rows = [[name, *values.values()] for name, values in retained.items()]
+    text.append(table("Retained attention, mean over the heads.", ["map", *sizes], rows))
+    rows = [[name, *(of[name] for of in numbers["online"].values())] for name in numbers["online"][next(iter(sizes))]]
+    text.append(table(f"Labels found while drawing ({online_prompts} prompts).", ["online", *sizes], rows))
+    budgets = allocate_budgets(fitted, next(iter(sizes.values())))
+    text.append(f"\nBudgets fitted at {next(iter(sizes))}: {budgets}")
+    names = ["window_mass", "margin", "margin_chance", "prompt", "entropy", "top_share", "coverage"]
     rows = [
-        [
-            f"{layer}.{head}",
-            "spatial" if is_spatial else "semantic",
-            *(scores[name][layer, head].item() for name in names),
-        ]
+        [f"{layer}.{head}", "spatial" if label else "semantic", *(scores[name][layer, head].item() for name in names)]
         for layer, heads in enumerate(labels.tolist())
-        for head, is_spatial in enumerate(heads)
+        for head, label in enumerate(heads)
     ]
     text.append(table("Every head.", ["layer.head", "label", *names], rows))
-    output.write_text("\n".join(text) + "\n")
+
+    marks = {"window": float(resolve_window(statistics.grid, None)), "num_slots": float(statistics.levels[0].num_slots)}
+    threshold = label_heads(statistics, method="window")[1]
+    marks |= {} if threshold is None else {"threshold": threshold}
+    figures = {"halves": draw_halves(agreement), "sensitivity": draw_sensitivity(variants, marks)}
+    figures["maps"] = draw_maps(retained)
+    files = {f"{name}.png": to_png(figure) for name, figure in figures.items()}
+    files |= {"study.md": ("\n".join(text) + "\n").encode(), "study.json": json.dumps(numbers, indent=1).encode()}
+    for name, content in files.items():
+        part = output / f"{name}.part"
+        part.write_bytes(content)
+        os.replace(part, output / name)
     typer.echo("\n".join(text))
 
 

@@ -44,6 +44,7 @@ from ssd_cache.analysis.report import report_paths
 from ssd_cache.cli import app
 from ssd_cache.layer import SSDLayer
 from ssd_cache.models import Checkpoint, GeneratorError, find_generator
+from ssd_cache.statistics import ProfilingError
 from ssd_cache.watching import WatchingCache
 
 CIRCLE = "a photo of a red circle"
@@ -116,14 +117,16 @@ def test_attention_is_that_of_plain_loops(monkeypatch, row):
         torch.testing.assert_close(result.first_rows.double(), first_rows, rtol=1e-4, atol=1e-6)
 
 
-def test_attention_that_is_not_finite_is_named():
-    recorder = AttentionRecorder([(0, 0)], (6, 6))
-    weights = torch.full((2, 3, 1, 6, 10), 0.1)
-    weights[1, 2, 0, 3, 4] = float("nan")
-    with pytest.raises(
-        ValueError, match="layer 5, KV head 2 is not finite .* near visual token 5: run the model in bf"
-    ):
-        recorder.observe(5, weights, 4, slice(0, 2))
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_attention_that_is_nan_is_named(folder, temperature):
+    generator = find_generator(str(folder)).load()
+    projection = generator.model.model.language_model.layers[1].self_attn.q_proj
+    head_0 = torch.arange(16)
+    projection.register_forward_hook(
+        lambda _, __, out: out if out.shape[1] > 1 else out.index_fill(2, head_0, torch.inf)
+    )
+    with pytest.raises(ProfilingError, match="the attention of layer 1, KV head 0, is NaN: .* load it in bfloat16"):
+        analyze(generator, CIRCLE, head_map(), budget=0.4, num_images=1, temperature=temperature, progress=False)
 
 
 def test_a_picture_that_was_not_finished_has_no_result():
@@ -189,6 +192,11 @@ def full_picture(make_cache, model=None):
     return cache
 
 
+def share_at_margins(square):
+    """0 where nothing differs: the first layer's keys do not know the prompt, but for rounding in threads."""
+    return float(square[..., [0, 5]].sum() / square.sum()) if square.any() else 0.0
+
+
 def test_concentration_is_that_of_plain_loops_and_the_same_for_every_full_cache():
     labels = HeadMap(torch.tensor([[True, False], [False, False]]), (6, 6))
     dynamic = full_picture(DynamicCache)
@@ -207,15 +215,15 @@ def test_concentration_is_that_of_plain_loops_and_the_same_for_every_full_cache(
                     total += sum((c - u) ** 2 for c, u in zip(states[picture], states[3 + picture], strict=True)) / 16
                 assert curve.difference[picture, token].item() == pytest.approx(float(total) / len(heads), rel=1e-5)
         rows = curve.difference[:, :30].reshape(3, 5, 6)
-        assert curve.margin.share == pytest.approx(float(rows[..., [0, 5]].sum() / rows.sum()))
+        assert curve.margin.share == pytest.approx(share_at_margins(rows))
         assert curve.margin.chance == pytest.approx(1 / 3)
     for states in ("keys", "values"):
         for layer in range(2):
             for head in range(2):
                 held = getattr(dynamic.layers[layer], states)[:, head, 5:35].double()
                 square = (held[:3] - held[3:]).square().sum(-1).reshape(3, 5, 6)
-                share = float(square[..., [0, 5]].sum() / square.sum())
-                assert result.head_shares[states][layer, head].item() == pytest.approx(share, rel=1e-5)
+                found = result.head_shares[states][layer, head].item()
+                assert found == pytest.approx(share_at_margins(square), rel=1e-5)
     for make_cache in (
         lambda: SSDCache(labels, 1.0),
         lambda: WatchingCache((6, 6), 2, 2, AttentionRecorder([(0, 0)], (6, 6))),
@@ -452,13 +460,23 @@ def test_bad_settings_are_refused_before_anything_is_drawn(generator, monkeypatc
         analyze(generator, CIRCLE, head_map(), **{"budget": 0.4, "progress": False, **settings})
 
 
-def test_maps_and_prompts_that_can_not_be_used_are_refused(generator):
+def test_maps_and_prompts_that_can_not_be_used_are_refused(generator, monkeypatch):
     with pytest.raises(HeadMapError, match="grid of 4 x 4"):
         analyze(generator, CIRCLE, HeadMap.uniform("spatial", num_layers=2, num_kv_heads=2, grid=(4, 4)))
     with pytest.raises(HeadMapError, match="online map has no labels"):
         analyze(generator, CIRCLE, HeadMap.online(num_layers=2, num_kv_heads=2, grid=(SIDE, SIDE)))
-    with pytest.raises(GeneratorError, match="none that is empty"):
-        analyze(generator, " ", head_map(), budget=0.4, progress=False)
+    monkeypatch.setattr(type(generator), "draw", lambda *_: pytest.fail("it drew"))
+    for prompt, message in ((" ", "none that is empty"), ("red " * 961, "leaves 960 for the prompt: shorten it")):
+        with pytest.raises(GeneratorError, match=message):
+            analyze(generator, prompt, head_map(), budget=0.4, progress=False)
+
+
+def test_a_grid_that_the_model_does_not_draw_is_refused(folder, monkeypatch):
+    generator = find_generator(str(folder)).load()
+    monkeypatch.setattr(type(generator), "grid_of", staticmethod(lambda config: (9, 9)))
+    labels = HeadMap.uniform("spatial", num_layers=2, num_kv_heads=2, grid=(9, 9))
+    with pytest.raises(ProfilingError, match="drew 64 visual tokens, but its grid is 9 x 9"):
+        analyze(generator, CIRCLE, labels, budget=0.4, num_images=1, progress=False)
 
 
 class Page(HTMLParser):
@@ -635,6 +653,7 @@ def test_the_command_writes_what_the_library_writes(run, generator):
     assert expected.concentration.sentence(generator.checkpoint.name) in said
     assert "report.html and report.json" in said
     assert f"{8 * CELLS}/{8 * CELLS}" in result.stderr  # the bar
+    assert "Loading weights" not in result.stderr
 
 
 def test_the_help_of_analyze_fits_80_columns(run):
@@ -682,6 +701,15 @@ def test_a_mistake_is_one_line_and_nothing_is_loaded(run, folder, monkeypatch, a
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.output
     assert message in result.stderr
     assert sorted(Path().rglob("*")) == before
+
+
+def test_a_prompt_too_long_is_one_line_and_nothing_is_drawn(run, generator, monkeypatch):
+    monkeypatch.setattr(type(generator), "draw", lambda *_: pytest.fail("it drew"))
+    result = run("red " * 961, "--budget", "0.4")
+    assert (result.exit_code, result.stdout) == (1, ""), result.output
+    assert result.stderr.startswith("ssd-cache: prompt 'red red")
+    assert "shorten it" in result.stderr
+    assert list(Path().iterdir()) == []
 
 
 def test_without_the_optional_packages_the_command_says_so_in_one_line(run, monkeypatch):

@@ -68,9 +68,16 @@ def test_every_name_makes_a_cache_of_the_budget(name):
 
 
 def test_fitted_shares_the_same_bytes_out():
-    cache = parse_policy("fitted").make_cache(HEAD_MAP, 115, buffer=8)
-    assert cache.budget[0] == {"spatial": 57, "semantic": 57}
-    assert cache.budget[1]["semantic"] == 173
+    # the first head sees all it needs in a short window, the others want more than their share
+    curves = {57: 0.5, 115: 0.6, 173: 0.9}
+    scores = {f"retained_spatial-{slots}": torch.tensor([[1.0, 0.1], [0.1, 0.1]]) for slots in curves}
+    scores |= {f"retained_semantic-{slots}": torch.full((2, 2), value) for slots, value in curves.items()}
+    head_map = HeadMap(torch.zeros(2, 2, dtype=torch.bool), scores=scores)
+    cache = parse_policy("fitted").make_cache(head_map, 115, buffer=8)
+    (first, *others), *rest = cache.budget
+    assert first == 57
+    assert sorted([*others, *rest[0]]) == [115, 115, 173]  # the square shares what is spared
+    assert cache.head_map.is_spatial.tolist() == [[True, False], [False, False]]
     assert mean_slots(cache) == 115
 
 

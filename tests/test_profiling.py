@@ -9,9 +9,10 @@ import errno
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
+import weakref
+from collections import Counter
 from pathlib import Path
 
 import attention_reference
@@ -23,20 +24,25 @@ from models import left_padded_prompts, tiny_janus
 from planted import IS_SPATIAL, LOOKS, SIDE, planted_generator, planted_tokens
 from safetensors.torch import load_file
 from tiny_checkpoint import write_checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from ssd_cache import HeadMap, SSDCache, measuring, profile_heads
-from ssd_cache.allocation import allocate_budgets, retained_attention
+from ssd_cache.allocation import allocate_budgets, fit_heads, retained_attention
+from ssd_cache.analysis.plotting import to_png
+from ssd_cache.analysis.sensitivity import draw_halves, draw_maps, draw_sensitivity, rows_agreement, vary_labels
 from ssd_cache.cli import app
 from ssd_cache.labels import (
     choose_threshold,
-    head_scores,
     label_agreement,
     label_heads,
+    map_scores,
     split_half_agreement,
     total,
 )
-from ssd_cache.measuring import measure_heads
+from ssd_cache.measuring import measure_heads, weights_sha256
 from ssd_cache.models import GeneratorError, find_generator
 from ssd_cache.observing import HeadObserver, evict
 from ssd_cache.profiling import check_profiling
@@ -44,6 +50,7 @@ from ssd_cache.profiling_state import load_state, save_state
 from ssd_cache.retention import select_victims
 from ssd_cache.statistics import HeadStatistics, Level, ProfilingError, resolve_levels
 from ssd_cache.watching import WatchingCache
+from ssd_cache.watching_cost import watching_cost
 
 PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a blue triangle"]
 CACHE = {"budget": 30, "buffer": 4, "num_recent": 4}
@@ -97,7 +104,7 @@ def compare(statistics, layers, num_prompt, window, rows):
 def test_sums_equal_plain_loops_over_made_up_attention(grid, num_queries_short):
     rows, heads, groups, num_prompt = 3, 2, 2, 2
     queries, columns = grid[0] * grid[1] - num_queries_short, grid[1]
-    levels = [Level(6, 3, 2, 1), Level(5, 1, 2), Level(4, 4, 0), Level(7, 2, 5, 2), Level(grid[0] * grid[1], 3, 2)]
+    levels = [Level(6, 3, 2, 1), Level(5, 1, 2), Level(4, 4, 0), Level(7, 2, 3, 2), Level(grid[0] * grid[1], 3, 2)]
     logits = 2 * torch.randn(rows, heads, groups, queries, num_prompt + queries)
     logits[0, ..., 0] = -torch.inf  # padding
     mask = torch.ones(queries, queries).triu(1).bool()
@@ -196,15 +203,76 @@ def test_tokens_held_on_paper_are_those_that_the_cache_holds():
                 assert torch.equal(held, (torch.arange(35) >= levels[0].oldest(34)).expand_as(held))
 
 
-def test_what_watching_holds_is_under_a_tenth_of_the_full_cache():
-    model, grid = tiny_janus(layers=1, hidden=64), (24, 24)
-    observer = HeadObserver(grid, 1, 2, resolve_levels(grid), torch.tensor([False, True]))
-    cache = WatchingCache(grid, 1, 2, observer)
-    model.generate(**left_padded_prompts((6,)), generation_mode="image", guidance_scale=3.0, past_key_values=cache)
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that operations made and that still live; `peak` is the most there ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.tensors, self.sizes = 0, 0, Counter(), {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            key = tensor.untyped_storage()._cdata if isinstance(tensor, torch.Tensor) else None
+            if key is None or (key in given and key not in self.sizes):  # a view of what was there before
+                continue
+            if key not in self.sizes:
+                self.sizes[key] = tensor.untyped_storage().nbytes()
+                self.now += self.sizes[key]
+                self.peak = max(self.peak, self.now)
+            self.tensors[key] += 1
+            weakref.finalize(tensor, self.drop, key)
+        return result
+
+    def drop(self, key):
+        self.tensors[key] -= 1
+        if not self.tensors[key]:
+            self.now -= self.sizes.pop(key)
+
+
+def sizes_of(layers, heads, head_dim):
+    return LlamaConfig(
+        hidden_size=heads * head_dim,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=head_dim,
+    )
+
+
+def test_the_cost_of_watching_is_that_of_the_tensors():
+    heads, dim, rows, prompt, grid, levels = 3, 32, 12, 6, (24, 24), [0.1]
+    observer = HeadObserver(grid, 1, heads, resolve_levels(grid, 0.2, levels), torch.arange(rows) >= 6)
+    cache = WatchingCache(grid, 1, heads, observer)
     (layer,) = cache.layers
-    full = layer.nbytes
-    assert full == 2 * 2 * 2 * (6 + 576) * 32 * 4  # rows, heads, K and V, tokens, float32 head_dim
-    assert layer.bookkeeping_nbytes + observer.nbytes < 0.1 * full
+    states, live = torch.randn(rows, heads, prompt + 575, dim), LiveBytes()
+    layer.update(states[:, :, :prompt], states[:, :, :prompt])
+    layer.receive_mask(None)
+    for token in range(prompt, prompt + 575):
+        layer.update(states[:, :, token : token + 1], states[:, :, token : token + 1])
+        layer.receive_query(states[:, :, token : token + 1], 0.2)
+    with live:
+        cache.finish()
+    cost = watching_cost(sizes_of(1, heads, dim), grid, num_rows=rows, num_prompt=prompt, num_levels=2)
+    assert layer.nbytes == cost.full_cache
+    assert cache.watching_nbytes + observer.nbytes == cost.held
+    assert 3 * sum(value.nbytes for value in observer.finish().sums.values()) == cost.sums
+    # a bound, and not an idle one; softmax weights of all rows at once would be 12 rows' of them three times
+    assert cost.moment / 2 < live.peak <= cost.moment
+
+
+def test_watching_costs_under_a_tenth_of_the_full_cache():
+    shapes_janus = {"config": sizes_of(6, 6, 32), "num_prompt": 15}
+    pro_1b = {"config": sizes_of(24, 16, 128), "num_prompt": 30, "itemsize": 2}
+    for model, num_pictures in ((shapes_janus, 16), (pro_1b, 4), (pro_1b | {"on_gpu": True}, 4)):
+        for batch in (num_pictures, 4 * num_pictures):
+            assert watching_cost(grid=(24, 24), num_rows=2 * batch, **model).share < 0.1
+    # in smaller batches what does not grow with them is more than a tenth, and bounded all the same
+    for model, enough, most in ((shapes_janus, 16, 14e6), (pro_1b, 4, 65e6), (pro_1b | {"on_gpu": True}, 4, 65e6)):
+        for batch in range(1, enough):
+            cost = watching_cost(grid=(24, 24), num_rows=2 * batch, **model)
+            assert cost.held + cost.sums + cost.moment < most
 
 
 def test_a_watching_cache_serves_one_batch():
@@ -236,7 +304,7 @@ def test_planted_heads_are_labelled_rightly(planted, method, rows):
 
 
 def test_planted_heads_look_where_they_were_made_to(planted):
-    offsets, scores = planted.offset_share(), head_scores(planted)
+    offsets, scores = planted.offset_share(), map_scores(planted)
     for layer, looks in enumerate(LOOKS):
         for head, look in enumerate(looks):
             of = {name: score[layer, head].item() for name, score in scores.items()}
@@ -273,6 +341,8 @@ def test_budgets_are_shared_out_from_what_was_measured(planted):
     uniform = retained_attention(planted, 24)
     budgets = allocate_budgets(planted, 24)
     assert retained_attention(planted, budgets) > uniform
+    fitted = fit_heads(planted, 24)
+    assert retained_attention(fitted, fitted.budget) > uniform
     slots = [
         entry["spatial" if label else "semantic"]
         for entry, row in zip(budgets, IS_SPATIAL, strict=True)
@@ -334,10 +404,10 @@ def test_a_map_keeps_the_score_and_threshold_that_its_labels_follow_from():
     for seed in range(20):
         statistics = filled(seed)
         labels, threshold = label_heads(statistics, method="window")
-        assert torch.equal(head_scores(statistics)["window_mass"] >= threshold, labels)
+        assert torch.equal(map_scores(statistics)["window_mass"] >= threshold, labels)
         labels, threshold = label_heads(statistics, method="window", threshold=0.4, window=7)
         assert threshold == 0.4
-        assert torch.equal(head_scores(statistics, window=7)["window_mass"] >= 0.4, labels)
+        assert torch.equal(map_scores(statistics, window=7)["window_mass"] >= 0.4, labels)
         labels, _ = label_heads(statistics, method="coverage", num_slots=12)
         gain = statistics.retained("spatial", 12) - statistics.retained("semantic", 12)
         assert torch.equal(labels, gain > 1e-6)
@@ -438,11 +508,26 @@ def test_a_full_disk_leaves_the_older_state(tmp_path, monkeypatch):
 # --- bad input
 
 
+def test_weights_are_told_apart_by_a_few_of_their_numbers(folder, generator, tmp_path):
+    state, settings = tmp_path / "sums", {"progress": False, **CACHE}
+    measure_heads(generator, PROMPTS[:1], state_file=state, **settings)
+    before = state.read_bytes()
+    other = find_generator(str(folder)).load()
+    assert weights_sha256(other.model) == weights_sha256(generator.model)
+    with torch.no_grad():
+        other.model.model.language_model.layers[1].mlp.up_proj.weight.mul_(1.001)
+    with pytest.raises(ProfilingError, match="sums of another run .weights '.*' there, '.*' now.; give another file"):
+        measure_heads(other, PROMPTS[:1], state_file=state, **settings)
+    assert state.read_bytes() == before
+    half = find_generator(str(folder)).load(dtype=torch.bfloat16)
+    assert len({weights_sha256(one.model) for one in (generator, other, half)}) == 3
+
+
 def test_prompts_are_refused_before_anything_is_drawn(generator, monkeypatch):
     monkeypatch.setattr(generator.model, "generate", lambda *_, **__: pytest.fail("drawn"))
     long = "red " * 961  # 1024 positions, 64 of them the picture's
     for prompts, message in (
-        ([], "give a list of at least one prompt"),
+        ([], "at least one prompt, and none that is empty"),
         ("a circle", "give a list"),
         ([*PROMPTS, " "], "none that is empty"),
         ([*PROMPTS, long], "has 1024 positions, and the picture leaves 960 for the prompt: shorten it"),
@@ -468,7 +553,10 @@ def test_nan_attention_is_named_by_layer_and_head(folder, tmp_path, temperature)
 def test_a_prompt_that_overflows_is_one_clear_error(folder):
     generator = find_generator(str(folder)).load()
     generator.model.model.language_model.layers[0].register_forward_hook(lambda _, __, out: out * torch.inf)
-    with pytest.raises(ProfilingError, match="gives NaN or infinite numbers before it has drawn anything"):
+    with pytest.raises(
+        ProfilingError,
+        match="gives NaN or infinite numbers, and its attention so far does not show where: .* load it in bfloat16",
+    ):
         profile_heads(generator, PROMPTS, temperature=1.0, progress=False, **CACHE)
 
 
@@ -510,6 +598,38 @@ def test_settings_out_of_range_are_refused_alike_before_and_in_the_run(generator
         profile_heads(generator, PROMPTS, progress=False, **{"budget": 0.4, **settings})
 
 
+# --- how much labels depend on
+
+
+def test_each_setting_is_varied_alone(planted):
+    variants = vary_labels(planted, windows=(2, 9, 30), thresholds=(0.2, 0.5))
+    usual = {method: label_heads(planted, method=method)[0] for method in ("coverage", "window")}
+    assert [(v.setting, v.value, v.method) for v in variants] == [
+        *(("window", window, "window") for window in (2, 9, 30)),
+        *(("threshold", threshold, "window") for threshold in (0.2, 0.5)),
+        *(("num_slots", slots, method) for method in ("coverage", "window") for slots in (16, 20, 24, 26)),
+        *(("rows", rows, method) for method in ("coverage", "window") for rows in ("conditional", "unconditional")),
+    ]
+    for variant in variants:
+        labels, threshold = label_heads(planted, method=variant.method, **{variant.setting: variant.value})
+        assert (variant.threshold, variant.num_spatial) == (threshold, int(labels.sum()))
+        assert variant.agreement == label_agreement(labels, usual[variant.method])
+        assert variant.retained == pytest.approx(retained_attention(planted, 24, labels))
+    by_window = {variant.value: variant for variant in variants if variant.setting == "window"}
+    assert by_window[9].agreement == 1  # holds the token right above
+    assert by_window[9].retained > by_window[2].retained  # where no head looks
+    assert rows_agreement(planted, "coverage") == rows_agreement(planted, "window") == 1
+    assert [variant.value for variant in vary_labels(planted) if variant.setting == "window"] == [2, 5, 9, 17, 25, 33]
+
+
+def test_figures_of_the_study_are_drawn(planted):
+    halves = {"coverage": {4: (0.9, 0.8), 8: (1.0, 1.0)}, "window": {4: (0.7, 0.5), 8: (0.9, 0.6)}}
+    maps = {"window": {"20%": 0.8, "50%": 0.9}, "online": {"20%": 0.7}}
+    marks = {"window": 9.0, "num_slots": 24.0, "threshold": 0.4}
+    for figure in (draw_halves(halves), draw_maps(maps), draw_sensitivity(vary_labels(planted), marks)):
+        assert to_png(figure, dpi=40).startswith(b"\x89PNG")
+
+
 # --- the command line
 
 
@@ -535,6 +655,7 @@ def test_the_command_writes_the_librarys_own_map(run, generator):
     head_map = HeadMap.from_pretrained("map")
     assert head_map == profile_heads(generator, PROMPTS, levels=[0.4, 40], batch_size=2, progress=False, **CACHE)
     assert sorted(path.name for path in Path().iterdir()) == ["map", "metadata.jsonl", "sums"]
+    assert "Loading weights" not in result.stderr
     result = run(*arguments, "--method", "window", "--threshold", "0.5")
     assert result.exit_code == 0, result.output
     by_window = HeadMap.from_pretrained("head-map")
@@ -592,39 +713,34 @@ def test_help_fits_80_columns_and_names_every_option(run):
 
 def test_two_processes_make_the_map_that_one_makes(folder, tmp_path):
     pytest.importorskip("accelerate")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     # one thread each, since sums in another order round differently
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "CUDA_VISIBLE_DEVICES": ""}
     arguments = ["--batch-size", "1", "--model", str(folder), "--budget", "30", "--buffer", "4", "--device", "cpu"]
+    # accelerate 1.15 starts several processes with --multi_gpu alone; without a GPU they compute on the CPU
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
 
-    def start(output, **environment):
-        return subprocess.Popen(
-            [sys.executable, "-m", "ssd_cache.cli", "profile", *PROMPTS, *arguments, "-o", output, "--resume", "sums"],
+    def profile(output, *launcher):
+        places = ["-o", output, "--resume", f"{output}.sums"]
+        return subprocess.run(
+            [sys.executable, "-m", *launcher, "ssd_cache.cli", "profile", *PROMPTS, *arguments, *places],
             cwd=tmp_path,
-            env=shared | environment,
+            env=environment,
             text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
+            timeout=500,
+            check=False,
         )
 
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    group["ACCELERATE_USE_CPU"] = "true"
-    processes = [start("both", RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
-    outputs = [process.communicate(timeout=500) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert outputs[0][0].endswith("wrote both\n")
-    assert outputs[1][0] == ""
-    assert "profiling:" in outputs[0][1]
-    assert "profiling:" not in outputs[1][1]
-    both = HeadMap.from_pretrained(tmp_path / "both")
-    (tmp_path / "sums").rename(tmp_path / "sums of both")
-    alone = start("alone")
-    outputs = alone.communicate(timeout=500)
-    assert alone.returncode == 0, outputs
-    assert HeadMap.from_pretrained(tmp_path / "alone") == both
-    sums, sums_of_both = (load_file(tmp_path / name) for name in ("sums", "sums of both"))
+    both, alone = profile("both", *launch), profile("alone")
+    assert (both.returncode, alone.returncode) == (0, 0), both.stderr + alone.stderr
+    for done, name in ((both, "both"), (alone, "alone")):
+        assert done.stdout.count("wrote") == 1  # the main process alone says and writes anything
+        assert done.stdout.endswith(f"wrote {name}\n")
+    assert f"{2 * 64}/{2 * 64}" in both.stderr  # its bar counts its own pictures, two of the three
+    assert f"{3 * 64}/{3 * 64}" in alone.stderr
+    assert HeadMap.from_pretrained(tmp_path / "both") == HeadMap.from_pretrained(tmp_path / "alone")
+    sums, sums_of_both = (load_file(tmp_path / f"{name}.sums") for name in ("alone", "both"))
     assert sums.keys() == sums_of_both.keys()
     assert all(torch.equal(value, sums_of_both[name]) for name, value in sums.items())
 

@@ -15,8 +15,8 @@ import torch
 from ssd_cache.head_map import HeadMap
 from ssd_cache.statistics import HeadStatistics, Rows
 
-METHODS = ("coverage", "window")
 Method = Literal["coverage", "window"]
+METHODS: tuple[Method, ...] = ("coverage", "window")
 
 TOLERANCE = 1e-6
 """Retained attention that differs by less is equal: the softmax it is made of is float32."""
@@ -116,7 +116,7 @@ def choose_threshold(mass: torch.Tensor, gain: torch.Tensor) -> float:
     return float(cuts[worth.argmax()])
 
 
-def head_scores(statistics: HeadStatistics, window: int | None = None) -> dict[str, torch.Tensor]:
+def map_scores(statistics: HeadStatistics, window: int | None = None) -> dict[str, torch.Tensor]:
     """What a head map keeps of the statistics, float32 `[layers, kv_heads]` by name.
 
     "coverage" is `retained("spatial") - retained("semantic")` at the first level; "retained_spatial-115" and the like

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -24,6 +25,9 @@ from ssd_cache.observing import HeadObserver
 from ssd_cache.profiling_state import Processes, load_state, save_state
 from ssd_cache.statistics import HeadStatistics, Level, ProfilingError, resolve_levels
 from ssd_cache.watching import WatchingCache
+
+SAMPLED_FROM_NAN = ("probability tensor", "device-side assert")
+"""How torch says it, on a CPU and on a GPU; of the latter nothing more can be asked then."""
 
 
 def measure_heads(
@@ -46,8 +50,8 @@ def measure_heads(
     """What `profile_heads` labels by, for all other questions: see there for the arguments and errors.
 
     Beside what drawing takes, a run holds for every layer, row and KV head the queries of one grid row and 4 bytes for
-    each level and cell, and for a moment a few times 4 MB of softmax weights: with the default buffer and one level
-    under a tenth of the full cache's K and V.
+    each level and cell, and for a moment a few copies of some softmax weights (see `watching.CHUNK`): with the default
+    buffer and one level under a tenth of the full cache's K and V (`watching_cost` counts it out for any model).
 
     Started by `accelerate launch` or `torchrun`, the processes draw the batches in turn, each with the seed that it has
     in a single process, and every process gets the sums of all; the main one alone writes the state file.
@@ -56,7 +60,8 @@ def measure_heads(
     check_count("batch_size", batch_size, 1)
     checkpoint = generator.checkpoint
     found = resolve_levels(checkpoint.grid, budget, levels, buffer=buffer, num_recent=num_recent, num_sinks=num_sinks)
-    prompts = _checked_prompts(generator, prompts)
+    check_prompts(generator, prompts)
+    prompts = list(prompts)
     settings: dict[str, Any] = {
         "guidance_scale": generator.guidance_scale if guidance_scale is None else guidance_scale,
         "temperature": generator.temperature if temperature is None else temperature,
@@ -93,6 +98,16 @@ def prompts_sha256(prompts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
 
 
+def weights_sha256(model: PreTrainedModel) -> str:
+    """Which weights these are, from some numbers of every parameter: training changes them all, so a few tell."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, len(flat) // 64)].cpu().contiguous()
+        found.update(f"{name} {list(parameter.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
 def _measure_batch(
     generator: Generator, prompts: list[str], levels: Sequence[Level], on_tokens, **settings
 ) -> HeadStatistics:
@@ -101,31 +116,44 @@ def _measure_batch(
     shape = checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads
     observer = HeadObserver(*shape, levels, generator.is_unconditional(len(prompts)))
     cache = WatchingCache(*shape, observer)
+    draw_watched(generator, prompts, cache, on_tokens=on_tokens, **settings)
+    return observer.finish()
+
+
+def draw_watched(generator: Generator, prompts: Sequence[str], cache: WatchingCache, **settings) -> torch.Tensor:
+    """Draw with a full cache that shows its attention, to the end; returns tokens, as `Generator.generate`.
+
+    Raises:
+        ProfilingError: numbers that are NaN or infinite, or a picture that is not of the grid's size.
+    """
+    name, (rows, columns) = generator.checkpoint.name, generator.checkpoint.grid
     try:
-        tokens = generator.generate(prompts, cache, on_tokens=on_tokens, **settings)
+        tokens = generator.generate(prompts, cache, **settings)
     except RuntimeError as error:
         # sampling from NaN fails at once; the attention of the row so far shows where it came from
         with suppress(RuntimeError):
             cache.finish()
-            observer.finish()
-        if "probability tensor" in str(error):
+        if any(text in str(error) for text in SAMPLED_FROM_NAN):
             raise ProfilingError(
-                f"{checkpoint.name} gives NaN or infinite numbers before it has drawn anything: the model's numbers "
-                "overflow, as they may in float16; load it in bfloat16 or float32"
+                f"{name} gives NaN or infinite numbers, and its attention so far does not show where: its numbers "
+                "overflow, as they may in float16; load it in bfloat16 or float32 (temperature 0 may show the head)"
             ) from error
         raise
-    rows, columns = checkpoint.grid
     if tokens.shape[-1] != rows * columns:
         raise ProfilingError(
-            f"{checkpoint.name} drew {tokens.shape[-1]} visual tokens, but its grid is {rows} x {columns}: the map "
-            "would not fit it"
+            f"{name} drew {tokens.shape[-1]} visual tokens, but its grid is {rows} x {columns}: a map would not fit; "
+            "load the model with the configuration it was trained with"
         )
     cache.finish()
-    return observer.finish()
+    return tokens
 
 
-def _checked_prompts(generator: Generator, prompts: Sequence[str]) -> list[str]:
-    """A list of the prompts; refuses, before anything is drawn, empty ones and those that leave the picture no room."""
+def check_prompts(generator: Generator, prompts: Sequence[str]) -> None:
+    """Refuse, before anything is drawn, empty prompts and those that leave the picture no room.
+
+    Raises:
+        GeneratorError: what was received, and the limit.
+    """
     if isinstance(prompts, str) or not prompts or not all(isinstance(text, str) and text.strip() for text in prompts):
         raise GeneratorError(f"prompts={prompts!r:.80}: give a list of at least one prompt, and none that is empty")
     checkpoint = generator.checkpoint
@@ -141,7 +169,6 @@ def _checked_prompts(generator: Generator, prompts: Sequence[str]) -> list[str]:
                     f"prompt {text[:60]!r} is {length} tokens long; {checkpoint.name} has {limit} positions, and the "
                     f"picture leaves {room} for the prompt: shorten it"
                 )
-    return list(prompts)
 
 
 def _fingerprint(
@@ -152,6 +179,7 @@ def _fingerprint(
     return {
         "model": checkpoint.name,
         "revision": getattr(checkpoint.config, "_commit_hash", None),
+        "weights": weights_sha256(generator.model),
         "dtype": str(generator.model.dtype),
         "grid": list(checkpoint.grid),
         "heads": [checkpoint.num_layers, checkpoint.num_kv_heads],

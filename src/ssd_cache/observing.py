@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from ssd_cache.statistics import HeadStatistics, Level, ProfilingError
+from ssd_cache.statistics import HeadStatistics, Level
 
 
 class HeadObserver:
@@ -39,7 +39,6 @@ class HeadObserver:
         self.branch = is_unconditional.long()
         self.num_rows = torch.bincount(self.branch, minlength=2).double()  # conditional, unconditional
         self.retention: dict[int, SemanticRetention] = {}
-        self._total = torch.zeros(num_layers, num_kv_heads, dtype=torch.float64)
         self._row_sums: torch.Tensor | None = None
 
     def observe(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, rows: slice) -> None:
@@ -61,25 +60,12 @@ class HeadObserver:
         sums = _by_branch(weights.sum(2) if groups > 1 else weights[:, :, 0], branch)
         self._row_sums = sums if self._row_sums is None else self._row_sums + sums
         if rows.stop == batch:
-            sums, self._row_sums = self._row_sums.to(self._total.device), None
-            self._total[layer_idx] += sums.sum((1, 2, 3))
+            sums, self._row_sums = self._row_sums.to(self.num_rows.device), None
             self._add_spatial(layer_idx, sums, num_prompt, first, groups * self.num_rows)
             self._add_shares(layer_idx, sums, num_prompt, first, groups * self.num_rows)
 
     def finish(self) -> HeadStatistics:
-        """The statistics of the batch, on the CPU.
-
-        Raises:
-            ProfilingError: attention that is NaN somewhere, with the layer and the KV heads.
-        """
-        broken = ~self._total.isfinite()
-        if broken.any():
-            layer = int(broken.any(1).nonzero()[0])
-            heads = broken[layer].nonzero().flatten().tolist()
-            raise ProfilingError(
-                f"the attention of layer {layer}, KV head {', '.join(map(str, heads))}, is NaN: the model's numbers "
-                "overflow, as they may in float16; load it in bfloat16 or float32"
-            )
+        """The statistics of the batch, on the CPU."""
         self._move_to(torch.device("cpu"))
         return self.statistics
 
@@ -91,7 +77,7 @@ class HeadObserver:
     def _move_to(self, device: torch.device) -> None:
         self.branch = self.branch.to(device)
         home = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-        self._total, self.num_rows = self._total.to(home), self.num_rows.to(home)
+        self.num_rows = self.num_rows.to(home)
         self.statistics.sums = {name: value.to(home) for name, value in self.statistics.sums.items()}
 
     def _add(self, layer_idx: int, name: str, values: torch.Tensor, level: int | None = None) -> None:

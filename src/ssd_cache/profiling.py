@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ssd_cache.budget import Amount, check_count
 from ssd_cache.head_map import HeadMap
-from ssd_cache.labels import Method, check_labelling, head_scores, label_heads, resolve_window
+from ssd_cache.labels import Method, check_labelling, label_heads, map_scores, resolve_window
 from ssd_cache.measuring import measure_heads, prompts_sha256
 from ssd_cache.models import Generator, generator_of
 from ssd_cache.statistics import resolve_levels
@@ -92,7 +92,7 @@ def profile_heads(
         state_file=state_file,
     )
     is_spatial, cut = label_heads(statistics, method=method, window=window, threshold=threshold)
-    scores = head_scores(statistics, window)
+    scores = map_scores(statistics, window)
     from_data = method == "window" and threshold is None
     return HeadMap(
         is_spatial,

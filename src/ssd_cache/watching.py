@@ -1,7 +1,8 @@
 """A full cache that shows the attention of every step to an observer, without an attention matrix ever being stored.
 
-The queries of a grid row are held and their softmax is made once a row, a few rows of the batch at a time. What an
-observer makes of it is its own: `statistics.py` labels heads by it, `analysis` draws it.
+The queries of a grid row are held and their softmax is made once a row, a few rows of the batch at a time. Attention
+that is not finite is told here, for all observers. What an observer makes of the rest is its own: `observing.py` sums
+it up, `analysis` draws it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from transformers import Cache
 
 from ssd_cache.layer import LayerPlan, SSDLayer
 from ssd_cache.slots import SlotStore
+from ssd_cache.statistics import ProfilingError
 
-CHUNK = 1 << 20
-"""Weights made at once: 4 MB in float32, so that what a softmax needs beside the cache does not grow with the batch."""
+CHUNK = 1 << 18
+"""Weights made at once: 1 MB in float32, so that what a softmax needs beside the cache does not grow with the batch."""
+
+GPU_CHUNK = 1 << 22
+"""The same on any other device, where launching a kernel costs more than so little work: 16 MB."""
 
 
 class Observer(Protocol):
@@ -46,18 +51,34 @@ class WatchingCache(Cache):
 
     def __init__(self, grid: tuple[int, int], num_layers: int, num_kv_heads: int, observer: Observer):
         cells = grid[0] * grid[1]
-        slots = {"semantic": cells, "spatial": cells}
+        slots, recent = (cells,) * num_kv_heads, (0,) * num_kv_heads
         # one cell more than the grid has, so that every head counts as one that is scored
         plans = [
-            LayerPlan(layer, (False,) * num_kv_heads, slots, cells + 1, grid[1], 0, 0) for layer in range(num_layers)
+            LayerPlan(layer, (False,) * num_kv_heads, slots, cells + 1, grid[1], recent, 0)
+            for layer in range(num_layers)
         ]
         super().__init__(layers=[_WatchingLayer(plan, observer) for plan in plans])
 
     def finish(self) -> None:
-        """Show the steps of a grid row that was not completed; transformers never feeds a picture's last token."""
-        for layer in self.layers:
+        """Show the steps of a grid row that was not completed; transformers never feeds a picture's last token.
+
+        Raises:
+            ProfilingError: attention that was NaN somewhere, with the first such layer and its KV heads.
+        """
+        for index, layer in enumerate(self.layers):
             for store in layer.stores:
                 store.score_held()
+                heads = (~store.soundness.isfinite()).nonzero().flatten().tolist()
+                if heads:
+                    raise ProfilingError(
+                        f"the attention of layer {index}, KV head {', '.join(map(str, heads))}, is NaN: the model's "
+                        "numbers overflow, as they may in float16; load it in bfloat16 or float32"
+                    )
+
+    @property
+    def watching_nbytes(self) -> int:
+        """Bytes held beside K and V; what the observer holds is its own to tell."""
+        return sum(layer.bookkeeping_nbytes for layer in self.layers)
 
 
 class _WatchingStore(SlotStore):
@@ -68,6 +89,8 @@ class _WatchingStore(SlotStore):
         # nothing is evicted, so neither scores nor a position for every head are needed
         self.scores, self.positions = self.scores[..., :0].clone(), self.positions[:, :1].clone()
         self.layer_idx, self.observer = layer_idx, observer
+        # a sum that a NaN never leaves again: looking at it once, at the end, does not hold a GPU up
+        self.soundness = self.keys.new_zeros(self.keys.shape[1], dtype=torch.float32)
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, position: int) -> None:
         if self.num_stored == self.num_slots:
@@ -81,11 +104,18 @@ class _WatchingStore(SlotStore):
         if self.queries is None or self.num_held == 0:
             return
         batch, heads, groups = self.queries.shape[:3]
-        num_rows = max(1, CHUNK // (heads * groups * self.num_held * (self.num_prompt + self.num_stored)))
+        of_row = heads * groups * self.num_held * (self.num_prompt + self.num_stored)
+        num_rows = max(1, (CHUNK if self.keys.device.type == "cpu" else GPU_CHUNK) // of_row)
         for start in range(0, batch, num_rows):
             rows = slice(start, min(start + num_rows, batch))
-            self.observer.observe(self.layer_idx, self.held_attention(rows), self.num_prompt, rows)
+            weights = self.held_attention(rows)
+            self.soundness += weights[..., 0].sum((0, 2, 3))  # a softmax is NaN in all its columns or in none
+            self.observer.observe(self.layer_idx, weights, self.num_prompt, rows)
         self.num_held = 0
+
+    @property
+    def bookkeeping_nbytes(self) -> int:
+        return super().bookkeeping_nbytes + self.soundness.nbytes
 
 
 class _WatchingLayer(SSDLayer):

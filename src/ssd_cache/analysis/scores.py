@@ -94,7 +94,8 @@ def _deciding(head_map: HeadMap) -> str | None:
     for name, values in head_map.scores.items():
         if torch.equal(values.double() >= cut, head_map.is_spatial):
             return name
-    return head_map.method if head_map.method in head_map.scores else next(iter(head_map.scores), None)
+    method = "coverage" if head_map.method == "fit" else head_map.method  # which chooses kinds as coverage does
+    return method if method in head_map.scores else next(iter(head_map.scores), None)
 
 
 def draw_scores(scores: HeadScores) -> Figure:

@@ -26,6 +26,7 @@ from ssd_cache.budget import Budget
 from ssd_cache.cache import MemoryStats
 from ssd_cache.enable import ssd_attention
 from ssd_cache.head_map import HeadMap
+from ssd_cache.measuring import check_prompts, draw_watched
 from ssd_cache.models import Generator, check_drawing, generator_of
 from ssd_cache.watching import WatchingCache
 
@@ -112,6 +113,7 @@ def run_plan(
     progress: bool = True,
 ) -> Analysis:
     """Draw and measure what was planned; see `analyze`."""
+    check_prompts(generator, [prompt])
     checkpoint, head_map = generator.checkpoint, plan.head_map
     is_unconditional = generator.is_unconditional(plan.num_images)
     row = int(is_unconditional.long().argmin())  # the first picture's conditional row
@@ -131,34 +133,10 @@ def run_plan(
             disable=not progress,
         ) as bar,
     ):
-
-        def draw(policy: str, cache, probe: RetentionProbe | None = None) -> None:
-            def on_tokens(number: int) -> None:
-                bar.update(number)
-                if probe is not None:
-                    probe(number)
-
-            bar.set_description(policy)
-            tokens = generator.generate(
-                [prompt] * plan.num_images,
-                cache,
-                guidance_scale=guidance_scale,
-                temperature=temperature,
-                seed=seed,
-                on_tokens=on_tokens,
-            )
-            drawn[policy] = tokens[:1]
-
-        try:
-            draw("full", watching)
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
-            watching.finish()  # raises by itself where the attention shows which head it was
-            raise ValueError(
-                f"{checkpoint.name} gives NaN or infinite numbers: run it in bfloat16 or float32"
-            ) from error
-        watching.finish()
+        prompts = [prompt] * plan.num_images
+        settings: dict[str, Any] = {"guidance_scale": guidance_scale, "temperature": temperature, "seed": seed}
+        bar.set_description("full")
+        drawn["full"] = draw_watched(generator, prompts, watching, on_tokens=bar.update, **settings)[:1]
         attention = recorder.result()
         concentration = semantic_concentration(watching, head_map, is_unconditional=is_unconditional, seed=seed)
         dtype, device = watching.layers[0].dtype, watching.layers[0].device
@@ -166,7 +144,13 @@ def run_plan(
         for policy, probe in probes.items():
             cache = plan.caches[policy]
             cache.reset()
-            draw(policy, cache, probe)
+
+            def on_tokens(number: int, probe: RetentionProbe = probe) -> None:
+                bar.update(number)
+                probe(number)
+
+            bar.set_description(policy)
+            drawn[policy] = generator.generate(prompts, cache, on_tokens=on_tokens, **settings)[:1]
             assert probe.result is not None
             retention[policy], memory[policy] = probe.result, cache.memory_stats()
             cache.reset()

@@ -17,6 +17,7 @@ from ssd_cache.analysis.report import report_paths, write_report
 from ssd_cache.analysis.study import run_plan
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.files import check_writable, read_prompts
+from ssd_cache.cli.loading import load_generator
 from ssd_cache.cli.options import MODEL, SAMPLING, Device, Dtype, Guidance, ModelName, Temperature
 from ssd_cache.cli.plan import ONLINE, parse_budget
 from ssd_cache.head_map import HeadMap
@@ -121,7 +122,7 @@ def analyze(
             head=None if layer is None or head is None else (layer, head),
             num_images=num_images,
         )
-    generator = checkpoint.load(kind, where)
+    generator = load_generator(checkpoint, kind, where)
     try:
         analysis = run_plan(generator, text, plan, guidance_scale=guidance, temperature=temperature, seed=seed)
     except ValueError as error:  # NaN, or a prompt that does not fit: each says what to do

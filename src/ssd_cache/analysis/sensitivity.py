@@ -1,0 +1,186 @@
+"""How much labels depend on what they were made with: window, threshold, slots, rows, and number of prompts.
+
+Arithmetic on `HeadStatistics` that were measured once, and figures of it. It measures nothing, and how well pictures
+come out under other labels is not its question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ssd_cache.allocation import retained_attention
+from ssd_cache.analysis.plotting import new_figure
+from ssd_cache.labels import METHODS, Method, label_agreement, label_heads
+from ssd_cache.statistics import HeadStatistics, Rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+THRESHOLDS = tuple(step / 10 for step in range(1, 10))
+STYLES: dict[str, dict[str, Any]] = {
+    "coverage": {"color": "#0072B2", "marker": "o", "linestyle": "-", "markersize": 8, "markerfacecolor": "none"},
+    "window": {"color": "#D55E00", "marker": "s", "linestyle": "--", "markersize": 4},
+}
+"""How each method is drawn: colour, marker and line each tell them apart (colours of Okabe and Ito), even where they
+lie upon each other."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Labels made with one setting changed.
+
+    Attributes:
+        setting: "window", "threshold", "num_slots" or "rows", as for `label_heads`.
+        value: of that setting.
+        method: "coverage" or "window".
+        threshold: that the labels were made with, None for "coverage".
+        num_spatial: heads called spatial.
+        agreement: share of the heads that the same method labels alike with its defaults.
+        retained: mean retained attention of these labels at the intended budget.
+    """
+
+    setting: str
+    value: int | float | str
+    method: Method
+    threshold: float | None
+    num_spatial: int
+    agreement: float
+    retained: float
+
+
+def vary_labels(
+    statistics: HeadStatistics,
+    *,
+    windows: Sequence[int] | None = None,
+    thresholds: Sequence[float] = THRESHOLDS,
+    methods: Sequence[Method] = METHODS,
+) -> list[Variant]:
+    """Labels with one setting changed at a time, all others as `label_heads` has them when nothing is given.
+
+    The slots (the M best tokens that a semantic head may keep) take every level that was measured; rows are guidance's
+    conditional and unconditional ones, each alone. Window and threshold are settings of "window" only.
+
+    Args:
+        statistics: measured by `measure_heads`; with several levels, since these are the numbers of slots tried.
+        windows: visual tokens; two, and half a grid row, one, two, three and four rows, each and one, when not given.
+        thresholds: between 0 and 1.
+        methods: labelled by.
+    """
+    columns, cells = statistics.grid[1], statistics.grid[0] * statistics.grid[1]
+    if windows is None:
+        windows = sorted({2, columns // 2 + 1, *(rows * columns + 1 for rows in range(1, 5))})
+        windows = [window for window in windows if window < cells]
+    changes: list[tuple[str, Sequence[Any]]] = [
+        ("window", windows),
+        ("threshold", thresholds),
+        ("num_slots", sorted(level.num_slots for level in statistics.levels)),
+    ]
+    if statistics.sums["queries"][:, :, 1].any():
+        changes.append(("rows", ("conditional", "unconditional")))
+    found = []
+    for setting, values in changes:
+        by: Sequence[Method] = ("window",) if setting in ("window", "threshold") else methods
+        for method in by:
+            usual, _ = label_heads(statistics, method=method)
+            for value in values:
+                labels, threshold = label_heads(statistics, method=method, **{setting: value})
+                retained = retained_attention(statistics, statistics.levels[0].num_slots, labels)
+                agreement = label_agreement(labels, usual)
+                found.append(Variant(setting, value, method, threshold, int(labels.sum()), agreement, retained))
+    return found
+
+
+def rows_agreement(statistics: HeadStatistics, method: Method) -> float:
+    """Share of the heads that guidance's conditional rows and its unconditional ones, each alone, label alike."""
+    rows: tuple[Rows, Rows] = ("conditional", "unconditional")
+    return label_agreement(*(label_heads(statistics, method=method, rows=of)[0] for of in rows))
+
+
+def draw_sensitivity(variants: Sequence[Variant], usual: Mapping[str, float]) -> Figure:
+    """Agreement with the usual labels (above) and retained attention (below), by window, threshold and slots.
+
+    Args:
+        variants: from `vary_labels`.
+        usual: "window", "threshold" and "num_slots" that the usual labels have; a grey line marks each.
+    """
+    titles = {"window": "window W (tokens)", "threshold": "threshold \u03c4", "num_slots": "slots M"}
+    figure = new_figure(4.6, 7.5)
+    panels = figure.subplots(2, len(titles), sharex="col", sharey="row", squeeze=False)
+    for column, (setting, title) in enumerate(titles.items()):
+        for row, name in enumerate(("agreement", "retained")):
+            axes = panels[row][column]
+            if setting in usual:
+                axes.axvline(usual[setting], color="#999999", linewidth=5, alpha=0.35, label="the usual value")
+            for method in METHODS:
+                chosen = [found for found in variants if (found.setting, found.method) == (setting, method)]
+                if chosen:
+                    _line(axes, [float(found.value) for found in chosen], [getattr(f, name) for f in chosen], method)
+        panels[1][column].set_xlabel(title)
+    panels[0][0].set_ylabel("agreement with\nthe usual labels")
+    panels[1][0].set_ylabel("retained attention\nat the usual slots")
+    panels[0][0].set_ylim(top=1.02)
+    _legend(figure, panels[0][-1])
+    return figure
+
+
+def draw_halves(agreement: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
+    """Agreement of two halves of the prompts against their number: the mean, and the lowest draw as a dotted line.
+
+    Args:
+        agreement: method -> what `split_half_agreement` gave.
+    """
+    figure = new_figure(3.4)
+    axes = figure.add_subplot()
+    for method, found in agreement.items():
+        numbers, (means, lowest) = list(found), zip(*found.values(), strict=True)
+        _line(axes, numbers, means, method)
+        faint = STYLES[method] | {"linestyle": ":", "linewidth": 1, "markersize": 3}
+        axes.plot(numbers, lowest, **faint, label=f"{method}, lowest draw")
+    numbers = sorted({number for found in agreement.values() for number in found})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(numbers, map(str, numbers))
+    axes.set(xlabel="prompts in both halves together", ylabel="heads labelled alike", ylim=(None, 1.02))
+    _legend(figure, axes)
+    return figure
+
+
+def draw_maps(retained: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Retained attention of head maps, a row a map, a marker a budget.
+
+    Args:
+        retained: name of the map -> name of the budget -> mean over the heads.
+    """
+    budgets = list(dict.fromkeys(name for values in retained.values() for name in values))
+    figure = new_figure(0.9 + 0.32 * len(retained))
+    axes = figure.add_subplot()
+    colors, markers = ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), "osD^"
+    for index, budget in enumerate(budgets):
+        values = [found.get(budget, float("nan")) for found in retained.values()]
+        style: dict[str, Any] = {
+            "color": colors[index % 4],
+            "marker": markers[index % 4],
+            "linestyle": "none",
+            "label": budget,
+        }
+        axes.plot(values, range(len(values)), **style)
+    axes.set_yticks(range(len(retained)), list(retained))
+    axes.invert_yaxis()
+    axes.grid(axis="y", color="#dddddd")
+    axes.set_xlabel("retained attention, mean over the heads")
+    _legend(figure, axes)
+    return figure
+
+
+def _line(axes: Axes, x: Sequence[float], y: Sequence[float], method: str) -> None:
+    axes.plot(x, y, **STYLES[method], label=method)
+    axes.grid(color="#e5e5e5")
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=2 if len(labels) == 4 else len(labels), frameon=False
+    )

@@ -15,7 +15,7 @@ def kept_tokens(kind, level, own_scores, token, state):
         if kind == "spatial":
             ranked = sorted(old for old in state if old >= num_sinks)
         else:
-            candidates = [old for old in state if old < token - num_recent]
+            candidates = [old for old in state if num_sinks <= old < token - num_recent]
             ranked = sorted(candidates, key=lambda old: (own_scores[old], old))
         for old in ranked[:buffer]:
             state.remove(old)

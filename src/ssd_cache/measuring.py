@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from ssd_cache.budget import Amount, check_count
 from ssd_cache.enable import ssd_attention
 from ssd_cache.models import Generator, GeneratorError, generator_of
+from ssd_cache.models.settings import check_texts
 from ssd_cache.observing import HeadObserver
 from ssd_cache.profiling_state import Processes, load_state, save_state
 from ssd_cache.statistics import HeadStatistics, Level, ProfilingError, resolve_levels
@@ -154,8 +155,7 @@ def check_prompts(generator: Generator, prompts: Sequence[str]) -> None:
     Raises:
         GeneratorError: what was received, and the limit.
     """
-    if isinstance(prompts, str) or not prompts or not all(isinstance(text, str) and text.strip() for text in prompts):
-        raise GeneratorError(f"prompts={prompts!r:.80}: give a list of at least one prompt, and none that is empty")
+    check_texts(prompts)
     checkpoint = generator.checkpoint
     config = checkpoint.config.get_text_config(decoder=True)
     limit = getattr(config, "max_position_embeddings", None)

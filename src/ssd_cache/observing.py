@@ -192,10 +192,11 @@ class SemanticRetention:
 def evict(scores: torch.Tensor, level: Level) -> None:
     """Mark the `buffer` lowest scores of each head -inf; `scores` `[rows, kv_heads, seen]`, in the order of arrival.
 
-    The `num_recent` newest are spared; of equal scores the older goes.
+    The `num_recent` newest and the `num_sinks` first are spared; of equal scores the older goes.
     """
     order = scores.masked_fill(scores == -torch.inf, torch.inf)
     order[..., scores.shape[-1] - level.num_recent :] = torch.inf
+    order[..., : level.num_sinks] = torch.inf
     victims = order.argsort(dim=-1, stable=True)[..., : level.buffer]
     scores.scatter_(-1, victims, -torch.inf)
 

@@ -63,9 +63,9 @@ def resolve_levels(
     resolved = []
     for slots in (first, *sorted(others)):
         recent = resolve_recent(num_recent, slots)
-        if slots < rows * columns and slots < buffer + max(recent, num_sinks):
+        if slots < rows * columns and slots < buffer + recent + num_sinks:
             raise ValueError(
-                f"{slots} slots are fewer than buffer={buffer} and num_recent={recent} or num_sinks={num_sinks} "
+                f"{slots} slots are fewer than buffer={buffer} and num_recent={recent} and num_sinks={num_sinks} "
                 "together: raise the budget or level, or lower the others"
             )
         resolved.append(Level(slots, min(buffer, slots), recent, num_sinks))

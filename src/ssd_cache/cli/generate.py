@@ -10,12 +10,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from ssd_cache.cache import POLICIES
 from ssd_cache.cli.draw import Drawing, draw
 from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.files import check_output, read_prompts, save_picture
+from ssd_cache.cli.loading import load_generator
 from ssd_cache.cli.options import (
     MODEL,
     SAMPLING,
@@ -33,8 +33,6 @@ from ssd_cache.cli.report import process_peak, size, table
 from ssd_cache.cli.sheet import Row, contact_sheet
 from ssd_cache.models import (
     BUNDLED,
-    Checkpoint,
-    Generator,
     check_drawing,
     find_generator,
     resolve_device,
@@ -116,7 +114,7 @@ def generate(
         kind = resolve_dtype(dtype, where)
         checkpoint = find_generator(model)
         caches = make_caches(checkpoint, policies, head_map, amount, buffer)
-    generator = _load(checkpoint, kind, where)
+    generator = load_generator(checkpoint, kind, where)
 
     repeated = [text for text in texts for _ in range(num_images)]
     drawings = [
@@ -145,18 +143,6 @@ def generate(
     )
     console.print(table(drawings, conditions))
     console.print(f"wrote {output} ({picture.width} x {picture.height})", soft_wrap=True)
-
-
-def _load(checkpoint: Checkpoint, dtype, device) -> Generator:
-    """Load with transformers' bar only where there is something to wait for."""
-    quiet = Path(checkpoint.source).is_dir() and transformers_logging.is_progress_bar_enabled()
-    if quiet:
-        transformers_logging.disable_progress_bar()
-    try:
-        return checkpoint.load(dtype, device)
-    finally:
-        if quiet:
-            transformers_logging.enable_progress_bar()
 
 
 def _sheet(drawings: list[Drawing], captions: list[str], num_images: int, compare: bool):

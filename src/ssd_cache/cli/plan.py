@@ -20,8 +20,8 @@ ONLINE = "online"
 """In place of a head map: no map; the cache labels the heads."""
 
 
-def parse_budget(text: str) -> int | float:
-    """A count of tokens from digits alone above 1, else a fraction of the grid.
+def parse_budget(text: str, option: str = "--budget", least: int = 2) -> int | float:
+    """A count of tokens from digits alone, `least` or more, else a fraction of the grid: `1` is the whole grid.
 
     Raises:
         WrongUse: neither.
@@ -30,13 +30,13 @@ def parse_budget(text: str) -> int | float:
         amount = float(text)
     except ValueError:
         amount = 0.0
-    if text.strip().isdecimal() and int(text) > 1:
+    if text.strip().isdecimal() and int(text) >= least:
         return int(text)
     if 0 < amount <= 1:
         return amount
     raise WrongUse(
-        f"--budget {text}: give a fraction of the grid above 0 and up to 1 (0.2), or a whole number of visual tokens "
-        "above 1 (115)"
+        f"{option} {text}: give a fraction of the grid above 0 and up to 1 (0.2), or a whole number of visual tokens "
+        f"from {least} up (115)"
     )
 
 

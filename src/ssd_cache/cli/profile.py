@@ -16,6 +16,7 @@ from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.files import check_writable, read_prompts
 from ssd_cache.cli.loading import load_generator
 from ssd_cache.cli.options import Device, Dtype, Guidance, ModelName, Prompts, PromptsFile, Seed, Temperature
+from ssd_cache.cli.plan import parse_budget
 from ssd_cache.models import BUNDLED, check_drawing, find_generator
 from ssd_cache.profiling import check_profiling, profile_heads
 from ssd_cache.profiling_state import Processes
@@ -94,10 +95,10 @@ def profile(
         _check_place("--resume", resume, is_folder=False)
     settings: dict[str, Any] = {
         "method": method,
-        "budget": _amount("--budget", budget),
-        "levels": [_amount("--levels", level) for level in levels.split(",")] if levels else None,
+        "budget": parse_budget(budget),
+        "levels": [parse_budget(level, "--levels") for level in levels.split(",")] if levels else None,
         "buffer": buffer,
-        "num_recent": _amount("--num-recent", num_recent),
+        "num_recent": parse_budget(num_recent, "--num-recent", least=0),
         "num_sinks": num_sinks,
         "window": window,
         "threshold": threshold,
@@ -127,17 +128,6 @@ def profile(
     if processes.is_main:
         Console(highlight=False, markup=False).print(f"{head_map!r}\nwrote {folder}", soft_wrap=True)
     processes.close()
-
-
-def _amount(option: str, text: str) -> int | float:
-    """A count from digits alone, else a fraction; `1` is the whole grid, as for `generate --budget`."""
-    text = text.strip()
-    if text.isdecimal() and (int(text) != 1 or option == "--num-recent"):
-        return int(text)
-    try:
-        return float(text)
-    except ValueError:
-        raise WrongUse(f"{option} {text}: give a fraction (0.2), or a whole number of visual tokens (115)") from None
 
 
 def _check_place(option: str, place: Path, is_folder: bool) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ssd_cache.head_map import HeadMap
-from ssd_cache.models.settings import GeneratorError, check_drawing, resolve_device, resolve_dtype
+from ssd_cache.models.settings import check_drawing, check_texts, resolve_device, resolve_dtype
 
 BUNDLED = "shapes-janus"
 """The small trained model that travels with the package."""
@@ -89,10 +89,7 @@ class Generator(ABC):
         Raises:
             GeneratorError: no list of prompts, none in it, an empty one, or a setting out of range.
         """
-        if isinstance(prompts, str):
-            raise GeneratorError(f"prompts={prompts!r} is one text: give a list of texts, one a picture")
-        if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
-            raise GeneratorError(f"prompts={list(prompts)!r}: give at least one prompt, and none that is empty")
+        check_texts(prompts)
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         temperature = self.temperature if temperature is None else temperature
         check_drawing(guidance_scale, temperature, seed)

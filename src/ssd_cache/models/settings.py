@@ -6,6 +6,7 @@ They are checked here, before anything is loaded; what they do is the generators
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -14,6 +15,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 class GeneratorError(ValueError):
     """A model that can not be found or used, or a setting of a drawing out of range."""
+
+
+def check_texts(prompts: Sequence[str]) -> None:
+    """Refuse what is no list of prompts.
+
+    Raises:
+        GeneratorError: one text instead of a list, no prompt in it, or an empty one.
+    """
+    if isinstance(prompts, str):
+        raise GeneratorError(f"prompts={prompts!r:.80} is one text: give a list of texts, one a picture")
+    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise GeneratorError(f"prompts={list(prompts)!r:.80}: give at least one prompt, and none that is empty")
 
 
 def check_drawing(guidance_scale: float | None = None, temperature: float | None = None, seed: int = 0) -> None:

@@ -50,5 +50,5 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP_INSTALL) -e '.[dev,docs,plot,distributed]'
+	$(PIP_INSTALL) -e '.[dev,docs,distributed,eval,plot]'
 	@touch $@ $(VENV)/.runtime

@@ -7,7 +7,7 @@ chooses labels as well, `allocate_budgets` leaves them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +20,7 @@ from ssd_cache.labels import label_heads, map_scores
 from ssd_cache.statistics import HeadStatistics
 
 SCORE = re.compile(r"retained_(spatial|semantic)-(\d+)")
+DIVERGENCE = re.compile(r"divergence-(\d+)")
 MAX_CELLS = 1 << 30
 """Of the table that the exact search fills."""
 
@@ -78,12 +79,13 @@ def fit_heads(source: HeadMap | HeadStatistics, budget: Amount = 0.2, *, step: i
     """A map with a kind and slots for every head, together at most what a uniform budget takes, that spoil least.
 
     At each measured level a head takes the kind that retains more of its attention there. Slots are then shared out so
-    that the sum over the heads of (1 - retained attention) squared is least: exact, by dynamic programming. The square
-    is there because one head that loses most of what it looks at spoils a picture more than many that lose a little
-    (docs/head-maps.md has the measurement). Heads that look at the prompt or at a short window alone give theirs away.
+    that a sum of losses over the heads is least: exact, by dynamic programming. Where the map has what
+    `measure_divergence` measured, a head's loss is that: what the model says differently when this head alone is
+    compressed. Else it is (1 - retained attention) squared; the square is there because one head that loses most of
+    what it looks at spoils a picture more than many that lose a little (docs/head-maps.md has the measurements).
 
     Args:
-        source: a map that `profile_heads(..., levels=...)` made, or statistics.
+        source: a map that `profile_heads(..., levels=...)` made, with or without divergences, or statistics.
         budget: the uniform budget whose bytes are shared: a fraction of the grid, or slots a head.
         step: also try slots between the levels, this far apart; what they retain is interpolated linearly.
 
@@ -106,13 +108,14 @@ def fit_heads(source: HeadMap | HeadStatistics, budget: Amount = 0.2, *, step: i
     labels, scores, grid = _read(source)
     uniform = resolve_amount("budget", budget, grid[0] * grid[1])
     curves = _curves(scores, grid)
-    levels = _levels(curves, uniform)
+    divergence = {int(match[1]): score for name, score in scores.items() if (match := DIVERGENCE.fullmatch(name))}
+    levels = _levels({kind: curves[kind].keys() & divergence for kind in KINDS} if divergence else curves, uniform)
     choices = _between(levels, step)
-    spatial, semantic = (
-        np.array([np.interp(choices, levels, head) for head in np.array([curves[kind][n].ravel() for n in levels]).T])
-        for kind in KINDS
-    )  # each [heads, choices]
-    losses = (1 - np.maximum(spatial, semantic)) ** 2
+    spatial, semantic = (_along(choices, {n: curves[kind][n] for n in levels}) for kind in KINDS)
+    if divergence:
+        losses = _along(choices, {n: divergence[n].double().numpy() for n in levels})
+    else:
+        losses = (1 - np.maximum(spatial, semantic)) ** 2
     picks = best_choices([np.array(choices)] * len(losses), list(-losses), uniform * len(losses))
     is_spatial = np.array([spatial[head, pick] > semantic[head, pick] for head, pick in enumerate(picks)])
     slots = np.array(choices)[picks].reshape(labels.shape)
@@ -120,8 +123,31 @@ def fit_heads(source: HeadMap | HeadStatistics, budget: Amount = 0.2, *, step: i
     if isinstance(source, HeadMap):
         facts |= {name: getattr(source, name) for name in ("model_id", "revision", "model_type", "profile")}
     return HeadMap(
-        torch.from_numpy(is_spatial.reshape(labels.shape)), grid, method="fit", budget=slots.tolist(), **facts
+        torch.from_numpy(is_spatial.reshape(labels.shape)),
+        grid,
+        method="fit by divergence" if divergence else "fit",
+        budget=slots.tolist(),
+        **facts,
     )
+
+
+def measured_levels(head_map: HeadMap) -> list[int]:
+    """The numbers of slots at which a map knows what every head retains, as both kinds.
+
+    Raises:
+        ValueError: fewer than two.
+    """
+    return _levels(_curves(head_map.scores, head_map.grid))
+
+
+def best_kinds(head_map: HeadMap, level: int) -> torch.Tensor:
+    """Whether a head retains more as a spatial one at a measured level, boolean `[layers, kv_heads]`."""
+    return head_map.scores[f"retained_spatial-{level}"] > head_map.scores[f"retained_semantic-{level}"]
+
+
+def divergence_name(level: int) -> str:
+    """What the score of a map is called that says how much every head costs at that level."""
+    return f"divergence-{level}"
 
 
 def retained_attention(
@@ -204,15 +230,21 @@ def _curves(scores: Mapping[str, torch.Tensor], grid: tuple[int, int]) -> dict[s
     return curves
 
 
-def _levels(curves: Mapping[str, Mapping[int, np.ndarray]], uniform: int) -> list[int]:
+def _along(choices: list[int], values: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Values known at some levels, `[layers, kv_heads]` each, interpolated linearly: `[heads, choices]`."""
+    levels = sorted(values)
+    return np.array([np.interp(choices, levels, head) for head in np.array([values[n].ravel() for n in levels]).T])
+
+
+def _levels(curves: Mapping[str, Collection[int]], uniform: int | None = None) -> list[int]:
     """The numbers of slots that both kinds were measured at; refuses too few of them, and a budget below them all."""
-    levels = sorted(curves["spatial"].keys() & curves["semantic"].keys())
+    levels = sorted(set(curves["spatial"]) & set(curves["semantic"]))
     if len(levels) < 2:
         raise ValueError(
             f"attention was measured at {len(levels)} number of slots {levels}, and sharing needs two or more: profile "
             "again with levels=(0.1, 0.2, 0.3, 0.5)"
         )
-    if uniform < levels[0]:
+    if uniform is not None and uniform < levels[0]:
         raise ValueError(
             f"the budget is {uniform} slots a head, fewer than the lowest level, {levels[0]}: give more, or "
             f"profile again with levels=({uniform}, ...)"

@@ -83,6 +83,17 @@ def check_writable(option: str, place: Path, folder: Path) -> None:
         raise WrongUse(f"{option} {place}: can not write into {folder}: {error.strerror}") from error
 
 
+def check_place(option: str, place: Path, is_folder: bool) -> None:
+    """Refuse, before anything is drawn, a place that can not be written."""
+    if place.exists() and place.is_dir() != is_folder:
+        wanted, found = ("folder", "file") if is_folder else ("file", "folder")
+        raise WrongUse(f"{option} {place} is a {found}; give a {wanted}")
+    folder = place if is_folder else place.parent
+    while not folder.exists() and is_folder:  # a map's folder is made with those above it
+        folder = folder.parent
+    check_writable(option, place, folder)
+
+
 def save_picture(image: Image.Image, output: Path) -> None:
     """Write a picture whole or not at all."""
     temporary = output.with_name(f".{output.name}.{os.getpid()}.part")

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ssd_cache.allocation import fit_heads
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
-from ssd_cache.cli.files import check_writable, read_prompts
+from ssd_cache.cli.files import check_place, read_prompts
 from ssd_cache.cli.loading import load_generator
 from ssd_cache.cli.options import Device, Dtype, Guidance, ModelName, Prompts, PromptsFile, Seed, Temperature
 from ssd_cache.cli.plan import parse_budget
@@ -90,9 +90,9 @@ def profile(
         raise WrongUse(
             "--fit shares slots out by what heads retain at several budgets: give --levels too (0.1,0.3,0.5)"
         )
-    _check_place("--output", output, is_folder=True)
+    check_place("--output", output, is_folder=True)
     if resume is not None:
-        _check_place("--resume", resume, is_folder=False)
+        check_place("--resume", resume, is_folder=False)
     settings: dict[str, Any] = {
         "method": method,
         "budget": parse_budget(budget),
@@ -128,14 +128,3 @@ def profile(
     if processes.is_main:
         Console(highlight=False, markup=False).print(f"{head_map!r}\nwrote {folder}", soft_wrap=True)
     processes.close()
-
-
-def _check_place(option: str, place: Path, is_folder: bool) -> None:
-    """Refuse, before anything is drawn, a place that can not be written."""
-    if place.exists() and place.is_dir() != is_folder:
-        wanted, found = ("folder", "file") if is_folder else ("file", "folder")
-        raise WrongUse(f"{option} {place} is a {found}; give a {wanted}")
-    folder = place if is_folder else place.parent
-    while not folder.exists() and is_folder:  # a map's folder is made with those above it
-        folder = folder.parent
-    check_writable(option, place, folder)

@@ -1,0 +1,117 @@
+"""`ssd-cache fit`: share slots out head by head, by what each head's compression does to the model.
+
+Options only; the measuring is `evaluation.fidelity`'s, the sharing `allocation`'s.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ssd_cache.allocation import fit_heads, measured_levels
+from ssd_cache.budget import resolve_amount
+from ssd_cache.cli.errors import Failure, WrongUse, refusing
+from ssd_cache.cli.files import check_place, read_prompts
+from ssd_cache.cli.loading import load_generator
+from ssd_cache.cli.options import SAMPLING, Device, Dtype, Guidance, ModelName, Prompts, PromptsFile, Seed
+from ssd_cache.cli.plan import parse_budget
+from ssd_cache.evaluation.fidelity import measure_divergence
+from ssd_cache.evaluation.fidelity.measure import check_settings
+from ssd_cache.head_map import HeadMap
+from ssd_cache.models import BUNDLED, find_generator
+
+
+def fit(
+    prompts: Prompts = None,
+    prompts_file: PromptsFile = None,
+    head_map: Annotated[
+        str | None,
+        typer.Option(
+            help="A map that `profile --levels` made: a folder, or a Hub id.",
+            metavar="NAME",
+            show_default="the model's own",
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The folder of the fitted map.", metavar="FOLDER")
+    ] = Path("fitted-map"),
+    budget: Annotated[
+        str, typer.Option(help="What heads hold on average: 0.2 of the grid, or 115 tokens.", metavar="N")
+    ] = "0.2",
+    levels: Annotated[
+        str | None,
+        typer.Option(
+            help="Slots to ask every head at, each a level of the map: 32,86,173.", metavar="N,N", show_default="all"
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Keep what is measured here, and go on from it.", metavar="FILE", show_default=False),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures at once.", metavar="N")] = 4,
+    model: ModelName = BUNDLED,
+    guidance: Guidance = None,
+    temperature: Annotated[
+        float, typer.Option(help="Of the distribution, above 0.", metavar="X", rich_help_panel=SAMPLING)
+    ] = 1.0,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Share slots out head by head, by what each head is worth to the model.
+
+    A picture of each prompt is drawn with a full cache. Then each head alone is
+    compressed, to every level, and the same tokens show how far the model moves.
+    A few prompts are enough; it takes a pass over the pictures a head and level.
+    """
+    texts = read_prompts(prompts or [], prompts_file)
+    check_place("--output", output, is_folder=True)
+    if resume is not None:
+        check_place("--resume", resume, is_folder=False)
+    amount = parse_budget(budget)
+    if batch_size < 1:
+        raise WrongUse(f"--batch-size {batch_size}: give a whole number from 1 up")
+    with refusing():
+        check_settings(guidance, temperature, seed)
+        checkpoint = find_generator(model)
+        profiled = checkpoint.head_map() if head_map is None else HeadMap.from_pretrained(head_map)
+        if profiled is None:
+            raise WrongUse(
+                f"{checkpoint.name} has no head map in its folder: give --head-map, as `profile --levels` makes it"
+            )
+        checkpoint.check_head_map(profiled)
+        known = measured_levels(profiled)
+        chosen = None if levels is None else [_level(text, known) for text in levels.split(",")]
+        if resolve_amount("budget", amount, profiled.num_visual_tokens) < (lowest := min(chosen or known)):
+            raise WrongUse(
+                f"--budget {budget}: fewer slots than the lowest level, {lowest}: give more, or lower --levels"
+            )
+        generator = load_generator(checkpoint, dtype, device)
+    try:
+        measured = measure_divergence(
+            generator,
+            texts,
+            profiled,
+            levels=chosen,
+            batch_size=batch_size,
+            seed=seed,
+            guidance_scale=guidance,
+            temperature=temperature,
+            state_file=resume,
+        )
+        fitted = fit_heads(measured, amount)
+        folder = fitted.save_pretrained(output)
+    except ValueError as error:  # a budget below the levels, NaN, a prompt too long, a full disk: each says what to do
+        raise Failure(str(error)) from error
+    Console(highlight=False, markup=False).print(f"{fitted!r}\nwrote {folder}", soft_wrap=True)
+
+
+def _level(text: str, known: list[int]) -> int:
+    if not text.strip().isdecimal() or int(text) not in known:
+        raise WrongUse(
+            f"--levels {text.strip()}: the map was measured at {', '.join(map(str, known))} slots; give these"
+        )
+    return int(text)

@@ -89,8 +89,10 @@ def check_place(option: str, place: Path, is_folder: bool) -> None:
         wanted, found = ("folder", "file") if is_folder else ("file", "folder")
         raise WrongUse(f"{option} {place} is a {found}; give a {wanted}")
     folder = place if is_folder else place.parent
-    while not folder.exists() and is_folder:  # a map's folder is made with those above it
+    while not folder.exists() and is_folder:  # it is made with those above it
         folder = folder.parent
+    if not folder.is_dir():
+        raise WrongUse(f"{option} {place}: can not write into {folder}, which is no folder; give another place")
     check_writable(option, place, folder)
 
 

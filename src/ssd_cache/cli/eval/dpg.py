@@ -18,16 +18,16 @@ from ssd_cache.cli.eval.drawing import (
     BatchSize,
     BudgetText,
     ExportSeed,
-    HeadMapName,
     Options,
     Output,
     PolicyName,
-    check_results,
     described,
     export,
     judge,
 )
+from ssd_cache.cli.eval.options import HeadMapName
 from ssd_cache.cli.eval.score_table import Report, print_and_save
+from ssd_cache.cli.files import check_place
 from ssd_cache.cli.options import MODEL, Device, Dtype, Guidance, ModelName, Temperature
 from ssd_cache.evaluation.dpg import (
     PICTURES,
@@ -144,7 +144,7 @@ def score_dpg(
             check_complete(folder, asked, item_ids)
         side = side or _side(folder, exported=bool(settings))
         results = output or folder / "results"
-        check_results(results)
+        check_place("--output", results, is_folder=True)
         with judge("--vqa", vqa):
             answerer = load_vqa(vqa, dtype=dtype, device=device, batch_size=batch_size)
     try:

@@ -17,17 +17,16 @@ from rich.console import Console
 
 from ssd_cache.budget import check_count
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
-from ssd_cache.cli.files import check_writable
+from ssd_cache.cli.eval.options import CACHE
+from ssd_cache.cli.files import check_place
 from ssd_cache.cli.loading import load_generator
-from ssd_cache.cli.options import MODEL, SAMPLING
+from ssd_cache.cli.options import SAMPLING
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.evaluation.conditions import drawing_conditions
 from ssd_cache.evaluation.export import PictureSet, claim_folder, draw_pictures
 from ssd_cache.evaluation.policies import SETTINGS, choose_head_map, mean_slots, parse_policy
 from ssd_cache.models import check_drawing, find_generator, resolve_device, resolve_dtype
 from ssd_cache.profiling_state import Processes
-
-CACHE = "Cache"
 
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="The folder of the pictures.", metavar="FOLDER", show_default=False)
@@ -46,15 +45,6 @@ BudgetText = Annotated[
         help="Visual tokens a head may hold: a fraction of the grid, or a count (115).",
         metavar="X",
         rich_help_panel=CACHE,
-    ),
-]
-HeadMapName = Annotated[
-    str | None,
-    typer.Option(
-        help="A folder, a Hub id, or online: heads are labelled while drawing.",
-        metavar="NAME",
-        show_default="in the model's folder",
-        rich_help_panel=MODEL,
     ),
 ]
 BatchSize = Annotated[
@@ -110,7 +100,7 @@ def export(
                 f"--batch-size {options.batch_size}: {pictures.unit} pictures are written as one; give a multiple of "
                 f"{pictures.unit}"
             )
-        _check_place(options.output)
+        check_place("--output", options.output, is_folder=True)
         processes = Processes()
         where = resolve_device(
             options.device if options.device != "auto" or processes.device is None else processes.device
@@ -188,19 +178,3 @@ def judge(option: str, name: str) -> Iterator[None]:
         yield
     except (OSError, ImportError) as error:
         raise Failure(f"{option} {name}: {error}") from error
-
-
-def check_results(output: Path) -> None:
-    """Refuse, before any model is loaded, a place where no folder of results can be; raises WrongUse."""
-    _check_place(output)
-
-
-def _check_place(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise WrongUse(f"--output {output} is a file; give a folder")
-    folder = output.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise WrongUse(f"--output {output}: {folder} is a file; give another place")
-    check_writable("--output", output, folder)

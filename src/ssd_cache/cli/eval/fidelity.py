@@ -21,7 +21,6 @@ from ssd_cache.analysis.plotting import check_packages
 from ssd_cache.budget import Amount, check_count
 from ssd_cache.cache import SSDCache
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
-from ssd_cache.cli.eval.drawing import check_results
 from ssd_cache.cli.eval.options import (
     Budgets,
     Buffer,
@@ -33,7 +32,7 @@ from ssd_cache.cli.eval.options import (
     cache_settings,
     parse_budgets,
 )
-from ssd_cache.cli.files import read_prompts
+from ssd_cache.cli.files import check_place, read_prompts
 from ssd_cache.cli.options import SAMPLING, Device, Dtype, Guidance, ModelName, Prompts, PromptsFile
 from ssd_cache.evaluation.conditions import drawing_conditions
 from ssd_cache.evaluation.fidelity import Fidelity, measure_fidelity, write_fidelity
@@ -85,7 +84,7 @@ def fidelity(
     attention's output gets, and how much attention fell on what heads hold.
     """
     texts = read_prompts(prompts or [], prompts_file) if prompts or prompts_file else list(PROMPTS)
-    check_results(output)
+    check_place("--output", output, is_folder=True)
     with refusing():
         check_count("num_images", num_images, 1)
         check_settings(guidance, temperature, seed)

@@ -17,16 +17,16 @@ from ssd_cache.cli.eval.drawing import (
     BatchSize,
     BudgetText,
     ExportSeed,
-    HeadMapName,
     Options,
     Output,
     PolicyName,
-    check_results,
     described,
     export,
     judge,
 )
+from ssd_cache.cli.eval.options import HeadMapName
 from ssd_cache.cli.eval.score_table import Report, print_and_save
+from ssd_cache.cli.files import check_place
 from ssd_cache.cli.options import MODEL, Device, Dtype, Guidance, ModelName, Temperature
 from ssd_cache.evaluation.clip import CLIP
 from ssd_cache.evaluation.export import PROMPTS_FILE, read_settings
@@ -134,7 +134,7 @@ def score_geneval(
         pictures = SampleFolder(folder, prompts, samples or settings.get("num_samples", NUM_SAMPLES))
         pictures.check_complete()
         results = output or folder / "results"
-        check_results(results)
+        check_place("--output", results, is_folder=True)
         with judge("--detector", detector):
             eyes = Detector.from_pretrained(detector, device=device, short_side=short_side)
         with judge("--clip", clip):

@@ -14,8 +14,9 @@ from rich.console import Console
 from tqdm import tqdm
 
 from ssd_cache.cli.errors import Failure, refusing
-from ssd_cache.cli.eval.drawing import check_results, judge
+from ssd_cache.cli.eval.drawing import judge
 from ssd_cache.cli.eval.score_table import Report, print_and_save
+from ssd_cache.cli.files import check_place
 from ssd_cache.cli.options import Device
 from ssd_cache.evaluation.clip import CLIP
 from ssd_cache.evaluation.clip_score import clip_score
@@ -56,7 +57,7 @@ def fid(
     with refusing():
         pictures, references = find_pictures(folder), find_pictures(reference)
         if output is not None:
-            check_results(output)
+            check_place("--output", output, is_folder=True)
         extractor = None if inception is None else load_inception(inception, device=device)
     with tqdm(total=len(pictures) + len(references), desc="FID", unit=" pictures") as bar:
         try:
@@ -92,7 +93,7 @@ def clipscore(
     with refusing():
         captioned = find_captioned(folder)
         if output is not None:
-            check_results(output)
+            check_place("--output", output, is_folder=True)
     with tqdm(total=len(captioned), desc="CLIPScore", unit=" pictures") as bar:
         try:
             with judge("--clip", clip):

@@ -62,7 +62,9 @@ def run(subject: Subject, plan: Plan, *, progress: bool = False) -> Iterator[Rep
     capacities: list[Capacity] = []
 
     def report() -> Report:
-        return Report(plan.command, conditions(subject, plan), machine, rows, capacities, list(plan.left_out))
+        return Report(
+            plan.command, conditions(subject, plan), machine, list(rows), list(capacities), list(plan.left_out)
+        )
 
     for batch_size in plan.batch_sizes:
         measured = measure(

@@ -19,8 +19,12 @@ class Stretch:
 
     @property
     def positions(self) -> range:
-        """The steps whose time is told: all but the first, which has the prompt or the start of a call in it."""
-        return range(self.start + 1, self.start + self.num_tokens)
+        """Visual tokens that the timed steps feed; the first step is not timed, a call's beginning is in it.
+
+        The first step of a whole picture is the prompt's, so that the first one timed feeds visual token 0.
+        """
+        first = self.start + 1 if self.start else 0
+        return range(first, first + self.num_tokens - 1)
 
 
 def choose_stretches(num_cells: int, num_tokens: int | None) -> list[Stretch]:

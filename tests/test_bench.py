@@ -33,9 +33,9 @@ from ssd_cache.bench import roofline as roofline_module
 from ssd_cache.bench.capacity import find_capacity, most, parse_memory, try_capacity
 from ssd_cache.bench.figure import draw_report
 from ssd_cache.bench.peak import can_tell_peak, peak_of
-from ssd_cache.bench.results import Row
+from ssd_cache.bench.results import Row, summarize
 from ssd_cache.bench.roofline import Machine, StepWork, measure_machine, step_work
-from ssd_cache.bench.running import measure
+from ssd_cache.bench.running import Measurement, measure
 from ssd_cache.bench.shapes import TINY_TOWERS, Shape, janus_config, make_model
 from ssd_cache.bench.sizes import expected_bytes, held_bytes, mean_tokens_read, weight_bytes
 from ssd_cache.bench.split import EVICTING, split_time
@@ -429,6 +429,18 @@ def test_a_run_tells_speed_bytes_time_and_pictures(janus, plan, reports):
     assert [entry.cache for entry in report.capacities] == [case.name for case in plan.cases]
 
 
+def test_seconds_become_speeds_and_growth():
+    steps = [[0.010 + 0.0001 * position for position in range(63)] for _ in range(3)]
+    steps[1] = [2 * step for step in steps[1]]  # a slow round does not move the medians
+    steps[0][20], steps[2][20] = 9.0, 9.0  # nor a slow step, but for the mean
+    measured = Measurement(Case("DynamicCache"), 2, seconds=[1.0, 2.0, 0.5], steps=steps)
+    row = summarize(measured, choose_stretches(64, None), 64, machine=Machine(1, 1))
+    assert (row.slowest, row.tokens_per_second, row.fastest, row.pictures_per_second) == (64, 128, 256, 2)
+    assert row.quarters_ms == pytest.approx([10.75, 12.35, 13.95, 15.5])
+    assert row.growth_ms == pytest.approx(10, rel=0.02)
+    assert row.step_ms == pytest.approx(10 + 0.1 * 31 + (9000 - 12) / 63)
+
+
 def test_results_survive_json(reports):
     report = reports[-1]
     again = Report.from_json(report.to_json())
@@ -520,10 +532,11 @@ def test_the_command_line_fills_a_folder_and_its_command_repeats_it(bench, tmp_p
         (["--policies", "ssd:buffer=1000"], "buffer=1000"),
         (["--budgets", "0.01"], "the budget gives a"),
         (["--budgets", "x"], "give a fraction of the grid"),
-        (["--tokens", "7"], "--tokens: 7 tokens to draw: give 8 to 575"),
-        (["--memory", "24"], "--memory: '24' is no amount of memory"),
+        (["--tokens", "7"], "7 tokens to draw: give 8 to 575"),
+        (["--memory", "24"], "'24' is no amount of memory"),
         (["--dtype", "int8"], "unknown dtype 'int8'"),
         (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "meta"], "--device meta: the bench measures on cpu and cuda"),
         (["--output", "file"], "--output file is a file; give a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
+from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache, cache_utils
 
 from ssd_cache.attention import NAME
 from ssd_cache.bench.subject import Subject
@@ -115,16 +115,17 @@ def compiled_steps(model: PreTrainedModel) -> Iterator[None]:
 
 def rivals(is_compiled: bool = True) -> tuple[list[Case], list[str]]:
     """The full caches that can be made here, and a line on each that can not."""
-    cases = [Case("DynamicCache"), Case("StaticCache"), Case("QuantizedCache", backend="fp8")]
+    cases, left_out = [Case("DynamicCache"), Case("StaticCache")], []
     if is_compiled:
-        cases.insert(2, Case("StaticCache", is_compiled=True))
+        cases.append(Case("StaticCache", is_compiled=True))
+    if hasattr(cache_utils, "Fp8QuantizedLayer"):
+        cases.append(Case("QuantizedCache", backend="fp8"))
+    else:
+        left_out.append("QuantizedCache of fp8: this version of transformers has none (pip install -U transformers)")
     found = [name for name, module in QUANTIZED_BACKENDS.items() if _can_import(module)]
     cases += [Case("QuantizedCache", backend=name) for name in found[:1]]
-    left_out = (
-        []
-        if found
-        else ["QuantizedCache of 4 bits: neither optimum-quanto nor hqq is installed (pip install optimum-quanto)"]
-    )
+    if not found:
+        left_out.append("QuantizedCache of 4 bits: no optimum-quanto or hqq here (pip install optimum-quanto)")
     return cases, left_out
 
 

@@ -35,7 +35,8 @@ class Row:
         pictures_per_second: the same in whole pictures.
         step_ms: the mean step.
         quarters_ms: the median step of each quarter of the picture.
-        growth_ms: what a step takes more after 100 further tokens: the slope of a straight line through all steps.
+        growth_ms: what a step takes more after 100 further tokens: the slope of the line nearest to these four medians,
+            which a few slow steps (evictions, another program) do not move.
         curve: [visual token, milliseconds] of every timed step, median of the rounds.
         key_value, bookkeeping: bytes that the cache held at the end.
         peak: most memory at once: of torch on the GPU, else of a process of its own.
@@ -139,8 +140,9 @@ def summarize(
     positions = [position for stretch in stretches for position in stretch.positions]
     medians = [1000 * statistics.median(step) for step in zip(*measured.steps, strict=True)]
     curve = list(zip(positions, medians, strict=True))
-    quarters = [[ms for position, ms in curve if 4 * position // num_cells == quarter] for quarter in range(4)]
-    slope = statistics.linear_regression(positions, medians).slope
+    quarters = [[point for point in curve if 4 * point[0] // num_cells == quarter] for quarter in range(4)]
+    middles = [statistics.mean(position for position, _ in quarter) for quarter in quarters]
+    quarters_ms = [statistics.median(ms for _, ms in quarter) for quarter in quarters]
     return Row(
         cache=name,
         batch_size=batch_size,
@@ -150,8 +152,8 @@ def summarize(
         fastest=drawn / min(measured.seconds),
         pictures_per_second=speed / num_cells,
         step_ms=statistics.mean(medians),
-        quarters_ms=[statistics.median(quarter) for quarter in quarters],
-        growth_ms=100 * slope,
+        quarters_ms=quarters_ms,
+        growth_ms=100 * statistics.linear_regression(middles, quarters_ms).slope,
         curve=[(position, round(ms, 4)) for position, ms in curve],
         key_value=measured.held.key_value,
         bookkeeping=measured.held.bookkeeping,

@@ -24,7 +24,7 @@ from ssd_cache.bench.results import Report, Row, summarize
 from ssd_cache.bench.roofline import Machine, measure_machine, step_work
 from ssd_cache.bench.running import Measurement, measure
 from ssd_cache.bench.sizes import weight_bytes
-from ssd_cache.bench.split import split_time
+from ssd_cache.bench.split import TimeSplit, split_time
 from ssd_cache.bench.stretches import NUM_STRETCHES, Stretch, choose_stretches
 from ssd_cache.bench.subject import GUIDANCE_SCALE, Subject
 
@@ -95,13 +95,16 @@ def _complete(subject: Subject, plan: Plan, machine: Machine, result: Measuremen
     peak: ProcessPeak | None = None
     if plan.with_peak and not case.is_compiled and subject.model.device.type == "cpu" and can_tell_peak():
         peak = peak_of(subject.name, subject.model.dtype, case, batch_size)  # a compiler's memory would hide it
+    split: TimeSplit | None = None
+    if not (case.is_full and case.is_compiled):  # evicts nothing, and a second StaticCache is compiled for anew
+        split = split_time(subject, case, batch_size, plan.stretches if is_short else choose_stretches(cells, few))
     return summarize(
         result,
         plan.stretches,
         cells,
         machine=machine,
         work=None if case.cache == "QuantizedCache" else step_work(subject, case, batch_size, positions),
-        split=split_time(subject, case, batch_size, plan.stretches if is_short else choose_stretches(cells, few)),
+        split=split,
         process=peak,
     )
 

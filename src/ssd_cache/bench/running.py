@@ -111,6 +111,7 @@ def _measure_once(
         with result.case.running(subject):
             seconds, steps = draw_stretches(subject, cache, result.batch_size, stretches)
     except torch.OutOfMemoryError:
+        kept.pop(result.case.cache, None)
         result.failure = OUT_OF_MEMORY
         return
     except Exception as error:  # the compiler's own errors have no class in common

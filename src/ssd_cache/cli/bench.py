@@ -28,6 +28,7 @@ from ssd_cache.bench import (
 )
 from ssd_cache.bench.capacity import parse_memory
 from ssd_cache.bench.figure import draw_report
+from ssd_cache.bench.roofline import COPY_BYTES
 from ssd_cache.bench.subject import find_head_map
 from ssd_cache.bench.tables import all_tables, condition_lines, to_markdown
 from ssd_cache.cli.errors import WrongUse, refusing
@@ -132,14 +133,13 @@ def bench(
         raise WrongUse(f"--rounds {rounds}: give a whole number from 1 up")
     with refusing():
         where = resolve_device(device)
+        if where.type not in COPY_BYTES:
+            raise WrongUse(f"--device {device}: the bench measures on {' and '.join(COPY_BYTES)}")
         kind = resolve_dtype(dtype, where)
         head_map = find_head_map(model)
         cases, left_out = _choose_cases(policies, budgets, caches, compiled, head_map)
-        try:
-            stretches = choose_stretches(head_map.num_visual_tokens, tokens)
-            limit = None if memory is None else parse_memory(memory)
-        except ValueError as error:
-            raise WrongUse(f"--{'memory' if 'memory' in str(error) else 'tokens'}: {error}") from error
+        stretches = choose_stretches(head_map.num_visual_tokens, tokens)
+        limit = None if memory is None else parse_memory(memory)
     if output is not None:
         _check_output(output)
     plan = Plan(

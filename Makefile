@@ -9,12 +9,16 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PROMPT ?= a photo of a red circle and a blue square
 PICTURE ?= demo.png
 
+# Of bench-gpu: where it writes, and counted rounds. With one round it is made to end within ten minutes.
+RESULTS ?= bench-gpu
+ROUNDS ?= 1
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs clean
+.PHONY: help demo test check bench bench-gpu docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.runtime ## draw a prompt with the bundled model (PROMPT=..., PICTURE=...)
 	$(BIN)/ssd-cache generate "$(PROMPT)" --output "$(PICTURE)"
@@ -31,6 +35,14 @@ check: $(VENV)/.dev ## lint, format, types, and the documentation built strict
 
 bench: $(VENV)/.runtime ## measure speed and memory of the policies side by side
 	$(BIN)/ssd-cache bench
+
+bench-gpu: $(VENV)/.dev ## the same on a GPU with Janus-Pro's shapes, to a folder (RESULTS=..., ROUNDS=...)
+	$(BIN)/ssd-cache bench --model janus-pro-1b --dtype bfloat16 --device cuda --batch-size 1,8,32,128 --tokens 96 \
+	  --caches "DynamicCache;StaticCache;StaticCache, compiled;ssd 20%;ssd 20%, fast_decode" \
+	  --rounds $(ROUNDS) --memory 24GB --output "$(RESULTS)/janus-pro-1b"
+	$(BIN)/ssd-cache bench --model janus-pro-7b --dtype bfloat16 --device cuda --batch-size 8 --tokens 96 \
+	  --caches "StaticCache;ssd 20%" --rounds $(ROUNDS) --memory 24GB --output "$(RESULTS)/janus-pro-7b"
+	@echo "Tables and plots are in $(abspath $(RESULTS))"
 
 docs: $(VENV)/.dev ## build the documentation
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1,94 +1,246 @@
-"""`ssd-cache bench`: the policies side by side on a decoder with random weights, as a table of speed and bytes.
+"""`ssd-cache bench`: caches and policies side by side, as tables of speed, bytes and time, and as files.
 
-Options and a table; what is timed is in `ssd_cache.bench`.
+Options, checks and files; what is timed, and how, is in `ssd_cache.bench`.
 """
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from ssd_cache.bench import SHAPES, Case, Measurement, default_cases, measure, random_janus
+from ssd_cache.analysis.plotting import check_packages
+from ssd_cache.bench import (
+    SHAPES,
+    Case,
+    Plan,
+    Report,
+    choose,
+    choose_stretches,
+    default_cases,
+    load_subject,
+    product_cases,
+    rivals,
+    run,
+)
+from ssd_cache.bench.capacity import parse_memory
+from ssd_cache.bench.figure import draw_report
+from ssd_cache.bench.roofline import COPY_BYTES
+from ssd_cache.bench.subject import find_head_map
+from ssd_cache.bench.tables import all_tables, condition_lines, to_markdown
 from ssd_cache.cli.errors import WrongUse, refusing
+from ssd_cache.cli.eval.options import parse_budgets
+from ssd_cache.cli.files import check_writable
 from ssd_cache.cli.options import Device, Dtype
-from ssd_cache.cli.report import size
+from ssd_cache.evaluation.policies import parse_policies
 from ssd_cache.head_map import HeadMap
-from ssd_cache.models import BUNDLED, find_generator, resolve_device, resolve_dtype
+from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
+from ssd_cache.writing import write_files
 
-RIVALS = ("DynamicCache", "StaticCache")
-"""transformers' full caches, which speeds are compared with."""
+CACHES, MEASURING = "Caches", "Measuring"
 
 
 def bench(
     model: Annotated[
         str,
-        typer.Option(help=f"A shape with random weights ({', '.join(SHAPES)}), or {BUNDLED}.", metavar="NAME"),
+        typer.Option(
+            help=f"A shape with random weights ({', '.join(SHAPES)}), {BUNDLED}, a folder, or a Hub id.", metavar="NAME"
+        ),
     ] = "small-cpu",
-    batch_size: Annotated[int, typer.Option(help="Pictures at once; guidance doubles the rows.", metavar="N")] = 8,
-    rounds: Annotated[int, typer.Option(help="Counted rounds, after one to warm up.", metavar="N")] = 2,
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            help="Pictures at once, one number or several (1,8,32); guidance doubles the rows.", metavar="N,N"
+        ),
+    ] = "8",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    policies: Annotated[
+        str | None,
+        typer.Option(
+            help="Policies to measure beside the full caches, settings behind a colon: ssd,ssd:buffer=1,h2o.",
+            metavar="NAME,NAME",
+            show_default="a choice",
+            rich_help_panel=CACHES,
+        ),
+    ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            help="Visual tokens a head may hold, for each of the policies: 0.5,0.2.",
+            metavar="X,X",
+            show_default="a choice",
+            rich_help_panel=CACHES,
+        ),
+    ] = None,
     caches: Annotated[
         str | None,
         typer.Option(
             help="Rows of the table to measure, by name and separated by semicolons: DynamicCache;ssd 20%.",
             metavar="NAME;NAME",
             show_default="all",
+            rich_help_panel=CACHES,
         ),
     ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    compiled: Annotated[bool, typer.Option(help="Measure compiled steps as well.", rich_help_panel=CACHES)] = True,
+    rounds: Annotated[
+        int, typer.Option(help="Counted rounds, after one to warm up.", metavar="N", rich_help_panel=MEASURING)
+    ] = 2,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Draw that many tokens, around the middles of the picture's quarters, over caches filled up to there.",
+            metavar="N",
+            show_default="whole pictures",
+            rich_help_panel=MEASURING,
+        ),
+    ] = None,
+    peak: Annotated[
+        bool,
+        typer.Option(help="Measure peak memory on a CPU: a process for each cache.", rich_help_panel=MEASURING),
+    ] = True,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Tell how many pictures fit into so much memory: 24GB.",
+            metavar="SIZE",
+            show_default="not told",
+            rich_help_panel=MEASURING,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A folder for bench.json, bench.md and bench.png.",
+            metavar="FOLDER",
+            show_default="the terminal alone",
+        ),
+    ] = None,
 ) -> None:
-    """Measure speed and memory of cache policies side by side.
+    """Measure speed and memory of caches and policies side by side.
 
-    Every policy draws the same number of whole pictures through transformers'
-    own generate; half of a random model's heads, drawn at random, are spatial.
+    Every cache draws the same pictures through transformers, with guidance, in
+    interleaved rounds; transformers' own full caches and what this machine's
+    memory allows are the yardsticks. Random models have random head maps.
     """
-    if batch_size < 1 or rounds < 1:
-        raise WrongUse("--batch-size and --rounds: give whole numbers from 1 up")
+    batch_sizes = _parse_batch_sizes(batch_size)
+    if rounds < 1:
+        raise WrongUse(f"--rounds {rounds}: give a whole number from 1 up")
     with refusing():
         where = resolve_device(device)
+        if where.type not in COPY_BYTES:
+            raise WrongUse(f"--device {device}: the bench measures on {' and '.join(COPY_BYTES)}")
         kind = resolve_dtype(dtype, where)
-        if model in SHAPES:
-            network = random_janus(**SHAPES[model], dtype=kind).to(where)
-            config = network.config.text_config
-            generator = torch.Generator().manual_seed(0)
-            labels = torch.rand(config.num_hidden_layers, config.num_key_value_heads, generator=generator) < 0.5
-            head_map: HeadMap | None = HeadMap(labels)
-        else:
-            checkpoint = find_generator(model)
-            network, head_map = checkpoint.load(kind, where).model, checkpoint.head_map()
-    if head_map is None:
-        raise WrongUse(f"--model {model} has no head map in its folder")
-    console = Console(highlight=False, markup=False)
-    results: list[Measurement]
-    cases = _choose(default_cases(network, head_map), caches)
-    *_, results = measure(network, cases, batch_size=batch_size, rounds=rounds, progress=True)
-    report = Table(
-        box=box.SIMPLE_HEAD,
-        caption=f"{model}, {batch_size} pictures of {head_map.num_visual_tokens} tokens with guidance, {kind} on "
-        f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {rounds} rounds",
-        caption_justify="left",
+        head_map = find_head_map(model)
+        cases, left_out = _choose_cases(policies, budgets, caches, compiled, head_map)
+        stretches = choose_stretches(head_map.num_visual_tokens, tokens)
+        limit = None if memory is None else parse_memory(memory)
+    if output is not None:
+        _check_output(output)
+    plan = Plan(
+        cases=cases,
+        batch_sizes=batch_sizes,
+        stretches=stretches,
+        rounds=rounds,
+        memory=limit,
+        with_peak=peak,
+        command=_command(
+            model=model,
+            batch_size=",".join(map(str, batch_sizes)),
+            dtype=str(kind).removeprefix("torch."),
+            device=where,
+            policies=policies,
+            budgets=budgets,
+            caches=caches,
+            compiled=compiled,
+            rounds=rounds,
+            tokens=tokens,
+            peak=peak,
+            memory=memory,
+            output=output and output.name,
+        ),
+        left_out=left_out,
     )
-    for title in ("cache", "tokens/s", "against Dynamic", "against Static", "K and V"):
-        report.add_column(title, justify="left" if title == "cache" else "right")
-    speeds = {result.name: result.tokens_per_second for result in results}
-    for result in results:
-        speed = speeds[result.name]
-        ratios = [f"{speed / speeds[rival]:.2f}x" if rival in speeds else "-" for rival in RIVALS]
-        report.add_row(result.name, f"{speed:.0f}", *ratios, size(result.nbytes))
-    console.print(report)
+    subject = load_subject(model, kind, where)
+    report: Report | None = None
+    for report in run(subject, plan, progress=True):
+        if output is not None:
+            _write(report, output)
+    if report is not None:
+        _print(report)
 
 
-def _choose(cases: list[Case], names: str | None) -> list[Case]:
-    """The cases of these names, in the order of the table; all when none are given."""
-    if names is None:
-        return cases
-    wanted = [name.strip() for name in names.split(";")]
-    known = {case.name for case in cases}
-    if unknown := [name for name in wanted if name not in known]:
-        raise WrongUse(f"--caches {unknown[0]}: give names of {'; '.join(case.name for case in cases)}")
-    return [case for case in cases if case.name in wanted]
+def _parse_batch_sizes(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise WrongUse(f"--batch-size {text}: give whole numbers from 1 up, with commas between (1,8,32)")
+    return sorted(set(map(int, parts)))
+
+
+def _choose_cases(
+    policies: str | None, budgets: str | None, caches: str | None, compiled: bool, head_map: HeadMap
+) -> tuple[list[Case], list[str]]:
+    """The cases to measure, each tried on the head map; a line for each that can not be. Raises ValueError."""
+    cases, left_out = rivals(compiled)
+    if policies is None and budgets is None:
+        cases += default_cases(compiled)
+    else:
+        amounts = parse_budgets(budgets or "0.2")
+        cases += product_cases(parse_policies(policies or "ssd"), amounts, compiled)
+    if caches is not None:
+        try:
+            cases = choose(cases, [name.strip() for name in caches.split(";")])
+        except ValueError as error:
+            raise WrongUse(f"--caches: {error}") from error
+        left_out = []
+    for case in cases:
+        if not case.is_full:
+            case.make_ssd(head_map)
+    return cases, left_out
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise WrongUse(f"--output {output} is a file; give a folder")
+    try:
+        check_packages("matplotlib")
+    except ImportError as error:
+        raise WrongUse(f"--output: {error}") from error
+    folder = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    check_writable("--output", output, folder)
+
+
+def _command(**options) -> str:
+    """A command line that measures the same again."""
+    words = ["ssd-cache", "bench"]
+    for name, value in options.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [] if value else [f"--no-{option}"]
+        elif value is not None:
+            words += [f"--{option}", str(value)]
+    return shlex.join(words)
+
+
+def _write(report: Report, output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    write_files(
+        {
+            output / "bench.json": report.to_json().encode(),
+            output / "bench.md": to_markdown(report).encode(),
+            output / "bench.png": draw_report(report),
+        }
+    )
+
+
+def _print(report: Report) -> None:
+    console = Console(highlight=False, markup=False)
+    for cells in all_tables(report):
+        console.print(cells.to_rich())
+    for line in condition_lines(report):
+        console.print(line, soft_wrap=True)

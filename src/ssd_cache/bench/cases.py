@@ -1,0 +1,172 @@
+"""What is compared: transformers' full caches at their best, and cache policies by budget, compiled and not.
+
+A case is a name and a recipe in plain values, so that it can be sent to another process; the cache it makes is fresh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache, cache_utils
+
+from ssd_cache.attention import NAME
+from ssd_cache.bench.subject import Subject
+from ssd_cache.budget import Amount
+from ssd_cache.cache import SSDCache
+from ssd_cache.evaluation.policies import Policy, parse_policy
+from ssd_cache.fast_decode import fast_decode
+from ssd_cache.head_map import HeadMap
+
+FULL_CACHES = ("DynamicCache", "StaticCache", "QuantizedCache")
+RIVALS = ("DynamicCache", "StaticCache")
+"""What speeds are told against."""
+
+QUANTIZED_BACKENDS = {"quanto": "optimum.quanto", "hqq": "hqq"}
+"""Backends of `QuantizedCache` that pack four bits, and the module that each needs; "fp8" needs none."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cache to measure.
+
+    Attributes:
+        cache: one of `FULL_CACHES`, or a policy with its settings as `evaluation.policies` writes it: `ssd:buffer=1`.
+        budget: visual tokens a head may hold, of a policy.
+        backend: of the QuantizedCache.
+        is_compiled: whether the decoder's one-token steps go through `torch.compile`.
+    """
+
+    cache: str
+    budget: Amount | None = None
+    backend: str | None = None
+    is_compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        words = [self.cache]
+        if isinstance(self.budget, float):
+            words.append(f"{100 * self.budget:g}%")
+        elif self.budget is not None:
+            words.append(str(self.budget))
+        if self.backend is not None:
+            words.append(self.backend)
+        compiled = ", compiled" if self.is_full else ", fast_decode"
+        return " ".join(words) + (compiled if self.is_compiled else "")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is one of transformers' own caches."""
+        return self.cache in FULL_CACHES
+
+    def make_cache(self, subject: Subject) -> Cache:
+        """A fresh cache, long enough for a whole picture; raises ValueError for a policy's settings out of range."""
+        if self.cache == "DynamicCache":
+            return DynamicCache()
+        if self.cache == "StaticCache":
+            return StaticCache(config=subject.config, max_cache_len=subject.length)
+        if self.cache == "QuantizedCache":
+            return QuantizedCache(self.backend, subject.config)
+        return self.make_ssd(subject.head_map)
+
+    def make_ssd(self, head_map: HeadMap) -> SSDCache:
+        """The cache of a policy."""
+        return parse_policy(self.cache).make_cache(head_map, 1.0 if self.budget is None else self.budget)
+
+    @contextmanager
+    def running(self, subject: Subject) -> Iterator[None]:
+        """Give the model the attention that the cache is best with, and compiled steps; taken back at the end."""
+        before = subject.config._attn_implementation
+        subject.set_attention("sdpa" if self.is_full else NAME)
+        try:
+            if not self.is_compiled:
+                yield
+            else:
+                with compiled_steps(subject.model) if self.is_full else fast_decode(subject.model):
+                    yield
+        finally:
+            subject.set_attention(before)
+
+
+@contextmanager
+def compiled_steps(model: PreTrainedModel) -> Iterator[None]:
+    """Compile the decoder's one-token steps over a StaticCache, with the settings of transformers' own `generate`.
+
+    `generate` of a causal language model does so by itself on a GPU, that of Janus does not.
+    """
+    decoder = model.get_decoder()
+    eager = decoder.forward
+    compiled = torch.compile(eager, **CompileConfig().to_dict())
+
+    def forward(input_ids=None, inputs_embeds=None, **kwargs):
+        new = inputs_embeds if input_ids is None else input_ids
+        step = compiled if new.shape[1] == 1 else eager
+        return step(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    decoder.forward = forward
+    try:
+        yield
+    finally:
+        del decoder.forward
+
+
+def rivals(is_compiled: bool = True) -> tuple[list[Case], list[str]]:
+    """The full caches that can be made here, and a line on each that can not."""
+    cases, left_out = [Case("DynamicCache"), Case("StaticCache")], []
+    if is_compiled:
+        cases.append(Case("StaticCache", is_compiled=True))
+    if hasattr(cache_utils, "Fp8QuantizedLayer"):
+        cases.append(Case("QuantizedCache", backend="fp8"))
+    else:
+        left_out.append("QuantizedCache of fp8: this version of transformers has none (pip install -U transformers)")
+    found = [name for name, module in QUANTIZED_BACKENDS.items() if _can_import(module)]
+    cases += [Case("QuantizedCache", backend=name) for name in found[:1]]
+    if not found:
+        left_out.append("QuantizedCache of 4 bits: no optimum-quanto or hqq here (pip install optimum-quanto)")
+    return cases, left_out
+
+
+def default_cases(is_compiled: bool = True) -> list[Case]:
+    """SSD at three budgets, compiled and without a buffer, and the baselines at 20%."""
+    return [
+        Case("ssd", 1.0),
+        Case("ssd", 0.5),
+        Case("ssd", 0.2),
+        *([Case("ssd", 0.2, is_compiled=True)] if is_compiled else []),
+        Case("ssd:buffer=1", 0.2),
+        Case("h2o", 0.2),
+        Case("streaming-llm", 0.2),
+    ]
+
+
+def product_cases(policies: Sequence[Policy], budgets: Sequence[Amount], is_compiled: bool = True) -> list[Case]:
+    """Every policy at every budget, and compiled as well; "full" once."""
+    cases = []
+    for policy in policies:
+        for budget in policy.budgets(budgets):
+            cases.append(Case(policy.label, budget))
+            if is_compiled:
+                cases.append(Case(policy.label, budget, is_compiled=True))
+    return cases
+
+
+def choose(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
+    """The cases of these names, in the order of the table.
+
+    Raises:
+        ValueError: a name that is none of theirs.
+    """
+    known = [case.name for case in cases]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"no cache {unknown[0]!r}: give names of {'; '.join(known)}")
+    return [case for case in cases if case.name in names]
+
+
+def _can_import(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it is not there
+        return False

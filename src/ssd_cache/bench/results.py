@@ -1,0 +1,165 @@
+"""The results of a run as plain numbers, to JSON and back; tables and plots are made from these alone.
+
+From seconds to what is told: tokens per second with the spread of the rounds, the mean step, how steps grow.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ssd_cache.bench.capacity import Capacity
+from ssd_cache.bench.peak import ProcessPeak
+from ssd_cache.bench.roofline import Machine, StepWork
+from ssd_cache.bench.running import Measurement
+from ssd_cache.bench.split import TimeSplit
+from ssd_cache.bench.stretches import Stretch
+
+FORMAT = "ssd-cache bench 1"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cache at one batch size.
+
+    Attributes:
+        cache: name of the case.
+        batch_size: pictures at once.
+        failure: why there are no times, or None.
+        seconds: of each counted round, for the tokens drawn.
+        tokens_per_second: visual tokens of all pictures, by the median round.
+        slowest, fastest: tokens per second of the slowest and the fastest round.
+        pictures_per_second: the same in whole pictures.
+        step_ms: the mean step.
+        quarters_ms: the median step of each quarter of the picture.
+        growth_ms: what a step takes more after 100 further tokens: the slope of the line nearest to these four medians,
+            which a few slow steps (evictions, another program) do not move.
+        curve: [visual token, milliseconds] of every timed step, median of the rounds.
+        key_value, bookkeeping: bytes that the cache held at the end.
+        peak: most memory at once: of torch on the GPU, else of a process of its own.
+        peak_before: of that process with the model loaded and nothing drawn.
+        split: where the time went, or None.
+        work: what a step has to read and compute, or None for a quantized cache.
+        least_ms: what a step can not be faster than on this machine.
+    """
+
+    cache: str
+    batch_size: int
+    failure: str | None = None
+    seconds: list[float] = field(default_factory=list)
+    tokens_per_second: float = 0.0
+    slowest: float = 0.0
+    fastest: float = 0.0
+    pictures_per_second: float = 0.0
+    step_ms: float = 0.0
+    quarters_ms: list[float] = field(default_factory=list)
+    growth_ms: float = 0.0
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    key_value: int = 0
+    bookkeeping: int = 0
+    peak: int | None = None
+    peak_before: int | None = None
+    split: TimeSplit | None = None
+    work: StepWork | None = None
+    least_ms: float | None = None
+
+    @property
+    def roofline_share(self) -> float | None:
+        """How near the mean step is to the least it could take."""
+        return None if self.least_ms is None or not self.step_ms else self.least_ms / self.step_ms
+
+
+@dataclass(frozen=True)
+class Report:
+    """A run: the command that repeats it, its conditions, and what was found."""
+
+    command: str
+    conditions: dict[str, Any]
+    machine: Machine
+    rows: list[Row]
+    capacities: list[Capacity] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """The report as text; `from_json` reads it."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that `to_json` wrote.
+
+        Raises:
+            ValueError: another format.
+        """
+        found = json.loads(text)
+        if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
+            raise ValueError(f"this is no result of a bench; the format is {FORMAT!r}")
+        rows = [
+            Row(
+                **{
+                    **row,
+                    "curve": [tuple(point) for point in row["curve"]],
+                    "split": row["split"] and TimeSplit(**row["split"]),
+                    "work": row["work"] and StepWork(**row["work"]),
+                }
+            )
+            for row in found.pop("rows")
+        ]
+        capacities = [Capacity(**entry) for entry in found.pop("capacities")]
+        return cls(machine=Machine(**found.pop("machine")), rows=rows, capacities=capacities, **found)
+
+
+def summarize(
+    measured: Measurement,
+    stretches: Sequence[Stretch],
+    num_cells: int,
+    *,
+    machine: Machine,
+    work: StepWork | None = None,
+    split: TimeSplit | None = None,
+    process: ProcessPeak | None = None,
+) -> Row:
+    """The row of one measurement.
+
+    Args:
+        measured: times and bytes.
+        stretches: which steps were drawn.
+        num_cells: visual tokens of a picture.
+        machine, work: for the roofline.
+        split: where the time went.
+        process: the peak on a CPU.
+    """
+    name, batch_size = measured.case.name, measured.batch_size
+    if measured.failure is not None:
+        return Row(name, batch_size, failure=measured.failure)
+    drawn = batch_size * sum(stretch.num_tokens for stretch in stretches)
+    speed = drawn / statistics.median(measured.seconds)
+    positions = [position for stretch in stretches for position in stretch.positions]
+    medians = [1000 * statistics.median(step) for step in zip(*measured.steps, strict=True)]
+    curve = list(zip(positions, medians, strict=True))
+    quarters = [[point for point in curve if 4 * point[0] // num_cells == quarter] for quarter in range(4)]
+    middles = [statistics.mean(position for position, _ in quarter) for quarter in quarters]
+    quarters_ms = [statistics.median(ms for _, ms in quarter) for quarter in quarters]
+    return Row(
+        cache=name,
+        batch_size=batch_size,
+        seconds=measured.seconds,
+        tokens_per_second=speed,
+        slowest=drawn / max(measured.seconds),
+        fastest=drawn / min(measured.seconds),
+        pictures_per_second=speed / num_cells,
+        step_ms=statistics.mean(medians),
+        quarters_ms=quarters_ms,
+        growth_ms=100 * statistics.linear_regression(middles, quarters_ms).slope,
+        curve=[(position, round(ms, 4)) for position, ms in curve],
+        key_value=measured.held.key_value,
+        bookkeeping=measured.held.bookkeeping,
+        peak=measured.peak if process is None else process.peak,
+        peak_before=None if process is None else process.before,
+        split=split,
+        work=work,
+        least_ms=None if work is None else 1000 * work.least_seconds(machine),
+    )

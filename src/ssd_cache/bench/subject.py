@@ -1,0 +1,213 @@
+"""The model that is measured and how it draws: Janus by its own `generate`, others step by step; guidance in both.
+
+`draw` can go on from a cache that `fill` brought to any point of a picture, so that late steps can be timed without
+drawing the early ones. Nothing is timed here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    AttentionInterface,
+    Cache,
+    JanusForConditionalGeneration,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
+
+from ssd_cache.attention import NAME
+from ssd_cache.bench.shapes import SHAPES, make_model
+from ssd_cache.cache import SSDCache
+from ssd_cache.head_map import HeadMap
+from ssd_cache.models import find_generator
+
+GUIDANCE_SCALE = 5.0
+NUM_PROMPT = 16
+"""Tokens of a checkpoint's prompts."""
+
+RANDOM_LABELS = "half of the heads spatial, drawn at random"
+
+OnStep = Callable[[], object]
+
+
+@dataclass
+class Subject(ABC):
+    """A model with the head map and the prompt length that it is measured with.
+
+    Attributes:
+        name: as its user named it.
+        model: a transformers model in evaluation mode.
+        head_map: labels of its heads, and the grid.
+        num_prompt: tokens of a prompt.
+    """
+
+    name: str
+    model: PreTrainedModel
+    head_map: HeadMap
+    num_prompt: int
+
+    @property
+    def config(self):
+        """The decoder's configuration."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers in a key of one head."""
+        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+
+    @property
+    def length(self) -> int:
+        """Tokens of a whole picture, prompt included."""
+        return self.num_prompt + self.head_map.num_visual_tokens
+
+    @abstractmethod
+    def step_weights(self) -> list[torch.Tensor]:
+        """Weights that every step reads whole; tables of embeddings are not, since a few rows of them are read."""
+
+    @abstractmethod
+    def set_attention(self, name: str) -> None:
+        """Choose the decoder's attention."""
+
+    @abstractmethod
+    def draw(self, cache: Cache, batch_size: int, num_tokens: int, on_step: OnStep) -> None:
+        """Draw visual tokens of `batch_size` pictures, from the prompt on or from where the cache stands.
+
+        Args:
+            cache: an empty one, or one that `fill` filled.
+            batch_size: pictures; guidance makes two rows of each.
+            num_tokens: steps.
+            on_step: called at every step, between the decoder and the sampling.
+        """
+
+    @torch.no_grad()
+    def fill(self, cache: Cache, batch_size: int, length: int) -> None:
+        """Bring a cache to `length` tokens, prompt included, with random keys, values and queries, as a model would.
+
+        A full cache takes them at once. `SSDCache` takes visual tokens one by one, and meets their queries.
+        """
+        layers, config = self.model.get_decoder().layers, self.config
+        shape = 2 * batch_size, config.num_key_value_heads
+        attend = AttentionInterface()[NAME]
+        seen = int(cache.get_seq_length())
+        one_by_one = isinstance(cache, SSDCache)
+        while seen < length:
+            new = (self.num_prompt if seen == 0 else 1) if one_by_one else length - seen
+            states = torch.randn(*shape, new, self.head_dim, device=self.model.device, dtype=self.model.dtype)
+            query = states.repeat_interleave(config.num_attention_heads // shape[1], dim=1)
+            for index, layer in enumerate(layers):
+                keys, values = cache.update(states, states, index)
+                if one_by_one:
+                    attend(layer.self_attn, query, keys, values, None, scaling=self.head_dim**-0.5)
+            seen += new
+
+
+class JanusSubject(Subject):
+    """Janus, drawn by its own `generate`: sampling, guidance, masks and all."""
+
+    def step_weights(self) -> list[torch.Tensor]:
+        inner = self.model.model
+        parts = (
+            inner.language_model.layers,
+            inner.language_model.norm,
+            inner.generation_head,
+            inner.generation_aligner,
+        )
+        return [weight for part in parts for weight in part.parameters()]
+
+    def set_attention(self, name: str) -> None:
+        self.model.set_attn_implementation({"text_config": name})
+
+    def draw(self, cache: Cache, batch_size: int, num_tokens: int, on_step: OnStep) -> None:
+        model, seen = self.model, int(cache.get_seq_length())
+        ids = model.generation_config
+        prompt = torch.randint(10, 60, (batch_size, self.num_prompt), generator=torch.Generator().manual_seed(0))
+        prompt[:, 0], prompt[:, -1] = ids.bos_token_id, ids.generation_kwargs["boi_token_id"]
+        prompt = prompt.clamp(max=self.config.vocab_size - 1).to(model.device)
+        if seen:
+            prompt = prompt[:, -1:]  # the last token before the next step; what came before is in the cache
+        config = model.model.vision_model.config
+        whole, config.num_image_tokens = config.num_image_tokens, num_tokens
+        try:
+            model.generate(
+                prompt,
+                attention_mask=prompt.new_ones(batch_size, seen + prompt.shape[1]),
+                generation_mode="image",
+                past_key_values=cache,
+                guidance_scale=GUIDANCE_SCALE,
+                do_sample=True,
+                logits_processor=LogitsProcessorList([_Ticker(on_step)]),
+            )
+        finally:
+            config.num_image_tokens = whole
+
+
+class CausalSubject(Subject):
+    """A causal language model, drawn step by step: both rows of a picture get the token that guidance draws."""
+
+    def step_weights(self) -> list[torch.Tensor]:
+        decoder = self.model.get_decoder()
+        return [*decoder.layers.parameters(), *decoder.norm.parameters(), *self.model.lm_head.parameters()]
+
+    def set_attention(self, name: str) -> None:
+        self.model.set_attn_implementation(name)
+
+    @torch.no_grad()
+    def draw(self, cache: Cache, batch_size: int, num_tokens: int, on_step: OnStep) -> None:
+        num_ids = 1 if int(cache.get_seq_length()) else self.num_prompt
+        ids = torch.randint(10, 60, (2 * batch_size, num_ids), generator=torch.Generator().manual_seed(0))
+        ids = ids.clamp(max=self.config.vocab_size - 1).to(self.model.device)
+        for _ in range(num_tokens):
+            output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            on_step()
+            conditional, unconditional = output.logits[:, -1].float().chunk(2)
+            scores = unconditional + GUIDANCE_SCALE * (conditional - unconditional)
+            ids = torch.multinomial(scores.softmax(-1), num_samples=1).repeat(2, 1)
+
+
+def find_head_map(name: str) -> HeadMap:
+    """The head map that a model is measured with, before its weights are there: its own, or labels at random.
+
+    Args:
+        name: a shape of `SHAPES`, or a checkpoint as `find_generator` takes it.
+
+    Raises:
+        GeneratorError: neither.
+    """
+    if name in SHAPES:
+        config, grid = SHAPES[name].make_config().get_text_config(decoder=True), SHAPES[name].grid
+        return random_map(config.num_hidden_layers, config.num_key_value_heads, grid)
+    checkpoint = find_generator(name)
+    return checkpoint.head_map() or random_map(checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.grid)
+
+
+def load_subject(name: str, dtype: torch.dtype, device: torch.device) -> Subject:
+    """The model of a name, with the head map of `find_head_map`; raises GeneratorError as that does."""
+    if name in SHAPES:
+        model, num_prompt = make_model(SHAPES[name], dtype, device), SHAPES[name].num_prompt
+    else:
+        model, num_prompt = find_generator(name).load(dtype, device).model, NUM_PROMPT
+    family = JanusSubject if isinstance(model, JanusForConditionalGeneration) else CausalSubject
+    return family(name, model, find_head_map(name), num_prompt)
+
+
+def random_map(num_layers: int, num_kv_heads: int, grid: tuple[int, int]) -> HeadMap:
+    """Labels for a model that has none: how fast a cache is hardly depends on which heads are which."""
+    labels = torch.rand(num_layers, num_kv_heads, generator=torch.Generator().manual_seed(0)) < 0.5
+    return HeadMap(labels, grid, method=RANDOM_LABELS)
+
+
+class _Ticker(LogitsProcessor):
+    """Reports every step and changes nothing."""
+
+    def __init__(self, on_step: OnStep):
+        self.on_step = on_step
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.on_step()
+        return scores

@@ -1,0 +1,149 @@
+"""A report as tables, for the terminal and as Markdown: the same cells in both.
+
+Numbers come from `results.py` alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table
+from tqdm import tqdm
+
+from ssd_cache.bench.cases import RIVALS
+from ssd_cache.bench.results import Report, Row
+
+MISSING = "-"
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A table in words: a title, the columns' heads, and rows whose first cell is a name."""
+
+    title: str
+    heads: list[str]
+    rows: list[list[str]]
+
+    def to_markdown(self) -> str:
+        lines = [self.heads, ["---", *["---:"] * (len(self.heads) - 1)], *self.rows]
+        return f"{self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def to_rich(self) -> Table:
+        table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for head in self.heads:
+            table.add_column(head, justify="left" if head == self.heads[0] else "right")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def all_tables(report: Report) -> list[Cells]:
+    """Speed, then memory and time, for each batch size; pictures that fit."""
+    found = []
+    for batch_size in dict.fromkeys(row.batch_size for row in report.rows):
+        rows = [row for row in report.rows if row.batch_size == batch_size]
+        found += [speed_table(rows), cost_table(rows)]
+    return [*found, capacity_table(report)] if report.capacities else found
+
+
+def speed_table(rows: Sequence[Row]) -> Cells:
+    """How fast, how steady, against whom, and how near to the roofline."""
+    speeds = {row.cache: row.tokens_per_second for row in rows}
+
+    def against(rival: str) -> Callable[[Row], str]:
+        base = speeds.get(rival)
+        return lambda row: f"{row.tokens_per_second / base:.2f}x" if base else MISSING
+
+    columns: dict[str, Callable[[Row], str]] = {
+        "tokens/s": lambda row: number(row.tokens_per_second),
+        "rounds": lambda row: f"{number(row.slowest)} to {number(row.fastest)}",
+        "pictures/s": lambda row: number(row.pictures_per_second),
+        "ms a step": lambda row: number(row.step_ms),
+        "median of quarters": lambda row: ", ".join(map(number, row.quarters_ms)),
+        "ms more per 100": lambda row: f"{row.growth_ms:+.2f}",
+        **{f"to {rival.removesuffix('Cache')}": against(rival) for rival in RIVALS},
+        "of roofline": lambda row: share(row.roofline_share),
+    }
+    return _cells(f"Speed, batch {rows[0].batch_size}", columns, rows)
+
+
+def cost_table(rows: Sequence[Row]) -> Cells:
+    """Bytes, and where the time goes."""
+
+    def part(name: str) -> Callable[[Row], str]:
+        return lambda row: share(None if row.split is None else getattr(row.split, name))
+
+    columns: dict[str, Callable[[Row], str]] = {
+        "K and V": lambda row: size(row.key_value),
+        "beside": lambda row: size(row.bookkeeping),
+        "peak": lambda row: MISSING if row.peak is None else size(row.peak),
+        **{name: part(name) for name in ("attention", "storing", "evicting", "elsewhere")},
+        "least ms a step": lambda row: MISSING if row.least_ms is None else number(row.least_ms),
+    }
+    return _cells(f"Memory and time, batch {rows[0].batch_size}", columns, rows)
+
+
+def capacity_table(report: Report) -> Cells:
+    """Pictures at once in a given memory."""
+    rows = [
+        [
+            entry.cache,
+            size(entry.picture_bytes),
+            str(entry.by_formula),
+            MISSING if entry.by_trying is None else str(entry.by_trying),
+        ]
+        for entry in report.capacities
+    ]
+    title = f"Pictures at once in {report.conditions['memory']}, beside {size(report.conditions['weights'])} of weights"
+    return Cells(title, ["cache", "cache of a picture", "by formula", "drawn"], rows)
+
+
+def _cells(title: str, columns: dict[str, Callable[[Row], str]], rows: Sequence[Row]) -> Cells:
+    lines = []
+    for row in rows:
+        failed = [row.failure or "", *[MISSING] * (len(columns) - 1)]
+        lines.append([row.cache, *(failed if row.failure else [cell(row) for cell in columns.values()])])
+    return Cells(title, ["cache", *columns], lines)
+
+
+def condition_lines(report: Report) -> list[str]:
+    """The conditions, a few to a line."""
+    told = {name: size(value) if name == "weights" else value for name, value in report.conditions.items()}
+    machine = report.machine
+    return [
+        "{model} ({class}): {layers} layers, hidden {hidden_size}, heads {heads}, {weights} of weights".format(**told),
+        "{grid}, prompt {prompt}, drawn: {drawn}, guidance {guidance}, head map: {head map}".format(**told),
+        "{dtype} on {device}, {threads} threads, {system}, rounds: {rounds}".format(**told),
+        "ssd-cache {ssd_cache}, torch {torch}, transformers {transformers}, Python {python}".format(**told),
+        f"roofline: {size(machine.copy_speed)}/s copied, {machine.matrix_speed / 1e12:.3g} TFLOP/s in matrix products",
+        *(f"left out: {line}" for line in report.left_out),
+        f"to repeat it: {report.command}",
+    ]
+
+
+def to_markdown(report: Report) -> str:
+    """The whole report as a page."""
+    conditions = "\n".join(f"- {line}" for line in condition_lines(report)[:-1])
+    tables = "\n\n".join(f"## {cells.to_markdown()}" for cells in all_tables(report))
+    return f"# {report.conditions['model']}\n\n{conditions}\n\n```bash\n{report.command}\n```\n\n{tables}\n"
+
+
+def number(value: float) -> str:
+    """Three digits, or all before the point: 0.123, 12.3, 1234."""
+    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:.{digits}f}"
+
+
+def share(value: float | None) -> str:
+    """Per cent, with a decimal where they are few."""
+    if value is None:
+        return MISSING
+    return f"{100 * value:.1f}%" if value < 0.1 else f"{100 * value:.0f}%"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes with three digits, powers of 1000."""
+    return tqdm.format_sizeof(num_bytes, "B") if num_bytes >= 1000 else f"{num_bytes:.0f}B"

@@ -30,6 +30,8 @@ FLOORS = {
     "labels": 0,
     "allocation": 0,
     "profiling_state": 0,
+    "fused": 0,
+    "fused_kernel": 0,
     "slots": 1,
     "layer": 1,
     "attention": 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -30,21 +31,26 @@ def held_tokens(layer) -> dict[tuple[int, int], list[int]]:
     return held
 
 
-def step_through(cache, queries, keys, values, num_prompt, seen):
-    """Feed one layer the way a model does; yields (step, output `[batch, heads, head_dim]`) for the visual tokens."""
+def step_through(cache, queries, keys, values, num_prompt, seen, is_counted=False):
+    """Feed one layer the way a model does; yields (step, output `[batch, heads, head_dim]`) for the visual tokens.
+
+    is_counted: from the second visual token on, inside `counted_step`, as `fast_decode` does.
+    """
     module = SimpleNamespace(num_key_value_groups=queries.shape[1] // keys.shape[1], is_causal=True)
     total, start = keys.shape[2], 0
     for end in [num_prompt, *range(num_prompt + 1, total + 1)]:
         new = slice(start, end)
         kv_length, _ = cache.get_mask_sizes(end - start, 0)
-        key_states, value_states = cache.update(keys[:, :, new], values[:, :, new], 0)
         mask = None
         if start == 0 and seen is not None:
             causal = torch.ones(end, end, dtype=torch.bool).tril()
             mask = (causal & seen[:, None, :]).unsqueeze(1)
-        if isinstance(key_states, torch.Tensor):
-            assert key_states.shape[2] == kv_length, "get_mask_sizes must announce what update returns"
-        output, weights = ssd_attention_forward(module, queries[:, :, new], key_states, value_states, mask)
+        counting = is_counted and cache.can_count_step
+        with cache.counted_step() if counting else nullcontext():
+            key_states, value_states = cache.update(keys[:, :, new], values[:, :, new], 0)
+            if isinstance(key_states, torch.Tensor) and not counting:
+                assert key_states.shape[2] == kv_length, "get_mask_sizes must announce what update returns"
+            output, weights = ssd_attention_forward(module, queries[:, :, new], key_states, value_states, mask)
         assert weights is None
         if start >= num_prompt:
             yield start - num_prompt, output[:, 0]
@@ -73,8 +79,8 @@ def step_reference(reference, queries, keys, values, num_prompt, step, seen):
 
 
 @st.composite
-def runs(draw):
-    grid = (draw(st.integers(2, 5)), draw(st.integers(2, 5)))
+def runs(draw, largest_side=5):
+    grid = (draw(st.integers(2, largest_side)), draw(st.integers(2, largest_side)))
     cells = grid[0] * grid[1]
     buffer = draw(st.integers(1, 6))
     num_recent, num_sinks = draw(st.integers(0, 4)), draw(st.integers(0, 3))
@@ -101,8 +107,13 @@ def runs(draw):
     }
 
 
-@given(runs())
-def test_same_tokens_and_outputs_as_plain_loops(run):
+@given(runs(), st.booleans())
+def test_same_tokens_and_outputs_as_plain_loops(run, is_counted):
+    same_as_plain_loops(run, is_counted)
+
+
+def same_as_plain_loops(run, is_counted):
+    """Assert that a cache keeps the tokens of the plain loops at every step and attends as they do; returns it."""
     torch.manual_seed(run["seed"])
     batch, kv_heads, groups, dim = run["batch"], len(run["is_spatial"]), run["groups"], 4
     total = run["num_prompt"] + run["num_visual"]
@@ -139,7 +150,7 @@ def test_same_tokens_and_outputs_as_plain_loops(run):
             for head, spatial in enumerate(run["is_spatial"])
         }
         errors, torch_errors = [], []
-        for step, output in step_through(cache, queries, keys, values, run["num_prompt"], seen):
+        for step, output in step_through(cache, queries, keys, values, run["num_prompt"], seen, is_counted):
             held = held_tokens(cache.layers[0])
             at = run["num_prompt"] + step
             slowly = step_reference(reference, queries, keys, values, run["num_prompt"], step, seen)
@@ -159,6 +170,7 @@ def test_same_tokens_and_outputs_as_plain_loops(run):
                 torch_errors.append((plain[:, 0].double() - expected).abs().max())
     # at most twice the error of torch's own attention over the same tokens; 1e-6 for runs in which that is nil
     assert max(errors) <= 2 * max(torch_errors) + 1e-6
+    return cache
 
 
 @given(runs(), st.integers(1, 30))

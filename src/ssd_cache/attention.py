@@ -1,4 +1,4 @@
-"""The attention "ssd": brings each step's query to the cache, then runs torch's sdpa over what every head holds.
+"""The attention "ssd": brings each step's query to the cache, then runs sdpa or a kernel over what every head holds.
 
 Importing it registers the name with transformers, attention and mask both. With any cache but `SSDCache`, or none, it
 is sdpa itself, so a model may keep it for good. It computes attention; what is kept was decided before it is called.
@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ssd_cache import fused
 from ssd_cache.layer import SSDLayer
 
 NAME = "ssd"
@@ -42,6 +43,7 @@ def ssd_attention_forward(
     if layer is None or (layer.step is None and layer.num_visual == 0):
         if layer is not None:
             layer.receive_mask(_prompt_columns(attention_mask, key.shape[2]))
+            layer.use_kernel(fused.can_serve(query, key, value))
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -49,10 +51,40 @@ def ssd_attention_forward(
     scaling = head_dim**-0.5 if scaling is None else scaling
     num_kv_heads = len(layer.plan.is_spatial)
     grouped = query.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    if layer.is_fused:
+        if dropout or (torch.is_grad_enabled() and query.requires_grad):
+            raise ValueError(
+                "a picture that was begun without gradients now asks for them, or for dropout, which the kernel of "
+                "SSDCache does not have: draw it to the end under torch.no_grad() and model.eval()"
+            )
+        return _attend_fused(layer, grouped, key[0], value[0], scaling).reshape(batch, 1, num_heads, -1), None
     outputs = []
     for part, (keys, values, mask) in zip(layer.receive_query(grouped, scaling), layer.visible(), strict=True):
         outputs.append(F.scaled_dot_product_attention(part, keys, values, mask, dropout, scale=scaling))
     return layer.restore_order(outputs).reshape(batch, 1, num_heads, -1), None
+
+
+def _attend_fused(
+    layer: SSDLayer, query: torch.Tensor, new_key: torch.Tensor, new_value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """One kernel a store, which writes K and V and scores as well; see `fused.decode` for the shapes."""
+    step, output = layer.step_at(), query.new_empty(*query.shape[:3], new_value.shape[3])
+    for store, heads in zip(layer.stores, layer.heads, strict=True):
+        fused.decode(
+            query,
+            new_key,
+            new_value,
+            store.keys,
+            store.values,
+            store.scores,
+            heads,
+            store.mask,
+            step,
+            scaling,
+            store.buffer,
+            output,
+        )
+    return output
 
 
 def _prompt_columns(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:

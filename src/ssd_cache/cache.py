@@ -87,6 +87,7 @@ class SSDCache(Cache):
         self.num_recent, self.num_sinks = num_recent, check_count("num_sinks", num_sinks, 0)
         self.score = _check_score(score, head_map)
         self._warned = self._is_counted = False
+        self._steps: dict[torch.device, torch.Tensor] = {}  # the number of the token that `counted_step` counted
         labels = head_map.is_spatial.tolist()
         slots = resolve_budget(budget, labels, rows * columns)
         if head_map.is_online:
@@ -197,10 +198,13 @@ class SSDCache(Cache):
         tensor, so that shapes and Python's numbers are the same at every step and the forward can be compiled once
         (`fast_decode` does). Scores, labels and evictions that are due are dealt with on entering.
         """
-        steps: dict[torch.device, torch.Tensor] = {}
+        # the same tensors at every step, and filled, not copied: a copy from the host would wait for the device
+        for device in {layer.device for layer in self.layers}:
+            if device not in self._steps:
+                self._steps[device] = torch.zeros((), dtype=torch.int64, device=device)
+            self._steps[device].fill_(self.layers[0].num_visual)
         for layer in self.layers:
-            step = steps.setdefault(layer.device, torch.tensor(layer.num_visual, device=layer.device))
-            layer.begin_step(step)
+            layer.begin_step(self._steps[layer.device])
         self._is_counted = True
         self._check_progress()
         try:

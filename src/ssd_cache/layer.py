@@ -49,17 +49,18 @@ class LayerPlan:
 
 
 class GroupedStates(list):
-    """Keys (or values) of a layer whose heads hold different numbers of tokens: one tensor a group of equal heads.
+    """Keys (or values) of a layer that are not one tensor: one for each group of heads that hold equally many tokens.
 
-    Only the attention "ssd" can read it; anything else that takes it for a tensor is told so.
+    Or the new token's alone, where the kernel is to write them (see `SSDLayer.use_kernel`). Only the attention "ssd"
+    can read it; anything else that takes it for a tensor is told so.
     """
 
     ssd_layer: SSDLayer
 
     def __getattr__(self, name: str):
         raise AttributeError(
-            f"heads of this layer hold different numbers of tokens, which only the attention 'ssd' can read; "
-            f"{USE_SSD_ATTENTION}"
+            "this layer's heads hold different numbers of tokens, or a kernel of its own writes them, which only the "
+            f"attention 'ssd' can do; {USE_SSD_ATTENTION}"
         )
 
 
@@ -83,6 +84,7 @@ class SSDLayer(CacheLayerMixin):
         self.keys: torch.Tensor | None = None  # of the prompt, until the first visual token arrives
         self.values: torch.Tensor | None = None
         self.prompt_mask: torch.Tensor | None = None
+        self.is_fused = False
         self.num_prompt = self.num_visual = 0
         self._query_missing = False
         self.step: torch.Tensor | None = None
@@ -90,6 +92,7 @@ class SSDLayer(CacheLayerMixin):
         self.labels: tuple[bool, ...] | None = None if self.plan.is_online else self.plan.is_spatial
         self.order: torch.Tensor | None = None
         self.head_indices: list[list[int]] = []
+        self.heads: list[torch.Tensor] = []  # the same, on the device, where the kernel reads them
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -118,11 +121,14 @@ class SSDLayer(CacheLayerMixin):
             value_states: the same shape but for the last dimension.
 
         Returns:
-            Keys and values `[batch, kv_heads, stored, head_dim]`, or a `GroupedStates` where heads differ in length.
+            Keys and values `[batch, kv_heads, stored, head_dim]`, or a `GroupedStates` where heads differ in length or
+            the kernel is to write the token.
 
         Raises:
             ValueError: several tokens at once after visual tokens, another batch size, or queries that do not arrive.
         """
+        if self.step is not None and self.is_fused:
+            return self._show([(key_states, value_states)], as_groups=True)
         if self.step is not None:
             for store, keys, values in zip(
                 self.stores, self._split(key_states), self._split(value_states), strict=True
@@ -146,10 +152,14 @@ class SSDLayer(CacheLayerMixin):
             self._open_stores(self.keys, self.values)
             self.keys = self.values = None
         self._settle()
+        self.num_visual += 1
+        if self.is_fused:
+            for store in self.stores:
+                store.count(self.num_visual - 1)
+            return self._show([(key_states, value_states)], as_groups=True)
         parts = zip(self.stores, self._split(key_states), self._split(value_states), strict=True)
         for store, keys, values in parts:
-            store.append(keys, values, self.num_visual)
-        self.num_visual += 1
+            store.append(keys, values, self.num_visual - 1)
         return self._show([store.visible()[:2] for store in self.stores])
 
     def _settle(self) -> None:
@@ -238,9 +248,11 @@ class SSDLayer(CacheLayerMixin):
                 score=plan.score,
                 columns=plan.columns,
                 is_online=plan.is_online and scored,
+                is_fused=self.is_fused,
             )
             self.stores.append(store)
             self.head_indices.append(heads)
+            self.heads.append(torch.tensor(heads, device=self.device))
         self._set_order()
 
     def _set_order(self) -> None:
@@ -270,9 +282,10 @@ class SSDLayer(CacheLayerMixin):
         """The store for a group of heads; profiling puts in one that watches."""
         return SlotStore(*args, **kwargs)
 
-    def _show(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]):
+    def _show(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], as_groups: bool = False):
         """What the stores show, each keys and values, as the model and the attention "ssd" take it."""
-        states: Any = pairs[0] if len(pairs) == 1 else [GroupedStates(group) for group in zip(*pairs, strict=True)]
+        is_one = len(pairs) == 1 and not as_groups
+        states: Any = pairs[0] if is_one else [GroupedStates(group) for group in zip(*pairs, strict=True)]
         keys, values = states
         keys.ssd_layer = self
         return keys, values
@@ -281,6 +294,21 @@ class SSDLayer(CacheLayerMixin):
         """Learn from the prompt's attention which columns are padding, `[batch, num_prompt]`, False on padding."""
         self._query_missing = False
         self.prompt_mask = allowed
+
+    def use_kernel(self, can_serve: bool) -> None:
+        """Let the kernel of `fused.py` do the steps, if it can; before the first visual token.
+
+        It writes K and V where `update` otherwise would, so `update` returns the new token's states alone. An online
+        layer goes without: it needs the queries of a whole stretch when it finds its labels.
+        """
+        self.is_fused = can_serve and not self.plan.is_online
+
+    def step_at(self) -> torch.Tensor:
+        """The newest token's number as a tensor without dimensions; its query has then been asked for."""
+        if self.step is not None:
+            return self.step
+        self._query_missing = False
+        return torch.full((), self.num_visual - 1, device=self.device)
 
     def receive_query(self, query_states: torch.Tensor, scaling: float) -> Sequence[torch.Tensor]:
         """Take the newest token's query, `[batch, kv_heads, groups, head_dim]`; returns it split over the stores."""

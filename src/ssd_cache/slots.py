@@ -27,6 +27,7 @@ class SlotStore:
         score: what semantic heads rank tokens by (see `retention.form_scores`).
         columns: of the grid; only the score "margin" asks.
         is_online: find out which heads are spatial when the slots are first full, instead of being told.
+        is_fused: every step is written, attended and scored by the kernel of `fused.py`, so no query is held.
 
     Attributes:
         keys, values: `[batch, heads, num_prompt + num_slots, head_dim]`; slots from `num_stored` on are free.
@@ -51,6 +52,7 @@ class SlotStore:
         score: str = "sum",
         columns: int = 1,
         is_online: bool = False,
+        is_fused: bool = False,
     ):
         self.num_slots, self.num_semantic = num_slots, num_semantic
         self.buffer, self.num_recent, self.num_sinks = buffer, num_recent, num_sinks
@@ -58,7 +60,7 @@ class SlotStore:
         self.num_stored = self.num_held = 0
         # the first scoring is early, so that the last before an eviction always covers a whole buffer
         self.num_to_hold = num_slots % buffer or buffer
-        self.is_online = is_online
+        self.is_online, self.is_fused = is_online, is_fused
         self.found: torch.Tensor | None = None
         self.scaling = 1.0
         batch, heads, self.num_prompt, _ = key_states.shape
@@ -88,6 +90,8 @@ class SlotStore:
         """Take token number `position` into account before it is written; evict first when all slots are taken."""
         if self.num_stored == self.num_slots:
             self._evict(position)
+        if self.is_fused and self.score == "last" and (position - self.num_slots) % self.buffer == 0:
+            self.scores.zero_()  # a stretch of queries begins
         self.positions[:, :, self.num_stored] = position
         self.num_stored += 1
 
@@ -128,7 +132,7 @@ class SlotStore:
 
     def count_query(self) -> None:
         """Take a query into account before `hold_query_at` keeps it; one at least was held by `hold_query` before."""
-        if self.scores.shape[1]:
+        if self.scores.shape[1] and not self.is_fused:
             self.num_held += 1
 
     def hold_query_at(self, step: torch.Tensor, query_states: torch.Tensor) -> None:

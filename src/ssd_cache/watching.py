@@ -125,3 +125,6 @@ class _WatchingLayer(SSDLayer):
 
     def make_store(self, *args, **kwargs) -> SlotStore:
         return _WatchingStore(*args, layer_idx=self.plan.layer_idx, observer=self.observer, **kwargs)
+
+    def use_kernel(self, can_serve: bool) -> None:
+        """Never: the kernel would keep the attention to itself."""

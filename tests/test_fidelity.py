@@ -7,9 +7,11 @@ docs/fidelity.md, not tested.
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import shlex
+import weakref
 
 import pytest
 import torch
@@ -505,3 +507,20 @@ def test_without_matplotlib_the_remedy_is_told_first(run, monkeypatch):
     result = run("--budgets", "0.5")
     assert result.exit_code == 2
     assert "pip install 'ssd-cache[plot]'" in result.stderr
+
+
+def test_caches_are_gone_with_the_measurement():
+    generator = make_generator("janus")
+    gone = []
+
+    def make_cache():
+        cache = SSDCache(HeadMap.uniform("semantic", num_layers=2, num_kv_heads=2, grid=GRID), 0.5)
+        gone.append(weakref.ref(cache))
+        return cache
+
+    gc.disable()  # or it may come by chance
+    try:
+        measure_fidelity(generator, PROMPTS, {"one": make_cache})
+        assert gone[0]() is None
+    finally:
+        gc.enable()

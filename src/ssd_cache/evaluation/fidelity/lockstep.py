@@ -86,6 +86,11 @@ class Lockstep:
             for handle in handles:
                 handle.remove()
 
+    def release(self) -> None:
+        """Let all K and V go now: the full cache and its observer hold each other until Python looks for circles."""
+        self.full.reset()
+        self.traces.clear()
+
     @property
     def step(self) -> int:
         """Which visual token was fed last; -1 after the prompt."""

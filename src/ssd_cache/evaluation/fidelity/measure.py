@@ -95,6 +95,7 @@ def measure_fidelity(
             "it did not take the tokens given; its decoder or its head works otherwise than those known"
         )
     results = {name: _result(checkpoint, trace, drawn) for name, trace in zip(made, lockstep.traces, strict=True)}
+    lockstep.release()
     if not all(result.kl.isfinite().all() and result.retained.isfinite().all() for result in results.values()):
         raise ValueError(_not_finite(checkpoint))
     return results

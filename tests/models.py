@@ -1,14 +1,24 @@
-"""Small models with random weights, of the real classes: a Janus, and a Llama with grouped KV heads."""
+"""Small models with random weights, of the real classes: generators with their processors, and language models."""
 
 from __future__ import annotations
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Digits, Punctuation, Sequence, WhitespaceSplit
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Emu3Config,
+    Emu3ForConditionalGeneration,
+    Emu3ImageProcessor,
+    Emu3Processor,
     GenerationConfig,
     JanusConfig,
     JanusForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 BOS, EOS, PAD, BOI = 1, 2, 0, 4
@@ -98,3 +108,92 @@ def left_padded_prompts(lengths, seed=0):
         ids[row, width - length :] = words
         mask[row, width - length :] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def tiny_causal(model_type, *, seed=0, attn_implementation="ssd", **settings):
+    """A text model of any type that `AutoModelForCausalLM` knows, with two query heads to a KV head."""
+    torch.manual_seed(seed)
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    tokens = {"bos_token_id": BOS, "eos_token_id": None, "pad_token_id": PAD}
+    config = AutoConfig.for_model(model_type, max_position_embeddings=2048, **shape | tokens | settings)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.set_attn_implementation(attn_implementation)
+    return model
+
+
+EMU3_TOKENS = {
+    "image_token": "<image>",
+    "boi_token": "<|image start|>",
+    "eoi_token": "<|image end|>",
+    "image_wrapper_token": "<|image token|>",
+    "eof_token": "<|extra_201|>",
+    "eol_token": "<|extra_200|>",
+}
+EMU3_CODES = 16
+
+
+def words_tokenizer(words, special, **settings):
+    """A tokenizer of whole words, digits apart, with named special tokens besides bos, eos, pad and unk."""
+    texts = ["<pad>", "<bos>", "<eos>", "<unk>", *special.values(), *words, *"0123456789*", *settings.pop("more", ())]
+    core = Tokenizer(WordLevel({text: index for index, text in enumerate(dict.fromkeys(texts))}, unk_token="<unk>"))
+    core.pre_tokenizer = Sequence([WhitespaceSplit(), Digits(individual_digits=True), Punctuation()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        extra_special_tokens=special,
+        padding_side="left",
+        **settings,
+    )
+
+
+def emu3_processor():
+    """A real `Emu3Processor` with a few words and 16 visual tokens."""
+    codes = [f"<|visual token {code:06d}|>" for code in range(EMU3_CODES)]
+    tokenizer = words_tokenizer("a photo of red blue circle square lowres text".split(), EMU3_TOKENS, more=codes)
+    tokenizer.add_special_tokens({"additional_special_tokens": codes}, replace_extra_special_tokens=False)
+    return Emu3Processor(Emu3ImageProcessor(min_pixels=8 * 8, max_pixels=512 * 512, spatial_factor=8), tokenizer)
+
+
+def tiny_emu3(processor, *, layers=2, heads=4, kv_heads=2, hidden=32, seed=0, attn_implementation="ssd"):
+    """An Emu3 with grouped KV heads, whose pictures are of any size."""
+    torch.manual_seed(seed)
+    vocabulary = processor.tokenizer.get_vocab()
+    config = Emu3Config(
+        text_config={
+            "vocab_size": len(vocabulary),
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.2,
+            "bos_token_id": processor.tokenizer.bos_token_id,
+            "eos_token_id": processor.tokenizer.eos_token_id,
+            "pad_token_id": processor.tokenizer.pad_token_id,
+        },
+        vq_config={
+            "codebook_size": EMU3_CODES,
+            "embed_dim": 4,
+            "latent_channels": 4,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1, 1, 1],
+            "num_res_blocks": 1,
+            "attn_resolutions": [],
+            "hidden_size": 32,
+        },
+        vocabulary_map=vocabulary,
+    )
+    config._attn_implementation = "sdpa"
+    model = Emu3ForConditionalGeneration(config).eval()
+    model.set_attn_implementation({"text_config": attn_implementation})
+    return model
+
+
+GLM_TOKENS = {"image_token": "<|image|>", "grid_bos_token": "<sop>", "grid_eos_token": "<eop>"}
+GLM_CODES, GLM_START, GLM_END = 16, 16, 17
+"""As in the real model, the codes come first in the vocabulary, then the tokens around a picture."""

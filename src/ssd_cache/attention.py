@@ -41,6 +41,7 @@ def ssd_attention_forward(
     layer: SSDLayer | None = getattr(key, "ssd_layer", None)
     if layer is None or (layer.step is None and layer.num_visual == 0):
         if layer is not None:
+            _check_window(layer, kwargs.get("sliding_window"))
             layer.receive_mask(_prompt_columns(attention_mask, key.shape[2]))
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -53,6 +54,16 @@ def ssd_attention_forward(
     for part, (keys, values, mask) in zip(layer.receive_query(grouped, scaling), layer.visible(), strict=True):
         outputs.append(F.scaled_dot_product_attention(part, keys, values, mask, dropout, scale=scaling))
     return layer.restore_order(outputs).reshape(batch, 1, num_heads, -1), None
+
+
+def _check_window(layer: SSDLayer, window: int | None) -> None:
+    """Refuse a layer of sliding attention, at its prompt, unless its window holds a whole picture."""
+    length = layer.num_prompt + layer.plan.num_cells
+    if window is not None and window < length:
+        raise ValueError(
+            f"layer {layer.plan.layer_idx} attends a sliding window of {window} tokens, and prompt and picture are "
+            f"{length}: SSDCache is for layers of full attention"
+        )
 
 
 def _prompt_columns(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:

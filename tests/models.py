@@ -14,12 +14,16 @@ from transformers import (
     Emu3ImageProcessor,
     Emu3Processor,
     GenerationConfig,
+    GlmImageConfig,
+    GlmImageForConditionalGeneration,
+    GlmImageProcessor,
     JanusConfig,
     JanusForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
 
 BOS, EOS, PAD, BOI = 1, 2, 0, 4
 
@@ -133,9 +137,12 @@ EMU3_TOKENS = {
 EMU3_CODES = 16
 
 
-def words_tokenizer(words, special, **settings):
-    """A tokenizer of whole words, digits apart, with named special tokens besides bos, eos, pad and unk."""
-    texts = ["<pad>", "<bos>", "<eos>", "<unk>", *special.values(), *words, *"0123456789*", *settings.pop("more", ())]
+def words_tokenizer(words, special, *, first=(), more=(), **settings):
+    """A tokenizer of whole words, digits apart, with named special tokens besides bos, eos, pad and unk.
+
+    `first` are the texts of the first ids, `more` further texts.
+    """
+    texts = [*first, "<pad>", "<bos>", "<eos>", "<unk>", *special.values(), *words, *"0123456789*", *more]
     core = Tokenizer(WordLevel({text: index for index, text in enumerate(dict.fromkeys(texts))}, unk_token="<unk>"))
     core.pre_tokenizer = Sequence([WhitespaceSplit(), Digits(individual_digits=True), Punctuation()])
     return PreTrainedTokenizerFast(
@@ -195,5 +202,59 @@ def tiny_emu3(processor, *, layers=2, heads=4, kv_heads=2, hidden=32, seed=0, at
 
 
 GLM_TOKENS = {"image_token": "<|image|>", "grid_bos_token": "<sop>", "grid_eos_token": "<eop>"}
-GLM_CODES, GLM_START, GLM_END = 16, 16, 17
-"""As in the real model, the codes come first in the vocabulary, then the tokens around a picture."""
+GLM_CODES = 16
+GLM_TEMPLATE = (
+    "{%- for m in messages -%}{%- for c in m['content'] -%}"
+    "{%- if c['type'] == 'image' -%}<bos><|image|><eos>{%- else -%}{{ c['text'] }}{%- endif -%}"
+    "{%- endfor -%}{%- endfor -%}"
+)
+
+
+def glm_image_processor():
+    """A real `GlmImageProcessor` with a few words; as in the real vocabulary codes come first, then start and end."""
+    codes = [f"<|code {code}|>" for code in range(GLM_CODES)]
+    words = "a photo of red blue circle square".split()
+    tokenizer = words_tokenizer(words, GLM_TOKENS, first=[*codes, "<bos>", "<eos>"])
+    pictures = GlmImageImageProcessorPil(
+        patch_size=16, temporal_patch_size=1, merge_size=1, min_pixels=32 * 32, max_pixels=512 * 512
+    )
+    return GlmImageProcessor(pictures, tokenizer, chat_template=GLM_TEMPLATE)
+
+
+def tiny_glm_image(processor, *, layers=2, seed=0, attn_implementation="ssd"):
+    """GLM-Image's autoregressive part with two KV heads and M-RoPE, whose pictures are of any size."""
+    torch.manual_seed(seed)
+    tokenizer = processor.tokenizer
+    config = GlmImageConfig(
+        text_config={
+            "vocab_size": len(tokenizer.get_vocab()),
+            "vision_vocab_size": GLM_CODES + 2,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.2,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "num_heads": 2,
+            "image_size": 128,
+            "patch_size": 16,
+            "intermediate_size": 32,
+        },
+        vq_config={"embed_dim": 8, "num_embeddings": GLM_CODES, "latent_channels": 16},
+        image_token_id=processor.image_token_id,
+        image_start_token_id=tokenizer.bos_token_id,
+        image_end_token_id=tokenizer.eos_token_id,
+    )
+    config._attn_implementation = "sdpa"
+    model = GlmImageForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.set_attn_implementation({"text_config": attn_implementation})
+    return model

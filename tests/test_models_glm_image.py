@@ -39,7 +39,9 @@ def generator(folder):
 
 @pytest.fixture(scope="module")
 def pipe(generator):
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (pip install 'ssd-cache[diffusers]')")
+    diffusers = pytest.importorskip(
+        "diffusers", reason="diffusers is not installed (pip install 'ssd-cache[diffusers]')"
+    )
     torch.manual_seed(0)
     pipe = diffusers.GlmImagePipeline(
         tokenizer=ByT5Tokenizer(),

@@ -163,7 +163,7 @@ class Generator(ABC):
         return self._setting("temperature", 1.0)
 
     def _setting(self, name: str, default: float) -> float:
-        value = getattr(self.model.generation_config, name, None)
+        value = getattr(getattr(self.model, "generation_config", None), name, None)
         return default if value is None else float(value)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ssd_cache.attention import NAME
 from ssd_cache.models.base import Checkpoint, Generator
@@ -110,8 +110,17 @@ class DeepSeekJanusGenerator(Generator):
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> DeepSeekJanusGenerator:
-        processor = _import_janus().VLChatProcessor.from_pretrained(checkpoint.source)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.source, dtype=dtype)
+        janus = _import_janus()
+
+        class Model(janus.MultiModalityCausalLM):
+            """Theirs, finished as transformers 5 asks of a model before it loads weights."""
+
+            def __init__(self, config):
+                super().__init__(config)
+                self.post_init()
+
+        processor = janus.VLChatProcessor.from_pretrained(checkpoint.source)
+        model = Model.from_pretrained(checkpoint.source, dtype=dtype)
         model.language_model.set_attn_implementation(NAME)
         model.gen_vision_model.float()  # pictures are decoded in float32 at any dtype
         return cls(checkpoint, model.to(device).eval(), processor)

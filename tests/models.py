@@ -1,15 +1,29 @@
-"""Small models with random weights, of the real classes: a Janus, and a Llama with grouped KV heads."""
+"""Small models with random weights, of the real classes: generators with their processors, and language models."""
 
 from __future__ import annotations
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Digits, Punctuation, Sequence, WhitespaceSplit
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Emu3Config,
+    Emu3ForConditionalGeneration,
+    Emu3ImageProcessor,
+    Emu3Processor,
     GenerationConfig,
+    GlmImageConfig,
+    GlmImageForConditionalGeneration,
+    GlmImageProcessor,
     JanusConfig,
     JanusForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
+from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
 
 BOS, EOS, PAD, BOI = 1, 2, 0, 4
 
@@ -98,3 +112,149 @@ def left_padded_prompts(lengths, seed=0):
         ids[row, width - length :] = words
         mask[row, width - length :] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def tiny_causal(model_type, *, seed=0, attn_implementation="ssd", **settings):
+    """A text model of any type that `AutoModelForCausalLM` knows, with two query heads to a KV head."""
+    torch.manual_seed(seed)
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    tokens = {"bos_token_id": BOS, "eos_token_id": None, "pad_token_id": PAD}
+    config = AutoConfig.for_model(model_type, max_position_embeddings=2048, **shape | tokens | settings)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.set_attn_implementation(attn_implementation)
+    return model
+
+
+EMU3_TOKENS = {
+    "image_token": "<image>",
+    "boi_token": "<|image start|>",
+    "eoi_token": "<|image end|>",
+    "image_wrapper_token": "<|image token|>",
+    "eof_token": "<|extra_201|>",
+    "eol_token": "<|extra_200|>",
+}
+EMU3_CODES = 16
+
+
+def words_tokenizer(words, special, *, first=(), more=(), **settings):
+    """A tokenizer of whole words, digits apart, with named special tokens besides bos, eos, pad and unk.
+
+    `first` are the texts of the first ids, `more` further texts.
+    """
+    texts = [*first, "<pad>", "<bos>", "<eos>", "<unk>", *special.values(), *words, *"0123456789*", *more]
+    core = Tokenizer(WordLevel({text: index for index, text in enumerate(dict.fromkeys(texts))}, unk_token="<unk>"))
+    core.pre_tokenizer = Sequence([WhitespaceSplit(), Digits(individual_digits=True), Punctuation()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        extra_special_tokens=special,
+        padding_side="left",
+        **settings,
+    )
+
+
+def emu3_processor():
+    """A real `Emu3Processor` with a few words and 16 visual tokens."""
+    codes = [f"<|visual token {code:06d}|>" for code in range(EMU3_CODES)]
+    tokenizer = words_tokenizer("a photo of red blue circle square lowres text".split(), EMU3_TOKENS, more=codes)
+    tokenizer.add_special_tokens({"additional_special_tokens": codes}, replace_extra_special_tokens=False)
+    return Emu3Processor(Emu3ImageProcessor(min_pixels=8 * 8, max_pixels=512 * 512, spatial_factor=8), tokenizer)
+
+
+def tiny_emu3(processor, *, layers=2, heads=4, kv_heads=2, hidden=32, seed=0, attn_implementation="ssd"):
+    """An Emu3 with grouped KV heads, whose pictures are of any size."""
+    torch.manual_seed(seed)
+    vocabulary = processor.tokenizer.get_vocab()
+    config = Emu3Config(
+        text_config={
+            "vocab_size": len(vocabulary),
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.2,
+            "bos_token_id": processor.tokenizer.bos_token_id,
+            "eos_token_id": processor.tokenizer.eos_token_id,
+            "pad_token_id": processor.tokenizer.pad_token_id,
+        },
+        vq_config={
+            "codebook_size": EMU3_CODES,
+            "embed_dim": 4,
+            "latent_channels": 4,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1, 1, 1],
+            "num_res_blocks": 1,
+            "attn_resolutions": [],
+            "hidden_size": 32,
+        },
+        vocabulary_map=vocabulary,
+    )
+    config._attn_implementation = "sdpa"
+    model = Emu3ForConditionalGeneration(config).eval()
+    model.set_attn_implementation({"text_config": attn_implementation})
+    return model
+
+
+GLM_TOKENS = {"image_token": "<|image|>", "grid_bos_token": "<sop>", "grid_eos_token": "<eop>"}
+GLM_CODES = 16
+GLM_TEMPLATE = (
+    "{%- for m in messages -%}{%- for c in m['content'] -%}"
+    "{%- if c['type'] == 'image' -%}<bos><|image|><eos>{%- else -%}{{ c['text'] }}{%- endif -%}"
+    "{%- endfor -%}{%- endfor -%}"
+)
+
+
+def glm_image_processor():
+    """A real `GlmImageProcessor` with a few words; as in the real vocabulary codes come first, then start and end."""
+    codes = [f"<|code {code}|>" for code in range(GLM_CODES)]
+    words = "a photo of red blue circle square".split()
+    tokenizer = words_tokenizer(words, GLM_TOKENS, first=[*codes, "<bos>", "<eos>"])
+    pictures = GlmImageImageProcessorPil(
+        patch_size=16, temporal_patch_size=1, merge_size=1, min_pixels=32 * 32, max_pixels=512 * 512
+    )
+    return GlmImageProcessor(pictures, tokenizer, chat_template=GLM_TEMPLATE)
+
+
+def tiny_glm_image(processor, *, layers=2, seed=0, attn_implementation="ssd"):
+    """GLM-Image's autoregressive part with two KV heads and M-RoPE, whose pictures are of any size."""
+    torch.manual_seed(seed)
+    tokenizer = processor.tokenizer
+    config = GlmImageConfig(
+        text_config={
+            "vocab_size": len(tokenizer.get_vocab()),
+            "vision_vocab_size": GLM_CODES + 2,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.2,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "num_heads": 2,
+            "image_size": 128,
+            "patch_size": 16,
+            "intermediate_size": 32,
+        },
+        vq_config={"embed_dim": 8, "num_embeddings": GLM_CODES, "latent_channels": 16},
+        image_token_id=processor.image_token_id,
+        image_start_token_id=tokenizer.bos_token_id,
+        image_end_token_id=tokenizer.eos_token_id,
+    )
+    config._attn_implementation = "sdpa"
+    model = GlmImageForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.set_attn_implementation({"text_config": attn_implementation})
+    return model

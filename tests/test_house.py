@@ -39,6 +39,7 @@ FLOORS = {
     "watching": 2,
     "watching_cost": 2,
     "observing": 2,
+    "guidance": 3,
     "enable": 3,
     "fast_decode": 3,
     "measuring": 3,

@@ -78,7 +78,7 @@ def _other_type(path):
         (_no_json, "its config.json can not be read"),
         (_no_type, "its config.json can not be read"),
         (_head_map, "is a head map, not a model"),
-        (_other_type, "is of type 'llama'; ssd-cache draws with janus"),
+        (_other_type, "is of type 'llama'; ssd-cache draws with emu3, glm_image, janus, multi_"),
     ],
 )
 def test_folders_without_a_checkpoint_are_refused(tmp_path, make, message):

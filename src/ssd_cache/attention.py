@@ -42,6 +42,7 @@ def ssd_attention_forward(
     layer: SSDLayer | None = getattr(key, "ssd_layer", None)
     if layer is None or (layer.step is None and layer.num_visual == 0):
         if layer is not None:
+            _check_window(layer, kwargs.get("sliding_window"))
             layer.receive_mask(_prompt_columns(attention_mask, key.shape[2]))
             layer.use_kernel(fused.can_serve(query, key, value))
         return sdpa_attention_forward(
@@ -85,6 +86,16 @@ def _attend_fused(
             output,
         )
     return output
+
+
+def _check_window(layer: SSDLayer, window: int | None) -> None:
+    """Refuse a layer of sliding attention, at its prompt, unless its window holds a whole picture."""
+    length = layer.num_prompt + layer.plan.num_cells
+    if window is not None and window < length:
+        raise ValueError(
+            f"layer {layer.plan.layer_idx} attends a sliding window of {window} tokens, and prompt and picture are "
+            f"{length}: SSDCache is for layers of full attention"
+        )
 
 
 def _prompt_columns(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:

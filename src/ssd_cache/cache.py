@@ -18,11 +18,15 @@ from transformers import Cache, PreTrainedModel
 
 from ssd_cache.budget import Budget, check_count, resolve_budget, resolve_recent
 from ssd_cache.head_map import HeadMap, HeadMapError
+from ssd_cache.head_map_checks import format_rasters
 from ssd_cache.layer import LayerPlan, SSDLayer
 from ssd_cache.retention import SCORES
 
 DEFAULT_BUDGET = 0.2
 """The paper's budget: a fifth of the visual tokens."""
+
+CLOSING_TOKENS = 3
+"""Tokens after the grid that need no warning: some models close a picture with a few, as Emu3 does."""
 
 POLICIES = ("full", "ssd", "h2o", "streaming-llm", "linear", "margin")
 """Names that `SSDCache.from_policy` knows."""
@@ -79,17 +83,18 @@ class SSDCache(Cache):
             raise TypeError(
                 f"head_map is a {type(head_map).__name__}, expected a HeadMap: HeadMap.from_pretrained(...) loads one"
             )
-        rows, columns = head_map.grid
+        columns = max(columns for _, columns in (*head_map.previews, head_map.grid))
         if budget is None:
             budget = DEFAULT_BUDGET if head_map.budget is None else head_map.budget
         self.head_map, self.budget = head_map, budget
-        self.buffer = columns if buffer is None else check_count("buffer", buffer, 1)
+        self.buffer = head_map.grid[1] if buffer is None else check_count("buffer", buffer, 1)
         self.num_recent, self.num_sinks = num_recent, check_count("num_sinks", num_sinks, 0)
         self.score = _check_score(score, head_map)
         self._warned = self._is_counted = False
         self._steps: dict[torch.device, torch.Tensor] = {}  # the number of the token that `counted_step` counted
         labels = head_map.is_spatial.tolist()
-        slots = resolve_budget(budget, labels, rows * columns)
+        cells = head_map.num_visual_tokens
+        slots = resolve_budget(budget, labels, cells)
         if head_map.is_online:
             _check_online(budget, head_map, slots)
         plans = [
@@ -97,7 +102,7 @@ class SSDCache(Cache):
                 layer_idx=index,
                 is_spatial=tuple(labels[index]),
                 num_slots=slots[index],
-                num_cells=rows * columns,
+                num_cells=cells,
                 buffer=self.buffer,
                 num_recent=tuple(resolve_recent(num_recent, held) for held in slots[index]),
                 num_sinks=self.num_sinks,
@@ -152,9 +157,8 @@ class SSDCache(Cache):
         """
 
         def uniform(kind: Literal["spatial", "semantic"]) -> HeadMap:
-            return HeadMap.uniform(
-                kind, num_layers=head_map.num_layers, num_kv_heads=head_map.num_kv_heads, grid=head_map.grid
-            )
+            shape = {"num_layers": head_map.num_layers, "num_kv_heads": head_map.num_kv_heads}
+            return HeadMap.uniform(kind, **shape).with_grid(head_map.grid, head_map.previews)
 
         presets: dict[str, dict[str, Any]] = {
             "h2o": {"num_recent": 0.5},
@@ -224,12 +228,13 @@ class SSDCache(Cache):
                     f"the head map ({self.head_map.origin}) has {len(self.layers)} layers, but the model used {used} "
                     "for its prompt: use the map that was made for this model"
                 )
-        if num_visual > self.head_map.num_visual_tokens and not self._warned:
+        if num_visual > self.head_map.num_visual_tokens + CLOSING_TOKENS and not self._warned:
             self._warned = True
-            rows, columns = self.head_map.grid
+            grid = format_rasters(self.head_map.previews, self.head_map.grid, " x ")
             warnings.warn(
-                f"SSDCache is past the {rows} x {columns} = {rows * columns} visual tokens of its head map's grid and "
-                "goes on; is the grid right for this model, or the cache used for a second picture without reset()?",
+                f"SSDCache is past the {grid} = {self.head_map.num_visual_tokens} visual tokens of its head map's grid "
+                "and goes on; is the grid right for this model, or the cache used for a second picture without "
+                "reset()?",
                 stacklevel=2,
             )
 
@@ -246,7 +251,7 @@ class SSDCache(Cache):
         labels = [layer.labels for layer in self.layers]
         if None in labels:
             return None
-        return HeadMap(torch.tensor(labels), self.head_map.grid, method="found online")
+        return HeadMap(torch.tensor(labels), self.head_map.grid, previews=self.head_map.previews, method="found online")
 
     @property
     def nbytes(self) -> int:
@@ -277,6 +282,11 @@ def _check_score(score: str, head_map: HeadMap) -> str:
     if score == "margin" and head_map.is_online:
         raise ValueError(
             "score='margin' looks at no attention, by which an online map labels its heads: give a map with labels, or "
+            "score='sum', 'mean' or 'last'"
+        )
+    if score == "margin" and head_map.previews:
+        raise ValueError(
+            "score='margin' goes by the columns of a single grid, but this head map has previews of other widths: give "
             "score='sum', 'mean' or 'last'"
         )
     return score

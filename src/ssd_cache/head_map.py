@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,8 @@ class HeadMap:
 
     Args:
         is_spatial: boolean tensor `[layers, kv_heads]`; True is spatial, False semantic. At most 1024 x 4096.
-        grid: rows and columns of the picture in visual tokens.
+        grid: rows and columns of the picture in visual tokens; tokens that end a row count as its last columns.
+        previews: grids of smaller pictures that are drawn before it, in order, as GLM-Image does; none as a rule.
         scores: what the labels were decided on: one floating-point tensor `[layers, kv_heads]` (kept as "score"), or
             several by name. Finite; kept in float32.
         threshold: the score above which a head was called spatial.
@@ -61,6 +62,7 @@ class HeadMap:
     method: str | None
     budget: Budget | None
     profile: dict[str, Any]
+    previews: tuple[tuple[int, int], ...]
     is_online: bool = field(init=False)
     """Whether the labels are still to be found, in every run anew; see [`HeadMap.online`]."""
     origin: str = field(init=False)
@@ -79,16 +81,20 @@ class HeadMap:
         method: str | None = None,
         budget: Budget | None = None,
         profile: Mapping[str, Any] | None = None,
+        previews: Sequence[tuple[int, int]] = (),
     ) -> None:
         labels = head_map_checks.checked_labels(is_spatial)
         texts = {"model_id": model_id, "revision": revision, "model_type": model_type, "method": method}
+        checked_grid, checked_previews = head_map_checks.checked_grid(grid), head_map_checks.checked_previews(previews)
+        cells = sum(rows * columns for rows, columns in (*checked_previews, checked_grid))
         values = {
             "is_spatial": labels,
-            "grid": head_map_checks.checked_grid(grid),
+            "grid": checked_grid,
+            "previews": checked_previews,
             "scores": head_map_checks.checked_scores(scores, labels.shape),
             "threshold": head_map_checks.checked_threshold(threshold),
             **{name: head_map_checks.checked_text(name, text) for name, text in texts.items()},
-            "budget": head_map_checks.checked_budget(budget, labels, head_map_checks.checked_grid(grid)),
+            "budget": head_map_checks.checked_budget(budget, labels, cells),
             "profile": head_map_checks.checked_profile(profile),
             "is_online": False,
             "origin": "made in memory",
@@ -213,16 +219,32 @@ class HeadMap:
 
     @property
     def num_visual_tokens(self) -> int:
-        """Cells of the grid: rows x columns."""
-        return self.grid[0] * self.grid[1]
+        """Cells of the grid, rows x columns, and of the previews before it."""
+        return sum(rows * columns for rows, columns in (*self.previews, self.grid))
 
     @property
     def digest(self) -> str:
         """Twelve hex digits of the sha256 of labels and grid: the name of this map in a table of results."""
-        shape = f"{self.num_layers}x{self.num_kv_heads} {self.grid[0]}x{self.grid[1]} "
+        shape = f"{self.num_layers}x{self.num_kv_heads} {head_map_checks.format_rasters(self.previews, self.grid)} "
         return hashlib.sha256(shape.encode() + bytes(self.is_spatial.flatten().tolist())).hexdigest()[:12]
 
-    def check_fits(self, model: str, num_layers: int, num_kv_heads: int, grid: tuple[int, int] | None = None) -> None:
+    def with_grid(self, grid: tuple[int, int], previews: Sequence[tuple[int, int]] = ()) -> HeadMap:
+        """The same labels for pictures of another size; a budget that is a fraction then means one of that size."""
+        if (tuple(grid), tuple(previews)) == (self.grid, self.previews):
+            return self
+        head_map = replace(self, grid=grid, previews=previews)
+        for name in ("is_online", "origin"):
+            object.__setattr__(head_map, name, getattr(self, name))
+        return head_map
+
+    def check_fits(
+        self,
+        model: str,
+        num_layers: int,
+        num_kv_heads: int,
+        grid: tuple[int, int] | None = None,
+        previews: tuple[tuple[int, int], ...] = (),
+    ) -> None:
         """Refuse to be used with a model of another shape.
 
         Args:
@@ -230,14 +252,16 @@ class HeadMap:
             num_layers: the model's decoder layers.
             num_kv_heads: KV heads in each.
             grid: its rows and columns of visual tokens, where they are known.
+            previews: the grids that it draws before this one.
 
         Raises [`HeadMapError`] with both shapes and this map's origin.
         """
-        same_grid = grid is None or grid == self.grid
+        same_grid = grid is None or (grid, previews) == (self.grid, self.previews)
         if (num_layers, num_kv_heads) != (self.num_layers, self.num_kv_heads) or not same_grid:
             ours, theirs = "", ""
             if grid is not None:
-                ours, theirs = f" and a grid of {self.grid[0]} x {self.grid[1]}", f" and {grid[0]} x {grid[1]}"
+                ours = f" and a grid of {head_map_checks.format_rasters(self.previews, self.grid, ' x ')}"
+                theirs = f" and {head_map_checks.format_rasters(previews, grid, ' x ')}"
             raise HeadMapError(
                 f"the head map ({self.origin}) has {self.num_layers} layers x {self.num_kv_heads} KV heads{ours}, but "
                 f"{model} has {num_layers} x {num_kv_heads}{theirs}: use the map that was made for this model"
@@ -275,9 +299,10 @@ class HeadMap:
         num_spatial = int(self.is_spatial.sum())
         labels = f"{num_spatial} spatial, {self.is_spatial.numel() - num_spatial} semantic"
         place = self.origin if self.is_online or self.origin.startswith("made in memory") else f"from {self.origin}"
+        grid = head_map_checks.format_rasters(self.previews, self.grid)
         return (
             f"HeadMap({self.num_layers} layers x {self.num_kv_heads} KV heads, "
-            f"{'online' if self.is_online else labels}, grid {self.grid[0]}x{self.grid[1]}, {place})"
+            f"{'online' if self.is_online else labels}, grid {grid}, {place})"
         )
 
     def _check_labelled(self, what: str) -> None:
@@ -300,6 +325,7 @@ class HeadMap:
             "threshold": self.threshold,
             "budget": self.budget,
             "profile": self.profile,
+            **({"previews": [list(grid) for grid in self.previews]} if self.previews else {}),
         }
 
     def _files(self) -> dict[str, bytes]:

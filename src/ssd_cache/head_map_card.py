@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from huggingface_hub import ModelCardData
 from PIL import Image, ImageDraw, ImageFont
 
+from ssd_cache.head_map_checks import format_rasters
+
 if TYPE_CHECKING:
     from ssd_cache.head_map import HeadMap
 
@@ -78,7 +80,7 @@ def card(head_map: HeadMap, repo_id: str) -> str:
     facts = {
         "layers x KV heads": f"{head_map.num_layers} x {head_map.num_kv_heads}",
         "spatial, semantic": f"{num_spatial}, {head_map.is_spatial.numel() - num_spatial}",
-        "grid of visual tokens": f"{head_map.grid[0]} x {head_map.grid[1]}",
+        "grid of visual tokens": format_rasters(head_map.previews, head_map.grid, " x "),
         "model": model,
         "model revision": head_map.revision,
         "model type": head_map.model_type,
@@ -124,7 +126,8 @@ def picture(head_map: HeadMap) -> Image.Image:
 
     name = (head_map.model_id or "Head map").encode("ascii", "replace").decode()
     draw.text((28, 18), name if len(name) <= 42 else name[:40] + "..", INK, fonts[22])
-    shape = f"{rows} layers x {columns} KV heads, grid {head_map.grid[0]} x {head_map.grid[1]}"
+    grid = format_rasters(head_map.previews, head_map.grid, " x ")
+    shape = f"{rows} layers x {columns} KV heads, grid {grid}"
     draw.text((28, 48), shape, FAINT, fonts[16])
     num_spatial = int(head_map.is_spatial.sum())
     counts = (SPATIAL, f"spatial: {num_spatial}"), (SEMANTIC, f"semantic: {rows * columns - num_spatial}")

@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ssd_cache.budget import Budget, resolve_budget
 
-MAX_LAYERS, MAX_KV_HEADS, MAX_GRID_SIDE, MAX_SCORES = 1024, 4096, 4096, 64
+MAX_LAYERS, MAX_KV_HEADS, MAX_GRID_SIDE, MAX_PREVIEWS, MAX_SCORES = 1024, 4096, 4096, 8, 64
 MAX_TEXT, MAX_PROFILE_BYTES, MAX_JSON_DEPTH = 256, 64 << 10, 16
 SCORE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -49,6 +49,18 @@ def checked_grid(grid: tuple[int, int]) -> tuple[int, int]:
     if len(sides) != 2 or not all(type(side) is int and 1 <= side <= MAX_GRID_SIDE for side in sides):
         raise HeadMapError(f"grid={grid!r}; give (rows, columns), integers from 1 to {MAX_GRID_SIDE}, like (24, 24)")
     return sides
+
+
+def checked_previews(previews: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Grids, each (rows, columns), of what is drawn before the picture."""
+    if not isinstance(previews, (tuple, list)) or len(previews) > MAX_PREVIEWS:
+        raise HeadMapError(f"previews={previews!r:.100}; give at most {MAX_PREVIEWS} grids, like [(19, 13)]")
+    return tuple(map(checked_grid, previews))
+
+
+def format_rasters(previews: Sequence[tuple[int, int]], grid: tuple[int, int], times: str = "x") -> str:
+    """Grids in the order in which they are drawn: "24x24", or "19x13+36x24" with a preview."""
+    return "+".join(f"{rows}{times}{columns}" for rows, columns in (*previews, grid))
 
 
 def checked_scores(
@@ -85,11 +97,10 @@ def checked_threshold(threshold: float | None) -> float | None:
     return value
 
 
-def checked_budget(budget: Budget | None, is_spatial: torch.Tensor, grid: tuple[int, int]) -> Budget | None:
+def checked_budget(budget: Budget | None, is_spatial: torch.Tensor, cells: int) -> Budget | None:
     """A copy of a budget that fits the map, as JSON holds it: a number, or a list with an entry for each layer."""
     if budget is None:
         return None
-    cells = grid[0] * grid[1]
     try:
         slots = resolve_budget(budget, is_spatial.tolist(), cells)
     except (ValueError, TypeError) as error:

@@ -31,6 +31,8 @@ MAX_TENSORS_BYTES = 16 << 20
 MAX_HEADER_BYTES = 64 << 10
 
 FACTS = frozenset({"grid", "model_id", "revision", "model_type", "method", "threshold", "budget", "profile"})
+OPTIONAL = frozenset({"previews"})
+"""Facts that few models have: left out where there are none, so that older versions read all other maps."""
 CONFIG_FIELDS = FACTS | {"format_version", "num_layers", "num_kv_heads", "sha256"}
 
 
@@ -67,7 +69,7 @@ def decode(
             f"{place}: {CONFIG_NAME} states {stated[0]} layers and {stated[1]} KV heads, is_spatial in {TENSORS_NAME} "
             f"has shape {list(is_spatial.shape)}; {AGAIN}"
         )
-    return {name: config[name] for name in FACTS}, is_spatial, scores
+    return {name: config[name] for name in FACTS | (OPTIONAL & config.keys())}, is_spatial, scores
 
 
 def find_local(source: str | os.PathLike[str]) -> Path | None:
@@ -168,10 +170,10 @@ def _parse_config(content: bytes, place: str) -> dict[str, Any]:
     version = config["format_version"]
     if version != FORMAT_VERSION or isinstance(version, (bool, float)):
         raise HeadMapError(f"{place}: format_version {version!r}, this ssd-cache reads {FORMAT_VERSION}; upgrade it")
-    if config.keys() != CONFIG_FIELDS:
+    if config.keys() - OPTIONAL != CONFIG_FIELDS:
         raise HeadMapError(
             f"{place}: missing fields {sorted(CONFIG_FIELDS - config.keys())}, unknown fields "
-            f"{sorted(config.keys() - CONFIG_FIELDS)}; save the map again, or upgrade ssd-cache"
+            f"{sorted(config.keys() - CONFIG_FIELDS - OPTIONAL)}; save the map again, or upgrade ssd-cache"
         )
     return config
 

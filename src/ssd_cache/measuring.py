@@ -60,6 +60,11 @@ def measure_heads(
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
     check_count("batch_size", batch_size, 1)
     checkpoint = generator.checkpoint
+    if checkpoint.previews:
+        raise GeneratorError(
+            f"{checkpoint.name} draws a preview before its picture, and heads are measured on a single grid only: use "
+            "HeadMap.online(...), whose labels a cache finds at run time"
+        )
     found = resolve_levels(checkpoint.grid, budget, levels, buffer=buffer, num_recent=num_recent, num_sinks=num_sinks)
     check_prompts(generator, prompts)
     prompts = list(prompts)
@@ -79,7 +84,7 @@ def measure_heads(
     own = range(done + processes.index, len(batches), processes.count)
     num_tokens = cells * sum(len(batches[index]) for index in own)
     with (
-        ssd_attention(generator.model),
+        ssd_attention(generator.language_model),
         tqdm(total=num_tokens, unit="token", disable=not (progress and processes.is_main), desc="profiling") as bar,
     ):
         for first in range(done, len(batches), processes.count):
@@ -157,9 +162,9 @@ def check_prompts(generator: Generator, prompts: Sequence[str]) -> None:
     """
     check_texts(prompts)
     checkpoint = generator.checkpoint
-    config = checkpoint.config.get_text_config(decoder=True)
+    config = checkpoint.family.text_config_of(checkpoint.config)
     limit = getattr(config, "max_position_embeddings", None)
-    room = None if limit is None else limit - checkpoint.grid[0] * checkpoint.grid[1]
+    room = None if limit is None else limit - checkpoint.num_visual_tokens
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again when the prompt is drawn
         for text in dict.fromkeys(prompts):

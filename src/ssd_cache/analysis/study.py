@@ -125,7 +125,7 @@ def run_plan(
     drawn: dict[str, torch.Tensor] = {}
     total = (1 + len(probes)) * plan.num_images * head_map.num_visual_tokens
     with (
-        ssd_attention(generator.model),
+        ssd_attention(generator.language_model),
         tqdm(
             total=total,
             unit=" visual tokens",

@@ -18,6 +18,7 @@ from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.files import check_output, save_picture
 from ssd_cache.head_map import HeadMap
 from ssd_cache.head_map_card import picture
+from ssd_cache.head_map_checks import format_rasters
 from ssd_cache.models import BUNDLED, find_generator
 
 
@@ -47,7 +48,7 @@ def inspect(
         "model": head_map.model_id,
         "revision": head_map.revision,
         "model type": head_map.model_type,
-        "grid": f"{head_map.grid[0]} x {head_map.grid[1]} visual tokens",
+        "grid": f"{format_rasters(head_map.previews, head_map.grid, ' x ')} visual tokens",
         "method": head_map.method,
         "threshold": None if head_map.threshold is None else f"{head_map.threshold:g}",
         "scores": ", ".join(head_map.scores) or None,

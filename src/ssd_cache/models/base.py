@@ -1,22 +1,23 @@
 """What every generator offers: prompts to visual tokens, visual tokens to pictures, and the facts a cache needs.
 
-A model family subclasses `Generator` and fills in five short methods (see `janus.py`). Which checkpoint a name means is
-`find.py`'s business; what is kept of the visual tokens is the cache's.
+A model family subclasses `Generator`, states its facts and fills in five short methods (see `janus.py`). Which
+checkpoint a name means is `find.py`'s business; what is kept of the visual tokens is the cache's.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from transformers import Cache, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, Cache, LogitsProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ssd_cache.head_map import HeadMap
-from ssd_cache.models.settings import check_drawing, check_texts, resolve_device, resolve_dtype
+from ssd_cache.models.settings import GeneratorError, check_drawing, check_texts, resolve_device, resolve_dtype
 
 BUNDLED = "shapes-janus"
 """The small trained model that travels with the package."""
@@ -32,7 +33,17 @@ class Generator(ABC):
         checkpoint: where it comes from, its grid and numbers of layers and heads.
         model: the transformers model; from `Checkpoint.load` in evaluation mode, with the attention "ssd".
         processor: the transformers processor.
+
+    A family's facts, for the class as a whole:
+        own_guidance: whether the model's `generate` draws guidance's rows itself, in one batch. If not, `enable` does
+            it for a call with `guidance_scale` (see `guidance.py`).
+        default_guidance: the scale for a checkpoint that names none; None for a family that is not guided.
+        is_resizable: whether pictures of another size than `grid_of` says can be asked for.
     """
+
+    own_guidance: bool = False
+    default_guidance: float | None = 5.0
+    is_resizable: bool = False
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, processor: ProcessorMixin):
         self.checkpoint, self.model, self.processor = checkpoint, model, processor
@@ -40,12 +51,47 @@ class Generator(ABC):
     @staticmethod
     @abstractmethod
     def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
-        """Rows and columns of visual tokens in a picture."""
+        """Rows and columns of visual tokens in a picture; tokens that end a row are its last columns."""
+
+    @staticmethod
+    def previews_of(grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        """Grids that are drawn before a picture of this one, in order; none as a rule."""
+        return ()
+
+    @staticmethod
+    def draws(call: Mapping[str, Any]) -> bool:
+        """Whether a call of the model's `generate` with these keyword arguments draws a picture, not text."""
+        return True
+
+    @staticmethod
+    def rasters_of_call(call: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]] | None:
+        """Grid and previews of the pictures that such a call draws, where its arguments tell; None where not."""
+        return None
+
+    @staticmethod
+    def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
+        """The decoder's own configuration, with its numbers of layers and heads."""
+        return config.get_text_config(decoder=True)
+
+    @classmethod
+    def read_config(cls, folder: str | Path) -> PreTrainedConfig:
+        """The configuration in a folder.
+
+        Raises:
+            GeneratorError: a package that the family needs is missing.
+            OSError, ValueError, KeyError, TypeError: as transformers has it, for a file that can not be read.
+        """
+        return AutoConfig.from_pretrained(folder)
 
     @classmethod
     @abstractmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Generator:
         """The model and processor of a checkpoint."""
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The transformers model whose attention has to be "ssd"; a part of `model` where that is no such model."""
+        return self.model
 
     @abstractmethod
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -61,7 +107,11 @@ class Generator(ABC):
 
     @abstractmethod
     def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:
-        """Pictures of visual tokens `[batch, cells]`, decoded a few at a time, in float32 after `load`."""
+        """Pictures of visual tokens `[batch, cells]`, decoded a few at a time, in float32 after `load`.
+
+        Raises:
+            GeneratorError: a model whose tokens something else makes pictures of.
+        """
 
     def generate(
         self,
@@ -73,7 +123,7 @@ class Generator(ABC):
         seed: int = 0,
         on_tokens: Callable[[int], object] | None = None,
     ) -> torch.Tensor:
-        """Draw one picture a prompt, all in one batch; returns visual tokens `[batch, rows * columns]`.
+        """Draw one picture a prompt, all in one batch; returns visual tokens `[batch, cells]`, previews first.
 
         The seed belongs to the batch: the same prompts in the same order give the same pictures, a prompt alone or in
         another batch does not. torch's own generators are left as they were.
@@ -81,7 +131,7 @@ class Generator(ABC):
         Args:
             prompts: one text a picture; repeat a prompt to draw it several times.
             cache: a cache fresh from its constructor or `reset()`; the model's own default when not given.
-            guidance_scale: above 1; the checkpoint's own when not given.
+            guidance_scale: above 1, for a model that is guided; the checkpoint's own when not given.
             temperature: 0 always takes the likeliest token; the checkpoint's own when not given.
             seed: of the batch.
             on_tokens: called at every step with the number of visual tokens drawn in it.
@@ -92,7 +142,11 @@ class Generator(ABC):
         check_texts(prompts)
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         temperature = self.temperature if temperature is None else temperature
-        check_drawing(guidance_scale, temperature, seed)
+        if self.default_guidance is None and guidance_scale != 1.0:
+            raise GeneratorError(
+                f"guidance_scale={guidance_scale}: {self.checkpoint.name} is not guided; leave guidance_scale out"
+            )
+        check_drawing(None if self.default_guidance is None else guidance_scale, temperature, seed)
         device = self.model.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(seed)
@@ -100,8 +154,8 @@ class Generator(ABC):
 
     @property
     def guidance_scale(self) -> float:
-        """The checkpoint's own guidance scale, or Janus-Pro's 5."""
-        return self._setting("guidance_scale", 5.0)
+        """The checkpoint's own guidance scale, or its family's; 1 where there is no guidance."""
+        return 1.0 if self.default_guidance is None else self._setting("guidance_scale", self.default_guidance)
 
     @property
     def temperature(self) -> float:
@@ -109,7 +163,7 @@ class Generator(ABC):
         return self._setting("temperature", 1.0)
 
     def _setting(self, name: str, default: float) -> float:
-        value = getattr(self.model.generation_config, name, None)
+        value = getattr(getattr(self.model, "generation_config", None), name, None)
         return default if value is None else float(value)
 
 
@@ -122,25 +176,37 @@ class Checkpoint:
         source: the folder, or the Hub id, for `from_pretrained`.
         config: its configuration.
         family: the class that loads it.
+        asked_grid: the grid that was asked for, if one was.
     """
 
     name: str
     source: str
     config: PreTrainedConfig
     family: type[Generator]
+    asked_grid: tuple[int, int] | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of visual tokens in a picture."""
-        return self.family.grid_of(self.config)
+        """Rows and columns of visual tokens in a picture; tokens that end a row are its last columns."""
+        return self.asked_grid or self.family.grid_of(self.config)
+
+    @property
+    def previews(self) -> tuple[tuple[int, int], ...]:
+        """Grids that are drawn before the picture, in order; none as a rule."""
+        return self.family.previews_of(self.grid)
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Tokens of a picture, previews and tokens that end rows included."""
+        return sum(rows * columns for rows, columns in (*self.previews, self.grid))
 
     @property
     def num_layers(self) -> int:
-        return self.config.get_text_config(decoder=True).num_hidden_layers
+        return self.family.text_config_of(self.config).num_hidden_layers
 
     @property
     def num_kv_heads(self) -> int:
-        return self.config.get_text_config(decoder=True).num_key_value_heads
+        return self.family.text_config_of(self.config).num_key_value_heads
 
     def head_map(self) -> HeadMap | None:
         """The head map that travels in the checkpoint's folder, if there is one."""
@@ -153,9 +219,20 @@ class Checkpoint:
         Raises:
             HeadMapError: layers, KV heads or grid differ.
         """
-        head_map.check_fits(self.name, self.num_layers, self.num_kv_heads, self.grid)
+        head_map.check_fits(self.name, self.num_layers, self.num_kv_heads, self.grid, self.previews)
 
     def load(self, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto") -> Generator:
         """The model itself, in evaluation mode; see `resolve_dtype` and `resolve_device` for "auto"."""
         device = resolve_device(device)
         return self.family.load(self, resolve_dtype(dtype, device), device)
+
+
+class Ticker(LogitsProcessor):
+    """Reports every step of a generation and changes nothing."""
+
+    def __init__(self, on_tokens: Callable[[int], object]):
+        self.on_tokens = on_tokens
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.on_tokens(input_ids.shape[0])
+        return scores

@@ -16,27 +16,40 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from ssd_cache.head_map_checks import HeadMapError, checked_grid
 from ssd_cache.models.base import BUNDLED, Checkpoint, Generator
+from ssd_cache.models.causal_lm import CausalLMGenerator
+from ssd_cache.models.deepseek_janus import DeepSeekJanusGenerator
+from ssd_cache.models.emu3 import Emu3Generator
+from ssd_cache.models.glm_image import GlmImageGenerator
 from ssd_cache.models.janus import JanusGenerator
 from ssd_cache.models.settings import GeneratorError
 
-FAMILIES: dict[str, type[Generator]] = {"janus": JanusGenerator}
+FAMILIES: dict[str, type[Generator]] = {
+    "emu3": Emu3Generator,
+    "glm_image": GlmImageGenerator,
+    "janus": JanusGenerator,
+    "multi_modality": DeepSeekJanusGenerator,
+}
 """The class for every `config.model_type` that is supported; a new model is one file and one entry."""
 
 BUNDLED_FOLDER = Path(__file__).parents[1] / "shapes" / "checkpoint"
 
 
-def find_generator(name: str) -> Checkpoint:
+def find_generator(name: str, grid: tuple[int, int] | None = None) -> Checkpoint:
     """The checkpoint that a name means; a folder that exists goes before a Hub repository of the same name.
 
     Args:
         name: "shapes-janus", a folder with a transformers checkpoint, or a Hub id such as
             "deepseek-community/Janus-Pro-1B".
+        grid: rows and columns, for a model that draws in several sizes, and for any other causal language model, which
+            is then drawn with as plain tokens (see `causal_lm.py`); tokens that end a row are its last columns.
 
     Raises:
-        GeneratorError: nothing of that name, a folder without a readable checkpoint, or a model that is not supported.
+        GeneratorError: nothing of that name, a folder without a readable checkpoint, a model that is not supported, or
+            a grid that it can not draw.
         ConnectionError: the Hub could not be asked.
     """
     if not name.strip():
@@ -52,41 +65,72 @@ def find_generator(name: str) -> Checkpoint:
             f"model {name!r}: {problem} ({folder}); give {BUNDLED}, a folder that save_pretrained wrote, or a Hub id"
         )
     try:
-        config = AutoConfig.from_pretrained(folder)
+        model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+        config = FAMILIES.get(model_type, CausalLMGenerator).read_config(folder)
+    except GeneratorError as error:
+        raise GeneratorError(f"model {name!r}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GeneratorError(f"model {name!r}: its config.json can not be read: {_first_line(error)}") from error
     if hasattr(config, "format_version"):  # of a map, which names the type of its model too
         raise GeneratorError(f"model {name!r} is a head map, not a model; give it as --head-map, or to HeadMap")
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise GeneratorError(
-            f"model {name!r} is of type {config.model_type!r}; ssd-cache draws with {', '.join(sorted(FAMILIES))}"
-        )
     is_local = name == BUNDLED or Path(name).expanduser().exists()
-    return Checkpoint(name, str(folder) if is_local else name, config, family)
+    family, grid = _choose_family(f"model {name!r}", config, grid)
+    return Checkpoint(name, str(folder) if is_local else name, config, family, grid)
 
 
-def generator_of(model: PreTrainedModel, processor: ProcessorMixin | None = None) -> Generator:
+def generator_of(
+    model: PreTrainedModel, processor: ProcessorMixin | None = None, grid: tuple[int, int] | None = None
+) -> Generator:
     """The generator around a model that is loaded already; its processor is loaded from where the model came from.
 
+    Args:
+        model: a transformers model, of DeepSeek's package too.
+        processor: its processor, or the tokenizer of a causal language model.
+        grid: as for `find_generator`.
+
     Raises:
-        GeneratorError: a model that is not supported, or a processor that can not be loaded.
+        GeneratorError: a model that is not supported, a grid that it can not draw, or a processor that can not be
+            loaded.
     """
-    family = FAMILIES.get(model.config.model_type)
-    if family is None:
-        raise GeneratorError(
-            f"a model of type {model.config.model_type!r}; ssd-cache draws with {', '.join(sorted(FAMILIES))}"
-        )
+    family, grid = _choose_family("this model", model.config, grid)
     source = model.name_or_path
     if processor is None:
         try:
-            processor = AutoProcessor.from_pretrained(source)
+            loader = AutoTokenizer if family is CausalLMGenerator else AutoProcessor
+            processor = loader.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise GeneratorError(
                 f"no processor can be loaded from {source!r}, where the model came from: give processor=... "
                 f"({_first_line(error)})"
             ) from error
-    return family(Checkpoint(source or type(model).__name__, source, model.config, family), model, processor)
+    return family(Checkpoint(source or type(model).__name__, source, model.config, family, grid), model, processor)
+
+
+def family_of(config: PreTrainedConfig) -> type[Generator]:
+    """The class for a model's configuration, that of any causal language model where it is not in `FAMILIES`."""
+    return FAMILIES.get(config.model_type, CausalLMGenerator)
+
+
+def _choose_family(
+    what: str, config: PreTrainedConfig, grid: tuple[int, int] | None
+) -> tuple[type[Generator], tuple[int, int] | None]:
+    """The class for a model, and the grid that was asked for, checked."""
+    family = family_of(config)
+    if family is CausalLMGenerator and grid is None:
+        raise GeneratorError(
+            f"{what} is of type {config.model_type!r}; ssd-cache draws with {', '.join(sorted(FAMILIES))}; with any "
+            "other causal language model as plain tokens, if find_generator or generator_of gets grid=(rows, columns)"
+        )
+    try:
+        grid = None if grid is None else checked_grid(grid)
+    except HeadMapError as error:
+        raise GeneratorError(str(error)) from error
+    if grid is not None and not family.is_resizable and grid != family.grid_of(config):
+        rows, columns = family.grid_of(config)
+        raise GeneratorError(
+            f"grid={grid}: {what} draws {rows} x {columns} visual tokens and nothing else; leave grid out"
+        )
+    return family, grid
 
 
 def _must_be_path(name: str) -> bool:

@@ -7,7 +7,7 @@ the generation is written anew here.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,12 @@ from transformers import (
     Cache,
     JanusForConditionalGeneration,
     JanusProcessor,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedConfig,
 )
 
 from ssd_cache.attention import NAME
-from ssd_cache.models.base import Checkpoint, Generator
+from ssd_cache.models.base import Checkpoint, Generator, Ticker
 
 DECODE_BATCH = 4
 """Pictures decoded at once: the decoder's last layers hold a few hundred MB for each."""
@@ -31,10 +30,17 @@ DECODE_BATCH = 4
 class JanusGenerator(Generator):
     """`JanusForConditionalGeneration` as a generator; guidance doubles its rows, [conditional; unconditional]."""
 
+    own_guidance = True
+
     @staticmethod
     def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
         side = config.vision_config.image_size // config.vision_config.patch_size
         return side, side
+
+    @staticmethod
+    def draws(call: Mapping[str, Any]) -> bool:
+        """Text, about a picture or not, is what Janus generates unless a picture is asked for."""
+        return call.get("generation_mode", "text") == "image"
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> JanusGenerator:
@@ -79,7 +85,7 @@ class JanusGenerator(Generator):
             past_key_values=cache,
             guidance_scale=guidance_scale,
             generation_kwargs={"boi_token_id": self.processor.tokenizer.boi_token_id},
-            logits_processor=LogitsProcessorList([] if on_tokens is None else [_Ticker(on_tokens)]),
+            logits_processor=LogitsProcessorList([] if on_tokens is None else [Ticker(on_tokens)]),
             **sampling,
         )
 
@@ -111,14 +117,3 @@ class JanusGenerator(Generator):
                 f"{'it' if len(unknown) == 1 else 'them'}; its captions are like 'a photo of a red circle'",
                 stacklevel=2,
             )
-
-
-class _Ticker(LogitsProcessor):
-    """Reports every step of a generation and changes nothing."""
-
-    def __init__(self, on_tokens: Callable[[int], object]):
-        self.on_tokens = on_tokens
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.on_tokens(input_ids.shape[0])
-        return scores

@@ -37,8 +37,7 @@ def check_drawing(guidance_scale: float | None = None, temperature: float | None
     """
     if guidance_scale is not None and not (math.isfinite(guidance_scale) and guidance_scale > 1):
         raise GeneratorError(
-            f"guidance_scale={guidance_scale} is out of range: transformers' Janus needs a number above 1; "
-            "1.001 is next to no guidance"
+            f"guidance_scale={guidance_scale} is out of range: give a number above 1; 1.001 is next to no guidance"
         )
     if temperature is not None and not (math.isfinite(temperature) and temperature >= 0):
         raise GeneratorError(

@@ -1,0 +1,80 @@
+"""Any causal language model of transformers, drawn with as plain tokens in a grid that its user states.
+
+For generators that ssd-cache has no file for: it knows nothing of their prompts, guidance, grammar or picture decoder.
+Heads can be profiled and caches compared; `to_images` refuses.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, LogitsProcessorList, PreTrainedConfig
+
+from ssd_cache.attention import NAME
+from ssd_cache.models.base import Checkpoint, Generator, Ticker
+from ssd_cache.models.settings import GeneratorError
+
+
+class CausalLMGenerator(Generator):
+    """An `AutoModelForCausalLM` with its tokenizer as a generator; its rows are the prompts'."""
+
+    default_guidance = None
+    is_resizable = True
+
+    def __init__(self, checkpoint: Checkpoint, model, processor):
+        super().__init__(checkpoint, model, processor)
+        rows, columns = checkpoint.grid
+        warnings.warn(
+            f"{checkpoint.name} is of type {checkpoint.config.model_type!r}, which ssd-cache does not know as an image "
+            f"generator: each prompt is followed by {rows} x {columns} plain tokens",
+            stacklevel=3,
+        )
+
+    @staticmethod
+    def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
+        raise GeneratorError(f"a model of type {config.model_type!r} states no grid: give grid=(rows, columns)")
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> CausalLMGenerator:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.source)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.source, dtype=dtype, attn_implementation=NAME)
+        return cls(checkpoint, model.to(device).eval(), tokenizer)
+
+    def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The texts as they are, without a chat template."""
+        if self.processor.pad_token is None:
+            self.processor.pad_token = self.processor.eos_token
+        inputs = self.processor(list(prompts), padding=True, padding_side="left", return_tensors="pt")
+        return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        cache: Cache | None,
+        guidance_scale: float,
+        temperature: float,
+        on_tokens: Callable[[int], object] | None,
+    ) -> torch.Tensor:
+        inputs, number = self.prepare(prompts), self.checkpoint.num_visual_tokens
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
+        sequences = self.model.generate(
+            **inputs,
+            past_key_values=cache,
+            min_new_tokens=number,  # no end of text before the grid is full
+            max_new_tokens=number,
+            logits_processor=LogitsProcessorList([] if on_tokens is None else [Ticker(on_tokens)]),
+            **sampling,
+        )
+        return sequences[:, inputs["input_ids"].shape[1] :]
+
+    def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:
+        raise GeneratorError(
+            f"ssd-cache can not decode the tokens of {self.checkpoint.name} to pictures; "
+            "find_generator(...).load().generate(...) gives the tokens, for the model's own decoder"
+        )

@@ -1,0 +1,179 @@
+"""Janus and Janus-Pro as DeepSeek publishes them: for the `janus` package of github.com/deepseek-ai/Janus.
+
+That package has no `generate`: its script `generation_inference.py` holds the loop. `generate` here is that loop over
+any cache, with the rows as theirs are, conditional and unconditional in turn. The package is imported when it is needed
+and not before, and nothing in it is changed; docs/models.md says what it takes to have it beside transformers 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import AutoConfig, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from ssd_cache.attention import NAME
+from ssd_cache.models.base import Checkpoint, Generator
+from ssd_cache.models.settings import GeneratorError
+
+IMAGE_SIZE, PATCH_SIZE, CODE_CHANNELS, DECODE_BATCH = 384, 16, 8, 4
+"""As in DeepSeek's script; the configuration does not name them. Pictures are decoded a few at a time."""
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    processor,
+    prompts: Sequence[str],
+    cache: Cache | None = None,
+    *,
+    guidance_scale: float = 5.0,
+    temperature: float = 1.0,
+    on_tokens: Callable[[int], object] | None = None,
+) -> torch.Tensor:
+    """Draw a picture a prompt, in one batch, by DeepSeek's loop; returns visual tokens `[batch, 576]`.
+
+    With one text in `prompts`, given several times, the tokens are those of DeepSeek's script after the same
+    `torch.manual_seed`. Texts of different length are padded on the left, which the script can not do.
+
+    Args:
+        model: a `MultiModalityCausalLM`; for an `SSDCache`, after
+            `model.language_model.set_attn_implementation("ssd")`.
+        processor: its `VLChatProcessor`.
+        prompts: what is to be seen, without the chat's words, which are added here.
+        cache: a fresh cache; a `DynamicCache` when not given.
+        guidance_scale: `cfg_weight` in the script.
+        temperature: 0 always takes the likeliest token.
+        on_tokens: called at every step with the number of visual tokens drawn in it.
+    """
+    ids, mask = prepare(model, processor, prompts)
+    cache = DynamicCache() if cache is None else cache
+    embeds = model.language_model.get_input_embeddings()(ids)
+    steps = []
+    for _ in range(processor.num_image_tokens):
+        outputs = model.language_model.model(
+            inputs_embeds=embeds, attention_mask=mask, use_cache=True, past_key_values=cache
+        )
+        given, free = model.gen_head(outputs.last_hidden_state[:, -1]).view(len(prompts), 2, -1).unbind(1)
+        logits = free + guidance_scale * (given - free)
+        if temperature > 0:
+            token = torch.multinomial(torch.softmax(logits / temperature, -1), num_samples=1)
+        else:
+            token = logits.argmax(-1, keepdim=True)
+        steps.append(token)
+        if on_tokens is not None:
+            on_tokens(len(prompts))
+        embeds = model.prepare_gen_img_embeds(token.expand(-1, 2).reshape(-1, 1))
+        mask = None if mask is None else F.pad(mask, (0, 1), value=1)
+    return torch.cat(steps, 1)
+
+
+def prepare(model: PreTrainedModel, processor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Token ids `[2 * batch, length]`, two rows a prompt as in DeepSeek's script, and a mask where rows are padded."""
+    rows = []
+    for prompt in prompts:
+        chat = [{"role": "User", "content": prompt}, {"role": "Assistant", "content": ""}]
+        text = processor.apply_sft_template_for_multi_turn_prompts(
+            conversations=chat, sft_format=processor.sft_format, system_prompt=""
+        )
+        given = torch.tensor(processor.tokenizer.encode(text + processor.image_start_tag))
+        free = given.clone()
+        free[1:-1] = processor.pad_id  # seen, not masked
+        rows += [given, free]
+    width = max(map(len, rows))
+    ids = torch.stack([F.pad(row, (width - len(row), 0), value=processor.pad_id) for row in rows])
+    mask = torch.stack([F.pad(torch.ones_like(row), (width - len(row), 0)) for row in rows])
+    device = model.language_model.device
+    return ids.to(device), None if mask.all() else mask.to(device)
+
+
+class DeepSeekJanusGenerator(Generator):
+    """`MultiModalityCausalLM` as a generator; two rows a prompt, conditional and unconditional in turn."""
+
+    own_guidance = True
+
+    @staticmethod
+    def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
+        return IMAGE_SIZE // PATCH_SIZE, IMAGE_SIZE // PATCH_SIZE
+
+    @staticmethod
+    def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
+        return config.language_config
+
+    @classmethod
+    def read_config(cls, folder: str | Path) -> PreTrainedConfig:
+        _import_janus()
+        return AutoConfig.from_pretrained(folder)
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> DeepSeekJanusGenerator:
+        janus = _import_janus()
+
+        class Model(janus.MultiModalityCausalLM):
+            """Theirs, finished as transformers 5 asks of a model before it loads weights."""
+
+            def __init__(self, config):
+                super().__init__(config)
+                self.post_init()
+
+        processor = janus.VLChatProcessor.from_pretrained(checkpoint.source)
+        model = Model.from_pretrained(checkpoint.source, dtype=dtype)
+        model.language_model.set_attn_implementation(NAME)
+        model.gen_vision_model.float()  # pictures are decoded in float32 at any dtype
+        return cls(checkpoint, model.to(device).eval(), processor)
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        return self.model.language_model
+
+    def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The conditional rows alone; drawing puts an unconditional one after each."""
+        ids, mask = prepare(self.model, self.processor, prompts)
+        mask = torch.ones_like(ids) if mask is None else mask
+        return {"input_ids": ids[::2], "attention_mask": mask[::2]}
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        cache: Cache | None,
+        guidance_scale: float,
+        temperature: float,
+        on_tokens: Callable[[int], object] | None,
+    ) -> torch.Tensor:
+        return generate(
+            self.model,
+            self.processor,
+            prompts,
+            cache,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            on_tokens=on_tokens,
+        )
+
+    def is_unconditional(self, num_prompts: int) -> torch.Tensor:
+        return torch.arange(2 * num_prompts) % 2 == 1
+
+    @torch.no_grad()
+    def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:
+        images = []
+        for part in tokens.to(self.model.device).split(DECODE_BATCH):
+            shape = [len(part), CODE_CHANNELS, *self.checkpoint.grid]
+            pixels = self.model.gen_vision_model.decode_code(part.to(torch.int), shape=shape)
+            levels = ((pixels.float().cpu() + 1) / 2 * 255).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+            images += [Image.fromarray(picture) for picture in levels.numpy()]
+        return images
+
+
+def _import_janus():
+    """`janus.models` of DeepSeek's package, which registers its classes with transformers."""
+    try:
+        import janus.models
+    except Exception as error:  # whatever old imports end in beside today's packages
+        raise GeneratorError(
+            f"this is a checkpoint for DeepSeek's janus package, which can not be imported here ({error!r}): install "
+            "it as docs/models.md says, or use the checkpoint for transformers (deepseek-community/...)"
+        ) from error
+    return janus.models

@@ -1,0 +1,136 @@
+"""Emu3 in transformers: rows of visual tokens that each end in an end-of-line token, guidance, VQ decoder.
+
+The model's own `generate` draws, held to the picture's grammar by `prefix_allowed_tokens_fn`, as transformers'
+documentation does it; guidance runs in the same batch (`guidance.py`) and is transformers' own to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import (
+    Cache,
+    Emu3ForConditionalGeneration,
+    Emu3Processor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+)
+
+from ssd_cache.attention import NAME
+from ssd_cache.guidance import batched_guidance
+from ssd_cache.models.base import Checkpoint, Generator, Ticker
+
+CLOSING = ("eof_token", "eoi_token", "eos_token")
+"""What follows the last row, a token each; the cache need not see them."""
+
+NEGATIVE_PROMPT = (
+    "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
+    "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
+)
+"""What the unconditional rows read: the one of the model's authors."""
+
+
+class Emu3Generator(Generator):
+    """`Emu3ForConditionalGeneration` as a generator; guidance doubles its rows, [conditional; unconditional]."""
+
+    default_guidance = 3.0
+    is_resizable = True
+    negative_prompt = NEGATIVE_PROMPT
+
+    @staticmethod
+    def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
+        """90 rows of 90 visual tokens and an end-of-line token, for 720 x 720 pixels."""
+        return 90, 91
+
+    @staticmethod
+    def draws(call: Mapping[str, Any]) -> bool:
+        """A picture needs its grammar; what goes without is text."""
+        return call.get("prefix_allowed_tokens_fn") is not None
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Emu3Generator:
+        processor = Emu3Processor.from_pretrained(checkpoint.source)
+        model = Emu3ForConditionalGeneration.from_pretrained(checkpoint.source, dtype=dtype)
+        model.set_attn_implementation({"text_config": NAME})
+        model.model.vqmodel.float()  # pictures are decoded in float32 at any dtype
+        return cls(checkpoint, model.to(device).eval(), processor)
+
+    def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The texts, then begin-of-image and the picture's size in tokens."""
+        rows, columns = self.checkpoint.grid
+        width, side = columns - 1, self.processor.downsample_ratio
+        inputs = self.processor(
+            text=list(prompts),
+            return_for_image_generation=True,
+            ratio=f"{width}:{rows}",
+            image_area=rows * width * side**2,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        cache: Cache | None,
+        guidance_scale: float,
+        temperature: float,
+        on_tokens: Callable[[int], object] | None,
+    ) -> torch.Tensor:
+        rows, columns = self.checkpoint.grid
+        inputs, negative = self.prepare(prompts), self.prepare([self.negative_prompt])
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            top_k = self.model.generation_config.top_k
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": 2048 if top_k is None else top_k}
+        with batched_guidance(self.model, guidance_scale, negative["input_ids"], negative["attention_mask"]):
+            sequences = self.model.generate(
+                **inputs,
+                past_key_values=cache,
+                guidance_scale=1.0,  # not a second time, if the checkpoint names a scale
+                max_new_tokens=rows * columns,
+                prefix_allowed_tokens_fn=self.grammar(inputs["input_ids"].shape[1]),
+                logits_processor=LogitsProcessorList([] if on_tokens is None else [Ticker(on_tokens)]),
+                **sampling,
+            )
+        return sequences[:, inputs["input_ids"].shape[1] :]
+
+    def grammar(self, num_prompt: int) -> Callable[[int, torch.Tensor], list[int]]:
+        """`prefix_allowed_tokens_fn`: visual tokens, an end-of-line after each row, and what closes the picture.
+
+        Args:
+            num_prompt: length of the prompts, padding included.
+        """
+        rows, columns = self.checkpoint.grid
+        tokenizer, mapping = self.processor.tokenizer, self.model.vocabulary_mapping
+        closing = [[getattr(tokenizer, f"{name}_id")] for name in CLOSING]
+        visual, end_of_line = mapping.image_tokens, [mapping.eol_token_id]
+
+        def allowed(batch_id: int, input_ids: torch.Tensor) -> list[int]:
+            drawn = input_ids.shape[0] - num_prompt
+            if drawn < rows * columns:
+                return visual if (drawn + 1) % columns else end_of_line
+            after = drawn - rows * columns
+            return closing[after] if after < len(closing) else [tokenizer.pad_token_id]
+
+        return allowed
+
+    def is_unconditional(self, num_prompts: int) -> torch.Tensor:
+        return torch.arange(2 * num_prompts) >= num_prompts
+
+    @torch.no_grad()
+    def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:
+        rows, columns = self.checkpoint.grid
+        images: list[Image.Image] = []
+        for picture in tokens.to(self.model.device).split(1):  # 720 x 720 pixels take a GB in the decoder
+            closed = F.pad(picture, (0, len(CLOSING)))  # which the decoder cuts off unread
+            pixels = self.model.decode_image_tokens(image_tokens=closed, height=rows, width=columns - 1)
+            images += self.processor.postprocess(list(pixels.float().cpu()), return_tensors="PIL.Image.Image")[
+                "pixel_values"
+            ]
+        return images

@@ -1,0 +1,123 @@
+"""Language models that ssd-cache has no file for: full attention works as it is, all else is refused in clear words."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import BOS, left_padded_prompts, tiny_causal, words_tokenizer
+from transformers import DynamicCache, GenerationConfig
+
+from ssd_cache import HeadMap, HeadMapError, SSDCache, enable, profile_heads
+from ssd_cache.models import CausalLMGenerator, GeneratorError, find_generator, generator_of
+
+GRID = (12, 8)
+HEAD_MAP = HeadMap(torch.tensor([[True, False], [False, True]]), GRID)
+TEXTS = ["a red circle", "a blue square and a circle"]
+
+
+def draw(model, cache, **settings):
+    torch.manual_seed(2)
+    inputs = left_padded_prompts([5, 9])
+    return model.generate(
+        **inputs, past_key_values=cache, min_new_tokens=96, max_new_tokens=96, do_sample=True, **settings
+    )
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "phi3", "olmo2"])
+def test_full_attention_is_dynamic_cache_at_a_full_budget_and_works_at_a_fifth(model_type):
+    model = tiny_causal(model_type)
+    expected = draw(model, DynamicCache())
+    assert torch.equal(draw(model, SSDCache(HEAD_MAP, 1.0)), expected)
+    cache = SSDCache(HEAD_MAP, 0.2, buffer=2)
+    assert not torch.equal(draw(model, cache), expected)
+    assert {store.num_slots for layer in cache.layers for store in layer.stores} == {19}
+
+
+def test_guidance_of_any_of_them_is_drawn_in_one_batch():
+    model = tiny_causal("qwen3")
+    inputs, negative = left_padded_prompts([5, 9]), left_padded_prompts([3, 3], seed=1)
+    call = inputs | {"negative_prompt_ids": negative["input_ids"], "guidance_scale": 2.0, "do_sample": False}
+    expected = model.generate(**call, max_new_tokens=60, return_dict_in_generate=True, output_scores=True)
+    with enable(model, HEAD_MAP, budget=1.0):
+        found = model.generate(**call, max_new_tokens=60, return_dict_in_generate=True, output_scores=True)
+    # float32 sums in another order; the tokens are the same, so that every step sees the same
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.scores), torch.stack(expected.scores), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+def test_layers_of_sliding_attention_are_refused_before_anything_is_drawn(model_type):
+    model = tiny_causal(
+        model_type, sliding_window=16, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"]
+    )
+    with pytest.raises(ValueError, match="has layers of kind sliding_attention"):
+        with enable(model, HEAD_MAP):
+            pass
+    with pytest.raises(
+        ValueError, match="layer 0 attends a sliding window of 16 tokens, and prompt and picture are 105"
+    ):
+        draw(model, SSDCache(HEAD_MAP, 0.3, buffer=2))
+    assert model.config._attn_implementation == "ssd"
+
+
+def test_a_window_that_holds_the_whole_picture_never_slides():
+    model = tiny_causal("mistral", sliding_window=105)
+    assert torch.equal(draw(model, SSDCache(HEAD_MAP, 1.0)), draw(model, DynamicCache()))
+    with pytest.raises(ValueError, match="sliding window of 104 tokens"):
+        draw(tiny_causal("mistral", sliding_window=104), SSDCache(HEAD_MAP, 1.0))
+
+
+def test_plain_tokens_with_a_count_for_a_budget():
+    model = tiny_causal("llama")
+    plain = HeadMap.online(num_layers=2, num_kv_heads=2, grid=(96, 1))
+    with enable(model, plain, budget=24, buffer=4):
+        assert draw(model, None).shape == (2, 9 + 96)
+
+
+def test_a_map_of_another_model_is_refused_by_both_roads():
+    model, other = tiny_causal("llama"), HeadMap(torch.zeros(3, 2, dtype=torch.bool), GRID)
+    with pytest.raises(HeadMapError, match="3 layers x 2 KV heads, but LlamaForCausalLM has 2 x 2"):
+        with enable(model, other):
+            pass
+    with pytest.raises(HeadMapError, match="3 layers, but the model used 2"):
+        draw(model, SSDCache(other))
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match="enable got a str, which has no autoregressive part"):
+        with enable("deepseek-community/Janus-Pro-1B", HEAD_MAP):
+            pass
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    model = tiny_causal("llama", attn_implementation="sdpa")
+    model.generation_config = GenerationConfig(bos_token_id=BOS, pad_token_id=0)
+    model.save_pretrained(folder)
+    words_tokenizer("a red blue circle square and".split(), {}).save_pretrained(folder)
+    return folder
+
+
+def test_a_stated_grid_makes_a_generator_of_any_of_them(folder):
+    with pytest.raises(GeneratorError, match="is of type 'llama'; .* gets grid=\\(rows, columns\\)"):
+        find_generator(str(folder))
+    checkpoint = find_generator(str(folder), grid=GRID)
+    assert checkpoint.family is CausalLMGenerator
+    with pytest.warns(UserWarning, match="does not know as an image generator: each prompt is followed by 12 x 8"):
+        generator = checkpoint.load()
+    expected = generator.generate(TEXTS, DynamicCache(), seed=1)
+    assert expected.shape == (2, 96)
+    assert torch.equal(generator.generate(TEXTS, SSDCache(HEAD_MAP, 1.0), seed=1), expected)
+    with pytest.raises(GeneratorError, match="can not decode the tokens"):
+        generator.to_images(expected)
+    with pytest.warns(UserWarning, match="plain tokens"):
+        again = generator_of(generator.model, generator.processor, GRID)
+    head_map = profile_heads(again, TEXTS, progress=False)
+    assert (head_map.grid, head_map.model_type) == (GRID, "llama")
+
+
+def test_a_grid_is_for_models_that_draw_in_several_sizes():
+    with pytest.raises(GeneratorError, match="grid=\\(10, 10\\): model 'shapes-janus' draws 24 x 24 visual tokens"):
+        find_generator("shapes-janus", grid=(10, 10))
+    assert find_generator("shapes-janus", grid=(24, 24)).grid == (24, 24)

@@ -40,7 +40,7 @@ from ssd_cache.bench.shapes import TINY_TOWERS, Shape, janus_config, make_model
 from ssd_cache.bench.sizes import expected_bytes, held_bytes, mean_tokens_read, weight_bytes
 from ssd_cache.bench.split import EVICTING, split_time
 from ssd_cache.bench.stretches import Stretch
-from ssd_cache.bench.tables import all_tables, condition_lines, number, to_markdown
+from ssd_cache.bench.tables import all_tables, condition_lines, number, share, to_markdown
 from ssd_cache.cli import app
 from ssd_cache.evaluation.policies import parse_policies
 from ssd_cache.slots import SlotStore
@@ -436,7 +436,7 @@ def test_seconds_become_speeds_and_growth():
     measured = Measurement(Case("DynamicCache"), 2, seconds=[1.0, 2.0, 0.5], steps=steps)
     row = summarize(measured, choose_stretches(64, None), 64, machine=Machine(1, 1))
     assert (row.slowest, row.tokens_per_second, row.fastest, row.pictures_per_second) == (64, 128, 256, 2)
-    assert row.quarters_ms == pytest.approx([10.75, 12.35, 13.95, 15.5])
+    assert row.quarters_ms == pytest.approx([10.75, 12.45, 13.95, 15.5])
     assert row.growth_ms == pytest.approx(10, rel=0.02)
     assert row.step_ms == pytest.approx(10 + 0.1 * 31 + (9000 - 12) / 63)
 
@@ -454,13 +454,14 @@ def test_results_survive_json(reports):
 
 def test_tables_and_plot_tell_the_run(reports):
     report = reports[-1]
-    speed, cost, *_, fit = all_tables(report)
+    speed, steps, cost, *_, fit = all_tables(report)
     row = report.rows[2]
     cells = dict(zip(speed.heads, speed.rows[2], strict=True))
     assert cells["cache"] == "ssd 40%"
     assert cells["tokens/s"] == number(row.tokens_per_second)
     assert cells["to Dynamic"] == f"{row.tokens_per_second / report.rows[0].tokens_per_second:.2f}x"
-    assert len(cost.rows) == len(fit.rows) == 3
+    assert len(steps.rows) == len(cost.rows) == len(fit.rows) == 3
+    assert dict(zip(steps.heads, steps.rows[2], strict=True))["of it"] == share(row.roofline_share)
     text = to_markdown(report)
     for line in [report.command, *condition_lines(report)[:-1]]:
         assert line in text
@@ -470,7 +471,8 @@ def test_tables_and_plot_tell_the_run(reports):
 def test_a_failure_has_a_row_and_no_place_in_the_plot():
     failed = Row("StaticCache", 4, failure="out of memory")
     report = Report("c", {"weights": 1, "model": "m"}, Machine(1, 1), [failed])
-    (speed, cost) = all_tables(report)
+    speed, steps, cost = all_tables(report)
+    assert len(steps.rows[0]) == len(steps.heads)
     assert speed.rows[0][:3] == ["StaticCache", "out of memory", "-"]
     assert len(cost.rows[0]) == len(cost.heads)
     assert draw_report(report).startswith(b"\x89PNG")

@@ -16,6 +16,9 @@ from ssd_cache.evaluation.plots import COLORS, LINES, MARKERS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+LEAST_RANGE = 4.0
+"""Of a logarithmic axis, from bottom to top: on a shorter one, chance looks like a difference."""
+
 BIN = 24
 """Steps whose mean is one point of a curve: a buffer on Janus's grid, so that each point has one eviction in it."""
 
@@ -96,6 +99,9 @@ def _draw_speeds(axes: Axes, rows: list[Row], styles: dict[str, dict[str, Any]])
 def _tidy(axes: Axes) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
+    low, high = axes.get_ylim()
+    widen = max(1.0, LEAST_RANGE * low / high) ** 0.5
+    axes.set_ylim(low / widen, high * widen)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())

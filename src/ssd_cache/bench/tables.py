@@ -34,23 +34,23 @@ class Cells:
     def to_rich(self) -> Table:
         table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for head in self.heads:
-            table.add_column(head, justify="left" if head == self.heads[0] else "right")
+            table.add_column(head, justify="left" if head == self.heads[0] else "right", no_wrap=True)
         for row in self.rows:
             table.add_row(*row)
         return table
 
 
 def all_tables(report: Report) -> list[Cells]:
-    """Speed, then memory and time, for each batch size; pictures that fit."""
+    """Speed, steps, bytes and time for each batch size, then pictures that fit; each within 80 columns or so."""
     found = []
     for batch_size in dict.fromkeys(row.batch_size for row in report.rows):
         rows = [row for row in report.rows if row.batch_size == batch_size]
-        found += [speed_table(rows), cost_table(rows)]
+        found += [speed_table(rows), step_table(rows), cost_table(rows)]
     return [*found, capacity_table(report)] if report.capacities else found
 
 
 def speed_table(rows: Sequence[Row]) -> Cells:
-    """How fast, how steady, against whom, and how near to the roofline."""
+    """How fast, how steady, and against whom."""
     speeds = {row.cache: row.tokens_per_second for row in rows}
 
     def against(rival: str) -> Callable[[Row], str]:
@@ -61,13 +61,21 @@ def speed_table(rows: Sequence[Row]) -> Cells:
         "tokens/s": lambda row: number(row.tokens_per_second),
         "rounds": lambda row: f"{number(row.slowest)} to {number(row.fastest)}",
         "pictures/s": lambda row: number(row.pictures_per_second),
-        "ms a step": lambda row: number(row.step_ms),
-        "median of quarters": lambda row: ", ".join(map(number, row.quarters_ms)),
-        "ms more per 100": lambda row: f"{row.growth_ms:+.2f}",
         **{f"to {rival.removesuffix('Cache')}": against(rival) for rival in RIVALS},
-        "of roofline": lambda row: share(row.roofline_share),
     }
     return _cells(f"Speed, batch {rows[0].batch_size}", columns, rows)
+
+
+def step_table(rows: Sequence[Row]) -> Cells:
+    """How long a step takes along the picture, and how near it is to the roofline."""
+    columns: dict[str, Callable[[Row], str]] = {
+        "ms a step": lambda row: number(row.step_ms),
+        "median of each quarter": lambda row: ", ".join(map(number, row.quarters_ms)),
+        "growth": lambda row: f"{row.growth_ms:+.2f}",
+        "roofline": lambda row: MISSING if row.least_ms is None else number(row.least_ms),
+        "of it": lambda row: share(row.roofline_share),
+    }
+    return _cells(f"Steps in ms, growth per 100 tokens, batch {rows[0].batch_size}", columns, rows)
 
 
 def cost_table(rows: Sequence[Row]) -> Cells:
@@ -81,7 +89,6 @@ def cost_table(rows: Sequence[Row]) -> Cells:
         "beside": lambda row: size(row.bookkeeping),
         "peak": lambda row: MISSING if row.peak is None else size(row.peak),
         **{name: part(name) for name in ("attention", "storing", "evicting", "elsewhere")},
-        "least ms a step": lambda row: MISSING if row.least_ms is None else number(row.least_ms),
     }
     return _cells(f"Memory and time, batch {rows[0].batch_size}", columns, rows)
 

@@ -7,22 +7,24 @@ the end, also after an exception. It does not touch classes or other models.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from transformers import PreTrainedModel
 
 from ssd_cache.attention import NAME
 from ssd_cache.cache import SSDCache
+from ssd_cache.fast_decode import fast_decode
 from ssd_cache.head_map import HeadMap
 
 
 @contextmanager
-def enable(model: PreTrainedModel, head_map: HeadMap, **settings) -> Iterator[PreTrainedModel]:
+def enable(model: PreTrainedModel, head_map: HeadMap, *, fast: bool = False, **settings) -> Iterator[PreTrainedModel]:
     """Give every `model.generate(...)` inside the block an `SSDCache` of its own.
 
     Args:
         model: a transformers model with `generate`; a pipeline's `pipe.model` works the same.
         head_map: the model's head map.
+        fast: run the decoder's steps through `fast_decode`, which pays for many pictures.
         settings: as for `SSDCache`: budget, buffer, num_recent, num_sinks.
 
     Yields:
@@ -47,7 +49,7 @@ def enable(model: PreTrainedModel, head_map: HeadMap, **settings) -> Iterator[Pr
             kwargs["past_key_values"] = SSDCache(head_map, **settings)
         return generate(*args, **kwargs)
 
-    with ssd_attention(model):
+    with ssd_attention(model), fast_decode(model) if fast else nullcontext():
         model.generate = generate_with_cache
         try:
             yield model

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 from hub_server import HubServer, Repo
 from PIL import Image
 from tiny_checkpoint import SIDE, head_map, write_checkpoint
+from torch._dynamo.utils import counters
 from typer.testing import CliRunner
 
 import ssd_cache
@@ -184,6 +186,19 @@ def table(stdout):
     """{policy: cells of its row} of the closing table."""
     rows = [re.split(r"\s{2,}", line.strip()) for line in stdout.splitlines()]
     return {row[0]: row[1:] for row in rows if row[0] in POLICIES}
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler on the CPU"
+)
+def test_fast_draws_the_same_picture(run):
+    for name, options in (("a.png", []), ("b.png", ["--fast"])):
+        torch._dynamo.reset()
+        counters.clear()
+        result = run(CIRCLE, "--budget", "0.4", "--temperature", "0", *options, "-o", name)
+        assert result.exit_code == 0, result.output
+        assert counters["stats"]["unique_graphs"] == len(options)
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
 def test_one_picture_is_the_librarys_own(run, generator):

@@ -14,7 +14,7 @@ from models import left_padded_prompts, tiny_janus, tiny_llama
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
-from ssd_cache import HeadMap, SSDCache, fast_decode
+from ssd_cache import HeadMap, SSDCache, enable, fast_decode
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler on the CPU"
@@ -94,6 +94,73 @@ def test_other_sizes_compile_a_little_more_and_stay_right():
         for lengths, tokens in zip(sizes, expected, strict=True):
             assert torch.equal(draw(model, SSDCache(LABELS, 0.4), lengths=lengths), tokens)
     assert counters["stats"]["unique_graphs"] <= 4
+
+
+@needs_compiler
+def test_the_decoder_itself_can_be_compiled_inside_counted_step():
+    """`torch.compile(model.model.language_model, fullgraph=True)`, as a loop of one's own would use it."""
+    model = tiny_janus(grid_side=12)
+    decoder = model.model.language_model
+    compiled = torch.compile(decoder, fullgraph=True)
+    tokens = torch.randint(10, 40, (2, 150))
+
+    def run(fast):
+        cache = SSDCache(LABELS, 0.4, buffer=12)
+        with torch.no_grad():
+            states = [decoder(input_ids=tokens[:, :6], past_key_values=cache).last_hidden_state[:, -1]]
+            for step in range(6, 150):
+                token = {"input_ids": tokens[:, step : step + 1], "past_key_values": cache}
+                if fast and cache.can_count_step:
+                    token["position_ids"] = torch.full((1, 1), step)
+                    token["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+                    with cache.counted_step():
+                        states.append(compiled(**token).last_hidden_state[:, -1])
+                else:
+                    states.append(decoder(**token).last_hidden_state[:, -1])
+        return torch.stack(states)
+
+    # float32 rounding of two ways to sum the same softmax
+    torch.testing.assert_close(run(True), run(False), rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_nothing_moves_in_memory_while_a_picture_is_drawn():
+    """What a recorded CUDA graph lives by: the same addresses at every counted step, evictions between them or not."""
+    model = tiny_llama()
+    tokens = torch.randint(10, 40, (2, 150))
+    places, cache = [], SSDCache(LABELS, {"spatial": 30, "semantic": 50}, buffer=12)
+    with torch.no_grad():
+        model(tokens[:, :6], past_key_values=cache)
+        model(tokens[:, 6:7], past_key_values=cache)
+        for step in range(7, 150):
+            with cache.counted_step():
+                places.append(cache.places)
+                model.model(
+                    tokens[:, step : step + 1],
+                    past_key_values=cache,
+                    position_ids=torch.full((1, 1), step),
+                    attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
+                )
+    assert len(set(places)) == 1
+    # a layer: the step, heads of two stores, K, V and scores of both, the semantic one's queries; orders in one layer
+    assert len(places[0]) == 2 * (1 + 2 + 2 * 3 + 1) + 2
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert cache.places != places[0]
+
+
+@needs_compiler
+def test_enable_can_be_fast():
+    model = tiny_janus(grid_side=12)
+    inputs = {**left_padded_prompts((5, 9, 3)), "generation_mode": "image", "do_sample": False}
+    with enable(model, LABELS, budget=0.4):
+        expected = model.generate(**inputs)
+    before = dict(vars(model.get_decoder()))
+    for _ in range(2):
+        with enable(model, LABELS, fast=True, budget=0.4):
+            assert torch.equal(model.generate(**inputs), expected)
+    assert counters["stats"]["unique_graphs"] == 1, "the second block compiled again"
+    assert vars(model.get_decoder()) == before
+    assert "generate" not in vars(model)
 
 
 def test_steps_may_be_compiled_in_mid_picture_and_not():

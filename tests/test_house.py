@@ -36,6 +36,7 @@ FLOORS = {
     "layer": 1,
     "attention": 1,
     "cache": 2,
+    "cuda_graph": 2,
     "watching": 2,
     "watching_cost": 2,
     "observing": 2,

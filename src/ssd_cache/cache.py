@@ -218,6 +218,11 @@ class SSDCache(Cache):
             for layer in self.layers:
                 layer.end_step()
 
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Addresses of all tensors that a counted step reads or writes; what a recorded CUDA graph holds good for."""
+        return tuple(tensor.data_ptr() for layer in self.layers for tensor in layer.tensors())
+
     def _check_progress(self) -> None:
         """What shows only as tokens arrive: a map with layers the model lacks, and more tokens than the grid has."""
         num_visual = self.layers[0].num_visual

@@ -14,13 +14,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ssd_cache.attention import NAME
 from ssd_cache.cache import SSDCache
+from ssd_cache.fast_decode import fast_decode
 from ssd_cache.guidance import batched_guidance
 from ssd_cache.head_map import HeadMap
 from ssd_cache.models.find import family_of
 
 
 @contextmanager
-def enable(model: PreTrainedModel, head_map: HeadMap, **settings) -> Iterator[PreTrainedModel]:
+def enable(model: PreTrainedModel, head_map: HeadMap, *, fast: bool = False, **settings) -> Iterator[PreTrainedModel]:
     """Give every `model.generate(...)` inside the block that draws pictures an `SSDCache` of its own.
 
     - A call for text (Janus or Emu3 asked about a picture) is left as it is, with the model's own cache.
@@ -31,6 +32,7 @@ def enable(model: PreTrainedModel, head_map: HeadMap, **settings) -> Iterator[Pr
     Args:
         model: a transformers model with `generate`: a pipeline's `pipe.model`, `pipe.vision_language_encoder`.
         head_map: the model's head map.
+        fast: run the decoder's steps through `fast_decode`, which pays for many pictures.
         settings: as for `SSDCache`: budget, buffer, num_recent, num_sinks.
 
     Yields:
@@ -62,7 +64,7 @@ def enable(model: PreTrainedModel, head_map: HeadMap, **settings) -> Iterator[Pr
         with guidance:
             return generate(*args, **kwargs)
 
-    with ssd_attention(model):
+    with ssd_attention(model), fast_decode(model) if fast else nullcontext():
         model.generate = generate_with_cache
         try:
             yield model

@@ -1,8 +1,8 @@
-"""`fast_decode`: inside the block, a model's one-token steps over an `SSDCache` run through `torch.compile`.
+"""`fast_decode`: inside the block, a model's one-token steps over an `SSDCache` are compiled, on a GPU recorded too.
 
 The standard `generate` stays as it is. What changes Python's numbers (counting, scoring, evicting) is done before the
 compiled call, so its graph is made once and serves every step of a picture. The prompt, other caches, and steps that
-ask for hidden states run as ever. Measured on the CPU alone; nothing here is made for CUDA graphs yet.
+ask for hidden states run as ever. Measured on the CPU alone, not on a GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ssd_cache.attention import NAME
 from ssd_cache.cache import SSDCache
+from ssd_cache.cuda_graph import RecordedStep
 
 DROPPED = {"use_cache", "guidance_scale"}
 """Arguments that a compiled step is not given: it always uses the cache, and Janus's decoder ignores its guidance."""
@@ -27,7 +28,7 @@ def fast_decode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
     The first visual token of a picture runs as ever, the second waits for the compiler (half a minute for eight layers
     on two cores), all others are fast. Another batch size or length of prompt compiles once more; from then on sizes
-    are left open.
+    are left open. On a GPU the fourth token of each picture is recorded as a CUDA graph, which runs the rest.
 
     Args:
         model: a transformers model with `generate` and the attention "ssd".
@@ -36,7 +37,8 @@ def fast_decode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         The model. Its decoder's `forward` is the old one after the block, also after an exception.
 
     Warns:
-        UserWarning: once, where `torch.compile` can not be used (no C++ compiler, say); drawing goes on without it.
+        UserWarning: once, where `torch.compile` (no C++ compiler, say) or a CUDA graph can not be used; drawing goes on
+            without.
 
     Example:
         with fast_decode(model):
@@ -61,6 +63,7 @@ class _FastForward:
         self.eager, self.config = eager, config
         self.compiled = torch.compile(eager, fullgraph=True)
         self.is_usable = True
+        self.recorded: RecordedStep | None = RecordedStep()
 
     def __call__(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, **kwargs
@@ -87,14 +90,26 @@ class _FastForward:
             "use_cache": True,
         }
         with past_key_values.counted_step():
-            if self.is_usable:
+            if self.recorded is not None and new.device.type == "cuda":
                 try:
-                    return self.compiled(**arguments)
-                except Exception as error:  # the compiler's own errors have no class in common
-                    self.is_usable = False
-                    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                    warnings.warn(f"fast_decode goes on uncompiled: {reason}", stacklevel=3)
-            return self.eager(**arguments)  # writes into the same places, so a step half done is done again
+                    return self.recorded(self._run, past_key_values, arguments)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    self.recorded = None
+                    _warn("without CUDA graphs", error)
+            return self._run(**arguments)
+
+    def _run(self, **arguments):
+        if self.is_usable:
+            try:
+                return self.compiled(**arguments)
+            except torch.OutOfMemoryError:
+                raise  # it may come in mid-step, and the compiler is not to blame
+            except Exception as error:
+                self.is_usable = False
+                _warn("uncompiled", error)
+        return self.eager(**arguments)  # the compiler failed before anything ran
 
     def _is_step(self, new: torch.Tensor | None, cache, kwargs: dict) -> bool:
         return (
@@ -106,3 +121,9 @@ class _FastForward:
             and not torch.is_grad_enabled()
             and all(value is None or value is False for name, value in kwargs.items() if name not in DROPPED)
         )
+
+
+def _warn(how: str, error: Exception) -> None:
+    """What the compiler and the driver raise has no class in common; the first line of it says most."""
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    warnings.warn(f"fast_decode goes on {how}: {reason}", stacklevel=4)

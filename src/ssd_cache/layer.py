@@ -303,6 +303,14 @@ class SSDLayer(CacheLayerMixin):
         """
         self.is_fused = can_serve and not self.plan.is_online
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor that a counted step reads or writes."""
+        found = [self.step, self.order, *self.heads]
+        found += [self.inverse_order] if self.order is not None else []
+        for store in self.stores:
+            found += [store.keys, store.values, store.scores, store.queries, store.mask]
+        return (tensor for tensor in found if tensor is not None)
+
     def step_at(self) -> torch.Tensor:
         """The newest token's number as a tensor without dimensions; its query has then been asked for."""
         if self.step is not None:

@@ -5,6 +5,7 @@ Options and the order of work: everything that can be refused is refused before 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,7 @@ from ssd_cache.cli.options import (
 from ssd_cache.cli.plan import choose_policies, make_caches, parse_budget
 from ssd_cache.cli.report import process_peak, size, table
 from ssd_cache.cli.sheet import Row, contact_sheet
+from ssd_cache.fast_decode import fast_decode
 from ssd_cache.models import (
     BUNDLED,
     check_drawing,
@@ -88,6 +90,14 @@ def generate(
             help="Visual tokens evicted at once.", metavar="N", show_default="a row of the grid", rich_help_panel=CACHE
         ),
     ] = None,
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast",
+            help="Compile the steps first: half a minute or more, which many pictures win back.",
+            rich_help_panel=CACHE,
+        ),
+    ] = False,
     guidance: Guidance = None,
     temperature: Temperature = None,
     seed: Seed = 0,
@@ -117,19 +127,20 @@ def generate(
     generator = load_generator(checkpoint, kind, where)
 
     repeated = [text for text in texts for _ in range(num_images)]
-    drawings = [
-        draw(
-            generator,
-            name,
-            cache,
-            repeated,
-            batch_size=batch_size or len(repeated),
-            guidance_scale=guidance,
-            temperature=temperature,
-            seed=seed,
-        )
-        for name, cache in caches.items()
-    ]
+    with fast_decode(generator.model) if fast else nullcontext():
+        drawings = [
+            draw(
+                generator,
+                name,
+                cache,
+                repeated,
+                batch_size=batch_size or len(repeated),
+                guidance_scale=guidance,
+                temperature=temperature,
+                seed=seed,
+            )
+            for name, cache in caches.items()
+        ]
     picture = _sheet(drawings, repeated, num_images, compare)
     save_picture(picture, place)
 

@@ -160,7 +160,9 @@ def words_tokenizer(words, special, *, first=(), more=(), **settings):
 def emu3_processor():
     """A real `Emu3Processor` with a few words and 16 visual tokens."""
     codes = [f"<|visual token {code:06d}|>" for code in range(EMU3_CODES)]
-    tokenizer = words_tokenizer("a photo of red blue circle square lowres text".split(), EMU3_TOKENS, more=codes)
+    tokenizer = words_tokenizer(
+        ["a", "photo", "of", "red", "blue", "circle", "square", "lowres", "text"], EMU3_TOKENS, more=codes
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": codes}, replace_extra_special_tokens=False)
     return Emu3Processor(Emu3ImageProcessor(min_pixels=8 * 8, max_pixels=512 * 512, spatial_factor=8), tokenizer)
 
@@ -213,7 +215,7 @@ GLM_TEMPLATE = (
 def glm_image_processor():
     """A real `GlmImageProcessor` with a few words; as in the real vocabulary codes come first, then start and end."""
     codes = [f"<|code {code}|>" for code in range(GLM_CODES)]
-    words = "a photo of red blue circle square".split()
+    words = ["a", "photo", "of", "red", "blue", "circle", "square"]
     tokenizer = words_tokenizer(words, GLM_TOKENS, first=[*codes, "<bos>", "<eos>"])
     pictures = GlmImageImageProcessorPil(
         patch_size=16, temporal_patch_size=1, merge_size=1, min_pixels=32 * 32, max_pixels=512 * 512

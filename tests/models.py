@@ -9,6 +9,7 @@ from tokenizers.pre_tokenizers import Digits, Punctuation, Sequence, WhitespaceS
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    ByT5Tokenizer,
     Emu3Config,
     Emu3ForConditionalGeneration,
     Emu3ImageProcessor,
@@ -22,6 +23,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
 )
 from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
 
@@ -160,7 +163,9 @@ def words_tokenizer(words, special, *, first=(), more=(), **settings):
 def emu3_processor():
     """A real `Emu3Processor` with a few words and 16 visual tokens."""
     codes = [f"<|visual token {code:06d}|>" for code in range(EMU3_CODES)]
-    tokenizer = words_tokenizer("a photo of red blue circle square lowres text".split(), EMU3_TOKENS, more=codes)
+    tokenizer = words_tokenizer(
+        ["a", "photo", "of", "red", "blue", "circle", "square", "lowres", "text"], EMU3_TOKENS, more=codes
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": codes}, replace_extra_special_tokens=False)
     return Emu3Processor(Emu3ImageProcessor(min_pixels=8 * 8, max_pixels=512 * 512, spatial_factor=8), tokenizer)
 
@@ -213,7 +218,7 @@ GLM_TEMPLATE = (
 def glm_image_processor():
     """A real `GlmImageProcessor` with a few words; as in the real vocabulary codes come first, then start and end."""
     codes = [f"<|code {code}|>" for code in range(GLM_CODES)]
-    words = "a photo of red blue circle square".split()
+    words = ["a", "photo", "of", "red", "blue", "circle", "square"]
     tokenizer = words_tokenizer(words, GLM_TOKENS, first=[*codes, "<bos>", "<eos>"])
     pictures = GlmImageImageProcessorPil(
         patch_size=16, temporal_patch_size=1, merge_size=1, min_pixels=32 * 32, max_pixels=512 * 512
@@ -258,3 +263,47 @@ def tiny_glm_image(processor, *, layers=2, seed=0, attn_implementation="ssd"):
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.set_attn_implementation({"text_config": attn_implementation})
     return model
+
+
+def glm_image_pipeline(model=None, processor=None):
+    """diffusers' own pipeline, all parts small and random; needs diffusers."""
+    import diffusers
+
+    processor = glm_image_processor() if processor is None else processor
+    model = tiny_glm_image(processor, attn_implementation="sdpa") if model is None else model
+    torch.manual_seed(0)
+    pipe = diffusers.GlmImagePipeline(
+        tokenizer=ByT5Tokenizer(),
+        processor=processor,
+        text_encoder=T5EncoderModel(
+            T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        ).eval(),
+        vision_language_encoder=model,
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=(4, 4, 4, 4),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=2,
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        ).eval(),
+        transformer=diffusers.GlmImageTransformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            text_embed_dim=16,
+            time_embed_dim=8,
+            condition_dim=8,
+            prior_vq_quantizer_codebook_size=GLM_CODES + 2,
+        ).eval(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    # random weights end a picture early, which a trained model does not: forbid it
+    pipe.vision_language_encoder.generation_config.suppress_tokens = [GLM_CODES, GLM_CODES + 1]
+    return pipe

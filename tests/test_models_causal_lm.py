@@ -95,7 +95,7 @@ def folder(tmp_path_factory):
     model = tiny_causal("llama", attn_implementation="sdpa")
     model.generation_config = GenerationConfig(bos_token_id=BOS, pad_token_id=0)
     model.save_pretrained(folder)
-    words_tokenizer("a red blue circle square and".split(), {}).save_pretrained(folder)
+    words_tokenizer(["a", "red", "blue", "circle", "square", "and"], {}).save_pretrained(folder)
     return folder
 
 

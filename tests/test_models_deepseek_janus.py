@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("deepseek")
     theirs.MultiModalityCausalLM(config).save_pretrained(folder)
-    words = "a photo of red blue circle square User Assistant : .".split()
+    words = ["a", "photo", "of", "red", "blue", "circle", "square", "User", "Assistant", ":", "."]
     tokenizer = words_tokenizer(words, {}, more=SPECIAL)
     theirs.VLChatProcessor(theirs.VLMImageProcessor(image_size=384), tokenizer).save_pretrained(folder)
     return folder
@@ -74,7 +74,7 @@ def generator(folder):
 
 
 def run_script(generator, monkeypatch, tmp_path, cache=None, number=2):
-    """Tokens that the `generate` of DeepSeek's script draws, without its GPU; with a cache, after the two-line change."""
+    """Tokens that the script's own `generate` draws, without its GPU; with a cache, after the two-line change."""
     script = Path(theirs.__file__).parents[2] / "generation_inference.py"
     if not script.is_file():
         pytest.skip("DeepSeek's generation_inference.py is not beside their package")

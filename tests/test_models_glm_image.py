@@ -9,9 +9,9 @@ import importlib
 
 import pytest
 import torch
-from models import GLM_CODES, glm_image_processor, tiny_glm_image
+from models import glm_image_pipeline, glm_image_processor, tiny_glm_image
 from PIL import Image
-from transformers import ByT5Tokenizer, DynamicCache, T5Config, T5EncoderModel
+from transformers import DynamicCache
 
 from ssd_cache import HeadMap, SSDCache, enable, measure_heads
 from ssd_cache.models import GeneratorError, GlmImageGenerator, find_generator
@@ -39,48 +39,12 @@ def generator(folder):
 
 @pytest.fixture(scope="module")
 def pipe(generator):
-    diffusers = pytest.importorskip(
-        "diffusers", reason="diffusers is not installed (pip install 'ssd-cache[diffusers]')"
-    )
-    torch.manual_seed(0)
-    pipe = diffusers.GlmImagePipeline(
-        tokenizer=ByT5Tokenizer(),
-        processor=generator.processor,
-        text_encoder=T5EncoderModel(
-            T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-        ).eval(),
-        vision_language_encoder=generator.model,
-        vae=diffusers.AutoencoderKL(
-            block_out_channels=(4, 4, 4, 4),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=2,
-            latents_mean=[0.0] * 4,
-            latents_std=[1.0] * 4,
-        ).eval(),
-        transformer=diffusers.GlmImageTransformer2DModel(
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            text_embed_dim=16,
-            time_embed_dim=8,
-            condition_dim=8,
-            prior_vq_quantizer_codebook_size=GLM_CODES + 2,
-        ).eval(),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-    )
-    pipe.set_progress_bar_config(disable=True)
+    pytest.importorskip("diffusers", reason="diffusers is not installed (pip install 'ssd-cache[diffusers]')")
+    pipe = glm_image_pipeline(generator.model, generator.processor)
     # diffusers 0.42.1 joins the features of all pictures, [channels, rows, columns] each, where transformers 5.23 takes
     # a list of them: image to image fails in that pair, whatever the cache. All but this line is as published.
     encoder, channels = pipe.vision_language_encoder, pipe.vision_language_encoder.config.vq_config.latent_channels
     encoder.get_image_tokens = lambda features, grids: encoder.model.get_image_tokens(features.split(channels))
-    # random weights end a picture early, which a trained model does not: forbid it
-    pipe.vision_language_encoder.generation_config.suppress_tokens = [GLM_CODES, GLM_CODES + 1]
     return pipe
 
 

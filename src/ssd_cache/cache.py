@@ -157,8 +157,8 @@ class SSDCache(Cache):
         """
 
         def uniform(kind: Literal["spatial", "semantic"]) -> HeadMap:
-            shape = {"num_layers": head_map.num_layers, "num_kv_heads": head_map.num_kv_heads}
-            return HeadMap.uniform(kind, **shape).with_grid(head_map.grid, head_map.previews)
+            of_kind = HeadMap.uniform(kind, num_layers=head_map.num_layers, num_kv_heads=head_map.num_kv_heads)
+            return of_kind.with_grid(head_map.grid, head_map.previews)
 
         presets: dict[str, dict[str, Any]] = {
             "h2o": {"num_recent": 0.5},

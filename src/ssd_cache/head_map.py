@@ -230,7 +230,8 @@ class HeadMap:
 
     def with_grid(self, grid: tuple[int, int], previews: Sequence[tuple[int, int]] = ()) -> HeadMap:
         """The same labels for pictures of another size; a budget that is a fraction then means one of that size."""
-        if (tuple(grid), tuple(previews)) == (self.grid, self.previews):
+        previews = tuple(previews)
+        if (tuple(grid), previews) == (self.grid, self.previews):
             return self
         head_map = replace(self, grid=grid, previews=previews)
         for name in ("is_online", "origin"):

@@ -7,8 +7,10 @@ and not before, and nothing in it is changed; docs/models.md says what it takes 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,8 +113,9 @@ class DeepSeekJanusGenerator(Generator):
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> DeepSeekJanusGenerator:
         janus = _import_janus()
+        published: Any = janus.MultiModalityCausalLM
 
-        class Model(janus.MultiModalityCausalLM):
+        class Model(published):
             """Theirs, finished as transformers 5 asks of a model before it loads weights."""
 
             def __init__(self, config):
@@ -167,13 +170,12 @@ class DeepSeekJanusGenerator(Generator):
         return images
 
 
-def _import_janus():
+def _import_janus() -> Any:
     """`janus.models` of DeepSeek's package, which registers its classes with transformers."""
     try:
-        import janus.models
+        return importlib.import_module("janus.models")
     except Exception as error:  # whatever old imports end in beside today's packages
         raise GeneratorError(
             f"this is a checkpoint for DeepSeek's janus package, which can not be imported here ({error!r}): install "
             "it as docs/models.md says, or use the checkpoint for transformers (deepseek-community/...)"
         ) from error
-    return janus.models

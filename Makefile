@@ -62,5 +62,5 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP_INSTALL) -e '.[dev,docs,distributed,eval,plot]'
+	$(PIP_INSTALL) -e '.[dev,diffusers,distributed,docs,eval,plot]'
 	@touch $@ $(VENV)/.runtime

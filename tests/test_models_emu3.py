@@ -6,6 +6,7 @@ A small random `Emu3ForConditionalGeneration` with its real processor and VQ, sa
 from __future__ import annotations
 
 import importlib
+import time
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import DynamicCache
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache, enable
 from ssd_cache.guidance import batched_guidance
-from ssd_cache.models import Emu3Generator, GeneratorError, find_generator
+from ssd_cache.models import Emu3Generator, GeneratorError, find_generator, generator_of
 
 HEIGHT, WIDTH = 5, 6
 GRID = (HEIGHT, WIDTH + 1)
@@ -158,3 +159,20 @@ def test_what_guidance_can_not_double_is_refused(generator):
     with batched_guidance(model, 3.0), pytest.raises(ValueError, match="needs a cache"):
         model(input_ids=call["input_ids"])
     assert "forward" not in vars(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SSD 20%", "DynamicCache"])
+def test_full_length(name):
+    """8,190 tokens of one guided picture; prints bytes and time (`pytest -m slow -s -k full_length`)."""
+    generator = generator_of(tiny := tiny_emu3(emu3_processor(), heads=8, hidden=256), emu3_processor())
+    cache = SSDCache(HEAD_MAP.with_grid((90, 91)), 0.2) if name == "SSD 20%" else DynamicCache()
+    marks = []
+    generator.generate(PROMPTS[:1], cache, on_tokens=lambda _: marks.append(time.perf_counter()))
+    if isinstance(cache, SSDCache):
+        held, num_prompt = cache.nbytes, cache.layers[0].num_prompt
+        assert held == 2 * 2 * 2 * 2 * (num_prompt + 1638) * 32 * 4  # layers, K and V, rows, KV heads; float32
+    else:
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    late = (marks[-1] - marks[-501]) / 500
+    print(f"{name}: {tiny.dtype}, {held / 2**20:.1f} MiB, {late * 1e3:.1f} ms for each of the last 500 tokens")

@@ -35,7 +35,7 @@ from ssd_cache import HeadMap, HeadMapError, SSDCache
 from ssd_cache.cli import app
 from ssd_cache.evaluation.fidelity import Fidelity, draw_fidelity, measure_fidelity
 from ssd_cache.models import Checkpoint, Generator, GeneratorError, find_generator, generator_of
-from ssd_cache.models.janus import _Ticker
+from ssd_cache.models.base import Ticker
 
 PROMPTS = ["a photo of a red circle", "a photo of a circle left of a blue square"]  # of unlike length: left padding
 GRID, CELLS = (6, 6), 36
@@ -67,7 +67,7 @@ class TextGenerator(Generator):
             do_sample=temperature > 0,
             top_k=0,
             max_new_tokens=CELLS,
-            logits_processor=LogitsProcessorList([] if on_tokens is None else [_Ticker(on_tokens)]),
+            logits_processor=LogitsProcessorList([] if on_tokens is None else [Ticker(on_tokens)]),
             **({"temperature": temperature} if temperature > 0 else {}),
         )
         return tokens[:, inputs["input_ids"].shape[1] :]

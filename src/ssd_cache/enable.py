@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ssd_cache.attention import NAME
 from ssd_cache.cache import SSDCache
 from ssd_cache.head_map import HeadMap
+from ssd_cache.sharding import check_agreement, shard_of
 
 
 @contextmanager
@@ -29,13 +30,16 @@ def enable(model: PreTrainedModel, head_map: HeadMap, **settings) -> Iterator[Pr
         The model. A call that brings its own `past_key_values` keeps it.
 
     Raises:
-        HeadMapError: the map does not fit the model's configuration.
+        HeadMapError: the map does not fit the model's configuration, or the processes of a tensor parallel model were
+            given unlike maps or settings.
         ValueError: a setting out of range, before anything is generated.
 
     Example:
         with enable(pipe.model, head_map, budget=0.2):
             pipe(["a photo of a red circle", "a photo of three squares"], generation_mode="image")
     """
+    check_agreement(model, head_map, settings)
+    settings = {"shard": shard_of(model), **settings}
     SSDCache(head_map, **settings)  # refuse bad settings now, not in the middle of a pipeline
     config = model.config.get_text_config(decoder=True)
     head_map.check_fits(type(model).__name__, config.num_hidden_layers, config.num_key_value_heads)

@@ -13,12 +13,23 @@ PICTURE ?= demo.png
 RESULTS ?= bench-gpu
 ROUNDS ?= 1
 
+OLDEST = $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+
+# All versions but one are those of constraints.txt. $(1): an environment, made if missing; $(2): that one.
+define test_with
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	grep -v '^transformers==' constraints.txt > $(1)/constraints.txt
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c $(1)/constraints.txt \
+		-e '.[dev,distributed,eval,plot]' '$(2)'
+	$(1)/bin/python -m pytest
+endef
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-gpu docs clean
+.PHONY: help demo test test-oldest test-newest check bench bench-gpu docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.runtime ## draw a prompt with the bundled model (PROMPT=..., PICTURE=...)
 	$(BIN)/ssd-cache generate "$(PROMPT)" --output "$(PICTURE)"
@@ -26,6 +37,12 @@ demo: $(VENV)/.runtime ## draw a prompt with the bundled model (PROMPT=..., PICT
 
 test: check ## run all checks, then the whole test suite
 	$(BIN)/python -m pytest
+
+test-oldest: ## run the tests on the oldest transformers that is supported, in .venv-oldest
+	$(call test_with,.venv-oldest,transformers==$(OLDEST))
+
+test-newest: ## run the tests on the newest transformers that is supported, in .venv-newest
+	$(call test_with,.venv-newest,transformers)
 
 check: $(VENV)/.dev ## lint, format, types, and the documentation built strict
 	$(BIN)/ruff check .

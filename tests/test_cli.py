@@ -528,3 +528,12 @@ def test_the_bundled_model_draws_its_prompt(child, tmp_path):
     assert table(out)["ssd"][0] == "576"
     assert float(table(out)["ssd"][3].removesuffix("x")) > 4
     assert "warning" not in err
+
+
+def test_generate_in_several_processes_is_refused_with_the_remedy(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run(CIRCLE)
+    assert result.exit_code == 2
+    assert "WORLD_SIZE=2" in result.stderr
+    assert "examples/several_gpus.py" in result.stderr
+    assert files() == []

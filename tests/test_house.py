@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 
 FLOORS = {
+    "_compat": 0,
     "head_map": 0,
     "head_map_card": 0,
     "head_map_checks": 0,
@@ -32,6 +33,7 @@ FLOORS = {
     "profiling_state": 0,
     "fused": 0,
     "fused_kernel": 0,
+    "sharding": 1,
     "slots": 1,
     "layer": 1,
     "attention": 1,

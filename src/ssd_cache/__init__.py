@@ -3,6 +3,7 @@
 Importing it registers the attention name "ssd" with transformers and changes nothing else.
 """
 
+import ssd_cache._compat  # noqa: F401, it refuses a transformers that is too old or too new
 from ssd_cache.allocation import allocate_budgets, fit_heads
 from ssd_cache.cache import POLICIES, MemoryStats, SSDCache
 from ssd_cache.enable import enable

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from ssd_cache.head_map import HeadMap, HeadMapError
 from ssd_cache.head_map_checks import format_rasters
 from ssd_cache.layer import LayerPlan, SSDLayer
 from ssd_cache.retention import SCORES
+from ssd_cache.sharding import own_heads, shard_of
 
 DEFAULT_BUDGET = 0.2
 """The paper's budget: a fifth of the visual tokens."""
@@ -62,6 +63,8 @@ class SSDCache(Cache):
             that over the number of queries since; "last", the attention of the last `buffer` queries; "margin", the
             grid's first and last column before all else. The last one needs no queries: where all heads of a layer are
             of one kind, it works with any attention.
+        shard: for a tensor parallel model, the number of this process and how many there are: of map and budget, the
+            cache then takes the heads that this process holds. `enable` and `online` find out from the model.
 
     Raises:
         ValueError: a setting out of range, a budget that does not hold `buffer` and what must be kept, or "margin"
@@ -78,6 +81,7 @@ class SSDCache(Cache):
         num_recent: int | float = 0.25,
         num_sinks: int = 0,
         score: str = "sum",
+        shard: tuple[int, int] = (0, 1),
     ):
         if not isinstance(head_map, HeadMap):
             raise TypeError(
@@ -86,7 +90,7 @@ class SSDCache(Cache):
         columns = max(columns for _, columns in (*head_map.previews, head_map.grid))
         if budget is None:
             budget = DEFAULT_BUDGET if head_map.budget is None else head_map.budget
-        self.head_map, self.budget = head_map, budget
+        self.head_map, self.budget, self.shard = head_map, budget, shard
         self.buffer = head_map.grid[1] if buffer is None else check_count("buffer", buffer, 1)
         self.num_recent, self.num_sinks = num_recent, check_count("num_sinks", num_sinks, 0)
         self.score = _check_score(score, head_map)
@@ -113,6 +117,7 @@ class SSDCache(Cache):
             for index in range(head_map.num_layers)
         ]
         _check_plans(plans, columns)
+        plans = [_part(plan, own_heads(head_map, shard)) for plan in plans]
         super().__init__(layers=[SSDLayer(plan) for plan in plans])
 
     @classmethod
@@ -130,6 +135,7 @@ class SSDCache(Cache):
         Raises:
             ValueError: as `SSDCache`.
         """
+        settings.setdefault("shard", shard_of(model))
         config = model.config.get_text_config(decoder=True)
         head_map = HeadMap.online(
             num_layers=config.num_hidden_layers, num_kv_heads=config.num_key_value_heads, grid=grid
@@ -178,16 +184,26 @@ class SSDCache(Cache):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Store new tokens of one layer; see `SSDLayer.update` for shapes, returns and errors."""
-        if layer_idx >= len(self.layers) or key_states.shape[1] != self.head_map.num_kv_heads:
-            raise HeadMapError(
-                f"the head map ({self.head_map.origin}) has {self.head_map.num_layers} layers x "
-                f"{self.head_map.num_kv_heads} KV heads, but layer {layer_idx} of the model has {key_states.shape[1]} "
-                "KV heads: use the map that was made for this model"
-            )
+        if layer_idx >= len(self.layers) or key_states.shape[1] != len(self.layers[layer_idx].plan.is_spatial):
+            raise self._misfit(layer_idx, key_states.shape[1])
         states = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         if layer_idx == 0 and not self._is_counted:
             self._check_progress()
         return states
+
+    def _misfit(self, layer_idx: int, num_heads: int) -> HeadMapError:
+        """The error for a layer that the map has not, or that has another number of heads."""
+        expected = self.head_map.num_kv_heads
+        part = "" if self.shard[1] == 1 else f", of which process {self.shard[0]} of {self.shard[1]} holds its part"
+        remedy = "use the map that was made for this model"
+        if torch.distributed.is_initialized() and self.shard[1] == 1 and expected % num_heads == 0:
+            remedy = (
+                f"if the model is tensor parallel over {expected // num_heads} processes, use enable or give shard="
+            )
+        return HeadMapError(
+            f"the head map ({self.head_map.origin}) has {self.head_map.num_layers} layers x {expected} KV heads{part}, "
+            f"but layer {layer_idx} of the model has {num_heads} KV heads: {remedy}"
+        )
 
     @property
     def can_count_step(self) -> bool:
@@ -250,7 +266,10 @@ class SSDCache(Cache):
 
     @property
     def labels(self) -> HeadMap | None:
-        """The labels in force: the map's, or what an online cache found for this batch; None until it has."""
+        """The labels in force: the map's, or what an online cache found for this batch; None until it has.
+
+        In a tensor parallel model an online cache knows of the heads of its own process alone.
+        """
         if not self.head_map.is_online:
             return self.head_map
         labels = [layer.labels for layer in self.layers]
@@ -305,6 +324,16 @@ def _check_online(budget: Budget, head_map: HeadMap, slots: list[tuple[int, ...]
             f"budget={budget!r} gives heads of one layer different numbers of slots: an online map does not know yet "
             "which head is which, so give one number, or a list with one for each layer"
         )
+
+
+def _part(plan: LayerPlan, heads: slice) -> LayerPlan:
+    """The plan for some of a layer's heads."""
+    return replace(
+        plan,
+        is_spatial=plan.is_spatial[heads],
+        num_slots=plan.num_slots[heads],
+        num_recent=plan.num_recent[heads],
+    )
 
 
 def _check_plans(plans: list[LayerPlan], columns: int) -> None:

@@ -18,6 +18,7 @@ from ssd_cache.fast_decode import fast_decode
 from ssd_cache.guidance import batched_guidance
 from ssd_cache.head_map import HeadMap
 from ssd_cache.models.find import family_of
+from ssd_cache.sharding import check_agreement, shard_of
 
 
 @contextmanager
@@ -40,7 +41,8 @@ def enable(model: PreTrainedModel, head_map: HeadMap, *, fast: bool = False, **s
 
     Raises:
         TypeError: no transformers model with `generate`, such as a whole pipeline.
-        HeadMapError: the map does not fit the model's configuration.
+        HeadMapError: the map does not fit the model's configuration, or the processes of a tensor parallel model were
+            given unlike maps or settings.
         ValueError: a setting out of range, or layers that attend a sliding window; before anything is generated.
 
     Example:
@@ -48,6 +50,8 @@ def enable(model: PreTrainedModel, head_map: HeadMap, *, fast: bool = False, **s
             pipe(["a photo of a red circle", "a photo of three squares"], generation_mode="image")
     """
     _check_generates(model)
+    check_agreement(model, head_map, settings)
+    settings = {"shard": shard_of(model), **settings}
     SSDCache(head_map, **settings)  # refuse bad settings now, not in the middle of a pipeline
     config = model.config.get_text_config(decoder=True)
     head_map.check_fits(type(model).__name__, config.num_hidden_layers, config.num_key_value_heads)

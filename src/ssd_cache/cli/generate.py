@@ -5,6 +5,7 @@ Options and the order of work: everything that can be refused is refused before 
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -111,6 +112,11 @@ def generate(
     Several pictures come as one contact sheet. The pictures of one batch share a
     seed: the same command gives the same pictures.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise WrongUse(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: generate makes one file in one process; for many pictures by "
+            "several processes there is examples/several_gpus.py"
+        )
     texts = read_prompts(prompts or [], prompts_file)
     place = check_output(output)
     policies = choose_policies(policy, compare)

@@ -1,0 +1,128 @@
+"""How many pictures does a GPU hold at once, with the full cache and with an SSDCache?
+
+    python examples/pictures_per_gpu.py --model deepseek-community/Janus-Pro-1B --memory 24
+
+From the configuration alone: weights, and K and V of a picture's rows. Activations are not counted, nor is what torch
+keeps for itself, so these are upper bounds. With `--device cuda` it then finds out by drawing, with random weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import typer
+from transformers import AutoModelForMultimodalLM, PreTrainedModel
+
+from ssd_cache import HeadMap, SSDCache
+from ssd_cache.models import Checkpoint, find_generator, resolve_device, resolve_dtype
+
+PROMPT = 32
+"""Tokens of a prompt, the chat template's included: about a sentence."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes: of the weights once, and of K and V for every picture, at its last token."""
+
+    weights: int
+    picture: int
+
+    def pictures(self, memory: float) -> int:
+        """How many fit into that many bytes."""
+        return max(0, int((memory - self.weights) // self.picture))
+
+
+def build(checkpoint: Checkpoint, device: str | torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The checkpoint's model with random weights; on "meta" it takes no memory."""
+    with torch.device(device):
+        model = AutoModelForMultimodalLM.from_config(checkpoint.config, dtype=dtype)
+    model.set_attn_implementation({"text_config": "ssd"})
+    return model.eval()
+
+
+def need(checkpoint: Checkpoint, cache: SSDCache, dtype: torch.dtype, rows: int, num_prompt: int = PROMPT) -> Need:
+    """By the configuration; `rows` of the batch to a picture, 2 with guidance."""
+    config = checkpoint.config.get_text_config(decoder=True)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cells = cache.head_map.num_visual_tokens
+    tokens = sum(num_prompt + min(slots, cells) for layer in cache.layers for slots in layer.plan.num_slots)
+    weights = sum(weight.nbytes for weight in build(checkpoint, "meta", dtype).parameters())
+    return Need(weights, rows * tokens * 2 * head_dim * dtype.itemsize)
+
+
+def largest(draw: Callable[[int], object], start: int = 1) -> int:
+    """The most pictures that can be drawn at once, 0 for none: doubled until memory ends, then narrowed down."""
+
+    def fits(number: int) -> bool:
+        try:
+            draw(number)
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return True
+
+    low, high = 0, start
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def main(
+    model: str = "shapes-janus",
+    budget: float = 0.2,
+    head_map: str | None = None,
+    memory: float = 24.0,
+    rows: int = 2,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+) -> None:
+    """Print how many pictures fit into MEMORY gigabytes (10^9 bytes), and on a GPU how many really do in all it has."""
+    checkpoint, kind = find_generator(model), resolve_dtype(dtype)
+    if head_map is None:  # what is counted depends on the budget alone
+        shape = {"num_layers": checkpoint.num_layers, "num_kv_heads": checkpoint.num_kv_heads}
+        labels = HeadMap.uniform("semantic", **shape, grid=checkpoint.grid)
+    else:
+        labels = HeadMap.from_pretrained(head_map)
+        checkpoint.check_head_map(labels)
+    caches = {"full": SSDCache(labels, 1.0), f"{budget:.0%}": SSDCache(labels, budget)}
+    print(f"{model}, {dtype}, {rows} rows a picture, prompts of {PROMPT} tokens, {memory:g} GB")
+    for name, cache in caches.items():
+        bytes_of = need(checkpoint, cache, kind, rows)
+        print(
+            f"{name:>6}: weights {bytes_of.weights / 1e9:.2f} GB, a picture {bytes_of.picture / 1e6:.1f} MB, "
+            f"at most {bytes_of.pictures(1e9 * memory)} pictures at once"
+        )
+    where = resolve_device(device)
+    if where.type != "cuda":
+        return
+    janus, cells = build(checkpoint, where, kind), checkpoint.grid[0] * checkpoint.grid[1]
+    total = torch.cuda.get_device_properties(where).total_memory
+    print(f"by drawing, on {torch.cuda.get_device_name(where)} with {total / 1e9:.0f} GB:")
+    for name, cache in caches.items():
+
+        def draw(number: int, cache: SSDCache = cache) -> None:
+            cache.reset()
+            prompts = torch.randint(10, 100, (number, PROMPT), device=where)
+            janus.generate(
+                input_ids=prompts,
+                attention_mask=torch.ones_like(prompts),
+                generation_mode="image",
+                past_key_values=cache,
+                guidance_scale=5.0,
+                do_sample=True,
+                generation_kwargs={"boi_token_id": int(prompts[0, -1])},
+            )
+            cache.reset()
+
+        print(f"{name:>6}: {largest(draw)} pictures of {cells} tokens at once")
+
+
+if __name__ == "__main__":
+    typer.run(main)

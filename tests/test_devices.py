@@ -1,0 +1,185 @@
+"""A model on several devices: layers here and there, and heads shared by two processes as transformers splits them.
+
+There is no second device on a test machine, so layers on two of them run with fake tensors, which have a device (lazy:0
+will do) and no content: torch refuses to mix devices there as on real ones. Two real processes talk through gloo.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import left_padded_prompts, tiny_janus, tiny_llama
+from tensor_parallel_child import CASES, SIDE, draw, draw_janus, load
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import DynamicCache, JanusForConditionalGeneration, LlamaForCausalLM
+
+from ssd_cache import HeadMap, HeadMapError, SSDCache
+from ssd_cache.sharding import own_heads, shard_of
+
+MAP = HeadMap(torch.tensor([[True, False], [False, True]]), (SIDE, SIDE))
+TESTS = Path(__file__).parent
+
+
+# Layers on different devices
+
+
+def place(model, devices):
+    """Put each layer on its device, the rest on the last, and move what comes in; as accelerate's hooks do."""
+
+    def move(value, device):
+        if isinstance(value, tuple):
+            return tuple(move(part, device) for part in value)
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    def follow(device):
+        def hook(module, args, kwargs):
+            return move(args, device), {name: move(value, device) for name, value in kwargs.items()}
+
+        return hook
+
+    parts = [*zip(model.model.layers, devices, strict=True), (model.model.norm, devices[-1])]
+    for module, device in [*parts, (model.lm_head, devices[-1])]:
+        for part in module.modules():  # Module.to refuses fake weights
+            for name, weight in part.named_parameters(recurse=False):
+                setattr(part, name, torch.nn.Parameter(weight.to(device)))
+        module.register_forward_pre_hook(follow(device), with_kwargs=True)
+
+
+@pytest.mark.parametrize("budget", [1.0, 14, {"spatial": 14, "semantic": 16}], ids=str)
+@pytest.mark.parametrize("devices", [("lazy:0", "lazy:1"), ("cpu", "lazy:0")], ids=" ".join)
+def test_state_lives_with_its_layer(devices, budget):
+    with FakeTensorMode(), torch.no_grad():
+        model = tiny_llama()
+        place(model, devices)
+        cache = SSDCache(MAP, budget, buffer=4)
+        ids = torch.ones(2, 7, dtype=torch.long)
+        mask = torch.ones_like(ids)
+        for step in range(30):
+            logits = model(ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+            assert str(logits.device) == devices[-1]
+            assert cache.get_seq_length() == 7 + step
+            ids = torch.ones(2, 1, dtype=torch.long)
+            mask = torch.ones(2, 8 + step, dtype=torch.long)
+        for layer, device in zip(cache.layers, devices, strict=True):
+            held = [tensor for store in layer.stores for tensor in vars(store).values()]
+            held += [*vars(layer).values()]
+            places = {str(tensor.device) for tensor in held if isinstance(tensor, torch.Tensor)}
+            assert places == {device}
+
+
+def test_layers_that_accelerate_loads_from_disk_draw_the_same(tmp_path):
+    pytest.importorskip("accelerate")
+    tiny_llama(attn_implementation="sdpa").save_pretrained(tmp_path / "llama")
+    parts = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    parts |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    split = LlamaForCausalLM.from_pretrained(
+        tmp_path / "llama", device_map=parts, offload_folder=tmp_path / "off", attn_implementation="ssd"
+    ).eval()
+    assert split.model.layers[1].self_attn.k_proj.weight.device.type == "meta"  # it really is not here
+    whole = LlamaForCausalLM.from_pretrained(tmp_path / "llama", attn_implementation="ssd").eval()
+    for budget in (1.0, 14):
+        tokens = []
+        for model in (split, whole):
+            torch.manual_seed(0)
+            cache = SSDCache(MAP, budget, buffer=4)
+            tokens.append(model.generate(**left_padded_prompts([5, 9]), max_new_tokens=30, past_key_values=cache))
+        torch.testing.assert_close(*tokens, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device beside the CPU")
+def test_layers_on_cpu_and_gpu_draw_what_a_dynamic_cache_draws():
+    """The fake devices above compute nothing; this does."""
+    model = tiny_llama()
+    place(model, ("cpu", "cuda:0"))
+    inputs = left_padded_prompts([5, 9])
+    caches = DynamicCache(config=model.config), SSDCache(MAP, 1.0)
+    tokens = [model.generate(**inputs, max_new_tokens=30, past_key_values=cache) for cache in caches]
+    torch.testing.assert_close(*tokens, rtol=0, atol=0)
+
+
+# Heads shared by processes
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The folder of a Llama of 4 KV heads and a Janus of 2, and what two processes drew with them."""
+    folder = tmp_path_factory.mktemp("parallel")
+    tiny_llama(heads=8, kv_heads=4, attn_implementation="sdpa").save_pretrained(folder / "llama")
+    tiny_janus(grid_side=SIDE, attn_implementation="sdpa").save_pretrained(folder / "janus")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    children = [
+        subprocess.Popen(
+            [sys.executable, TESTS / "tensor_parallel_child.py", folder],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    try:
+        answers = [child.communicate(timeout=240) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert [child.returncode for child in children] == [0, 0], "\n".join(stderr for _, stderr in answers)
+    return folder, [json.loads(stdout.splitlines()[-1]) for stdout, _ in answers]
+
+
+def test_two_processes_draw_what_one_draws(both):
+    folder, results = both
+    model = load(LlamaForCausalLM, folder / "llama")
+    for name, case in CASES.items():
+        tokens, nbytes = draw(model, *case)
+        parts = [result["cases"][name] for result in results]
+        assert [part[0] for part in parts] == [tokens, tokens], name
+        assert sum(part[1] for part in parts) == nbytes, name  # each holds its own heads and no others
+    assert len({str(result["cases"][name][0]) for result in results for name in CASES}) > 3  # the cases differ
+
+
+def test_two_processes_draw_a_janus_picture(both):
+    folder, results = both
+    tokens = draw_janus(load(JanusForConditionalGeneration, folder / "janus"))
+    assert [result["janus"] for result in results] == [tokens, tokens]
+
+
+def test_processes_that_do_not_agree_are_told_both_in_each(both):
+    _, results = both
+    for rank, result in enumerate(results):
+        for name in ("unlike maps", "unlike budgets"):
+            message = result["errors"][name]
+            assert "do not agree: process 0 has head map" in message
+            assert "process 1 has head map" in message
+        assert "'budget': 14, 'buffer': 4}, process 1" in result["errors"]["unlike budgets"]
+        assert "has 2 layers x 4 KV heads" in result["errors"]["not told"], rank
+        assert "over 2 processes, use enable or give shard=" in result["errors"]["not told"]
+        assert result["online heads"] == 2
+
+
+def test_a_part_of_a_map_is_refused_where_there_is_none():
+    three = HeadMap.uniform("spatial", num_layers=1, num_kv_heads=3, grid=(SIDE, SIDE))
+    with pytest.raises(HeadMapError, match="2 processes can not share 3 KV heads evenly.*divides 3"):
+        SSDCache(three, 1.0, shard=(0, 2))
+    with pytest.raises(ValueError, match=r"shard=\(2, 2\): give \(number of this process"):
+        SSDCache(MAP, 1.0, shard=(2, 2))
+    assert shard_of(tiny_llama()) == (0, 1)
+    assert own_heads(MAP, (1, 2)) == slice(1, 2)
+    cache = SSDCache(MAP, 1.0, shard=(1, 2))
+    states = torch.zeros(1, 2, 3, 8)
+    with pytest.raises(HeadMapError, match="2 KV heads, of which process 1 of 2 holds its part.*has 2 KV heads: use"):
+        cache.update(states, states, 0)

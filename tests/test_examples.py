@@ -1,0 +1,148 @@
+"""The short examples, run whole on small random models: what they write and print is real, if not pretty.
+
+examples/train_shapes_janus.py has tests of its own, and examples/profile_study.py is how figures in the docs were made.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_head_map_hub import hub  # noqa: F401, a fixture
+from tiny_checkpoint import SIDE, write_checkpoint
+
+from ssd_cache import HeadMap, SSDCache
+from ssd_cache.models import find_generator
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PROMPTS = ["a photo of a red circle", "a photo of three squares", "a photo of a circle left of a triangle"]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("examples") / "model", guidance_scale=3.0)
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("head_map", ["head_map", "online"])
+def test_generate_janus_pro(folder, tmp_path, capsys, head_map):
+    example = load("generate_janus_pro")
+    head_map = head_map if head_map == "online" else str(folder / head_map)
+    for name in ("one", "two"):
+        example.main(PROMPTS, model=str(folder), head_map=head_map, budget=0.5, device="cpu", output=tmp_path / name)
+    printed = capsys.readouterr().out
+    held, full = (float(part.split(" MB")[0]) for part in printed.split("of K and V; a full cache would hold ")[:2])
+    assert 0 < held < 0.8 * full
+    for number in range(3):
+        first, second = (Image.open(tmp_path / name / f"{number:03}.png") for name in ("one", "two"))
+        assert first.size == (16 * SIDE, 16 * SIDE)
+        assert first.tobytes() == second.tobytes()
+
+
+def test_publish_head_map(folder, prompts_file, tmp_path, capsys, monkeypatch, hub):  # noqa: F811
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    load("publish_head_map").main(
+        prompts_file, model=str(folder), budget=0.5, device="cpu", output=tmp_path / "map", repo="me/new-map"
+    )
+    made = HeadMap.from_pretrained(tmp_path / "map")
+    assert made.profile["num_prompts"] == 3
+    files = hub.repos["me/new-map"].commits[hub.repos["me/new-map"].refs["main"]]
+    assert {"README.md", "config.json", "head_map.safetensors"} <= files.keys()
+    assert HeadMap.from_pretrained("me/new-map") == made
+    assert "3 prompts" in capsys.readouterr().out
+
+
+def test_pictures_per_gpu_counts_what_a_cache_really_holds(folder, capsys):
+    example = load("pictures_per_gpu")
+    checkpoint = find_generator(str(folder))
+    generator = checkpoint.load(device="cpu")
+    for budget in (1.0, 0.5):
+        cache = SSDCache(checkpoint.head_map(), budget)
+        generator.generate(PROMPTS[:1], cache)
+        num_prompt = cache.layers[0].num_prompt
+        counted = example.need(checkpoint, cache, torch.float32, rows=2, num_prompt=num_prompt)
+        assert counted.picture == cache.nbytes
+        assert counted.weights == sum(weight.nbytes for weight in generator.model.parameters())
+    example.main(model=str(folder), budget=0.5, memory=0.01)
+    lines = capsys.readouterr().out.splitlines()
+    full, half = (int(line.split("at most ")[1].split()[0]) for line in lines[1:3])
+    assert 0 < full < half < 2 * full
+    assert example.Need(weights=10, picture=3).pictures(9) == 0
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 5, 16, 37])
+def test_pictures_per_gpu_finds_the_largest_batch(room):
+    tried = []
+
+    def draw(number):
+        tried.append(number)
+        if number > room:
+            raise torch.OutOfMemoryError
+
+    assert load("pictures_per_gpu").largest(draw) == room
+    assert len(tried) <= 2 * (room + 2).bit_length()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="what a GPU holds is found out on one")
+def test_pictures_per_gpu_draws_until_memory_ends(folder, capsys):
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(200e6 / total)
+    try:
+        load("pictures_per_gpu").main(model=str(folder), budget=0.5, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    full, half = (int(line.split()[1]) for line in capsys.readouterr().out.splitlines()[-2:])
+    assert 0 < full <= half
+
+
+def test_several_gpus_give_one_process_pictures_and_go_on(folder, prompts_file, tmp_path):
+    pytest.importorskip("accelerate")
+    # one thread each, since sums in another order round differently
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # accelerate 1.15 starts several processes with --multi_gpu alone; without a GPU they compute on the CPU
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+    def run(*launcher):
+        command = [sys.executable, *launcher, EXAMPLES / "several_gpus.py", prompts_file, "--model", folder]
+        command += ["--budget", "0.5", "--batch-size", "1", "--device", "cpu", "--output", tmp_path / "both"]
+        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        return sorted(line for line in done.stdout.splitlines() if line.startswith("process"))
+
+    example = load("several_gpus")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        example.main(prompts_file, model=str(folder), budget=0.5, batch_size=1, device="cpu", output=tmp_path / "alone")
+    finally:
+        torch.set_num_threads(threads)
+    assert run(*launch) == ["process 0 of 2 on cpu: 2 pictures", "process 1 of 2 on cpu: 1 pictures"]
+    alone, both = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("alone", "both"))
+    assert alone == both
+    assert {"00000.png", "00001.png", "00002.png"} < alone.keys()
+    # as if a process had died: a picture is missing, and another was being written
+    (tmp_path / "both" / "00001.png").rename(tmp_path / "both" / ".00001.png.0.part")
+    example.main(prompts_file, model=str(folder), budget=0.5, batch_size=1, device="cpu", output=tmp_path / "both")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "both").iterdir()} == alone

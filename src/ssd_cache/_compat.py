@@ -1,14 +1,17 @@
 """The versions of transformers that this package works with, refused here when another one is installed.
 
-Where two of them differ, the difference is dealt with in this file and nowhere else. So far there is none to deal with.
+Where two of them differ, the difference is dealt with in this file and nowhere else. Inside the range there is none.
 """
 
 from __future__ import annotations
 
 import transformers
 
-OLDEST, NEXT = (5, 18), (6, 0)
-"""The first version on which the tests pass, and the next major one; pyproject.toml has the same."""
+OLDEST, NEXT = (5, 18), (5, 24)
+"""The first version on which the tests pass, and the first on which they do not; pyproject.toml has the same.
+
+5.24 renames the argument `past_key_values` to `cache` in forward and generate, and Janus refuses the old name.
+"""
 
 
 def check_transformers(version: str) -> None:
@@ -19,10 +22,10 @@ def check_transformers(version: str) -> None:
     """
     major, minor = (int(part) for part in version.split(".")[:2])
     if not OLDEST <= (major, minor) < NEXT:
-        oldest = ".".join(map(str, OLDEST))
+        oldest, following = (".".join(map(str, end)) for end in (OLDEST, NEXT))
         raise ImportError(
-            f"ssd-cache works with transformers from {oldest} up to, and without, {NEXT[0]}; {version} is installed: "
-            f"pip install 'transformers>={oldest},<{NEXT[0]}'"
+            f"ssd-cache works with transformers from {oldest} up to, and without, {following}; {version} is installed: "
+            f"pip install 'transformers>={oldest},<{following}'"
         )
 
 

@@ -359,11 +359,10 @@ def test_compiled_caches_compile_once_and_leave_nothing(janus):
 
 
 @needs_compiler
-def test_what_can_not_be_compiled_says_so_and_the_rest_goes_on(janus, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    monkeypatch.setattr("torch._inductor.config.fx_graph_cache", False)
+def test_what_can_not_be_compiled_says_so_and_the_rest_goes_on(janus):
     cases = [Case("StaticCache", is_compiled=True), Case("StaticCache")]
-    broken, fine = measure(janus, cases, choose_stretches(64, 16), batch_size=3, rounds=1)
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}):
+        broken, fine = measure(janus, cases, choose_stretches(64, 16), batch_size=3, rounds=1)
     assert broken.failure.startswith("can not be compiled here: ")
     assert (broken.seconds, len(fine.seconds)) == ([], 1)
     assert "forward" not in vars(janus.model.get_decoder())

@@ -24,7 +24,7 @@ from tiny_checkpoint import load_example
 from transformers import JanusForConditionalGeneration
 from typer.testing import CliRunner
 
-from ssd_cache import POLICIES, HeadMap
+from ssd_cache import POLICIES, HeadMap, fit_heads
 from ssd_cache.analysis import plotting
 from ssd_cache.cli import app
 from ssd_cache.evaluation.bootstrap import compare, score
@@ -65,6 +65,21 @@ def test_every_name_makes_a_cache_of_the_budget(name):
     spatial = {"streaming-llm": 4, "h2o": 0, "linear": 0, "inverted": 3, "online": 0}.get(name, 1)
     assert cache.head_map.is_spatial.sum() == spatial
     assert cache.head_map.is_online == (name == "online")
+
+
+def test_fitted_budgets_may_follow_each_other_into_a_folder(tmp_path):
+    levels = {slots: torch.full((2, 2), slots / 999) for slots in (58, 115, 288)}
+    kept = {f"retained_{kind}-{slots}": value for kind in ("spatial", "semantic") for slots, value in levels.items()}
+    kept["retained_spatial-58"] = torch.tensor([[0.2, 0.0], [0.0, 0.0]])  # a head that changes its kind with the budget
+    head_map = HeadMap(torch.zeros(2, 2, dtype=torch.bool), scores=kept)
+    plans = [
+        Plan(parse_policies("fitted"), budgets, [0], [("a", "a circle")], 1, head_map, {}) for budgets in ([58], [288])
+    ]
+    assert fit_heads(head_map, 58).is_spatial.any()
+    assert not fit_heads(head_map, 288).is_spatial.any()
+    for plan in plans:
+        with ResultsFolder(tmp_path, {"conditions": {}, "policies": plan.describe(), "command": {}}, 0):
+            pass
 
 
 def test_fitted_shares_the_same_bytes_out():

@@ -70,7 +70,8 @@ class Plan:
             entry: dict[str, Any] = {"settings": self.settings_of(policy), "slots": {}}
             for budget in policy.budgets(self.budgets):
                 cache = self.make_cache(policy, budget)
-                entry["head_map"] = digest_of(cache.head_map)
+                # what is fitted differs from budget to budget, and follows from the run's own map
+                entry["head_map"] = digest_of(self.head_map if policy.name == "fitted" else cache.head_map)
                 is_list = isinstance(cache.budget, list)
                 entry["slots"][str(budget)] = cache.budget if is_list else int(mean_slots(cache))
             described[policy.label] = entry

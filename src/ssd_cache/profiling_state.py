@@ -56,6 +56,13 @@ def load_state(path: Path, statistics: HeadStatistics, settings: Mapping[str, An
         raise ProfilingError(
             f"{path}: not the sums of a profiling run ({error}); give another file, or delete it to begin anew"
         ) from error
+    check_same_run(path, found, settings)
+    statistics.load_state_dict(sums)
+    return num_batches
+
+
+def check_same_run(path: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuse to go on from a file that a run with other settings has left; raises ProfilingError, naming them."""
     differing = [
         f"{name} {found.get(name)!r} there, {settings.get(name)!r} now"
         for name in sorted(settings.keys() | found.keys())
@@ -65,8 +72,6 @@ def load_state(path: Path, statistics: HeadStatistics, settings: Mapping[str, An
         raise ProfilingError(
             f"{path}: the sums of another run ({'; '.join(differing)}); give another file, or delete it to begin anew"
         )
-    statistics.load_state_dict(sums)
-    return num_batches
 
 
 class Processes:

@@ -25,6 +25,7 @@ from ssd_cache.evaluation.fidelity.measure import check_settings, measure_fideli
 from ssd_cache.head_map import HeadMap
 from ssd_cache.measuring import check_prompts, prompts_sha256, weights_sha256
 from ssd_cache.models import Generator
+from ssd_cache.profiling_state import check_same_run
 from ssd_cache.statistics import ProfilingError
 from ssd_cache.writing import write_files
 
@@ -165,15 +166,7 @@ def _load(path: Path | None, fingerprint: Mapping[str, Any], levels: Sequence[in
         raise ProfilingError(
             f"{path}: not what a run of this kind keeps ({error}); give another file, or delete it to begin anew"
         ) from error
-    differing = [
-        f"{name} {there.get(name)!r} there, {fingerprint.get(name)!r} now"
-        for name in sorted(there.keys() | fingerprint.keys())
-        if there.get(name) != fingerprint.get(name)
-    ]
-    if differing:
-        raise ProfilingError(
-            f"{path}: of another run ({'; '.join(differing)}); give another file, or delete it to begin anew"
-        )
+    check_same_run(path, there, fingerprint)
     return measured
 
 

@@ -25,7 +25,6 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     JanusForConditionalGeneration,
-    LogitsProcessorList,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -35,7 +34,7 @@ from ssd_cache import HeadMap, HeadMapError, SSDCache
 from ssd_cache.cli import app
 from ssd_cache.evaluation.fidelity import Fidelity, draw_fidelity, measure_fidelity
 from ssd_cache.models import Checkpoint, Generator, GeneratorError, find_generator, generator_of
-from ssd_cache.models.base import Ticker
+from ssd_cache.models.base import call_settings
 
 PROMPTS = ["a photo of a red circle", "a photo of a circle left of a blue square"]  # of unlike length: left padding
 GRID, CELLS = (6, 6), 36
@@ -64,11 +63,8 @@ class TextGenerator(Generator):
         tokens = self.model.generate(
             **inputs,
             past_key_values=cache,
-            do_sample=temperature > 0,
-            top_k=0,
             max_new_tokens=CELLS,
-            logits_processor=LogitsProcessorList([] if on_tokens is None else [Ticker(on_tokens)]),
-            **({"temperature": temperature} if temperature > 0 else {}),
+            **call_settings(temperature, on_tokens, top_k=0),
         )
         return tokens[:, inputs["input_ids"].shape[1] :]
 

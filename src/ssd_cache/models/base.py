@@ -14,7 +14,15 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, Cache, LogitsProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    Cache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from ssd_cache.head_map import HeadMap
 from ssd_cache.models.settings import GeneratorError, check_drawing, check_texts, resolve_device, resolve_dtype
@@ -227,7 +235,13 @@ class Checkpoint:
         return self.family.load(self, resolve_dtype(dtype, device), device)
 
 
-class Ticker(LogitsProcessor):
+def call_settings(temperature: float, on_tokens: Callable[[int], object] | None, **sampling) -> dict[str, Any]:
+    """What a model's own `generate` is told of temperature and progress; `sampling` where tokens are sampled at all."""
+    settings = {"do_sample": True, "temperature": temperature, **sampling} if temperature > 0 else {"do_sample": False}
+    return settings | {"logits_processor": LogitsProcessorList([] if on_tokens is None else [_Ticker(on_tokens)])}
+
+
+class _Ticker(LogitsProcessor):
     """Reports every step of a generation and changes nothing."""
 
     def __init__(self, on_tokens: Callable[[int], object]):

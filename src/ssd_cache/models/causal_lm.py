@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, LogitsProcessorList, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig
 
 from ssd_cache.attention import NAME
-from ssd_cache.models.base import Checkpoint, Generator, Ticker
+from ssd_cache.models.base import Checkpoint, Generator, call_settings
 from ssd_cache.models.settings import GeneratorError
 
 
@@ -60,16 +59,12 @@ class CausalLMGenerator(Generator):
         on_tokens: Callable[[int], object] | None,
     ) -> torch.Tensor:
         inputs, number = self.prepare(prompts), self.checkpoint.num_visual_tokens
-        sampling: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0}
         sequences = self.model.generate(
             **inputs,
             past_key_values=cache,
             min_new_tokens=number,  # no end of text before the grid is full
             max_new_tokens=number,
-            logits_processor=LogitsProcessorList([] if on_tokens is None else [Ticker(on_tokens)]),
-            **sampling,
+            **call_settings(temperature, on_tokens, top_k=0),
         )
         return sequences[:, inputs["input_ids"].shape[1] :]
 

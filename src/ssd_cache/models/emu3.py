@@ -16,13 +16,12 @@ from transformers import (
     Cache,
     Emu3ForConditionalGeneration,
     Emu3Processor,
-    LogitsProcessorList,
     PreTrainedConfig,
 )
 
 from ssd_cache.attention import NAME
 from ssd_cache.guidance import batched_guidance
-from ssd_cache.models.base import Checkpoint, Generator, Ticker
+from ssd_cache.models.base import Checkpoint, Generator, call_settings
 
 CLOSING = ("eof_token", "eoi_token", "eos_token")
 """What follows the last row, a token each; the cache need not see them."""
@@ -84,10 +83,7 @@ class Emu3Generator(Generator):
     ) -> torch.Tensor:
         rows, columns = self.checkpoint.grid
         inputs, negative = self.prepare(prompts), self.prepare([self.negative_prompt])
-        sampling: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:
-            top_k = self.model.generation_config.top_k
-            sampling = {"do_sample": True, "temperature": temperature, "top_k": 2048 if top_k is None else top_k}
+        top_k = self.model.generation_config.top_k
         with batched_guidance(self.model, guidance_scale, negative["input_ids"], negative["attention_mask"]):
             sequences = self.model.generate(
                 **inputs,
@@ -95,8 +91,7 @@ class Emu3Generator(Generator):
                 guidance_scale=1.0,  # not a second time, if the checkpoint names a scale
                 max_new_tokens=rows * columns,
                 prefix_allowed_tokens_fn=self.grammar(inputs["input_ids"].shape[1]),
-                logits_processor=LogitsProcessorList([] if on_tokens is None else [Ticker(on_tokens)]),
-                **sampling,
+                **call_settings(temperature, on_tokens, top_k=2048 if top_k is None else top_k),
             )
         return sequences[:, inputs["input_ids"].shape[1] :]
 

@@ -16,12 +16,11 @@ from transformers import (
     AutoProcessor,
     Cache,
     GlmImageForConditionalGeneration,
-    LogitsProcessorList,
     PreTrainedConfig,
 )
 
 from ssd_cache.attention import NAME
-from ssd_cache.models.base import Checkpoint, Generator, Ticker
+from ssd_cache.models.base import Checkpoint, Generator, call_settings
 from ssd_cache.models.settings import GeneratorError
 
 PATCH = 32
@@ -87,16 +86,12 @@ class GlmImageGenerator(Generator):
         on_tokens: Callable[[int], object] | None,
     ) -> torch.Tensor:
         inputs, number = self.prepare(prompts), self.checkpoint.num_visual_tokens
-        sampling: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature}
         sequences = self.model.generate(
             **inputs,
             past_key_values=cache,
             min_new_tokens=number,  # no end of picture before its last cell
             max_new_tokens=number,
-            logits_processor=LogitsProcessorList([] if on_tokens is None else [Ticker(on_tokens)]),
-            **sampling,
+            **call_settings(temperature, on_tokens),
         )
         return sequences[:, inputs["input_ids"].shape[1] :]
 

@@ -16,12 +16,11 @@ from transformers import (
     Cache,
     JanusForConditionalGeneration,
     JanusProcessor,
-    LogitsProcessorList,
     PreTrainedConfig,
 )
 
 from ssd_cache.attention import NAME
-from ssd_cache.models.base import Checkpoint, Generator, Ticker
+from ssd_cache.models.base import Checkpoint, Generator, call_settings
 
 DECODE_BATCH = 4
 """Pictures decoded at once: the decoder's last layers hold a few hundred MB for each."""
@@ -75,18 +74,15 @@ class JanusGenerator(Generator):
         temperature: float,
         on_tokens: Callable[[int], object] | None,
     ) -> torch.Tensor:
-        sampling: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:
-            # transformers samples from the 50 likeliest when a checkpoint does not say; Janus's authors from all
-            sampling = {"do_sample": True, "temperature": temperature, "top_k": self.model.generation_config.top_k or 0}
+        # transformers samples from the 50 likeliest when a checkpoint does not say; Janus's authors from all
+        top_k = self.model.generation_config.top_k or 0
         return self.model.generate(
             **self.prepare(prompts),
             generation_mode="image",
             past_key_values=cache,
             guidance_scale=guidance_scale,
             generation_kwargs={"boi_token_id": self.processor.tokenizer.boi_token_id},
-            logits_processor=LogitsProcessorList([] if on_tokens is None else [Ticker(on_tokens)]),
-            **sampling,
+            **call_settings(temperature, on_tokens, top_k=top_k),
         )
 
     def is_unconditional(self, num_prompts: int) -> torch.Tensor:

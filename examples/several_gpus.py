@@ -61,7 +61,7 @@ def main(
     """Draw a picture for each line of PROMPTS_FILE into OUTPUT/00000.png, 00001.png, ..."""
     prompts = [line.strip() for line in prompts_file.read_text("utf-8").splitlines() if line.strip()]
     processes = Processes()  # of accelerate launch or torchrun; this one alone without them
-    where = resolve_device(processes.device if device == "auto" and processes.device else device)
+    where = resolve_device(processes.choose_device(device))
     kind = resolve_dtype(dtype, where)
     checkpoint = find_generator(model)
     labels = checkpoint.head_map() if head_map is None else HeadMap.from_pretrained(head_map)
@@ -81,7 +81,8 @@ def main(
         seed=seed,
         processes=processes,
     )
-    print(f"process {processes.index} of {processes.count} on {where}: {drawn} pictures")
+    # in one piece, so that the lines of several processes stay apart
+    print(f"process {processes.index} of {processes.count} on {where}: {drawn} pictures\n", end="")
     processes.close()
 
 

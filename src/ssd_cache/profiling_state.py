@@ -108,6 +108,10 @@ class Processes:
         """Whether this is the process that writes files and shows a bar."""
         return self.index == 0
 
+    def choose_device(self, device: str) -> str | torch.device:
+        """Where this process computes: as asked for, or where "auto" is asked for, on its own device if it has one."""
+        return self.device if device == "auto" and self.device is not None else device
+
     def close(self) -> None:
         """Leave the group; for the program whose processes these are, at its end."""
         if self.count > 1:

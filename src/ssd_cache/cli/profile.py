@@ -109,8 +109,7 @@ def profile(
         checkpoint = find_generator(model)
         check_profiling(checkpoint.grid, **settings)
         processes = Processes()
-        own = device if device != "auto" or processes.device is None else processes.device
-        generator = load_generator(checkpoint, dtype, own)
+        generator = load_generator(checkpoint, dtype, processes.choose_device(device))
     try:
         head_map = profile_heads(
             generator,

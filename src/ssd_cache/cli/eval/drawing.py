@@ -102,9 +102,7 @@ def export(
             )
         check_place("--output", options.output, is_folder=True)
         processes = Processes()
-        where = resolve_device(
-            options.device if options.device != "auto" or processes.device is None else processes.device
-        )
+        where = resolve_device(processes.choose_device(options.device))
         kind = resolve_dtype(options.dtype, where)
         checkpoint = find_generator(options.model)
         labels = choose_head_map(checkpoint, options.head_map, [policy])

@@ -77,7 +77,7 @@ def shapes(
     with refusing():
         check_drawing(guidance, temperature)
         processes = Processes()
-        where = resolve_device(device if device != "auto" or processes.device is None else processes.device)
+        where = resolve_device(processes.choose_device(device))
         kind = resolve_dtype(dtype, where)
         checkpoint = find_generator(model)
         check_model(checkpoint)

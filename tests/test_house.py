@@ -45,6 +45,7 @@ FLOORS = {
     "guidance": 3,
     "enable": 3,
     "fast_decode": 3,
+    "packed_linears": 2,
     "measuring": 3,
     "profiling": 3,
     "analysis": 3,

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ssd_cache.attention import NAME
 from ssd_cache.cache import SSDCache
 from ssd_cache.cuda_graph import RecordedStep
+from ssd_cache.packed_linears import packed_linears
 
 DROPPED = {"use_cache", "guidance_scale"}
 """Arguments that a compiled step is not given: it always uses the cache, and Janus's decoder ignores its guidance."""
@@ -29,6 +30,8 @@ def fast_decode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     The first visual token of a picture runs as ever, the second waits for the compiler (half a minute for eight layers
     on two cores), all others are fast. Another batch size or length of prompt compiles once more; from then on sizes
     are left open. On a GPU the fourth token of each picture is recorded as a CUDA graph, which runs the rest.
+
+    On a CPU in float32 the linear layers that steps use run on packed weights, for which a copy of them is held.
 
     Args:
         model: a transformers model with `generate` and the attention "ssd".
@@ -48,7 +51,8 @@ def fast_decode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     own = vars(decoder).get("forward")
     decoder.forward = _FastForward(decoder.forward, decoder.config)
     try:
-        yield model
+        with packed_linears(model):
+            yield model
     finally:
         if own is None:
             del decoder.forward

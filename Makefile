@@ -20,7 +20,7 @@ define test_with
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	grep -v '^transformers==' constraints.txt > $(1)/constraints.txt
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c $(1)/constraints.txt \
-		-e '.[dev,distributed,eval,plot]' '$(2)'
+		-e '.[dev,diffusers,distributed,eval,plot]' '$(2)'
 	$(1)/bin/python -m pytest
 endef
 

@@ -17,6 +17,7 @@ from models import left_padded_prompts, tiny_janus, tiny_llama
 from test_retention import runs, same_as_plain_loops
 
 from ssd_cache import HeadMap, SSDCache, fast_decode, fused
+from ssd_cache._compat import CACHE
 
 torch.set_num_threads(1)  # tensors are tiny, and the interpreter's own time is all there is
 
@@ -52,7 +53,7 @@ def torch_path(monkeypatch):
 
 def draw(model, cache, **kwargs):
     inputs = left_padded_prompts((5, 8))
-    return model.generate(**inputs, generation_mode="image", past_key_values=cache, do_sample=False, **kwargs)
+    return model.generate(**inputs, generation_mode="image", **{CACHE: cache}, do_sample=False, **kwargs)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -95,10 +96,10 @@ def test_text_model_with_grouped_heads_and_left_padding(monkeypatch):
     model = tiny_llama()
     options = {**left_padded_prompts((7, 4)), "do_sample": False, "max_new_tokens": 14}
     cache = SSDCache(LABELS, 8, buffer=2)
-    tokens = model.generate(past_key_values=cache, **options)
+    tokens = model.generate(**{CACHE: cache}, **options)
     assert all(layer.is_fused for layer in cache.layers)
     torch_path(monkeypatch)
-    assert torch.equal(tokens, model.generate(past_key_values=SSDCache(LABELS, 8, buffer=2), **options))
+    assert torch.equal(tokens, model.generate(**{CACHE: SSDCache(LABELS, 8, buffer=2)}, **options))
 
 
 @pytest.mark.parametrize("dtype", fused.DTYPES)

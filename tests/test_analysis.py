@@ -25,6 +25,7 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache
+from ssd_cache._compat import CACHE
 from ssd_cache.analysis import (
     AttentionRecorder,
     RetentionProbe,
@@ -82,7 +83,7 @@ def recorded(monkeypatch, **settings):
 
     monkeypatch.setattr(SSDLayer, "receive_query", spy)
     tiny_janus(grid_side=6).generate(
-        **inputs, generation_mode="image", past_key_values=cache, guidance_scale=3.0, do_sample=False
+        **inputs, generation_mode="image", **{CACHE: cache}, guidance_scale=3.0, do_sample=False
     )
     cache.finish()
     return recorder.result(), cache, queries, inputs["attention_mask"].bool().tolist()
@@ -188,7 +189,7 @@ def full_picture(make_cache, model=None):
     model = model or tiny_janus(grid_side=6)
     cache = make_cache()
     inputs = left_padded_prompts([5, 5, 5])
-    model.generate(**inputs, generation_mode="image", past_key_values=cache, guidance_scale=3.0, do_sample=False)
+    model.generate(**inputs, generation_mode="image", **{CACHE: cache}, guidance_scale=3.0, do_sample=False)
     return cache
 
 

@@ -12,6 +12,7 @@ from models import left_padded_prompts, tiny_janus, tiny_llama
 from transformers import DynamicCache, DynamicLayer
 
 from ssd_cache import POLICIES, HeadMap, HeadMapError, SSDCache, enable
+from ssd_cache._compat import CACHE
 from ssd_cache.retention import SCORES
 
 GRID = (6, 6)
@@ -35,7 +36,7 @@ def maps(layers, kv_heads, grid):
 def draw_picture(model, cache, lengths=(5, 9, 3), seed=0, **kwargs):
     torch.manual_seed(seed)
     kwargs = {"do_sample": True, "guidance_scale": 5.0, **kwargs}
-    return model.generate(**left_padded_prompts(lengths), generation_mode="image", past_key_values=cache, **kwargs)
+    return model.generate(**left_padded_prompts(lengths), generation_mode="image", **{CACHE: cache}, **kwargs)
 
 
 @pytest.mark.parametrize("kind", ["spatial", "semantic", "mixed"])
@@ -137,7 +138,7 @@ def test_left_padding_changes_nothing_when_layers_differ_in_length():
         generation_mode="image",
         guidance_scale=5.0,
         do_sample=False,
-        past_key_values=SSDCache(mixed_map(), budget, buffer=3, num_recent=2),
+        **{CACHE: SSDCache(mixed_map(), budget, buffer=3, num_recent=2)},
     )
     # the unconditional row's blanked words are seen, so only rows of one length can be compared to the token:
     # the first row of `batch` has 4 masked columns that a row alone does not have, and must draw the same
@@ -276,11 +277,11 @@ def test_beam_search_moves_every_beam_with_its_scores():
     model = tiny_llama()
     inputs = left_padded_prompts((6, 4))
     options = {"do_sample": False, "num_beams": 3, "max_new_tokens": 30}
-    expected = model.generate(**inputs, **options, past_key_values=DynamicCache())
+    expected = model.generate(**inputs, **options, **{CACHE: DynamicCache()})
     cache = SSDCache(mixed_map(grid=(8, 8)), 1.0)
-    assert torch.equal(model.generate(**inputs, **options, past_key_values=cache), expected)
+    assert torch.equal(model.generate(**inputs, **options, **{CACHE: cache}), expected)
     small = SSDCache(mixed_map(grid=(8, 8)), 12, buffer=3)
-    assert model.generate(**inputs, **options, past_key_values=small).shape == expected.shape
+    assert model.generate(**inputs, **options, **{CACHE: small}).shape == expected.shape
 
 
 def test_prompt_in_chunks_is_one_prompt():

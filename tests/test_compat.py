@@ -18,12 +18,12 @@ def test_the_range_is_that_of_pyproject():
     assert f"transformers>={OLDEST[0]}.{OLDEST[1]},<{NEXT[0]}.{NEXT[1]}" in project["dependencies"]
 
 
-@pytest.mark.parametrize("version", ["5.18.0", "5.20.0.dev0", "5.23.4"])
+@pytest.mark.parametrize("version", ["5.18.0", "5.20.0.dev0", "5.24.1"])
 def test_versions_inside_pass(version):
     check_transformers(version)
 
 
-@pytest.mark.parametrize("version", ["4.57.6", "5.17.0", "5.24.0", "6.0.0rc1", "6.1.dev0"])
+@pytest.mark.parametrize("version", ["4.57.6", "5.17.0", "5.25.0", "6.0.0rc1", "6.1.dev0"])
 def test_versions_outside_are_refused(version):
-    with pytest.raises(ImportError, match=f"{version} is installed: pip install 'transformers>=5.18,<5.24'"):
+    with pytest.raises(ImportError, match=f"{version} is installed: pip install 'transformers>=5.18,<5.25'"):
         check_transformers(version)

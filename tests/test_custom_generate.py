@@ -92,7 +92,7 @@ def test_a_model_whose_own_repository_holds_the_file_needs_no_word_of_it(folder)
 def test_what_is_missing_or_wrong_is_said_before_anything_is_drawn(model, folder, tmp_path):
     with pytest.raises(ValueError, match="no head map: give head_map='user/head-map'"):
         draw_ssd(model)
-    with pytest.raises(ValueError, match="past_key_values is a DynamicCache"):
+    with pytest.raises(ValueError, match="(past_key_values|cache) is a DynamicCache"):
         draw_ssd(model, head_map=MAP, past_key_values=DynamicCache(config=model.config))
     with pytest.raises(HeadMapError, match="has 3 layers x 2 KV heads.*LlamaForCausalLM has 2 x 2"):
         draw_ssd(model, head_map=HeadMap.uniform("spatial", num_layers=3, num_kv_heads=2))

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 from ssd_cache import HeadMap, SSDCache, enable, fast_decode
+from ssd_cache._compat import CACHE
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler on the CPU"
@@ -31,7 +32,7 @@ def _fresh_compiler():
 
 def draw(model, cache, lengths=(5, 9, 3), **kwargs):
     inputs = left_padded_prompts(lengths)
-    return model.generate(**inputs, generation_mode="image", past_key_values=cache, do_sample=False, **kwargs)
+    return model.generate(**inputs, generation_mode="image", **{CACHE: cache}, do_sample=False, **kwargs)
 
 
 SETTINGS = {
@@ -79,9 +80,9 @@ def test_text_model_with_grouped_heads_and_left_padding():
     model = tiny_llama()
     inputs = left_padded_prompts((7, 4, 6))
     options = {"do_sample": False, "max_new_tokens": 100}
-    expected = model.generate(**inputs, past_key_values=SSDCache(LABELS, 0.4), **options)
+    expected = model.generate(**inputs, **{CACHE: SSDCache(LABELS, 0.4)}, **options)
     with fast_decode(model):
-        assert torch.equal(model.generate(**inputs, past_key_values=SSDCache(LABELS, 0.4), **options), expected)
+        assert torch.equal(model.generate(**inputs, **{CACHE: SSDCache(LABELS, 0.4)}, **options), expected)
     assert counters["stats"]["unique_graphs"] == 1
 
 

@@ -16,6 +16,7 @@ import torch
 from models import left_padded_prompts, tiny_janus
 
 from ssd_cache import HeadMap, SSDCache, fast_decode, fused
+from ssd_cache._compat import CACHE
 
 CASES = Path(__file__).with_name("fused_cases.py")
 
@@ -70,7 +71,7 @@ def test_kernel_draws_the_tokens_of_the_torch_path_on_a_gpu(is_fast, monkeypatch
     inputs = {name: tensor.cuda() for name, tensor in left_padded_prompts((5, 9, 3)).items()}
 
     def draw(cache):
-        return model.generate(**inputs, generation_mode="image", past_key_values=cache, do_sample=False)
+        return model.generate(**inputs, generation_mode="image", **{CACHE: cache}, do_sample=False)
 
     caches = [SSDCache(labels, 0.4) for _ in range(2)]
     with fast_decode(model) if is_fast else torch.no_grad():

@@ -15,6 +15,7 @@ import json, sys, warnings
 import torch
 from models import left_padded_prompts, tiny_janus
 from ssd_cache import HeadMap, SSDCache
+from ssd_cache._compat import CACHE
 warnings.simplefilter("ignore")
 
 def peak():  # not ru_maxrss, which starts from what the parent held
@@ -25,7 +26,7 @@ model = tiny_janus(layers=4, hidden=256, heads=4)
 cache = SSDCache(HeadMap(torch.tensor([[True, False, True, False]] * 4)), float(sys.argv[1]))
 inputs = left_padded_prompts([6] * 24)
 before = peak()
-model.generate(**inputs, generation_mode="image", guidance_scale=5.0, do_sample=True, past_key_values=cache)
+model.generate(**inputs, generation_mode="image", guidance_scale=5.0, do_sample=True, **{CACHE: cache})
 print(json.dumps({"peak": peak(), "grown": peak() - before, "nbytes": cache.nbytes}))
 """
 

@@ -10,6 +10,7 @@ from models import left_padded_prompts, tiny_janus
 from transformers import DynamicCache
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache, enable
+from ssd_cache._compat import CACHE
 
 GRID = (6, 6)
 SETTINGS = {"budget": 20, "grid": GRID, "buffer": 4}
@@ -18,7 +19,7 @@ SETTINGS = {"budget": 20, "grid": GRID, "buffer": 4}
 def draw_picture(model, cache, lengths=(5, 9, 3)):
     torch.manual_seed(0)
     inputs = left_padded_prompts(lengths)
-    return model.generate(**inputs, generation_mode="image", past_key_values=cache, do_sample=True, guidance_scale=3.0)
+    return model.generate(**inputs, generation_mode="image", **{CACHE: cache}, do_sample=True, guidance_scale=3.0)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import torch
 from models import left_padded_prompts, tiny_janus, tiny_llama
 
 from ssd_cache import HeadMap, SSDCache, packed_linears
+from ssd_cache._compat import CACHE
 from ssd_cache.packed_linears import MAX_ROWS
 from ssd_cache.packed_linears import packed_linears as packing
 
@@ -34,7 +35,7 @@ def test_only_what_a_step_uses_is_packed_and_nothing_is_left():
     labels = HeadMap(torch.tensor([[True, False], [False, True]]), grid=(4, 4))
     with pytest.raises(KeyError), packing(model):
         inputs = left_padded_prompts((5, 3))
-        model.generate(**inputs, generation_mode="image", past_key_values=SSDCache(labels, 8, buffer=2))
+        model.generate(**inputs, generation_mode="image", **{CACHE: SSDCache(labels, 8, buffer=2)})
         decoder = [m for m in model.model.language_model.modules() if isinstance(m, torch.nn.Linear)]
         used = {linear.weight.data_ptr() for linear in decoder}
         assert used <= set(packed_linears._packed)

@@ -30,6 +30,7 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from ssd_cache import HeadMap, SSDCache, measuring, profile_heads
+from ssd_cache._compat import CACHE
 from ssd_cache.allocation import allocate_budgets, fit_heads, retained_attention
 from ssd_cache.analysis.plotting import to_png
 from ssd_cache.analysis.sensitivity import draw_halves, draw_maps, draw_sensitivity, rows_agreement, vary_labels
@@ -53,7 +54,7 @@ from ssd_cache.watching import WatchingCache
 from ssd_cache.watching_cost import watching_cost
 
 PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a blue triangle"]
-CACHE = {"budget": 30, "buffer": 4, "num_recent": 4}
+SETTINGS = {"budget": 30, "buffer": 4, "num_recent": 4}
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +131,7 @@ def test_sums_equal_a_recomputation_from_eager_attention():
     assert [level.num_slots for level in levels] == [12, 9, 20]
     observer = HeadObserver(grid, 2, 2, levels, torch.arange(6) >= 3)
     cache = WatchingCache(grid, 2, 2, observer)
-    tokens = model.generate(
-        **inputs, generation_mode="image", guidance_scale=3.0, do_sample=True, past_key_values=cache
-    )
+    tokens = model.generate(**inputs, generation_mode="image", guidance_scale=3.0, do_sample=True, **{CACHE: cache})
     cache.finish()
     # the same rows once more, all at once, with attention weights handed out
     ids = inputs["input_ids"].repeat(2, 1)
@@ -185,7 +184,7 @@ def test_tokens_held_on_paper_are_those_that_the_cache_holds():
     for cache in (watching, *caches.values()):
         torch.manual_seed(1)
         drawn.append(
-            model.generate(**inputs, generation_mode="image", guidance_scale=3.0, do_sample=True, past_key_values=cache)
+            model.generate(**inputs, generation_mode="image", guidance_scale=3.0, do_sample=True, **{CACHE: cache})
         )
     watching.finish()
     assert torch.equal(drawn[0], drawn[1])
@@ -279,7 +278,7 @@ def test_a_watching_cache_serves_one_batch():
     model = tiny_janus(grid_side=3)
     cache = WatchingCache((2, 2), 2, 2, HeadObserver((2, 2), 2, 2, resolve_levels((2, 2), 1.0), torch.arange(2) > 0))
     with pytest.raises(ValueError, match="after the 4 of the grid"):
-        model.generate(**left_padded_prompts((6,)), generation_mode="image", guidance_scale=3.0, past_key_values=cache)
+        model.generate(**left_padded_prompts((6,)), generation_mode="image", guidance_scale=3.0, **{CACHE: cache})
 
 
 # --- planted heads
@@ -430,7 +429,7 @@ def test_agreement_of_halves_grows_with_what_they_share():
 
 def test_a_map_says_how_it_was_made_and_the_model_stays_as_it_was(folder, generator):
     before = generator.model.config.text_config._attn_implementation
-    settings = {"levels": [0.4], "progress": False, "batch_size": 2, **CACHE}
+    settings = {"levels": [0.4], "progress": False, "batch_size": 2, **SETTINGS}
     head_map = profile_heads(generator, PROMPTS, seed=5, **settings)
     assert generator.model.config.text_config._attn_implementation == before
     assert head_map.method == "coverage"
@@ -443,7 +442,7 @@ def test_a_map_says_how_it_was_made_and_the_model_stays_as_it_was(folder, genera
     assert torch.equal(head_map.scores["coverage"] > 1e-6, head_map.is_spatial)
     assert profile_heads(generator, PROMPTS, seed=5, **settings) == head_map
     assert profile_heads(generator, PROMPTS, seed=6, **settings) != head_map
-    by_window = profile_heads(generator, PROMPTS, method="window", progress=False, batch_size=2, seed=5, **CACHE)
+    by_window = profile_heads(generator, PROMPTS, method="window", progress=False, batch_size=2, seed=5, **SETTINGS)
     assert torch.equal(by_window.scores["window_mass"], head_map.scores["window_mass"])
     assert by_window.method == "window mass, threshold from the data"
     SSDCache(head_map, allocate_budgets(head_map, 30), buffer=4, num_recent=4)
@@ -451,7 +450,7 @@ def test_a_map_says_how_it_was_made_and_the_model_stays_as_it_was(folder, genera
 
 @pytest.mark.parametrize("interrupted_at", [1, 2])
 def test_an_interrupted_run_goes_on_from_its_state(generator, tmp_path, monkeypatch, interrupted_at):
-    settings = {"progress": False, "batch_size": 1, **CACHE}
+    settings = {"progress": False, "batch_size": 1, **SETTINGS}
     whole = profile_heads(generator, PROMPTS, **settings)
     state, drawn = tmp_path / "sums", []
     measure = measuring._measure_batch
@@ -475,7 +474,7 @@ def test_an_interrupted_run_goes_on_from_its_state(generator, tmp_path, monkeypa
 
 
 def test_sums_of_another_run_are_refused(generator, tmp_path):
-    state, settings = tmp_path / "sums", {"progress": False, **CACHE}
+    state, settings = tmp_path / "sums", {"progress": False, **SETTINGS}
     measure_heads(generator, PROMPTS[:1], state_file=state, **settings)
     before = state.read_bytes()
     with pytest.raises(ProfilingError, match="sums of another run .seed 0 there, 1 now.; give another file"):
@@ -509,7 +508,7 @@ def test_a_full_disk_leaves_the_older_state(tmp_path, monkeypatch):
 
 
 def test_weights_are_told_apart_by_a_few_of_their_numbers(folder, generator, tmp_path):
-    state, settings = tmp_path / "sums", {"progress": False, **CACHE}
+    state, settings = tmp_path / "sums", {"progress": False, **SETTINGS}
     measure_heads(generator, PROMPTS[:1], state_file=state, **settings)
     before = state.read_bytes()
     other = find_generator(str(folder)).load()
@@ -533,7 +532,7 @@ def test_prompts_are_refused_before_anything_is_drawn(generator, monkeypatch):
         ([*PROMPTS, long], "has 1024 positions, and the picture leaves 960 for the prompt: shorten it"),
     ):
         with pytest.raises(GeneratorError, match=message):
-            profile_heads(generator, prompts, progress=False, **CACHE)
+            profile_heads(generator, prompts, progress=False, **SETTINGS)
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
@@ -546,7 +545,7 @@ def test_nan_attention_is_named_by_layer_and_head(folder, tmp_path, temperature)
     )
     state = tmp_path / "sums"
     with pytest.raises(ProfilingError, match="the attention of layer 1, KV head 1, is NaN: .* load it in bfloat16"):
-        profile_heads(generator, PROMPTS, temperature=temperature, progress=False, state_file=state, **CACHE)
+        profile_heads(generator, PROMPTS, temperature=temperature, progress=False, state_file=state, **SETTINGS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -557,7 +556,7 @@ def test_a_prompt_that_overflows_is_one_clear_error(folder):
         ProfilingError,
         match="gives NaN or infinite numbers, and its attention so far does not show where: .* load it in bfloat16",
     ):
-        profile_heads(generator, PROMPTS, temperature=1.0, progress=False, **CACHE)
+        profile_heads(generator, PROMPTS, temperature=1.0, progress=False, **SETTINGS)
 
 
 def test_a_model_whose_queries_do_not_arrive_is_refused(folder, monkeypatch):
@@ -565,7 +564,7 @@ def test_a_model_whose_queries_do_not_arrive_is_refused(folder, monkeypatch):
     generator.model.set_attn_implementation({"text_config": "sdpa"})
     monkeypatch.setattr(generator.model, "set_attn_implementation", lambda *_: None)
     with pytest.raises(ValueError, match="the model's attention is not 'ssd'"):
-        profile_heads(generator, PROMPTS, progress=False, **CACHE)
+        profile_heads(generator, PROMPTS, progress=False, **SETTINGS)
 
 
 def test_a_grid_that_the_model_does_not_draw_is_refused(folder, monkeypatch):
@@ -653,7 +652,7 @@ def test_the_command_writes_the_librarys_own_map(run, generator):
     assert result.exit_code == 0, result.output
     assert result.stdout.endswith("wrote map\n")
     head_map = HeadMap.from_pretrained("map")
-    assert head_map == profile_heads(generator, PROMPTS, levels=[0.4, 40], batch_size=2, progress=False, **CACHE)
+    assert head_map == profile_heads(generator, PROMPTS, levels=[0.4, 40], batch_size=2, progress=False, **SETTINGS)
     assert sorted(path.name for path in Path().iterdir()) == ["map", "metadata.jsonl", "sums"]
     assert "Loading weights" not in result.stderr
     result = run(*arguments, "--method", "window", "--threshold", "0.5")
@@ -749,4 +748,4 @@ def test_several_processes_without_accelerate_are_told_the_remedy(generator, mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ProfilingError, match="WORLD_SIZE=2: several processes need accelerate: pip install accelerate"):
-        measure_heads(generator, PROMPTS, progress=False, **CACHE)
+        measure_heads(generator, PROMPTS, progress=False, **SETTINGS)

@@ -27,11 +27,12 @@ def generate(model, head_map=None, grid=(24, 24), **kwargs):
             "no head map: give head_map='user/head-map' (a Hub repository, a folder or a file), or head_map='online' "
             "to let the cache label the heads while it draws"
         )
-    if kwargs.get("past_key_values") is not None:
-        raise ValueError(
-            f"past_key_values is a {type(kwargs['past_key_values']).__name__}, but this generate makes its own "
-            "SSDCache: leave past_key_values out, or leave custom_generate out"
-        )
+    for name in ("cache", "past_key_values"):  # the name since transformers 5.24, and the one before
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name} is a {type(kwargs[name]).__name__}, but this generate makes its own SSDCache: leave {name} "
+                "out, or leave custom_generate out"
+            )
     if head_map == "online":
         config = model.config.get_text_config(decoder=True)
         shape = {"num_layers": config.num_hidden_layers, "num_kv_heads": config.num_key_value_heads}

@@ -1,17 +1,22 @@
 """The versions of transformers that this package works with, refused here when another one is installed.
 
-Where two of them differ, the difference is dealt with in this file and nowhere else. Inside the range there is none.
+Where two of them differ, the difference is dealt with in this file and nowhere else.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import transformers
 
-OLDEST, NEXT = (5, 18), (5, 24)
-"""The first version on which the tests pass, and the first on which they do not; pyproject.toml has the same.
+OLDEST, NEXT = (5, 18), (5, 25)
+"""The first version on which the tests pass, and the first that was not tried; pyproject.toml has the same."""
 
-5.24 renames the argument `past_key_values` to `cache` in forward and generate, and Janus refuses the old name.
-"""
+
+def release(version: str) -> tuple[int, int]:
+    """The first two numbers of a version."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def check_transformers(version: str) -> None:
@@ -20,8 +25,7 @@ def check_transformers(version: str) -> None:
     Raises:
         ImportError: with the version found, the range, and the remedy.
     """
-    major, minor = (int(part) for part in version.split(".")[:2])
-    if not OLDEST <= (major, minor) < NEXT:
+    if not OLDEST <= release(version) < NEXT:
         oldest, following = (".".join(map(str, end)) for end in (OLDEST, NEXT))
         raise ImportError(
             f"ssd-cache works with transformers from {oldest} up to, and without, {following}; {version} is installed: "
@@ -30,3 +34,18 @@ def check_transformers(version: str) -> None:
 
 
 check_transformers(transformers.__version__)
+
+CACHE_NAMES = ("past_key_values", "cache")
+"""What forward, generate and outputs call the cache: the old name, and the one since 5.24.
+
+The later versions take the old name as well, with a warning, but for Janus when it draws.
+"""
+
+CACHE = CACHE_NAMES[release(transformers.__version__) >= (5, 24)]
+"""The name in the version that is installed."""
+
+
+def take_cache(arguments: dict[str, Any]) -> Any:
+    """Take the cache out of a forward's keyword arguments, under whichever name it came."""
+    found = [arguments.pop(name, None) for name in CACHE_NAMES]
+    return next((cache for cache in found if cache is not None), None)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ssd_cache._compat import CACHE
 from ssd_cache.cache import SSDCache
 
 WARM_UP = 2
@@ -53,4 +54,4 @@ class RecordedStep:
             self.inputs[name].copy_(value)
         self.graph.replay()
         copies = {name: value.clone() for name, value in self.outputs.items()}
-        return self.output_class(**copies, past_key_values=cache)
+        return self.output_class(**copies, **{CACHE: cache})

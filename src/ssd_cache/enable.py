@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ssd_cache._compat import CACHE, CACHE_NAMES
 from ssd_cache.attention import NAME
 from ssd_cache.cache import SSDCache
 from ssd_cache.fast_decode import fast_decode
@@ -37,7 +38,7 @@ def enable(model: PreTrainedModel, head_map: HeadMap, *, fast: bool = False, **s
         settings: as for `SSDCache`: budget, buffer, num_recent, num_sinks.
 
     Yields:
-        The model. A call that brings its own `past_key_values` keeps it, and is left as it is.
+        The model. A call that brings its own cache keeps it, and is left as it is.
 
     Raises:
         TypeError: no transformers model with `generate`, such as a whole pipeline.
@@ -60,10 +61,11 @@ def enable(model: PreTrainedModel, head_map: HeadMap, *, fast: bool = False, **s
     generate = model.generate
 
     def generate_with_cache(*args, **kwargs):
-        if kwargs.get("past_key_values") is not None or not family.draws(kwargs):
+        brought = any(kwargs.get(name) is not None for name in CACHE_NAMES)
+        if brought or not family.draws(kwargs):
             return generate(*args, **kwargs)
         grid, previews = family.rasters_of_call(kwargs) or (head_map.grid, head_map.previews)
-        kwargs["past_key_values"] = SSDCache(head_map.with_grid(grid, previews), **settings)
+        kwargs[CACHE] = SSDCache(head_map.with_grid(grid, previews), **settings)
         guidance = nullcontext() if family.own_guidance else _take_guidance(model, kwargs)
         with guidance:
             return generate(*args, **kwargs)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
+from ssd_cache._compat import CACHE, take_cache
 from ssd_cache.attention import NAME
 from ssd_cache.cache import SSDCache
 from ssd_cache.cuda_graph import RecordedStep
@@ -69,34 +70,33 @@ class _FastForward:
         self.is_usable = True
         self.recorded: RecordedStep | None = RecordedStep()
 
-    def __call__(
-        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, **kwargs
-    ):
+    def __call__(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, **kwargs):
+        cache = take_cache(kwargs)
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         new = inputs_embeds if input_ids is None else input_ids
-        if not self._is_step(new, past_key_values, kwargs):
+        if not self._is_step(new, cache, kwargs):
             return self.eager(
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
                 **inputs,
                 **kwargs,
             )
         if position_ids is None:
-            position_ids = torch.full((1, 1), past_key_values.get_seq_length(), device=new.device)
+            position_ids = torch.full((1, 1), cache.get_seq_length(), device=new.device)
         # A mask of four dimensions is taken as it is, so no other is made; "ssd" reads none once the prompt is in.
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=new.device)
         arguments = {
             **inputs,
             "attention_mask": mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "use_cache": True,
         }
-        with past_key_values.counted_step():
+        with cache.counted_step():
             if self.recorded is not None and new.device.type == "cuda":
                 try:
-                    return self.recorded(self._run, past_key_values, arguments)
+                    return self.recorded(self._run, cache, arguments)
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:

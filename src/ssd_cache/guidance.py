@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-BY_ROW = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position"}
+from ssd_cache._compat import CACHE, take_cache
+
+BY_ROW = {"input_ids", "attention_mask", "position_ids", "cache_position"}
 """What may hold rows of the batch; all else that is a tensor would have to be doubled in a way of its own."""
 
 
@@ -61,25 +63,26 @@ def _guided(forward, scale: float, negative_ids: torch.Tensor | None, negative_m
     rows: _Rows | None = None
 
     @functools.wraps(forward)  # generate looks at the signature
-    def guided_forward(input_ids=None, attention_mask=None, past_key_values=None, position_ids=None, **kwargs):
+    def guided_forward(input_ids=None, attention_mask=None, position_ids=None, **kwargs):
         nonlocal rows
-        _check(input_ids, past_key_values, position_ids, kwargs)
-        if past_key_values.get_seq_length() == 0:
+        cache = take_cache(kwargs)
+        _check(input_ids, cache, position_ids, kwargs)
+        if cache.get_seq_length() == 0:
             rows = _Rows(input_ids, attention_mask, negative_ids, negative_mask)
             input_ids = rows.prompt_ids
         elif rows is None or input_ids.shape[1] != 1:
             raise ValueError("batched guidance takes a prompt whole, then token by token: leave prefill_chunk_size out")
         else:
             input_ids = torch.cat([input_ids, input_ids])
-        mask = rows.mask(attention_mask, past_key_values.get_seq_length() + input_ids.shape[1])
+        mask = rows.mask(attention_mask, cache.get_seq_length() + input_ids.shape[1])
         positions = None
         if mask is not None:
             positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)[:, -input_ids.shape[1] :]
         outputs = forward(
             input_ids=input_ids,
             attention_mask=mask,
-            past_key_values=past_key_values,
             position_ids=positions,
+            **{CACHE: cache},
             **kwargs,
         )
         given, free = F.log_softmax(outputs.logits[:, -1:].float(), -1).chunk(2)
@@ -128,9 +131,9 @@ class _Rows:
         return torch.cat(both)
 
 
-def _check(input_ids, past_key_values, position_ids, kwargs) -> None:
+def _check(input_ids, cache, position_ids, kwargs) -> None:
     """Refuse a call whose rows this module does not know how to double."""
-    if input_ids is None or past_key_values is None:
+    if input_ids is None or cache is None:
         missing = "token ids" if input_ids is None else "a cache"
         raise ValueError(f"batched guidance needs {missing} in every step: call generate(input_ids, use_cache=True)")
     others = [name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in BY_ROW]

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ssd_cache._compat import CACHE
 from ssd_cache.attention import NAME
 from ssd_cache.bench.shapes import SHAPES, make_model
 from ssd_cache.cache import SSDCache
@@ -138,7 +139,7 @@ class JanusSubject(Subject):
                 prompt,
                 attention_mask=prompt.new_ones(batch_size, seen + prompt.shape[1]),
                 generation_mode="image",
-                past_key_values=cache,
+                **{CACHE: cache},
                 guidance_scale=GUIDANCE_SCALE,
                 do_sample=True,
                 logits_processor=LogitsProcessorList([_Ticker(on_step)]),
@@ -163,7 +164,7 @@ class CausalSubject(Subject):
         ids = torch.randint(10, 60, (2 * batch_size, num_ids), generator=torch.Generator().manual_seed(0))
         ids = ids.clamp(max=self.config.vocab_size - 1).to(self.model.device)
         for _ in range(num_tokens):
-            output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = self.model(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
             on_step()
             conditional, unconditional = output.logits[:, -1].float().chunk(2)
             scores = unconditional + GUIDANCE_SCALE * (conditional - unconditional)

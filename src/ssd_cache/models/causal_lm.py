@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig
 
+from ssd_cache._compat import CACHE
 from ssd_cache.attention import NAME
 from ssd_cache.models.base import Checkpoint, Generator, call_settings
 from ssd_cache.models.settings import GeneratorError
@@ -61,7 +62,7 @@ class CausalLMGenerator(Generator):
         inputs, number = self.prepare(prompts), self.checkpoint.num_visual_tokens
         sequences = self.model.generate(
             **inputs,
-            past_key_values=cache,
+            **{CACHE: cache},
             min_new_tokens=number,  # no end of text before the grid is full
             max_new_tokens=number,
             **call_settings(temperature, on_tokens, top_k=0),

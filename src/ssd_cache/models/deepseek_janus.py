@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoConfig, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from ssd_cache._compat import CACHE
 from ssd_cache.attention import NAME
 from ssd_cache.models.base import Checkpoint, Generator
 from ssd_cache.models.settings import GeneratorError
@@ -57,7 +58,7 @@ def generate(
     steps = []
     for _ in range(processor.num_image_tokens):
         outputs = model.language_model.model(
-            inputs_embeds=embeds, attention_mask=mask, use_cache=True, past_key_values=cache
+            inputs_embeds=embeds, attention_mask=mask, use_cache=True, **{CACHE: cache}
         )
         given, free = model.gen_head(outputs.last_hidden_state[:, -1]).view(len(prompts), 2, -1).unbind(1)
         logits = free + guidance_scale * (given - free)

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from ssd_cache._compat import CACHE
 from ssd_cache.attention import NAME
 from ssd_cache.guidance import batched_guidance
 from ssd_cache.models.base import Checkpoint, Generator, call_settings
@@ -87,7 +88,7 @@ class Emu3Generator(Generator):
         with batched_guidance(self.model, guidance_scale, negative["input_ids"], negative["attention_mask"]):
             sequences = self.model.generate(
                 **inputs,
-                past_key_values=cache,
+                **{CACHE: cache},
                 guidance_scale=1.0,  # not a second time, if the checkpoint names a scale
                 max_new_tokens=rows * columns,
                 prefix_allowed_tokens_fn=self.grammar(inputs["input_ids"].shape[1]),

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from ssd_cache._compat import CACHE
 from ssd_cache.attention import NAME
 from ssd_cache.models.base import Checkpoint, Generator, call_settings
 from ssd_cache.models.settings import GeneratorError
@@ -88,7 +89,7 @@ class GlmImageGenerator(Generator):
         inputs, number = self.prepare(prompts), self.checkpoint.num_visual_tokens
         sequences = self.model.generate(
             **inputs,
-            past_key_values=cache,
+            **{CACHE: cache},
             min_new_tokens=number,  # no end of picture before its last cell
             max_new_tokens=number,
             **call_settings(temperature, on_tokens),

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from ssd_cache._compat import CACHE
 from ssd_cache.attention import NAME
 from ssd_cache.models.base import Checkpoint, Generator, call_settings
 
@@ -79,7 +80,7 @@ class JanusGenerator(Generator):
         return self.model.generate(
             **self.prepare(prompts),
             generation_mode="image",
-            past_key_values=cache,
+            **{CACHE: cache},
             guidance_scale=guidance_scale,
             generation_kwargs={"boi_token_id": self.processor.tokenizer.boi_token_id},
             **call_settings(temperature, on_tokens, top_k=top_k),

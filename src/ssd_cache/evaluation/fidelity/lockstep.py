@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from ssd_cache._compat import CACHE, take_cache
 from ssd_cache.cache import SSDCache
 from ssd_cache.layer import SSDLayer
 from ssd_cache.models import Generator, GeneratorError
@@ -105,7 +106,8 @@ class Lockstep:
 
     def _after_decoder(self, decoder: torch.nn.Module, args: tuple, kwargs: dict, output) -> None:
         """The full cache has seen a token: show it to the others, and read what they hold."""
-        if kwargs.get("past_key_values") is not self.full:
+        others = dict(kwargs)
+        if take_cache(others) is not self.full:
             return
         for layer in self.full.layers:
             for store in layer.stores:
@@ -113,7 +115,7 @@ class Lockstep:
         for trace in self.traces:
             self._running = trace
             try:
-                states = decoder(*args, **{**kwargs, "past_key_values": trace.cache}).last_hidden_state
+                states = decoder(*args, **others, **{CACHE: trace.cache}).last_hidden_state
             finally:
                 self._running = None
             trace.hidden = states[:, -1:]

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hub_server import HubServer, Repo
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_checkpoint import SIDE, head_map, write_checkpoint
 from torch._dynamo.utils import counters
 from typer.testing import CliRunner
@@ -81,7 +82,7 @@ def test_without_a_command_the_help_is_shown_and_the_use_is_wrong(run):
 def test_help_names_every_option_within_80_columns(run, flag):
     result = run(flag)
     assert result.exit_code == 0
-    options = "prompts-file num-images output compare model head-map dtype device policy budget buffer guidance"
+    options = "prompts-file num-images output compare model grid head-map dtype device policy budget buffer guidance"
     for name in (*options.split(), "temperature", "seed", "batch-size"):
         assert f"--{name} " in result.stdout
     for policy in POLICIES:
@@ -102,6 +103,8 @@ BAD = [
     (["--prompts-file", "."], "can not read --prompts-file .: Is a directory"),
     ([CIRCLE, "-o", "picture"], "--output picture: give a name that ends with .png, .jpg"),
     ([CIRCLE, "-o", "picture.gif"], "--output picture.gif: give a name that ends with"),
+    ([CIRCLE, "--grid", "8"], "--grid 8: give rows and columns of visual tokens with an x between"),
+    ([CIRCLE, "--grid", "9x9"], "draws 8 x 8 visual tokens and nothing else; leave grid out"),
     ([CIRCLE, "-o", "nowhere/a.png"], "nowhere does not exist; make it first"),
     ([CIRCLE, "-o", "folder.png"], "is a folder; give a file in it"),
     ([CIRCLE, "-o", "blank.txt/a.png"], "blank.txt does not exist; make it first"),
@@ -530,10 +533,62 @@ def test_the_bundled_model_draws_its_prompt(child, tmp_path):
     assert "warning" not in err
 
 
-def test_generate_in_several_processes_is_refused_with_the_remedy(run, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    result = run(CIRCLE)
-    assert result.exit_code == 2
-    assert "WORLD_SIZE=2" in result.stderr
-    assert "examples/several_gpus.py" in result.stderr
-    assert files() == []
+def test_two_processes_draw_the_pictures_that_one_draws(folder, tmp_path):
+    pytest.importorskip("accelerate")
+    # one thread each, since sums in another order round differently
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "CUDA_VISIBLE_DEVICES": ""}
+    # accelerate 1.15 starts several processes with --multi_gpu alone; without a GPU they compute on the CPU
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
+    arguments = [
+        CIRCLE,
+        SQUARES,
+        "--num-images",
+        "2",
+        "--model",
+        folder,
+        "--budget",
+        "0.5",
+        "--device",
+        "cpu",
+        "--compare",
+    ]
+
+    def draw(output, *launcher, batch_size):
+        return subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                *launcher,
+                "ssd_cache.cli",
+                "generate",
+                *arguments,
+                f"--batch-size={batch_size}",
+                "-o",
+                output,
+            ],
+            cwd=tmp_path,
+            env=environment,
+            text=True,
+            capture_output=True,
+            timeout=500,
+            check=False,
+        )
+
+    # batches of 3 and 1: the second process has the smaller share
+    both, alone = draw("both.safetensors", *launch, batch_size=3), draw("alone.safetensors", batch_size=3)
+    assert (both.returncode, alone.returncode) == (0, 0), both.stderr + alone.stderr
+    assert both.stdout.count("wrote") == 1  # the main process alone says and writes anything
+    assert ", 2 processes" in " ".join(both.stdout.split())
+    assert files(tmp_path) == ["alone.safetensors", "both.safetensors"]
+    assert (tmp_path / "both.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
+    tokens = load_file(tmp_path / "both.safetensors")["ssd"]
+    assert len({tuple(row) for row in tokens.tolist()}) == len(tokens) == 4  # none lost, none twice
+    rows, rows_of_one = table(both.stdout), table(alone.stdout)
+    assert rows.keys() == rows_of_one.keys()
+    for policy in rows:  # tokens, bytes and ratio; the times differ
+        assert rows[policy][:4] == rows_of_one[policy][:4]
+    few = draw("few.png", *launch, batch_size=4)
+    assert few.returncode != 0
+    assert "2 processes share the batches, and there are 1: give a smaller --batch-size than 4" in few.stderr
+    assert not (tmp_path / "few.png").exists()

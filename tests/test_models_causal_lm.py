@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from models import BOS, left_padded_prompts, tiny_causal, words_tokenizer
-from transformers import DynamicCache, GenerationConfig
+from models import left_padded_prompts, tiny_causal
+from tiny_checkpoint import write_family
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache, enable, profile_heads
 from ssd_cache.models import CausalLMGenerator, GeneratorError, find_generator, generator_of
@@ -91,16 +94,11 @@ def test_what_is_no_model_is_refused():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    model = tiny_causal("llama", attn_implementation="sdpa")
-    model.generation_config = GenerationConfig(bos_token_id=BOS, pad_token_id=0)
-    model.save_pretrained(folder)
-    words_tokenizer(["a", "red", "blue", "circle", "square", "and"], {}).save_pretrained(folder)
-    return folder
+    return write_family("llama", tmp_path_factory.mktemp("llama"))
 
 
 def test_a_stated_grid_makes_a_generator_of_any_of_them(folder):
-    with pytest.raises(GeneratorError, match="is of type 'llama'; .* gets grid=\\(rows, columns\\)"):
+    with pytest.raises(GeneratorError, match="is of type 'llama'; .* that you state: grid=\\(rows, columns\\)"):
         find_generator(str(folder))
     checkpoint = find_generator(str(folder), grid=GRID)
     assert checkpoint.family is CausalLMGenerator
@@ -109,7 +107,7 @@ def test_a_stated_grid_makes_a_generator_of_any_of_them(folder):
     expected = generator.generate(TEXTS, DynamicCache(), seed=1)
     assert expected.shape == (2, 96)
     assert torch.equal(generator.generate(TEXTS, SSDCache(HEAD_MAP, 1.0), seed=1), expected)
-    with pytest.raises(GeneratorError, match="can not decode the tokens"):
+    with pytest.raises(GeneratorError, match="draws tokens, and ssd-cache can not decode them"):
         generator.to_images(expected)
     with pytest.warns(UserWarning, match="plain tokens"):
         again = generator_of(generator.model, generator.processor, GRID)
@@ -121,3 +119,38 @@ def test_a_grid_is_for_models_that_draw_in_several_sizes():
     with pytest.raises(GeneratorError, match="grid=\\(10, 10\\): model 'shapes-janus' draws 24 x 24 visual tokens"):
         find_generator("shapes-janus", grid=(10, 10))
     assert find_generator("shapes-janus", grid=(24, 24)).grid == (24, 24)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (AutoConfig.for_model("vit").to_dict(), "'vit', which is no causal language model of transformers"),
+        (AutoConfig.for_model("chameleon").to_dict(), "'chameleon', which is no causal language model"),
+        ({"model_type": "nobody"}, "its config.json can not be read: .*nobody"),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "c.Config"}}, "code of its own.*grid=\\(rows, columns\\)"),
+    ],
+    ids=["pictures in", "no causal head", "unknown type", "remote code"],
+)
+def test_a_grid_makes_no_generator_of_other_models(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(GeneratorError, match=message):
+        find_generator(str(tmp_path), grid=GRID)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [
+        ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 2}),
+        ("gpt_neox", {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}),
+    ],
+)
+def test_a_configuration_that_names_no_kv_heads_has_one_for_each_query_head(model_type, sizes):
+    torch.manual_seed(0)
+    tokens = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, vocab_size=64, **tokens, **sizes)).eval()
+    expected = draw(model, DynamicCache())
+    head_map = HeadMap(torch.tensor([[True, False, True, False]] * 2), GRID)
+    with enable(model, head_map, budget=1.0):
+        assert torch.equal(draw(model, None), expected)
+        assert torch.equal(draw(model, SSDCache.online(model, 1.0, grid=GRID)), expected)
+        assert not torch.equal(draw(model, SSDCache(head_map, 0.2, buffer=2)), expected)

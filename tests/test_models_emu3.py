@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from models import emu3_processor, tiny_emu3
+from tiny_checkpoint import write_family
 from transformers import DynamicCache
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache, enable
@@ -26,11 +27,7 @@ HEAD_MAP = HeadMap(torch.tensor([[True, False], [False, True]]), GRID)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("emu3")
-    processor = emu3_processor()
-    processor.save_pretrained(folder)
-    tiny_emu3(processor, attn_implementation="sdpa").save_pretrained(folder)
-    return folder
+    return write_family("emu3", tmp_path_factory.mktemp("emu3"))
 
 
 @pytest.fixture(scope="module")

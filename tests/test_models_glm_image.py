@@ -9,8 +9,9 @@ import importlib
 
 import pytest
 import torch
-from models import glm_image_pipeline, glm_image_processor, tiny_glm_image
+from models import glm_image_pipeline
 from PIL import Image
+from tiny_checkpoint import write_family
 from transformers import DynamicCache
 
 from ssd_cache import HeadMap, SSDCache, enable, measure_heads
@@ -25,11 +26,7 @@ HEAD_MAP = HeadMap(LABELS, GRID, previews=[PREVIEW])
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("glm")
-    processor = glm_image_processor()
-    processor.save_pretrained(folder)
-    tiny_glm_image(processor, attn_implementation="sdpa").save_pretrained(folder)
-    return folder
+    return write_family("glm", tmp_path_factory.mktemp("glm"))
 
 
 @pytest.fixture(scope="module")

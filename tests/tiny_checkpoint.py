@@ -1,6 +1,7 @@
-"""A checkpoint folder with random weights, small pictures, a head map, and the words of shapes-janus.
+"""Checkpoint folders with random weights: a Janus with small pictures, a head map and the words of shapes-janus, and
+other families, whose pictures are of any size.
 
-Pictures are 8 x 8 visual tokens (128 x 128 pixels), so that drawing one takes a fraction of a second.
+The Janus's pictures are 8 x 8 visual tokens (128 x 128 pixels), so that drawing one takes a fraction of a second.
 """
 
 from __future__ import annotations
@@ -10,7 +11,18 @@ import sys
 from pathlib import Path
 
 import torch
-from models import tiny_janus
+from models import (
+    BOS,
+    PAD,
+    emu3_processor,
+    glm_image_processor,
+    tiny_causal,
+    tiny_emu3,
+    tiny_glm_image,
+    tiny_janus,
+    words_tokenizer,
+)
+from transformers import GenerationConfig
 
 from ssd_cache import HeadMap
 
@@ -47,4 +59,18 @@ def write_checkpoint(folder: Path, *, guidance_scale=None, temperature=None, wit
     load_example().build_processor().save_pretrained(folder)
     if with_head_map:
         head_map().save_pretrained(folder / "head_map")
+    return folder
+
+
+def write_family(name: str, folder: Path) -> Path:
+    """A checkpoint of two layers and two KV heads: "emu3", "glm" or "llama"."""
+    if name == "llama":
+        processor = words_tokenizer(["a", "red", "blue", "circle", "square", "and"], {})
+        model = tiny_causal("llama", attn_implementation="sdpa")
+        model.generation_config = GenerationConfig(bos_token_id=BOS, pad_token_id=PAD)
+    else:
+        processor, make = {"emu3": (emu3_processor(), tiny_emu3), "glm": (glm_image_processor(), tiny_glm_image)}[name]
+        model = make(processor, attn_implementation="sdpa")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder

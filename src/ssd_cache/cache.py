@@ -14,14 +14,14 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from ssd_cache.budget import Budget, check_count, resolve_budget, resolve_recent
 from ssd_cache.head_map import HeadMap, HeadMapError
 from ssd_cache.head_map_checks import format_rasters
 from ssd_cache.layer import LayerPlan, SSDLayer
 from ssd_cache.retention import SCORES
-from ssd_cache.sharding import own_heads, shard_of
+from ssd_cache.sharding import is_distributed, own_heads, shard_of
 
 DEFAULT_BUDGET = 0.2
 """The paper's budget: a fifth of the visual tokens."""
@@ -136,10 +136,8 @@ class SSDCache(Cache):
             ValueError: as `SSDCache`.
         """
         settings.setdefault("shard", shard_of(model))
-        config = model.config.get_text_config(decoder=True)
-        head_map = HeadMap.online(
-            num_layers=config.num_hidden_layers, num_kv_heads=config.num_key_value_heads, grid=grid
-        )
+        num_layers, num_kv_heads = decoder_shape(model.config.get_text_config(decoder=True))
+        head_map = HeadMap.online(num_layers=num_layers, num_kv_heads=num_kv_heads, grid=grid)
         return cls(head_map, budget, **settings)
 
     @classmethod
@@ -196,7 +194,7 @@ class SSDCache(Cache):
         expected = self.head_map.num_kv_heads
         part = "" if self.shard[1] == 1 else f", of which process {self.shard[0]} of {self.shard[1]} holds its part"
         remedy = "use the map that was made for this model"
-        if torch.distributed.is_initialized() and self.shard[1] == 1 and expected % num_heads == 0:
+        if is_distributed() and self.shard[1] == 1 and expected % num_heads == 0:
             remedy = (
                 f"if the model is tensor parallel over {expected // num_heads} processes, use enable or give shard="
             )
@@ -296,6 +294,11 @@ class SSDCache(Cache):
             f"num_sinks={self.num_sinks}, score={self.score!r}, {self.get_seq_length()} tokens seen, "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )
+
+
+def decoder_shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """Layers, and KV heads in each, of a decoder; one that names no KV heads has one for every query head."""
+    return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def _check_score(score: str, head_map: HeadMap) -> str:

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ssd_cache._compat import CACHE, CACHE_NAMES
 from ssd_cache.attention import NAME
-from ssd_cache.cache import SSDCache
+from ssd_cache.cache import SSDCache, decoder_shape
 from ssd_cache.fast_decode import fast_decode
 from ssd_cache.guidance import batched_guidance
 from ssd_cache.head_map import HeadMap
@@ -54,8 +54,7 @@ def enable(model: PreTrainedModel, head_map: HeadMap, *, fast: bool = False, **s
     check_agreement(model, head_map, settings)
     settings = {"shard": shard_of(model), **settings}
     SSDCache(head_map, **settings)  # refuse bad settings now, not in the middle of a pipeline
-    config = model.config.get_text_config(decoder=True)
-    head_map.check_fits(type(model).__name__, config.num_hidden_layers, config.num_key_value_heads)
+    head_map.check_fits(type(model).__name__, *decoder_shape(model.config.get_text_config(decoder=True)))
     family = family_of(model.config)
     own_generate = vars(model).get("generate")
     generate = model.generate

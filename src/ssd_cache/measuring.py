@@ -60,11 +60,7 @@ def measure_heads(
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
     check_count("batch_size", batch_size, 1)
     checkpoint = generator.checkpoint
-    if checkpoint.previews:
-        raise GeneratorError(
-            f"{checkpoint.name} draws a preview before its picture, and heads are measured on a single grid only: use "
-            "HeadMap.online(...), whose labels a cache finds at run time"
-        )
+    checkpoint.check_one_grid()
     found = resolve_levels(checkpoint.grid, budget, levels, buffer=buffer, num_recent=num_recent, num_sinks=num_sinks)
     check_prompts(generator, prompts)
     prompts = list(prompts)

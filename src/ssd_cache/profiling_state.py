@@ -124,6 +124,10 @@ class Processes:
         vectors = self._accelerate.utils.gather(_flatten(statistics)[None].to(self.device))
         return [_unflatten(vector.cpu(), statistics) for vector in vectors]
 
+    def gather_all(self, value: Any) -> list[Any]:
+        """The value of every process, in the order of the processes; anything that can be pickled."""
+        return [value] if self.count == 1 else self._accelerate.utils.gather_object([value])
+
     def from_main(self, statistics: HeadStatistics, num_batches: int) -> tuple[HeadStatistics, int]:
         """The main process's sums and number of batches, in every process."""
         if self.count == 1:

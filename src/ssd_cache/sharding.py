@@ -7,19 +7,26 @@ and the model was split when it was loaded (`DistributedConfig(tp_plan="auto")`)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from ssd_cache.head_map import HeadMap, HeadMapError
+
+if TYPE_CHECKING:  # torch may be built without its distributed part
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def shard_of(model: PreTrainedModel) -> tuple[int, int]:
     """The number of this process among those that share the model's heads, from 0, and how many they are."""
     mesh = _mesh(model)
     return (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of a group; never where torch was built without its distributed part."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def own_heads(head_map: HeadMap, shard: tuple[int, int]) -> slice:

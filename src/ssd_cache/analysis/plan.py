@@ -43,6 +43,12 @@ def plan_analysis(
     """Check the settings of `analyze` against a model that need not be loaded yet; raises as `analyze`."""
     if head_map.is_online:
         raise HeadMapError("an online map has no labels to analyze: give a head map, or profile the model first")
+    checkpoint.check_one_grid()
+    if checkpoint.family.default_guidance is None:
+        raise ValueError(
+            f"{checkpoint.name} is not guided, and the analysis compares guidance's rows: `ssd-cache profile` and "
+            "`eval fidelity` work without"
+        )
     checkpoint.check_head_map(head_map)
     cells = head_map.num_visual_tokens
     if isinstance(budget, int) and budget > cells:

@@ -25,7 +25,7 @@ from ssd_cache.attention import NAME
 from ssd_cache.bench.shapes import SHAPES, make_model
 from ssd_cache.cache import SSDCache
 from ssd_cache.head_map import HeadMap
-from ssd_cache.models import find_generator
+from ssd_cache.models import GeneratorError, find_generator
 
 GUIDANCE_SCALE = 5.0
 NUM_PROMPT = 16
@@ -171,30 +171,38 @@ class CausalSubject(Subject):
             ids = torch.multinomial(scores.softmax(-1), num_samples=1).repeat(2, 1)
 
 
-def find_head_map(name: str) -> HeadMap:
+def find_head_map(name: str, grid: tuple[int, int] | None = None) -> HeadMap:
     """The head map that a model is measured with, before its weights are there: its own, or labels at random.
 
     Args:
         name: a shape of `SHAPES`, or a checkpoint as `find_generator` takes it.
+        grid: rows and columns, of a checkpoint, as `find_generator` takes them.
 
     Raises:
-        GeneratorError: neither.
+        GeneratorError: neither, or a grid that it does not draw.
     """
     if name in SHAPES:
-        config, grid = SHAPES[name].make_config().get_text_config(decoder=True), SHAPES[name].grid
-        return random_map(config.num_hidden_layers, config.num_key_value_heads, grid)
-    checkpoint = find_generator(name)
+        config, own = SHAPES[name].make_config().get_text_config(decoder=True), SHAPES[name].grid
+        if grid not in (None, own):
+            raise GeneratorError(f"grid={grid}: the shape {name} has a grid of {own[0]} x {own[1]}; leave grid out")
+        return random_map(config.num_hidden_layers, config.num_key_value_heads, own)
+    checkpoint = find_generator(name, grid)
+    checkpoint.check_one_grid()
     return checkpoint.head_map() or random_map(checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.grid)
 
 
-def load_subject(name: str, dtype: torch.dtype, device: torch.device) -> Subject:
+def load_subject(name: str, dtype: torch.dtype, device: torch.device, grid: tuple[int, int] | None = None) -> Subject:
     """The model of a name, with the head map of `find_head_map`; raises GeneratorError as that does."""
     if name in SHAPES:
         model, num_prompt = make_model(SHAPES[name], dtype, device), SHAPES[name].num_prompt
     else:
-        model, num_prompt = find_generator(name).load(dtype, device).model, NUM_PROMPT
+        model, num_prompt = find_generator(name, grid).load(dtype, device).language_model, NUM_PROMPT
+    if not hasattr(model.get_decoder(), "layers") or not hasattr(model.get_decoder(), "norm"):
+        raise GeneratorError(
+            f"{name} is a {type(model).__name__}, and the bench measures models that are built as Llama is"
+        )
     family = JanusSubject if isinstance(model, JanusForConditionalGeneration) else CausalSubject
-    return family(name, model, find_head_map(name), num_prompt)
+    return family(name, model, find_head_map(name, grid), num_prompt)
 
 
 def random_map(num_layers: int, num_kv_heads: int, grid: tuple[int, int]) -> HeadMap:

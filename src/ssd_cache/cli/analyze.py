@@ -17,11 +17,11 @@ from ssd_cache.analysis.report import report_paths, write_report
 from ssd_cache.analysis.study import run_plan
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.files import check_writable, read_prompts
-from ssd_cache.cli.loading import load_generator
-from ssd_cache.cli.options import MODEL, SAMPLING, Device, Dtype, Guidance, ModelName, Temperature
+from ssd_cache.cli.loading import find_model, load_generator
+from ssd_cache.cli.options import MODEL, SAMPLING, Device, Dtype, Grid, Guidance, ModelName, Temperature
 from ssd_cache.cli.plan import ONLINE, parse_budget
 from ssd_cache.head_map import HeadMap
-from ssd_cache.models import BUNDLED, Checkpoint, check_drawing, find_generator, resolve_device, resolve_dtype
+from ssd_cache.models import BUNDLED, Checkpoint, check_drawing, resolve_device, resolve_dtype
 
 PROMPT = "a photo of a red circle and a blue square"
 MEASURING = "Measuring"
@@ -39,6 +39,7 @@ def analyze(
         ),
     ] = Path("analysis"),
     model: ModelName = BUNDLED,
+    grid: Grid = None,
     head_map: Annotated[
         str | None,
         typer.Option(
@@ -112,7 +113,7 @@ def analyze(
         check_drawing(guidance, temperature, seed)
         where = resolve_device(device)
         kind = resolve_dtype(dtype, where)
-        checkpoint = find_generator(model)
+        checkpoint = find_model(model, grid)
         plan = plan_analysis(
             checkpoint,
             _head_map(checkpoint, head_map),
@@ -151,7 +152,7 @@ def _check_place(output: Path) -> None:
 def _head_map(checkpoint: Checkpoint, name: str | None) -> HeadMap:
     if name == ONLINE:
         raise WrongUse(f"--head-map {ONLINE} has no labels to analyze: give a map, or make one with profile")
-    head_map = checkpoint.head_map() if name is None else HeadMap.from_pretrained(name)
+    head_map = checkpoint.head_map(name)
     if head_map is None:
         raise WrongUse(f"{checkpoint.name} has no head map in its folder: give --head-map, or make one with profile")
     return head_map

@@ -34,7 +34,8 @@ from ssd_cache.bench.tables import all_tables, condition_lines, to_markdown
 from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.eval.options import parse_budgets
 from ssd_cache.cli.files import check_writable
-from ssd_cache.cli.options import Device, Dtype
+from ssd_cache.cli.loading import parse_grid
+from ssd_cache.cli.options import Device, Dtype, Grid
 from ssd_cache.evaluation.policies import parse_policies
 from ssd_cache.head_map import HeadMap
 from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
@@ -50,6 +51,7 @@ def bench(
             help=f"A shape with random weights ({', '.join(SHAPES)}), {BUNDLED}, a folder, or a Hub id.", metavar="NAME"
         ),
     ] = "small-cpu",
+    grid: Grid = None,
     batch_size: Annotated[
         str,
         typer.Option(
@@ -136,7 +138,8 @@ def bench(
         if where.type not in COPY_BYTES:
             raise WrongUse(f"--device {device}: the bench measures on {' and '.join(COPY_BYTES)}")
         kind = resolve_dtype(dtype, where)
-        head_map = find_head_map(model)
+        rasters = parse_grid(grid)
+        head_map = find_head_map(model, rasters)
         cases, left_out = _choose_cases(policies, budgets, caches, compiled, head_map)
         stretches = choose_stretches(head_map.num_visual_tokens, tokens)
         limit = None if memory is None else parse_memory(memory)
@@ -151,6 +154,7 @@ def bench(
         with_peak=peak,
         command=_command(
             model=model,
+            grid=grid,
             batch_size=",".join(map(str, batch_sizes)),
             dtype=str(kind).removeprefix("torch."),
             device=where,
@@ -166,7 +170,8 @@ def bench(
         ),
         left_out=left_out,
     )
-    subject = load_subject(model, kind, where)
+    with refusing():
+        subject = load_subject(model, kind, where, rasters)
     report: Report | None = None
     for report in run(subject, plan, progress=True):
         if output is not None:

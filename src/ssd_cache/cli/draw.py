@@ -1,6 +1,7 @@
 """Draws one set of prompts under one policy and keeps count: tokens, bytes, seconds.
 
-The loop over batches with its progress bar. It neither reads options nor writes files.
+The loop over batches with its progress bar; several processes share the batches. It neither reads options nor writes
+files.
 """
 
 from __future__ import annotations
@@ -11,20 +12,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from ssd_cache.cache import MemoryStats, SSDCache
 from ssd_cache.models import Generator
+from ssd_cache.profiling_state import Processes
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """The pictures of one policy and what they cost; `memory` is that of the batch that held most."""
+    """Visual tokens `[pictures, cells]` of one policy and what they cost.
+
+    `memory` is that of the batch that held most, `seconds` those of the process that drew longest.
+    """
 
     policy: str
-    images: list[Image.Image]
-    num_tokens: int
+    tokens: torch.Tensor
     seconds: float
     memory: MemoryStats
     peak_device_bytes: int | None
@@ -32,7 +35,7 @@ class Drawing:
     @property
     def tokens_per_second(self) -> float:
         """Visual tokens of all pictures over wall time; prompts and sampling are in it, decoding pictures is not."""
-        return self.num_tokens / self.seconds
+        return self.tokens.numel() / self.seconds
 
 
 def draw(
@@ -45,24 +48,30 @@ def draw(
     guidance_scale: float | None,
     temperature: float | None,
     seed: int,
+    processes: Processes,
 ) -> Drawing:
-    """Draw a picture a prompt in batches of `batch_size`; batch number i has the seed `seed + i`."""
-    rows, columns = generator.checkpoint.grid
+    """Draw a picture a prompt in batches of `batch_size`; batch number i has the seed `seed + i` in any process.
+
+    The processes draw the batches in turn, and each gets the tokens of all.
+    """
+    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    own = range(processes.index, len(batches), processes.count)
     on_gpu = generator.model.device.type == "cuda"
-    parts, memory, seconds = [], MemoryStats(0, 0, 0), 0.0
+    parts, memory, seconds = {}, MemoryStats(0, 0, 0), 0.0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(generator.model.device)
     with tqdm(
-        total=len(prompts) * rows * columns,
+        total=generator.checkpoint.num_visual_tokens * sum(len(batches[number]) for number in own),
         desc=policy,
         unit=" visual tokens",
         mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file gets a line now and then
+        disable=not processes.is_main,
     ) as progress:
-        for number, start in enumerate(range(0, len(prompts), batch_size)):
+        for number in own:
             cache.reset()
             started = time.perf_counter()
             tokens = generator.generate(
-                prompts[start : start + batch_size],
+                batches[number],
                 cache,
                 guidance_scale=guidance_scale,
                 temperature=temperature,
@@ -70,9 +79,16 @@ def draw(
                 on_tokens=progress.update,
             ).cpu()  # waits for the device
             seconds += time.perf_counter() - started
-            parts.append(tokens)
+            parts[number] = tokens
             memory = max(memory, cache.memory_stats(), key=lambda stats: stats.key_value)
     peak = torch.cuda.max_memory_allocated(generator.model.device) if on_gpu else None
     cache.reset()
-    tokens = torch.cat(parts)
-    return Drawing(policy, generator.to_images(tokens), tokens.numel(), seconds, memory, peak)
+    drawn = processes.gather_all((parts, seconds, memory, peak))
+    parts = {number: tokens for others, *_ in drawn for number, tokens in others.items()}
+    return Drawing(
+        policy,
+        torch.cat([parts[number] for number in range(len(batches))]),
+        max(seconds for _, seconds, _, _ in drawn),
+        max((memory for _, _, memory, _ in drawn), key=lambda stats: stats.key_value),
+        None if peak is None else max(peak for *_, peak in drawn),
+    )

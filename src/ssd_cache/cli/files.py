@@ -16,6 +16,9 @@ from PIL import Image
 
 from ssd_cache.cli.errors import WrongUse
 
+TOKENS = ".safetensors"
+"""For the visual tokens themselves: integers `[pictures, cells]` under the name of each policy."""
+
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -57,15 +60,15 @@ def _prompt_of(line: str, number: int, prompts_file: Path) -> str:
     raise WrongUse(f'--prompts-file {prompts_file}, line {number}: not a JSON object with a text under "prompt"')
 
 
-def check_output(output: Path) -> Path:
-    """The place of a picture, made absolute.
+def check_output(output: Path, formats: Sequence[str] = tuple(PICTURE_FORMATS)) -> Path:
+    """The place of a picture, or of what else `formats` allow, made absolute.
 
     Raises:
-        WrongUse: no picture format, a missing folder, or a place that can not be written.
+        WrongUse: another format, a missing folder, or a place that can not be written.
     """
     output = output.expanduser().absolute()
-    if output.suffix.lower() not in PICTURE_FORMATS:
-        raise WrongUse(f"--output {output.name}: give a name that ends with {', '.join(PICTURE_FORMATS)}")
+    if output.suffix.lower() not in formats:
+        raise WrongUse(f"--output {output.name}: give a name that ends with {', '.join(formats)}")
     if output.is_dir():
         raise WrongUse(f"--output {output} is a folder; give a file in it")
     if not output.parent.is_dir():

@@ -15,13 +15,12 @@ from ssd_cache.allocation import fit_heads, measured_levels
 from ssd_cache.budget import resolve_amount
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.files import check_place, read_prompts
-from ssd_cache.cli.loading import load_generator
-from ssd_cache.cli.options import SAMPLING, Device, Dtype, Guidance, ModelName, Prompts, PromptsFile, Seed
+from ssd_cache.cli.loading import find_model, load_generator
+from ssd_cache.cli.options import SAMPLING, Device, Dtype, Grid, Guidance, ModelName, Prompts, PromptsFile, Seed
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.evaluation.fidelity import measure_divergence
 from ssd_cache.evaluation.fidelity.measure import check_settings
-from ssd_cache.head_map import HeadMap
-from ssd_cache.models import BUNDLED, find_generator
+from ssd_cache.models import BUNDLED
 
 
 def fit(
@@ -53,6 +52,7 @@ def fit(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures at once.", metavar="N")] = 4,
     model: ModelName = BUNDLED,
+    grid: Grid = None,
     guidance: Guidance = None,
     temperature: Annotated[
         float, typer.Option(help="Of the distribution, above 0.", metavar="X", rich_help_panel=SAMPLING)
@@ -76,8 +76,9 @@ def fit(
         raise WrongUse(f"--batch-size {batch_size}: give a whole number from 1 up")
     with refusing():
         check_settings(guidance, temperature, seed)
-        checkpoint = find_generator(model)
-        profiled = checkpoint.head_map() if head_map is None else HeadMap.from_pretrained(head_map)
+        checkpoint = find_model(model, grid)
+        checkpoint.check_one_grid()
+        profiled = checkpoint.head_map(head_map)
         if profiled is None:
             raise WrongUse(
                 f"{checkpoint.name} has no head map in its folder: give --head-map, as `profile --levels` makes it"

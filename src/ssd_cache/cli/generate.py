@@ -5,24 +5,26 @@ Options and the order of work: everything that can be refused is refused before 
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
+import safetensors.torch
 import typer
+from PIL import Image
 from rich.console import Console
 
 from ssd_cache.cache import POLICIES
 from ssd_cache.cli.draw import Drawing, draw
 from ssd_cache.cli.errors import WrongUse, refusing
-from ssd_cache.cli.files import check_output, read_prompts, save_picture
-from ssd_cache.cli.loading import load_generator
+from ssd_cache.cli.files import PICTURE_FORMATS, TOKENS, check_output, read_prompts, save_picture
+from ssd_cache.cli.loading import find_model, load_generator
 from ssd_cache.cli.options import (
     MODEL,
     SAMPLING,
     Device,
     Dtype,
+    Grid,
     Guidance,
     ModelName,
     Prompts,
@@ -34,13 +36,9 @@ from ssd_cache.cli.plan import choose_policies, make_caches, parse_budget
 from ssd_cache.cli.report import process_peak, size, table
 from ssd_cache.cli.sheet import Row, contact_sheet
 from ssd_cache.fast_decode import fast_decode
-from ssd_cache.models import (
-    BUNDLED,
-    check_drawing,
-    find_generator,
-    resolve_device,
-    resolve_dtype,
-)
+from ssd_cache.models import BUNDLED, Generator, check_drawing, resolve_device, resolve_dtype
+from ssd_cache.profiling_state import Processes
+from ssd_cache.writing import write_files
 
 CACHE = "Cache"
 MAX_COLUMNS = 8
@@ -53,12 +51,18 @@ def generate(
     num_images: Annotated[int, typer.Option(help="Pictures of each prompt.", metavar="N")] = 1,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="The picture, or the contact sheet: .png, .jpg, .webp.", metavar="FILE"),
+        typer.Option(
+            "--output",
+            "-o",
+            help="The picture, or the contact sheet: .png, .jpg, .webp; the visual tokens: .safetensors.",
+            metavar="FILE",
+        ),
     ] = Path("picture.png"),
     compare: Annotated[
         bool, typer.Option("--compare", help="Draw with every policy on the same seeds, one row each.")
     ] = False,
     model: ModelName = BUNDLED,
+    grid: Grid = None,
     head_map: Annotated[
         str | None,
         typer.Option(
@@ -110,15 +114,11 @@ def generate(
     """Draw pictures of prompts with a cache of fixed size.
 
     Several pictures come as one contact sheet. The pictures of one batch share a
-    seed: the same command gives the same pictures.
+    seed: the same command gives the same pictures. Several processes share the
+    batches under `accelerate launch --multi_gpu -m ssd_cache.cli generate ...`.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise WrongUse(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: generate makes one file in one process; for many pictures by "
-            "several processes there is examples/several_gpus.py"
-        )
-    texts = read_prompts(prompts or [], prompts_file)
-    place = check_output(output)
+    texts = [text for text in read_prompts(prompts or [], prompts_file) for _ in range(num_images)]
+    place = check_output(output, (*PICTURE_FORMATS, TOKENS))
     policies = choose_policies(policy, compare)
     amount = None if budget is None else parse_budget(budget)
     for name, number in (("--num-images", num_images), ("--batch-size", batch_size)):
@@ -126,50 +126,70 @@ def generate(
             raise WrongUse(f"{name} {number}: give a whole number from 1 up")
     with refusing():
         check_drawing(guidance, temperature, seed)
-        where = resolve_device(device)
+        processes = Processes()
+        where = resolve_device(processes.choose_device(device))
         kind = resolve_dtype(dtype, where)
-        checkpoint = find_generator(model)
+        checkpoint = find_model(model, grid)
+        if place.suffix != TOKENS:
+            checkpoint.check_pictures()
         caches = make_caches(checkpoint, policies, head_map, amount, buffer)
+        if processes.count > (num_batches := -(-len(texts) // (batch_size or len(texts)))):
+            raise WrongUse(
+                f"{processes.count} processes share the batches, and there are {num_batches}: give a smaller "
+                f"--batch-size than {batch_size or len(texts)}, or start fewer processes"
+            )
     generator = load_generator(checkpoint, kind, where)
 
-    repeated = [text for text in texts for _ in range(num_images)]
     with fast_decode(generator.model) if fast else nullcontext():
         drawings = [
             draw(
                 generator,
                 name,
                 cache,
-                repeated,
-                batch_size=batch_size or len(repeated),
+                texts,
+                batch_size=batch_size or len(texts),
                 guidance_scale=guidance,
                 temperature=temperature,
                 seed=seed,
+                processes=processes,
             )
             for name, cache in caches.items()
         ]
-    picture = _sheet(drawings, repeated, num_images, compare)
+    if processes.is_main:
+        measures = _save(generator, drawings, texts, num_images, place)
+        console = Console(highlight=False, markup=False)
+        shown = [generator.guidance_scale if guidance is None else guidance]
+        shown.append(generator.temperature if temperature is None else temperature)
+        shared = f", {processes.count} processes" if processes.count > 1 else ""
+        conditions = (
+            f"{checkpoint.name} on {where}{shared}, {str(kind).removeprefix('torch.')}, "
+            f"{len(texts)} picture(s) a policy, batch {min(batch_size or len(texts), len(texts))}, "
+            f"guidance {shown[0]:g}, temperature {shown[1]:g}, seed {seed}{process_peak()}"
+        )
+        console.print(table(drawings, conditions))
+        console.print(f"wrote {output} ({measures})", soft_wrap=True)
+    processes.close()
+
+
+def _save(generator: Generator, drawings: list[Drawing], captions: list[str], num_images: int, place: Path) -> str:
+    """Write what the name of the place asks for; returns its measures."""
+    if place.suffix == TOKENS:
+        write_files({place: safetensors.torch.save({drawing.policy: drawing.tokens for drawing in drawings})})
+        return f"{' x '.join(map(str, drawings[0].tokens.shape))} tokens"
+    picture = _sheet([(drawing, generator.to_images(drawing.tokens)) for drawing in drawings], captions, num_images)
     save_picture(picture, place)
-
-    console = Console(highlight=False, markup=False)
-    shown = [generator.guidance_scale if guidance is None else guidance]
-    shown.append(generator.temperature if temperature is None else temperature)
-    conditions = (
-        f"{checkpoint.name} on {where}, {str(kind).removeprefix('torch.')}, {len(repeated)} picture(s) a policy, "
-        f"batch {min(batch_size or len(repeated), len(repeated))}, guidance {shown[0]:g}, temperature {shown[1]:g}, "
-        f"seed {seed}{process_peak()}"
-    )
-    console.print(table(drawings, conditions))
-    console.print(f"wrote {output} ({picture.width} x {picture.height})", soft_wrap=True)
+    return f"{picture.width} x {picture.height}"
 
 
-def _sheet(drawings: list[Drawing], captions: list[str], num_images: int, compare: bool):
-    """The picture itself when there is but one, else a contact sheet."""
+def _sheet(drawings: list[tuple[Drawing, list[Image.Image]]], captions: list[str], num_images: int) -> Image.Image:
+    """The picture itself when there is but one, else a contact sheet with a row a policy."""
+    compare = len(drawings) > 1
     if len(captions) == 1 and not compare:
-        return drawings[0].images[0]
+        return drawings[0][1][0]
     if compare:
         rows = [
             Row(
-                drawing.images,
+                images,
                 drawing.policy,
                 (
                     f"{size(drawing.memory.key_value)} of K and V",
@@ -179,10 +199,10 @@ def _sheet(drawings: list[Drawing], captions: list[str], num_images: int, compar
                     f"{drawing.tokens_per_second:.0f} tokens/s",
                 ),
             )
-            for drawing in drawings
+            for drawing, images in drawings
         ]
     else:
-        rows = [Row(drawings[0].images)]
+        rows = [Row(drawings[0][1])]
     if num_images == 1 and not compare:
         columns = min(MAX_COLUMNS, max(2, round(len(captions) ** 0.5)))
     else:

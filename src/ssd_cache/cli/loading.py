@@ -1,16 +1,32 @@
-"""How commands load a model: transformers' bar shows only where there is something to wait for.
+"""How commands find a model and load it: `--model` and `--grid`, and transformers' bar only where one has to wait.
 
-Which model, dtype and device were decided before.
+What a model is, and which grids it draws, is the library's to say.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from ssd_cache.models import Checkpoint, Generator
+from ssd_cache.cli.errors import WrongUse
+from ssd_cache.models import Checkpoint, Generator, find_generator
+
+
+def parse_grid(text: str | None) -> tuple[int, int] | None:
+    """Rows and columns, if any were given; raises WrongUse."""
+    if text is None:
+        return None
+    if (match := re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", text)) is None:
+        raise WrongUse(f"--grid {text}: give rows and columns of visual tokens with an x between (45x46)")
+    return int(match[1]), int(match[2])
+
+
+def find_model(name: str, grid: str | None) -> Checkpoint:
+    """The checkpoint that `--model` and `--grid` mean; raises WrongUse, or as `find_generator`."""
+    return find_generator(name, parse_grid(grid))
 
 
 def load_generator(checkpoint: Checkpoint, dtype: str | torch.dtype, device: str | torch.device) -> Generator:

@@ -32,6 +32,16 @@ ModelName = Annotated[
         help=f"{BUNDLED} (comes with the package), a folder, or a Hub id.", metavar="NAME", rich_help_panel=MODEL
     ),
 ]
+Grid = Annotated[
+    str | None,
+    typer.Option(
+        help="Rows and columns of visual tokens, for a model that draws in several sizes, and for any other causal "
+        "language model, which is drawn with as plain tokens: 45x46.",
+        metavar="ROWSxCOLUMNS",
+        show_default="the model's own",
+        rich_help_panel=MODEL,
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from ssd_cache.cache import POLICIES, SSDCache
 from ssd_cache.cli.errors import WrongUse
 from ssd_cache.head_map import HeadMap
+from ssd_cache.head_map_checks import format_rasters
 from ssd_cache.models import Checkpoint
 
 COMPARED = ("full", "ssd", "h2o", "streaming-llm")
@@ -57,17 +58,17 @@ def make_caches(
     buffer: int | None,
 ) -> dict[str, SSDCache]:
     """A cache for every policy, which checks budget and map; raises ValueError or WrongUse."""
-    rows, columns = checkpoint.grid
-    if isinstance(budget, int) and budget > rows * columns:
+    rasters = checkpoint.grid, checkpoint.previews
+    if isinstance(budget, int) and budget > (cells := checkpoint.num_visual_tokens):
         raise WrongUse(
-            f"--budget {budget}: {checkpoint.name} draws {rows} x {columns} = {rows * columns} visual tokens; "
-            f"give at most {rows * columns}, or a fraction up to 1"
+            f"--budget {budget}: {checkpoint.name} draws {format_rasters(*rasters[::-1], ' x ')} = {cells} visual "
+            f"tokens; give at most {cells}, or a fraction up to 1"
         )
-    num_layers, num_kv_heads, grid = checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.grid
+    num_layers, num_kv_heads = checkpoint.num_layers, checkpoint.num_kv_heads
     if head_map == ONLINE:
-        labels: HeadMap | None = HeadMap.online(num_layers=num_layers, num_kv_heads=num_kv_heads, grid=grid)
+        labels: HeadMap | None = HeadMap.online(num_layers=num_layers, num_kv_heads=num_kv_heads).with_grid(*rasters)
     else:
-        labels = checkpoint.head_map() if head_map is None else HeadMap.from_pretrained(head_map)
+        labels = checkpoint.head_map(head_map)
     needy = next((name for name in policies if name in LABELLED), None)
     if labels is None and needy is not None:
         online = f", or {ONLINE!r} to label heads while drawing" if needy == "ssd" else ""
@@ -77,6 +78,7 @@ def make_caches(
             f"(a map{online}), or another --policy: {others}"
         )
     if labels is None:  # the other policies need the shape alone
-        labels = HeadMap.uniform("semantic", num_layers=num_layers, num_kv_heads=num_kv_heads, grid=grid)
+        uniform = HeadMap.uniform("semantic", num_layers=num_layers, num_kv_heads=num_kv_heads)
+        labels = uniform.with_grid(*rasters)
     checkpoint.check_head_map(labels)
     return {name: SSDCache.from_policy(name, labels, budget, buffer=buffer) for name in policies}

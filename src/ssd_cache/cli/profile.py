@@ -14,10 +14,10 @@ from rich.console import Console
 from ssd_cache.allocation import fit_heads
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.files import check_place, read_prompts
-from ssd_cache.cli.loading import load_generator
-from ssd_cache.cli.options import Device, Dtype, Guidance, ModelName, Prompts, PromptsFile, Seed, Temperature
+from ssd_cache.cli.loading import find_model, load_generator
+from ssd_cache.cli.options import Device, Dtype, Grid, Guidance, ModelName, Prompts, PromptsFile, Seed, Temperature
 from ssd_cache.cli.plan import parse_budget
-from ssd_cache.models import BUNDLED, check_drawing, find_generator
+from ssd_cache.models import BUNDLED, check_drawing
 from ssd_cache.profiling import check_profiling, profile_heads
 from ssd_cache.profiling_state import Processes
 
@@ -29,6 +29,7 @@ def profile(
         "head-map"
     ),
     model: ModelName = BUNDLED,
+    grid: Grid = None,
     method: Annotated[
         str,
         typer.Option(
@@ -106,7 +107,8 @@ def profile(
     }
     with refusing():
         check_drawing(guidance, temperature, seed)
-        checkpoint = find_generator(model)
+        checkpoint = find_model(model, grid)
+        checkpoint.check_one_grid()
         check_profiling(checkpoint.grid, **settings)
         processes = Processes()
         generator = load_generator(checkpoint, dtype, processes.choose_device(device))

@@ -43,7 +43,7 @@ def table(drawings: Sequence[Drawing], conditions: str) -> Table:
         memory = drawing.memory
         report.add_row(
             drawing.policy,
-            f"{drawing.num_tokens}",
+            f"{drawing.tokens.numel()}",
             size(memory.key_value),
             size(memory.full_cache),
             f"{memory.full_cache / memory.key_value:.1f}x",

@@ -87,7 +87,7 @@ def _own_sampling(checkpoint: Checkpoint) -> dict[str, float]:
         config = GenerationConfig.from_pretrained(checkpoint.source)
     except OSError:  # a checkpoint without generation_config.json
         config = GenerationConfig()
-    found = {"guidance_scale": config.guidance_scale, "temperature": config.temperature}
-    return {
-        name: {"guidance_scale": 5.0, "temperature": 1.0}[name] if v is None else float(v) for name, v in found.items()
-    }
+    default = checkpoint.family.default_guidance
+    guidance = None if default is None else config.guidance_scale
+    found = {"guidance_scale": guidance or default or 1.0, "temperature": config.temperature}
+    return {name: 1.0 if value is None else float(value) for name, value in found.items()}

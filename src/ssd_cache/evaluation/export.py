@@ -155,7 +155,7 @@ def draw_pictures(
             f"batch_size={batch_size}: {pictures.unit} pictures are written as one; give a multiple of {pictures.unit}"
         )
     processes = Processes() if processes is None else processes
-    total, cells = len(pictures.texts), generator.checkpoint.grid[0] * generator.checkpoint.grid[1]
+    total, cells = len(pictures.texts), generator.checkpoint.num_visual_tokens
     batches = [range(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
     todo = [index for index, numbers in enumerate(batches) if pictures.missing(numbers)]
     wait_for_all(processes)  # before a process writes all must have looked, or they would share other lists

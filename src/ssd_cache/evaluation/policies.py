@@ -129,7 +129,7 @@ def choose_head_map(checkpoint: Checkpoint, name: str | None, policies: Sequence
     """
     if name == "online":
         raise ValueError("--head-map online: labels found while drawing are a policy here; give the policy online")
-    head_map = checkpoint.head_map() if name is None else HeadMap.from_pretrained(name)
+    head_map = checkpoint.head_map(name)
     wanting = [policy.label for policy in policies if policy.needs_labels]
     if head_map is None and wanting:
         raise ValueError(

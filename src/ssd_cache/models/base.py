@@ -24,6 +24,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from ssd_cache.cache import decoder_shape
 from ssd_cache.head_map import HeadMap
 from ssd_cache.models.settings import GeneratorError, check_drawing, check_texts, resolve_device, resolve_dtype
 
@@ -47,11 +48,13 @@ class Generator(ABC):
             it for a call with `guidance_scale` (see `guidance.py`).
         default_guidance: the scale for a checkpoint that names none; None for a family that is not guided.
         is_resizable: whether pictures of another size than `grid_of` says can be asked for.
+        no_pictures: what becomes of the tokens of a family that `to_images` makes no pictures of; None for the others.
     """
 
     own_guidance: bool = False
     default_guidance: float | None = 5.0
     is_resizable: bool = False
+    no_pictures: str | None = None
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, processor: ProcessorMixin):
         self.checkpoint, self.model, self.processor = checkpoint, model, processor
@@ -89,7 +92,7 @@ class Generator(ABC):
             GeneratorError: a package that the family needs is missing.
             OSError, ValueError, KeyError, TypeError: as transformers has it, for a file that can not be read.
         """
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
     @classmethod
     @abstractmethod
@@ -113,13 +116,14 @@ class Generator(ABC):
         """Which of the decoder's rows for that many prompts guidance draws without them, boolean `[rows]`."""
         return torch.zeros(num_prompts, dtype=torch.bool)
 
-    @abstractmethod
     def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:
         """Pictures of visual tokens `[batch, cells]`, decoded a few at a time, in float32 after `load`.
 
         Raises:
             GeneratorError: a model whose tokens something else makes pictures of.
         """
+        self.checkpoint.check_pictures()
+        raise NotImplementedError(f"{type(self).__name__} states no_pictures, or has to_images of its own")
 
     def generate(
         self,
@@ -210,16 +214,29 @@ class Checkpoint:
 
     @property
     def num_layers(self) -> int:
-        return self.family.text_config_of(self.config).num_hidden_layers
+        return decoder_shape(self.family.text_config_of(self.config))[0]
 
     @property
     def num_kv_heads(self) -> int:
-        return self.family.text_config_of(self.config).num_key_value_heads
+        return decoder_shape(self.family.text_config_of(self.config))[1]
 
-    def head_map(self) -> HeadMap | None:
-        """The head map that travels in the checkpoint's folder, if there is one."""
-        folder = Path(self.source) / HEAD_MAP_FOLDER
-        return HeadMap.from_pretrained(folder) if folder.is_dir() else None
+    def head_map(self, name: str | None = None) -> HeadMap | None:
+        """A head map for this model; for the grid that was asked for, if one was.
+
+        Args:
+            name: a folder or Hub id; when not given, the map that travels in the checkpoint's folder, if there is one.
+
+        Raises:
+            HeadMapError: a map that can not be read.
+        """
+        if name is None:
+            folder = Path(self.source) / HEAD_MAP_FOLDER
+            found = HeadMap.from_pretrained(folder) if folder.is_dir() else None
+        else:
+            found = HeadMap.from_pretrained(name)
+        if found is None or self.asked_grid is None:
+            return found
+        return found.with_grid(self.grid, self.previews)
 
     def check_head_map(self, head_map: HeadMap) -> None:
         """Refuse a map of another model's shape.
@@ -228,6 +245,21 @@ class Checkpoint:
             HeadMapError: layers, KV heads or grid differ.
         """
         head_map.check_fits(self.name, self.num_layers, self.num_kv_heads, self.grid, self.previews)
+
+    def check_pictures(self) -> None:
+        """Refuse, before anything is drawn, a model whose tokens become no pictures here; raises GeneratorError."""
+        if self.family.no_pictures is not None:
+            raise GeneratorError(
+                f"{self.name} draws tokens, and ssd-cache can not decode them: {self.family.no_pictures}"
+            )
+
+    def check_one_grid(self) -> None:
+        """Refuse a model with previews where heads are measured; raises GeneratorError."""
+        if self.previews:
+            raise GeneratorError(
+                f"{self.name} draws a preview before its picture, and heads are measured on a single grid only: let "
+                "the cache find labels while it draws (HeadMap.online(...), --head-map online)"
+            )
 
     def load(self, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto") -> Generator:
         """The model itself, in evaluation mode; see `resolve_dtype` and `resolve_device` for "auto"."""

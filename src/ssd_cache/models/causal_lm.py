@@ -1,7 +1,7 @@
 """Any causal language model of transformers, drawn with as plain tokens in a grid that its user states.
 
 For generators that ssd-cache has no file for: it knows nothing of their prompts, guidance, grammar or picture decoder.
-Heads can be profiled and caches compared; `to_images` refuses.
+Heads can be profiled and caches compared; `to_images` refuses. Code that comes with a checkpoint is not run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
-from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig
 
 from ssd_cache._compat import CACHE
@@ -24,6 +23,7 @@ class CausalLMGenerator(Generator):
 
     default_guidance = None
     is_resizable = True
+    no_pictures = "take the tokens (generate(...), or an --output that ends with .safetensors) to its own decoder"
 
     def __init__(self, checkpoint: Checkpoint, model, processor):
         super().__init__(checkpoint, model, processor)
@@ -40,8 +40,10 @@ class CausalLMGenerator(Generator):
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> CausalLMGenerator:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.source)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.source, dtype=dtype, attn_implementation=NAME)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.source, dtype=dtype, attn_implementation=NAME, trust_remote_code=False
+        )
         return cls(checkpoint, model.to(device).eval(), tokenizer)
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -68,9 +70,3 @@ class CausalLMGenerator(Generator):
             **call_settings(temperature, on_tokens, top_k=0),
         )
         return sequences[:, inputs["input_ids"].shape[1] :]
-
-    def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:
-        raise GeneratorError(
-            f"ssd-cache can not decode the tokens of {self.checkpoint.name} to pictures; "
-            "find_generator(...).load().generate(...) gives the tokens, for the model's own decoder"
-        )

@@ -5,8 +5,10 @@ Only `config.json` is read, or downloaded, here. Weights are `Checkpoint.load`'s
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -16,7 +18,14 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from ssd_cache.head_map_checks import HeadMapError, checked_grid
 from ssd_cache.models.base import BUNDLED, Checkpoint, Generator
@@ -34,6 +43,9 @@ FAMILIES: dict[str, type[Generator]] = {
     "multi_modality": DeepSeekJanusGenerator,
 }
 """The class for every `config.model_type` that is supported; a new model is one file and one entry."""
+
+PIPELINE_FILE = "model_index.json"
+"""What diffusers writes in place of a config.json: the classes of a pipeline's parts, by name."""
 
 BUNDLED_FOLDER = Path(__file__).parents[1] / "shapes" / "checkpoint"
 
@@ -60,21 +72,36 @@ def find_generator(name: str, grid: tuple[int, int] | None = None) -> Checkpoint
         path = Path(name).expanduser()
         folder = path if path.exists() or _must_be_path(name) else _config_from_hub(name).parent
     if not (folder / "config.json").is_file():
+        if (folder / PIPELINE_FILE).is_file():
+            raise GeneratorError(f"model {name!r} is {_described_pipeline(folder / PIPELINE_FILE)}")
         problem = "no config.json in this folder" if folder.is_dir() else "no such folder"
         raise GeneratorError(
             f"model {name!r}: {problem} ({folder}); give {BUNDLED}, a folder that save_pretrained wrote, or a Hub id"
         )
+    has_own_code = False
     try:
-        model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+        values = PreTrainedConfig.get_config_dict(folder)[0]
+        model_type, has_own_code = values.get("model_type"), "auto_map" in values
         config = FAMILIES.get(model_type, CausalLMGenerator).read_config(folder)
     except GeneratorError as error:
         raise GeneratorError(f"model {name!r}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if has_own_code:
+            raise GeneratorError(
+                f"model {name!r} comes with code of its own, which ssd-cache does not run: load model and tokenizer "
+                "with transformers, trust_remote_code=True, and give them to generator_of(model, tokenizer, "
+                "grid=(rows, columns)), or the model to enable"
+            ) from error
         raise GeneratorError(f"model {name!r}: its config.json can not be read: {_first_line(error)}") from error
     if hasattr(config, "format_version"):  # of a map, which names the type of its model too
         raise GeneratorError(f"model {name!r} is a head map, not a model; give it as --head-map, or to HeadMap")
     is_local = name == BUNDLED or Path(name).expanduser().exists()
     family, grid = _choose_family(f"model {name!r}", config, grid)
+    if family is CausalLMGenerator and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise GeneratorError(
+            f"model {name!r} is of type {config.model_type!r}, which is no causal language model of transformers "
+            f"(AutoModelForCausalLM); ssd-cache draws with these and with {', '.join(sorted(FAMILIES))}"
+        )
     return Checkpoint(name, str(folder) if is_local else name, config, family, grid)
 
 
@@ -119,7 +146,8 @@ def _choose_family(
     if family is CausalLMGenerator and grid is None:
         raise GeneratorError(
             f"{what} is of type {config.model_type!r}; ssd-cache draws with {', '.join(sorted(FAMILIES))}; with any "
-            "other causal language model as plain tokens, if find_generator or generator_of gets grid=(rows, columns)"
+            "other causal language model as plain tokens, in a grid that you state: grid=(rows, columns), "
+            "--grid ROWSxCOLUMNS"
         )
     try:
         grid = None if grid is None else checked_grid(grid)
@@ -133,6 +161,27 @@ def _choose_family(
     return family, grid
 
 
+def _described_pipeline(index: Path) -> str:
+    """What a folder of diffusers holds, and what to do with it."""
+    try:
+        parts = json.loads(index.read_text("utf-8"))
+        names = {name: part[1] for name, part in parts.items() if isinstance(part, list)}
+        kind = parts.get("_class_name", "of diffusers")
+    except (ValueError, AttributeError, IndexError):
+        return f"a pipeline of diffusers whose {PIPELINE_FILE} can not be read"
+    known = [name for name, class_name in names.items() if _draws(getattr(transformers, str(class_name), None))]
+    if not known:
+        return f"the diffusers pipeline {kind}, none of whose parts draws token by token: ssd-cache has nothing to do"
+    return (
+        f"the diffusers pipeline {kind}; load it with diffusers, and call pipe(...) inside "
+        f"`with ssd_cache.enable(pipe.{known[0]}, head_map, ...)`"
+    )
+
+
+def _draws(model_class: type | None) -> bool:
+    return getattr(getattr(model_class, "config_class", None), "model_type", None) in FAMILIES
+
+
 def _must_be_path(name: str) -> bool:
     """Whether a name that does not exist here can not be a Hub id either."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
@@ -141,7 +190,7 @@ def _must_be_path(name: str) -> bool:
 def _config_from_hub(name: str) -> Path:
     """The cached copy of a repository's config.json, downloaded when needed."""
     try:
-        return Path(hf_hub_download(name, "config.json"))
+        return _download(name)
     except HFValidationError as error:
         raise GeneratorError(
             f"model {name!r}: no such folder, and no Hub id either; a Hub id looks like 'user/name'"
@@ -166,6 +215,19 @@ def _config_from_hub(name: str) -> Path:
         ) from error
     except HfHubHTTPError as error:
         raise ConnectionError(f"model {name!r}: the Hub answered with an error: {_first_line(error)}") from error
+
+
+def _download(name: str) -> Path:
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        try:
+            return Path(hf_hub_download(name, PIPELINE_FILE))
+        except EntryNotFoundError:
+            pass
+        raise
 
 
 def _first_line(error: Exception) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import (
     AutoProcessor,
     Cache,
@@ -22,7 +21,6 @@ from transformers import (
 from ssd_cache._compat import CACHE
 from ssd_cache.attention import NAME
 from ssd_cache.models.base import Checkpoint, Generator, call_settings
-from ssd_cache.models.settings import GeneratorError
 
 PATCH = 32
 """Pixels of a picture's side to a token."""
@@ -33,6 +31,10 @@ class GlmImageGenerator(Generator):
 
     default_guidance = None
     is_resizable = True
+    no_pictures = (
+        "they become pictures in GLM-Image's diffusion part: load diffusers' GlmImagePipeline, and call pipe(...) "
+        "inside `with ssd_cache.enable(pipe.vision_language_encoder, ...)`"
+    )
 
     @staticmethod
     def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
@@ -95,9 +97,3 @@ class GlmImageGenerator(Generator):
             **call_settings(temperature, on_tokens),
         )
         return sequences[:, inputs["input_ids"].shape[1] :]
-
-    def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:
-        raise GeneratorError(
-            f"the tokens of {self.checkpoint.name} become pictures in GLM-Image's diffusion part: load diffusers' "
-            "GlmImagePipeline, and call pipe(...) inside `with ssd_cache.enable(pipe.vision_language_encoder, ...)`"
-        )

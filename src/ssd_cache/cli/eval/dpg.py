@@ -28,7 +28,7 @@ from ssd_cache.cli.eval.drawing import (
 from ssd_cache.cli.eval.options import HeadMapName
 from ssd_cache.cli.eval.score_table import Report, print_and_save
 from ssd_cache.cli.files import check_place
-from ssd_cache.cli.options import MODEL, Device, Dtype, Guidance, ModelName, Temperature
+from ssd_cache.cli.options import MODEL, Device, Dtype, Grid, Guidance, ModelName, Temperature
 from ssd_cache.evaluation.dpg import (
     PICTURES,
     DPGPictures,
@@ -62,6 +62,7 @@ def export_dpg(
         typer.Option(help="JSON lines with item_id and prompt, or the folder of <item_id>.txt.", metavar="PATH"),
     ] = Path("prompts.jsonl"),
     model: ModelName = BUNDLED,
+    grid: Grid = None,
     head_map: HeadMapName = None,
     policy: PolicyName = "ssd",
     budget: BudgetText = "0.2",
@@ -83,7 +84,9 @@ def export_dpg(
             prompts = read_prompts(prompts_file)
         except OSError as error:
             raise WrongUse(f"can not read --prompts-file {prompts_file}: {error.strerror}") from error
-    options = Options(model, head_map, policy, budget, output, batch_size, guidance, temperature, seed, dtype, device)
+    options = Options(
+        model, grid, head_map, policy, budget, output, batch_size, guidance, temperature, seed, dtype, device
+    )
     pictures = DPGPictures(output, prompts)
     export("dpg", pictures, pictures.prompts, list(prompts.items()), PICTURES, options)
 

@@ -19,13 +19,13 @@ from ssd_cache.budget import check_count
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.eval.options import CACHE
 from ssd_cache.cli.files import check_place
-from ssd_cache.cli.loading import load_generator
+from ssd_cache.cli.loading import find_model, load_generator
 from ssd_cache.cli.options import SAMPLING
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.evaluation.conditions import drawing_conditions
 from ssd_cache.evaluation.export import PictureSet, claim_folder, draw_pictures
 from ssd_cache.evaluation.policies import SETTINGS, choose_head_map, mean_slots, parse_policy
-from ssd_cache.models import check_drawing, find_generator, resolve_device, resolve_dtype
+from ssd_cache.models import check_drawing, resolve_device, resolve_dtype
 from ssd_cache.profiling_state import Processes
 
 Output = Annotated[
@@ -60,6 +60,7 @@ class Options:
     """The options of an export, as they were given."""
 
     model: str
+    grid: str | None
     head_map: str | None
     policy: str
     budget: str
@@ -104,7 +105,8 @@ def export(
         processes = Processes()
         where = resolve_device(processes.choose_device(options.device))
         kind = resolve_dtype(options.dtype, where)
-        checkpoint = find_generator(options.model)
+        checkpoint = find_model(options.model, options.grid)
+        checkpoint.check_pictures()
         labels = choose_head_map(checkpoint, options.head_map, [policy])
         [amount] = policy.budgets([amount])
         cache = policy.make_cache(labels, amount)

@@ -33,12 +33,13 @@ from ssd_cache.cli.eval.options import (
     parse_budgets,
 )
 from ssd_cache.cli.files import check_place, read_prompts
-from ssd_cache.cli.options import SAMPLING, Device, Dtype, Guidance, ModelName, Prompts, PromptsFile
+from ssd_cache.cli.loading import find_model, load_generator
+from ssd_cache.cli.options import SAMPLING, Device, Dtype, Grid, Guidance, ModelName, Prompts, PromptsFile
 from ssd_cache.evaluation.conditions import drawing_conditions
 from ssd_cache.evaluation.fidelity import Fidelity, measure_fidelity, write_fidelity
 from ssd_cache.evaluation.fidelity.measure import check_settings
 from ssd_cache.evaluation.policies import Policy, choose_head_map, mean_slots, parse_policies
-from ssd_cache.models import BUNDLED, find_generator, resolve_device, resolve_dtype
+from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
 
 PROMPTS = (
     "a photo of a red circle and a blue square",
@@ -64,6 +65,7 @@ def fidelity(
         Path, typer.Option("--output", "-o", help="A folder for fidelity.json and fidelity.png.", metavar="FOLDER")
     ] = Path("fidelity"),
     model: ModelName = BUNDLED,
+    grid: Grid = None,
     head_map: HeadMapName = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -92,7 +94,8 @@ def fidelity(
         kind = resolve_dtype(dtype, where)
         chosen = parse_policies(policies)
         amounts = parse_budgets(budgets)
-        checkpoint = find_generator(model)
+        checkpoint = find_model(model, grid)
+        checkpoint.check_one_grid()
         labels = choose_head_map(checkpoint, head_map, chosen)
         settings = cache_settings(buffer, num_recent, num_sinks, score)
         cells = labels.num_visual_tokens
@@ -129,7 +132,7 @@ def fidelity(
         "prompts": drawn,
         "policies": {name: _facts(cases[name], cache) for name, cache in caches.items()},
     }
-    generator = checkpoint.load(kind, where)
+    generator = load_generator(checkpoint, kind, where)
     started = time.perf_counter()
     try:
         results = measure_fidelity(

@@ -27,7 +27,7 @@ from ssd_cache.cli.eval.drawing import (
 from ssd_cache.cli.eval.options import HeadMapName
 from ssd_cache.cli.eval.score_table import Report, print_and_save
 from ssd_cache.cli.files import check_place
-from ssd_cache.cli.options import MODEL, Device, Dtype, Guidance, ModelName, Temperature
+from ssd_cache.cli.options import MODEL, Device, Dtype, Grid, Guidance, ModelName, Temperature
 from ssd_cache.evaluation.clip import CLIP
 from ssd_cache.evaluation.export import PROMPTS_FILE, read_settings
 from ssd_cache.evaluation.geneval import (
@@ -64,6 +64,7 @@ def export_geneval(
     ] = Path("evaluation_metadata.jsonl"),
     samples: Annotated[int, typer.Option(help="Pictures of each prompt.", metavar="N")] = NUM_SAMPLES,
     model: ModelName = BUNDLED,
+    grid: Grid = None,
     head_map: HeadMapName = None,
     policy: PolicyName = "ssd",
     budget: BudgetText = "0.2",
@@ -83,7 +84,9 @@ def export_geneval(
     with refusing():
         prompts = read_prompts(prompts_file)
         folder = SampleFolder(output, prompts, samples)
-    options = Options(model, head_map, policy, budget, output, batch_size, guidance, temperature, seed, dtype, device)
+    options = Options(
+        model, grid, head_map, policy, budget, output, batch_size, guidance, temperature, seed, dtype, device
+    )
     pictures = GenEvalPictures(folder)
     export("geneval", pictures, pictures.prompts, [(it.tag, it.prompt) for it in prompts], samples, options)
 

@@ -56,9 +56,10 @@ def measure_fidelity(
         ValueError: no cache, one that is not fresh or no `SSDCache`, or a model whose numbers are not finite.
     """
     checkpoint = generator.checkpoint
-    cells = checkpoint.grid[0] * checkpoint.grid[1]
+    checkpoint.check_one_grid()
+    cells = checkpoint.num_visual_tokens
+    check_settings(None if generator.default_guidance is None else guidance_scale, temperature, seed)
     guidance_scale = generator.guidance_scale if guidance_scale is None else guidance_scale
-    check_settings(guidance_scale, temperature, seed)
     made = _fresh(checkpoint, caches)
     if tokens is not None:
         _check_tokens(tokens, len(prompts), cells)

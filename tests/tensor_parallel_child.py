@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import torch
-from models import left_padded_prompts
+from models import left_padded_prompts, words_tokenizer
 from transformers import JanusForConditionalGeneration, LlamaForCausalLM
 
-from ssd_cache import HeadMap, HeadMapError, SSDCache, enable
+from ssd_cache import HeadMap, SSDCache, enable, profile_heads
+from ssd_cache.models import generator_of
 
 SIDE = 8
 LABELS = torch.tensor([[True, False, True, True], [False, False, True, True]])  # process 1 has no semantic head
@@ -66,13 +67,16 @@ def errors(model, rank):
         "unlike maps": lambda: draw(model, MIXED if rank == 0 else ~MIXED, {"budget": 14, "buffer": 4}),
         "unlike budgets": lambda: draw(model, MIXED, {"budget": 14 + rank, "buffer": 4}),
         "not told": lambda: model.generate(torch.ones(1, 4, dtype=torch.long), past_key_values=SSDCache(MIXED, 1.0)),
+        "profile": lambda: profile_heads(
+            generator_of(model, words_tokenizer(["a", "circle"], {}), (SIDE, SIDE)), ["a circle"], progress=False
+        ),
     }
     found = {}
     for name, case in cases.items():
-        with contextlib.suppress(HeadMapError):
+        with contextlib.suppress(ValueError):  # HeadMapError among them
             try:
                 case()
-            except HeadMapError as error:
+            except ValueError as error:
                 found[name] = str(error)
                 raise
     return found

@@ -33,6 +33,7 @@ def folders(tmp_path_factory):
     for name in GRIDS:
         write_family(name, above / name)
     HeadMap(LABELS, (90, 91)).save_pretrained(above / "map")
+    HeadMap(LABELS, (90, 91), model_id="user/emu3").save_pretrained(above / "map-of-emu3")
     return above
 
 
@@ -87,6 +88,14 @@ def test_the_tokens_of_a_comparison_are_named_by_policy(run):
     assert result.exit_code == 0, result.output
     assert set(load_file("a.safetensors")) == {"full", "ssd", "h2o", "streaming-llm"}
     assert "does not know as an image generator: each prompt is followed by 6 x 6 plain tokens" in result.stderr
+
+
+def test_a_map_that_names_another_model_is_warned_of_and_used(run, folders):
+    options = ["--head-map", folders / "map-of-emu3", "--budget", 14, "--buffer", 4, "-o", "a.safetensors"]
+    for name, number in (("emu3", 0), ("llama", 1)):
+        result = run("generate", name, *PROMPTS, *options)
+        assert result.exit_code == 0, result.output
+        assert result.stderr.count("was made for user/emu3, and the model is ") == number
 
 
 @pytest.mark.parametrize("name", ["emu3", "llama"])

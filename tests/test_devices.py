@@ -17,6 +17,7 @@ import pytest
 import torch
 from models import left_padded_prompts, tiny_janus, tiny_llama
 from tensor_parallel_child import CASES, SIDE, draw, draw_janus, load
+from tiny_checkpoint import write_family
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, JanusForConditionalGeneration, LlamaForCausalLM
 
@@ -114,21 +115,18 @@ def free_port():
         return listener.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """The folder of a Llama of 4 KV heads and a Janus of 2, and what two processes drew with them."""
-    folder = tmp_path_factory.mktemp("parallel")
-    tiny_llama(heads=8, kv_heads=4, attn_implementation="sdpa").save_pretrained(folder / "llama")
-    tiny_janus(grid_side=SIDE, attn_implementation="sdpa").save_pretrained(folder / "janus")
+def run_both(command_of, **settings):
+    """Exit code, stdout and stderr of two processes of one group, each with its own command."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     children = [
         subprocess.Popen(
-            [sys.executable, TESTS / "tensor_parallel_child.py", folder],
+            command_of(rank),
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            **settings,
         )
         for rank in range(2)
     ]
@@ -137,8 +135,18 @@ def both(tmp_path_factory):
     finally:
         for child in children:
             child.kill()
-    assert [child.returncode for child in children] == [0, 0], "\n".join(stderr for _, stderr in answers)
-    return folder, [json.loads(stdout.splitlines()[-1]) for stdout, _ in answers]
+    return [(child.returncode, *answer) for child, answer in zip(children, answers, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The folder of a Llama of 4 KV heads and a Janus of 2, and what two processes drew with them."""
+    folder = tmp_path_factory.mktemp("parallel")
+    tiny_llama(heads=8, kv_heads=4, attn_implementation="sdpa").save_pretrained(folder / "llama")
+    tiny_janus(grid_side=SIDE, attn_implementation="sdpa").save_pretrained(folder / "janus")
+    answers = run_both(lambda rank: [sys.executable, TESTS / "tensor_parallel_child.py", folder])
+    assert [code for code, _, _ in answers] == [0, 0], "\n".join(stderr for *_, stderr in answers)
+    return folder, [json.loads(stdout.splitlines()[-1]) for _, stdout, _ in answers]
 
 
 def test_two_processes_draw_what_one_draws(both):
@@ -171,6 +179,31 @@ def test_processes_that_do_not_agree_are_told_both_in_each(both):
         assert result["online heads"] == 2
 
 
+def test_heads_are_not_measured_on_a_tensor_parallel_model(both):
+    for rank, result in enumerate(both[1]):
+        message = result["errors"]["profile"]
+        assert f"LlamaForCausalLM is tensor parallel, and process {rank} of 2 sees its own heads alone" in message
+        assert "without tp_plan" in message
+
+
+def test_processes_that_share_prompts_and_do_not_agree_are_told_both_in_each(tmp_path):
+    pytest.importorskip("accelerate")
+    write_family("llama", tmp_path / "llama")
+    labels = HeadMap(torch.tensor([[True, False], [False, True]]), (6, 6), model_id="llama")
+    for rank, head_map in enumerate((labels, ~labels)):
+        head_map.save_pretrained(tmp_path / f"map-{rank}")
+    command = [sys.executable, "-m", "ssd_cache.cli", "generate", "a red circle", "a blue square", "--batch-size", "1"]
+    command += ["--model", "llama", "--grid", "6x6", "--budget", "14", "--buffer", "4", "-o", "a.safetensors"]
+    answers = run_both(lambda rank: [*command, "--head-map", f"map-{rank}"], cwd=tmp_path)
+    for code, _, stderr in answers:
+        assert code == 2
+        message = stderr.splitlines()[-1]
+        assert message.startswith("ssd-cache: processes 0 and 1 of 2 do not agree: map, budget, buffer of ssd ")
+        assert labels.digest in message
+        assert (~labels).digest in message
+    assert not (tmp_path / "a.safetensors").exists()
+
+
 def test_a_part_of_a_map_is_refused_where_there_is_none():
     three = HeadMap.uniform("spatial", num_layers=1, num_kv_heads=3, grid=(SIDE, SIDE))
     with pytest.raises(HeadMapError, match="2 processes can not share 3 KV heads evenly.*divides 3"):
@@ -182,4 +215,13 @@ def test_a_part_of_a_map_is_refused_where_there_is_none():
     cache = SSDCache(MAP, 1.0, shard=(1, 2))
     states = torch.zeros(1, 2, 3, 8)
     with pytest.raises(HeadMapError, match="2 KV heads, of which process 1 of 2 holds its part.*has 2 KV heads: use"):
+        cache.update(states, states, 0)
+
+
+def test_a_torch_without_processes_is_not_asked_about_them(monkeypatch):
+    """Builds without the distributed part have no `is_initialized`."""
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    monkeypatch.delattr(torch.distributed, "is_initialized")
+    cache, states = SSDCache(MAP, 1.0), torch.zeros(1, 1, 3, 8)
+    with pytest.raises(HeadMapError, match="has 1 KV heads: use the map that was made for this model"):
         cache.update(states, states, 0)

@@ -5,6 +5,8 @@ On a small random Janus with the words of shapes-janus; the Hub road is walked i
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +69,23 @@ def _head_map(path):
     head_map().save_pretrained(path)
 
 
+def _pipeline(path):
+    parts = {"_class_name": "GlmImagePipeline", "vae": ["diffusers", "AutoencoderKL"]}
+    parts["vision_language_encoder"] = ["transformers", "GlmImageForConditionalGeneration"]
+    (path / "model_index.json").write_text(json.dumps(parts))
+
+
+def _diffusion_alone(path):
+    # its text encoder could generate text, and draws nothing
+    parts = {"_class_name": "QwenImagePipeline", "transformer": ["diffusers", "QwenImageTransformer2DModel"]}
+    parts["text_encoder"] = ["transformers", "Qwen2_5_VLForConditionalGeneration"]
+    (path / "model_index.json").write_text(json.dumps(parts))
+
+
+def _broken_pipeline(path):
+    (path / "model_index.json").write_text("[]")
+
+
 def _other_type(path):
     AutoConfig.for_model("llama").save_pretrained(path)
 
@@ -78,6 +97,9 @@ def _other_type(path):
         (_no_json, "its config.json can not be read"),
         (_no_type, "its config.json can not be read"),
         (_head_map, "is a head map, not a model"),
+        (_pipeline, r"diffusers pipeline GlmImagePipeline; .*enable\(pipe.vision_language_encoder, head_map, ...\)"),
+        (_diffusion_alone, "pipeline QwenImagePipeline, none of whose parts draws token by token"),
+        (_broken_pipeline, "a pipeline of diffusers whose model_index.json can not be read"),
         (_other_type, "is of type 'llama'; ssd-cache draws with emu3, glm_image, janus, multi_"),
     ],
 )

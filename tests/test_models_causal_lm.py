@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import left_padded_prompts, tiny_causal
 from tiny_checkpoint import write_family
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, T5Config, T5ForConditionalGeneration
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache, enable, profile_heads
 from ssd_cache.models import CausalLMGenerator, GeneratorError, find_generator, generator_of
@@ -86,10 +86,47 @@ def test_a_map_of_another_model_is_refused_by_both_roads():
         draw(model, SSDCache(other))
 
 
-def test_what_is_no_model_is_refused():
-    with pytest.raises(TypeError, match="enable got a str, which has no autoregressive part"):
-        with enable("deepseek-community/Janus-Pro-1B", HEAD_MAP):
+def encoder_and_decoder():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(vocab_size=64, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: "deepseek-community/Janus-Pro-1B", "a str, which has no autoregressive part"),
+        (lambda: tiny_causal("llama").model, "a LlamaModel, which has no autoregressive part: it needs .* generate"),
+        (lambda: encoder_and_decoder().encoder, "a T5Stack, which has no autoregressive part"),
+        (lambda: torch.nn.Linear(2, 2), "a Linear, which has no autoregressive part"),
+        (encoder_and_decoder, "a T5ForConditionalGeneration, whose prompts go through an encoder"),
+    ],
+    ids=["name", "no generate", "encoder", "layer", "encoder and decoder"],
+)
+def test_what_is_no_generating_decoder_is_refused(make, message):
+    with pytest.raises(TypeError, match=f"enable got {message}"):
+        with enable(make(), HEAD_MAP):
             pass
+
+
+@pytest.mark.parametrize(
+    ("made_for", "model_id", "warns"),
+    [
+        ("user/Some-Llama", "user/Some-Llama", False),
+        ("user/Some-Llama", "/models/some-llama-copy", False),
+        ("/models/Some-Llama/", "user/Some-Llama", False),
+        (None, "user/Some-Llama", False),
+        ("user/Some-Llama", "", False),  # a model made in memory
+        ("user/Some-Llama", "user/Other", True),
+    ],
+)
+def test_a_map_that_fits_but_names_another_model_is_warned_of(recwarn, made_for, model_id, warns):
+    model, head_map = tiny_causal("llama"), HeadMap(HEAD_MAP.is_spatial, GRID, model_id=made_for)
+    model.name_or_path = model_id
+    with enable(model, head_map):
+        pass
+    texts = [str(warning.message) for warning in recwarn if "was made for" in str(warning.message)]
+    assert len(texts) == warns
+    assert all(f"was made for {made_for}, and the model is {model_id}" in text for text in texts)
 
 
 @pytest.fixture(scope="module")

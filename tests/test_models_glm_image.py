@@ -136,6 +136,12 @@ def test_a_pipeline_is_not_its_autoregressive_part(pipe):
             pass
 
 
+def test_a_pipelines_folder_is_told_what_to_do(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(GeneratorError, match="GlmImagePipeline; .*enable\\(pipe.vision_language_encoder, head_map"):
+        find_generator(str(tmp_path))
+
+
 def test_a_pipeline_without_an_autoregressive_part_is_refused(pipe):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     without = diffusers.DDPMPipeline(unet=pipe.transformer, scheduler=diffusers.DDPMScheduler())

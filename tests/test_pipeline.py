@@ -29,7 +29,7 @@ class ChannelsFirst(JanusImageProcessorPil):
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
-    folder = write_checkpoint(tmp_path_factory.mktemp("pipeline") / "model", guidance_scale=3.0)
+    folder = write_checkpoint(tmp_path_factory.mktemp("tiny") / "model", guidance_scale=3.0)
     model = JanusForConditionalGeneration.from_pretrained(folder).eval()
     processor = JanusProcessor.from_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:

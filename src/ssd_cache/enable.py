@@ -41,7 +41,7 @@ def enable(model: PreTrainedModel, head_map: HeadMap, *, fast: bool = False, **s
         The model. A call that brings its own cache keeps it, and is left as it is.
 
     Raises:
-        TypeError: no transformers model with `generate`, such as a whole pipeline.
+        TypeError: no transformers model with `generate`, such as a whole pipeline, or one that has an encoder too.
         HeadMapError: the map does not fit the model's configuration, or the processes of a tensor parallel model were
             given unlike maps or settings.
         ValueError: a setting out of range, or layers that attend a sliding window; before anything is generated.
@@ -55,6 +55,7 @@ def enable(model: PreTrainedModel, head_map: HeadMap, *, fast: bool = False, **s
     settings = {"shard": shard_of(model), **settings}
     SSDCache(head_map, **settings)  # refuse bad settings now, not in the middle of a pipeline
     head_map.check_fits(type(model).__name__, *decoder_shape(model.config.get_text_config(decoder=True)))
+    head_map.check_made_for(model.name_or_path)
     family = family_of(model.config)
     own_generate = vars(model).get("generate")
     generate = model.generate
@@ -118,6 +119,11 @@ NEGATIVE = ("negative_prompt_ids", "negative_prompt_attention_mask")
 def _check_generates(model: Any) -> None:
     """Refuse what has no `generate`, and name the parts of a pipeline that have one."""
     if isinstance(model, PreTrainedModel) and callable(getattr(model, "generate", None)):
+        if model.config.is_encoder_decoder:
+            raise TypeError(
+                f"enable got a {type(model).__name__}, whose prompts go through an encoder: SSDCache holds prompt and "
+                "picture in one cache, of a model that is a decoder alone"
+            )
         return
     found = f"a {type(model).__name__}"
     parts = getattr(model, "components", None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -266,6 +267,20 @@ class HeadMap:
             raise HeadMapError(
                 f"the head map ({self.origin}) has {self.num_layers} layers x {self.num_kv_heads} KV heads{ours}, but "
                 f"{model} has {num_layers} x {num_kv_heads}{theirs}: use the map that was made for this model"
+            )
+
+    def check_made_for(self, model_id: str) -> None:
+        """Warn when this map names another model than this one: shapes can not tell whose labels they are.
+
+        A warning and no error, since a model goes by several names: it is the same one when the last part of
+        `self.model_id` occurs in `model_id` (a Hub id, a folder of that name, the Hub's cache).
+        """
+        made_for = (self.model_id or "").rstrip("/").rpartition("/")[2]
+        if model_id and made_for.lower() not in model_id.lower():
+            warnings.warn(
+                f"the head map ({self.origin}) was made for {self.model_id}, and the model is {model_id}: its "
+                "labels may be no better than chance here (`ssd-cache eval fidelity` tells)",
+                stacklevel=3,
             )
 
     def __invert__(self) -> HeadMap:

@@ -24,6 +24,7 @@ from ssd_cache.models import Generator, GeneratorError, generator_of
 from ssd_cache.models.settings import check_texts
 from ssd_cache.observing import HeadObserver
 from ssd_cache.profiling_state import Processes, load_state, save_state
+from ssd_cache.sharding import check_whole
 from ssd_cache.statistics import HeadStatistics, Level, ProfilingError, resolve_levels
 from ssd_cache.watching import WatchingCache
 
@@ -61,6 +62,7 @@ def measure_heads(
     check_count("batch_size", batch_size, 1)
     checkpoint = generator.checkpoint
     checkpoint.check_one_grid()
+    check_whole(generator.language_model)
     found = resolve_levels(checkpoint.grid, budget, levels, buffer=buffer, num_recent=num_recent, num_sinks=num_sinks)
     check_prompts(generator, prompts)
     prompts = list(prompts)
@@ -74,6 +76,7 @@ def measure_heads(
     path, processes, done = Path(state_file) if state_file else None, Processes(), 0
     if path is not None and path.exists() and processes.is_main:
         done = load_state(path, statistics, fingerprint)
+    processes.check_agreement(fingerprint)
     statistics, done = processes.from_main(statistics, done)
     batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     cells = checkpoint.grid[0] * checkpoint.grid[1]

@@ -117,6 +117,27 @@ class Processes:
         if self.count > 1:
             self._state.destroy_process_group()
 
+    def check_agreement(self, facts: Mapping[str, Any]) -> None:
+        """Refuse processes that were given unlike things, such as head maps: each would draw pictures of its own kind.
+
+        All of them have to come here.
+
+        Raises:
+            ProfilingError: in every process, naming what the first that differs has, and process 0.
+        """
+        told = self.gather_all(dict(facts))
+        for number, other in enumerate(told):
+            differing = [
+                f"{name} {told[0].get(name)!r} and {other.get(name)!r}"
+                for name in sorted(told[0].keys() | other.keys())
+                if told[0].get(name) != other.get(name)
+            ]
+            if differing:
+                raise ProfilingError(
+                    f"processes 0 and {number} of {self.count} do not agree: {'; '.join(differing)}; give all of them "
+                    "the same"
+                )
+
     def gather(self, statistics: HeadStatistics) -> list[HeadStatistics]:
         """What every process brings, in the order of the processes."""
         if self.count == 1:

@@ -48,6 +48,21 @@ def own_heads(head_map: HeadMap, shard: tuple[int, int]) -> slice:
     return slice(index * held, (index + 1) * held)
 
 
+def check_whole(model: PreTrainedModel) -> None:
+    """Refuse a tensor parallel model where all heads are looked at together.
+
+    Raises:
+        ValueError: naming other ways to use several devices.
+    """
+    index, count = shard_of(model)
+    if count > 1:
+        raise ValueError(
+            f"this {type(model).__name__} is tensor parallel, and process {index} of {count} sees its own heads alone: "
+            "heads are measured on a whole model. Load it without tp_plan, with device_map='auto' if one device is too "
+            "small for it; pictures can be shared by processes (`accelerate launch`)"
+        )
+
+
 def check_agreement(model: PreTrainedModel, head_map: HeadMap, settings: Mapping[str, Any]) -> None:
     """Refuse processes of one tensor parallel model with unlike maps or settings: each would hold other tokens.
 
@@ -60,7 +75,7 @@ def check_agreement(model: PreTrainedModel, head_map: HeadMap, settings: Mapping
     if mesh is None:
         return
     mine = f"head map {head_map.digest} ({head_map.origin}) and settings {dict(settings)}"
-    same = f"{head_map.digest} {head_map.is_online} {dict(settings)}"
+    same = f"{head_map.digest} {head_map.is_online} {head_map.budget} {dict(settings)}"
     told: list[Any] = [None] * mesh.size()
     torch.distributed.all_gather_object(told, (same, mine), group=mesh.get_group())
     for number, (other, words) in enumerate(told):

@@ -28,6 +28,7 @@ from ssd_cache.enable import ssd_attention
 from ssd_cache.head_map import HeadMap
 from ssd_cache.measuring import check_prompts, draw_watched
 from ssd_cache.models import Generator, check_drawing, generator_of
+from ssd_cache.sharding import check_whole
 from ssd_cache.watching import WatchingCache
 
 
@@ -113,6 +114,7 @@ def run_plan(
     progress: bool = True,
 ) -> Analysis:
     """Draw and measure what was planned; see `analyze`."""
+    check_whole(generator.language_model)
     check_prompts(generator, [prompt])
     checkpoint, head_map = generator.checkpoint, plan.head_map
     is_unconditional = generator.is_unconditional(plan.num_images)

@@ -35,6 +35,7 @@ from ssd_cache.cli.options import (
 from ssd_cache.cli.plan import choose_policies, make_caches, parse_budget
 from ssd_cache.cli.report import process_peak, size, table
 from ssd_cache.cli.sheet import Row, contact_sheet
+from ssd_cache.evaluation.runner import digest_of
 from ssd_cache.fast_decode import fast_decode
 from ssd_cache.models import BUNDLED, Generator, check_drawing, resolve_device, resolve_dtype
 from ssd_cache.profiling_state import Processes
@@ -138,6 +139,22 @@ def generate(
                 f"{processes.count} processes share the batches, and there are {num_batches}: give a smaller "
                 f"--batch-size than {batch_size or len(texts)}, or start fewer processes"
             )
+        processes.check_agreement(
+            {
+                "model": checkpoint.name,
+                "grid": checkpoint.grid,
+                "prompts": texts,
+                "dtype": kind,
+                "guidance": guidance,
+                "temperature": temperature,
+                "seed": seed,
+                "batch size": batch_size,
+                **{
+                    f"map, budget, buffer of {name}": [digest_of(cache.head_map), cache.budget, cache.buffer]
+                    for name, cache in caches.items()
+                },
+            }
+        )
     generator = load_generator(checkpoint, kind, where)
 
     with fast_decode(generator.model) if fast else nullcontext():

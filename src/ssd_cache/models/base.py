@@ -225,6 +225,7 @@ class Checkpoint:
 
         Args:
             name: a folder or Hub id; when not given, the map that travels in the checkpoint's folder, if there is one.
+                A map that names another model is warned of.
 
         Raises:
             HeadMapError: a map that can not be read.
@@ -234,6 +235,7 @@ class Checkpoint:
             found = HeadMap.from_pretrained(folder) if folder.is_dir() else None
         else:
             found = HeadMap.from_pretrained(name)
+            found.check_made_for(self.name)
         if found is None or self.asked_grid is None:
             return found
         return found.with_grid(self.grid, self.previews)

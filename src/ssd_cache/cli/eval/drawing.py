@@ -6,6 +6,7 @@ All that can be refused is refused before weights are loaded. How a batch is dra
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,6 +132,7 @@ def export(
                 settings={name: getattr(cache, name) for name in SETTINGS},
             ),
         }
+        processes.check_agreement(settings | {"prompts": hashlib.sha256(prompts.encode()).hexdigest()})
         claim_folder(pictures.root, settings, prompts, write=processes.is_main)
     generator = load_generator(checkpoint, kind, where)
     try:

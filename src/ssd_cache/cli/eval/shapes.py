@@ -110,6 +110,7 @@ def shapes(
             "policies": plan.describe(),
             "command": {"model": model, "head_map": head_map},
         }
+        processes.check_agreement(run["conditions"] | {"policies": run["policies"]})
         results = ResultsFolder(output, run, processes.index)
     try:
         with results:

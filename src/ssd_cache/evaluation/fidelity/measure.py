@@ -17,6 +17,7 @@ from ssd_cache.evaluation.fidelity.lockstep import Lockstep, Trace
 from ssd_cache.evaluation.fidelity.result import Fidelity
 from ssd_cache.evaluation.policies import mean_slots
 from ssd_cache.models import Checkpoint, Generator, GeneratorError, check_drawing
+from ssd_cache.sharding import check_whole
 
 
 def measure_fidelity(
@@ -57,6 +58,7 @@ def measure_fidelity(
     """
     checkpoint = generator.checkpoint
     checkpoint.check_one_grid()
+    check_whole(generator.language_model)
     cells = checkpoint.num_visual_tokens
     check_settings(None if generator.default_guidance is None else guidance_scale, temperature, seed)
     guidance_scale = generator.guidance_scale if guidance_scale is None else guidance_scale

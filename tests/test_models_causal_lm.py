@@ -26,7 +26,7 @@ def draw(model, cache, **settings):
     )
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "phi3", "olmo2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "phi3", "olmo2", "gemma"])
 def test_full_attention_is_dynamic_cache_at_a_full_budget_and_works_at_a_fifth(model_type):
     model = tiny_causal(model_type)
     expected = draw(model, DynamicCache())
@@ -36,8 +36,9 @@ def test_full_attention_is_dynamic_cache_at_a_full_budget_and_works_at_a_fifth(m
     assert {store.num_slots for layer in cache.layers for store in layer.stores} == {19}
 
 
-def test_guidance_of_any_of_them_is_drawn_in_one_batch():
-    model = tiny_causal("qwen3")
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "gemma"])
+def test_guidance_of_any_of_them_is_drawn_in_one_batch(model_type):
+    model = tiny_causal(model_type)
     inputs, negative = left_padded_prompts([5, 9]), left_padded_prompts([3, 3], seed=1)
     call = inputs | {"negative_prompt_ids": negative["input_ids"], "guidance_scale": 2.0, "do_sample": False}
     expected = model.generate(**call, max_new_tokens=60, return_dict_in_generate=True, output_scores=True)

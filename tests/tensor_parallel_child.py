@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import torch
-from models import left_padded_prompts, words_tokenizer
-from transformers import JanusForConditionalGeneration, LlamaForCausalLM
+from models import glm_image_processor, left_padded_prompts, words_tokenizer
+from transformers import GlmImageForConditionalGeneration, JanusForConditionalGeneration, LlamaForCausalLM
 
 from ssd_cache import HeadMap, SSDCache, enable, profile_heads
 from ssd_cache.models import generator_of
@@ -56,6 +56,17 @@ def draw_janus(model):
         ).tolist()
 
 
+def draw_glm(model):
+    """Preview and picture, of prompts with padding."""
+    generator = generator_of(model, glm_image_processor(), (8, 4))
+    head_map = HeadMap(JANUS_MAP.is_spatial, (8, 4), previews=[(22, 11)])
+    with enable(model, head_map, budget=0.2):
+        torch.manual_seed(0)
+        inputs = generator.prepare(["a photo of a red circle", "a blue square"])
+        number = head_map.num_visual_tokens
+        return model.generate(**inputs, min_new_tokens=number, max_new_tokens=number, do_sample=True).tolist()
+
+
 def load(family, folder, **kwargs):
     # in float64 a sum over two processes is next to one over all, so no token hangs on the last bit
     return family.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa", **kwargs).eval()
@@ -92,6 +103,7 @@ def main(folder: Path) -> None:
     result["errors"] = errors(model, rank)
     result["online heads"] = len(SSDCache.online(model, 14, grid=(SIDE, SIDE), buffer=4).layers[0].plan.is_spatial)
     result["janus"] = draw_janus(load(JanusForConditionalGeneration, folder / "janus", **split))
+    result["glm"] = draw_glm(load(GlmImageForConditionalGeneration, folder / "glm", **split))
     print(json.dumps(result))
     torch.distributed.destroy_process_group()
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from models import left_padded_prompts, tiny_janus, tiny_llama
-from tensor_parallel_child import CASES, SIDE, draw, draw_janus, load
+from tensor_parallel_child import CASES, SIDE, draw, draw_glm, draw_janus, load
 from tiny_checkpoint import write_family
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DynamicCache, JanusForConditionalGeneration, LlamaForCausalLM
+from transformers import DynamicCache, GlmImageForConditionalGeneration, JanusForConditionalGeneration, LlamaForCausalLM
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache
 from ssd_cache.sharding import own_heads, shard_of
@@ -140,10 +140,11 @@ def run_both(command_of, **settings):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """The folder of a Llama of 4 KV heads and a Janus of 2, and what two processes drew with them."""
+    """The folder of a Llama of 4 KV heads, a Janus and a GLM-Image of 2, and what two processes drew with them."""
     folder = tmp_path_factory.mktemp("parallel")
     tiny_llama(heads=8, kv_heads=4, attn_implementation="sdpa").save_pretrained(folder / "llama")
     tiny_janus(grid_side=SIDE, attn_implementation="sdpa").save_pretrained(folder / "janus")
+    write_family("glm", folder / "glm")
     answers = run_both(lambda rank: [sys.executable, TESTS / "tensor_parallel_child.py", folder])
     assert [code for code, _, _ in answers] == [0, 0], "\n".join(stderr for *_, stderr in answers)
     return folder, [json.loads(stdout.splitlines()[-1]) for _, stdout, _ in answers]
@@ -164,6 +165,12 @@ def test_two_processes_draw_a_janus_picture(both):
     folder, results = both
     tokens = draw_janus(load(JanusForConditionalGeneration, folder / "janus"))
     assert [result["janus"] for result in results] == [tokens, tokens]
+
+
+def test_two_processes_draw_a_glm_image_picture(both):
+    folder, results = both
+    tokens = draw_glm(load(GlmImageForConditionalGeneration, folder / "glm"))
+    assert [result["glm"] for result in results] == [tokens, tokens]
 
 
 def test_processes_that_do_not_agree_are_told_both_in_each(both):

@@ -63,7 +63,9 @@ def write_checkpoint(folder: Path, *, guidance_scale=None, temperature=None, wit
 
 
 def write_family(name: str, folder: Path) -> Path:
-    """A checkpoint of two layers and two KV heads: "emu3", "glm" or "llama"."""
+    """A checkpoint of two layers and two KV heads: "janus", "emu3", "glm" or "llama"."""
+    if name == "janus":
+        return write_checkpoint(folder, with_head_map=False)
     if name == "llama":
         processor = words_tokenizer(["a", "red", "blue", "circle", "square", "and"], {})
         model = tiny_causal("llama", attn_implementation="sdpa")

@@ -17,6 +17,7 @@ from models import words_tokenizer
 from transformers import DynamicCache
 
 from ssd_cache import HeadMap, SSDCache, measure_heads
+from ssd_cache.evaluation.fidelity import measure_fidelity
 from ssd_cache.models import DeepSeekJanusGenerator, GeneratorError, deepseek_janus, find_generator
 
 try:
@@ -147,6 +148,9 @@ def test_it_is_a_generator_like_all_others(folder, generator):
     assert generator.to_images(tokens)[0].size == (384, 384)
     statistics = measure_heads(generator, [PROMPT], progress=False)
     assert statistics.num_pictures == 1
+    caches = {"full": lambda: SSDCache(HEAD_MAP, 1.0), "small": lambda: SSDCache(HEAD_MAP, 0.2)}
+    found = measure_fidelity(generator, [PROMPT], caches)
+    assert found["full"].mean_kl == 0 < found["small"].mean_kl
     assert generator.model.language_model.config._attn_implementation == "ssd"
 
 

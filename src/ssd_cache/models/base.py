@@ -104,6 +104,11 @@ class Generator(ABC):
         """The transformers model whose attention has to be "ssd"; a part of `model` where that is no such model."""
         return self.model
 
+    @property
+    def visual_head(self) -> torch.nn.Module | None:
+        """What scores visual tokens; the head for all tokens unless the family has one of its own for pictures."""
+        return self.model.get_output_embeddings()
+
     @abstractmethod
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Inputs for the model's own `generate`, left-padded `[batch, prompt length]`, on the model's device."""

@@ -133,6 +133,10 @@ class DeepSeekJanusGenerator(Generator):
     def language_model(self) -> PreTrainedModel:
         return self.model.language_model
 
+    @property
+    def visual_head(self) -> torch.nn.Module:
+        return self.model.gen_head
+
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """The conditional rows alone; drawing puts an unconditional one after each."""
         ids, mask = prepare(self.model, self.processor, prompts)

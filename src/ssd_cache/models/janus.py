@@ -50,6 +50,10 @@ class JanusGenerator(Generator):
             part.to(torch.float32 if name == "vqmodel" else dtype)  # pictures are decoded in float32 at any dtype
         return cls(checkpoint, model.to(device).eval(), processor)
 
+    @property
+    def visual_head(self) -> torch.nn.Module:
+        return self.model.model.generation_head
+
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """As transformers' documentation does it: the chat template, if the processor has one, and begin-of-image."""
         texts = list(prompts)

@@ -203,10 +203,7 @@ def parts_of(
     Raises:
         GeneratorError: a model that is built otherwise.
     """
-    model = generator.model
-    decoder = model.get_decoder()
-    # Janus has a head of its own for pictures; other families score all tokens in one
-    head = getattr(model.base_model, "generation_head", None) or model.get_output_embeddings()
+    decoder, head = generator.language_model.get_decoder(), generator.visual_head
     projections = {
         module.layer_idx: module.o_proj
         for module in decoder.modules()

@@ -67,7 +67,7 @@ def measure_fidelity(
         _check_tokens(tokens, len(prompts), cells)
     lockstep = Lockstep(generator, list(made.values()), len(prompts), guidance_scale, temperature, tokens)
     with (
-        ssd_attention(generator.model),
+        ssd_attention(generator.language_model),
         lockstep.hooked(),
         tqdm(
             total=len(prompts) * cells,

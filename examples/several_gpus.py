@@ -16,7 +16,7 @@ from pathlib import Path
 import typer
 from PIL import Image
 
-from ssd_cache import HeadMap, SSDCache
+from ssd_cache import SSDCache
 from ssd_cache.evaluation.export import claim_folder, draw_pictures
 from ssd_cache.models import find_generator, resolve_device, resolve_dtype
 from ssd_cache.profiling_state import Processes
@@ -64,12 +64,13 @@ def main(
     where = resolve_device(processes.choose_device(device))
     kind = resolve_dtype(dtype, where)
     checkpoint = find_generator(model)
-    labels = checkpoint.head_map() if head_map is None else HeadMap.from_pretrained(head_map)
+    labels = checkpoint.head_map(head_map)
     if labels is None:
         raise typer.BadParameter(f"{model} has no head map in its folder: give --head-map", param_hint="--head-map")
     checkpoint.check_head_map(labels)
     settings = {"format": "ssd-cache several-gpus 1", "model": model, "head_map": labels.digest, "budget": budget}
     settings |= {"batch_size": batch_size, "seed": seed, "dtype": str(kind)}
+    processes.check_agreement(settings | {"prompts": prompts})
     claim_folder(output, settings, "\n".join(prompts) + "\n", write=processes.is_main)
 
     pictures = Pictures(output, prompts)

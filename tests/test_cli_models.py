@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_checkpoint import write_family
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from ssd_cache import HeadMap, SSDCache
@@ -131,6 +132,14 @@ def test_analyze_draws_an_emu3_in_a_stated_grid(run, folders):
     result = run("analyze", "emu3", PROMPTS[0], *options)
     assert result.exit_code == 0, result.output
     assert Path("analysis/report.html").exists()
+
+
+def test_inspect_finds_the_map_that_a_model_of_any_type_carries(tmp_path):
+    AutoConfig.for_model("llama").save_pretrained(tmp_path)
+    HeadMap(LABELS, (6, 6), model_id="user/llama").save_pretrained(tmp_path / "head_map")
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "user/llama" in result.stdout
 
 
 GENEVAL = {"prompt": "a red circle", "tag": "single_object", "include": [{"class": "bench", "count": 1}]}

@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ssd_cache.analysis.scores import head_scores
-from ssd_cache.cli.errors import WrongUse, refusing
+from ssd_cache.cli.errors import refusing
 from ssd_cache.cli.files import check_output, save_picture
 from ssd_cache.head_map import HeadMap
 from ssd_cache.head_map_card import picture
 from ssd_cache.head_map_checks import format_rasters
-from ssd_cache.models import BUNDLED, find_generator
+from ssd_cache.models import BUNDLED
+from ssd_cache.models.base import HEAD_MAP_FOLDER
+from ssd_cache.models.find import BUNDLED_FOLDER
 
 
 def inspect(
@@ -83,11 +85,6 @@ def inspect(
 
 
 def _find(source: str) -> HeadMap:
-    """The map itself, or the one that a model carries."""
-    folder = Path(source).expanduser()
-    if source != BUNDLED and not (folder / "head_map").is_dir():
-        return HeadMap.from_pretrained(source)
-    head_map = find_generator(source).head_map()
-    if head_map is None:
-        raise WrongUse(f"{source} has no head map in its folder")
-    return head_map
+    """The map itself, or the one that a model of any type carries in its folder."""
+    carried = (BUNDLED_FOLDER if source == BUNDLED else Path(source).expanduser()) / HEAD_MAP_FOLDER
+    return HeadMap.from_pretrained(carried if carried.is_dir() else source)

@@ -35,8 +35,8 @@ ModelName = Annotated[
 Grid = Annotated[
     str | None,
     typer.Option(
-        help="Rows and columns of visual tokens, for a model that draws in several sizes, and for any other causal "
-        "language model, which is drawn with as plain tokens: 45x46.",
+        help="Rows and columns of visual tokens, a token that ends a row included: 45x46. For models that draw in "
+        "several sizes, and for any other causal language model, drawn with as plain tokens.",
         metavar="ROWSxCOLUMNS",
         show_default="the model's own",
         rich_help_panel=MODEL,

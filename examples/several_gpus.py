@@ -18,6 +18,7 @@ from PIL import Image
 
 from ssd_cache import SSDCache
 from ssd_cache.evaluation.export import claim_folder, draw_pictures
+from ssd_cache.measuring import prompts_sha256
 from ssd_cache.models import find_generator, resolve_device, resolve_dtype
 from ssd_cache.profiling_state import Processes
 from ssd_cache.writing import write_files
@@ -70,7 +71,7 @@ def main(
     checkpoint.check_head_map(labels)
     settings = {"format": "ssd-cache several-gpus 1", "model": model, "head_map": labels.digest, "budget": budget}
     settings |= {"batch_size": batch_size, "seed": seed, "dtype": str(kind)}
-    processes.check_agreement(settings | {"prompts": prompts})
+    processes.check_agreement(settings | {"prompts": prompts_sha256(prompts)})
     claim_folder(output, settings, "\n".join(prompts) + "\n", write=processes.is_main)
 
     pictures = Pictures(output, prompts)

@@ -84,10 +84,10 @@ def test_generate_writes_the_visual_tokens_of_every_family(run, folders, name):
 
 def test_the_tokens_of_a_comparison_are_named_by_policy(run):
     result = run(
-        "generate", "llama", *PROMPTS, "--compare", "--head-map", "online", "--budget", 18, "-o", "a.safetensors"
+        "generate", "llama", *PROMPTS, "--compare", "--head-map", "online", "--budget", 18, "-o", "A.SAFETENSORS"
     )
     assert result.exit_code == 0, result.output
-    assert set(load_file("a.safetensors")) == {"full", "ssd", "h2o", "streaming-llm"}
+    assert set(load_file("A.SAFETENSORS")) == {"full", "ssd", "h2o", "streaming-llm"}
     assert "does not know as an image generator: each prompt is followed by 6 x 6 plain tokens" in result.stderr
 
 

@@ -37,6 +37,7 @@ from ssd_cache.cli.report import process_peak, size, table
 from ssd_cache.cli.sheet import Row, contact_sheet
 from ssd_cache.evaluation.runner import digest_of
 from ssd_cache.fast_decode import fast_decode
+from ssd_cache.measuring import prompts_sha256
 from ssd_cache.models import BUNDLED, Generator, check_drawing, resolve_device, resolve_dtype
 from ssd_cache.profiling_state import Processes
 from ssd_cache.writing import write_files
@@ -131,7 +132,7 @@ def generate(
         where = resolve_device(processes.choose_device(device))
         kind = resolve_dtype(dtype, where)
         checkpoint = find_model(model, grid)
-        if place.suffix != TOKENS:
+        if place.suffix.lower() != TOKENS:
             checkpoint.check_pictures()
         caches = make_caches(checkpoint, policies, head_map, amount, buffer)
         if processes.count > (num_batches := -(-len(texts) // (batch_size or len(texts)))):
@@ -143,7 +144,7 @@ def generate(
             {
                 "model": checkpoint.name,
                 "grid": checkpoint.grid,
-                "prompts": texts,
+                "prompts": prompts_sha256(texts),
                 "dtype": kind,
                 "guidance": guidance,
                 "temperature": temperature,
@@ -190,7 +191,7 @@ def generate(
 
 def _save(generator: Generator, drawings: list[Drawing], captions: list[str], num_images: int, place: Path) -> str:
     """Write what the name of the place asks for; returns its measures."""
-    if place.suffix == TOKENS:
+    if place.suffix.lower() == TOKENS:
         write_files({place: safetensors.torch.save({drawing.policy: drawing.tokens for drawing in drawings})})
         return f"{' x '.join(map(str, drawings[0].tokens.shape))} tokens"
     picture = _sheet([(drawing, generator.to_images(drawing.tokens)) for drawing in drawings], captions, num_images)

@@ -6,6 +6,7 @@ Only `config.json` is read, or downloaded, here. Weights are `Checkpoint.load`'s
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import transformers
@@ -179,6 +180,7 @@ def _described_pipeline(index: Path) -> str:
 
 
 def _draws(model_class: type | None) -> bool:
+    """Whether a class of transformers is that of a family."""
     return getattr(getattr(model_class, "config_class", None), "model_type", None) in FAMILIES
 
 
@@ -218,15 +220,14 @@ def _config_from_hub(name: str) -> Path:
 
 
 def _download(name: str) -> Path:
+    """config.json of a repository, or what diffusers has in its place; raises as `hf_hub_download`."""
     try:
         return Path(hf_hub_download(name, "config.json"))
-    except LocalEntryNotFoundError:
+    except LocalEntryNotFoundError:  # offline: nobody knows what is there
         raise
     except EntryNotFoundError:
-        try:
+        with suppress(EntryNotFoundError):
             return Path(hf_hub_download(name, PIPELINE_FILE))
-        except EntryNotFoundError:
-            pass
         raise
 
 

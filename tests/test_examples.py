@@ -90,6 +90,18 @@ def test_pictures_per_gpu_counts_what_a_cache_really_holds(folder, capsys):
     assert example.Need(weights=10, picture=3).pictures(9) == 0
 
 
+def test_where_policies_fail_frames_what_is_wrong(tmp_path, capsys):
+    example = load("where_policies_fail")
+    example.main("streaming-llm", per_kind=1, device="cpu", output=tmp_path / "failures.png")
+    wrong = capsys.readouterr().out.count("streaming-llm 20%: ")
+    assert 0 < wrong < 6
+    sheet = Image.open(tmp_path / "failures.png").convert("RGB")
+    side = 384  # of a picture of shapes-janus
+    framed = sheet.get_flattened_data().count(example.WRONG)
+    edge = side // 32
+    assert framed == wrong * (side**2 - (side - 2 * edge) ** 2)
+
+
 @pytest.mark.parametrize("room", [0, 1, 2, 5, 16, 37])
 def test_pictures_per_gpu_finds_the_largest_batch(room):
     tried = []

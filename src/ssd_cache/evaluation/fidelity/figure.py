@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DASHES = ("-", "--", ":", "-.")
+LOWEST_KL = 1e-8
+"""Nats; what lies below on an axis is nearly nothing, yet would take most of it."""
 
 
 def draw_fidelity(results: Mapping[str, Fidelity]) -> Figure:
@@ -50,10 +52,14 @@ def draw_fidelity(results: Mapping[str, Fidelity]) -> Figure:
     for order, (name, result) in enumerate(results.items()):
         agreement = result.by_grid_row(result.agrees.T).mean(1)
         lowest = min(lowest, agreement.min().item())
-        style = {**styles[name], "zorder": 3 - order / len(results)}  # the first lies on top
+        width = 1.5 if len(results) <= 8 else 1.0
+        style = {**styles[name], "linewidth": width, "zorder": 3 - order / len(results)}  # the first lies on top
         panels[0].plot(positive(result.by_grid_row(result.kl.T).mean(1)), label=name, **style)
         panels[1].plot(agreement, **style)
     panels[0].set_yscale("log")
+    low, high = panels[0].get_ylim()
+    if high > 10 * LOWEST_KL:
+        panels[0].set_ylim(max(LOWEST_KL, low), high)
     panels[1].set_ylim(1 - 1.05 * (1 - lowest), 1 + 0.05 * (1 - lowest))
     if several:
         _draw_by_budget(panels[2], results, policies)
@@ -83,7 +89,7 @@ def _draw_by_budget(axes: Axes, results: Mapping[str, Fidelity], policies: Mappi
         )
     shares = sorted({round(100 * result.budget, 1) for result in results.values()})
     if len(shares) <= 8:
-        axes.set_xticks(shares, [f"{share:g}" for share in shares])
+        axes.set_xticks(shares, [f"{share:.2g}" for share in shares])
     axes.set_xlim(0, 1.04 * shares[-1])
     axes.set_yscale("log")
     axes.set_title("KL by budget, mean over the picture", fontsize=10, loc="left")

@@ -477,7 +477,7 @@ def test_a_mistake_is_one_line_before_weights_are_loaded(run, arguments, message
     assert sorted(path.name for path in Path().iterdir()) == ["bare", "empty", "file"]
 
 
-@pytest.mark.parametrize("bench", ["shapes", "report"])
+@pytest.mark.parametrize("bench", ["shapes", "report", "compare"])
 def test_help_fits_80_columns(run, bench):
     result = run(bench, "--help")
     assert result.exit_code == 0

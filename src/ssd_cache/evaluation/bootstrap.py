@@ -1,7 +1,8 @@
 """Shares of correct pictures, their standard errors, and the paired bootstrap over prompts for what two differ by.
 
 Numbers in, numbers out: it knows nothing of policies or files. All samples of a prompt stay together, since they are
-not independent, and every kind counts the same.
+not independent, and every kind counts the same. The bootstrap is Efron's, with percentile intervals (Efron and
+Tibshirani, An Introduction to the Bootstrap, 1993, chapters 6 and 13).
 """
 
 from __future__ import annotations
@@ -79,8 +80,7 @@ def compare(
 ) -> Difference:
     """What `first` is above `second`, by paired bootstrap: prompts are drawn anew within each kind, with replacement.
 
-    Pictures that one of the two lacks are left out. A prompt's difference is one of few values, so a resample is drawn
-    as how often each value comes up, which is the same distribution as drawing the prompts one by one.
+    Pictures that one of the two lacks are left out.
 
     Example: two kinds of one prompt each, and `first` better at one of them.
 
@@ -88,26 +88,59 @@ def compare(
         >>> compare({"a": right, "b": right}, {"a": wrong, "b": right}, ["a", "b"], num_resamples=99)
         Difference(difference=0.5, low=0.5, high=0.5, p=0.02, num_pictures=2)
     """
-    rng = np.random.default_rng(seed)
-    difference, resampled, num_pictures = 0.0, np.zeros(num_resamples), 0
+    strata: list[list[float]] = []
+    num_pictures = 0
     for kind in kinds:
         of_prompts, pairs = _differences(first.get(kind, {}), second.get(kind, {}))
+        strata.append(of_prompts)
         num_pictures += pairs
-        if not of_prompts:
-            difference, resampled = math.nan, np.full(num_resamples, math.nan)
-            continue
-        values, counts = np.unique(of_prompts, return_counts=True)
-        number = len(of_prompts)
-        drawn = rng.multinomial(number, counts / number, size=num_resamples)  # [resamples, values]
-        difference += float(np.mean(of_prompts)) / len(kinds)
-        resampled += drawn @ values / number / len(kinds)
-    if math.isnan(difference):
+    return bootstrap_difference(strata, num_pictures, num_resamples=num_resamples, seed=seed)
+
+
+def bootstrap_difference(
+    strata: Sequence[Sequence[float]], num_pictures: int, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> Difference:
+    """Mean, 95% interval and p of differences of prompts, `strata[stratum][prompt]`; NaN where a stratum is empty.
+
+    Every stratum counts the same, and so does every prompt within its own. `num_pictures` is handed on.
+    """
+    if not all(map(len, strata)):
         return Difference(math.nan, math.nan, math.nan, math.nan, num_pictures)
+    resampled = _resample(strata, num_resamples, seed)
     low, high = np.quantile(resampled, [0.025, 0.975])
     tiny = 1e-12  # sums of fractions that are zero in truth
     below, above = int((resampled <= tiny).sum()), int((resampled >= -tiny).sum())
     p = min(1.0, 2 * (min(below, above) + 1) / (num_resamples + 1))
-    return Difference(difference, float(low), float(high), p, num_pictures)
+    return Difference(stratified_mean(strata), float(low), float(high), p, num_pictures)
+
+
+def bootstrap_error(strata: Sequence[Sequence[float]], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> float:
+    """Standard error of `stratified_mean`: how far the means of resamples spread.
+
+    With n prompts it is sqrt((n - 1) / n) of the usual estimate, as the bootstrap's is: 0 for a single prompt.
+    """
+    return float(_resample(strata, num_resamples, seed).std())
+
+
+def stratified_mean(strata: Sequence[Sequence[float]]) -> float:
+    """Mean over strata of the mean over their prompts."""
+    return sum(float(np.mean(of_prompts)) / len(strata) for of_prompts in strata)
+
+
+def _resample(strata: Sequence[Sequence[float]], num_resamples: int, seed: int) -> np.ndarray:
+    """The stratified mean of every resample, `[resamples]`: prompts are drawn anew within each stratum.
+
+    A prompt has one of few values, so a resample is drawn as how often each value comes up, which is the same
+    distribution as drawing the prompts one by one.
+    """
+    rng = np.random.default_rng(seed)
+    resampled = np.zeros(num_resamples)
+    for of_prompts in strata:
+        values, counts = np.unique(of_prompts, return_counts=True)
+        number = len(of_prompts)
+        drawn = rng.multinomial(number, counts / number, size=num_resamples)  # [resamples, values]
+        resampled += drawn @ values / number / len(strata)
+    return resampled
 
 
 def _mean(samples: Mapping[int, bool]) -> float:

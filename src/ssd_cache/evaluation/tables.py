@@ -99,7 +99,7 @@ def difference_table(summary: Summary) -> str:
         lines.append(
             f"| {_cell(entry.policy)} | {_cell(entry.against)} | {budget_name(entry.budget)} | "
             f"{_number(found.difference, 3, signed=True)} | {_number(found.low, 3, signed=True)} to "
-            f"{_number(found.high, 3, signed=True)} | {_p(found.p)} | {found.num_pictures} |"
+            f"{_number(found.high, 3, signed=True)} | {p_text(found.p)} | {found.num_pictures} |"
         )
     return "\n".join(lines)
 
@@ -175,6 +175,13 @@ def commands(summary: Summary) -> list[str]:
     ]
 
 
+def p_text(value: float) -> str:
+    """A p as tables show it: three digits, and below them no more than that."""
+    if math.isnan(value):
+        return "-"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def _share(budget: Amount, num_cells: int) -> float:
     return budget / num_cells if isinstance(budget, int) else budget
 
@@ -189,12 +196,6 @@ def _cell(text: str) -> str:
 
 def _number(value: float, digits: int, signed: bool = False) -> str:
     return "-" if math.isnan(value) else f"{value:{'+' if signed else ''}.{digits}f}"
-
-
-def _p(value: float) -> str:
-    if math.isnan(value):
-        return "-"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _plain(value: Any) -> str:

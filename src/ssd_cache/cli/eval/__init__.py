@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from ssd_cache.cli.eval import dpg, fidelity, geneval, metrics, report, shapes
+from ssd_cache.cli.eval import compare, dpg, fidelity, geneval, metrics, report, shapes
 
 app = typer.Typer()
 app.command("shapes")(shapes.shapes)
@@ -16,6 +16,7 @@ app.command("report")(report.report)
 app.command("fidelity")(fidelity.fidelity)
 app.add_typer(geneval.app, name="geneval")
 app.add_typer(dpg.app, name="dpg")
+app.command("compare")(compare.compare)
 app.command("fid")(metrics.fid)
 app.command("clipscore")(metrics.clipscore)
 

@@ -35,9 +35,9 @@ class Report:
 
     def show(self, console: Console) -> None:
         """The same on a terminal."""
-        table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
         for index, name in enumerate(self.columns):
-            table.add_column(name, justify="left" if index == 0 else "right")
+            table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
         for row in self.rows:
             table.add_row(*map(str, row))
         console.print(table)
@@ -45,14 +45,14 @@ class Report:
             console.print(note, soft_wrap=True)
 
 
-def print_and_save(report: Report, folder: Path, console: Console) -> None:
-    """Print a report, and write `summary.json` and `summary.md` of it into a folder.
+def print_and_save(report: Report, folder: Path, console: Console, name: str = "summary") -> None:
+    """Print a report, and write it into a folder as `<name>.json` and `<name>.md`.
 
     Raises:
         OSError: they can not be written.
     """
-    summary = json.dumps(report.data, indent=1, ensure_ascii=False) + "\n"
-    write_files({folder / "summary.json": summary.encode(), folder / "summary.md": report.markdown().encode()})
+    data = json.dumps(report.data, indent=1, ensure_ascii=False) + "\n"
+    write_files({folder / f"{name}.json": data.encode(), folder / f"{name}.md": report.markdown().encode()})
     report.show(console)
     console.print(f"wrote {folder}", soft_wrap=True)
 

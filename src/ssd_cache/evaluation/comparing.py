@@ -1,0 +1,157 @@
+"""What results of GenEval or DPG-Bench differ by, and whether that is more than chance: every file against the first.
+
+It refuses files that do not belong together, and says nothing of why they differ: which policy drew which pictures is
+known to those who name the files. Reading is `prompt_scores.py`'s, the statistics are `bootstrap.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ssd_cache.evaluation.bootstrap import (
+    NUM_RESAMPLES,
+    Difference,
+    bootstrap_difference,
+    bootstrap_error,
+    stratified_mean,
+)
+from ssd_cache.evaluation.prompt_scores import PromptScores, differing, read_prompt_scores
+
+OVERALL = "overall"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One score of one file.
+
+    Attributes:
+        task: `OVERALL`, or one of GenEval's tags.
+        results: the file, by what its path has alone: `full` and `ssd-20` of `full/results/results.jsonl` and
+            `ssd-20/results/results.jsonl`.
+        score: of GenEval the share of correct pictures, overall the mean of the tags'; of DPG-Bench 0 to 100.
+        standard_error: of it, by bootstrap over prompts.
+        difference: what it is above the first file's; None for the first itself.
+    """
+
+    task: str
+    results: str
+    score: float
+    standard_error: float
+    difference: Difference | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows, overall first, and the files that they are of, in the order given."""
+
+    files: tuple[PromptScores, ...]
+    rows: tuple[Row, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it but the scores of single prompts, for a JSON file."""
+        first = self.files[0]
+        return {
+            "benchmark": first.benchmark,
+            "judge": first.judge,
+            "files": [str(file.path) for file in self.files],
+            "num_prompts": len(first.prompts),
+            "num_pictures": first.num_pictures,
+            "num_resamples": NUM_RESAMPLES,
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+
+def compare_results(paths: Sequence[str | Path]) -> Comparison:
+    """Scores of two or more files, and the paired differences of all against the first.
+
+    Prompts are drawn anew with replacement, with all their pictures, and within each tag of GenEval, 10,000 times. A
+    resample holds the same prompts of both files, so what makes a prompt hard for both takes no part in a difference.
+
+    Raises:
+        ValueError: fewer than two files, one that can not be read (see `read_prompt_scores`) or was given twice, files
+            of other benchmarks, judges, prompts or numbers of pictures, or a tag of a single prompt.
+    """
+    if len(paths) < 2:
+        raise ValueError(
+            f"{len(paths)} file(s) of results: give two or more; the first is what the others are held against"
+        )
+    files: list[PromptScores] = []
+    for path in paths:
+        file = read_prompt_scores(path)
+        if any(file.path.samefile(other.path) for other in files):
+            raise ValueError(f"{file.path}: given twice; give the results of another folder of pictures")
+        if files:
+            _check_alike(files[0], file)
+        files.append(file)
+    first = files[0]
+    for stratum, of_prompts in first.strata.items():
+        if len(of_prompts) < 2:
+            raise ValueError(
+                f"{first.path}: 1 prompt of {stratum}, and chance is told from how prompts differ; score two or more"
+            )
+    names = _short_names([file.path for file in files])
+    tasks = {OVERALL: list(first.strata)}
+    if len(first.strata) > 1:
+        tasks |= {stratum: [stratum] for stratum in first.strata}
+    return Comparison(
+        files=tuple(files),
+        rows=tuple(
+            _row(task, name, strata, file, first)
+            for task, strata in tasks.items()
+            for name, file in zip(names, files, strict=True)
+        ),
+    )
+
+
+def _row(task: str, name: str, strata: Sequence[str], file: PromptScores, first: PromptScores) -> Row:
+    scores = [list(file.strata[stratum].values()) for stratum in strata]
+    difference = None
+    if file is not first:
+        difference = bootstrap_difference(
+            [
+                [file.strata[stratum][prompt] - score for prompt, score in first.strata[stratum].items()]
+                for stratum in strata
+            ],
+            num_pictures=sum(map(len, scores)) * file.num_pictures,
+        )
+    return Row(task, name, stratified_mean(scores), bootstrap_error(scores), difference)
+
+
+def _check_alike(first: PromptScores, other: PromptScores) -> None:
+    """Refuse a file that can not be held against the first."""
+    if first.benchmark != other.benchmark:
+        raise ValueError(
+            f"{other.path}: results of {other.benchmark}, but {first.path} is of {first.benchmark}; compare like"
+            " with like"
+        )
+    if first.judge != other.judge:
+        raise ValueError(
+            f"{other.path}: judged otherwise than {first.path} ({differing(first.judge, other.judge)}); score both "
+            "with the same judge and settings"
+        )
+    missing = [prompt for prompt in first.prompts if prompt not in other.prompts]
+    more = [prompt for prompt in other.prompts if prompt not in first.prompts]
+    if missing or more:
+        raise ValueError(
+            f"{other.path}: other prompts than {first.path}: {len(missing)} of its {len(first.prompts)} are missing, "
+            f"{len(more)} are more, as {(missing or more)[0][1]}; "
+            "score the same prompts and questions, both to the end"
+        )
+    if first.num_pictures != other.num_pictures:
+        raise ValueError(
+            f"{other.path}: {other.num_pictures} pictures of each prompt, but {first.path} has {first.num_pictures}; "
+            "score as many of both"
+        )
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """Paths without the parts that all of them begin or end with, at least one part each."""
+    parts = [list(path.parts) for path in paths]
+    for end in (0, -1):
+        while min(map(len, parts)) > 1 and len({names[end] for names in parts}) == 1:
+            for names in parts:
+                del names[end]
+    return [str(Path(*names)) for names in parts]

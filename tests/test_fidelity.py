@@ -31,6 +31,7 @@ from transformers.masking_utils import sdpa_mask
 from typer.testing import CliRunner
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache
+from ssd_cache._compat import CACHE
 from ssd_cache.cli import app
 from ssd_cache.evaluation.fidelity import Fidelity, draw_fidelity, measure_fidelity
 from ssd_cache.models import Checkpoint, Generator, GeneratorError, find_generator, generator_of
@@ -153,7 +154,7 @@ def plain_run(generator, monkeypatch, feeds, make_head):
     head = model.model.generation_head if hasattr(model.model, "generation_head") else model.lm_head
     with torch.no_grad():
         for feed in feeds:
-            states = model.get_decoder()(**{**feed, "past_key_values": cache}).last_hidden_state
+            states = model.get_decoder()(**{**feed, CACHE: cache}).last_hidden_state
             scores.append(head(states[:, -1]))
     model.set_attn_implementation({"text_config": before} if hasattr(model.config, "text_config") else before)
     return scores[1:], attention
@@ -167,7 +168,7 @@ def test_every_number_is_that_of_plain_loops(monkeypatch, family):
     feeds = []
 
     def keep(module, args, kwargs):
-        feeds.append({name: value for name, value in kwargs.items() if name != "past_key_values"})
+        feeds.append({name: value for name, value in kwargs.items() if name != CACHE})
 
     hook = generator.model.get_decoder().register_forward_pre_hook(keep, with_kwargs=True)
     drawing = {"guidance_scale": guidance, "temperature": temperature, "seed": 5}

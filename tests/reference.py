@@ -6,6 +6,7 @@ Slow on purpose, one Python list per head and row, every step scored when it hap
 from __future__ import annotations
 
 import math
+import struct
 
 
 class AmbiguousError(Exception):
@@ -88,6 +89,37 @@ class ReferenceHead:
                 [sum(w * v[d] for w, v in zip(weights, seen_values, strict=True)) for d in range(len(seen_values[0]))]
             )
         return outputs
+
+
+def eight_bits(numbers, kv_dtype):
+    """Codes and scale of one token's key or value, a list of floats, and what they stand for; float32 arithmetic."""
+    largest = {"int8": 127, "fp8": 448}[kv_dtype]
+    scale = max(single(max(abs(number) for number in numbers) / largest), 2.0**-126)
+    if kv_dtype == "int8":
+        codes = [round(single(number / scale)) for number in numbers]  # of two as near, the even one, as Python does
+        held = [float(code) for code in codes]
+    else:
+        codes = [float8_code(single(number / scale)) for number in numbers]
+        held = [float8(code) for code in codes]
+    return codes, scale, [single(number * scale) for number in held]
+
+
+def single(number):
+    """The nearest float32."""
+    return struct.unpack("f", struct.pack("f", number))[0]
+
+
+def float8(bits):
+    """The float8_e4m3fn of these bits, 0 to 255 without 127 and 255: a sign, 4 bits of exponent, 3 of mantissa."""
+    sign, exponent, mantissa = -1.0 if bits & 128 else 1.0, (bits >> 3) & 15, bits & 7
+    return sign * ((1 + mantissa / 8) * 2.0 ** (exponent - 7) if exponent else mantissa / 8 * 2.0**-6)
+
+
+def float8_code(number):
+    """The bits of the nearest one; of two as near, that with the even mantissa, and zero keeps its sign."""
+    size = abs(number)
+    bits = min(range(127), key=lambda bits: (abs(float8(bits) - size), bits & 1))
+    return bits | (128 if math.copysign(1.0, number) < 0 else 0)
 
 
 def online_kind(rows):

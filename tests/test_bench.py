@@ -104,7 +104,7 @@ CASES = [
     Case("DynamicCache"),
     Case("StaticCache"),
     *product_cases(
-        parse_policies("full,ssd,ssd:buffer=1,ssd:num_sinks=2,h2o,streaming-llm,linear,margin"),
+        parse_policies("full,ssd,ssd:buffer=1,ssd:num_sinks=2,ssd:kv_dtype=int8,h2o,streaming-llm,linear,margin"),
         [0.4, 30],
         is_compiled=False,
     ),
@@ -243,6 +243,9 @@ def test_a_steps_work_is_counted_out():
     assert work.key_value_bytes == held_bytes(cache).key_value
     products = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64) + 32 * 64  # q, k and v, o, MLP; the head
     norms = 2 * 2 * 32 + 32
+    int8 = step_work(subject, Case("ssd:kv_dtype=int8", 1.0), 3, [9])
+    slots = 2 * 6 * 2 * 10  # layers, rows, KV heads, slots read; head_dim 8, a byte each, and a scale
+    assert int8.key_value_bytes == work.key_value_bytes - slots * 2 * (8 * 4 - 8 - 4)
     assert work.weight_bytes == 4 * (products + norms)
     assert work.operations == 6 * (2 * products + 2 * 4 * 4 * 8 * 11)  # layers, 4 each, heads, head_dim, tokens
 

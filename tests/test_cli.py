@@ -30,6 +30,7 @@ from ssd_cache import POLICIES, HeadMap, SSDCache
 from ssd_cache.cli import app
 from ssd_cache.cli.files import save_picture
 from ssd_cache.cli.plan import COMPARED, parse_budget
+from ssd_cache.cli.report import size
 from ssd_cache.cli.sheet import Row, contact_sheet
 from ssd_cache.models import Checkpoint, find_generator
 
@@ -83,8 +84,8 @@ def test_without_a_command_the_help_is_shown_and_the_use_is_wrong(run):
 def test_help_names_every_option_within_80_columns(run, flag):
     result = run(flag)
     assert result.exit_code == 0
-    options = "prompts-file num-images output compare model grid head-map dtype device policy budget buffer guidance"
-    for name in (*options.split(), "temperature", "seed", "batch-size"):
+    options = "prompts-file num-images output compare model grid head-map dtype device policy budget buffer kv-dtype"
+    for name in (*options.split(), "guidance", "temperature", "seed", "batch-size"):
         assert f"--{name} " in result.stdout
     for policy in POLICIES:
         assert policy in result.stdout.replace("\n", " ")
@@ -121,6 +122,7 @@ BAD = [
     ([CIRCLE, "--budget", "0.1"], "fewer than buffer=8 and"),
     ([CIRCLE, "--budget", "20", "--buffer", "19"], "raise the budget, or lower buffer"),
     ([CIRCLE, "--buffer", "0"], "buffer=0 is out of range"),
+    ([CIRCLE, "--kv-dtype", "int4"], "kv_dtype='int4' is unknown: did you mean 'int8'? give one of 'int8', 'fp8'"),
     ([CIRCLE, "--policy", "lru"], "--policy lru: the policies are full, ssd, h2o, streaming-llm, linear, margin"),
     ([CIRCLE, "--policy", "ssd", "--compare"], "--compare draws with full, ssd, h2o, streaming-llm: leave"),
     ([CIRCLE, "--guidance", "1"], "guidance_scale=1.0 is out of range"),
@@ -310,6 +312,25 @@ def test_compare_draws_a_row_a_policy_on_the_same_seed(run, generator):
             f"{cache.nbytes / 1000:.1f}"
         )
     assert heights == sorted(heights)
+
+
+@pytest.mark.parametrize("policy", ["ssd", "full"])
+def test_visual_tokens_can_be_stored_in_8_bits(run, generator, policy):
+    result = run(CIRCLE, "--policy", policy, "--budget", "0.4", "--kv-dtype", "int8", "-o", "a.safetensors")
+    assert result.exit_code == 0, result.output
+    cache = SSDCache.from_policy(policy, head_map(), 0.4, kv_dtype="int8")
+    assert torch.equal(load_file("a.safetensors")[policy], generator.generate([CIRCLE], cache))
+    assert table(result.stdout)[policy][1] == size(cache.nbytes)
+
+
+def test_compared_in_8_bits_the_full_cache_stays_whole(run, generator):
+    result = run(CIRCLE, "--compare", "--budget", "0.4", "--kv-dtype", "int8", "-o", "a.safetensors")
+    assert result.exit_code == 0, result.output
+    for policy, tokens in load_file("a.safetensors").items():
+        kv_dtype = None if policy == "full" else "int8"
+        cache = SSDCache.from_policy(policy, head_map(), 0.4, kv_dtype=kv_dtype)
+        assert torch.equal(tokens, generator.generate([CIRCLE], cache))
+        assert table(result.stdout)[policy][1] == size(cache.nbytes)
 
 
 def test_a_map_can_be_given_and_is_used(run):

@@ -35,6 +35,7 @@ FLOORS = {
     "fused_kernel": 0,
     "sharding": 1,
     "slots": 1,
+    "quantized": 1,
     "layer": 1,
     "attention": 1,
     "cache": 2,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from reference import AmbiguousError, ReferenceHead, online_kind
+from reference import AmbiguousError, ReferenceHead, eight_bits, online_kind
 
 from ssd_cache import HeadMap, SSDCache
 from ssd_cache.attention import ssd_attention_forward
@@ -112,13 +112,19 @@ def test_same_tokens_and_outputs_as_plain_loops(run, is_counted):
     same_as_plain_loops(run, is_counted)
 
 
-def same_as_plain_loops(run, is_counted):
-    """Assert that a cache keeps the tokens of the plain loops at every step and attends as they do; returns it."""
+def same_as_plain_loops(run, is_counted, kv_dtype=None):
+    """Assert that a cache keeps the tokens of the plain loops at every step and attends as they do; returns it.
+
+    kv_dtype: of the cache; the plain loops then get the visual tokens as they come back from 8 bits.
+    """
     torch.manual_seed(run["seed"])
     batch, kv_heads, groups, dim = run["batch"], len(run["is_spatial"]), run["groups"], 4
     total = run["num_prompt"] + run["num_visual"]
     queries = torch.randn(batch, kv_heads * groups, total, dim) * run["sharpness"]
     keys, values = torch.randn(batch, kv_heads, total, dim), torch.randn(batch, kv_heads, total, dim)
+    held_keys, held_values = keys, values
+    if kv_dtype is not None:
+        held_keys, held_values = (after_eight_bits(states, run["num_prompt"], kv_dtype) for states in (keys, values))
     seen = None
     if run["padded"]:
         pads = torch.randint(0, run["num_prompt"], (batch,))
@@ -133,6 +139,7 @@ def same_as_plain_loops(run, is_counted):
             num_recent=run["num_recent"],
             num_sinks=run["num_sinks"],
             score=run["score"],
+            kv_dtype=kv_dtype,
         )
         cells = run["grid"][0] * run["grid"][1]
         reference = {
@@ -153,7 +160,7 @@ def same_as_plain_loops(run, is_counted):
         for step, output in step_through(cache, queries, keys, values, run["num_prompt"], seen, is_counted):
             held = held_tokens(cache.layers[0])
             at = run["num_prompt"] + step
-            slowly = step_reference(reference, queries, keys, values, run["num_prompt"], step, seen)
+            slowly = step_reference(reference, queries, held_keys, held_values, run["num_prompt"], step, seen)
             for (row, head), slow in reference.items():
                 mine = slice(head * groups, (head + 1) * groups)
                 prompt_seen = [True] * run["num_prompt"] if seen is None else seen[row].tolist()
@@ -164,13 +171,20 @@ def same_as_plain_loops(run, is_counted):
                 columns += [run["num_prompt"] + token for token in sorted(slow.kept)]
                 plain = F.scaled_dot_product_attention(
                     queries[row, mine, at][:, None],
-                    keys[row, [head] * groups][:, columns],
-                    values[row, [head] * groups][:, columns],
+                    held_keys[row, [head] * groups][:, columns],
+                    held_values[row, [head] * groups][:, columns],
                 )
                 torch_errors.append((plain[:, 0].double() - expected).abs().max())
     # at most twice the error of torch's own attention over the same tokens; 1e-6 for runs in which that is nil
     assert max(errors) <= 2 * max(torch_errors) + 1e-6
     return cache
+
+
+def after_eight_bits(states, num_prompt, kv_dtype):
+    """`[batch, heads, tokens, head_dim]`, the visual ones of them quantised and back, in plain loops."""
+    visual = states[:, :, num_prompt:]
+    held = [eight_bits(numbers, kv_dtype)[2] for numbers in visual.flatten(0, 2).tolist()]
+    return torch.cat([states[:, :, :num_prompt], torch.tensor(held).view_as(visual)], dim=2)
 
 
 @given(runs(), st.integers(1, 30))

@@ -5,7 +5,7 @@ It reads its own arguments, loads the head map, and leaves the rest to ssd_cache
 
 from ssd_cache import HeadMap, enable
 
-SETTINGS = ("budget", "buffer", "num_recent", "num_sinks", "score")
+SETTINGS = ("budget", "buffer", "num_recent", "num_sinks", "score", "kv_dtype")
 """Arguments of `ssd_cache.SSDCache`, which has their defaults."""
 
 
@@ -16,7 +16,8 @@ def generate(model, head_map=None, grid=(24, 24), **kwargs):
         model: a causal language model whose layers attend to all tokens before.
         head_map: a Hub repository, a folder or a file with the model's head map, or a HeadMap, or "online".
         grid: rows and columns of visual tokens, for head_map="online" alone; a map knows its own.
-        kwargs: `budget`, `buffer`, `num_recent`, `num_sinks` and `score` as for SSDCache; all else is generate's.
+        kwargs: `budget`, `buffer`, `num_recent`, `num_sinks`, `score` and `kv_dtype` as for SSDCache; all else is
+            generate's.
 
     Raises:
         ValueError: no head map, a cache of the caller's own, or a setting out of range.

@@ -61,7 +61,8 @@ def ssd_attention_forward(
         return _attend_fused(layer, grouped, key[0], value[0], scaling).reshape(batch, 1, num_heads, -1), None
     attend = _attend_by_products if _is_faster_by_products(layer, query, dropout) else F.scaled_dot_product_attention
     outputs = []
-    for part, (keys, values, mask) in zip(layer.receive_query(grouped, scaling), layer.visible(), strict=True):
+    parts = layer.receive_query(grouped, scaling)
+    for part, (keys, values, mask) in zip(parts, layer.visible(key, value), strict=True):
         outputs.append(attend(part, keys, values, mask, dropout, scale=scaling))
     return layer.restore_order(outputs).reshape(batch, 1, num_heads, -1), None
 

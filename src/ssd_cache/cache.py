@@ -20,6 +20,7 @@ from ssd_cache.budget import Budget, check_count, resolve_budget, resolve_recent
 from ssd_cache.head_map import HeadMap, HeadMapError
 from ssd_cache.head_map_checks import format_rasters
 from ssd_cache.layer import LayerPlan, SSDLayer
+from ssd_cache.quantized import KV_DTYPES
 from ssd_cache.retention import SCORES
 from ssd_cache.sharding import is_distributed, own_heads, shard_of
 
@@ -63,12 +64,14 @@ class SSDCache(Cache):
             that over the number of queries since; "last", the attention of the last `buffer` queries; "margin", the
             grid's first and last column before all else. The last one needs no queries: where all heads of a layer are
             of one kind, it works with any attention.
+        kv_dtype: "int8" or "fp8" stores K and V of visual tokens in 8 bits a number, with a scale for each row, head
+            and token, at any budget; the prompt keeps the model's dtype. None stores all in the model's dtype.
         shard: for a tensor parallel model, the number of this process and how many there are: of map and budget, the
             cache then takes the heads that this process holds. `enable` and `online` find out from the model.
 
     Raises:
-        ValueError: a setting out of range, a budget that does not hold `buffer` and what must be kept, or "margin"
-            with an online map.
+        ValueError: a setting out of range, an unknown name, a budget that does not hold `buffer` and what must be kept,
+            or "margin" with an online map.
         HeadMapError: at the first update, when the map does not fit the model.
     """
 
@@ -81,6 +84,7 @@ class SSDCache(Cache):
         num_recent: int | float = 0.25,
         num_sinks: int = 0,
         score: str = "sum",
+        kv_dtype: str | None = None,
         shard: tuple[int, int] = (0, 1),
     ):
         if not isinstance(head_map, HeadMap):
@@ -93,7 +97,7 @@ class SSDCache(Cache):
         self.head_map, self.budget, self.shard = head_map, budget, shard
         self.buffer = head_map.grid[1] if buffer is None else check_count("buffer", buffer, 1)
         self.num_recent, self.num_sinks = num_recent, check_count("num_sinks", num_sinks, 0)
-        self.score = _check_score(score, head_map)
+        self.score, self.kv_dtype = _check_score(score, head_map), _check_kv_dtype(kv_dtype)
         self._warned = self._is_counted = False
         self._steps: dict[torch.device, torch.Tensor] = {}  # the number of the token that `counted_step` counted
         labels = head_map.is_spatial.tolist()
@@ -113,6 +117,7 @@ class SSDCache(Cache):
                 is_online=head_map.is_online,
                 score=score,
                 columns=columns,
+                kv_dtype=kv_dtype,
             )
             for index in range(head_map.num_layers)
         ]
@@ -277,7 +282,7 @@ class SSDCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of K and V really held, over all layers."""
+        """Bytes of K and V really held, over all layers; of quantised ones, scales included."""
         return sum(layer.nbytes for layer in self.layers)
 
     def memory_stats(self) -> MemoryStats:
@@ -289,9 +294,10 @@ class SSDCache(Cache):
         )
 
     def __repr__(self) -> str:
+        kv_dtype = "" if self.kv_dtype is None else f"kv_dtype={self.kv_dtype!r}, "
         return (
             f"SSDCache({self.head_map!r}, budget={self.budget!r}, buffer={self.buffer}, num_recent={self.num_recent}, "
-            f"num_sinks={self.num_sinks}, score={self.score!r}, {self.get_seq_length()} tokens seen, "
+            f"num_sinks={self.num_sinks}, score={self.score!r}, {kv_dtype}{self.get_seq_length()} tokens seen, "
             f"{self.nbytes / 2**20:.1f} MiB)"
         )
 
@@ -317,6 +323,17 @@ def _check_score(score: str, head_map: HeadMap) -> str:
             "score='sum', 'mean' or 'last'"
         )
     return score
+
+
+def _check_kv_dtype(kv_dtype: str | None) -> str | None:
+    if kv_dtype is None or (isinstance(kv_dtype, str) and kv_dtype in KV_DTYPES):
+        return kv_dtype
+    near = get_close_matches(str(kv_dtype), KV_DTYPES, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(
+        f"kv_dtype={kv_dtype!r} is unknown: {hint}give one of {', '.join(map(repr, KV_DTYPES))}, or None to store "
+        "visual tokens in the model's dtype"
+    )
 
 
 def _check_online(budget: Budget, head_map: HeadMap, slots: list[tuple[int, ...]]) -> None:

@@ -35,7 +35,7 @@ def enable(model: PreTrainedModel, head_map: HeadMap, *, fast: bool = False, **s
         model: a transformers model with `generate`: a pipeline's `pipe.model`, `pipe.vision_language_encoder`.
         head_map: the model's head map.
         fast: run the decoder's steps through `fast_decode`, which pays for many pictures.
-        settings: as for `SSDCache`: budget, buffer, num_recent, num_sinks.
+        settings: as for `SSDCache`: budget, buffer, num_recent, num_sinks, kv_dtype and so on.
 
     Yields:
         The model. A call that brings its own cache keeps it, and is left as it is.

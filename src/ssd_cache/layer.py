@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from ssd_cache.quantized import QuantizedStore
 from ssd_cache.slots import SlotStore
 
 USE_SSD_ATTENTION = (
@@ -28,7 +29,7 @@ class LayerPlan:
     `is_spatial`, `num_slots` and `num_recent` have one entry a KV head (`num_recent` says nothing of spatial ones). An
     online layer starts with semantic heads and finds out which are spatial when its slots are first full (see
     `retention.prefers_window`); its heads have equally many slots. `columns`, of the grid, is what the score "margin"
-    asks for.
+    asks for. Slots are stored in the model's dtype, or quantised to `kv_dtype`.
     """
 
     layer_idx: int
@@ -41,6 +42,7 @@ class LayerPlan:
     is_online: bool = False
     score: str = "sum"
     columns: int = 1
+    kv_dtype: str | None = None
 
     @property
     def kinds(self) -> list[str]:
@@ -134,7 +136,7 @@ class SSDLayer(CacheLayerMixin):
                 self.stores, self._split(key_states), self._split(value_states), strict=True
             ):
                 store.write_at(self.step, keys, values)
-            return self._show([(store.keys[:], store.values[:]) for store in self.stores])
+            return self._show([store.states() for store in self.stores])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         # The cache holds values, not graphs: no gradient flows into the past.
@@ -160,7 +162,7 @@ class SSDLayer(CacheLayerMixin):
         parts = zip(self.stores, self._split(key_states), self._split(value_states), strict=True)
         for store, keys, values in parts:
             store.append(keys, values, self.num_visual - 1)
-        return self._show([store.visible()[:2] for store in self.stores])
+        return self._show([store.states(store.num_stored) for store in self.stores])
 
     def _settle(self) -> None:
         """Score what is due and find labels, before the next token."""
@@ -280,6 +282,8 @@ class SSDLayer(CacheLayerMixin):
 
     def make_store(self, *args, **kwargs) -> SlotStore:
         """The store for a group of heads; profiling puts in one that watches."""
+        if self.plan.kv_dtype is not None:
+            return QuantizedStore(*args, kv_dtype=self.plan.kv_dtype, **kwargs)
         return SlotStore(*args, **kwargs)
 
     def _show(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], as_groups: bool = False):
@@ -299,17 +303,18 @@ class SSDLayer(CacheLayerMixin):
         """Let the kernel of `fused.py` do the steps, if it can; before the first visual token.
 
         It writes K and V where `update` otherwise would, so `update` returns the new token's states alone. An online
-        layer goes without: it needs the queries of a whole stretch when it finds its labels.
+        layer goes without: it needs the queries of a whole stretch when it finds its labels. So does one with quantised
+        slots, which the kernel can not read.
         """
-        self.is_fused = can_serve and not self.plan.is_online
+        self.is_fused = can_serve and not self.plan.is_online and self.plan.kv_dtype is None
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that a counted step reads or writes."""
         found = [self.step, self.order, *self.heads]
         found += [self.inverse_order] if self.order is not None else []
+        yield from (tensor for tensor in found if tensor is not None)
         for store in self.stores:
-            found += [store.keys, store.values, store.scores, store.queries, store.mask]
-        return (tensor for tensor in found if tensor is not None)
+            yield from store.tensors()
 
     def step_at(self) -> torch.Tensor:
         """The newest token's number as a tensor without dimensions; its query has then been asked for."""
@@ -330,10 +335,14 @@ class SSDLayer(CacheLayerMixin):
             self._query_missing = False
         return parts
 
-    def visible(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """Keys, values and mask of each store for the newest token's query (see `SlotStore.visible`)."""
-        for store in self.stores:
-            yield store.visible() if self.step is None else (store.keys, store.values, store.visible_at(self.step))
+    def visible(
+        self, keys: torch.Tensor | GroupedStates, values: torch.Tensor | GroupedStates
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """Keys, values and mask of each store for the newest token's query, from what `update` returned."""
+        groups = zip(keys, values, strict=True) if isinstance(keys, GroupedStates) else [(keys, values)]
+        for store, (store_keys, store_values) in zip(self.stores, groups, strict=True):
+            mask = store.visible() if self.step is None else store.visible_at(self.step)
+            yield store_keys, store_values, mask
 
     def restore_order(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
         """Join the stores' results, each `[batch, heads, groups, head_dim]`, in the model's order of heads."""

@@ -6,7 +6,7 @@ eviction moves rows in place. It does not know heads of other stores, models, or
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -38,6 +38,9 @@ class SlotStore:
         found: `[heads]`, which heads turned out spatial, until `take_order` makes it so; None before.
     """
 
+    STATES: tuple[str, ...] = ("keys", "values")
+    """Attributes that hold K and V."""
+
     def __init__(
         self,
         key_states: torch.Tensor,
@@ -64,20 +67,24 @@ class SlotStore:
         self.found: torch.Tensor | None = None
         self.scaling = 1.0
         batch, heads, self.num_prompt, _ = key_states.shape
-        self.keys, self.values = (
-            states.new_zeros(batch, heads, self.num_prompt + num_slots, states.shape[-1])
-            for states in (key_states, value_states)
-        )
-        self.keys[:, :, : self.num_prompt] = key_states
-        self.values[:, :, : self.num_prompt] = value_states
+        self._open(key_states, value_states)
         self.positions = torch.zeros(batch, heads, num_slots, dtype=torch.int32, device=key_states.device)
         num_scored = 0 if score == "margin" else num_semantic
         self.scores = torch.zeros(batch, num_scored, num_slots, device=key_states.device)
         self.queries: torch.Tensor | None = None
         self.mask: torch.Tensor | None = None
         if prompt_mask is not None:
-            self.mask = torch.ones(batch, self.keys.shape[2], dtype=torch.bool, device=key_states.device)
+            self.mask = torch.ones(batch, self.num_prompt + num_slots, dtype=torch.bool, device=key_states.device)
             self.mask[:, : self.num_prompt] = prompt_mask
+
+    def _open(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make room for K and V, and take in the prompt's."""
+        self.keys, self.values = (
+            states.new_zeros(*states.shape[:2], self.num_prompt + self.num_slots, states.shape[3])
+            for states in (key_states, value_states)
+        )
+        self.keys[:, :, : self.num_prompt] = key_states
+        self.values[:, :, : self.num_prompt] = value_states
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, position: int) -> None:
         """Store visual token number `position`, `[batch, heads, 1, head_dim]`; evict first when all slots are taken."""
@@ -112,11 +119,14 @@ class SlotStore:
         left = self.num_slots - self.buffer if self.num_stored == self.num_slots else self.num_stored
         return left + 1
 
-    def visible(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Keys, values `[batch, heads, num_prompt + num_stored, head_dim]`, mask `[batch, 1, 1, the same]` or None."""
-        end = self.num_prompt + self.num_stored
-        mask = None if self.mask is None else self.mask[:, None, None, :end]
-        return self.keys[:, :, :end], self.values[:, :, :end], mask
+    def states(self, num_slots: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the prompt and the first slots, or all: `[batch, heads, num_prompt + slots, head_dim]`."""
+        end = None if num_slots is None else self.num_prompt + num_slots
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def visible(self) -> torch.Tensor | None:
+        """Which of the stored columns may be looked at, `[batch, 1, 1, num_prompt + num_stored]`; None: all."""
+        return None if self.mask is None else self.mask[:, None, None, : self.num_prompt + self.num_stored]
 
     def hold_query(self, query_states: torch.Tensor, scaling: float) -> None:
         """Keep the newest token's query, `[batch, heads, groups, head_dim]`, until it is scored with its neighbours."""
@@ -150,9 +160,14 @@ class SlotStore:
 
     def visible_at(self, step: torch.Tensor) -> torch.Tensor:
         """Which columns a counted token may look at, `[batch or 1, 1, 1, num_prompt + num_slots]`."""
-        columns = torch.arange(self.keys.shape[2], device=self.keys.device)
+        columns = torch.arange(self._num_columns, device=self.keys.device)
         mask = (columns <= self.num_prompt + self._slot_at(step))[None, None, None]
         return mask if self.mask is None else mask & self.mask[:, None, None]
+
+    @property
+    def _num_columns(self) -> int:
+        """Prompt and slots, as the tensors have it: while steps are compiled, sizes may be left open."""
+        return self.keys.shape[2]
 
     def held_attention(self, rows: slice = slice(None)) -> torch.Tensor:
         """Softmax weights of the held queries, float32, `[rows, num_semantic, groups, held, num_prompt + num_stored]`.
@@ -160,15 +175,18 @@ class SlotStore:
         Exact, since nothing was evicted since the first of them; the last query is the newest token's.
         """
         assert self.queries is not None
-        end = self.num_prompt + self.num_stored
         return attention_weights(
             self.queries[rows, :, :, : self.num_held],
-            self.keys[rows, : self.num_semantic, :end],
+            self._scored_keys(rows),
             self.scaling,
             num_prompt=self.num_prompt,
             num_first=self.num_stored - self.num_held + 1,
             prompt_mask=None if self.mask is None else self.mask[rows, : self.num_prompt],
         )
+
+    def _scored_keys(self, rows: slice) -> torch.Tensor:
+        """What the held queries saw, `[rows, num_semantic, num_prompt + num_stored, head_dim]`."""
+        return self.keys[rows, : self.num_semantic, : self.num_prompt + self.num_stored]
 
     def score_held(self) -> None:
         """Add the attention of the held queries, a stretch, to the scores, and let them go."""
@@ -187,7 +205,8 @@ class SlotStore:
 
     def take_order(self, order: torch.Tensor, num_semantic: int) -> None:
         """Put the heads into the order that the labels found ask for, the semantic ones first."""
-        self.keys, self.values = self.keys[:, order], self.values[:, order]
+        for name in self.STATES:
+            setattr(self, name, getattr(self, name)[:, order])
         self.positions, self.scores = self.positions[:, order], self.scores[:, order[:num_semantic]]
         if self.queries is not None:
             self.queries = self.queries[:, order[:num_semantic]]
@@ -208,21 +227,29 @@ class SlotStore:
             num_recent=self.num_recent,
             num_sinks=self.num_sinks,
         )
-        keys, values = self.keys[:, :, self.num_prompt :], self.values[:, :, self.num_prompt :]
-        compact([keys, values, self.positions, self.scores], victims)
+        compact([*self._slots(), self.positions, self.scores], victims)
         self.num_stored -= self.buffer
         self.scores[:, :, self.num_stored :] = 0
 
+    def _slots(self) -> list[torch.Tensor]:
+        """What is held for each visual token, `[batch, heads, num_slots]`, with or without `head_dim`."""
+        return [self.keys[:, :, self.num_prompt :], self.values[:, :, self.num_prompt :]]
+
     def select_rows(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every tensor by `select(tensor)`, which picks, repeats or reorders rows of the batch."""
-        for name in ("keys", "values", "positions", "scores", "queries", "mask"):
+        for name in (*self.STATES, "positions", "scores", "queries", "mask"):
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, select(tensor))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor that a counted step reads or writes."""
+        found = [*(getattr(self, name) for name in self.STATES), self.scores, self.queries, self.mask]
+        return (tensor for tensor in found if tensor is not None)
 
     @property
     def nbytes(self) -> int:
         """Bytes of K and V."""
-        return self.keys.nbytes + self.values.nbytes
+        return sum(getattr(self, name).nbytes for name in self.STATES)
 
     @property
     def bookkeeping_nbytes(self) -> int:

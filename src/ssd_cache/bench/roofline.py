@@ -14,6 +14,7 @@ import torch
 from ssd_cache.bench.cases import Case
 from ssd_cache.bench.sizes import mean_tokens_read
 from ssd_cache.bench.subject import Subject
+from ssd_cache.quantized import slot_nbytes
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 """Far more than any processor's caches hold."""
@@ -60,12 +61,16 @@ def step_work(subject: Subject, case: Case, batch_size: int, positions: list[int
     config, rows = subject.config, 2 * batch_size
     weights = subject.step_weights()
     tokens = mean_tokens_read(subject, case, positions)
-    of_token = config.num_key_value_heads * 2 * subject.head_dim * subject.model.dtype.itemsize
+    kv_dtype = None if case.is_full else case.make_ssd(subject.head_map).kv_dtype
+    of_prompt, of_slot = (
+        slot_nbytes(subject.head_dim, subject.model.dtype.itemsize, kind) for kind in (None, kv_dtype)
+    )
+    of_head = subject.num_prompt * of_prompt + (tokens - subject.num_prompt) * of_slot
     products = sum(weight.numel() for weight in weights if weight.dim() > 1)
     attention = config.num_hidden_layers * config.num_attention_heads * subject.head_dim * tokens
     return StepWork(
         weight_bytes=sum(weight.nbytes for weight in weights),
-        key_value_bytes=config.num_hidden_layers * rows * tokens * of_token,
+        key_value_bytes=config.num_hidden_layers * config.num_key_value_heads * rows * of_head,
         operations=rows * (2 * products + 4 * attention),
     )
 

@@ -15,6 +15,7 @@ from ssd_cache.bench.cases import Case
 from ssd_cache.bench.subject import Subject
 from ssd_cache.cache import SSDCache
 from ssd_cache.layer import LayerPlan
+from ssd_cache.quantized import slot_nbytes
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,16 @@ def expected_bytes(subject: Subject, case: Case, num_pictures: int = 1) -> Cache
     wait as well.
     """
     rows, itemsize = 2 * num_pictures, subject.model.dtype.itemsize
-    of_token = rows * 2 * subject.head_dim * itemsize  # K and V of one head
+    of_token = rows * slot_nbytes(subject.head_dim, itemsize, None)  # in the model's dtype, as the prompt always is
     if case.cache == "QuantizedCache":
         return None
     if case.is_full:
         heads = subject.config.num_hidden_layers * subject.config.num_key_value_heads
         seen = subject.length - (case.cache == "DynamicCache")  # the last token drawn is never fed back
         return CacheBytes(heads * seen * of_token, 0)
-    plans = [layer.plan for layer in case.make_ssd(subject.head_map).layers]
+    cache = case.make_ssd(subject.head_map)
+    plans = [layer.plan for layer in cache.layers]
+    of_slot = rows * slot_nbytes(subject.head_dim, itemsize, cache.kv_dtype)
     groups = subject.config.num_attention_heads // subject.config.num_key_value_heads
     slots = sum(sum(plan.num_slots) for plan in plans)
     heads = sum(len(plan.num_slots) for plan in plans)
@@ -72,7 +75,7 @@ def expected_bytes(subject: Subject, case: Case, num_pictures: int = 1) -> Cache
     for plan in plans:
         for num_slots in scored_heads(plan):
             beside += 4 * num_slots + groups * min(plan.buffer, num_slots) * subject.head_dim * itemsize
-    return CacheBytes((heads * subject.num_prompt + slots) * of_token, rows * beside)
+    return CacheBytes(heads * subject.num_prompt * of_token + slots * of_slot, rows * beside)
 
 
 def scored_heads(plan: LayerPlan) -> list[int]:

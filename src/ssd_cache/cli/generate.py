@@ -40,6 +40,7 @@ from ssd_cache.fast_decode import fast_decode
 from ssd_cache.measuring import prompts_sha256
 from ssd_cache.models import BUNDLED, Generator, check_drawing, resolve_device, resolve_dtype
 from ssd_cache.profiling_state import Processes
+from ssd_cache.quantized import KV_DTYPES
 from ssd_cache.writing import write_files
 
 CACHE = "Cache"
@@ -97,6 +98,15 @@ def generate(
             help="Visual tokens evicted at once.", metavar="N", show_default="a row of the grid", rich_help_panel=CACHE
         ),
     ] = None,
+    kv_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Store visual tokens quantised: {' or '.join(KV_DTYPES)}.",
+            metavar="NAME",
+            show_default="the model's dtype",
+            rich_help_panel=CACHE,
+        ),
+    ] = None,
     fast: Annotated[
         bool,
         typer.Option(
@@ -134,7 +144,7 @@ def generate(
         checkpoint = find_model(model, grid)
         if place.suffix.lower() != TOKENS:
             checkpoint.check_pictures()
-        caches = make_caches(checkpoint, policies, head_map, amount, buffer)
+        caches = make_caches(checkpoint, policies, head_map, amount, buffer, kv_dtype)
         if processes.count > (num_batches := -(-len(texts) // (batch_size or len(texts)))):
             raise WrongUse(
                 f"{processes.count} processes share the batches, and there are {num_batches}: give a smaller "
@@ -151,7 +161,12 @@ def generate(
                 "seed": seed,
                 "batch size": batch_size,
                 **{
-                    f"map, budget, buffer of {name}": [digest_of(cache.head_map), cache.budget, cache.buffer]
+                    f"map, budget, buffer, kv_dtype of {name}": [
+                        digest_of(cache.head_map),
+                        cache.budget,
+                        cache.buffer,
+                        cache.kv_dtype,
+                    ]
                     for name, cache in caches.items()
                 },
             }

@@ -56,8 +56,12 @@ def make_caches(
     head_map: str | None,
     budget: int | float | None,
     buffer: int | None,
+    kv_dtype: str | None = None,
 ) -> dict[str, SSDCache]:
-    """A cache for every policy, which checks budget and map; raises ValueError or WrongUse."""
+    """A cache for every policy, which checks budget and map; raises ValueError or WrongUse.
+
+    The full cache that others are compared with stays in the model's dtype; alone it is quantised as asked.
+    """
     rasters = checkpoint.grid, checkpoint.previews
     if isinstance(budget, int) and budget > (cells := checkpoint.num_visual_tokens):
         raise WrongUse(
@@ -81,4 +85,5 @@ def make_caches(
         uniform = HeadMap.uniform("semantic", num_layers=num_layers, num_kv_heads=num_kv_heads)
         labels = uniform.with_grid(*rasters)
     checkpoint.check_head_map(labels)
-    return {name: SSDCache.from_policy(name, labels, budget, buffer=buffer) for name in policies}
+    kinds = {name: None if name == "full" and len(policies) > 1 else kv_dtype for name in policies}
+    return {name: SSDCache.from_policy(name, labels, budget, buffer=buffer, kv_dtype=kinds[name]) for name in policies}

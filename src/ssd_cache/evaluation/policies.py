@@ -51,7 +51,7 @@ def _word(text: str) -> str:
 
 
 SETTINGS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
-    {"buffer": _count, "num_recent": _amount, "num_sinks": _count, "score": _word}
+    {"buffer": _count, "num_recent": _amount, "num_sinks": _count, "score": _word, "kv_dtype": _word}
 )
 """Settings of `SSDCache` that a policy's name may carry, and how each is read."""
 

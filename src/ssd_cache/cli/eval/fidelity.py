@@ -179,6 +179,7 @@ def _facts(case: Case, cache: SSDCache) -> dict[str, Any]:
         "num_recent": cache.num_recent,
         "num_sinks": cache.num_sinks,
         "score": cache.score,
+        "kv_dtype": cache.kv_dtype,
         "head_map": "online" if cache.head_map.is_online else cache.head_map.digest,
     }
 

@@ -26,6 +26,7 @@ FLOORS = {
     "retention": 0,
     "writing": 0,
     "budget": 0,
+    "rasters": 0,
     "shapes": 0,
     "statistics": 0,
     "labels": 0,

@@ -18,9 +18,9 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from ssd_cache.budget import Budget, check_count, resolve_budget, resolve_recent
 from ssd_cache.head_map import HeadMap, HeadMapError
-from ssd_cache.head_map_checks import format_rasters
 from ssd_cache.layer import LayerPlan, SSDLayer
 from ssd_cache.quantized import KV_DTYPES
+from ssd_cache.rasters import format_rasters
 from ssd_cache.retention import SCORES
 from ssd_cache.sharding import is_distributed, own_heads, shard_of
 

@@ -21,6 +21,7 @@ from huggingface_hub import CommitInfo
 from ssd_cache import head_map_card, head_map_checks, head_map_files, head_map_hub
 from ssd_cache.budget import Budget
 from ssd_cache.head_map_checks import HeadMapError
+from ssd_cache.rasters import count_cells, format_rasters
 
 __all__ = ["HeadMap", "HeadMapError"]
 
@@ -87,7 +88,7 @@ class HeadMap:
         labels = head_map_checks.checked_labels(is_spatial)
         texts = {"model_id": model_id, "revision": revision, "model_type": model_type, "method": method}
         checked_grid, checked_previews = head_map_checks.checked_grid(grid), head_map_checks.checked_previews(previews)
-        cells = sum(rows * columns for rows, columns in (*checked_previews, checked_grid))
+        cells = count_cells(checked_grid, checked_previews)
         values = {
             "is_spatial": labels,
             "grid": checked_grid,
@@ -221,12 +222,12 @@ class HeadMap:
     @property
     def num_visual_tokens(self) -> int:
         """Cells of the grid, rows x columns, and of the previews before it."""
-        return sum(rows * columns for rows, columns in (*self.previews, self.grid))
+        return count_cells(self.grid, self.previews)
 
     @property
     def digest(self) -> str:
         """Twelve hex digits of the sha256 of labels and grid: the name of this map in a table of results."""
-        shape = f"{self.num_layers}x{self.num_kv_heads} {head_map_checks.format_rasters(self.previews, self.grid)} "
+        shape = f"{self.num_layers}x{self.num_kv_heads} {format_rasters(self.previews, self.grid)} "
         return hashlib.sha256(shape.encode() + bytes(self.is_spatial.flatten().tolist())).hexdigest()[:12]
 
     def with_grid(self, grid: tuple[int, int], previews: Sequence[tuple[int, int]] = ()) -> HeadMap:
@@ -262,8 +263,8 @@ class HeadMap:
         if (num_layers, num_kv_heads) != (self.num_layers, self.num_kv_heads) or not same_grid:
             ours, theirs = "", ""
             if grid is not None:
-                ours = f" and a grid of {head_map_checks.format_rasters(self.previews, self.grid, ' x ')}"
-                theirs = f" and {head_map_checks.format_rasters(previews, grid, ' x ')}"
+                ours = f" and a grid of {format_rasters(self.previews, self.grid, ' x ')}"
+                theirs = f" and {format_rasters(previews, grid, ' x ')}"
             raise HeadMapError(
                 f"the head map ({self.origin}) has {self.num_layers} layers x {self.num_kv_heads} KV heads{ours}, but "
                 f"{model} has {num_layers} x {num_kv_heads}{theirs}: use the map that was made for this model"
@@ -315,7 +316,7 @@ class HeadMap:
         num_spatial = int(self.is_spatial.sum())
         labels = f"{num_spatial} spatial, {self.is_spatial.numel() - num_spatial} semantic"
         place = self.origin if self.is_online or self.origin.startswith("made in memory") else f"from {self.origin}"
-        grid = head_map_checks.format_rasters(self.previews, self.grid)
+        grid = format_rasters(self.previews, self.grid)
         return (
             f"HeadMap({self.num_layers} layers x {self.num_kv_heads} KV heads, "
             f"{'online' if self.is_online else labels}, grid {grid}, {place})"

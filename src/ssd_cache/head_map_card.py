@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import ModelCardData
 from PIL import Image, ImageDraw, ImageFont
 
-from ssd_cache.head_map_checks import format_rasters
+from ssd_cache.rasters import format_rasters
 
 if TYPE_CHECKING:
     from ssd_cache.head_map import HeadMap

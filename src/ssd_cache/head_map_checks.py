@@ -58,11 +58,6 @@ def checked_previews(previews: Sequence[tuple[int, int]]) -> tuple[tuple[int, in
     return tuple(map(checked_grid, previews))
 
 
-def format_rasters(previews: Sequence[tuple[int, int]], grid: tuple[int, int], times: str = "x") -> str:
-    """Grids in the order in which they are drawn: "24x24", or "19x13+36x24" with a preview."""
-    return "+".join(f"{rows}{times}{columns}" for rows, columns in (*previews, grid))
-
-
 def checked_scores(
     scores: torch.Tensor | Mapping[str, torch.Tensor] | None, shape: torch.Size
 ) -> dict[str, torch.Tensor]:

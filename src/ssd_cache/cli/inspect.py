@@ -18,10 +18,10 @@ from ssd_cache.cli.errors import refusing
 from ssd_cache.cli.files import check_output, save_picture
 from ssd_cache.head_map import HeadMap
 from ssd_cache.head_map_card import picture
-from ssd_cache.head_map_checks import format_rasters
 from ssd_cache.models import BUNDLED
 from ssd_cache.models.base import HEAD_MAP_FOLDER
 from ssd_cache.models.find import BUNDLED_FOLDER
+from ssd_cache.rasters import format_rasters
 
 
 def inspect(

@@ -8,8 +8,8 @@ from __future__ import annotations
 from ssd_cache.cache import POLICIES, SSDCache
 from ssd_cache.cli.errors import WrongUse
 from ssd_cache.head_map import HeadMap
-from ssd_cache.head_map_checks import format_rasters
 from ssd_cache.models import Checkpoint
+from ssd_cache.rasters import format_rasters
 
 COMPARED = ("full", "ssd", "h2o", "streaming-llm")
 """Rows of the sheet of `--compare`: the policies of the paper's tables."""

@@ -27,6 +27,7 @@ from transformers import (
 from ssd_cache.cache import decoder_shape
 from ssd_cache.head_map import HeadMap
 from ssd_cache.models.settings import GeneratorError, check_drawing, check_texts, resolve_device, resolve_dtype
+from ssd_cache.rasters import count_cells
 
 BUNDLED = "shapes-janus"
 """The small trained model that travels with the package."""
@@ -215,7 +216,7 @@ class Checkpoint:
     @property
     def num_visual_tokens(self) -> int:
         """Tokens of a picture, previews and tokens that end rows included."""
-        return sum(rows * columns for rows, columns in (*self.previews, self.grid))
+        return count_cells(self.grid, self.previews)
 
     @property
     def num_layers(self) -> int:

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from ssd_cache import HeadMap, SSDCache
+from ssd_cache.bench.peak import can_tell_peak
 from ssd_cache.cli import app
 from ssd_cache.models import Checkpoint, find_generator
 
@@ -117,13 +118,21 @@ def test_profile_then_fidelity_then_fit(run, name):
     assert HeadMap.from_pretrained("fitted").budget is not None
 
 
-@pytest.mark.parametrize("name", ["emu3", "llama"])
+@pytest.mark.parametrize("name", ["emu3", "llama", "glm"])
 def test_bench_measures_a_checkpoint_in_a_stated_grid(run, name):
-    few = ["--batch-size", 1, "--rounds", 1, "--no-compiled", "--no-peak", "--budgets", "0.5"]
-    result = run("bench", name, *few, "--caches", "DynamicCache;ssd 50%")
+    few = ["--batch-size", 1, "--rounds", 1, "--no-compiled", "--budgets", "0.5"]
+    few += [] if name == "llama" else ["--no-peak"]  # which takes a process of its own
+    result = run("bench", name, *few, "--caches", "DynamicCache;ssd 50%", "-o", "bench")
     assert result.exit_code == 0, result.output
     rows, columns = GRIDS[name]
-    assert f"{rows} x {columns} = {rows * columns} visual tokens" in result.stdout
+    preview, cells = ("22 x 11+", 22 * 11 + rows * columns) if name == "glm" else ("", rows * columns)
+    assert f"{preview}{rows} x {columns} = {cells} visual tokens" in result.stdout
+    guidance = "none, one row a picture" if name == "glm" else "5, two rows a picture"
+    assert f"guidance {guidance}, head map" in result.stdout
+    full, small = json.loads(Path("bench/bench.json").read_text())["rows"]
+    assert full["cache"] == "DynamicCache"
+    assert small["key_value"] < 0.7 * full["key_value"]
+    assert (small["peak"] is not None) == (name == "llama" and can_tell_peak())
     assert f"--grid {rows}x{columns}" in result.stdout
 
 

@@ -15,6 +15,9 @@ from tiny_checkpoint import write_family
 from transformers import DynamicCache
 
 from ssd_cache import HeadMap, SSDCache, enable, measure_heads
+from ssd_cache.bench.cases import Case
+from ssd_cache.bench.sizes import expected_bytes, held_bytes
+from ssd_cache.bench.subject import load_subject
 from ssd_cache.models import GeneratorError, GlmImageGenerator, find_generator
 
 PROMPTS = ["a photo of a red circle", "a blue square"]
@@ -121,6 +124,18 @@ def test_diffusers_pipeline_draws_the_same_pixels_at_a_full_budget(pipe, made, p
     assert (cache.head_map.grid, cache.head_map.previews) == wanted
     assert cache.layers[0].num_visual == cache.head_map.num_visual_tokens
     assert "generate" not in vars(pipe.vision_language_encoder)
+
+
+def test_the_bench_draws_one_row_a_picture_and_knows_its_bytes(folder):
+    subject = load_subject(str(folder), torch.float32, torch.device("cpu"), GRID)
+    assert subject.length == subject.num_prompt + CELLS
+    for case in (Case("DynamicCache"), Case("ssd", 0.5)):
+        cache = case.make_cache(subject)
+        with case.running(subject):
+            subject.fill(cache, 3, subject.length - 3)
+            subject.draw(cache, 3, 2, lambda: None)
+        assert held_bytes(cache) == expected_bytes(subject, case, 3)
+        assert cache.get_seq_length() == subject.length - 1
 
 
 def test_diffusers_pipeline_draws_with_a_fifth_of_the_tokens(pipe, made):

@@ -28,7 +28,7 @@ class Capacity:
 
     Attributes:
         cache: name of the case.
-        picture_bytes: of one picture's cache, both rows of guidance, K and V and what is beside them.
+        picture_bytes: of one picture's cache, all its rows, K and V and what is beside them.
         by_formula: pictures.
         by_trying: pictures that were drawn, on a GPU; None where nothing was tried.
     """

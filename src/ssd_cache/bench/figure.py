@@ -35,6 +35,8 @@ def draw_report(report: Report) -> bytes:
     panels[0].set_title(f"batch {batches[-1]}", fontsize=10)
     if len(batches) > 1:
         _draw_speeds(panels[1], rows, styles)
+        _, _, of_picture = report.conditions["guidance"].rpartition(", ")  # two rows a picture
+        panels[1].set_xlabel(f"pictures at once ({of_picture})")
         panels[1].set_xticks(batches, [str(batch) for batch in batches])
     handles = {handle.get_label(): handle for panel in panels for handle in panel.get_lines()}
     figure.legend(
@@ -91,7 +93,6 @@ def _draw_speeds(axes: Axes, rows: list[Row], styles: dict[str, dict[str, Any]])
         axes.vlines(batches, [row.slowest for row in of_cache], [row.fastest for row in of_cache], color=style["color"])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xlabel("pictures at once (two rows each)")
     axes.set_ylabel("visual tokens per second")
     _tidy(axes)
 

@@ -17,6 +17,7 @@ from ssd_cache.bench.cases import Case
 from ssd_cache.bench.running import draw_stretches
 from ssd_cache.bench.stretches import last_steps
 from ssd_cache.bench.subject import load_subject
+from ssd_cache.rasters import Grid
 
 STATUS = Path("/proc/self/status")
 
@@ -39,17 +40,19 @@ def can_tell_peak() -> bool:
     return STATUS.exists()
 
 
-def peak_of(name: str, dtype: torch.dtype, case: Case, batch_size: int) -> ProcessPeak:
+def peak_of(name: str, dtype: torch.dtype, case: Case, batch_size: int, grid: Grid | None = None) -> ProcessPeak:
     """Load the model in a new process, fill the cache but for the end of the picture, draw the rest, tell the peak."""
     context = multiprocessing.get_context("forkserver")  # forks from a process that has imported, and drawn nothing
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_draw_last, name, dtype, case, batch_size, torch.get_num_threads()).result()
+        return pool.submit(_draw_last, name, dtype, case, batch_size, grid, torch.get_num_threads()).result()
 
 
-def _draw_last(name: str, dtype: torch.dtype, case: Case, batch_size: int, num_threads: int) -> ProcessPeak:
+def _draw_last(
+    name: str, dtype: torch.dtype, case: Case, batch_size: int, grid: Grid | None, num_threads: int
+) -> ProcessPeak:
     torch.set_num_threads(num_threads)
-    subject = load_subject(name, dtype, torch.device("cpu"))
+    subject = load_subject(name, dtype, torch.device("cpu"), grid)
     before = _status("VmRSS")
     with case.running(subject):
         draw_stretches(subject, case.make_cache(subject), batch_size, last_steps(subject.head_map.num_visual_tokens))

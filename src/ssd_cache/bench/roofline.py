@@ -57,8 +57,8 @@ class StepWork:
 
 
 def step_work(subject: Subject, case: Case, batch_size: int, positions: list[int]) -> StepWork:
-    """The work of a mean step at these positions; guidance makes two rows of a picture."""
-    config, rows = subject.config, 2 * batch_size
+    """The work of a mean step at these positions."""
+    config, rows = subject.config, subject.rows_per_picture * batch_size
     weights = subject.step_weights()
     tokens = mean_tokens_read(subject, case, positions)
     kv_dtype = None if case.is_full else case.make_ssd(subject.head_map).kv_dtype

@@ -27,6 +27,7 @@ from ssd_cache.bench.sizes import weight_bytes
 from ssd_cache.bench.split import TimeSplit, split_time
 from ssd_cache.bench.stretches import NUM_STRETCHES, Stretch, choose_stretches
 from ssd_cache.bench.subject import GUIDANCE_SCALE, Subject
+from ssd_cache.rasters import format_rasters
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,9 @@ def _complete(subject: Subject, plan: Plan, machine: Machine, result: Measuremen
     few = NUM_STRETCHES * subject.head_map.grid[1]
     is_short = sum(stretch.num_tokens for stretch in plan.stretches) <= few or few >= cells
     peak: ProcessPeak | None = None
+    # a compiler's memory would hide it
     if plan.with_peak and not case.is_compiled and subject.model.device.type == "cpu" and can_tell_peak():
-        peak = peak_of(subject.name, subject.model.dtype, case, batch_size)  # a compiler's memory would hide it
+        peak = peak_of(subject.name, subject.model.dtype, case, batch_size, subject.head_map.grid)
     split: TimeSplit | None = None
     if not (case.is_full and case.is_compiled):  # evicts nothing, and a second StaticCache is compiled for anew
         split = split_time(subject, case, batch_size, plan.stretches if is_short else choose_stretches(cells, few))
@@ -112,7 +114,8 @@ def _complete(subject: Subject, plan: Plan, machine: Machine, result: Measuremen
 def conditions(subject: Subject, plan: Plan) -> dict[str, Any]:
     """All that the numbers depend on, as JSON values."""
     config, device = subject.config, subject.model.device
-    rows, columns = subject.head_map.grid
+    grid, previews = subject.head_map.grid, subject.head_map.previews
+    columns, is_guided = grid[1], subject.rows_per_picture == 2
     tokens = sum(stretch.num_tokens for stretch in plan.stretches)
     drawn = "whole pictures" if len(plan.stretches) == 1 else f"{tokens} tokens around the middles of the quarters"
     if len(plan.stretches) > 1 and tokens % (NUM_STRETCHES * columns):
@@ -124,10 +127,10 @@ def conditions(subject: Subject, plan: Plan) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "heads": f"{config.num_attention_heads} query, {config.num_key_value_heads} KV, of {subject.head_dim}",
         "weights": weight_bytes(subject),
-        "grid": f"{rows} x {columns} = {rows * columns} visual tokens",
+        "grid": f"{format_rasters(previews, grid, ' x ')} = {subject.head_map.num_visual_tokens} visual tokens",
         "prompt": f"{subject.num_prompt} tokens",
         "drawn": drawn,
-        "guidance": f"{GUIDANCE_SCALE:g}, two rows a picture",
+        "guidance": f"{GUIDANCE_SCALE:g}, two rows a picture" if is_guided else "none, one row a picture",
         "head map": subject.head_map.method or "the model's own",
         "rounds": f"{plan.rounds}, interleaved, after one to warm up",
         "dtype": str(subject.model.dtype).removeprefix("torch."),

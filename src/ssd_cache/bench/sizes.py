@@ -57,7 +57,7 @@ def expected_bytes(subject: Subject, case: Case, num_pictures: int = 1) -> Cache
     slot, a position (int32) in every head and a score (float32) in the heads that are scored, whose queries of a buffer
     wait as well.
     """
-    rows, itemsize = 2 * num_pictures, subject.model.dtype.itemsize
+    rows, itemsize = subject.rows_per_picture * num_pictures, subject.model.dtype.itemsize
     of_token = rows * slot_nbytes(subject.head_dim, itemsize, None)  # in the model's dtype, as the prompt always is
     if case.cache == "QuantizedCache":
         return None

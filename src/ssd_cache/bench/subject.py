@@ -1,4 +1,4 @@
-"""The model that is measured and how it draws: Janus by its own `generate`, others step by step; guidance in both.
+"""The model that is measured, and how it draws: Janus by its own `generate`, others step by step, most with guidance.
 
 `draw` can go on from a cache that `fill` brought to any point of a picture, so that late steps can be timed without
 drawing the early ones. Nothing is timed here.
@@ -9,11 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from transformers import (
     AttentionInterface,
     Cache,
+    GlmImageForConditionalGeneration,
     JanusForConditionalGeneration,
     LogitsProcessor,
     LogitsProcessorList,
@@ -52,6 +54,9 @@ class Subject(ABC):
     head_map: HeadMap
     num_prompt: int
 
+    rows_per_picture: ClassVar[int] = 2
+    """Rows of the batch that a picture takes; guidance makes two."""
+
     @property
     def config(self):
         """The decoder's configuration."""
@@ -81,7 +86,7 @@ class Subject(ABC):
 
         Args:
             cache: an empty one, or one that `fill` filled.
-            batch_size: pictures; guidance makes two rows of each.
+            batch_size: pictures, of `rows_per_picture` rows each.
             num_tokens: steps.
             on_step: called at every step, between the decoder and the sampling.
         """
@@ -93,7 +98,7 @@ class Subject(ABC):
         A full cache takes them at once. `SSDCache` takes visual tokens one by one, and meets their queries.
         """
         layers, config = self.model.get_decoder().layers, self.config
-        shape = 2 * batch_size, config.num_key_value_heads
+        shape = self.rows_per_picture * batch_size, config.num_key_value_heads
         attend = AttentionInterface()[NAME]
         seen = int(cache.get_seq_length())
         one_by_one = isinstance(cache, SSDCache)
@@ -161,14 +166,42 @@ class CausalSubject(Subject):
     @torch.no_grad()
     def draw(self, cache: Cache, batch_size: int, num_tokens: int, on_step: OnStep) -> None:
         num_ids = 1 if int(cache.get_seq_length()) else self.num_prompt
-        ids = torch.randint(10, 60, (2 * batch_size, num_ids), generator=torch.Generator().manual_seed(0))
+        shape = self.rows_per_picture * batch_size, num_ids
+        ids = torch.randint(10, 60, shape, generator=torch.Generator().manual_seed(0))
         ids = ids.clamp(max=self.config.vocab_size - 1).to(self.model.device)
         for _ in range(num_tokens):
             output = self.model(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
             on_step()
-            conditional, unconditional = output.logits[:, -1].float().chunk(2)
-            scores = unconditional + GUIDANCE_SCALE * (conditional - unconditional)
-            ids = torch.multinomial(scores.softmax(-1), num_samples=1).repeat(2, 1)
+            scores = self.guided(output.logits[:, -1].float())
+            ids = torch.multinomial(scores.softmax(-1), num_samples=1).repeat(self.rows_per_picture, 1)
+
+    def guided(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores that tokens are drawn by, `[pictures, vocabulary]`, of all rows' scores."""
+        conditional, unconditional = scores.chunk(2)
+        return unconditional + GUIDANCE_SCALE * (conditional - unconditional)
+
+
+class GlmImageSubject(CausalSubject):
+    """GLM-Image's autoregressive part, which is not guided.
+
+    It is not told its grids, and so takes text positions, which cost what M-RoPE's cost: a step that begins in the
+    middle of a picture has no prompt to count from.
+    """
+
+    rows_per_picture = 1
+
+    def set_attention(self, name: str) -> None:
+        self.model.set_attn_implementation({"text_config": name})
+
+    def guided(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores
+
+
+SUBJECTS: dict[type[PreTrainedModel], type[Subject]] = {
+    GlmImageForConditionalGeneration: GlmImageSubject,
+    JanusForConditionalGeneration: JanusSubject,
+}
+"""Models that are not drawn as a causal language model is."""
 
 
 def find_head_map(name: str, grid: tuple[int, int] | None = None) -> HeadMap:
@@ -187,8 +220,11 @@ def find_head_map(name: str, grid: tuple[int, int] | None = None) -> HeadMap:
             raise GeneratorError(f"grid={grid}: the shape {name} has a grid of {own[0]} x {own[1]}; leave grid out")
         return random_map(config.num_hidden_layers, config.num_key_value_heads, own)
     checkpoint = find_generator(name, grid)
-    checkpoint.check_one_grid()
-    return checkpoint.head_map() or random_map(checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.grid)
+    labels = checkpoint.head_map()
+    if labels is None:
+        labels = random_map(checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.grid)
+        labels = labels.with_grid(checkpoint.grid, checkpoint.previews)
+    return labels
 
 
 def load_subject(name: str, dtype: torch.dtype, device: torch.device, grid: tuple[int, int] | None = None) -> Subject:
@@ -201,7 +237,7 @@ def load_subject(name: str, dtype: torch.dtype, device: torch.device, grid: tupl
         raise GeneratorError(
             f"{name} is a {type(model).__name__}, and the bench measures models that are built as Llama is"
         )
-    family = JanusSubject if isinstance(model, JanusForConditionalGeneration) else CausalSubject
+    family = next((subject for kind, subject in SUBJECTS.items() if isinstance(model, kind)), CausalSubject)
     return family(name, model, find_head_map(name, grid), num_prompt)
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 
 def kept_tokens(kind, level, own_scores, token, state):
     """The tokens that a head holds at the query of `token`; `state` is its list of them, changed in place."""
@@ -39,11 +41,14 @@ def retained(weights_of_row, num_prompt, kind, level):
     return total, count
 
 
-def statistics(weights, num_prompt, grid, levels, window):
-    """Every share of one layer's KV heads, as lists over them, from all the rows given."""
+def statistics(weights, num_prompt, grid, levels, window, num_before=0):
+    """Every share of one layer's KV heads, as lists over them, from all the rows given.
+
+    `num_before`: tokens of previews, which come before the grid's own.
+    """
     rows, columns = grid
     queries = len(weights[0][0][0])
-    first_counted = min(2, rows - 1) * columns
+    first_counted = num_before + min(2, rows - 1) * columns
     results = []
     for head in range(len(weights[0])):
         found = {"offsets": [[0.0] * (2 * columns - 1) for _ in range(rows)]}
@@ -60,17 +65,20 @@ def statistics(weights, num_prompt, grid, levels, window):
                     visual += sum(seen)
                     cells_at_margin = 0
                     for other, weight in enumerate(seen):
-                        at_margin = other % columns in (0, columns - 1)
+                        inside += weight * (other > token - window)
+                        if other < num_before:
+                            continue
+                        above, column = divmod(other - num_before, columns)
+                        at_margin = column in (0, columns - 1)
                         cells_at_margin += at_margin
                         margin += weight * at_margin
-                        inside += weight * (other > token - window)
-                        up = token // columns - other // columns
-                        right = other % columns - token % columns
+                        up = (token - num_before) // columns - above
+                        right = column - (token - num_before) % columns
                         found["offsets"][up][right + columns - 1] += weight
                     chance += sum(seen) * cells_at_margin / (token + 1)
-                    grid_row = token // columns
-                    in_row = min(columns, queries - grid_row * columns)
-                    if token % columns == grid_row % in_row:
+                    grid_row, column = divmod(token - num_before, columns)
+                    in_row = min(columns, queries - num_before - grid_row * columns)
+                    if column == grid_row % in_row:
                         sampled += 1
                         entropy -= sum(w * math.log(w) for w in row if w > 0)
                         for index, level in enumerate(levels):
@@ -89,3 +97,34 @@ def statistics(weights, num_prompt, grid, levels, window):
                 found[kind].append(total / count if count else 1.0)
         results.append(found)
     return results
+
+
+def as_tuple(level):
+    return level.num_slots, level.buffer, level.num_recent, level.num_sinks
+
+
+def compare(measured, layers, num_prompt, window, rows):
+    """Hold `HeadStatistics` to the loops.
+
+    `layers`: attention of the rows that `rows` names, `[rows, kv_heads, groups, queries, prompt + queries]` each.
+    """
+    levels, num_before = [as_tuple(level) for level in measured.levels], measured.num_before
+    for layer, weights in enumerate(layers):
+        expected = statistics(weights.double().tolist(), num_prompt, measured.grid, levels, window, num_before)
+        found = {
+            "offsets": measured.offset_share(rows),
+            "window": measured.window_mass(window, rows),
+            "prompt": measured.prompt_share(rows),
+            "margin": measured.margin_share(rows),
+            "chance": measured.margin_chance(rows),
+            "entropy": measured.entropy(rows),
+        }
+        for name in ("top", "spatial", "semantic"):
+            of_level = [
+                measured.top_share(slots, rows) if name == "top" else measured.retained(name, slots, rows)
+                for slots, *_ in levels
+            ]
+            found[name] = torch.stack(of_level, dim=-1)
+        for name, values in found.items():
+            wanted = torch.tensor([head[name] for head in expected], dtype=torch.float64)
+            torch.testing.assert_close(values[layer], wanted, atol=1e-5, rtol=1e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023

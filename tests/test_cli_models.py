@@ -118,6 +118,39 @@ def test_profile_then_fidelity_then_fit(run, name):
     assert HeadMap.from_pretrained("fitted").budget is not None
 
 
+def test_profile_then_generate_then_fidelity_over_a_preview_and_a_picture(run, folders):
+    result = run("profile", "glm", *PROMPTS, "--budget", 18, "--levels", 22, "--buffer", 4, "-o", "map")
+    assert result.exit_code == 0, result.output
+    head_map = HeadMap.from_pretrained("map")
+    assert (head_map.grid, head_map.previews) == (GRIDS["glm"], ((22, 11),))
+    result = run("generate", "glm", *PROMPTS, "--head-map", "map", "--budget", 18, "--buffer", 4, "-o", "a.safetensors")
+    assert result.exit_code == 0, result.output
+    expected = (
+        find_generator(str(folders / "glm"), GRIDS["glm"]).load().generate(PROMPTS, SSDCache(head_map, 18, buffer=4))
+    )
+    assert torch.equal(load_file("a.safetensors")["ssd"], expected)
+    few = ["--policies", "ssd", "--budgets", 18, "--buffer", 4, "--num-images", 1]
+    result = run("eval fidelity", "glm", PROMPTS[0], *few, "--head-map", "map")
+    assert result.exit_code == 0, result.output
+    written = json.loads(Path("fidelity/fidelity.json").read_text())
+    assert written["previews"] == written["conditions"]["previews"] == [[22, 11]]
+    assert len(written["results"]["ssd 18"]["retained_by_grid_row"]) == 22 + 8
+
+
+@pytest.mark.slow
+def test_fit_shares_slots_out_over_a_preview_and_a_picture(run):
+    retained = {
+        f"retained_{kind}-{slots}": torch.full((2, 2), 0.5) for kind in ("spatial", "semantic") for slots in (14, 22)
+    }
+    HeadMap(LABELS, GRIDS["glm"], previews=[(22, 11)], scores=retained, profile={"buffer": 4}).save_pretrained("map")
+    result = run("fit", "glm", PROMPTS[0], "--head-map", "map", "--budget", 18, "-o", "fitted")
+    assert result.exit_code == 0, result.output
+    fitted = HeadMap.from_pretrained("fitted")
+    assert (fitted.grid, fitted.previews) == (GRIDS["glm"], ((22, 11),))
+    assert sorted(slots for layer in fitted.budget for slots in layer) == [14, 14, 22, 22]
+    assert (fitted.scores["divergence-14"] > 0).all()
+
+
 @pytest.mark.parametrize("name", ["emu3", "llama", "glm"])
 def test_bench_measures_a_checkpoint_in_a_stated_grid(run, name):
     few = ["--batch-size", 1, "--rounds", 1, "--no-compiled", "--budgets", "0.5"]
@@ -172,10 +205,10 @@ REFUSED = [
         ["--head-map", "online", "--budget", "275", "-o", "a.safetensors"],
         "draws 22 x 11.8 x 4 = 274 visual tokens",
     ),
-    ("profile", "glm", [], "draws a preview before its picture.*--head-map online"),
-    ("fit", "glm", [], "draws a preview"),
-    ("eval fidelity", "glm", [], "draws a preview"),
-    ("analyze", "glm", ["--head-map", "{map}"], "draws a preview"),
+    ("profile", "glm", ["--method", "window", "--window", "10"], "window=10 is out of range: give 1 to 9 visual"),
+    ("fit", "glm", [], "has no head map in its folder: give --head-map"),
+    ("eval fidelity", "glm", ["--policies", "margin,h2o"], "margin needs a head map"),
+    ("analyze", "glm", ["--head-map", "{map}"], "draws a preview.*`ssd-cache profile` and `eval fidelity` work"),
     ("analyze", "llama", ["--head-map", "{map}"], "is not guided, and the analysis compares guidance's rows"),
     ("eval geneval export", "llama", ["--prompts-file", "p.jsonl"], "can not decode them"),
     ("generate", "llama", ["--head-map", "{map}", "--grid", "6by6"], "--grid 6by6: give rows and columns"),

@@ -12,6 +12,7 @@ import json
 import math
 import shlex
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -381,6 +382,9 @@ def test_sums_are_means_of_what_was_measured():
     assert result.retained_by_kind("spatial") == pytest.approx(0.7)
     assert result.retained_by_kind("semantic") == pytest.approx(0.5)
     assert result.by_grid_row(kl.T).tolist() == [[0.5, 2.5], [2.0, 4.0]]
+    previewed = replace(result, grid=(1, 2), previews=((1, 1), (1, 1)))
+    assert previewed.by_grid_row(kl.T).tolist() == [[0.0, 2.0], [1.0, 3.0], [2.0, 4.0]]
+    assert replace(previewed, grid=(2, 1)).by_grid_row(kl.T).tolist() == kl.T.tolist()  # the last row has no step
     assert Fidelity((2, 2), result.tokens[:1], 0.5, torch.tensor([[True, True]]), kl[:1], kl[:1] < 3,
                     result.attention_error, result.retained).kl_standard_error is None  # fmt: skip
 

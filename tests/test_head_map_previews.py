@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache
+from ssd_cache.evaluation.policies import parse_policy
 
 LABELS = torch.tensor([[True, False], [False, False]])
 
@@ -46,6 +47,16 @@ def test_another_size_keeps_the_labels_and_all_facts(tmp_path):
     assert torch.equal(larger.is_spatial, LABELS)
     assert head_map.with_grid((6, 4)) is head_map
     assert HeadMap.online(num_layers=2, num_kv_heads=2, grid=(6, 4)).with_grid((8, 8)).is_online
+
+
+@pytest.mark.parametrize("policy", ["full", "ssd", "h2o", "streaming-llm", "online", "inverted", "random-1", "{map}"])
+def test_caches_of_all_policies_are_for_all_rasters(tmp_path, policy):
+    head_map = HeadMap(LABELS, (6, 4), previews=[(3, 2)])
+    policy = policy.format(map=head_map.save_pretrained(tmp_path))
+    cache = parse_policy(policy).make_cache(head_map, 0.9)
+    assert (cache.head_map.grid, cache.head_map.previews) == ((6, 4), ((3, 2),))
+    with pytest.raises(ValueError, match="single grid"):
+        parse_policy("margin").make_cache(head_map, 0.9)
 
 
 def test_a_cache_counts_all_rasters_and_warns_by_the_widest_row():

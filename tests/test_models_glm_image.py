@@ -9,15 +9,17 @@ import importlib
 
 import pytest
 import torch
+from attention_reference import compare
 from models import glm_image_pipeline
 from PIL import Image
 from tiny_checkpoint import write_family
 from transformers import DynamicCache
 
-from ssd_cache import HeadMap, SSDCache, enable, measure_heads
+from ssd_cache import HeadMap, SSDCache, enable, measure_heads, profile_heads
 from ssd_cache.bench.cases import Case
 from ssd_cache.bench.sizes import expected_bytes, held_bytes
 from ssd_cache.bench.subject import load_subject
+from ssd_cache.evaluation.fidelity import draw_fidelity, measure_fidelity
 from ssd_cache.models import GeneratorError, GlmImageGenerator, find_generator
 
 PROMPTS = ["a photo of a red circle", "a blue square"]
@@ -126,6 +128,80 @@ def test_diffusers_pipeline_draws_the_same_pixels_at_a_full_budget(pipe, made, p
     assert "generate" not in vars(pipe.vision_language_encoder)
 
 
+def attention_over(generator, prompts, tokens):
+    """Softmax weights of all layers at every visual token but the last, `[rows, kv_heads, groups, queries, stored]`.
+
+    From one forward pass over prompt and tokens with transformers' eager attention.
+    """
+    model, inputs = generator.model, generator.prepare(prompts)
+    ids, mask, fed = inputs["input_ids"], inputs["attention_mask"], tokens[:, :-1]
+    of_prompt, _ = model.model.get_rope_index(
+        ids, inputs["image_grid_thw"], inputs["images_per_sample"], attention_mask=mask
+    )
+    of_picture = model.model._cached_decode_position_ids.permute(1, 0, 2)[..., : fed.shape[1]]
+    model.set_attn_implementation({"text_config": "eager"})
+    try:
+        with torch.no_grad():
+            attentions = model(
+                input_ids=torch.cat([ids, fed], dim=1),
+                attention_mask=torch.cat([mask, torch.ones_like(fed)], dim=1),
+                position_ids=torch.cat([of_prompt, of_picture], dim=2),
+                output_attentions=True,
+            ).attentions
+    finally:
+        model.set_attn_implementation({"text_config": "ssd"})
+    return [weights.unflatten(1, (2, 2))[..., ids.shape[1] :, :] for weights in attentions], ids.shape[1]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """Of a profiling run that draws once and then goes on from its sums."""
+    state_file = tmp_path_factory.mktemp("profile") / "sums"
+    return {"budget": 40, "buffer": 5, "num_sinks": 1, "progress": False, "state_file": state_file}
+
+
+def test_what_is_measured_of_heads_is_that_of_plain_loops_over_both_rasters(generator, settings):
+    statistics = measure_heads(generator, PROMPTS, **settings)
+    assert (statistics.num_visual_tokens, statistics.num_before) == (CELLS, 22 * 11)
+    layers, num_prompt = attention_over(generator, PROMPTS, generator.generate(PROMPTS, DynamicCache()))
+    compare(statistics, layers, num_prompt, GRID[1] + 1, "all")
+    again = measure_heads(generator, PROMPTS, **settings)  # from the file; nothing is left to draw
+    assert all(torch.equal(value, statistics.sums[name]) for name, value in again.sums.items())
+
+
+def test_a_profiled_map_serves_enable(generator, settings, made):
+    head_map = profile_heads(generator, PROMPTS, method="window", **settings)
+    assert (head_map.grid, head_map.previews) == (GRID, (PREVIEW,))
+    assert head_map.profile["window"] == GRID[1] + 1
+    assert torch.equal(head_map.is_spatial, head_map.scores["window_mass"].double() >= head_map.threshold)
+    with enable(generator.model, head_map, budget=0.2):
+        generator.model.generate(**generator.prepare(PROMPTS[:1]), max_new_tokens=CELLS, min_new_tokens=CELLS)
+    cache = made[-1]
+    assert cache.head_map is head_map  # of the size that the call states, so it is the map itself
+    assert cache.get_seq_length() == cache.layers[0].num_prompt + CELLS - 1
+
+
+def test_fidelity_is_exact_where_nothing_is_evicted_and_goes_row_by_row_through_both_rasters(generator):
+    caches = {"full": lambda: SSDCache(HEAD_MAP, 1.0), "small": lambda: SSDCache(HEAD_MAP, 60, buffer=10)}
+    results = measure_fidelity(generator, PROMPTS[:1], caches)
+    full, small = results["full"], results["small"]
+    assert full.kl.shape == (1, CELLS - 1)
+    assert not full.kl.any()
+    assert full.agrees.all()
+    assert not full.attention_error.any()
+    torch.testing.assert_close(full.retained, torch.ones(CELLS - 1, 2, 2))
+    assert (full.budget, small.budget) == (1.0, 60 / CELLS)
+    assert not small.kl[:, :60].any()
+    assert small.kl[:, 60:].all()
+    by_row = small.by_grid_row(small.retained)
+    assert len(by_row) == PREVIEW[0] + GRID[0]
+    torch.testing.assert_close(by_row[21], small.retained[231:242].double().mean(0))  # the preview's last row
+    torch.testing.assert_close(by_row[22], small.retained[242:246].double().mean(0))  # the picture's first
+    panel = draw_fidelity(results).axes[0]
+    assert panel.get_xlim() == (0, PREVIEW[0] + GRID[0] - 1)
+    assert "preview" in panel.get_xlabel()
+
+
 def test_the_bench_draws_one_row_a_picture_and_knows_its_bytes(folder):
     subject = load_subject(str(folder), torch.float32, torch.device("cpu"), GRID)
     assert subject.length == subject.num_prompt + CELLS
@@ -170,7 +246,5 @@ def test_what_is_not_done_for_glm_image_is_told(generator):
         generator.to_images(torch.zeros(1, CELLS, dtype=torch.long))
     with pytest.raises(GeneratorError, match="guidance_scale=3.0: .* is not guided"):
         generator.generate(PROMPTS, guidance_scale=3.0)
-    with pytest.raises(GeneratorError, match="draws a preview before its picture"):
-        measure_heads(generator, PROMPTS)
     with pytest.raises(ValueError, match="score='margin' goes by the columns of a single grid"):
         SSDCache(HEAD_MAP, score="margin")

@@ -15,9 +15,9 @@ import weakref
 from collections import Counter
 from pathlib import Path
 
-import attention_reference
 import pytest
 import torch
+from attention_reference import compare
 from hypothesis import given
 from hypothesis import strategies as st
 from models import left_padded_prompts, tiny_janus
@@ -40,6 +40,7 @@ from ssd_cache.labels import (
     label_agreement,
     label_heads,
     map_scores,
+    resolve_window,
     split_half_agreement,
     total,
 )
@@ -48,8 +49,9 @@ from ssd_cache.models import GeneratorError, find_generator
 from ssd_cache.observing import HeadObserver, evict
 from ssd_cache.profiling import check_profiling
 from ssd_cache.profiling_state import load_state, save_state
+from ssd_cache.rasters import count_cells
 from ssd_cache.retention import select_victims
-from ssd_cache.statistics import HeadStatistics, Level, ProfilingError, resolve_levels
+from ssd_cache.statistics import HeadStatistics, Level, ProfilingError, resolve_levels, widest_window
 from ssd_cache.watching import WatchingCache
 from ssd_cache.watching_cost import watching_cost
 
@@ -67,60 +69,33 @@ def generator(folder):
     return find_generator(str(folder)).load()
 
 
-def as_tuple(level):
-    return level.num_slots, level.buffer, level.num_recent, level.num_sinks
-
-
-def compare(statistics, layers, num_prompt, window, rows):
-    """`layers`: attention of the rows that `rows` names, `[rows, kv_heads, groups, queries, prompt + queries]` each."""
-    levels = [as_tuple(level) for level in statistics.levels]
-    for layer, weights in enumerate(layers):
-        expected = attention_reference.statistics(
-            weights.double().tolist(), num_prompt, statistics.grid, levels, window
-        )
-        found = {
-            "offsets": statistics.offset_share(rows),
-            "window": statistics.window_mass(window, rows),
-            "prompt": statistics.prompt_share(rows),
-            "margin": statistics.margin_share(rows),
-            "chance": statistics.margin_chance(rows),
-            "entropy": statistics.entropy(rows),
-        }
-        for name in ("top", "spatial", "semantic"):
-            of_level = [
-                statistics.top_share(slots, rows) if name == "top" else statistics.retained(name, slots, rows)
-                for slots, *_ in levels
-            ]
-            found[name] = torch.stack(of_level, dim=-1)
-        for name, values in found.items():
-            wanted = torch.tensor([head[name] for head in expected], dtype=torch.float64)
-            torch.testing.assert_close(values[layer], wanted, atol=1e-5, rtol=1e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023
-
-
 # --- sums
 
 
-@pytest.mark.parametrize("grid", [(4, 5), (5, 3), (1, 9)])
+@pytest.mark.parametrize(
+    ("grid", "previews"), [((4, 5), []), ((5, 3), []), ((1, 9), []), ((4, 3), [(2, 2), (1, 4)]), ((1, 4), [(3, 2)])]
+)
 @pytest.mark.parametrize("num_queries_short", [1, 0])
-def test_sums_equal_plain_loops_over_made_up_attention(grid, num_queries_short):
+def test_sums_equal_plain_loops_over_made_up_attention(grid, previews, num_queries_short):
     rows, heads, groups, num_prompt = 3, 2, 2, 2
-    queries, columns = grid[0] * grid[1] - num_queries_short, grid[1]
-    levels = [Level(6, 3, 2, 1), Level(5, 1, 2), Level(4, 4, 0), Level(7, 2, 3, 2), Level(grid[0] * grid[1], 3, 2)]
+    cells, columns, before = count_cells(grid, previews), grid[1], count_cells((0, 0), previews)
+    queries = cells - num_queries_short
+    levels = [Level(6, 3, 2, 1), Level(5, 1, 2), Level(4, 4, 0), Level(7, 2, 3, 2), Level(cells, 3, 2)]
     logits = 2 * torch.randn(rows, heads, groups, queries, num_prompt + queries)
     logits[0, ..., 0] = -torch.inf  # padding
     mask = torch.ones(queries, queries).triu(1).bool()
     logits[..., num_prompt:] = logits[..., num_prompt:].masked_fill(mask, -torch.inf)
     weights = logits.softmax(-1)
-    observer = HeadObserver(grid, 1, heads, levels, torch.tensor([False, True, True]))
-    for first in range(0, queries, columns):
-        stop = min(first + columns, queries)
+    observer = HeadObserver(grid, 1, heads, levels, torch.tensor([False, True, True]), previews=previews)
+    starts = sorted({0, *range(before % columns, queries, columns)})
+    for first, stop in itertools.pairwise([*starts, queries]):
         for part in (slice(0, 2), slice(2, 3)):
             observer.observe(0, weights[part, :, :, first:stop, : num_prompt + stop], num_prompt, part)
     statistics = observer.finish()
     assert statistics.num_pictures == 1
     for branch, part in (("all", slice(0, 3)), ("conditional", slice(0, 1)), ("unconditional", slice(1, 3))):
-        compare(statistics, [weights[part]], num_prompt, columns + 1, branch)
-    for window in (1, 2 * columns, queries - 1):
+        compare(statistics, [weights[part]], num_prompt, resolve_window(grid, None, previews), branch)
+    for window in (1, widest_window(grid, previews)) if previews else (1, 2 * columns, queries - 1):
         compare(statistics, [weights], num_prompt, window, "all")
 
 
@@ -240,20 +215,23 @@ def sizes_of(layers, heads, head_dim):
     )
 
 
-def test_the_cost_of_watching_is_that_of_the_tensors():
+@pytest.mark.parametrize("previews", [[], [(6, 48)]])
+def test_the_cost_of_watching_is_that_of_the_tensors(previews):
     heads, dim, rows, prompt, grid, levels = 3, 32, 12, 6, (24, 24), [0.1]
-    observer = HeadObserver(grid, 1, heads, resolve_levels(grid, 0.2, levels), torch.arange(rows) >= 6)
-    cache = WatchingCache(grid, 1, heads, observer)
+    followed, num_fed = resolve_levels(grid, 0.2, levels, previews=previews), count_cells(grid, previews) - 1
+    observer = HeadObserver(grid, 1, heads, followed, torch.arange(rows) >= 6, previews=previews)
+    cache = WatchingCache(grid, 1, heads, observer, previews=previews)
     (layer,) = cache.layers
-    states, live = torch.randn(rows, heads, prompt + 575, dim), LiveBytes()
+    states, live = torch.randn(rows, heads, prompt + num_fed, dim), LiveBytes()
     layer.update(states[:, :, :prompt], states[:, :, :prompt])
     layer.receive_mask(None)
-    for token in range(prompt, prompt + 575):
+    for token in range(prompt, prompt + num_fed):
         layer.update(states[:, :, token : token + 1], states[:, :, token : token + 1])
         layer.receive_query(states[:, :, token : token + 1], 0.2)
     with live:
         cache.finish()
-    cost = watching_cost(sizes_of(1, heads, dim), grid, num_rows=rows, num_prompt=prompt, num_levels=2)
+    sizes = {"num_rows": rows, "num_prompt": prompt, "num_levels": 2}
+    cost = watching_cost(sizes_of(1, heads, dim), grid, previews=previews, **sizes)
     assert layer.nbytes == cost.full_cache
     assert cache.watching_nbytes + observer.nbytes == cost.held
     assert 3 * sum(value.nbytes for value in observer.finish().sums.values()) == cost.sums
@@ -353,10 +331,10 @@ def test_budgets_are_shared_out_from_what_was_measured(planted):
 # --- labels
 
 
-def filled(seed, grid=(4, 5), pictures=2):
+def filled(seed, grid=(4, 5), pictures=2, previews=()):
     """Statistics with made-up sums."""
     generator = torch.Generator().manual_seed(seed)
-    statistics = HeadStatistics(grid, 2, 3, [Level(8, 2, 2), Level(12, 2, 2)])
+    statistics = HeadStatistics(grid, 2, 3, [Level(8, 2, 2), Level(12, 2, 2)], previews=previews)
     for value in statistics.sums.values():
         value.copy_(torch.rand(value.shape, generator=generator, dtype=torch.float64))
     statistics.num_pictures = pictures
@@ -374,8 +352,29 @@ def test_statistics_add_up_and_come_back_from_their_state():
     assert torch.equal(again.window_mass(6), both.window_mass(6))
     with pytest.raises(ValueError, match="do not add up"):
         first + filled(1, grid=(5, 5))
+    with pytest.raises(ValueError, match="do not add up"):
+        first + filled(1, previews=[(2, 2)])
     with pytest.raises(ValueError, match="of another model, grid"):
         again.load_state_dict(filled(1, grid=(5, 5)).state_dict())
+
+
+def test_after_a_preview_windows_stay_within_the_picture():
+    statistics = filled(0, previews=[(3, 7)])
+    assert resolve_window(statistics.grid, None, statistics.previews) == 6  # a row of the picture and one
+    assert resolve_window((2, 5), None, [(3, 7)]) == 6  # the last of two rows sees the first, and no more
+    assert statistics.window_mass(11).shape == (2, 3)
+    with pytest.raises(ValueError, match="window=12 reaches into the preview for some queries: give at most 11"):
+        statistics.window_mass(12)
+    with pytest.raises(ValueError, match="window=12 is out of range: give 1 to 11 visual tokens"):
+        label_heads(statistics, method="window", window=12)
+    tried = [variant.value for variant in vary_labels(statistics) if variant.setting == "window"]
+    assert tried == [2, 3, 6, 11]  # 16 and 21 would reach too far
+    both = statistics + filled(1, previews=[(3, 7)])
+    assert both.empty().num_before == 21
+    retained = both.retained("spatial", 8).maximum(both.retained("semantic", 8)).mean().item()
+    of_picture = (32 * retained + 8) / 40  # of 21 + 20 tokens all but the last are queries, and 8 of them evict nothing
+    assert retained_attention(both, 8) == pytest.approx(of_picture, rel=1e-6)
+    assert fit_heads(both, 8).previews == ((3, 7),)
 
 
 def test_what_was_not_measured_is_refused():

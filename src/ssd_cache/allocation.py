@@ -55,9 +55,9 @@ def allocate_budgets(
         >>> allocate_budgets(head_map, 40)
         [{'spatial': 20, 'semantic': 60}]
     """
-    is_spatial, scores, grid = _read(source)
-    uniform = resolve_amount("budget", budget, grid[0] * grid[1])
-    curves = _curves(scores, grid)
+    is_spatial, scores = _read(source)
+    uniform = resolve_amount("budget", budget, source.num_visual_tokens)
+    curves = _curves(scores, source.num_visual_tokens)
     levels = _levels(curves, uniform)
     choices = _between(levels, step)
     groups, costs, values = [], [], []
@@ -105,9 +105,9 @@ def fit_heads(source: HeadMap | HeadStatistics, budget: Amount = 0.2, *, step: i
         >>> fitted.is_spatial.tolist(), fitted.budget
         ([[True, False]], [[20, 60]])
     """
-    labels, scores, grid = _read(source)
-    uniform = resolve_amount("budget", budget, grid[0] * grid[1])
-    curves = _curves(scores, grid)
+    labels, scores = _read(source)
+    uniform = resolve_amount("budget", budget, source.num_visual_tokens)
+    curves = _curves(scores, source.num_visual_tokens)
     divergence = {int(match[1]): score for name, score in scores.items() if (match := DIVERGENCE.fullmatch(name))}
     levels = _levels({kind: curves[kind].keys() & divergence for kind in KINDS} if divergence else curves, uniform)
     choices = _between(levels, step)
@@ -119,12 +119,12 @@ def fit_heads(source: HeadMap | HeadStatistics, budget: Amount = 0.2, *, step: i
     picks = best_choices([np.array(choices)] * len(losses), list(-losses), uniform * len(losses))
     is_spatial = np.array([spatial[head, pick] > semantic[head, pick] for head, pick in enumerate(picks)])
     slots = np.array(choices)[picks].reshape(labels.shape)
-    facts: dict[str, Any] = {"scores": scores}
+    facts: dict[str, Any] = {"scores": scores, "previews": source.previews}
     if isinstance(source, HeadMap):
         facts |= {name: getattr(source, name) for name in ("model_id", "revision", "model_type", "profile")}
     return HeadMap(
         torch.from_numpy(is_spatial.reshape(labels.shape)),
-        grid,
+        source.grid,
         method="fit by divergence" if divergence else "fit",
         budget=slots.tolist(),
         **facts,
@@ -137,7 +137,7 @@ def measured_levels(head_map: HeadMap) -> list[int]:
     Raises:
         ValueError: fewer than two.
     """
-    return _levels(_curves(head_map.scores, head_map.grid))
+    return _levels(_curves(head_map.scores, head_map.num_visual_tokens))
 
 
 def best_kinds(head_map: HeadMap, level: int) -> torch.Tensor:
@@ -166,10 +166,10 @@ def retained_attention(
     Raises:
         ValueError: slots that were not measured.
     """
-    labels, scores, grid = _read(source)
+    labels, scores = _read(source)
     labels = labels if is_spatial is None else is_spatial.cpu().numpy()
-    curves, kept = _curves(scores, grid), []
-    slots = resolve_budget(budget, labels.tolist(), grid[0] * grid[1])
+    curves, kept = _curves(scores, source.num_visual_tokens), []
+    slots = resolve_budget(budget, labels.tolist(), source.num_visual_tokens)
     for layer, head in np.ndindex(*labels.shape):
         curve = curves["spatial" if labels[layer, head] else "semantic"]
         if slots[layer][head] not in curve:
@@ -211,16 +211,16 @@ def best_choices(costs: list[np.ndarray], values: list[np.ndarray], capacity: in
     return result[::-1]
 
 
-def _read(source: HeadMap | HeadStatistics) -> tuple[np.ndarray, Mapping[str, torch.Tensor], tuple[int, int]]:
-    """Labels `[layers, kv_heads]`, scores by name, grid."""
+def _read(source: HeadMap | HeadStatistics) -> tuple[np.ndarray, Mapping[str, torch.Tensor]]:
+    """Labels `[layers, kv_heads]`, scores by name."""
     if isinstance(source, HeadMap):
-        return source.is_spatial.numpy(), source.scores, source.grid
-    return label_heads(source, method="coverage")[0].numpy(), map_scores(source), source.grid
+        return source.is_spatial.numpy(), source.scores
+    return label_heads(source, method="coverage")[0].numpy(), map_scores(source)
 
 
-def _curves(scores: Mapping[str, torch.Tensor], grid: tuple[int, int]) -> dict[str, dict[int, np.ndarray]]:
+def _curves(scores: Mapping[str, torch.Tensor], num_cells: int) -> dict[str, dict[int, np.ndarray]]:
     """Kind -> slots -> attention retained over a whole picture, float64 `[layers, kv_heads]`."""
-    num_queries = grid[0] * grid[1] - 1
+    num_queries = num_cells - 1
     curves: dict[str, dict[int, np.ndarray]] = {kind: {} for kind in KINDS}
     for name, score in scores.items():
         if match := SCORE.fullmatch(name):

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 
 from ssd_cache.head_map import HeadMap
-from ssd_cache.statistics import HeadStatistics, Rows
+from ssd_cache.rasters import Grid
+from ssd_cache.statistics import HeadStatistics, Rows, widest_window
 
 Method = Literal["coverage", "window"]
 METHODS: tuple[Method, ...] = ("coverage", "window")
@@ -53,18 +54,21 @@ def label_heads(
     Raises:
         ValueError: an unknown method, a level that was not measured, a window or threshold out of range.
     """
-    check_labelling(statistics.grid, method, window, threshold)
+    check_labelling(statistics.grid, method, window, threshold, statistics.previews)
     gain = statistics.retained("spatial", num_slots, rows) - statistics.retained("semantic", num_slots, rows)
     gain = torch.where(gain.abs() > TOLERANCE, gain, 0.0)
     if method == "coverage":
         return gain > 0, None
     # in float32, as a head map keeps it, so that the map's own score and threshold give its labels
-    mass = statistics.window_mass(resolve_window(statistics.grid, window), rows).float()
+    window = resolve_window(statistics.grid, window, statistics.previews)
+    mass = statistics.window_mass(window, rows).float()
     threshold = choose_threshold(mass, gain) if threshold is None else threshold
     return mass.double() >= threshold, threshold
 
 
-def check_labelling(grid: tuple[int, int], method: str, window: int | None, threshold: float | None) -> None:
+def check_labelling(
+    grid: Grid, method: str, window: int | None, threshold: float | None, previews: Sequence[Grid] = ()
+) -> None:
     """Refuse settings that no labels can be made with.
 
     Raises:
@@ -72,23 +76,23 @@ def check_labelling(grid: tuple[int, int], method: str, window: int | None, thre
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}: give one of {', '.join(map(repr, METHODS))}")
-    resolve_window(grid, window)
+    resolve_window(grid, window, previews)
     if threshold is not None and method != "window":
         raise ValueError(f"threshold={threshold}: method={method!r} has none; leave it out, or give method='window'")
     if threshold is not None and not 0 < threshold < 1:
         raise ValueError(f"threshold={threshold} is out of range: give a number between 0 and 1")
 
 
-def resolve_window(grid: tuple[int, int], window: int | None) -> int:
+def resolve_window(grid: Grid, window: int | None, previews: Sequence[Grid] = ()) -> int:
     """A grid row and one, when no window is given.
 
     Raises:
-        ValueError: a window that no head could look out of.
+        ValueError: a window that no head could look out of, or one that reaches from the picture into a preview.
     """
-    cells = grid[0] * grid[1]
-    window = min(grid[1] + 1, cells - 1) if window is None else window
-    if not 1 <= window < cells:
-        raise ValueError(f"window={window} is out of range: give 1 to {cells - 1} visual tokens")
+    widest = widest_window(grid, previews)
+    window = min(grid[1] + 1, widest) if window is None else window
+    if not 1 <= window <= widest:
+        raise ValueError(f"window={window} is out of range: give 1 to {widest} visual tokens")
     return window
 
 
@@ -125,7 +129,7 @@ def map_scores(statistics: HeadStatistics, window: int | None = None) -> dict[st
     levels = [level.num_slots for level in statistics.levels]
     scores = {
         "coverage": statistics.retained("spatial") - statistics.retained("semantic"),
-        "window_mass": statistics.window_mass(resolve_window(statistics.grid, window)),
+        "window_mass": statistics.window_mass(resolve_window(statistics.grid, window, statistics.previews)),
         "margin": statistics.margin_share(),
         "margin_chance": statistics.margin_chance(),
         "prompt": statistics.prompt_share(),

@@ -24,6 +24,7 @@ from ssd_cache.models import Generator, GeneratorError, generator_of
 from ssd_cache.models.settings import check_texts
 from ssd_cache.observing import HeadObserver
 from ssd_cache.profiling_state import Processes, load_state, save_state
+from ssd_cache.rasters import format_rasters
 from ssd_cache.sharding import check_whole
 from ssd_cache.statistics import HeadStatistics, Level, ProfilingError, resolve_levels
 from ssd_cache.watching import WatchingCache
@@ -61,9 +62,16 @@ def measure_heads(
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
     check_count("batch_size", batch_size, 1)
     checkpoint = generator.checkpoint
-    checkpoint.check_one_grid()
     check_whole(generator.language_model)
-    found = resolve_levels(checkpoint.grid, budget, levels, buffer=buffer, num_recent=num_recent, num_sinks=num_sinks)
+    found = resolve_levels(
+        checkpoint.grid,
+        budget,
+        levels,
+        previews=checkpoint.previews,
+        buffer=buffer,
+        num_recent=num_recent,
+        num_sinks=num_sinks,
+    )
     check_prompts(generator, prompts)
     prompts = list(prompts)
     settings: dict[str, Any] = {
@@ -71,7 +79,8 @@ def measure_heads(
         "temperature": generator.temperature if temperature is None else temperature,
         "seed": seed,
     }
-    statistics = HeadStatistics(checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads, found)
+    shape = checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads
+    statistics = HeadStatistics(*shape, found, previews=checkpoint.previews)
     fingerprint = _fingerprint(generator, prompts, batch_size, statistics) | settings
     path, processes, done = Path(state_file) if state_file else None, Processes(), 0
     if path is not None and path.exists() and processes.is_main:
@@ -79,9 +88,8 @@ def measure_heads(
     processes.check_agreement(fingerprint)
     statistics, done = processes.from_main(statistics, done)
     batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    cells = checkpoint.grid[0] * checkpoint.grid[1]
     own = range(done + processes.index, len(batches), processes.count)
-    num_tokens = cells * sum(len(batches[index]) for index in own)
+    num_tokens = checkpoint.num_visual_tokens * sum(len(batches[index]) for index in own)
     with (
         ssd_attention(generator.language_model),
         tqdm(total=num_tokens, unit="token", disable=not (progress and processes.is_main), desc="profiling") as bar,
@@ -118,9 +126,9 @@ def _measure_batch(
 ) -> HeadStatistics:
     """The statistics of one batch."""
     checkpoint = generator.checkpoint
-    shape = checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads
-    observer = HeadObserver(*shape, levels, generator.is_unconditional(len(prompts)))
-    cache = WatchingCache(*shape, observer)
+    shape, previews = (checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads), checkpoint.previews
+    observer = HeadObserver(*shape, levels, generator.is_unconditional(len(prompts)), previews=previews)
+    cache = WatchingCache(*shape, observer, previews=previews)
     draw_watched(generator, prompts, cache, on_tokens=on_tokens, **settings)
     return observer.finish()
 
@@ -131,7 +139,8 @@ def draw_watched(generator: Generator, prompts: Sequence[str], cache: WatchingCa
     Raises:
         ProfilingError: numbers that are NaN or infinite, or a picture that is not of the grid's size.
     """
-    name, (rows, columns) = generator.checkpoint.name, generator.checkpoint.grid
+    checkpoint = generator.checkpoint
+    name = checkpoint.name
     try:
         tokens = generator.generate(prompts, cache, **settings)
     except RuntimeError as error:
@@ -144,9 +153,10 @@ def draw_watched(generator: Generator, prompts: Sequence[str], cache: WatchingCa
                 "overflow, as they may in float16; load it in bfloat16 or float32 (temperature 0 may show the head)"
             ) from error
         raise
-    if tokens.shape[-1] != rows * columns:
+    if tokens.shape[-1] != checkpoint.num_visual_tokens:
+        grid = format_rasters(checkpoint.previews, checkpoint.grid, " x ")
         raise ProfilingError(
-            f"{name} drew {tokens.shape[-1]} visual tokens, but its grid is {rows} x {columns}: a map would not fit; "
+            f"{name} drew {tokens.shape[-1]} visual tokens, but its grid is {grid}: a map would not fit; "
             "load the model with the configuration it was trained with"
         )
     cache.finish()
@@ -186,6 +196,7 @@ def _fingerprint(
         "weights": weights_sha256(generator.model),
         "dtype": str(generator.model.dtype),
         "grid": list(checkpoint.grid),
+        **({"previews": list(map(list, checkpoint.previews))} if checkpoint.previews else {}),
         "heads": [checkpoint.num_layers, checkpoint.num_kv_heads],
         "levels": [[level.num_slots, level.buffer, level.num_recent, level.num_sinks] for level in statistics.levels],
         "num_prompts": len(prompts),

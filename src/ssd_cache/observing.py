@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from ssd_cache.rasters import Grid
 from ssd_cache.statistics import HeadStatistics, Level
 
 
@@ -22,19 +23,21 @@ class HeadObserver:
     for a moment a few copies of the weights it is shown.
 
     Args:
-        grid, num_layers, num_kv_heads, levels: as for `HeadStatistics`.
+        grid, num_layers, num_kv_heads, levels, previews: as for `HeadStatistics`.
         is_unconditional: boolean `[rows]`, which rows of the batch are guidance's unconditional ones.
     """
 
     def __init__(
         self,
-        grid: tuple[int, int],
+        grid: Grid,
         num_layers: int,
         num_kv_heads: int,
         levels: Sequence[Level],
         is_unconditional: torch.Tensor,
+        *,
+        previews: Sequence[Grid] = (),
     ):
-        self.statistics = HeadStatistics(grid, num_layers, num_kv_heads, levels)
+        self.statistics = HeadStatistics(grid, num_layers, num_kv_heads, levels, previews=previews)
         self.statistics.num_pictures = int((~is_unconditional).sum())
         self.branch = is_unconditional.long()
         self.num_rows = torch.bincount(self.branch, minlength=2).double()  # conditional, unconditional
@@ -43,12 +46,12 @@ class HeadObserver:
 
     def observe(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, rows: slice) -> None:
         """See `watching.Observer.observe`."""
-        (height, columns), batch, groups = self.statistics.grid, len(self.branch), weights.shape[2]
+        batch, groups = len(self.branch), weights.shape[2]
         if not self.retention:
             self._move_to(weights.device)  # of the first layer; a model may lie on several
         if layer_idx not in self.retention:
             self.retention[layer_idx] = SemanticRetention(
-                self.statistics.levels, batch, weights.shape[1], height * columns, weights.device
+                self.statistics.levels, batch, weights.shape[1], self.statistics.num_visual_tokens, weights.device
             )
         branch = self.branch[rows].to(weights.device)
         prompt, visual = weights[..., :num_prompt].sum(-1), weights[..., num_prompt:]
@@ -88,7 +91,7 @@ class HeadObserver:
     def _add_sampled(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, first: int, branch: torch.Tensor):
         """Entropy and top shares, of one query of the grid row."""
         rows, columns = self.statistics.grid
-        row, steps = first // columns, weights.shape[3]
+        row, steps = (first - self.statistics.num_before) // columns, weights.shape[3]  # below 0 in a preview
         if row < min(2, rows - 1):
             return
         step = row % steps
@@ -126,14 +129,17 @@ class HeadObserver:
         self, layer_idx: int, sums: torch.Tensor, num_prompt: int, first: int, num_queries: torch.Tensor
     ) -> None:
         """Offsets, prompt and margins, of the counted queries; `sums` is `[kv_heads, 2, steps, prompt + stored]`."""
-        rows, columns = self.statistics.grid
-        row, steps = first // columns, sums.shape[2]
+        (rows, columns), before = self.statistics.grid, self.statistics.num_before
+        row, steps = (first - before) // columns, sums.shape[2]
         if row < min(2, rows - 1):
             return
         self._add(layer_idx, "queries", num_queries * steps)
         self._add(layer_idx, "prompt", sums[..., :num_prompt].sum((2, 3)))
         visual = F.pad(sums[..., num_prompt:], (0, columns - steps))  # the last row lacks the token that is not fed
-        by_cell = visual.unflatten(-1, (row + 1, columns)).transpose(2, 3)  # [kv_heads, 2, row above, step, column]
+        if before:
+            self._add(layer_idx, "previews", visual[..., :before].sum((2, 3)))
+        by_cell = visual[..., before:].unflatten(-1, (row + 1, columns))
+        by_cell = by_cell.transpose(2, 3)  # [kv_heads, 2, row above, step, column]
         column = torch.arange(columns, device=sums.device)
         is_margin = ((column == 0) | (column == columns - 1)).to(sums)
         visible = row * is_margin.sum() + is_margin.cumsum(0)[:steps]

@@ -16,6 +16,7 @@ from ssd_cache.head_map import HeadMap
 from ssd_cache.labels import Method, check_labelling, label_heads, map_scores, resolve_window
 from ssd_cache.measuring import measure_heads, prompts_sha256
 from ssd_cache.models import Generator, generator_of
+from ssd_cache.rasters import Grid
 from ssd_cache.statistics import resolve_levels
 
 
@@ -75,7 +76,7 @@ def profile_heads(
     """
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
     checkpoint = generator.checkpoint
-    check_labelling(checkpoint.grid, method, window, threshold)
+    check_labelling(checkpoint.grid, method, window, threshold, checkpoint.previews)
     statistics = measure_heads(
         generator,
         prompts,
@@ -97,6 +98,7 @@ def profile_heads(
     return HeadMap(
         is_spatial,
         checkpoint.grid,
+        previews=checkpoint.previews,
         scores=scores,
         threshold=cut,
         model_id=checkpoint.name,
@@ -104,7 +106,7 @@ def profile_heads(
         model_type=checkpoint.config.model_type,
         method="window mass, threshold from the data" if from_data else {"window": "window mass"}.get(method, method),
         profile={
-            "window": resolve_window(checkpoint.grid, window),
+            "window": resolve_window(checkpoint.grid, window, checkpoint.previews),
             "budget": budget,
             "num_slots": [level.num_slots for level in statistics.levels],
             "buffer": statistics.levels[0].buffer,
@@ -121,8 +123,9 @@ def profile_heads(
 
 
 def check_profiling(
-    grid: tuple[int, int],
+    grid: Grid,
     *,
+    previews: Sequence[Grid] = (),
     method: str = "coverage",
     window: int | None = None,
     threshold: float | None = None,
@@ -134,6 +137,6 @@ def check_profiling(
     Raises:
         ValueError: value, limit and remedy.
     """
-    check_labelling(grid, method, window, threshold)
+    check_labelling(grid, method, window, threshold, previews)
     check_count("batch_size", batch_size, 1)
-    resolve_levels(grid, **cache_settings)
+    resolve_levels(grid, previews=previews, **cache_settings)

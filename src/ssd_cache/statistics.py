@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from ssd_cache.budget import Amount, check_count, resolve_amount, resolve_recent
+from ssd_cache.rasters import Grid, count_cells
 
 Rows = Literal["all", "conditional", "unconditional"]
 BRANCHES = {"all": slice(0, 2), "conditional": slice(0, 1), "unconditional": slice(1, 2)}
@@ -42,10 +43,11 @@ class Level:
 
 
 def resolve_levels(
-    grid: tuple[int, int],
+    grid: Grid,
     budget: Amount = 0.2,
     levels: Sequence[Amount] | None = None,
     *,
+    previews: Sequence[Grid] = (),
     buffer: int | None = None,
     num_recent: Amount = 0.25,
     num_sinks: int = 0,
@@ -55,21 +57,31 @@ def resolve_levels(
     Raises:
         ValueError: a setting out of range, or a level that `SSDCache` would refuse.
     """
-    rows, columns = grid
-    buffer = columns if buffer is None else check_count("buffer", buffer, 1)
+    cells = count_cells(grid, previews)
+    buffer = grid[1] if buffer is None else check_count("buffer", buffer, 1)
     check_count("num_sinks", num_sinks, 0)
-    first = resolve_amount("budget", budget, rows * columns)
-    others = {resolve_amount("levels", amount, rows * columns) for amount in levels or ()} - {first}
+    first = resolve_amount("budget", budget, cells)
+    others = {resolve_amount("levels", amount, cells) for amount in levels or ()} - {first}
     resolved = []
     for slots in (first, *sorted(others)):
         recent = resolve_recent(num_recent, slots)
-        if slots < rows * columns and slots < buffer + recent + num_sinks:
+        if slots < cells and slots < buffer + recent + num_sinks:
             raise ValueError(
                 f"{slots} slots are fewer than buffer={buffer} and num_recent={recent} and num_sinks={num_sinks} "
                 "together: raise the budget or level, or lower the others"
             )
         resolved.append(Level(slots, min(buffer, slots), recent, num_sinks))
     return tuple(resolved)
+
+
+def widest_window(grid: Grid, previews: Sequence[Grid] = ()) -> int:
+    """Visual tokens of the widest window whose mass is known and not 1 by itself.
+
+    After previews it is one that ends within the picture for all counted queries: of what lies before the picture only
+    the sum is kept.
+    """
+    rows, columns = grid
+    return min(2, rows - 1) * columns + 1 if previews else rows * columns - 1
 
 
 class HeadStatistics:
@@ -81,7 +93,8 @@ class HeadStatistics:
     ones, or all), and over
 
     - the *counted* queries for shares and offsets: those from the third grid row on, `t >= 2 * columns` (from the last
-      row on in a grid of fewer rows), since before everything is near;
+      row on in a grid of fewer rows), since before everything is near. After previews they are the picture's own, from
+      its own third row on: rows of another width have other offsets, and tokens in the previews have none;
     - the *sampled* queries for entropy and top share, which are costly: of every counted grid row `r` the query in
       column `r % n`, with `n` the queries that the row has (one less in the last: a picture's last token is not fed);
     - the *evicting* queries for retained attention: `t >= num_slots`, since before everything is kept.
@@ -92,6 +105,7 @@ class HeadStatistics:
         num_kv_heads: KV heads in each.
         levels: caches whose retention is followed; labels are made for the first.
         device: where the sums are.
+        previews: grids of visual tokens that are drawn before this one, whose tokens are counted in `t` and `j` too.
 
     Attributes:
         sums: by name, `[layers, kv_heads, 2, ...]`, float64; conditional rows, then unconditional ones.
@@ -100,38 +114,57 @@ class HeadStatistics:
 
     def __init__(
         self,
-        grid: tuple[int, int],
+        grid: Grid,
         num_layers: int,
         num_kv_heads: int,
         levels: Sequence[Level],
         device: torch.device | str = "cpu",
+        *,
+        previews: Sequence[Grid] = (),
     ):
         self.grid, self.num_layers, self.num_kv_heads, self.levels = grid, num_layers, num_kv_heads, tuple(levels)
+        self.previews = tuple(previews)
         self.num_pictures = 0
         shapes: dict[str, tuple[int, ...]] = {"offsets": (grid[0], 2 * grid[1] - 1)}
         shapes |= dict.fromkeys(("queries", "prompt", "margin", "margin_chance", "sampled", "entropy"), ())
         shapes |= dict.fromkeys(("top", "top_visual", "evicting", "spatial", "semantic"), (len(self.levels),))
+        shapes |= {"previews": ()} if self.previews else {}
         self.sums = {
             name: torch.zeros(num_layers, num_kv_heads, 2, *shape, dtype=torch.float64, device=device)
             for name, shape in shapes.items()
         }
 
+    @property
+    def num_visual_tokens(self) -> int:
+        """Of a picture, previews included."""
+        return count_cells(self.grid, self.previews)
+
+    @property
+    def num_before(self) -> int:
+        """Visual tokens of the previews, which come before the picture's own."""
+        return self.num_visual_tokens - self.grid[0] * self.grid[1]
+
     def offset_share(self, rows: Rows = "all") -> torch.Tensor:
-        """Visual attention by where it goes, `[layers, kv_heads, grid rows, 2 * columns - 1]`, adding up to 1.
+        """Visual attention by where it goes, `[layers, kv_heads, grid rows, 2 * columns - 1]`.
+
+        It adds up to 1, less what goes to previews.
 
         Entry `[u, d + columns - 1]` is `sum(a[t, j]) / sum(a[t, :])` over the tokens `j` that lie `u` grid rows above
         `t` and `d` columns to its right: "right above" is `[1, columns - 1]`.
         """
         offsets = self._sum("offsets", rows)
-        return _ratio(offsets, offsets.sum((-1, -2))[..., None, None])
+        return _ratio(offsets, self._visual(rows)[..., None, None])
 
     def window_mass(self, window: int, rows: Rows = "all") -> torch.Tensor:
         """`sum(a[t, j] for j > t - window) / sum(a[t, :])`, the share of the last `window` tokens, t's own included.
 
-        `[layers, kv_heads]`. With a window of more than two grid rows some counted queries see nothing outside it.
+        `[layers, kv_heads]`. With a window of more than two grid rows some counted queries see nothing outside it, and
+        after previews it is refused, see `widest_window`.
         """
         height, columns = self.grid
         check_count("window", window, 1)
+        if self.previews and window > (widest := widest_window(self.grid, self.previews)):
+            raise ValueError(f"window={window} reaches into the preview for some queries: give at most {widest}")
         up, right = torch.arange(height)[:, None], torch.arange(1 - columns, columns)
         near = up * columns - right < window  # t - j, the distance
         return (self.offset_share(rows) * near).sum((-1, -2))
@@ -141,16 +174,16 @@ class HeadStatistics:
         return _ratio(self._sum("prompt", rows), self._sum("queries", rows))
 
     def margin_share(self, rows: Rows = "all") -> torch.Tensor:
-        """`sum(a[t, j] for j in the first or last column) / sum(a[t, :])`, `[layers, kv_heads]`."""
-        return _ratio(self._sum("margin", rows), self._sum("offsets", rows).sum((-1, -2)))
+        """`sum(a[t, j] for j in the grid's first or last column) / sum(a[t, :])`, `[layers, kv_heads]`."""
+        return _ratio(self._sum("margin", rows), self._visual(rows))
 
     def margin_chance(self, rows: Rows = "all") -> torch.Tensor:
         """The margin share if every query spread its visual attention evenly over the cells it sees.
 
         `sum(v[t] * m[t] / (t + 1)) / sum(v[t])` with `v[t] = sum(a[t, :])` and `m[t]` the cells of the first and last
-        column among `0..t`; `[layers, kv_heads]`.
+        column of the grid among `0..t`; `[layers, kv_heads]`.
         """
-        return _ratio(self._sum("margin_chance", rows), self._sum("offsets", rows).sum((-1, -2)))
+        return _ratio(self._sum("margin_chance", rows), self._visual(rows))
 
     def entropy(self, rows: Rows = "all") -> torch.Tensor:
         """Mean of `-sum(w * ln(w))` over the sampled queries, in nats, `[layers, kv_heads]`.
@@ -197,23 +230,29 @@ class HeadStatistics:
             raise ValueError(f"rows={rows!r}: this model was drawn without such rows; give 'all'")
         return self.sums[name][:, :, BRANCHES[rows]].sum(2)
 
+    def _visual(self, rows: Rows) -> torch.Tensor:
+        """Attention of the counted queries on all visual tokens."""
+        visual = self._sum("offsets", rows).sum((-1, -2))
+        return visual + self._sum("previews", rows) if self.previews else visual
+
     def __add__(self, other: HeadStatistics) -> HeadStatistics:
         """The statistics of both runs' pictures."""
         if not isinstance(other, HeadStatistics):
             return NotImplemented
-        if self._shape != other._shape:
-            raise ValueError(f"statistics of {self._shape} and of {other._shape} do not add up")
+        if self._arguments != other._arguments:
+            raise ValueError(f"statistics of {self._arguments} and of {other._arguments} do not add up")
         total, terms = self.empty(), other.state_dict()
         total.load_state_dict({name: value + terms[name] for name, value in self.state_dict().items()})
         return total
 
     def empty(self) -> HeadStatistics:
         """Statistics of the same arguments and of no pictures."""
-        return HeadStatistics(*self._shape)
+        return HeadStatistics(**self._arguments)
 
     @property
-    def _shape(self) -> tuple[tuple[int, int], int, int, tuple[Level, ...]]:
-        return self.grid, self.num_layers, self.num_kv_heads, self.levels
+    def _arguments(self) -> dict[str, Any]:
+        names = ("grid", "num_layers", "num_kv_heads", "levels", "previews")
+        return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All sums on the CPU, by name, with "num_pictures"."""

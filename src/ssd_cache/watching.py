@@ -7,12 +7,14 @@ it up, `analysis` draws it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from transformers import Cache
 
 from ssd_cache.layer import LayerPlan, SSDLayer
+from ssd_cache.rasters import Grid, count_cells
 from ssd_cache.slots import SlotStore
 from ssd_cache.statistics import ProfilingError
 
@@ -28,6 +30,8 @@ class Observer(Protocol):
 
     def observe(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, rows: slice) -> None:
         """Take in the queries of a grid row (fewer in the last one), of some rows of the batch.
+
+        Previews are cut into as many queries, so that the picture's own rows come whole; their first cut may be short.
 
         Args:
             layer_idx: the decoder layer.
@@ -47,10 +51,13 @@ class WatchingCache(Cache):
         num_layers: decoder layers.
         num_kv_heads: KV heads in each.
         observer: told of all attention.
+        previews: grids that are drawn before this one.
     """
 
-    def __init__(self, grid: tuple[int, int], num_layers: int, num_kv_heads: int, observer: Observer):
-        cells = grid[0] * grid[1]
+    def __init__(
+        self, grid: Grid, num_layers: int, num_kv_heads: int, observer: Observer, *, previews: Sequence[Grid] = ()
+    ):
+        cells = count_cells(grid, previews)
         slots, recent = (cells,) * num_kv_heads, (0,) * num_kv_heads
         # one cell more than the grid has, so that every head counts as one that is scored
         plans = [
@@ -111,7 +118,7 @@ class _WatchingStore(SlotStore):
             weights = self.held_attention(rows)
             self.soundness += weights[..., 0].sum((0, 2, 3))  # a softmax is NaN in all its columns or in none
             self.observer.observe(self.layer_idx, weights, self.num_prompt, rows)
-        self.num_held = 0
+        self.num_held, self.num_to_hold = 0, self.buffer
 
     @property
     def bookkeeping_nbytes(self) -> int:

@@ -6,10 +6,12 @@ here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from ssd_cache.rasters import Grid, count_cells
 from ssd_cache.watching import CHUNK, GPU_CHUNK
 
 
@@ -37,8 +39,9 @@ class WatchingCost:
 
 def watching_cost(
     config: PreTrainedConfig,
-    grid: tuple[int, int],
+    grid: Grid,
     *,
+    previews: Sequence[Grid] = (),
     num_rows: int,
     num_prompt: int,
     num_levels: int = 1,
@@ -50,6 +53,7 @@ def watching_cost(
     Args:
         config: the model's.
         grid: rows and columns of visual tokens.
+        previews: grids that are drawn before this one.
         num_rows: of the batch; guidance makes two of a picture.
         num_prompt: tokens of the longest prompt.
         num_levels: budgets whose retention is followed.
@@ -59,7 +63,7 @@ def watching_cost(
     text = config.get_text_config(decoder=True)
     layers, kv_heads, heads = text.num_hidden_layers, text.num_key_value_heads, text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    (rows, columns), cells = grid, grid[0] * grid[1]
+    (rows, columns), cells = grid, count_cells(grid, previews)
     length = num_prompt + cells
     queries = heads * columns * head_dim * itemsize
     scores = kv_heads * num_levels * cells * 4
@@ -68,7 +72,7 @@ def watching_cost(
     return WatchingCost(
         full_cache=layers * num_rows * kv_heads * 2 * head_dim * length * itemsize,
         held=layers * (num_rows * (queries + scores + 4 * cells) + 4 * kv_heads),
-        sums=3 * layers * kv_heads * 2 * 8 * (rows * (2 * columns - 1) + 6 + 5 * num_levels),
+        sums=3 * layers * kv_heads * 2 * 8 * (rows * (2 * columns - 1) + 6 + bool(previews) + 5 * num_levels),
         # three copies of a chunk in the softmax; then one, and float64 sums over rows, a dozen times a row of it
         moment=chunk + max(5 * chunk // 2, 13 * of_row),
     )

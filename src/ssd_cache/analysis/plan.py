@@ -43,7 +43,11 @@ def plan_analysis(
     """Check the settings of `analyze` against a model that need not be loaded yet; raises as `analyze`."""
     if head_map.is_online:
         raise HeadMapError("an online map has no labels to analyze: give a head map, or profile the model first")
-    checkpoint.check_one_grid()
+    if checkpoint.previews:
+        raise ValueError(
+            f"{checkpoint.name} draws a preview before its picture, and the analysis draws heads over a single grid: "
+            "`ssd-cache profile` and `eval fidelity` work with both"
+        )
     if checkpoint.family.default_guidance is None:
         raise ValueError(
             f"{checkpoint.name} is not guided, and the analysis compares guidance's rows: `ssd-cache profile` and "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ssd_cache.allocation import retained_attention
 from ssd_cache.analysis.plotting import new_figure
 from ssd_cache.labels import METHODS, Method, label_agreement, label_heads
-from ssd_cache.statistics import HeadStatistics, Rows
+from ssd_cache.statistics import HeadStatistics, Rows, widest_window
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,10 +69,10 @@ def vary_labels(
         thresholds: between 0 and 1.
         methods: labelled by.
     """
-    columns, cells = statistics.grid[1], statistics.grid[0] * statistics.grid[1]
+    columns, widest = statistics.grid[1], widest_window(statistics.grid, statistics.previews)
     if windows is None:
         windows = sorted({2, columns // 2 + 1, *(rows * columns + 1 for rows in range(1, 5))})
-        windows = [window for window in windows if window < cells]
+        windows = [window for window in windows if window <= widest]
     changes: list[tuple[str, Sequence[Any]]] = [
         ("window", windows),
         ("threshold", thresholds),

@@ -77,7 +77,6 @@ def fit(
     with refusing():
         check_settings(guidance, temperature, seed)
         checkpoint = find_model(model, grid)
-        checkpoint.check_one_grid()
         profiled = checkpoint.head_map(head_map)
         if profiled is None:
             raise WrongUse(

@@ -108,8 +108,7 @@ def profile(
     with refusing():
         check_drawing(guidance, temperature, seed)
         checkpoint = find_model(model, grid)
-        checkpoint.check_one_grid()
-        check_profiling(checkpoint.grid, **settings)
+        check_profiling(checkpoint.grid, previews=checkpoint.previews, **settings)
         processes = Processes()
         generator = load_generator(checkpoint, dtype, processes.choose_device(device))
     try:

@@ -53,6 +53,7 @@ def drawing_conditions(
     texts = "\n".join(f"{kind}\t{caption}" for kind, caption in prompts)
     return {
         "grid": list(checkpoint.grid),
+        **({"previews": list(map(list, checkpoint.previews))} if checkpoint.previews else {}),
         "ssd_cache": ssd_cache.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -104,13 +104,13 @@ class Policy:
         if self.name == "inverted":
             return SSDCache(~head_map, budget, **settings)
         shape: dict[str, Any] = {"num_layers": head_map.num_layers, "num_kv_heads": head_map.num_kv_heads}
-        shape["grid"] = head_map.grid
         if self.name == "online":
-            return SSDCache(HeadMap.online(**shape), budget, **settings)
+            labels = HeadMap.online(**shape).with_grid(head_map.grid, head_map.previews)
+            return SSDCache(labels, budget, **settings)
         if match := RANDOM.fullmatch(self.name):
             return SSDCache(random_map(head_map, int(match[1])), budget, **settings)
         own = HeadMap.from_pretrained(self.name)
-        own.check_fits("the model", **shape)
+        own.check_fits("the model", **shape, grid=head_map.grid, previews=head_map.previews)
         return SSDCache(own, budget, **settings)
 
 
@@ -118,7 +118,8 @@ def random_map(head_map: HeadMap, seed: int) -> HeadMap:
     """A map of the same shape with as many spatial heads, drawn at random: what labels are worth, as a control."""
     labels = head_map.is_spatial.flatten()
     order = torch.randperm(labels.numel(), generator=torch.Generator().manual_seed(seed))
-    return HeadMap(labels[order].view_as(head_map.is_spatial), head_map.grid, method=f"random, seed {seed}")
+    labels = labels[order].view_as(head_map.is_spatial)
+    return HeadMap(labels, head_map.grid, previews=head_map.previews, method=f"random, seed {seed}")
 
 
 def choose_head_map(checkpoint: Checkpoint, name: str | None, policies: Sequence[Policy]) -> HeadMap:
@@ -137,9 +138,9 @@ def choose_head_map(checkpoint: Checkpoint, name: str | None, policies: Sequence
             f"other policies ({', '.join(WITHOUT_LABELS)})"
         )
     if head_map is None:
-        head_map = HeadMap.uniform(
-            "semantic", num_layers=checkpoint.num_layers, num_kv_heads=checkpoint.num_kv_heads, grid=checkpoint.grid
-        )
+        num_layers, num_kv_heads = checkpoint.num_layers, checkpoint.num_kv_heads
+        head_map = HeadMap.uniform("semantic", num_layers=num_layers, num_kv_heads=num_kv_heads)
+        head_map = head_map.with_grid(checkpoint.grid, checkpoint.previews)
     checkpoint.check_head_map(head_map)
     return head_map
 

@@ -261,14 +261,6 @@ class Checkpoint:
                 f"{self.name} draws tokens, and ssd-cache can not decode them: {self.family.no_pictures}"
             )
 
-    def check_one_grid(self) -> None:
-        """Refuse a model with previews where heads are measured; raises GeneratorError."""
-        if self.previews:
-            raise GeneratorError(
-                f"{self.name} draws a preview before its picture, and heads are measured on a single grid only: let "
-                "the cache find labels while it draws (HeadMap.online(...), --head-map online)"
-            )
-
     def load(self, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto") -> Generator:
         """The model itself, in evaluation mode; see `resolve_dtype` and `resolve_device` for "auto"."""
         device = resolve_device(device)

@@ -95,7 +95,6 @@ def fidelity(
         chosen = parse_policies(policies)
         amounts = parse_budgets(budgets)
         checkpoint = find_model(model, grid)
-        checkpoint.check_one_grid()
         labels = choose_head_map(checkpoint, head_map, chosen)
         settings = cache_settings(buffer, num_recent, num_sinks, score)
         cells = labels.num_visual_tokens

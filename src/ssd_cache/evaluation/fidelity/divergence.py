@@ -152,7 +152,7 @@ def _lone(head_map: HeadMap, kinds: torch.Tensor, layer: int, head: int, slots: 
     profile = {
         name: head_map.profile[name] for name in ("buffer", "num_recent", "num_sinks") if name in head_map.profile
     }
-    return SSDCache(HeadMap(kinds, head_map.grid), budget, **profile)
+    return SSDCache(HeadMap(kinds, head_map.grid, previews=head_map.previews), budget, **profile)
 
 
 def _load(path: Path | None, fingerprint: Mapping[str, Any], levels: Sequence[int], like: HeadMap) -> dict[int, Grid]:

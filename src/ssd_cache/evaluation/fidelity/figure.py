@@ -13,6 +13,7 @@ import torch
 from ssd_cache.analysis.plotting import WIDTH, color_map, new_figure
 from ssd_cache.evaluation.fidelity.result import Fidelity
 from ssd_cache.evaluation.plots import COLORS, MARKERS
+from ssd_cache.rasters import row_lengths
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,15 +40,17 @@ def draw_fidelity(results: Mapping[str, Fidelity]) -> Figure:
         for index, name in enumerate(names)
     }
     first = next(iter(results))
-    layers, heads = results[first].is_spatial.shape
+    previews, (layers, heads) = results[first].previews, results[first].is_spatial.shape
     several = max(map(len, policies.values())) > 1
     heights = [2.2, 2.0, *([2.2] if several else []), 1.0 + min(4.0, max(1.2, (WIDTH - 1.4) * layers / heads))]
     figure = new_figure(sum(heights) + 0.4 + 0.2 * -(-len(results) // 2))
     panels = figure.subplots(len(heights), height_ratios=heights)
     for axes, title in zip(panels, ("KL(full || compressed), nats", "same token likeliest, share"), strict=False):
         axes.set_title(title, fontsize=10, loc="left")
-        axes.set_xlabel("grid row")
-        axes.set_xlim(0, results[first].grid[0] - 1)
+        axes.set_xlabel("row of the preview, then of the picture" if previews else "grid row")
+        axes.set_xlim(0, len(row_lengths(results[first].grid, previews)) - 1)
+        for order in range(len(previews)):
+            axes.axvline(sum(rows for rows, _ in previews[: order + 1]) - 0.5, color="0.7", linestyle=":")
     lowest = 0.99
     for order, (name, result) in enumerate(results.items()):
         agreement = result.by_grid_row(result.agrees.T).mean(1)

@@ -58,7 +58,7 @@ class Lockstep:
         tokens: torch.Tensor | None = None,
     ):
         checkpoint = generator.checkpoint
-        cells = checkpoint.grid[0] * checkpoint.grid[1]
+        cells = checkpoint.num_visual_tokens
         self.generator, self.guidance_scale, self.temperature = generator, guidance_scale, temperature
         device = generator.model.device
         self.home = torch.device("cpu") if device.type == "mps" else device  # which has no float64

@@ -57,7 +57,6 @@ def measure_fidelity(
         ValueError: no cache, one that is not fresh or no `SSDCache`, or a model whose numbers are not finite.
     """
     checkpoint = generator.checkpoint
-    checkpoint.check_one_grid()
     check_whole(generator.language_model)
     cells = checkpoint.num_visual_tokens
     check_settings(None if generator.default_guidance is None else guidance_scale, temperature, seed)
@@ -142,11 +141,11 @@ def _check_tokens(tokens: torch.Tensor, pictures: int, cells: int) -> None:
 
 
 def _result(checkpoint: Checkpoint, trace: Trace, tokens: torch.Tensor) -> Fidelity:
-    rows, columns = checkpoint.grid
     return Fidelity(
         grid=checkpoint.grid,
+        previews=checkpoint.previews,
         tokens=tokens.cpu(),
-        budget=mean_slots(trace.cache) / (rows * columns),
+        budget=mean_slots(trace.cache) / checkpoint.num_visual_tokens,
         is_spatial=torch.tensor([layer.labels or layer.plan.is_spatial for layer in trace.cache.layers]),
         kl=trace.kl.cpu(),
         agrees=trace.agrees.cpu(),

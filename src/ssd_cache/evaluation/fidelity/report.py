@@ -62,6 +62,7 @@ def as_json(results: Mapping[str, Fidelity]) -> dict[str, Any]:
     first = next(iter(results.values()))
     return {
         "grid": list(first.grid),
+        **({"previews": list(map(list, first.previews))} if first.previews else {}),
         "tokens": first.tokens.tolist(),
         "results": {
             name: plain(

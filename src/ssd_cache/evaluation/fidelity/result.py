@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ssd_cache.rasters import Grid, row_lengths
+
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -29,9 +31,10 @@ class Fidelity:
             of the full cache's; mean over the rows of the batch.
         retained: float32, `[steps, layers, kv_heads]`, share of the full cache's attention that fell on the prompt and
             on what the compressed head held; mean over the rows of the batch and the query heads of a KV head.
+        previews: the grids that were drawn before it, whose tokens and steps come first.
     """
 
-    grid: tuple[int, int]
+    grid: Grid
     tokens: torch.Tensor
     budget: float
     is_spatial: torch.Tensor
@@ -39,6 +42,7 @@ class Fidelity:
     agrees: torch.Tensor
     attention_error: torch.Tensor
     retained: torch.Tensor
+    previews: tuple[Grid, ...] = ()
 
     @property
     def mean_kl(self) -> float:
@@ -77,5 +81,10 @@ class Fidelity:
         return self.retained_by_head[wanted].mean().item() if wanted.any() else None
 
     def by_grid_row(self, values: torch.Tensor) -> torch.Tensor:
-        """Means over the steps of each grid row: `[steps, ...]` to float64 `[rows, ...]`; the last row lacks a step."""
-        return torch.stack([part.double().mean(0) for part in values.split(self.grid[1])])
+        """Means over the steps of each row, previews' first: `[steps, ...]` to float64 `[rows, ...]`.
+
+        The last row lacks a step; where that was its only one, it has no mean.
+        """
+        *lengths, last = row_lengths(self.grid, self.previews)
+        parts = values.split([*lengths, last - 1])
+        return torch.stack([part.double().mean(0) for part in parts if len(part)])

@@ -191,8 +191,9 @@ def test_fidelity_is_exact_where_nothing_is_evicted_and_goes_row_by_row_through_
     assert not full.attention_error.any()
     torch.testing.assert_close(full.retained, torch.ones(CELLS - 1, 2, 2))
     assert (full.budget, small.budget) == (1.0, 60 / CELLS)
-    assert not small.kl[:, :60].any()
-    assert small.kl[:, 60:].all()
+    # until the first eviction all is there, in stores of other sizes: with several threads sums round otherwise
+    assert small.kl[:, :60].max() < 1e-9
+    assert small.kl[:, 60:].min() > 1e-6
     by_row = small.by_grid_row(small.retained)
     assert len(by_row) == PREVIEW[0] + GRID[0]
     torch.testing.assert_close(by_row[21], small.retained[231:242].double().mean(0))  # the preview's last row

@@ -128,6 +128,7 @@ class _FastForward:
 
 
 def _warn(how: str, error: Exception) -> None:
-    """What the compiler and the driver raise has no class in common; the first line of it says most."""
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """What the compiler and the driver raise has no class in common; the first lines of it say who, and then why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = " ".join(lines[:2]) or type(error).__name__
     warnings.warn(f"fast_decode goes on {how}: {reason}", stacklevel=4)

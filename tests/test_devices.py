@@ -205,7 +205,7 @@ def test_processes_that_share_prompts_and_do_not_agree_are_told_both_in_each(tmp
     for code, _, stderr in answers:
         assert code == 2
         message = stderr.splitlines()[-1]
-        assert message.startswith("ssd-cache: processes 0 and 1 of 2 do not agree: map, budget, buffer, kv_dtype of ssd ")
+        assert message.startswith("ssd-cache: processes 0 and 1 of 2 do not agree: map, budget, buffer, kv_dtype of ")
         assert labels.digest in message
         assert (~labels).digest in message
     assert not (tmp_path / "a.safetensors").exists()

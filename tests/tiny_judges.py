@@ -58,6 +58,12 @@ def write_detector(folder, labels=80):
     torch.manual_seed(3)
     model = Mask2FormerForUniversalSegmentation(config)
     with torch.no_grad():
+        # queries that differ, whatever transformers' version draws them from
+        for name, weights in model.named_parameters():
+            if "queries" in name:
+                weights.normal_()
+            elif weights.ndim == 2 and name.startswith(("model.transformer_module", "class_predictor")):
+                weights.normal_(std=0.3)
         model.model.pixel_level_module.decoder.mask_projection.weight.mul_(50)  # masks that are sure of themselves
         if labels == len(CLASSES):
             model.class_predictor.bias[CLASSES.index("car")] = 9.0

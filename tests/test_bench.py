@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import shlex
-import shutil
 
 import pytest
 import torch
+from compiling import needs_compiler
 from tiny_checkpoint import write_checkpoint
 from torch._dynamo.utils import counters
 from transformers import (
@@ -54,9 +54,6 @@ from ssd_cache.slots import SlotStore
 
 CPU = torch.device("cpu")
 HAS_FP8 = hasattr(cache_utils, "Fp8QuantizedLayer")
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler on the CPU"
-)
 
 
 def tiny_janus_config():

@@ -5,11 +5,11 @@ Everything is compiled for real, on models so small that it takes seconds.
 
 from __future__ import annotations
 
-import shutil
 import warnings
 
 import pytest
 import torch
+from compiling import counted_places, needs_compiler
 from models import left_padded_prompts, tiny_janus, tiny_llama
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
@@ -17,9 +17,6 @@ from transformers import DynamicCache
 from ssd_cache import HeadMap, SSDCache, enable, fast_decode
 from ssd_cache._compat import CACHE
 
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler on the CPU"
-)
 GRID = (12, 12)
 LABELS = HeadMap(torch.tensor([[True, False], [False, True]]), grid=GRID)
 
@@ -129,19 +126,8 @@ def test_nothing_moves_in_memory_while_a_picture_is_drawn():
     """What a recorded CUDA graph lives by: the same addresses at every counted step, evictions between them or not."""
     model = tiny_llama()
     tokens = torch.randint(10, 40, (2, 150))
-    places, cache = [], SSDCache(LABELS, {"spatial": 30, "semantic": 50}, buffer=12)
-    with torch.no_grad():
-        model(tokens[:, :6], past_key_values=cache)
-        model(tokens[:, 6:7], past_key_values=cache)
-        for step in range(7, 150):
-            with cache.counted_step():
-                places.append(cache.places)
-                model.model(
-                    tokens[:, step : step + 1],
-                    past_key_values=cache,
-                    position_ids=torch.full((1, 1), step),
-                    attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
-                )
+    cache = SSDCache(LABELS, {"spatial": 30, "semantic": 50}, buffer=12)
+    places = counted_places(model, cache, tokens)
     assert len(set(places)) == 1
     # a layer: the step, heads of two stores, K, V and scores of both, the semantic one's queries; orders in one layer
     assert len(places[0]) == 2 * (1 + 2 + 2 * 3 + 1) + 2

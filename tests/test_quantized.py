@@ -6,16 +6,17 @@ What a trained model still draws is shown by one picture here; scores are in doc
 from __future__ import annotations
 
 import copy
-import shutil
 import warnings
 
 import pytest
+import test_cache
 import torch
+from compiling import counted_places, needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import left_padded_prompts, tiny_janus, tiny_llama
 from reference import eight_bits, float8
-from test_cache import draw_picture, feed, mixed_map, random_states
+from test_cache import draw_picture, feed, mixed_map, move_and_go_on, random_states
 from test_retention import runs, same_as_plain_loops
 from torch._dynamo.utils import counters
 
@@ -26,9 +27,6 @@ from ssd_cache.quantized import KV_DTYPES, QuantizedStore, dequantize, quantize
 from ssd_cache.shapes.judge import judge
 from ssd_cache.slots import SlotStore
 
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler on the CPU"
-)
 both = pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 
 
@@ -219,12 +217,7 @@ def test_a_full_budget_is_quantised_and_near_the_full_cache(kv_dtype):
 
 
 def half_drawn(kv_dtype, rows=None):
-    budget = {"spatial": 9, "semantic": 13}
-    cache = SSDCache(mixed_map(), budget, buffer=4, num_recent=3, kv_dtype=kv_dtype)
-    feed(cache, random_states(3, 5, 0), rows)
-    for step in range(17):
-        feed(cache, random_states(3, 1, 1 + step), rows)
-    return cache
+    return test_cache.half_drawn({"spatial": 9, "semantic": 13}, rows, num_recent=3, kv_dtype=kv_dtype)
 
 
 @both
@@ -232,15 +225,7 @@ def half_drawn(kv_dtype, rows=None):
 def test_rows_move_with_their_scales(kv_dtype, move):
     rows = torch.tensor({"reorder": [2, 0, 0], "select": [1, 2], "repeat": [0, 0, 1, 1, 2, 2]}[move])
     moved, expected = half_drawn(kv_dtype), half_drawn(kv_dtype, rows)
-    if move == "reorder":
-        moved.reorder_cache(rows)
-    elif move == "select":
-        moved.batch_select_indices(rows)
-    else:
-        moved.batch_repeat_interleave(2)
-    for step in range(20):
-        states = random_states(3, 1, 100 + step)
-        torch.testing.assert_close(feed(moved, states, rows), feed(expected, states, rows))
+    move_and_go_on(moved, expected, move, rows)
     assert moved.nbytes == expected.nbytes
 
 
@@ -297,19 +282,7 @@ def test_nothing_moves_in_memory_while_a_picture_is_drawn(kv_dtype):
     model = tiny_llama()
     ids = torch.randint(10, 40, (2, 100))
     cache = SSDCache(mixed_map(grid=(12, 12)), 30, buffer=12, kv_dtype=kv_dtype)
-    places = []
-    with torch.no_grad():
-        model(ids[:, :6], past_key_values=cache)
-        model(ids[:, 6:7], past_key_values=cache)
-        for step in range(7, 100):
-            with cache.counted_step():
-                places.append(cache.places)
-                model.model(
-                    ids[:, step : step + 1],
-                    past_key_values=cache,
-                    position_ids=torch.full((1, 1), step),
-                    attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
-                )
+    places = counted_places(model, cache, ids)
     assert len(set(places)) == 1
     store = cache.layers[0].stores[0]
     assert {store.key_codes.data_ptr(), store.value_scales.data_ptr()} <= set(places[0])

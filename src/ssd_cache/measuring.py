@@ -24,7 +24,7 @@ from ssd_cache.models import Generator, GeneratorError, generator_of
 from ssd_cache.models.settings import check_texts
 from ssd_cache.observing import HeadObserver
 from ssd_cache.profiling_state import Processes, load_state, save_state
-from ssd_cache.rasters import format_rasters
+from ssd_cache.rasters import format_rasters, previews_entry
 from ssd_cache.sharding import check_whole
 from ssd_cache.statistics import HeadStatistics, Level, ProfilingError, resolve_levels
 from ssd_cache.watching import WatchingCache
@@ -196,7 +196,7 @@ def _fingerprint(
         "weights": weights_sha256(generator.model),
         "dtype": str(generator.model.dtype),
         "grid": list(checkpoint.grid),
-        **({"previews": list(map(list, checkpoint.previews))} if checkpoint.previews else {}),
+        **previews_entry(checkpoint.previews),
         "heads": [checkpoint.num_layers, checkpoint.num_kv_heads],
         "levels": [[level.num_slots, level.buffer, level.num_recent, level.num_sinks] for level in statistics.levels],
         "num_prompts": len(prompts),

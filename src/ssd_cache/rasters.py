@@ -30,6 +30,11 @@ def row_lengths(grid: Grid, previews: Sequence[Grid] = ()) -> list[int]:
     return [columns for rows, columns in (*previews, grid) for _ in range(rows)]
 
 
+def previews_entry(previews: Sequence[Grid]) -> dict[str, list[list[int]]]:
+    """What the JSON record of a run says of previews: nothing where there are none, as records did before."""
+    return {"previews": [list(preview) for preview in previews]} if previews else {}
+
+
 def format_rasters(previews: Sequence[Grid], grid: Grid, times: str = "x") -> str:
     """Grids in the order in which they are drawn: "24x24", or "19x13+36x24" with a preview."""
     return "+".join(f"{rows}{times}{columns}" for rows, columns in (*previews, grid))

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 import ssd_cache
 from ssd_cache.models import Checkpoint
+from ssd_cache.rasters import previews_entry
 
 SEEDS = "first 63 bits of sha256('seed batch')"
 
@@ -53,7 +54,7 @@ def drawing_conditions(
     texts = "\n".join(f"{kind}\t{caption}" for kind, caption in prompts)
     return {
         "grid": list(checkpoint.grid),
-        **({"previews": list(map(list, checkpoint.previews))} if checkpoint.previews else {}),
+        **previews_entry(checkpoint.previews),
         "ssd_cache": ssd_cache.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -15,6 +15,7 @@ from ssd_cache.analysis.plotting import check_packages, to_png
 from ssd_cache.analysis.report import plain
 from ssd_cache.evaluation.fidelity.figure import draw_fidelity
 from ssd_cache.evaluation.fidelity.result import Fidelity
+from ssd_cache.rasters import previews_entry
 from ssd_cache.writing import write_files
 
 FORMAT = "ssd-cache fidelity 1"
@@ -62,7 +63,7 @@ def as_json(results: Mapping[str, Fidelity]) -> dict[str, Any]:
     first = next(iter(results.values()))
     return {
         "grid": list(first.grid),
-        **({"previews": list(map(list, first.previews))} if first.previews else {}),
+        **previews_entry(first.previews),
         "tokens": first.tokens.tolist(),
         "results": {
             name: plain(

@@ -55,8 +55,11 @@ def quantize(states: torch.Tensor, kv_dtype: str) -> tuple[torch.Tensor, torch.T
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, kv_dtype: str, dtype: torch.dtype) -> torch.Tensor:
     """Codes `[..., head_dim]` times scales `[...]`, in float32 and then in `dtype`."""
-    numbers = codes if kv_dtype == "int8" else codes.view(torch.float8_e4m3fn)
-    return numbers.float().mul_(scales[..., None]).to(dtype)
+    if kv_dtype == "fp8":
+        # Seven bits further up they are a float16 of a 256th, but for the sign, which stays; and 480 is no code. A CPU
+        # does that for many numbers at a time, where it turns float8 into float32 one by one: six times slower.
+        codes, scales = (codes.to(torch.int16) << 7 & ~(1 << 14)).view(torch.float16), 256 * scales
+    return codes.float().mul_(scales[..., None]).to(dtype)
 
 
 def slot_nbytes(head_dim: int, itemsize: int, kv_dtype: str | None) -> int:

@@ -102,6 +102,31 @@ def test_where_policies_fail_frames_what_is_wrong(tmp_path, capsys):
     assert framed == wrong * (side**2 - (side - 2 * edge) ** 2)
 
 
+@pytest.mark.parametrize("num_kept", [(3, 1), (0, 5), (0, 0), (9, 2), (40, 40)])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_oracle_keeps_what_is_most_attended(num_kept, groups):
+    weights = torch.rand(2, 2, groups, 8, generator=torch.Generator().manual_seed(sum(num_kept)))
+    expected = weights.clone()
+    for row in range(2):
+        for head, number in enumerate(num_kept):
+            order = sorted(range(8), key=lambda token: -float(weights[row, head, :, token].sum()))
+            for token in order[number:]:
+                expected[row, head, :, token] = 0
+    load("oracle_study").keep_most_attended(weights, torch.tensor(num_kept))
+    assert torch.equal(weights, expected)
+
+
+def test_the_oracle_draws_as_the_full_cache_where_it_may_look_at_everything(folder):
+    example, generator = load("oracle_study"), find_generator(str(folder)).load(torch.float32, "cpu")
+    head_map = generator.checkpoint.head_map()
+    full, drawn = generator.generate(PROMPTS), {}
+    for number in (head_map.num_visual_tokens, 2):
+        example.look_through(generator, torch.full_like(head_map.is_spatial, number, dtype=torch.long))
+        drawn[number] = generator.generate(PROMPTS, SSDCache.from_policy("full", head_map))
+    assert torch.equal(drawn[head_map.num_visual_tokens], full)
+    assert not torch.equal(drawn[2], full)
+
+
 @pytest.mark.parametrize("room", [0, 1, 2, 5, 16, 37])
 def test_pictures_per_gpu_finds_the_largest_batch(room):
     tried = []

@@ -18,6 +18,9 @@ from test_retention import runs, same_as_plain_loops
 
 from ssd_cache import HeadMap, SSDCache, fast_decode, fused
 from ssd_cache._compat import CACHE
+from ssd_cache.bench.cases import Case
+from ssd_cache.bench.sizes import expected_bytes, held_bytes
+from ssd_cache.bench.subject import JanusSubject
 
 torch.set_num_threads(1)  # tensors are tiny, and the interpreter's own time is all there is
 
@@ -179,14 +182,23 @@ def test_gradients_and_another_attention_in_mid_picture_are_refused():
         model(inputs[:, :1], past_key_values=cache)
 
 
+@pytest.mark.parametrize("policy", ["ssd:buffer=2", "ssd:kv_dtype=int8,buffer=2"])
+def test_bytes_by_formula_are_those_of_the_tensors(policy):
+    subject = JanusSubject("tiny", tiny_janus(grid_side=4), LABELS, num_prompt=8)
+    case = Case(policy, 8)
+    cache = case.make_cache(subject)
+    subject.draw(cache, 2, 16, lambda: None)
+    assert held_bytes(cache) == expected_bytes(subject, case, num_pictures=2)
+
+
 def test_a_kernel_that_fails_or_errs_is_not_used(monkeypatch):
     query = torch.randn(1, 2, 1, 7)
     for launch, reason in ((lambda *args: None, "errs by"), (lambda *args: 1 / 0, "division by zero")):
-        fused._passes_trial.cache_clear()
+        fused.passes_trial.cache_clear()
         monkeypatch.setattr(fused, "_launch", launch)
         with pytest.warns(UserWarning, match=reason):
             assert not fused.can_serve(query, query, query)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert not fused.can_serve(query, query, query), "it is tried once, and said once"
-    fused._passes_trial.cache_clear()
+    fused.passes_trial.cache_clear()

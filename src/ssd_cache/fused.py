@@ -26,14 +26,16 @@ def can_serve(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bo
     Warns:
         UserWarning: once for such sizes, where Triton is installed and fails, or errs, on a small trial.
     """
-    if torch.is_grad_enabled() or not query.dtype == key.dtype == value.dtype or query.dtype not in DTYPES:
+    if torch.is_grad_enabled() or not query.dtype == key.dtype == value.dtype:
         return False
-    return _passes_trial(query.device, query.dtype, query.shape[1] // key.shape[1], query.shape[3], value.shape[3])
+    return passes_trial(query.device, query.dtype, query.shape[1] // key.shape[1], query.shape[3], value.shape[3])
 
 
 @functools.cache
-def _passes_trial(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, value_dim: int) -> bool:
-    """One step of two rows, two heads and five tokens, beside torch's attention in float32."""
+def passes_trial(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, value_dim: int) -> bool:
+    """Whether the kernel runs with such sizes, by one step of two rows, two heads and five tokens, beside torch's."""
+    if dtype not in DTYPES:
+        return False
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return False
     if importlib.util.find_spec("triton") is None:

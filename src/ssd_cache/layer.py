@@ -49,6 +49,15 @@ class LayerPlan:
         """The kind of each KV head, "spatial" or "semantic"."""
         return ["spatial" if spatial else "semantic" for spatial in self.is_spatial]
 
+    @property
+    def takes_kernel(self) -> bool:
+        """Whether the kernel of `fused.py` may do the steps, which then holds no queries.
+
+        An online layer needs the queries of a whole stretch when it finds its labels, and the kernel can not read
+        quantised slots.
+        """
+        return not self.is_online and self.kv_dtype is None
+
 
 class GroupedStates(list):
     """Keys (or values) of a layer that are not one tensor: one for each group of heads that hold equally many tokens.
@@ -302,11 +311,9 @@ class SSDLayer(CacheLayerMixin):
     def use_kernel(self, can_serve: bool) -> None:
         """Let the kernel of `fused.py` do the steps, if it can; before the first visual token.
 
-        It writes K and V where `update` otherwise would, so `update` returns the new token's states alone. An online
-        layer goes without: it needs the queries of a whole stretch when it finds its labels. So does one with quantised
-        slots, which the kernel can not read.
+        It writes K and V where `update` otherwise would, so `update` returns the new token's states alone.
         """
-        self.is_fused = can_serve and not self.plan.is_online and self.plan.kv_dtype is None
+        self.is_fused = can_serve and self.plan.takes_kernel
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that a counted step reads or writes."""

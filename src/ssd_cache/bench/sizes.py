@@ -14,6 +14,7 @@ from transformers import Cache
 from ssd_cache.bench.cases import Case
 from ssd_cache.bench.subject import Subject
 from ssd_cache.cache import SSDCache
+from ssd_cache.fused import passes_trial
 from ssd_cache.layer import LayerPlan
 from ssd_cache.quantized import slot_nbytes
 
@@ -55,7 +56,7 @@ def expected_bytes(subject: Subject, case: Case, num_pictures: int = 1) -> Cache
 
     A full cache holds every token. A policy holds the prompt and all its slots, used or not, and beside them, of each
     slot, a position (int32) in every head and a score (float32) in the heads that are scored, whose queries of a buffer
-    wait as well.
+    wait as well, but for where the kernel of `fused.py` makes the scores.
     """
     rows, itemsize = subject.rows_per_picture * num_pictures, subject.model.dtype.itemsize
     of_token = rows * slot_nbytes(subject.head_dim, itemsize, None)  # in the model's dtype, as the prompt always is
@@ -72,9 +73,11 @@ def expected_bytes(subject: Subject, case: Case, num_pictures: int = 1) -> Cache
     slots = sum(sum(plan.num_slots) for plan in plans)
     heads = sum(len(plan.num_slots) for plan in plans)
     beside = 4 * slots
+    model, head_dim = subject.model, subject.head_dim
+    has_kernel = passes_trial(model.device, model.dtype, groups, head_dim, head_dim)
     for plan in plans:
-        for num_slots in scored_heads(plan):
-            beside += 4 * num_slots + groups * min(plan.buffer, num_slots) * subject.head_dim * itemsize
+        of_query = 0 if has_kernel and plan.takes_kernel else groups * head_dim * itemsize
+        beside += sum(4 * num_slots + of_query * min(plan.buffer, num_slots) for num_slots in scored_heads(plan))
     return CacheBytes(heads * subject.num_prompt * of_token + slots * of_slot, rows * beside)
 
 

@@ -1,14 +1,21 @@
-"""What could the best choice of tokens do? shapes drawn with an attention that chooses anew at every step, from all.
+"""How few tokens could be enough? shapes drawn with attention that knows what no cache can know.
 
-    python examples/oracle_study.py --budget 0.2
+    python examples/oracle_study.py --budget 0.2 --per-kind 30 --batch-size 45
 
-Nothing is evicted. Every head looks at the prompt, the new token, and those of all other visual tokens that receive
-the most of its attention in this very step, as many as a cache of that budget has slots. No cache can choose better by
-attention, since it has to drop tokens before it knows who will ask for them. So this bounds what any score can reach,
-and what it still lacks of the full cache is lost by looking at so few tokens at all. It saves neither memory nor time.
+Two oracles, beside the full cache, look at as many tokens a head as a cache of the budget has slots:
+
+- *at each step*, every head looks at those tokens of all that receive the most of its attention in this very step, and
+  nothing is ever dropped. It tells what looking at few tokens costs by itself.
+- *in hindsight*, tokens are dropped for good, a buffer at once, as the cache does it, but those that will receive the
+  least attention from then on, as a drawing of the same pictures with everything kept has told. It tells what any
+  score could reach that ranks tokens by attention, if it foresaw it.
+
+Neither saves memory or time, and no head map's labels are asked: every head is served as it likes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import typer
@@ -26,17 +33,17 @@ from ssd_cache.models import Generator, find_generator
 from ssd_cache.shapes import KINDS, judge
 
 NAME = "oracle"
+Verdicts = dict[str, dict[int, dict[int, bool]]]
+Hide = Callable[[int, torch.Tensor], torch.Tensor | None]
+"""From a layer's number and the attention that a step's visual tokens receive, `[rows, kv_heads, tokens]`, the new one
+last: which of them are not to be looked at, booleans of that shape; None for none of them."""
 
 
-class Oracle:
-    """An attention function of transformers.
+class HidingAttention:
+    """An attention function of transformers that leaves out, in one-token steps, what `hide` hides."""
 
-    Args:
-        num_slots: `[layers, kv_heads]`, visual tokens a head may look at, the new one included.
-    """
-
-    def __init__(self, num_slots: torch.Tensor):
-        self.num_slots, self.num_prompt = num_slots, 0
+    def __init__(self, hide: Hide):
+        self.hide, self.num_prompt = hide, 0
 
     def __call__(self, module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
         if query.shape[2] > 1:
@@ -48,100 +55,161 @@ class Oracle:
         if attention_mask is not None:
             logits = logits.masked_fill(~attention_mask, -torch.inf)
         weights = logits.softmax(-1)
-        keep_most_attended(weights[..., self.num_prompt : -1], self.num_slots[module.layer_idx] - 1)
-        output = weights / weights.sum(-1, keepdim=True) @ value
-        return output.reshape(batch, 1, num_heads, -1), None
+        hidden = self.hide(module.layer_idx, weights[..., self.num_prompt :].sum(2))
+        if hidden is not None:
+            logits[..., self.num_prompt :].masked_fill_(hidden[:, :, None], -torch.inf)
+            weights = logits.softmax(-1)
+        return (weights @ value).reshape(batch, 1, num_heads, -1), None
 
 
-def keep_most_attended(weights: torch.Tensor, num_kept: torch.Tensor) -> None:
-    """Set all weights to zero, in place, but the largest, summed over the query heads of a KV head.
+class AtEachStep:
+    """Hides all but the most attended of this step.
 
     Args:
-        weights: `[batch, kv_heads, groups, tokens]`.
-        num_kept: `[kv_heads]`, how many tokens keep theirs.
+        num_slots: `[layers, kv_heads]`, visual tokens a head may look at, the new one included.
     """
-    most = int(num_kept.max())
-    if most == 0:
-        weights.zero_()
-    if most == 0 or int(num_kept.min()) >= weights.shape[3]:
-        return
-    received = weights.sum(2)
-    largest = received.topk(min(most, received.shape[2])).values
-    index = (num_kept - 1).clamp(0, largest.shape[2] - 1)
-    least = largest.gather(2, index[None, :, None].expand(len(received), -1, 1))
-    least[:, num_kept == 0] = torch.inf
-    weights.masked_fill_((received < least)[:, :, None], 0)
+
+    def __init__(self, num_slots: torch.Tensor):
+        self.num_slots = num_slots
+
+    def __call__(self, layer: int, received: torch.Tensor) -> torch.Tensor | None:
+        return hide_least_attended(received, self.num_slots[layer])
 
 
-def slots_of(policy: str, head_map: HeadMap, budget: float) -> torch.Tensor:
-    """Slots of each head, `[layers, kv_heads]`, in a cache of this policy."""
-    cache = parse_policies(policy)[0].make_cache(head_map, budget)
-    return torch.tensor([layer.plan.num_slots for layer in cache.layers])
+class Recorder:
+    """Hides nothing, and remembers what every token received from every query."""
+
+    def __init__(self, num_layers: int):
+        self.received: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
+
+    def __call__(self, layer: int, received: torch.Tensor) -> None:
+        self.received[layer].append(received.half())
+
+    def future(self, layer: int) -> torch.Tensor:
+        """What each token receives from each step on, `[steps, rows, kv_heads, tokens]`; the record is let go."""
+        steps = self.received[layer]
+        num_tokens = steps[-1].shape[-1]
+        future = torch.stack([torch.nn.functional.pad(step, (0, num_tokens - step.shape[-1])) for step in steps])
+        steps.clear()
+        for later in range(len(future) - 2, -1, -1):
+            future[later] += future[later + 1]
+        return future
+
+
+class InHindsight:
+    """Hides what was dropped for having the least attention to come.
+
+    Args:
+        recorder: of the same pictures, drawn with everything.
+        num_slots: `[layers, kv_heads]`.
+        buffer: tokens dropped at once.
+    """
+
+    def __init__(self, recorder: Recorder, num_slots: torch.Tensor, buffer: int):
+        self.num_slots, self.buffer = num_slots, buffer
+        self.dropped: list[
+            dict[int, list[torch.Tensor]]
+        ] = []  # a layer's: slots -> after each eviction [rows, heads, tokens]
+        for layer, slots in enumerate(num_slots):
+            future = recorder.future(layer)
+            self.dropped.append(
+                {int(size): drops(future[:, :, slots == size], int(size), buffer) for size in set(slots.tolist())}
+            )
+
+    def __call__(self, layer: int, received: torch.Tensor) -> torch.Tensor:
+        hidden, step = torch.zeros_like(received, dtype=torch.bool), received.shape[2] - 1
+        for size, dropped in self.dropped[layer].items():
+            if step >= size:
+                evictions = (step - size) // self.buffer
+                hidden[:, self.num_slots[layer] == size] = dropped[evictions][:, :, : step + 1]
+        return hidden
+
+
+def drops(future: torch.Tensor, num_slots: int, buffer: int) -> list[torch.Tensor]:
+    """What is gone after each eviction, which happens when all slots are taken and a token arrives.
+
+    Args:
+        future: `[steps, rows, heads, tokens]`, the attention still to come at each step.
+
+    Returns:
+        For each eviction, booleans `[rows, heads, tokens]`.
+    """
+    gone = torch.zeros(future.shape[1:], dtype=torch.bool)
+    found = []
+    for step in range(num_slots, len(future), buffer):
+        to_come = future[step, :, :, :step].float().masked_fill(gone[:, :, :step], torch.inf)
+        gone = gone.clone()
+        gone[:, :, :step].scatter_(2, to_come.topk(buffer, largest=False).indices, True)
+        found.append(gone)
+    return found
+
+
+def hide_least_attended(received: torch.Tensor, num_slots: torch.Tensor) -> torch.Tensor | None:
+    """All but the new token, the last, and as many as there are slots beside it.
+
+    Args:
+        received: `[rows, kv_heads, tokens]`.
+        num_slots: `[kv_heads]`.
+
+    Returns:
+        Booleans as `received`, or None where all have a slot.
+    """
+    if received.shape[2] <= int(num_slots.min()):
+        return None
+    order = received[:, :, :-1].argsort(dim=2, descending=True)
+    is_after = torch.arange(order.shape[2]) >= (num_slots - 1)[:, None]
+    return torch.zeros_like(received, dtype=torch.bool).scatter_(2, order, is_after.expand_as(order))
 
 
 def main(
     budget: float = 0.2,
-    per_kind: int = 100,
-    batch_size: int = 100,
+    policy: str = "ssd",
+    buffer: int = 24,
+    per_kind: int = 30,
+    batch_size: int = 45,
     prompt_seed: int = 1,
     seed: int = 0,
     model: str = "shapes-janus",
-    device: str = "auto",
 ) -> None:
-    """Print the share of correct pictures: the full cache, and the oracle with the slots of `ssd` and of `fitted`."""
+    """Print the share of correct pictures with everything, and with each oracle, given the slots of a policy.
+
+    The record in between takes 40 MB a picture of shapes-janus: mind the batch size.
+    """
     checkpoint = find_generator(model)
     check_model(checkpoint)
-    head_map = choose_head_map(checkpoint, None, parse_policies("ssd,fitted"))
+    head_map = choose_head_map(checkpoint, None, parse_policies(policy))
+    cache = parse_policies(policy)[0].make_cache(head_map, budget)
+    num_slots = torch.tensor([layer.plan.num_slots for layer in cache.layers])
     prompts = shapes_prompts(per_kind, prompt_seed)
-    generator = checkpoint.load("float32", device)
-    everything = torch.full_like(slots_of("ssd", head_map, budget), head_map.num_visual_tokens)
-    slots = {"everything": everything} | {name: slots_of(name, head_map, budget) for name in ("ssd", "fitted")}
-    full = None
-    for name, num_slots in slots.items():
-        found = draw(generator, head_map, num_slots, prompts, batch_size, seed, f"slots of {name}")
-        full = found if full is None else full
-        reached, less = score(found, KINDS), compare(found, full, KINDS)
+    generator = checkpoint.load("float32", "cpu")
+    found: dict[str, Verdicts] = {}
+    for number, start in enumerate(tqdm(range(0, len(prompts), batch_size), unit="batch")):
+        batch, recorder = prompts[start : start + batch_size], Recorder(head_map.num_layers)
+        for name, make in {
+            "everything": lambda recorder=recorder: recorder,
+            "at each step": lambda: AtEachStep(num_slots),
+            "in hindsight": lambda recorder=recorder: InHindsight(recorder, num_slots, buffer),
+        }.items():
+            tokens = draw(generator, head_map, make(), [caption for _, caption in batch], draw_seed(seed, number))
+            for index, picture in enumerate(tokens.cpu().numpy(), start):
+                kind, caption = prompts[index]
+                found.setdefault(name, {}).setdefault(kind, {})[index] = {seed: judge(picture, caption).correct}
+    for name, verdicts in found.items():
+        reached, less = score(verdicts, KINDS), compare(verdicts, found["everything"], KINDS)
         kinds = ", ".join(f"{kind} {share:.2f}" for kind, share in reached.kinds.items())
         print(
-            f"slots of {name}: {reached.overall:.3f} +- {reached.standard_error:.3f} ({kinds}); less everything "
+            f"{name}: {reached.overall:.3f} +- {reached.standard_error:.3f} ({kinds}); less everything "
             f"{less.difference:+.3f}, 95% {less.low:+.3f} to {less.high:+.3f}, {less.num_pictures} pictures"
         )
 
 
-def look_through(generator: Generator, num_slots: torch.Tensor) -> None:
-    """Give the model the oracle for its attention."""
-    AttentionInterface.register(NAME, Oracle(num_slots.to(generator.model.device)))
+def draw(generator: Generator, head_map: HeadMap, hide: Hide, captions: list[str], seed: int) -> torch.Tensor:
+    """Visual tokens `[batch, cells]`, with an attention that hides some of them."""
+    AttentionInterface.register(NAME, HidingAttention(hide))
     AttentionMaskInterface.register(NAME, sdpa_mask)
     generator.model.set_attn_implementation({"text_config": NAME})
-
-
-def draw(
-    generator: Generator,
-    head_map: HeadMap,
-    num_slots: torch.Tensor,
-    prompts: list[tuple[str, str]],
-    batch_size: int,
-    seed: int,
-    name: str,
-) -> dict[str, dict[int, dict[int, bool]]]:
-    """Verdicts on one picture a prompt, with the draws of chance that `ssd-cache eval shapes` has."""
-    look_through(generator, num_slots)
-    verdicts: dict[str, dict[int, dict[int, bool]]] = {}
-    steps = -(-len(prompts) // batch_size) * generator.checkpoint.num_visual_tokens
-    with tqdm(total=steps, desc=name, unit="step", mininterval=5) as bar:
-        for number, start in enumerate(range(0, len(prompts), batch_size)):
-            captions = [caption for _, caption in prompts[start : start + batch_size]]
-            # a cache that keeps everything, and does not copy itself at every step as DynamicCache does
-            tokens = generator.generate(
-                captions,
-                SSDCache.from_policy("full", head_map),
-                seed=draw_seed(seed, number),
-                on_tokens=lambda _: bar.update(),
-            )
-            for index, picture in enumerate(tokens.cpu().numpy(), start):
-                kind, caption = prompts[index]
-                verdicts.setdefault(kind, {})[index] = {seed: judge(picture, caption).correct}
-    return verdicts
+    # a cache that keeps everything, and does not copy itself at every step as DynamicCache does
+    return generator.generate(captions, SSDCache.from_policy("full", head_map), seed=seed)
 
 
 if __name__ == "__main__":

@@ -102,29 +102,55 @@ def test_where_policies_fail_frames_what_is_wrong(tmp_path, capsys):
     assert framed == wrong * (side**2 - (side - 2 * edge) ** 2)
 
 
-@pytest.mark.parametrize("num_kept", [(3, 1), (0, 5), (0, 0), (9, 2), (40, 40)])
-@pytest.mark.parametrize("groups", [1, 3])
-def test_the_oracle_keeps_what_is_most_attended(num_kept, groups):
-    weights = torch.rand(2, 2, groups, 8, generator=torch.Generator().manual_seed(sum(num_kept)))
-    expected = weights.clone()
+@pytest.mark.parametrize("num_slots", [(3, 1), (1, 6), (1, 1), (9, 2), (40, 40)])
+def test_an_oracle_hides_what_is_least_attended(num_slots):
+    received = torch.rand(2, 2, 8, generator=torch.Generator().manual_seed(sum(num_slots)))
+    hidden = load("oracle_study").hide_least_attended(received, torch.tensor(num_slots))
     for row in range(2):
-        for head, number in enumerate(num_kept):
-            order = sorted(range(8), key=lambda token: -float(weights[row, head, :, token].sum()))
-            for token in order[number:]:
-                expected[row, head, :, token] = 0
-    load("oracle_study").keep_most_attended(weights, torch.tensor(num_kept))
-    assert torch.equal(weights, expected)
+        for head, slots in enumerate(num_slots):
+            order = sorted(range(7), key=lambda token: -float(received[row, head, token]))
+            looked_at = {7, *order[: slots - 1]}
+            found = set(range(8)) if hidden is None else {token for token in range(8) if not hidden[row, head, token]}
+            assert found == looked_at
 
 
-def test_the_oracle_draws_as_the_full_cache_where_it_may_look_at_everything(folder):
+@pytest.mark.parametrize("buffer", [1, 3])
+def test_hindsight_drops_what_has_least_to_come(buffer):
+    example, num_tokens, slots = load("oracle_study"), 12, (5, 8)
+    shape = (2, 2, num_tokens, num_tokens)  # [rows, heads, steps, tokens]
+    attention = torch.rand(shape, generator=torch.Generator().manual_seed(buffer)).tril()
+    recorder = example.Recorder(1)
+    for step in range(num_tokens):
+        assert recorder(0, attention[:, :, step, : step + 1]) is None
+    hindsight = example.InHindsight(recorder, torch.tensor([slots]), buffer)
+    held = {(row, head): [] for row in range(2) for head in range(2)}
+    for step in range(num_tokens):
+        hidden = hindsight(0, attention[:, :, step, : step + 1])
+        for (row, head), tokens in held.items():
+            if len(tokens) == slots[head]:
+                to_come = {token: float(attention[row, head, step:, token].half().sum()) for token in tokens}
+                tokens[:] = sorted(tokens, key=to_come.get)[buffer:]
+            tokens.append(step)
+            assert {token for token in range(step + 1) if not hidden[row, head, token]} == set(tokens)
+
+
+def test_an_oracle_that_may_look_at_everything_draws_as_the_full_cache(folder):
     example, generator = load("oracle_study"), find_generator(str(folder)).load(torch.float32, "cpu")
     head_map = generator.checkpoint.head_map()
-    full, drawn = generator.generate(PROMPTS), {}
-    for number in (head_map.num_visual_tokens, 2):
-        example.look_through(generator, torch.full_like(head_map.is_spatial, number, dtype=torch.long))
-        drawn[number] = generator.generate(PROMPTS, SSDCache.from_policy("full", head_map))
-    assert torch.equal(drawn[head_map.num_visual_tokens], full)
-    assert not torch.equal(drawn[2], full)
+    expected = generator.generate(PROMPTS, seed=7)
+
+    def draw(hide):
+        return example.draw(generator, head_map, hide, PROMPTS, 7)
+
+    recorder = example.Recorder(head_map.num_layers)
+    everything, few = (torch.full_like(head_map.is_spatial, size, dtype=torch.long) for size in (SIDE * SIDE, 4))
+    assert torch.equal(draw(recorder), expected)
+    received = [list(steps) for steps in recorder.received]
+    assert torch.equal(draw(example.InHindsight(recorder, everything, 2)), expected)
+    assert torch.equal(draw(example.AtEachStep(everything)), expected)
+    recorder.received = received
+    assert not torch.equal(draw(example.InHindsight(recorder, few, 2)), expected)
+    assert not torch.equal(draw(example.AtEachStep(few)), expected)
 
 
 @pytest.mark.parametrize("room", [0, 1, 2, 5, 16, 37])

@@ -1,16 +1,11 @@
-"""How few tokens could be enough? shapes drawn with attention that knows what no cache can know.
+"""How few tokens could be enough? shapes drawn with attention that knows what no cache can know, beside everything.
 
-    python examples/oracle_study.py --budget 0.2 --per-kind 30 --batch-size 45
+    python examples/oracle_study.py --budget 0.2 --policy ssd
 
-Two oracles, beside the full cache, look at as many tokens a head as a cache of the budget has slots:
-
-- *at each step*, every head looks at those tokens of all that receive the most of its attention in this very step, and
-  nothing is ever dropped. It tells what looking at few tokens costs by itself.
-- *in hindsight*, tokens are dropped for good, a buffer at once, as the cache does it, but those that will receive the
-  least attention from then on, as a drawing of the same pictures with everything kept has told. It tells what any
-  score could reach that ranks tokens by attention, if it foresaw it.
-
-Neither saves memory or time, and no head map's labels are asked: every head is served as it likes.
+*At each step* a head looks at the tokens that this step attends most, as many as it has slots, and drops none for good.
+*In hindsight* tokens are dropped for good, a buffer at once, but those that will receive the least attention from then
+on, as a drawing of the same pictures with everything kept has told: what a score could reach if it foresaw attention.
+Neither saves memory or time, and no label is asked for: every head is served as it likes.
 """
 
 from __future__ import annotations

@@ -102,9 +102,8 @@ class InHindsight:
 
     def __init__(self, recorder: Recorder, num_slots: torch.Tensor, buffer: int):
         self.num_slots, self.buffer = num_slots, buffer
-        self.dropped: list[
-            dict[int, list[torch.Tensor]]
-        ] = []  # a layer's: slots -> after each eviction [rows, heads, tokens]
+        # of each layer: number of slots -> what is gone after each eviction in heads with so many; see `drops`
+        self.dropped: list[dict[int, list[torch.Tensor]]] = []
         for layer, slots in enumerate(num_slots):
             future = recorder.future(layer)
             self.dropped.append(

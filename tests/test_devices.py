@@ -203,7 +203,7 @@ def test_processes_that_share_prompts_and_do_not_agree_are_told_both_in_each(tmp
     command += ["--model", "llama", "--grid", "6x6", "--budget", "14", "--buffer", "4", "-o", "a.safetensors"]
     answers = run_both(lambda rank: [*command, "--head-map", f"map-{rank}"], cwd=tmp_path)
     for code, _, stderr in answers:
-        assert code == 2
+        assert code == 2, stderr
         message = stderr.splitlines()[-1]
         assert message.startswith("ssd-cache: processes 0 and 1 of 2 do not agree: map, budget, buffer, kv_dtype of ")
         assert labels.digest in message

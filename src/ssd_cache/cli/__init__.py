@@ -1,6 +1,6 @@
 """The command line `ssd-cache`: a thin shell over the library, and no logic that the library lacks.
 
-Exit codes: 0 done, 2 wrong use, 130 interrupted, 1 anything else. A mistake is one line on stderr.
+Exit codes: 0 done, 2 wrong use, 1 anything else, an interruption too. A mistake is one line on stderr.
 """
 
 from __future__ import annotations

@@ -15,7 +15,10 @@ import typer
 from tqdm import tqdm
 from typer.core import TyperGroup
 
-INTERRUPTED = 130
+from ssd_cache.sharding import is_distributed
+
+TYPER_INTERRUPTED = 130
+"""What typer returns after Ctrl-C."""
 
 
 class Failure(Exception):
@@ -48,7 +51,12 @@ class OneLineGroup(TyperGroup):
     def main(self, args=None, prog_name=None, complete_var=None, standalone_mode=True, **extra):  # type: ignore[override]
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            code = self._run(args, prog_name, complete_var, **extra)
+            try:
+                code = self._run(args, prog_name, complete_var, **extra)
+            finally:
+                # However a command ends: of a group that is still open when Python exits, gloo may abort the process.
+                if is_distributed():
+                    torch.distributed.destroy_process_group()
         if standalone_mode:
             sys.exit(code)
         return code
@@ -56,12 +64,11 @@ class OneLineGroup(TyperGroup):
     def _run(self, args, prog_name, complete_var, **extra) -> int:
         try:
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra) or 0
-            if code == INTERRUPTED:
-                _say("interrupted")
-            return code
+            if code != TYPER_INTERRUPTED:
+                return code
+            _say("interrupted")
         except typer.Abort:
             _say("interrupted")
-            return INTERRUPTED
         except Failure as error:
             _say(str(error))
             return error.exit_code

@@ -201,7 +201,6 @@ def generate(
         )
         console.print(table(drawings, conditions))
         console.print(f"wrote {output} ({measures})", soft_wrap=True)
-    processes.close()
 
 
 def _save(generator: Generator, drawings: list[Drawing], captions: list[str], num_images: int, place: Path) -> str:

@@ -127,4 +127,3 @@ def profile(
         raise Failure(str(error)) from error
     if processes.is_main:
         Console(highlight=False, markup=False).print(f"{head_map!r}\nwrote {folder}", soft_wrap=True)
-    processes.close()

@@ -157,7 +157,6 @@ def export(
         Console(highlight=False, markup=False).print(
             f"{pictures.root}: {here} of {total} pictures ({share}; {described(settings)})", soft_wrap=True
         )
-    processes.close()
 
 
 def described(settings: Mapping[str, Any]) -> str:

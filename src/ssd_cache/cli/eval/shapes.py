@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ssd_cache.cli.errors import INTERRUPTED, Failure, WrongUse, refusing
+from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.eval.options import (
     DEFAULT_POLICIES,
     Budgets,
@@ -129,11 +129,8 @@ def shapes(
         raise Failure(str(error)) from error
     except KeyboardInterrupt as error:
         raise Failure(
-            f"interrupted; {output} keeps {len(results.done)} pictures: run the same command again to go on",
-            INTERRUPTED,
+            f"interrupted; {output} keeps {len(results.done)} pictures: run the same command again to go on"
         ) from error
-    finally:
-        processes.close()
     _tell(plan, output, processes)
 
 

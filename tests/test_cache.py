@@ -78,6 +78,9 @@ def test_ssd_attention_is_sdpa_with_any_other_cache_or_none():
     ours, plain = tiny_llama(), tiny_llama(attn_implementation="sdpa")
     inputs = left_padded_prompts((7, 4, 6))
     assert torch.equal(ours(**inputs).logits, plain(**inputs).logits)
+    asked, expected = (model(**inputs, output_attentions=True) for model in (ours, plain))
+    assert asked.attentions == expected.attentions  # sdpa has none to give
+    assert torch.equal(asked.logits, expected.logits)
     for implementation in ("dynamic", "static"):
         options = {"do_sample": False, "max_new_tokens": 20, "cache_implementation": implementation}
         assert torch.equal(ours.generate(**inputs, **options), plain.generate(**inputs, **options))

@@ -15,6 +15,7 @@ from ssd_cache.cli.errors import WrongUse
 from ssd_cache.cli.options import MODEL
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.evaluation.policies import OWN, SETTINGS
+from ssd_cache.retention import SCORES
 
 CACHE = "Cache"
 
@@ -70,7 +71,7 @@ NumSinks = Annotated[
 ScoreName = Annotated[
     str | None,
     typer.Option(
-        help="How attention adds up to a token's score.",
+        help=f"What semantic heads rank tokens by: {', '.join(SCORES)}.",
         metavar="NAME",
         show_default="the policy's own",
         rich_help_panel=CACHE,

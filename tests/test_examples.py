@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,16 @@ def test_an_oracle_that_may_look_at_everything_draws_as_the_full_cache(folder):
     recorder.received = received
     assert not torch.equal(draw(example.InHindsight(recorder, few, 2)), expected)
     assert not torch.equal(draw(example.AtEachStep(few)), expected)
+
+
+@pytest.mark.parametrize("name", ["DynamicCache", "ssd 50%"])
+def test_first_pictures_are_timed(folder, capsys, name):
+    example = load("first_pictures")
+    example.main(name, model=str(folder), batch_size=2)
+    example.main(name, model=str(folder), batch_size=2, steps=True)
+    pictures, steps = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"{name}: 2 pictures of 4 rows in \d+\.\d s, \d+ tokens/s", pictures)
+    assert re.fullmatch(rf"{name}: {SIDE * SIDE - 1} steps of 4 rows in \d+\.\d s, \d+ tokens/s", steps)
 
 
 @pytest.mark.parametrize("room", [0, 1, 2, 5, 16, 37])

@@ -1,0 +1,49 @@
+"""How long do the first pictures of a process take with a cache? `ssd-cache bench` warms up before it measures.
+
+    python examples/first_pictures.py "ssd 20%"            # whole pictures, by generate
+    python examples/first_pictures.py "ssd 20%" --steps    # the decoder's steps alone, over random embeddings
+
+Run it once for each cache, so that each has a process of its own. The compiler's time is not counted.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import typer
+
+from ssd_cache._compat import CACHE
+from ssd_cache.bench.cases import choose, default_cases, rivals
+from ssd_cache.bench.subject import load_subject
+
+
+@torch.no_grad()
+def main(cache: str, steps: bool = False, model: str = "small-cpu", batch_size: int = 8, device: str = "cpu") -> None:
+    """Print the seconds, and the tokens per second, of BATCH_SIZE pictures with guidance."""
+    subject = load_subject(model, torch.float32, torch.device(device))
+    (case,) = choose([*rivals()[0], *default_cases()], [cache])
+    cells, rows = subject.head_map.num_visual_tokens, subject.rows_per_picture * batch_size
+    with case.running(subject):
+        if case.is_compiled:
+            subject.draw(case.make_cache(subject), batch_size, 3, lambda: None)
+        held, decoder = case.make_cache(subject), subject.model.get_decoder()
+        if steps:
+            prompt = torch.randn(rows, subject.num_prompt, subject.config.hidden_size, device=device)
+            mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=device)
+            decoder(inputs_embeds=prompt, attention_mask=mask, use_cache=True, **{CACHE: held})
+        start = time.perf_counter()
+        if steps:
+            for _ in range(cells - 1):
+                decoder(inputs_embeds=prompt[:, :1], use_cache=True, **{CACHE: held})
+        else:
+            subject.draw(held, batch_size, cells, lambda: None)
+        if device != "cpu":
+            torch.accelerator.synchronize()
+        seconds = time.perf_counter() - start
+    what = f"{cells - 1} steps" if steps else f"{batch_size} pictures"
+    print(f"{case.name}: {what} of {rows} rows in {seconds:.1f} s, {batch_size * cells / seconds:.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    typer.run(main)

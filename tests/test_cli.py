@@ -333,11 +333,12 @@ def test_compared_in_8_bits_the_full_cache_stays_whole(run, generator):
         assert table(result.stdout)[policy][1] == size(cache.nbytes)
 
 
-def test_a_map_can_be_given_and_is_used(run):
+def test_a_map_can_be_given_and_is_used(run, folder):
     (~head_map()).save_pretrained("inverted")
-    for name, options in (("a", []), ("b", ["--head-map", "inverted"])):
+    for name, options in (("a", []), ("b", ["--head-map", "inverted"]), ("c", ["--head-map", folder])):
         assert run(CIRCLE, "--budget", "0.4", "-o", f"{name}.png", *options).exit_code == 0
     assert Path("a.png").read_bytes() != Path("b.png").read_bytes()
+    assert Path("a.png").read_bytes() == Path("c.png").read_bytes()  # the folder of a model that carries its map
 
 
 def test_a_model_without_a_map_draws_under_the_other_policies(run, tmp_path):

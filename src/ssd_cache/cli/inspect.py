@@ -16,11 +16,9 @@ from rich.table import Table
 from ssd_cache.analysis.scores import head_scores
 from ssd_cache.cli.errors import refusing
 from ssd_cache.cli.files import check_output, save_picture
-from ssd_cache.head_map import HeadMap
 from ssd_cache.head_map_card import picture
 from ssd_cache.models import BUNDLED
-from ssd_cache.models.base import HEAD_MAP_FOLDER
-from ssd_cache.models.find import BUNDLED_FOLDER
+from ssd_cache.models.base import find_head_map
 from ssd_cache.rasters import format_rasters
 
 
@@ -42,7 +40,7 @@ def inspect(
     """Print a head map: its origin and which heads of every layer are spatial."""
     place = None if output is None else check_output(output)
     with refusing():
-        head_map = _find(source)
+        head_map = find_head_map(source)
     console = Console(highlight=False, markup=False)
     num_spatial = int(head_map.is_spatial.sum())
     facts = {
@@ -82,9 +80,3 @@ def inspect(
         image = picture(head_map)
         save_picture(image, place)
         console.print(f"wrote {output} ({image.width} x {image.height})", soft_wrap=True)
-
-
-def _find(source: str) -> HeadMap:
-    """The map itself, or the one that a model of any type carries in its folder."""
-    carried = (BUNDLED_FOLDER if source == BUNDLED else Path(source).expanduser()) / HEAD_MAP_FOLDER
-    return HeadMap.from_pretrained(carried if carried.is_dir() else source)

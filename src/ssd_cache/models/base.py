@@ -32,8 +32,20 @@ from ssd_cache.rasters import count_cells
 BUNDLED = "shapes-janus"
 """The small trained model that travels with the package."""
 
+BUNDLED_FOLDER = Path(__file__).parents[1] / "shapes" / "checkpoint"
+
 HEAD_MAP_FOLDER = "head_map"
 """A checkpoint's own head map, inside its folder."""
+
+
+def find_head_map(name: str) -> HeadMap:
+    """The head map of a name: a map's folder or Hub id, the folder of a model that carries one, or `BUNDLED`.
+
+    Raises:
+        HeadMapError: there is none, or it can not be read.
+    """
+    carried = (BUNDLED_FOLDER if name == BUNDLED else Path(name).expanduser()) / HEAD_MAP_FOLDER
+    return HeadMap.from_pretrained(carried if carried.is_dir() else name)
 
 
 class Generator(ABC):
@@ -230,8 +242,8 @@ class Checkpoint:
         """A head map for this model; for the grid that was asked for, if one was.
 
         Args:
-            name: a folder or Hub id; when not given, the map that travels in the checkpoint's folder, if there is one.
-                A map that names another model is warned of.
+            name: as for `find_head_map`; when not given, the map that travels in the checkpoint's folder, if there is
+                one. A map that names another model is warned of.
 
         Raises:
             HeadMapError: a map that can not be read.
@@ -240,7 +252,7 @@ class Checkpoint:
             folder = Path(self.source) / HEAD_MAP_FOLDER
             found = HeadMap.from_pretrained(folder) if folder.is_dir() else None
         else:
-            found = HeadMap.from_pretrained(name)
+            found = find_head_map(name)
             found.check_made_for(self.name)
         if found is None or self.asked_grid is None:
             return found

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from ssd_cache.head_map_checks import HeadMapError, checked_grid
-from ssd_cache.models.base import BUNDLED, Checkpoint, Generator
+from ssd_cache.models.base import BUNDLED, BUNDLED_FOLDER, Checkpoint, Generator
 from ssd_cache.models.causal_lm import CausalLMGenerator
 from ssd_cache.models.deepseek_janus import DeepSeekJanusGenerator
 from ssd_cache.models.emu3 import Emu3Generator
@@ -47,8 +47,6 @@ FAMILIES: dict[str, type[Generator]] = {
 
 PIPELINE_FILE = "model_index.json"
 """What diffusers writes in place of a config.json: the classes of a pipeline's parts, by name."""
-
-BUNDLED_FOLDER = Path(__file__).parents[1] / "shapes" / "checkpoint"
 
 
 def find_generator(name: str, grid: tuple[int, int] | None = None) -> Checkpoint:

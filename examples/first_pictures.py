@@ -15,6 +15,7 @@ import typer
 
 from ssd_cache._compat import CACHE
 from ssd_cache.bench.cases import choose, default_cases, rivals
+from ssd_cache.bench.roofline import synchronize
 from ssd_cache.bench.subject import load_subject
 
 
@@ -23,27 +24,28 @@ def main(cache: str, steps: bool = False, model: str = "small-cpu", batch_size: 
     """Print the seconds, and the tokens per second, of BATCH_SIZE pictures with guidance."""
     subject = load_subject(model, torch.float32, torch.device(device))
     (case,) = choose([*rivals()[0], *default_cases()], [cache])
-    cells, rows = subject.head_map.num_visual_tokens, subject.rows_per_picture * batch_size
+    rows, number = subject.rows_per_picture * batch_size, subject.head_map.num_visual_tokens - steps
     with case.running(subject):
         if case.is_compiled:
             subject.draw(case.make_cache(subject), batch_size, 3, lambda: None)
-        held, decoder = case.make_cache(subject), subject.model.get_decoder()
+        held = case.make_cache(subject)
         if steps:
+            decoder = subject.model.get_decoder()
             prompt = torch.randn(rows, subject.num_prompt, subject.config.hidden_size, device=device)
             step = prompt[:, :1].contiguous()  # as generate gives them, so that compiled steps are not compiled again
             mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=device)
             decoder(inputs_embeds=prompt, attention_mask=mask, use_cache=True, **{CACHE: held})
+        synchronize(subject.model.device)
         start = time.perf_counter()
         if steps:
-            for _ in range(cells - 1):
+            for _ in range(number):
                 decoder(inputs_embeds=step, use_cache=True, **{CACHE: held})
         else:
-            subject.draw(held, batch_size, cells, lambda: None)
-        if device != "cpu":
-            torch.accelerator.synchronize()
+            subject.draw(held, batch_size, number, lambda: None)
+        synchronize(subject.model.device)
         seconds = time.perf_counter() - start
-    what = f"{cells - 1} steps" if steps else f"{batch_size} pictures"
-    print(f"{case.name}: {what} of {rows} rows in {seconds:.1f} s, {batch_size * cells / seconds:.0f} tokens/s")
+    what = f"{number} steps" if steps else f"{batch_size} pictures"
+    print(f"{case.name}: {what} of {rows} rows in {seconds:.1f} s, {batch_size * number / seconds:.0f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -16,16 +16,18 @@ class AmbiguousError(Exception):
 class ReferenceHead:
     """One KV head of one row: which visual tokens it holds, and what attention over them gives.
 
-    score: "sum", "mean", "last" or "margin", what a semantic head ranks its tokens by; columns: of the grid.
+    score: "sum", "mean", "last", "margin" or "learned", what a semantic head ranks its tokens by; columns: of the grid;
+    learned: for "learned", lists of floats: key, value, row (by row of the next token, and of the token), column (by
+    rows between them, and column of the token).
     """
 
-    def __init__(self, kind, num_slots, num_cells, buffer, num_recent, num_sinks, score="sum", columns=1):
+    def __init__(self, kind, num_slots, num_cells, buffer, num_recent, num_sinks, score="sum", columns=1, learned=None):
         self.evicts_by_score = kind == "semantic" and num_slots < num_cells
         self.num_slots = num_slots
         self.buffer = min(buffer, num_slots)
         self.num_recent = num_recent
         self.num_sinks = num_sinks if num_slots < num_cells else 0
-        self.score, self.columns = score, columns
+        self.score, self.columns, self.learned = score, columns, learned
         self.kept = []
         self.received = []  # one dict a step: visual token -> weight
         self.keys, self.values = [], []  # of every visual token that ever arrived
@@ -34,6 +36,12 @@ class ReferenceHead:
         """The score of a visual token when `arrived` of them had arrived and as many queries had been made."""
         if self.score == "margin":
             return 1.0 if token % self.columns in (0, self.columns - 1) else 0.0
+        if self.score == "learned":
+            key, value, row, column = self.learned
+            now, stands = (min(number // self.columns, len(row) - 1) for number in (arrived, token))
+            held = sum(weight * number for weight, number in zip(key, self.keys[token], strict=True))
+            held += sum(weight * number for weight, number in zip(value, self.values[token], strict=True))
+            return held + row[now][stands] + column[now - stands][token % self.columns]
         first = max(0, arrived - self.buffer) if self.score == "last" else token
         received = sum(self.received[query].get(token, 0.0) for query in range(first, arrived))
         return received / (arrived - token) if self.score == "mean" else received
@@ -46,7 +54,7 @@ class ReferenceHead:
             ranked = sorted(candidates, key=lambda token: (score[token], token))
             if len(ranked) > self.buffer and self.score != "margin":  # whole numbers are never ambiguous
                 last, spared = score[ranked[self.buffer - 1]], score[ranked[self.buffer]]
-                if spared - last < 1e-5 * max(1.0, spared):
+                if spared - last < 1e-5 * max(1.0, abs(spared)):
                     raise AmbiguousError
         else:
             ranked = sorted(token for token in self.kept if token >= self.num_sinks)

@@ -207,7 +207,7 @@ def test_the_repository_of_a_model(hub):
     assert f"user/model@{hub.repos['user/model'].refs['main']}/config.json: has no format_version" in message
 
 
-@pytest.mark.parametrize(("name", "size"), [("config.json", (1 << 20) + 1), ("head_map.safetensors", (16 << 20) + 1)])
+@pytest.mark.parametrize(("name", "size"), [("config.json", (1 << 20) + 1), ("head_map.safetensors", (64 << 20) + 1)])
 def test_a_file_that_is_too_big_is_not_downloaded(hub, name, size):
     hub.repos[REPO].commit({name: bytes(size)})
     assert f"{name} takes {size} bytes" in refusal(REPO)

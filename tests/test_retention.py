@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from models import random_score
 from reference import AmbiguousError, ReferenceHead, eight_bits, online_kind
 
 from ssd_cache import HeadMap, SSDCache
 from ssd_cache.attention import ssd_attention_forward
-from ssd_cache.retention import SCORES, attention_weights, compact, form_scores, select_victims
+from ssd_cache.retention import SCORES, WITHOUT_QUERIES, attention_weights, compact, form_scores, select_victims
 
 MODULE = SimpleNamespace(num_key_value_groups=1, is_causal=True)
 
@@ -129,7 +130,8 @@ def same_as_plain_loops(run, is_counted, kv_dtype=None):
     if run["padded"]:
         pads = torch.randint(0, run["num_prompt"], (batch,))
         seen = torch.arange(run["num_prompt"]) >= pads[:, None]
-    head_map = HeadMap(torch.tensor([run["is_spatial"]]), grid=run["grid"])
+    learned = random_score(1, kv_heads, dim, run["grid"]) if run["score"] == "learned" else None
+    head_map = HeadMap(torch.tensor([run["is_spatial"]]), grid=run["grid"], learned=learned)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # windows shorter than a row are drawn on purpose
         cache = SSDCache(
@@ -152,6 +154,7 @@ def same_as_plain_loops(run, is_counted, kv_dtype=None):
                 run["num_sinks"],
                 run["score"],
                 run["grid"][1],
+                learned and [getattr(learned, name)[0, head].tolist() for name in ("key", "value", "row", "column")],
             )
             for row in range(batch)
             for head, spatial in enumerate(run["is_spatial"])
@@ -195,7 +198,7 @@ def test_online_labels_and_tokens_as_plain_loops(run, num_slots):
     least = run["buffer"] + run["num_recent"] + run["num_sinks"]
     assume(least < cells)
     num_slots = least + num_slots % (cells - least)
-    score = "sum" if run["score"] == "margin" else run["score"]  # an online map refuses it
+    score = "sum" if run["score"] in WITHOUT_QUERIES else run["score"]  # an online map refuses the others
     num_prompt, total = run["num_prompt"], run["num_prompt"] + cells
     queries = torch.randn(batch, kv_heads * groups, total, dim) * run["sharpness"]
     keys, values = torch.randn(batch, kv_heads, total, dim), torch.randn(batch, kv_heads, total, dim)
@@ -308,7 +311,9 @@ def test_sinks_are_spared_by_score_too():
 def test_scores_in_numbers():
     attention = torch.tensor([[[1.4, 0.5, 0.4, 0.2]]])  # the table of docs/concepts.md
     positions = torch.tensor([[[0, 1, 2, 3]]])
-    formed = {name: form_scores(name, attention, positions, num_seen=4, columns=3)[0, 0].tolist() for name in SCORES}
+    formed = {
+        name: form_scores(name, attention, positions, num_seen=4, columns=3)[0, 0].tolist() for name in SCORES[:4]
+    }
     assert formed["sum"] == formed["last"] == pytest.approx([1.4, 0.5, 0.4, 0.2])
     assert formed["mean"] == pytest.approx([0.35, 0.5 / 3, 0.2, 0.2])
     assert formed["margin"] == [1, 0, 1, 1]

@@ -9,9 +9,11 @@ from ssd_cache.cache import POLICIES, MemoryStats, SSDCache
 from ssd_cache.enable import enable
 from ssd_cache.fast_decode import fast_decode
 from ssd_cache.head_map import HeadMap, HeadMapError
+from ssd_cache.learned_score import LearnedScore
+from ssd_cache.learning import learn_score
 from ssd_cache.measuring import measure_heads
 from ssd_cache.profiling import profile_heads
 
 __version__ = "0.1.0"
-__all__ = ["POLICIES", "HeadMap", "HeadMapError", "MemoryStats", "SSDCache"]
-__all__ += ["allocate_budgets", "enable", "fast_decode", "fit_heads", "measure_heads", "profile_heads"]
+__all__ = ["POLICIES", "HeadMap", "HeadMapError", "LearnedScore", "MemoryStats", "SSDCache"]
+__all__ += ["allocate_budgets", "enable", "fast_decode", "fit_heads", "learn_score", "measure_heads", "profile_heads"]

@@ -91,7 +91,7 @@ def fit_heads(source: HeadMap | HeadStatistics, budget: Amount = 0.2, *, step: i
 
     Returns:
         The map, its `budget` a number for every head: `SSDCache(fit_heads(head_map))` uses it with the buffer, recents
-        and sinks of the profile. Scores and origin of the source stay.
+        and sinks of the profile. Scores, a learned one too, and origin of the source stay.
 
     Raises:
         ValueError: fewer than two levels, or a budget below the lowest.
@@ -121,7 +121,7 @@ def fit_heads(source: HeadMap | HeadStatistics, budget: Amount = 0.2, *, step: i
     slots = np.array(choices)[picks].reshape(labels.shape)
     facts: dict[str, Any] = {"scores": scores, "previews": source.previews}
     if isinstance(source, HeadMap):
-        facts |= {name: getattr(source, name) for name in ("model_id", "revision", "model_type", "profile")}
+        facts |= {name: getattr(source, name) for name in ("model_id", "revision", "model_type", "profile", "learned")}
     return HeadMap(
         torch.from_numpy(is_spatial.reshape(labels.shape)),
         source.grid,

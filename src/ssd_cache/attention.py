@@ -43,7 +43,7 @@ def ssd_attention_forward(
     if layer is None or (layer.step is None and layer.num_visual == 0):
         if layer is not None:
             _check_window(layer, kwargs.get("sliding_window"))
-            layer.receive_mask(_prompt_columns(attention_mask, key.shape[2]))
+            layer.receive_mask(prompt_columns(attention_mask, key.shape[2]))
             layer.use_kernel(fused.can_serve(query, key, value))
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -123,7 +123,7 @@ def _check_window(layer: SSDLayer, window: int | None) -> None:
         )
 
 
-def _prompt_columns(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+def prompt_columns(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
     """`[batch, length]`, False on padding, from a mask `[batch, 1, new, length]`: the last token sees all else."""
     if attention_mask is None:
         return None

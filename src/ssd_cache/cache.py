@@ -27,10 +27,13 @@ from ssd_cache.sharding import is_distributed, own_heads, shard_of
 DEFAULT_BUDGET = 0.2
 """The paper's budget: a fifth of the visual tokens."""
 
+DEFAULT_RECENT = 0.25
+"""What semantic heads keep of newest tokens, whatever their score, of their slots; measured in docs/results.md."""
+
 CLOSING_TOKENS = 3
 """Tokens after the grid that need no warning: some models close a picture with a few, as Emu3 does."""
 
-POLICIES = ("full", "ssd", "h2o", "streaming-llm", "linear", "margin")
+POLICIES = ("full", "ssd", "learned", "h2o", "streaming-llm", "linear", "margin")
 """Names that `SSDCache.from_policy` knows."""
 
 
@@ -56,14 +59,16 @@ class SSDCache(Cache):
             int, the tokens; or one for each kind, `{"spatial": 0.1, "semantic": 0.3}`; or a list with an entry for each
             layer, which is one of these or a list with a number for each KV head.
             When not given, the budget that the map was fitted to, or 0.2.
-        buffer: tokens evicted at once, when a token arrives and all slots are taken; a grid row when not given.
-            1 evicts at every step.
-        num_recent: newest tokens that a semantic head always keeps; a float in [0, 1) is a fraction of its slots.
+        buffer: tokens evicted at once, when a token arrives and all slots are taken. A grid row when not given, and a
+            third of one with a learned score, which takes little to ask. 1 evicts at every step.
+        num_recent: newest tokens that a semantic head always keeps; a float in [0, 1) is a fraction of its slots. A
+            quarter when not given, and none with a learned score.
         num_sinks: the picture's first tokens, which every head always keeps.
         score: what a semantic head ranks its tokens by: "sum", the attention received since a token arrived; "mean",
             that over the number of queries since; "last", the attention of the last `buffer` queries; "margin", the
-            grid's first and last column before all else. The last one needs no queries: where all heads of a layer are
-            of one kind, it works with any attention.
+            grid's first and last column before all else; "learned", what the map's learned score foretells. The last
+            two need no queries: where all heads of a layer are of one kind and hold equally many tokens, they work with
+            any attention. When not given, "learned" where the map carries such a score, else "sum".
         kv_dtype: "int8" or "fp8" stores K and V of visual tokens in 8 bits a number, with a scale for each row, head
             and token, at any budget; the prompt keeps the model's dtype. None stores all in the model's dtype.
         shard: for a tensor parallel model, the number of this process and how many there are: of map and budget, the
@@ -71,7 +76,8 @@ class SSDCache(Cache):
 
     Raises:
         ValueError: a setting out of range, an unknown name, a budget that does not hold `buffer` and what must be kept,
-            or "margin" with an online map.
+            "margin" with an online map, or "learned" with a map that
+            carries no such score.
         HeadMapError: at the first update, when the map does not fit the model.
     """
 
@@ -81,9 +87,9 @@ class SSDCache(Cache):
         budget: Budget | None = None,
         *,
         buffer: int | None = None,
-        num_recent: int | float = 0.25,
+        num_recent: int | float | None = None,
         num_sinks: int = 0,
-        score: str = "sum",
+        score: str | None = None,
         kv_dtype: str | None = None,
         shard: tuple[int, int] = (0, 1),
     ):
@@ -95,9 +101,15 @@ class SSDCache(Cache):
         if budget is None:
             budget = DEFAULT_BUDGET if head_map.budget is None else head_map.budget
         self.head_map, self.budget, self.shard = head_map, budget, shard
-        self.buffer = head_map.grid[1] if buffer is None else check_count("buffer", buffer, 1)
-        self.num_recent, self.num_sinks = num_recent, check_count("num_sinks", num_sinks, 0)
+        if score is None:
+            score = "sum" if head_map.learned is None else "learned"
         self.score, self.kv_dtype = _check_score(score, head_map), _check_kv_dtype(kv_dtype)
+        if buffer is None:
+            buffer = default_buffer(head_map.grid, score)
+        if num_recent is None:
+            num_recent = 0 if score == "learned" else DEFAULT_RECENT
+        self.buffer = check_count("buffer", buffer, 1)
+        self.num_recent, self.num_sinks = num_recent, check_count("num_sinks", num_sinks, 0)
         self._warned = self._is_counted = False
         self._steps: dict[torch.device, torch.Tensor] = {}  # the number of the token that `counted_step` counted
         labels = head_map.is_spatial.tolist()
@@ -117,6 +129,7 @@ class SSDCache(Cache):
                 is_online=head_map.is_online,
                 score=score,
                 columns=columns,
+                learned=head_map.learned.at(index) if score == "learned" and head_map.learned else None,
                 kv_dtype=kv_dtype,
             )
             for index in range(head_map.num_layers)
@@ -149,10 +162,11 @@ class SSDCache(Cache):
     def from_policy(
         cls, policy: str, head_map: HeadMap, budget: Budget | None = None, *, buffer: int | None = None, **settings
     ) -> SSDCache:
-        """A cache by a policy's name; the map's labels matter to "ssd" and "margin", its shape to all.
+        """A cache by a policy's name; the map's labels matter to "ssd", "learned" and "margin".
 
         - "full": every token is kept, whatever the budget.
-        - "ssd": the map as it is.
+        - "ssd": the map's labels, ranked by the sum of attention as the paper has it.
+        - "learned": the map's labels, ranked by the learned score that it carries.
         - "h2o": every head semantic, half its slots for the newest tokens (Zhang et al., arXiv 2306.14048).
         - "streaming-llm": every head spatial, with 4 sinks (Xiao et al., arXiv 2309.17453). The prompt is kept
           whole here too, so the sinks are the first visual tokens.
@@ -172,6 +186,8 @@ class SSDCache(Cache):
         presets: dict[str, dict[str, Any]] = {
             "h2o": {"num_recent": 0.5},
             "streaming-llm": {"num_sinks": 4},
+            "ssd": {"score": "sum"},
+            "learned": {"score": "learned"},
             "linear": {"score": "last", "num_sinks": 4, "num_recent": head_map.grid[1]},
             "margin": {"score": "margin"},
         }
@@ -302,6 +318,11 @@ class SSDCache(Cache):
         )
 
 
+def default_buffer(grid: tuple[int, int], score: str) -> int:
+    """Tokens evicted at once: a row where a score has to be made of queries, a third of one where it is learned."""
+    return max(1, grid[1] // 3) if score == "learned" else grid[1]
+
+
 def decoder_shape(config: PreTrainedConfig) -> tuple[int, int]:
     """Layers, and KV heads in each, of a decoder; one that names no KV heads has one for every query head."""
     return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -312,6 +333,11 @@ def _check_score(score: str, head_map: HeadMap) -> str:
         near = get_close_matches(str(score), SCORES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"score={score!r} is unknown: {hint}give one of {', '.join(map(repr, SCORES))}")
+    if score == "learned" and head_map.learned is None:
+        raise ValueError(
+            f"score='learned': the head map ({head_map.origin}) carries no learned score; `ssd-cache learn` makes a "
+            "map with one, or give score='sum', 'mean' or 'last'"
+        )
     if score == "margin" and head_map.is_online:
         raise ValueError(
             "score='margin' looks at no attention, by which an online map labels its heads: give a map with labels, or "
@@ -353,6 +379,7 @@ def _part(plan: LayerPlan, heads: slice) -> LayerPlan:
         is_spatial=plan.is_spatial[heads],
         num_slots=plan.num_slots[heads],
         num_recent=plan.num_recent[heads],
+        learned=None if plan.learned is None else plan.learned.at(heads),
     )
 
 

@@ -82,8 +82,8 @@ def enable(model: PreTrainedModel, head_map: HeadMap, *, fast: bool = False, **s
 
 
 @contextmanager
-def ssd_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Set the decoder's attention to "ssd" inside the block, through transformers' own switch; other towers keep it.
+def ssd_attention(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
+    """Set the decoder's attention to `name` inside the block, by transformers' own switch; other towers keep theirs.
 
     Raises:
         ValueError: layers whose keys and values a cache of the "ssd" kind can not hold.
@@ -92,7 +92,7 @@ def ssd_attention(model: PreTrainedModel) -> Iterator[None]:
     _check_layers(type(model).__name__, config)
     key = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is config), None)
     before = config._attn_implementation
-    model.set_attn_implementation(NAME if key is None else {key: NAME})
+    model.set_attn_implementation(name if key is None else {key: name})
     try:
         yield
     finally:

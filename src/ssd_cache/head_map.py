@@ -21,6 +21,7 @@ from huggingface_hub import CommitInfo
 from ssd_cache import head_map_card, head_map_checks, head_map_files, head_map_hub
 from ssd_cache.budget import Budget
 from ssd_cache.head_map_checks import HeadMapError
+from ssd_cache.learned_score import LearnedScore
 from ssd_cache.rasters import count_cells, format_rasters
 
 __all__ = ["HeadMap", "HeadMapError"]
@@ -44,6 +45,8 @@ class HeadMap:
         model_type: `config.model_type` of that model.
         method: how the labels were made, in a few words.
         budget: the budget that the map was fitted to, as for [`SSDCache`], which uses it when none is given.
+        learned: what semantic heads may rank their tokens by, made by [`learn_score`] for this grid; [`SSDCache`] does
+            when it is there. Its tensors begin with the labels' shape.
         profile: further facts that repeat the making (prompts, seeds, window, ...), a small dict of JSON values.
 
     Tensors are copied to the CPU; treat them as read-only. Raises [`HeadMapError`] for anything out of these limits.
@@ -63,6 +66,7 @@ class HeadMap:
     model_type: str | None
     method: str | None
     budget: Budget | None
+    learned: LearnedScore | None
     profile: dict[str, Any]
     previews: tuple[tuple[int, int], ...]
     is_online: bool = field(init=False)
@@ -82,6 +86,7 @@ class HeadMap:
         model_type: str | None = None,
         method: str | None = None,
         budget: Budget | None = None,
+        learned: LearnedScore | None = None,
         profile: Mapping[str, Any] | None = None,
         previews: Sequence[tuple[int, int]] = (),
     ) -> None:
@@ -97,6 +102,7 @@ class HeadMap:
             "threshold": head_map_checks.checked_threshold(threshold),
             **{name: head_map_checks.checked_text(name, text) for name, text in texts.items()},
             "budget": head_map_checks.checked_budget(budget, labels, cells),
+            "learned": head_map_checks.checked_learned(learned, labels.shape, checked_grid, checked_previews),
             "profile": head_map_checks.checked_profile(profile),
             "is_online": False,
             "origin": "made in memory",
@@ -172,9 +178,9 @@ class HeadMap:
                 force_download=force_download,
             )
             place = f"{source}@{commit}" + (f"/{subfolder}" if subfolder else "")
-        facts, is_spatial, scores = head_map_files.decode(config, tensors, place)
+        facts, is_spatial, scores, learned = head_map_files.decode(config, tensors, place)
         try:
-            head_map = cls(is_spatial, scores=scores, **facts)
+            head_map = cls(is_spatial, scores=scores, learned=learned, **facts)
         except HeadMapError as error:
             raise HeadMapError(f"{place}: {error}") from error
         object.__setattr__(head_map, "origin", place)
@@ -226,16 +232,23 @@ class HeadMap:
 
     @property
     def digest(self) -> str:
-        """Twelve hex digits of the sha256 of labels and grid: the name of this map in a table of results."""
+        """Twelve hex digits of the sha256 of labels, grid and learned score: this map's name in a table of results."""
         shape = f"{self.num_layers}x{self.num_kv_heads} {format_rasters(self.previews, self.grid)} "
-        return hashlib.sha256(shape.encode() + bytes(self.is_spatial.flatten().tolist())).hexdigest()[:12]
+        found = hashlib.sha256(shape.encode() + bytes(self.is_spatial.flatten().tolist()))
+        if self.learned is not None:
+            for tensor in self.learned.tensors().values():
+                found.update(tensor.numpy().tobytes())
+        return found.hexdigest()[:12]
 
     def with_grid(self, grid: tuple[int, int], previews: Sequence[tuple[int, int]] = ()) -> HeadMap:
-        """The same labels for pictures of another size; a budget that is a fraction then means one of that size."""
+        """The same labels for pictures of another size; a budget that is a fraction then means one of that size.
+
+        A learned score goes by the places of its own grid, and is left out.
+        """
         previews = tuple(previews)
         if (tuple(grid), previews) == (self.grid, self.previews):
             return self
-        head_map = replace(self, grid=grid, previews=previews)
+        head_map = replace(self, grid=grid, previews=previews, learned=None)
         for name in ("is_online", "origin"):
             object.__setattr__(head_map, name, getattr(self, name))
         return head_map
@@ -285,7 +298,10 @@ class HeadMap:
             )
 
     def __invert__(self) -> HeadMap:
-        """The same heads with each label turned round; scores stay, `method` says so, twice gives this map again."""
+        """The same heads with each label turned round; scores stay, `method` says so, twice gives this map again.
+
+        A learned score is one of the labels that were, and is left out.
+        """
         self._check_labelled("inverted")
         if self.method is None or self.method == INVERTED:
             method = None if self.method else INVERTED
@@ -293,7 +309,7 @@ class HeadMap:
             method = self.method.removeprefix(f"{INVERTED}: ")
         else:
             method = f"{INVERTED}: {self.method}"[: head_map_checks.MAX_TEXT]
-        inverted = replace(self, is_spatial=~self.is_spatial, method=method)
+        inverted = replace(self, is_spatial=~self.is_spatial, method=method, learned=None)
         object.__setattr__(inverted, "origin", f"{self.origin}, inverted")
         return inverted
 
@@ -307,6 +323,7 @@ class HeadMap:
             and torch.equal(self.is_spatial, other.is_spatial)
             and self.scores.keys() == other.scores.keys()
             and all(torch.equal(score, other.scores[name]) for name, score in self.scores.items())
+            and self.digest == other.digest  # which holds the learned score
         )
 
     def __hash__(self) -> int:
@@ -319,7 +336,8 @@ class HeadMap:
         grid = format_rasters(self.previews, self.grid)
         return (
             f"HeadMap({self.num_layers} layers x {self.num_kv_heads} KV heads, "
-            f"{'online' if self.is_online else labels}, grid {grid}, {place})"
+            f"{'online' if self.is_online else labels}, grid {grid}, "
+            f"{'' if self.learned is None else 'learned score, '}{place})"
         )
 
     def _check_labelled(self, what: str) -> None:
@@ -347,4 +365,6 @@ class HeadMap:
 
     def _files(self) -> dict[str, bytes]:
         scores = {head_map_files.SCORE_PREFIX + name: score for name, score in self.scores.items()}
-        return head_map_files.encode(self._facts(), {"is_spatial": self.is_spatial, **scores})
+        learned = {} if self.learned is None else self.learned.tensors()
+        learned = {head_map_files.LEARNED_PREFIX + name: tensor for name, tensor in learned.items()}
+        return head_map_files.encode(self._facts(), {"is_spatial": self.is_spatial, **scores, **learned})

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ssd_cache.budget import Budget, resolve_budget
+from ssd_cache.learned_score import LearnedScore
 
 MAX_LAYERS, MAX_KV_HEADS, MAX_GRID_SIDE, MAX_PREVIEWS, MAX_SCORES = 1024, 4096, 4096, 8, 64
 MAX_TEXT, MAX_PROFILE_BYTES, MAX_JSON_DEPTH = 256, 64 << 10, 16
@@ -77,6 +78,36 @@ def checked_scores(
             layer, head = (~checked[name].isfinite()).nonzero()[0].tolist()
             raise HeadMapError(f"score {name!r} is NaN or infinite at layer {layer}, KV head {head}; profile again")
     return checked
+
+
+def checked_learned(
+    learned: LearnedScore | None,
+    shape: torch.Size,
+    grid: tuple[int, int],
+    previews: tuple[tuple[int, int], ...],
+) -> LearnedScore | None:
+    """A float32 copy whose tensors begin with `shape` and go by the places of `grid`."""
+    if learned is None:
+        return None
+    if not isinstance(learned, LearnedScore):
+        raise HeadMapError(f"learned is a {type(learned).__name__}; give a LearnedScore, as learn_score makes it")
+    if previews:
+        raise HeadMapError("a learned score goes by the places of a single grid; leave it out for a map with previews")
+    rows, columns = grid
+    ends = {"row": (rows, rows), "column": (rows, columns)}
+    copies = {}
+    for name, tensor in learned.tensors().items():
+        end = ends.get(name, tuple(tensor.shape[2:3]))
+        if not tensor.is_floating_point() or tensor.shape != (*shape, *end) or 0 in tensor.shape:
+            asked = [*shape, *ends.get(name, ("head_dim",))]
+            raise HeadMapError(
+                f"{name} of the learned score is {tensor.dtype} {list(tensor.shape)}; for this map it must be a float "
+                f"tensor [{', '.join(map(str, asked))}]"
+            )
+        copies[name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        if not copies[name].isfinite().all():
+            raise HeadMapError(f"{name} of the learned score holds NaN or infinite numbers; learn it again")
+    return LearnedScore(**copies)
 
 
 def checked_threshold(threshold: float | None) -> float | None:

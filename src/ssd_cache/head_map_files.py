@@ -18,16 +18,18 @@ import safetensors.torch
 import torch
 
 from ssd_cache.head_map_checks import MAX_JSON_DEPTH, HeadMapError, json_depth_exceeds
+from ssd_cache.learned_score import LearnedScore
 from ssd_cache.writing import write_files
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "config.json"
 TENSORS_NAME = "head_map.safetensors"
 SCORE_PREFIX = "scores."
+LEARNED_PREFIX = "learned."
 AGAIN = "save the map again with save_pretrained, or download it again with force_download=True"
 
 MAX_CONFIG_BYTES = 1 << 20
-MAX_TENSORS_BYTES = 16 << 20
+MAX_TENSORS_BYTES = 64 << 20
 MAX_HEADER_BYTES = 64 << 10
 
 FACTS = frozenset({"grid", "model_id", "revision", "model_type", "method", "threshold", "budget", "profile"})
@@ -51,8 +53,8 @@ def encode(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str,
 
 def decode(
     config_bytes: bytes, tensor_bytes: bytes, place: str
-) -> tuple[dict[str, Any], torch.Tensor, dict[str, torch.Tensor]]:
-    """The facts, `is_spatial` `[layers, kv_heads]` and the named scores of the same shape.
+) -> tuple[dict[str, Any], torch.Tensor, dict[str, torch.Tensor], LearnedScore | None]:
+    """The facts, `is_spatial` `[layers, kv_heads]`, the named scores of the same shape, and the learned score, if any.
 
     Raises [`HeadMapError`] that names `place` for anything but an undamaged pair of files of format version 1.
     """
@@ -62,14 +64,14 @@ def decode(
             f"{place}: {CONFIG_NAME} and {TENSORS_NAME} do not belong together (their sha256 differs): half-written, "
             f"damaged or edited by hand; {AGAIN}"
         )
-    is_spatial, scores = _parse_tensors(tensor_bytes, f"{place}/{TENSORS_NAME}")
+    is_spatial, scores, learned = _parse_tensors(tensor_bytes, f"{place}/{TENSORS_NAME}")
     stated = [config["num_layers"], config["num_kv_heads"]]
     if stated != list(is_spatial.shape):
         raise HeadMapError(
             f"{place}: {CONFIG_NAME} states {stated[0]} layers and {stated[1]} KV heads, is_spatial in {TENSORS_NAME} "
             f"has shape {list(is_spatial.shape)}; {AGAIN}"
         )
-    return {name: config[name] for name in FACTS | (OPTIONAL & config.keys())}, is_spatial, scores
+    return {name: config[name] for name in FACTS | (OPTIONAL & config.keys())}, is_spatial, scores, learned
 
 
 def find_local(source: str | os.PathLike[str]) -> Path | None:
@@ -178,7 +180,7 @@ def _parse_config(content: bytes, place: str) -> dict[str, Any]:
     return config
 
 
-def _parse_tensors(content: bytes, place: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _parse_tensors(content: bytes, place: str) -> tuple[torch.Tensor, dict[str, torch.Tensor], LearnedScore | None]:
     header_size = int.from_bytes(content[:8], "little")
     if len(content) < 8 or header_size > min(MAX_HEADER_BYTES, len(content) - 8):
         raise HeadMapError(f"{place}: not a safetensors file, or a truncated one; {AGAIN}")
@@ -192,9 +194,19 @@ def _parse_tensors(content: bytes, place: str) -> tuple[torch.Tensor, dict[str, 
     if is_spatial.dtype != torch.bool or (is_spatial.view(torch.uint8) > 1).any():
         raise HeadMapError(f"{place}: is_spatial is {is_spatial.dtype} and must be bool, bytes 0 and 1; {AGAIN}")
     for name, tensor in tensors.items():
-        if not name.startswith(SCORE_PREFIX) or tensor.dtype != torch.float32:
+        if not name.startswith((SCORE_PREFIX, LEARNED_PREFIX)) or tensor.dtype != torch.float32:
             raise HeadMapError(
                 f"{place}: holds {name!r} of {tensor.dtype}; beside is_spatial only float32 tensors named "
-                f"'{SCORE_PREFIX}<name>' may stand: save the map again, or upgrade ssd-cache"
+                f"'{SCORE_PREFIX}<name>' or '{LEARNED_PREFIX}<name>' may stand: save the map again, or "
+                "upgrade ssd-cache"
             )
-    return is_spatial, {name.removeprefix(SCORE_PREFIX): tensor for name, tensor in tensors.items()}
+    scores, parts = (
+        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        for prefix in (SCORE_PREFIX, LEARNED_PREFIX)
+    )
+    if parts and parts.keys() != LearnedScore.NAMES:
+        raise HeadMapError(
+            f"{place}: a learned score of {sorted(parts)}, and it has {sorted(LearnedScore.NAMES)}: save the map "
+            "again, or upgrade ssd-cache"
+        )
+    return is_spatial, scores, LearnedScore(**parts) if parts else None

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from ssd_cache.learned_score import LearnedScore
 from ssd_cache.quantized import QuantizedStore
+from ssd_cache.retention import WITHOUT_QUERIES
 from ssd_cache.slots import SlotStore
 
 USE_SSD_ATTENTION = (
@@ -29,7 +31,8 @@ class LayerPlan:
     `is_spatial`, `num_slots` and `num_recent` have one entry a KV head (`num_recent` says nothing of spatial ones). An
     online layer starts with semantic heads and finds out which are spatial when its slots are first full (see
     `retention.prefers_window`); its heads have equally many slots. `columns`, of the grid, is what the score "margin"
-    asks for. Slots are stored in the model's dtype, or quantised to `kv_dtype`.
+    asks for; `learned`, of the layer's heads, is the score "learned". Slots are stored in the model's dtype, or
+    quantised to `kv_dtype`.
     """
 
     layer_idx: int
@@ -42,6 +45,7 @@ class LayerPlan:
     is_online: bool = False
     score: str = "sum"
     columns: int = 1
+    learned: LearnedScore | None = None
     kv_dtype: str | None = None
 
     @property
@@ -122,7 +126,8 @@ class SSDLayer(CacheLayerMixin):
         if len(slots) > 1:
             return True
         is_reordered = kinds != sorted(kinds)  # a store has its semantic heads first
-        return max(slots) < plan.num_cells and "semantic" in kinds and (plan.score != "margin" or is_reordered)
+        is_ranked = max(slots) < plan.num_cells and "semantic" in kinds
+        return is_ranked and (plan.score not in WITHOUT_QUERIES or is_reordered)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Take in new tokens and return what their queries may look at.
@@ -247,17 +252,19 @@ class SSDLayer(CacheLayerMixin):
             # with room for the whole grid nothing is evicted within a picture, so nothing is scored
             scored = num_slots < plan.num_cells
             heads = heads if scored else sorted(heads)
+            num_semantic = sum(kinds[head] == "semantic" for head in heads) if scored else 0
             store = self.make_store(
                 prompt_keys[:, heads],
                 prompt_values[:, heads],
                 self.prompt_mask,
                 num_slots=num_slots,
-                num_semantic=sum(kinds[head] == "semantic" for head in heads) if scored else 0,
+                num_semantic=num_semantic,
                 buffer=min(plan.buffer, num_slots),
                 num_recent=plan.num_recent[heads[0]],  # of the first semantic head, if there is one
                 num_sinks=plan.num_sinks if scored else 0,
                 score=plan.score,
                 columns=plan.columns,
+                learned=None if plan.learned is None else plan.learned.at(heads[:num_semantic]).to(prompt_keys.device),
                 is_online=plan.is_online and scored,
                 is_fused=self.is_fused,
             )

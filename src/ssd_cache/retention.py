@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import torch
 
-SCORES = ("sum", "mean", "last", "margin")
-"""Names that `form_scores` knows."""
+SCORES = ("sum", "mean", "last", "margin", "learned")
+"""Names of what semantic heads may rank their tokens by; all but the last are formed by `form_scores`."""
+
+WITHOUT_QUERIES = ("margin", "learned")
+"""Those that ask for no attention, so that no query has to be held."""
 
 
 def attention_weights(
@@ -61,7 +64,7 @@ def form_scores(
     - "margin": 1 in the first and the last column of the grid, 0 elsewhere; no query is asked.
 
     Args:
-        score: one of `SCORES`.
+        score: one of `SCORES` but "learned", which is a `LearnedScore`'s.
         attention: `[batch, semantic_heads, slots]`, float32, what each token received: for "last" from the last
             stretch alone, for "margin" not read.
         positions: the same shape, which visual token sits in a slot, counted from 0; every slot is taken.

@@ -10,7 +10,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ssd_cache.retention import attention_weights, compact, form_scores, prefers_window, select_victims
+from ssd_cache.learned_score import LearnedScore
+from ssd_cache.retention import (
+    WITHOUT_QUERIES,
+    attention_weights,
+    compact,
+    form_scores,
+    prefers_window,
+    select_victims,
+)
 
 
 class SlotStore:
@@ -26,6 +34,7 @@ class SlotStore:
         num_sinks: first tokens that no head drops.
         score: what semantic heads rank tokens by (see `retention.form_scores`).
         columns: of the grid; only the score "margin" asks.
+        learned: of the semantic heads, for the score "learned".
         is_online: find out which heads are spatial when the slots are first full, instead of being told.
         is_fused: every step is written, attended and scored by the kernel of `fused.py`, so no query is held.
 
@@ -33,7 +42,7 @@ class SlotStore:
         keys, values: `[batch, heads, num_prompt + num_slots, head_dim]`; slots from `num_stored` on are free.
         positions: `[batch, heads, num_slots]`, int32, the visual token in each slot, counted from 0.
         scores: `[batch, num_semantic, num_slots]`, float32, attention received so far, for "last" from the last stretch
-            of queries alone; no heads for "margin", which needs neither it nor queries.
+            of queries alone; no heads for "margin" and "learned", which need neither it nor queries.
         queries: `[batch, num_semantic, groups, buffer, head_dim]`, steps whose attention is not yet in `scores`.
         found: `[heads]`, which heads turned out spatial, until `take_order` makes it so; None before.
     """
@@ -54,12 +63,13 @@ class SlotStore:
         num_sinks: int,
         score: str = "sum",
         columns: int = 1,
+        learned: LearnedScore | None = None,
         is_online: bool = False,
         is_fused: bool = False,
     ):
         self.num_slots, self.num_semantic = num_slots, num_semantic
         self.buffer, self.num_recent, self.num_sinks = buffer, num_recent, num_sinks
-        self.score, self.columns = score, columns
+        self.score, self.columns, self.learned = score, columns, learned
         self.num_stored = self.num_held = 0
         # the first scoring is early, so that the last before an eviction always covers a whole buffer
         self.num_to_hold = num_slots % buffer or buffer
@@ -69,7 +79,7 @@ class SlotStore:
         batch, heads, self.num_prompt, _ = key_states.shape
         self._open(key_states, value_states)
         self.positions = torch.zeros(batch, heads, num_slots, dtype=torch.int32, device=key_states.device)
-        num_scored = 0 if score == "margin" else num_semantic
+        num_scored = 0 if score in WITHOUT_QUERIES else num_semantic
         self.scores = torch.zeros(batch, num_scored, num_slots, device=key_states.device)
         self.queries: torch.Tensor | None = None
         self.mask: torch.Tensor | None = None
@@ -215,6 +225,9 @@ class SlotStore:
     def _ranks(self, num_seen: int, slots: slice = slice(None)) -> torch.Tensor:
         """Scores of the semantic heads' tokens in these slots, `[batch, num_semantic, slots]`."""
         positions = self.positions[:, : self.num_semantic, slots]
+        if self.learned is not None:
+            keys, values = (states[:, : self.num_semantic, slots] for states in self._visual_states())
+            return self.learned.of_places(positions, num_seen) + self.learned.of_states(keys, values)
         return form_scores(self.score, self.scores[..., slots], positions, num_seen, self.columns)
 
     def _evict(self, num_seen: int) -> None:
@@ -230,6 +243,10 @@ class SlotStore:
         compact([*self._slots(), self.positions, self.scores], victims)
         self.num_stored -= self.buffer
         self.scores[:, :, self.num_stored :] = 0
+
+    def _visual_states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of all slots, as attention sees them, `[batch, heads, num_slots, head_dim]`."""
+        return self.keys[:, :, self.num_prompt :], self.values[:, :, self.num_prompt :]
 
     def _slots(self) -> list[torch.Tensor]:
         """What is held for each visual token, `[batch, heads, num_slots]`, with or without `head_dim`."""

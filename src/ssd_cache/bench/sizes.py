@@ -17,6 +17,7 @@ from ssd_cache.cache import SSDCache
 from ssd_cache.fused import passes_trial
 from ssd_cache.layer import LayerPlan
 from ssd_cache.quantized import slot_nbytes
+from ssd_cache.retention import WITHOUT_QUERIES
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def expected_bytes(subject: Subject, case: Case, num_pictures: int = 1) -> Cache
 
 def scored_heads(plan: LayerPlan) -> list[int]:
     """Slots of the heads of a layer whose tokens are ranked by attention."""
-    if plan.score == "margin":
+    if plan.score in WITHOUT_QUERIES:
         return []
     kinds = zip(plan.kinds, plan.num_slots, strict=True)
     return [slots for kind, slots in kinds if kind == "semantic" and slots < plan.num_cells]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import ssd_cache
-from ssd_cache.cli import analyze, bench, eval, fit, generate, inspect, profile
+from ssd_cache.cli import analyze, bench, eval, fit, generate, inspect, learn, profile
 from ssd_cache.cli.errors import OneLineGroup
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("profile")(profile.profile)
 app.command("fit")(fit.fit)
+app.command("learn")(learn.learn)
 app.command("analyze")(analyze.analyze)
 app.command("bench")(bench.bench)
 app.add_typer(eval.app, name="eval")

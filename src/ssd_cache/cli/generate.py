@@ -80,7 +80,10 @@ def generate(
     policy: Annotated[
         str | None,
         typer.Option(
-            help=f"What is kept: {', '.join(POLICIES)}.", metavar="NAME", show_default="ssd", rich_help_panel=CACHE
+            help=f"What is kept: {', '.join(POLICIES)}.",
+            metavar="NAME",
+            show_default="learned where the map has it, else ssd",
+            rich_help_panel=CACHE,
         ),
     ] = None,
     budget: Annotated[
@@ -95,7 +98,10 @@ def generate(
     buffer: Annotated[
         int | None,
         typer.Option(
-            help="Visual tokens evicted at once.", metavar="N", show_default="a row of the grid", rich_help_panel=CACHE
+            help="Visual tokens evicted at once.",
+            metavar="N",
+            show_default="a row of the grid; learned: a third",
+            rich_help_panel=CACHE,
         ),
     ] = None,
     kv_dtype: Annotated[

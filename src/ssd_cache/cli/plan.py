@@ -14,7 +14,7 @@ from ssd_cache.rasters import format_rasters
 COMPARED = ("full", "ssd", "h2o", "streaming-llm")
 """Rows of the sheet of `--compare`: the policies of the paper's tables."""
 
-LABELLED = ("ssd", "margin")
+LABELLED = ("ssd", "learned", "margin")
 """Policies that need to know which head is which."""
 
 ONLINE = "online"
@@ -42,12 +42,12 @@ def parse_budget(text: str, option: str = "--budget", least: int = 2) -> int | f
 
 
 def choose_policies(policy: str | None, compare: bool) -> tuple[str, ...]:
-    """The policies to draw with, in the order of the rows; raises WrongUse."""
+    """The policies to draw with, in the order of the rows; none: by the head map. Raises WrongUse."""
     if compare and policy is not None:
         raise WrongUse(f"--compare draws with {', '.join(COMPARED)}: leave --policy out")
     if policy is not None and policy not in POLICIES:
         raise WrongUse(f"--policy {policy}: the policies are {', '.join(POLICIES)}")
-    return COMPARED if compare else (policy or "ssd",)
+    return COMPARED if compare else () if policy is None else (policy,)
 
 
 def make_caches(
@@ -60,6 +60,7 @@ def make_caches(
 ) -> dict[str, SSDCache]:
     """A cache for every policy, which checks budget and map; raises ValueError or WrongUse.
 
+    Without a policy it is "learned" where the map carries a learned score, and else "ssd".
     The full cache that others are compared with stays in the model's dtype; alone it is quantised as asked.
     """
     rasters = checkpoint.grid, checkpoint.previews
@@ -73,6 +74,8 @@ def make_caches(
         labels: HeadMap | None = HeadMap.online(num_layers=num_layers, num_kv_heads=num_kv_heads).with_grid(*rasters)
     else:
         labels = checkpoint.head_map(head_map)
+    if not policies:
+        policies = ("ssd" if labels is None or labels.learned is None else "learned",)
     needy = next((name for name in policies if name in LABELLED), None)
     if labels is None and needy is not None:
         online = f", or {ONLINE!r} to label heads while drawing" if needy == "ssd" else ""

@@ -100,7 +100,7 @@ class Policy:
         if self.name in POLICIES:
             return SSDCache.from_policy(self.name, head_map, budget, **settings)
         if self.name == "fitted":
-            return SSDCache(fit_heads(head_map, budget), **settings)
+            return SSDCache(fit_heads(head_map, budget), **{"score": "sum", **settings})
         if self.name == "inverted":
             return SSDCache(~head_map, budget, **settings)
         shape: dict[str, Any] = {"num_layers": head_map.num_layers, "num_kv_heads": head_map.num_kv_heads}

@@ -19,7 +19,7 @@ from ssd_cache.retention import SCORES
 
 CACHE = "Cache"
 
-DEFAULT_POLICIES = ",".join(POLICIES)
+DEFAULT_POLICIES = ",".join(name for name in POLICIES if name != "learned")  # few maps carry a score
 
 Policies = Annotated[
     str,

@@ -15,6 +15,7 @@ import torch
 from ssd_cache._compat import CACHE, take_cache
 from ssd_cache.cache import SSDCache
 from ssd_cache.layer import SSDLayer
+from ssd_cache.likelihood import kl_divergence, log_probabilities
 from ssd_cache.models import Generator, GeneratorError
 from ssd_cache.watching import WatchingCache
 
@@ -152,10 +153,7 @@ class Lockstep:
     def _log_probabilities(self, scores: torch.Tensor) -> torch.Tensor:
         """What tokens are sampled by, float64 `[pictures, vocabulary]`, of the head's scores of one token a row."""
         scores = scores.reshape(len(scores), -1).to(self.home, torch.float64)
-        if self.is_unconditional.any():
-            without = scores[self.is_unconditional]
-            scores = without + self.guidance_scale * (scores[~self.is_unconditional] - without)
-        return (scores / self.temperature).log_softmax(-1)
+        return log_probabilities(scores, self.is_unconditional, self.guidance_scale, self.temperature)
 
     def _forced(self, output: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Scores shaped as the head's under which the likeliest token is the given one, guidance or not."""
@@ -186,13 +184,6 @@ def retained_share(weights: torch.Tensor, layer: SSDLayer) -> torch.Tensor:
         held = store.positions[:, :, : store.num_stored].long()
         share[:, heads] = prompt[:, heads] + visual[:, heads].gather(-1, held).sum(-1)
     return share
-
-
-def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) in nats, `[...]`, of log-probabilities `[..., vocabulary]`; what p rules out counts nothing."""
-    p = log_p.exp()
-    terms = (p * (log_p - log_q)).masked_fill(p == 0, 0.0)
-    return terms.sum(-1).clamp_min(0)  # below 0 by rounding alone
 
 
 def parts_of(

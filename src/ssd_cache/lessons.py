@@ -1,0 +1,144 @@
+"""Pictures that a model drew with a full cache, to be fed to its decoder again, all tokens at once and with gradients.
+
+It draws, remembers what went into the decoder, and runs it with an attention of the caller's. It learns nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ssd_cache.attention import prompt_columns
+from ssd_cache.enable import ssd_attention
+from ssd_cache.likelihood import log_probabilities
+from ssd_cache.models import Generator, GeneratorError
+
+NAME = "ssd-lesson"
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""From a layer's number, its queries `[rows, heads, tokens, head_dim]`, keys and values `[rows, kv_heads, ...]` and the
+factor on their products, to the attention's output `[rows, heads, tokens, head_dim]`."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The tokens of some pictures, prompts included.
+
+    Attributes:
+        inputs: what the decoder takes, `[rows, num_prompt + cells - 1, ...]` each: token ids or embeddings, positions.
+        seen: `[rows, num_prompt]`, False on padding.
+        is_unconditional: `[rows]`, the rows that guidance draws without their prompts; in the order of the others.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    seen: torch.Tensor
+    is_unconditional: torch.Tensor
+
+    @property
+    def num_pictures(self) -> int:
+        return int((~self.is_unconditional).sum())
+
+    def part(self, pictures: slice) -> Lesson:
+        """Some of the pictures, with their unconditional rows."""
+        without = self.is_unconditional
+        rows = torch.cat([kind.nonzero()[:, 0][pictures] for kind in (~without, without)])
+        inputs = {name: tensor[rows.to(tensor.device)] for name, tensor in self.inputs.items()}
+        return Lesson(inputs, self.seen[rows.to(self.seen.device)], without[rows])
+
+    def conditional(self) -> Lesson:
+        """The same without unconditional rows, for a guidance that gives them no say."""
+        rows = ~self.is_unconditional
+        inputs = {name: tensor[rows.to(tensor.device)] for name, tensor in self.inputs.items()}
+        return replace(self, inputs=inputs, seen=self.seen[rows.to(self.seen.device)], is_unconditional=rows[rows] < 0)
+
+
+def draw_lesson(generator: Generator, prompts: Sequence[str], **settings) -> Lesson:
+    """Draw a picture of each prompt with the model's own cache, and remember what its decoder was given.
+
+    Args:
+        settings: as for `Generator.generate`.
+
+    Raises:
+        GeneratorError: a decoder that is not fed a prompt and then token by token.
+    """
+    calls: list[dict[str, torch.Tensor]] = []
+
+    def remember(decoder: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        named = {"input_ids": args[0]} if args else {}
+        named |= {name: kwargs.get(name) for name in ("input_ids", "inputs_embeds", "position_ids", "attention_mask")}
+        calls.append({name: tensor.clone() for name, tensor in named.items() if isinstance(tensor, torch.Tensor)})
+
+    handle = generator.language_model.get_decoder().register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        generator.generate(prompts, **settings)
+    finally:
+        handle.remove()
+    names = calls[0].keys() - {"attention_mask"}
+    length = {name: 1 if name != "position_ids" else -1 for name in names}
+    cells = generator.checkpoint.num_visual_tokens
+    if len(calls) != cells or any(call[name].shape[length[name]] != 1 for call in calls[1:] for name in names):
+        raise GeneratorError(
+            f"{generator.checkpoint.name} can not be taught: its decoder ran {len(calls)} times for {cells} visual "
+            "tokens, and it has to be given the prompt at once and then one token at a time"
+        )
+    inputs = {name: torch.cat([call[name] for call in calls], length[name]) for name in names}
+    rows, num_prompt = next(calls[0][name] for name in names if name != "position_ids").shape[:2]
+    mask = calls[0].get("attention_mask")
+    seen = mask.bool() if mask is not None and mask.ndim == 2 else prompt_columns(mask, num_prompt)
+    if seen is None:
+        seen = torch.ones(rows, num_prompt, dtype=torch.bool, device=generator.model.device)
+    return Lesson(inputs, seen, generator.is_unconditional(len(prompts)))
+
+
+def attend_lesson(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """transformers' attention function for the name "ssd-lesson", inside `taught` alone."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return module.ssd_attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
+
+
+@contextmanager
+def taught(generator: Generator, attend: Attend) -> Iterator[None]:
+    """Let `attend` do the decoder's attention inside the block, whose weights take no gradients there."""
+    model = generator.model
+    layers = [module for module in generator.language_model.get_decoder().modules() if hasattr(module, "layer_idx")]
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with ssd_attention(generator.language_model, NAME):
+        try:
+            for parameter in learned:
+                parameter.requires_grad_(False)
+            for module in layers:
+                module.ssd_attend = attend
+            yield
+        finally:
+            for parameter in learned:
+                parameter.requires_grad_(True)
+            for module in layers:
+                del module.ssd_attend
+
+
+def allowed_tokens(lesson: Lesson) -> torch.Tensor:
+    """What each token may look at with a full cache, `[rows, 1, 1, tokens, tokens]`; padding sees itself."""
+    length = next(tensor for name, tensor in lesson.inputs.items() if name != "position_ids").shape[1]
+    seen = torch.nn.functional.pad(lesson.seen, (0, length - lesson.seen.shape[1]), value=True)
+    causal = torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
+    itself = torch.eye(length, dtype=torch.bool, device=seen.device)
+    return (causal & seen[:, None] | itself)[:, None, None]
+
+
+def log_probabilities_of(
+    generator: Generator, lesson: Lesson, guidance_scale: float, temperature: float
+) -> torch.Tensor:
+    """What the model says of every visual token, `[pictures, cells, vocabulary]`, float32; inside `taught`."""
+    decoder, head = generator.language_model.get_decoder(), generator.visual_head
+    assert head is not None
+    states = decoder(**lesson.inputs, use_cache=False).last_hidden_state[:, lesson.seen.shape[1] - 1 :]
+    scores = head(states).float()
+    return log_probabilities(scores, lesson.is_unconditional.to(scores.device), guidance_scale, temperature)
+
+
+AttentionInterface.register(NAME, attend_lesson)
+AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)

@@ -13,12 +13,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hub_server import HubServer, Repo
+from models import random_score
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_checkpoint import SIDE, head_map, write_checkpoint
@@ -123,7 +125,10 @@ BAD = [
     ([CIRCLE, "--budget", "20", "--buffer", "19"], "raise the budget, or lower buffer"),
     ([CIRCLE, "--buffer", "0"], "buffer=0 is out of range"),
     ([CIRCLE, "--kv-dtype", "int4"], "kv_dtype='int4' is unknown: did you mean 'int8'? give one of 'int8', 'fp8'"),
-    ([CIRCLE, "--policy", "lru"], "--policy lru: the policies are full, ssd, h2o, streaming-llm, linear, margin"),
+    (
+        [CIRCLE, "--policy", "lru"],
+        "--policy lru: the policies are full, ssd, learned, h2o, streaming-llm, linear",
+    ),
     ([CIRCLE, "--policy", "ssd", "--compare"], "--compare draws with full, ssd, h2o, streaming-llm: leave"),
     ([CIRCLE, "--guidance", "1"], "guidance_scale=1.0 is out of range"),
     ([CIRCLE, "--guidance", "1.0"], "1.001 is next to no guidance"),
@@ -231,13 +236,23 @@ def test_one_picture_is_the_librarys_own(run, generator):
 
 def test_budget_as_a_count_and_policies_differ(run):
     sizes = {}
+    own = head_map()
+    torch.manual_seed(0)
+    replace(own, learned=random_score(2, 2, 16, own.grid)).save_pretrained("learned")
     for policy in POLICIES:
-        result = run(CIRCLE, "--policy", policy, "--budget", "26", "-o", f"{policy}.png")
+        result = run(CIRCLE, "--policy", policy, "--budget", "26", "--head-map", "learned", "-o", f"{policy}.png")
         assert result.exit_code == 0, result.output
         sizes[policy] = table(result.stdout)[policy][1]
     assert len({sizes[policy] for policy in POLICIES if policy != "full"}) == 1  # the same budget, the same bytes
     assert sizes["full"] != sizes["ssd"]
     assert len({Path(f"{policy}.png").read_bytes() for policy in POLICIES}) == len(POLICIES)
+    assert "learned" in table(run(CIRCLE, "--head-map", "learned", "-o", "a.png").stdout)
+    assert "ssd" in table(run(CIRCLE, "-o", "b.png").stdout)
+    compared = table(run(CIRCLE, "--head-map", "learned", "--compare", "--budget", "26", "-o", "d.png").stdout)
+    assert [name for name in compared if name in POLICIES] == ["full", "learned", "ssd", "h2o", "streaming-llm"]
+    result = run(CIRCLE, "--policy", "learned", "-o", "c.png")
+    assert result.exit_code == 2
+    assert "carries no learned score" in result.stderr
 
 
 def test_the_same_command_draws_the_same_and_another_seed_does_not(run):

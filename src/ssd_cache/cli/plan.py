@@ -12,7 +12,7 @@ from ssd_cache.models import Checkpoint
 from ssd_cache.rasters import format_rasters
 
 COMPARED = ("full", "ssd", "h2o", "streaming-llm")
-"""Rows of the sheet of `--compare`: the policies of the paper's tables."""
+"""Rows of the sheet of `--compare`: the policies of the paper's tables; where the map carries it, "learned" as well."""
 
 LABELLED = ("ssd", "learned", "margin")
 """Policies that need to know which head is which."""
@@ -60,7 +60,7 @@ def make_caches(
 ) -> dict[str, SSDCache]:
     """A cache for every policy, which checks budget and map; raises ValueError or WrongUse.
 
-    Without a policy it is "learned" where the map carries a learned score, and else "ssd".
+    Where the map carries a learned score, "learned" is drawn when no policy was asked for, and compared too.
     The full cache that others are compared with stays in the model's dtype; alone it is quantised as asked.
     """
     rasters = checkpoint.grid, checkpoint.previews
@@ -74,8 +74,11 @@ def make_caches(
         labels: HeadMap | None = HeadMap.online(num_layers=num_layers, num_kv_heads=num_kv_heads).with_grid(*rasters)
     else:
         labels = checkpoint.head_map(head_map)
+    carries = labels is not None and labels.learned is not None
     if not policies:
-        policies = ("ssd" if labels is None or labels.learned is None else "learned",)
+        policies = ("learned" if carries else "ssd",)
+    elif policies == COMPARED and carries:
+        policies = ("full", "learned", *COMPARED[1:])
     needy = next((name for name in policies if name in LABELLED), None)
     if labels is None and needy is not None:
         online = f", or {ONLINE!r} to label heads while drawing" if needy == "ssd" else ""

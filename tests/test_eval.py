@@ -14,12 +14,13 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from models import tiny_janus
+from models import random_score, tiny_janus
 from tiny_checkpoint import load_example
 from transformers import JanusForConditionalGeneration
 from typer.testing import CliRunner
@@ -60,11 +61,19 @@ HEAD_MAP = HeadMap(
 
 @pytest.mark.parametrize("name", [*POLICIES, "inverted", "online", "random-3"])
 def test_every_name_makes_a_cache_of_the_budget(name):
-    cache = parse_policy(name).make_cache(HEAD_MAP, 0.2, buffer=24)
+    head_map = replace(HEAD_MAP, learned=random_score(2, 2, 4, HEAD_MAP.grid))
+    cache = parse_policy(name).make_cache(head_map, 0.2, buffer=24)
     assert mean_slots(cache) == (576 if name == "full" else 115)
     spatial = {"streaming-llm": 4, "h2o": 0, "linear": 0, "inverted": 3, "online": 0}.get(name, 1)
     assert cache.head_map.is_spatial.sum() == spatial
     assert cache.head_map.is_online == (name == "online")
+    assert (cache.score == "learned") == (name in ("learned", "full"))  # of which a full one makes no use
+
+
+def test_fitted_slots_are_ranked_by_attention_unless_the_learned_score_is_asked_for():
+    head_map = replace(HEAD_MAP, learned=random_score(2, 2, 4, HEAD_MAP.grid))
+    scores = {text: parse_policy(text).make_cache(head_map, 0.2).score for text in ("fitted", "fitted:score=learned")}
+    assert scores == {"fitted": "sum", "fitted:score=learned": "learned"}
 
 
 def test_fitted_budgets_may_follow_each_other_into_a_folder(tmp_path):

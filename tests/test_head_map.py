@@ -353,7 +353,7 @@ def test_a_file_that_is_too_big_is_refused_before_it_is_read(tmp_path, monkeypat
 def test_a_map_too_big_for_its_file_is_not_saved(tmp_path):
     labels = torch.zeros(1024, 4096, dtype=torch.bool)
     with pytest.raises(HeadMapError, match="keep fewer scores"):
-        HeadMap(labels, scores=torch.zeros(1024, 4096)).save_pretrained(tmp_path / "map")
+        HeadMap(labels, scores=dict.fromkeys("abcd", torch.zeros(1024, 4096))).save_pretrained(tmp_path / "map")
     assert not (tmp_path / "map").exists()
     assert HeadMap.from_pretrained(HeadMap(labels).save_pretrained(tmp_path / "map")) == HeadMap(labels)
 

@@ -31,7 +31,7 @@ def framed(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
 
 
 def main(
-    policies: str = "full,fitted,ssd,linear,h2o,online,inverted,streaming-llm,margin",
+    policies: str = "full,fitted:score=learned,fitted,ssd,linear,h2o,online,inverted,streaming-llm,margin",
     budget: float = 0.2,
     per_kind: int = 2,
     prompt_seed: int = 1,

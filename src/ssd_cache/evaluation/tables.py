@@ -17,7 +17,7 @@ from ssd_cache.evaluation.records import Record
 from ssd_cache.evaluation.runner import budget_name
 from ssd_cache.shapes import KINDS
 
-FULL, OURS = "full", ("ssd", "fitted")
+FULL, OURS = "full", ("fitted:score=learned", "learned", "ssd", "fitted")
 
 
 @dataclass(frozen=True)

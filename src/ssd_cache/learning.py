@@ -187,13 +187,14 @@ def check_learning(
     budget: Budget | None = None,
     *,
     buffer: int | None = None,
+    num_recent: int | float = 0,
+    num_sinks: int = 0,
     num_steps: int = 400,
     learning_rate: float = 0.02,
     batch_size: int = 4,
     guidance_scale: float | None = None,
     temperature: float = 1.0,
     seed: int = 0,
-    **cache_settings,
 ) -> list[LayerPlan]:
     """Refuse settings out of range before a model is loaded, all as for `learn_score`; returns what each layer keeps.
 
@@ -211,7 +212,8 @@ def check_learning(
         what = "finds its labels while drawing" if head_map.is_online else "has previews"
         raise ValueError(f"this head map {what}, and a score is learned for the labels and places of a single grid")
     buffer = default_buffer(head_map.grid, "learned") if buffer is None else buffer
-    plans = [layer.plan for layer in SSDCache(head_map, budget, score="sum", buffer=buffer, **cache_settings).layers]
+    settings: dict[str, Any] = {"buffer": buffer, "num_recent": num_recent, "num_sinks": num_sinks}
+    plans = [layer.plan for layer in SSDCache(head_map, budget, score="sum", **settings).layers]
     if not any(_ranking_heads(plan) for plan in plans):
         raise ValueError("no head of this map ranks tokens at this budget: all are spatial, or hold everything")
     return plans

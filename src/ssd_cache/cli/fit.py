@@ -16,7 +16,7 @@ from ssd_cache.budget import resolve_amount
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.files import check_place, read_prompts
 from ssd_cache.cli.loading import find_model, load_generator
-from ssd_cache.cli.options import SAMPLING, Device, Dtype, Grid, Guidance, ModelName, Prompts, PromptsFile, Seed
+from ssd_cache.cli.options import Device, Dtype, Grid, Guidance, ModelName, OfDistribution, Prompts, PromptsFile, Seed
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.evaluation.fidelity import measure_divergence
 from ssd_cache.evaluation.fidelity.measure import check_settings
@@ -54,9 +54,7 @@ def fit(
     model: ModelName = BUNDLED,
     grid: Grid = None,
     guidance: Guidance = None,
-    temperature: Annotated[
-        float, typer.Option(help="Of the distribution, above 0.", metavar="X", rich_help_panel=SAMPLING)
-    ] = 1.0,
+    temperature: OfDistribution = 1.0,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",

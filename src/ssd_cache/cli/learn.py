@@ -6,7 +6,7 @@ Options only; the learning is `ssd_cache.learning`'s.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,7 +15,7 @@ from ssd_cache.allocation import fit_heads
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.files import check_place, read_prompts
 from ssd_cache.cli.loading import find_model, load_generator
-from ssd_cache.cli.options import SAMPLING, Device, Dtype, Grid, Guidance, ModelName, Prompts, PromptsFile, Seed
+from ssd_cache.cli.options import Device, Dtype, Grid, Guidance, ModelName, OfDistribution, Prompts, PromptsFile, Seed
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.learning import check_learning, learn_score
 from ssd_cache.models import BUNDLED
@@ -60,9 +60,7 @@ def learn(
     model: ModelName = BUNDLED,
     grid: Grid = None,
     guidance: Guidance = None,
-    temperature: Annotated[
-        float, typer.Option(help="Of the distribution, above 0.", metavar="X", rich_help_panel=SAMPLING)
-    ] = 1.0,
+    temperature: OfDistribution = 1.0,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -80,6 +78,15 @@ def learn(
     amount = None if budget is None else parse_budget(budget)
     if fit and amount is None:
         raise WrongUse("--fit shares out the slots of --budget: give that too (0.2)")
+    settings: dict[str, Any] = {
+        "buffer": buffer,
+        "num_steps": steps,
+        "learning_rate": rate,
+        "batch_size": batch_size,
+        "guidance_scale": guidance,
+        "temperature": temperature,
+        "seed": seed,
+    }
     with refusing():
         checkpoint = find_model(model, grid)
         labelled = checkpoint.head_map(head_map)
@@ -88,35 +95,10 @@ def learn(
         checkpoint.check_head_map(labelled)
         if fit:
             labelled, amount = fit_heads(labelled, amount), None  # type: ignore[arg-type]
-        check_learning(
-            labelled,
-            amount,
-            buffer=buffer,
-            num_recent=0,
-            num_sinks=0,
-            num_steps=steps,
-            learning_rate=rate,
-            batch_size=batch_size,
-            guidance_scale=guidance,
-            temperature=temperature,
-            seed=seed,
-        )
+        check_learning(labelled, amount, **settings)
         generator = load_generator(checkpoint, dtype, device)
     try:
-        learned = learn_score(
-            generator,
-            texts,
-            labelled,
-            budget=amount,
-            buffer=buffer,
-            num_steps=steps,
-            learning_rate=rate,
-            batch_size=batch_size,
-            guidance_scale=guidance,
-            temperature=temperature,
-            seed=seed,
-            state_file=resume,
-        )
+        learned = learn_score(generator, texts, labelled, budget=amount, state_file=resume, **settings)
         folder = learned.save_pretrained(output)
     except ValueError as error:  # NaN, a prompt too long, another run's state, a full disk: each says what to do
         raise Failure(str(error)) from error

@@ -66,6 +66,10 @@ Temperature = Annotated[
         help="0 takes the likeliest token.", metavar="X", show_default="the model's own", rich_help_panel=SAMPLING
     ),
 ]
+OfDistribution = Annotated[
+    float, typer.Option(help="Of the distribution, above 0.", metavar="X", rich_help_panel=SAMPLING)
+]
+"""A temperature where distributions are compared, which need more than the likeliest token."""
 Seed = Annotated[
     int, typer.Option(help="Of the first batch; the next batch adds 1.", metavar="N", rich_help_panel=SAMPLING)
 ]

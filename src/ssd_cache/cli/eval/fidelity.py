@@ -34,7 +34,17 @@ from ssd_cache.cli.eval.options import (
 )
 from ssd_cache.cli.files import check_place, read_prompts
 from ssd_cache.cli.loading import find_model, load_generator
-from ssd_cache.cli.options import SAMPLING, Device, Dtype, Grid, Guidance, ModelName, Prompts, PromptsFile
+from ssd_cache.cli.options import (
+    SAMPLING,
+    Device,
+    Dtype,
+    Grid,
+    Guidance,
+    ModelName,
+    OfDistribution,
+    Prompts,
+    PromptsFile,
+)
 from ssd_cache.evaluation.conditions import drawing_conditions
 from ssd_cache.evaluation.fidelity import Fidelity, measure_fidelity, write_fidelity
 from ssd_cache.evaluation.fidelity.measure import check_settings
@@ -74,9 +84,7 @@ def fidelity(
     num_sinks: NumSinks = None,
     score: ScoreName = None,
     guidance: Guidance = None,
-    temperature: Annotated[
-        float, typer.Option(help="Of the distribution, above 0.", metavar="X", rich_help_panel=SAMPLING)
-    ] = 1.0,
+    temperature: OfDistribution = 1.0,
     seed: Annotated[int, typer.Option(help="Of the pictures.", metavar="N", rich_help_panel=SAMPLING)] = 0,
 ) -> None:
     """Compare cache policies with the full cache at every step, on any model.

@@ -574,8 +574,8 @@ def test_the_bundled_model_draws_its_prompt(child, tmp_path):
     assert process.returncode == 0, err
     with Image.open(tmp_path / "picture.png") as image:
         assert image.size == (384, 384)
-    assert table(out)["ssd"][0] == "576"
-    assert float(table(out)["ssd"][3].removesuffix("x")) > 4
+    assert table(out)["learned"][0] == "576"
+    assert float(table(out)["learned"][3].removesuffix("x")) > 4
     assert "warning" not in err
 
 

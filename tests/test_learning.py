@@ -162,6 +162,9 @@ def test_an_interrupted_run_goes_on_to_the_same_score(generator, tmp_path, monke
     with pytest.raises(ProfilingError, match="num_steps 5 there, 6 now"):
         learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=6, state_file=state)
     assert learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=5, state_file=state) == whole
+    with monkeypatch.context() as patch:  # nothing is left to draw
+        patch.setattr(type(generator), "generate", None)
+        assert learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=5, state_file=state) == whole
     state.write_bytes(b"no state")
     with pytest.raises(ProfilingError, match="not what learning a score keeps"):
         learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=5, state_file=state)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -153,26 +154,19 @@ def learn_score(
     }
     path = None if state_file is None else Path(state_file)
     state = None if path is None or not path.exists() else load_learning(path, fingerprint)
-    lessons = []
-    batches = [prompts[start : start + DRAWN * batch_size] for start in range(0, len(prompts), DRAWN * batch_size)]
-    for index, batch in enumerate(tqdm(batches, unit=" batches", desc="drawing", disable=not progress)):
-        lessons.append(draw_lesson(generator, list(batch), seed=seed + index, **settings))
-    if abs(settings["guidance_scale"] - 1) < NO_SAY:
-        lessons = [lesson.conditional() for lesson in lessons]
-    if state is None:
-        learned = _mean_attention(generator, lessons[0], head_map) if head_map.learned is None else head_map.learned
-        state = LearningState.beginning(learned)
-    steps = _steps(lessons, batch_size, seed)
-    bar = tqdm(total=num_steps, initial=state.num_steps, unit=" steps", desc="learning", disable=not progress)
-    with bar, torch.enable_grad():
+    if state is None or state.num_steps < num_steps:
+        lessons = _draw(generator, prompts, DRAWN * batch_size, seed, settings, progress)
+        if state is None:
+            learned = _mean_attention(generator, lessons[0], head_map) if head_map.learned is None else head_map.learned
+            state = LearningState.beginning(learned)
         student = _Student(generator, plans, state, settings, learning_rate, num_steps)
-        for number, lesson in zip(range(num_steps), steps, strict=False):
-            if number < state.num_steps:
-                continue
-            bar.set_postfix(nats=f"{student.step(lesson):.4f}")
-            bar.update()
-            if path is not None and (state.num_steps % SAVE_EVERY == 0 or state.num_steps == num_steps):
-                save_learning(path, state, fingerprint)
+        bar = tqdm(total=num_steps, initial=state.num_steps, unit=" steps", desc="learning", disable=not progress)
+        with bar, torch.enable_grad():
+            for lesson in islice(_steps(lessons, batch_size, seed), state.num_steps, num_steps):
+                bar.set_postfix(nats=f"{student.step(lesson):.4f}")
+                bar.update()
+                if path is not None and (state.num_steps % SAVE_EVERY == 0 or state.num_steps == num_steps):
+                    save_learning(path, state, fingerprint)
     return replace(
         head_map,
         learned=state.score(),
@@ -217,6 +211,18 @@ def check_learning(
     if not any(_ranking_heads(plan) for plan in plans):
         raise ValueError("no head of this map ranks tokens at this budget: all are spatial, or hold everything")
     return plans
+
+
+def _draw(
+    generator: Generator, prompts: Sequence[str], num_at_once: int, seed: int, settings: dict[str, Any], progress: bool
+) -> list[Lesson]:
+    """A lesson of each batch; without unconditional rows where guidance gives them no say."""
+    lessons = []
+    starts = range(0, len(prompts), num_at_once)
+    for index, start in enumerate(tqdm(starts, unit=" batches", desc="drawing", disable=not progress)):
+        lesson = draw_lesson(generator, list(prompts[start : start + num_at_once]), seed=seed + index, **settings)
+        lessons.append(lesson.conditional() if abs(settings["guidance_scale"] - 1) < NO_SAY else lesson)
+    return lessons
 
 
 def _ranking_heads(plan: LayerPlan) -> list[int]:

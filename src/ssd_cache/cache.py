@@ -76,8 +76,7 @@ class SSDCache(Cache):
 
     Raises:
         ValueError: a setting out of range, an unknown name, a budget that does not hold `buffer` and what must be kept,
-            "margin" with an online map, or "learned" with a map that
-            carries no such score.
+            "margin" with an online map, or "learned" with a map that carries no such score.
         HeadMapError: at the first update, when the map does not fit the model.
     """
 

@@ -24,7 +24,7 @@ from ssd_cache.head_map_checks import MAX_TEXT
 from ssd_cache.layer import LayerPlan
 from ssd_cache.learned_score import LearnedScore
 from ssd_cache.learning_state import LearningState, load_learning, save_learning
-from ssd_cache.lessons import Lesson, allowed_tokens, draw_lesson, log_probabilities_of, taught
+from ssd_cache.lessons import Lesson, draw_lesson, log_probabilities_of, taught
 from ssd_cache.likelihood import kl_divergence
 from ssd_cache.measuring import check_prompts, prompts_sha256, weights_sha256
 from ssd_cache.models import Generator, GeneratorError, check_drawing, generator_of
@@ -116,12 +116,12 @@ def learn_score(
     checkpoint = generator.checkpoint
     check_whole(generator.language_model)
     checkpoint.check_head_map(head_map)
-    buffer = default_buffer(checkpoint.grid, "learned") if buffer is None else buffer
-    cache_settings: dict[str, Any] = {"buffer": buffer, "num_recent": num_recent, "num_sinks": num_sinks}
     plans = check_learning(
         head_map,
         budget,
-        **cache_settings,
+        buffer=buffer,
+        num_recent=num_recent,
+        num_sinks=num_sinks,
         num_steps=num_steps,
         learning_rate=learning_rate,
         batch_size=batch_size,
@@ -140,7 +140,9 @@ def learn_score(
         "batch_size": batch_size,
         "num_steps": num_steps,
         "learning_rate": learning_rate,
-        **cache_settings,
+        "buffer": plans[0].buffer,
+        "num_recent": num_recent,
+        "num_sinks": num_sinks,
         "seed": seed,
         **settings,
     }
@@ -208,7 +210,8 @@ def check_learning(
     buffer = default_buffer(head_map.grid, "learned") if buffer is None else buffer
     settings: dict[str, Any] = {"buffer": buffer, "num_recent": num_recent, "num_sinks": num_sinks}
     plans = [layer.plan for layer in SSDCache(head_map, budget, score="sum", **settings).layers]
-    if not any(_ranking_heads(plan) for plan in plans):
+    heads = [head for plan in plans for head in zip(plan.is_spatial, plan.num_slots, strict=True)]
+    if all(is_spatial or num_slots >= head_map.num_visual_tokens for is_spatial, num_slots in heads):
         raise ValueError("no head of this map ranks tokens at this budget: all are spatial, or hold everything")
     return plans
 
@@ -223,11 +226,6 @@ def _draw(
         lesson = draw_lesson(generator, list(prompts[start : start + num_at_once]), seed=seed + index, **settings)
         lessons.append(lesson.conditional() if abs(settings["guidance_scale"] - 1) < NO_SAY else lesson)
     return lessons
-
-
-def _ranking_heads(plan: LayerPlan) -> list[int]:
-    heads = zip(plan.is_spatial, plan.num_slots, strict=True)
-    return [head for head, (spatial, slots) in enumerate(heads) if not spatial and slots < plan.num_cells]
 
 
 def _steps(lessons: Sequence[Lesson], batch_size: int, seed: int) -> Iterator[Lesson]:
@@ -250,7 +248,6 @@ class _Student:
         self.generator, self.plans, self.state, self.settings = generator, plans, state, settings
         self.learning_rate, self.num_steps = learning_rate, num_steps
         self.device = generator.model.device
-        self.allowed = torch.empty(0)
         self.softness = 0.0
         self.score: LearnedScore | None = None  # None while everything is kept
 
@@ -259,9 +256,8 @@ class _Student:
         done = self.state.num_steps / self.num_steps
         first, last = SOFTNESS
         self.softness = first * (last / first) ** done
-        self.allowed = allowed_tokens(lesson)
         parameters = self.state.parameters(self.device)
-        with taught(self.generator, self._attend):
+        with taught(self.generator, lesson, self._weigh):
             with torch.no_grad():
                 full = log_probabilities_of(self.generator, lesson, **self.settings)
             self.score = LearnedScore(**parameters)
@@ -278,29 +274,16 @@ class _Student:
         self.state.follow({name: _gradient(parameter) for name, parameter in parameters.items()}, rate)
         return loss.item()
 
-    def _attend(self, layer_idx: int, query, key, value, scaling: float) -> torch.Tensor:
-        logits = _logits(query, key, scaling).masked_fill(~self.allowed, -torch.inf)
+    def _weigh(self, layer_idx: int, logits: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         if self.score is None:
-            weights = logits.softmax(-1)
-        else:
-            num_prompt = key.shape[2] - self.generator.checkpoint.num_visual_tokens + 1
-            visual = key[:, :, num_prompt:], value[:, :, num_prompt:]
-            plan = self.plans[layer_idx]
-            weights = masked_softmax(
-                logits, retained_tokens(plan, self.score.at(layer_idx), *visual, softness=self.softness)
-            )
-        return (weights.to(value.dtype) @ value[:, :, None]).flatten(1, 2)
+            return logits.softmax(-1)
+        score = self.score.at(layer_idx)
+        return masked_softmax(logits, retained_tokens(self.plans[layer_idx], score, keys, values, self.softness))
 
 
 def _gradient(parameter: torch.Tensor) -> torch.Tensor:
     assert parameter.grad is not None  # every tensor has a say in every rank
     return parameter.grad
-
-
-def _logits(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
-    """`[rows, kv_heads, groups, tokens, tokens]`, float32."""
-    grouped = query.unflatten(1, (key.shape[1], -1)) * scaling
-    return (grouped @ key[:, :, None].mT).float()
 
 
 @torch.no_grad()
@@ -312,20 +295,18 @@ def _mean_attention(generator: Generator, lesson: Lesson, head_map: HeadMap) -> 
     rows, columns = head_map.grid
     found: dict[int, torch.Tensor] = {}
     dims: dict[str, int] = {}
-    allowed = allowed_tokens(lesson)
 
-    def watch(layer_idx: int, query, key, value, scaling: float) -> torch.Tensor:
-        weights = _logits(query, key, scaling).masked_fill(~allowed, -torch.inf).softmax(-1)
-        num_prompt = key.shape[2] - rows * columns + 1
-        received = weights[..., num_prompt:, num_prompt:].sum(2).mean(0)  # [kv_heads, tokens, tokens]
+    def watch(layer_idx: int, logits: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        weights, num_visual = logits.softmax(-1), keys.shape[2]
+        received = weights[..., -num_visual:, -num_visual:].sum(2).mean(0)  # [kv_heads, tokens, tokens]
         received = torch.nn.functional.pad(received, (0, 1, 0, 1))  # the last token of all was never fed
         future = received.unflatten(1, (rows, columns)).sum(2).flip(1).cumsum(1).flip(1)
         found[layer_idx] = (future + LEAST).log().unflatten(2, (rows, columns)).cpu()
-        dims.update(key=key.shape[3], value=value.shape[3])
-        return (weights.to(value.dtype) @ value[:, :, None]).flatten(1, 2)
+        dims.update(key=keys.shape[3], value=values.shape[3])
+        return weights
 
     settings = {"guidance_scale": 1.0, "temperature": 1.0}
-    with taught(generator, watch):
+    with taught(generator, lesson, watch):
         log_probabilities_of(generator, lesson, **settings)
     table = torch.stack([found[layer] for layer in sorted(found)])  # [layers, kv_heads, rows now, rows, columns]
     row = table.mean(-1)

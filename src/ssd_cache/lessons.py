@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -19,9 +19,10 @@ from ssd_cache.models import Generator, GeneratorError
 
 NAME = "ssd-lesson"
 
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
-"""From a layer's number, its queries `[rows, heads, tokens, head_dim]`, keys and values `[rows, kv_heads, ...]` and the
-factor on their products, to the attention's output `[rows, heads, tokens, head_dim]`."""
+Weigh = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From a layer's number, the logits of all tokens `[rows, kv_heads, groups, tokens, tokens]`, float32, minus infinity
+where a full cache shows nothing, and K and V of the visual ones `[rows, kv_heads, visual tokens, head_dim]`, to weights
+of the logits' shape."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,16 @@ class Lesson:
 
     def part(self, pictures: slice) -> Lesson:
         """Some of the pictures, with their unconditional rows."""
-        without = self.is_unconditional
-        rows = torch.cat([kind.nonzero()[:, 0][pictures] for kind in (~without, without)])
-        inputs = {name: tensor[rows.to(tensor.device)] for name, tensor in self.inputs.items()}
-        return Lesson(inputs, self.seen[rows.to(self.seen.device)], without[rows])
+        kinds = (~self.is_unconditional, self.is_unconditional)
+        return self._of_rows(torch.cat([kind.nonzero()[:, 0][pictures] for kind in kinds]))
 
     def conditional(self) -> Lesson:
         """The same without unconditional rows, for a guidance that gives them no say."""
-        rows = ~self.is_unconditional
+        return self._of_rows((~self.is_unconditional).nonzero()[:, 0])
+
+    def _of_rows(self, rows: torch.Tensor) -> Lesson:
         inputs = {name: tensor[rows.to(tensor.device)] for name, tensor in self.inputs.items()}
-        return replace(self, inputs=inputs, seen=self.seen[rows.to(self.seen.device)], is_unconditional=rows[rows] < 0)
+        return Lesson(inputs, self.seen[rows.to(self.seen.device)], self.is_unconditional[rows])
 
 
 def draw_lesson(generator: Generator, prompts: Sequence[str], **settings) -> Lesson:
@@ -101,8 +102,16 @@ def attend_lesson(module, query, key, value, attention_mask, dropout=0.0, scalin
 
 
 @contextmanager
-def taught(generator: Generator, attend: Attend) -> Iterator[None]:
-    """Let `attend` do the decoder's attention inside the block, whose weights take no gradients there."""
+def taught(generator: Generator, lesson: Lesson, weigh: Weigh) -> Iterator[None]:
+    """Let `weigh` say what the decoder attends inside the block, whose weights take no gradients there."""
+    allowed, num_prompt = _allowed_tokens(lesson), lesson.seen.shape[1]
+
+    def attend(layer_idx: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float):
+        grouped = query.unflatten(1, (key.shape[1], -1)) * scaling
+        logits = (grouped @ key[:, :, None].mT).float().masked_fill(~allowed, -torch.inf)
+        weights = weigh(layer_idx, logits, key[:, :, num_prompt:], value[:, :, num_prompt:])
+        return (weights.to(value.dtype) @ value[:, :, None]).flatten(1, 2)
+
     model = generator.model
     layers = [module for module in generator.language_model.get_decoder().modules() if hasattr(module, "layer_idx")]
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -120,7 +129,7 @@ def taught(generator: Generator, attend: Attend) -> Iterator[None]:
                 del module.ssd_attend
 
 
-def allowed_tokens(lesson: Lesson) -> torch.Tensor:
+def _allowed_tokens(lesson: Lesson) -> torch.Tensor:
     """What each token may look at with a full cache, `[rows, 1, 1, tokens, tokens]`; padding sees itself."""
     length = next(tensor for name, tensor in lesson.inputs.items() if name != "position_ids").shape[1]
     seen = torch.nn.functional.pad(lesson.seen, (0, length - lesson.seen.shape[1]), value=True)

@@ -118,12 +118,6 @@ class QuantizedStore(SlotStore):
         codes, scales = (held[first][:, :, : self.num_stored] for held in (self.key_codes, self.key_scales))
         return self._join(self.keys[first], codes, scales)
 
-    def _visual_states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        codes, scales, value_codes, value_scales = self._slots()
-        dtype = self.keys.dtype
-        keys, values = (codes, scales), (value_codes, value_scales)
-        return dequantize(*keys, self.kv_dtype, dtype), dequantize(*values, self.kv_dtype, dtype)
-
     def _join(self, prompt: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """The prompt and the slots of these codes, `[batch, heads, num_prompt + slots, head_dim]`, a new tensor."""
         return torch.cat([prompt, dequantize(codes, scales, self.kv_dtype, prompt.dtype)], dim=2)

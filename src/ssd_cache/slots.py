@@ -226,7 +226,8 @@ class SlotStore:
         """Scores of the semantic heads' tokens in these slots, `[batch, num_semantic, slots]`."""
         positions = self.positions[:, : self.num_semantic, slots]
         if self.learned is not None:
-            keys, values = (states[:, : self.num_semantic, slots] for states in self._visual_states())
+            visual = (states[:, : self.num_semantic, self.num_prompt :] for states in self.states())
+            keys, values = (states[:, :, slots] for states in visual)
             return self.learned.of_places(positions, num_seen) + self.learned.of_states(keys, values)
         return form_scores(self.score, self.scores[..., slots], positions, num_seen, self.columns)
 
@@ -243,10 +244,6 @@ class SlotStore:
         compact([*self._slots(), self.positions, self.scores], victims)
         self.num_stored -= self.buffer
         self.scores[:, :, self.num_stored :] = 0
-
-    def _visual_states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of all slots, as attention sees them, `[batch, heads, num_slots, head_dim]`."""
-        return self.keys[:, :, self.num_prompt :], self.values[:, :, self.num_prompt :]
 
     def _slots(self) -> list[torch.Tensor]:
         """What is held for each visual token, `[batch, heads, num_slots]`, with or without `head_dim`."""

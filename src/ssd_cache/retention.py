@@ -186,9 +186,8 @@ def compact(tensors: list[torch.Tensor], victims: torch.Tensor) -> None:
     is_dead = torch.zeros(*victims.shape[:2], num_slots, dtype=torch.bool, device=victims.device)
     is_dead.scatter_(2, victims, True)
     sources = is_dead[..., first_free:].to(torch.uint8).argsort(dim=-1, stable=True) + first_free
+    rows, heads = (torch.arange(size, device=victims.device) for size in victims.shape[:2])
     for tensor in tensors:
-        source, target = sources[:, : tensor.shape[1]], victims[:, : tensor.shape[1]]
-        if tensor.ndim == 4:
-            source = source[..., None].expand(-1, -1, -1, tensor.shape[3])
-            target = target[..., None].expand(-1, -1, -1, tensor.shape[3])
-        tensor.scatter_(2, target, tensor.gather(2, source))
+        first = slice(tensor.shape[1])
+        places = rows[:, None, None], heads[None, first, None]
+        tensor[*places, victims[:, first]] = tensor[*places, sources[:, first]]

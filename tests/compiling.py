@@ -7,9 +7,13 @@ import shutil
 import pytest
 import torch
 
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler on the CPU"
-)
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler."""
+    return any(map(shutil.which, ("g++", "clang++", "c++")))
+
+
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler on the CPU")
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
-"""The Triton kernel against the plain loops of reference.py and against torch, in Triton's interpreter on the CPU.
+"""The fused kernels against the plain loops of reference.py and against torch: Triton's interpreted, and the CPU's own.
 
-`test_fused.py` runs this file in a process of its own: Triton must be told to interpret before it is imported, and then
-every model of that process takes the kernel. Sizes are small, since the interpreter needs a few milliseconds a head.
+`test_fused.py` runs this file twice, each in a process of its own. Triton must be told to interpret before it is
+imported, and then every model of that process takes the kernel; without that, every model takes the loops of
+`cpu_kernels.cpp`, inside `fast_decode` or not. Sizes are small: the interpreter needs a few milliseconds a head.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import pytest
@@ -16,13 +18,19 @@ from hypothesis import strategies as st
 from models import left_padded_prompts, tiny_janus, tiny_llama
 from test_retention import runs, same_as_plain_loops
 
-from ssd_cache import HeadMap, SSDCache, fast_decode, fused
+from ssd_cache import HeadMap, SSDCache, cpu_kernels, fast_decode, fused
 from ssd_cache._compat import CACHE
 from ssd_cache.bench.cases import Case
 from ssd_cache.bench.sizes import expected_bytes, held_bytes
 from ssd_cache.bench.subject import JanusSubject
 
 torch.set_num_threads(1)  # tensors are tiny, and the interpreter's own time is all there is
+
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = fused.DTYPES if INTERPRETS else tuple(cpu_kernels.DECODERS)
+if not INTERPRETS:
+    _can_serve = fused.can_serve
+    fused.can_serve = lambda *states, on_cpu: _can_serve(*states, on_cpu=True)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +59,7 @@ SETTINGS = {
 
 
 def torch_path(monkeypatch):
-    monkeypatch.setattr(fused, "can_serve", lambda *states: False)
+    monkeypatch.setattr(fused, "can_serve", lambda *states, on_cpu: False)
 
 
 def draw(model, cache, **kwargs):
@@ -105,7 +113,7 @@ def test_text_model_with_grouped_heads_and_left_padding(monkeypatch):
     assert torch.equal(tokens, model.generate(**{CACHE: SSDCache(LABELS, 8, buffer=2)}, **options))
 
 
-@pytest.mark.parametrize("dtype", fused.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("groups", [1, 3])
 def test_one_step_in_numbers_of_any_precision(dtype, groups):
     """Sizes that fill no tile: 145 columns of 20 and 12 numbers; two of a layer's three heads, one of them scored."""
@@ -185,7 +193,7 @@ def test_gradients_and_another_attention_in_mid_picture_are_refused():
 @pytest.mark.parametrize("policy", ["ssd:buffer=2", "ssd:kv_dtype=int8,buffer=2"])
 def test_bytes_by_formula_are_those_of_the_tensors(policy):
     subject = JanusSubject("tiny", tiny_janus(grid_side=4), LABELS, num_prompt=8)
-    case = Case(policy, 8)
+    case = Case(policy, 8, is_compiled=not INTERPRETS)  # the CPU's loops are chosen in compiled steps alone
     cache = case.make_cache(subject)
     subject.draw(cache, 2, 16, lambda: None)
     assert held_bytes(cache) == expected_bytes(subject, case, num_pictures=2)
@@ -197,8 +205,8 @@ def test_a_kernel_that_fails_or_errs_is_not_used(monkeypatch):
         fused.passes_trial.cache_clear()
         monkeypatch.setattr(fused, "_launch", launch)
         with pytest.warns(UserWarning, match=reason):
-            assert not fused.can_serve(query, query, query)
+            assert not fused.can_serve(query, query, query, on_cpu=True)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert not fused.can_serve(query, query, query), "it is tried once, and said once"
+            assert not fused.can_serve(query, query, query, on_cpu=True), "it is tried once, and said once"
     fused.passes_trial.cache_clear()

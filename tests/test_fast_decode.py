@@ -6,6 +6,7 @@ Everything is compiled for real, on models so small that it takes seconds.
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from models import left_padded_prompts, tiny_janus, tiny_llama
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
-from ssd_cache import HeadMap, SSDCache, enable, fast_decode
+from ssd_cache import HeadMap, SSDCache, cpu_kernels, enable, fast_decode, fused
 from ssd_cache._compat import CACHE
 
 GRID = (12, 12)
@@ -54,10 +55,14 @@ def test_compiled_pictures_are_eager_pictures_and_compile_once(name):
         assert counters["stats"]["unique_graphs"] == 1, "the second picture compiled again"
     for ours, theirs in zip(fast.layers, eager.layers, strict=True):
         assert repr(ours) == repr(theirs)
+        assert ours.is_fused
+        assert not theirs.is_fused
         for mine, other in zip(ours.stores, theirs.stores, strict=True):
+            assert mine.queries is None
+            other.score_held()
             held = slice(other.num_stored)
             assert torch.equal(mine.positions[..., held], other.positions[..., held])
-            # two compilations of the same sums: float32 rounding, over at most 144 queries
+            # two orders of the same sums: float32 rounding, over at most 144 queries
             torch.testing.assert_close(mine.scores, other.scores, rtol=1e-4, atol=1e-5)
 
 
@@ -168,6 +173,29 @@ def test_steps_may_be_compiled_in_mid_picture_and_not():
     torch.testing.assert_close(run(lambda step: step % 20 > 10), run(lambda step: False), rtol=1e-4, atol=1e-4)
 
 
+@needs_compiler
+def test_a_picture_begun_inside_may_end_outside():
+    """The kernel that its prompt chose goes on, uncompiled, and the next picture is an eager one again."""
+    model = tiny_llama()
+    tokens = torch.randint(10, 40, (2, 100))
+    cache = SSDCache(LABELS, 0.4, buffer=10)
+
+    def run(inside):
+        with torch.no_grad(), fast_decode(model) if inside else nullcontext():
+            states = [model(tokens[:, :6], past_key_values=cache).logits[:, -1]]
+            for step in range(6, 40):
+                states.append(model(tokens[:, step : step + 1], past_key_values=cache).logits[:, -1])
+        with torch.no_grad():
+            for step in range(40, 100):
+                states.append(model(tokens[:, step : step + 1], past_key_values=cache).logits[:, -1])
+        assert all(layer.is_fused == inside for layer in cache.layers)
+        cache.reset()
+        return torch.stack(states)
+
+    # float32 rounding of two ways to sum the same softmax
+    torch.testing.assert_close(run(inside=True), run(inside=False), rtol=1e-4, atol=1e-4)
+
+
 def test_other_caches_are_left_alone():
     model = tiny_janus(grid_side=12)
     expected = draw(model, DynamicCache())
@@ -191,11 +219,40 @@ def test_without_a_compiler_it_says_so_once_and_goes_on():
     expected = draw(model, SSDCache(LABELS, 0.4))
     # by torch's own patch: an entry that stands for another is gone once pytest's monkeypatch has put it back
     no_compiler = torch._inductor.config.patch({"cpp.cxx": ("/no/such/compiler",), "force_disable_caches": True})
+    asked = (cpu_kernels.library, fused.passes_trial)
+    for answer in asked:
+        answer.cache_clear()
     with no_compiler, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with fast_decode(model):
             for _ in range(2):
                 assert torch.equal(draw(model, SSDCache(LABELS, 0.4)), expected)
-    told = [str(warning.message) for warning in caught if "goes on uncompiled" in str(warning.message)]
+    for answer in asked:
+        answer.cache_clear()
+    told = [str(warning.message) for warning in caught if "fast_decode goes on" in str(warning.message)]
     assert len(told) == 1
+    assert told[0].startswith("fast_decode goes on uncompiled")
     assert "/no/such/compiler" in told[0]
+
+
+@needs_compiler
+def test_where_its_loops_can_not_be_built_it_says_so_once_and_compiles_without(monkeypatch, tmp_path):
+    model = tiny_janus(grid_side=12)
+    expected = draw(model, SSDCache(LABELS, 0.4))
+    (tmp_path / "loops.cpp").write_text("#error not for this processor")
+    monkeypatch.setattr(cpu_kernels, "__file__", str(tmp_path / "loops.py"))
+    asked = (cpu_kernels.library, fused.passes_trial)
+    for answer in asked:
+        answer.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with fast_decode(model):
+            cache = SSDCache(LABELS, 0.4)
+            assert torch.equal(draw(model, cache), expected)
+    for answer in asked:
+        answer.cache_clear()
+    assert not any(layer.is_fused for layer in cache.layers)
+    assert counters["stats"]["unique_graphs"] == 1
+    told = [str(warning.message) for warning in caught if "fast_decode goes on" in str(warning.message)]
+    assert len(told) == 1
+    assert told[0].startswith("fast_decode goes on without ssd-cache's own loops for the CPU")

@@ -1,4 +1,4 @@
-"""The fused kernel where there is no GPU: its cases run in Triton's interpreter, and it compiles for real GPUs.
+"""The fused kernels: their cases run in Triton's interpreter and on the CPU, and Triton's compiles for real GPUs.
 
 The interpreter has to be asked for before Triton is imported, so `fused_cases.py` runs in a process of its own. On a
 GPU the kernel serves by itself wherever this suite draws; the last test holds it to the torch path there.
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiling import has_compiler
 from models import left_padded_prompts, tiny_janus
 
 from ssd_cache import HeadMap, SSDCache, fast_decode, fused
@@ -21,10 +22,14 @@ from ssd_cache._compat import CACHE
 CASES = Path(__file__).with_name("fused_cases.py")
 
 
-def test_cases_pass_in_the_interpreter():
-    pytest.importorskip("triton", reason="the kernel is written in Triton, which is not installed here")
+@pytest.mark.parametrize("interprets", ["1", "0"], ids=["triton", "cpu"])
+def test_cases_pass(interprets):
+    if interprets == "1":
+        pytest.importorskip("triton", reason="the kernel is written in Triton, which is not installed here")
+    elif not has_compiler():
+        pytest.skip("the CPU's own loops need a C++ compiler")
     # one thread: what takes time is Python, and idle threads of torch would only get in its way
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": interprets, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -77,6 +82,6 @@ def test_kernel_draws_the_tokens_of_the_torch_path_on_a_gpu(is_fast, monkeypatch
     with fast_decode(model) if is_fast else torch.no_grad():
         tokens = [draw(cache) for cache in caches]
     assert all(layer.is_fused for layer in caches[1].layers)
-    monkeypatch.setattr(fused, "can_serve", lambda *states: False)
+    monkeypatch.setattr(fused, "can_serve", lambda *states, on_cpu: False)
     for drawn in tokens:
         assert torch.equal(drawn, draw(SSDCache(labels, 0.4)))

@@ -35,6 +35,8 @@ FLOORS = {
     "labels": 0,
     "allocation": 0,
     "profiling_state": 0,
+    "huge_pages": 0,
+    "cpu_kernels": 0,
     "fused": 0,
     "fused_kernel": 0,
     "sharding": 1,

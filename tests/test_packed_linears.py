@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compiling import needs_compiler
 from models import left_padded_prompts, tiny_janus, tiny_llama
 
 from ssd_cache import HeadMap, SSDCache, packed_linears
@@ -11,11 +12,11 @@ from ssd_cache._compat import CACHE
 from ssd_cache.packed_linears import MAX_ROWS
 from ssd_cache.packed_linears import packed_linears as packing
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+pytestmark = needs_compiler
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 48), (6, 1, 48), (2, MAX_ROWS, 48)])
+@pytest.mark.parametrize("shape", [*((rows, 48) for rows in range(1, 20)), (6, 1, 48), (64, 48), (2, MAX_ROWS, 48)])
 def test_products_are_equal_to_rounding(has_bias, shape):
     linear, states = torch.nn.Linear(48, 80, bias=has_bias), torch.randn(shape)
     with torch.no_grad():
@@ -44,6 +45,7 @@ def test_only_what_a_step_uses_is_packed_and_nothing_is_left():
         raise KeyError
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert not packed_linears._packed
+    assert not packed_linears._room
 
 
 def test_gradients_flow_as_ever_and_other_dtypes_are_left_alone():
@@ -51,6 +53,6 @@ def test_gradients_flow_as_ever_and_other_dtypes_are_left_alone():
     with packing(model):
         model(left_padded_prompts((4,))["input_ids"]).logits.sum().backward()
     assert model.lm_head.weight.grad is not None
-    half = torch.nn.Linear(4, 4).half()
-    with packing(half):
-        assert type(half) is torch.nn.Linear
+    for other in (torch.nn.Linear(4, 16).half(), torch.nn.Linear(4, 20)):  # 20 is no multiple of 16
+        with packing(other):
+            assert type(other) is torch.nn.Linear

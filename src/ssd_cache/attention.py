@@ -44,7 +44,7 @@ def ssd_attention_forward(
         if layer is not None:
             _check_window(layer, kwargs.get("sliding_window"))
             layer.receive_mask(prompt_columns(attention_mask, key.shape[2]))
-            layer.use_kernel(fused.can_serve(query, key, value))
+            layer.use_kernel(fused.can_serve(query, key, value, on_cpu=layer.is_fast))
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

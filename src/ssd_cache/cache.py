@@ -223,6 +223,11 @@ class SSDCache(Cache):
             f"but layer {layer_idx} of the model has {num_heads} KV heads: {remedy}"
         )
 
+    def be_fast(self) -> None:
+        """Take what is fastest for the picture whose prompt comes next, though the last bits differ (`fast_decode`)."""
+        for layer in self.layers:
+            layer.is_fast = True
+
     @property
     def can_count_step(self) -> bool:
         """Whether the next token can be a `counted_step`: from a picture's second visual token on."""

@@ -32,7 +32,9 @@ def fast_decode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     on two cores), all others are fast. Another batch size or length of prompt compiles once more; from then on sizes
     are left open. On a GPU the fourth token of each picture is recorded as a CUDA graph, which runs the rest.
 
-    On a CPU in float32 the linear layers that steps use run on packed weights, for which a copy of them is held.
+    On a CPU pictures whose prompt comes inside the block are drawn by the loops of `cpu_kernels`, in float32 and
+    bfloat16, which hold no queries. In float32 the linear layers that steps use run on packed weights, for which a copy
+    of them is held.
 
     Args:
         model: a transformers model with `generate` and the attention "ssd".
@@ -75,6 +77,8 @@ class _FastForward:
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         new = inputs_embeds if input_ids is None else input_ids
         if not self._is_step(new, cache, kwargs):
+            if isinstance(cache, SSDCache):
+                cache.be_fast()
             return self.eager(
                 attention_mask=attention_mask,
                 position_ids=position_ids,

@@ -1,8 +1,8 @@
 """One launch instead of five: a step's K and V written, attention made, and what each token received scored.
 
-Chosen on CUDA where Triton is installed and agrees with torch on a small trial. It then holds no queries, since a
-step's attention is added to the scores at once. It knows tensors alone; `attention.py` calls it, and where it does not
-serve, torch's own attention runs.
+A Triton kernel on CUDA, a loop in C++ on a CPU inside `fast_decode`; chosen where it agrees with torch on a small
+trial. It then holds no queries, since a step's attention is added to the scores at once. It knows tensors alone;
+`attention.py` calls it, and where it does not serve, torch's own attention runs.
 """
 
 from __future__ import annotations
@@ -15,30 +15,48 @@ import warnings
 import torch
 import torch.nn.functional as F
 
+from ssd_cache import cpu_kernels
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What the Triton kernel takes; the loop for the CPU takes `cpu_kernels.DECODERS`."""
 
 
-def can_serve(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+def can_serve(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, on_cpu: bool = False) -> bool:
     """Whether steps with such tensors, `[batch, heads, new, head_dim]`, can run through the kernel.
 
-    Not where a gradient is asked for, since the kernel has none.
+    Not where a gradient is asked for, since the kernel has none, and on a CPU only where that is wanted: sums in
+    another order give other last bits than a full cache has.
 
     Warns:
-        UserWarning: once for such sizes, where Triton is installed and fails, or errs, on a small trial.
+        UserWarning: once for such sizes, where a kernel is there and fails, or errs, on a small trial.
     """
     if torch.is_grad_enabled() or not query.dtype == key.dtype == value.dtype:
         return False
+    if not is_wanted(query.device, on_cpu):
+        return False
     return passes_trial(query.device, query.dtype, query.shape[1] // key.shape[1], query.shape[3], value.shape[3])
+
+
+def is_wanted(device: torch.device, on_cpu: bool) -> bool:
+    """Whether to look for a kernel at all; `on_cpu` says what is wanted on a CPU."""
+    return device.type != "cpu" or on_cpu or _interprets()
+
+
+def _interprets() -> bool:
+    """Whether Triton's interpreter is asked for, which runs the GPU's kernel on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _is_there(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type == "cpu" and not _interprets():
+        return dtype in cpu_kernels.DECODERS and cpu_kernels.library() is not None
+    return device.type in ("cuda", "cpu") and dtype in DTYPES and importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
 def passes_trial(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, value_dim: int) -> bool:
     """Whether the kernel runs with such sizes, by one step of two rows, two heads and five tokens, beside torch's."""
-    if dtype not in DTYPES:
-        return False
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return False
-    if importlib.util.find_spec("triton") is None:
+    if not _is_there(device, dtype):
         return False
     generator = torch.Generator().manual_seed(0)
 
@@ -60,7 +78,9 @@ def passes_trial(device: torch.device, dtype: torch.dtype, groups: int, head_dim
         if error <= 8 * torch.finfo(dtype).eps * float(seen_values.abs().max()):  # a few roundings
             return True
         reason = f"it errs by {error:.1e}"
-    warnings.warn(f"ssd-cache's Triton kernel does not serve here, torch's attention does: {reason}", stacklevel=2)
+    warnings.warn(
+        f"ssd-cache's kernel does not serve on this {device.type}, torch's attention does: {reason}", stacklevel=2
+    )
     return False
 
 
@@ -92,23 +112,24 @@ def decode(
         buffer: slots that are written anew after each eviction.
         output: `[batch, kv_heads, groups, value_dim]`; these heads' rows are written.
     """
-    run = _compiled_decode if torch.compiler.is_compiling() else _launch
+    run = torch.ops.ssd_cache.decode if torch.compiler.is_compiling() else _launch
     run(query, new_key, new_value, keys, values, scores, heads, mask, step, scaling, buffer, output)
 
 
-def _launch(*arguments) -> None:
+def _launch(query: torch.Tensor, *arguments) -> None:
+    if query.device.type == "cpu" and not _interprets():
+        return cpu_kernels.launch(query, *arguments)
     from ssd_cache.fused_kernel import launch
 
-    launch(*arguments)
+    return launch(query, *arguments)
 
 
 # As an operator of torch the launch is one node of a compiled graph; called by itself, that would only cost time.
-_compiled_decode = torch.library.custom_op(
-    "ssd_cache::decode",
-    _launch,
-    mutates_args=("keys", "values", "scores", "output"),
-    schema=(
-        "(Tensor query, Tensor new_key, Tensor new_value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scores, "
-        "Tensor heads, Tensor? mask, Tensor step, float scaling, SymInt buffer, Tensor(d!) output) -> ()"
-    ),
+# Defined at the lowest level, since the wrapper of torch.library.custom_op takes half as long as a layer's attention.
+_library = torch.library.Library("ssd_cache", "FRAGMENT")
+_library.define(
+    "decode(Tensor query, Tensor new_key, Tensor new_value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scores, "
+    "Tensor heads, Tensor? mask, Tensor step, float scaling, SymInt buffer, Tensor(d!) output) -> ()"
 )
+_library.impl("decode", _launch, "CompositeExplicitAutograd")
+torch.library.register_fake("ssd_cache::decode", lambda *arguments: None, lib=_library)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ssd_cache import huge_pages
 from ssd_cache.learned_score import LearnedScore
 from ssd_cache.retention import (
     WITHOUT_QUERIES,
@@ -90,7 +91,9 @@ class SlotStore:
     def _open(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make room for K and V, and take in the prompt's."""
         self.keys, self.values = (
-            states.new_zeros(*states.shape[:2], self.num_prompt + self.num_slots, states.shape[3])
+            huge_pages.zeros(
+                (*states.shape[:2], self.num_prompt + self.num_slots, states.shape[3]), states.dtype, states.device
+            )
             for states in (key_states, value_states)
         )
         self.keys[:, :, : self.num_prompt] = key_states

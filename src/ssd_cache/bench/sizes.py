@@ -14,7 +14,7 @@ from transformers import Cache
 from ssd_cache.bench.cases import Case
 from ssd_cache.bench.subject import Subject
 from ssd_cache.cache import SSDCache
-from ssd_cache.fused import passes_trial
+from ssd_cache.fused import is_wanted, passes_trial
 from ssd_cache.layer import LayerPlan
 from ssd_cache.quantized import slot_nbytes
 from ssd_cache.retention import WITHOUT_QUERIES
@@ -75,7 +75,9 @@ def expected_bytes(subject: Subject, case: Case, num_pictures: int = 1) -> Cache
     heads = sum(len(plan.num_slots) for plan in plans)
     beside = 4 * slots
     model, head_dim = subject.model, subject.head_dim
-    has_kernel = passes_trial(model.device, model.dtype, groups, head_dim, head_dim)
+    has_kernel = is_wanted(model.device, on_cpu=case.is_compiled) and passes_trial(
+        model.device, model.dtype, groups, head_dim, head_dim
+    )
     for plan in plans:
         of_query = 0 if has_kernel and plan.takes_kernel else groups * head_dim * itemsize
         beside += sum(4 * num_slots + of_query * min(plan.buffer, num_slots) for num_slots in scored_heads(plan))

@@ -97,16 +97,21 @@ class Subject(ABC):
 
         A full cache takes them at once. `SSDCache` takes visual tokens one by one, and meets their queries.
         """
-        layers, config = self.model.get_decoder().layers, self.config
+        decoder, config = self.model.get_decoder(), self.config
         shape = self.rows_per_picture * batch_size, config.num_key_value_heads
         attend = AttentionInterface()[NAME]
+        options = {"device": self.model.device, "dtype": self.model.dtype}
         seen = int(cache.get_seq_length())
         one_by_one = isinstance(cache, SSDCache)
+        if one_by_one and seen == 0:  # the prompt says how the picture's steps will run, so it goes through the model
+            embeds = torch.randn(shape[0], self.num_prompt, config.hidden_size, **options)
+            decoder(inputs_embeds=embeds, **{CACHE: cache}, use_cache=True)
+            seen = self.num_prompt
         while seen < length:
-            new = (self.num_prompt if seen == 0 else 1) if one_by_one else length - seen
-            states = torch.randn(*shape, new, self.head_dim, device=self.model.device, dtype=self.model.dtype)
+            new = 1 if one_by_one else length - seen
+            states = torch.randn(*shape, new, self.head_dim, **options)
             query = states.repeat_interleave(config.num_attention_heads // shape[1], dim=1)
-            for index, layer in enumerate(layers):
+            for index, layer in enumerate(decoder.layers):
                 keys, values = cache.update(states, states, index)
                 if one_by_one:
                     attend(layer.self_attn, query, keys, values, None, scaling=self.head_dim**-0.5)

@@ -1,0 +1,178 @@
+// The two loops in which a step's time on a CPU goes: attention over a store of slots, and linear layers for few rows.
+// Plain C++ with the vector types of GCC and Clang; cpu_kernels.py builds it for the processor at hand and has the shapes.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace {
+
+// Numbers in a register, and rows whose sums fit into the registers beside a panel's weights.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8, ROWS = 6;
+#else
+constexpr int LANES = 4, ROWS = 6;
+#endif
+constexpr int PANEL = 16;  // outputs of a linear layer made at once
+constexpr int64_t AHEAD = 2048;  // numbers; see `multiply`
+
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float load(const float* at) { return *at; }
+inline Lanes load_lanes(const float* at) { return *(const Lanes*)at; }
+inline void store(float* at, float value) { *at = value; }
+
+inline float load(const BFloat16* at) {
+  const uint32_t bits = uint32_t(at->bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+inline Lanes load_lanes(const BFloat16* at) {
+  return (Lanes)(__builtin_convertvector(*(const Halves*)at, Bits) << 16);
+}
+inline void store(BFloat16* at, float value) {  // to the nearest, ties to even
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  at->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+template <typename T>
+float dot(const float* a, const T* b, int64_t size) {
+  Lanes sums{};
+  int64_t dim = 0;
+  for (; dim + LANES <= size; dim += LANES) sums += load_lanes(a + dim) * load_lanes(b + dim);
+  float sum = 0;
+  for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
+  for (; dim < size; dim++) sum += a[dim] * load(b + dim);
+  return sum;
+}
+
+template <typename T>
+void add_scaled(float* sums, float scale, const T* values, int64_t size) {
+  int64_t dim = 0;
+  for (; dim + LANES <= size; dim += LANES) *(Lanes*)(sums + dim) += scale * load_lanes(values + dim);
+  for (; dim < size; dim++) sums[dim] += scale * load(values + dim);
+}
+
+template <typename T>
+void decode(const T* query, const T* new_key, const T* new_value, T* keys, T* values, float* scores,
+            const int64_t* heads, const bool* mask, float scaling, T* output, const int64_t* sizes) {
+  const int64_t batch = sizes[0], kv_heads = sizes[1], groups = sizes[2], head_dim = sizes[3], value_dim = sizes[4],
+                num_heads = sizes[5], num_scored = sizes[6], num_prompt = sizes[7], num_slots = sizes[8], slot = sizes[9];
+  const int64_t length = num_prompt + num_slots, end = num_prompt + slot;  // columns before `end` were taken before
+#pragma omp parallel
+  {
+    std::vector<float> scaled(head_dim), weights(end + 1), sums(value_dim);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < batch * num_heads; task++) {
+      const int64_t row = task / num_heads, head = task % num_heads, model_head = row * kv_heads + heads[head];
+      T* const own_keys = keys + task * length * head_dim;
+      T* const own_values = values + task * length * value_dim;
+      for (int64_t dim = 0; dim < head_dim; dim++) own_keys[end * head_dim + dim] = new_key[model_head * head_dim + dim];
+      for (int64_t dim = 0; dim < value_dim; dim++)
+        own_values[end * value_dim + dim] = new_value[model_head * value_dim + dim];
+      for (int64_t group = 0; group < groups; group++) {
+        const T* const asking = query + (model_head * groups + group) * head_dim;
+        for (int64_t dim = 0; dim < head_dim; dim++) scaled[dim] = load(asking + dim) * scaling;
+        float highest = dot(scaled.data(), own_keys + end * head_dim, head_dim);
+        weights[end] = highest;
+        for (int64_t column = 0; column < end; column++) {
+          weights[column] = dot(scaled.data(), own_keys + column * head_dim, head_dim);
+          if (!mask || mask[row * length + column]) highest = std::fmax(highest, weights[column]);
+        }
+        float total = 0;
+        for (int64_t column = 0; column <= end; column++) {
+          const bool is_seen = column == end || !mask || mask[row * length + column];
+          weights[column] = is_seen ? std::exp(weights[column] - highest) : 0;
+          total += weights[column];
+        }
+        for (float& sum : sums) sum = 0;
+        for (int64_t column = 0; column <= end; column++) {
+          weights[column] /= total;
+          add_scaled(sums.data(), weights[column], own_values + column * value_dim, value_dim);
+        }
+        T* const result = output + (model_head * groups + group) * value_dim;
+        for (int64_t dim = 0; dim < value_dim; dim++) store(result + dim, sums[dim]);
+        if (head < num_scored) {
+          float* const received = scores + (row * num_scored + head) * num_slots;
+          for (int64_t at = 0; at <= slot; at++) received[at] += weights[num_prompt + at];
+        }
+      }
+    }
+  }
+}
+
+// Weights come from memory, and a processor's own guesses end with each page. So they are asked for far ahead, into the
+// second level of cache: the states fill the first.
+template <int rows>
+void multiply(const float* states, const float* panel, const float* bias, float* output, int64_t in, int64_t out) {
+  constexpr int vectors = PANEL / LANES;
+  Lanes sums[rows][vectors];
+  for (auto& row : sums)
+    for (int at = 0; at < vectors; at++) row[at] = bias ? load_lanes(bias + at * LANES) : Lanes{};
+  for (int64_t column = 0; column < in; column++, panel += PANEL) {
+    Lanes weights[vectors];
+    for (int at = 0; at < vectors; at++) weights[at] = load_lanes(panel + at * LANES);
+    __builtin_prefetch(panel + AHEAD, 0, 2);
+    for (int row = 0; row < rows; row++)
+      for (int at = 0; at < vectors; at++) sums[row][at] += states[column * rows + row] * weights[at];
+  }
+  for (int row = 0; row < rows; row++)
+    for (int at = 0; at < vectors; at++) *(Lanes*)(output + row * out + at * LANES) = sums[row][at];
+}
+
+// The last rows, fewer than ROWS: as many as are left.
+template <int rows>
+void multiply_last(int64_t left, const float* states, const float* panel, const float* bias, float* output,
+                   int64_t in, int64_t out) {
+  if (left == rows) return multiply<rows>(states, panel, bias, output, in, out);
+  if constexpr (rows > 1) multiply_last<rows - 1>(left, states, panel, bias, output, in, out);
+}
+
+}  // namespace
+
+extern "C" {
+
+void decode_float32(const float* query, const float* new_key, const float* new_value, float* keys, float* values,
+                    float* scores, const int64_t* heads, const bool* mask, float scaling, float* output,
+                    const int64_t* sizes) {
+  decode(query, new_key, new_value, keys, values, scores, heads, mask, scaling, output, sizes);
+}
+
+void decode_bfloat16(const BFloat16* query, const BFloat16* new_key, const BFloat16* new_value, BFloat16* keys,
+                     BFloat16* values, float* scores, const int64_t* heads, const bool* mask, float scaling,
+                     BFloat16* output, const int64_t* sizes) {
+  decode(query, new_key, new_value, keys, values, scores, heads, mask, scaling, output, sizes);
+}
+
+void linear(const float* states, const float* packed, const float* bias, float* output, int64_t num_rows, int64_t in,
+            int64_t out) {
+  std::unique_ptr<float[]> turned(new float[num_rows * in]);  // ROWS rows after ROWS rows, each block by columns
+  for (int64_t first = 0; first < num_rows; first += ROWS) {
+    const int64_t rows = std::min<int64_t>(num_rows - first, ROWS);
+    for (int64_t row = 0; row < rows; row++)
+      for (int64_t column = 0; column < in; column++)
+        turned[first * in + column * rows + row] = states[(first + row) * in + column];
+  }
+#pragma omp parallel for schedule(static)
+  for (int64_t at = 0; at < out; at += PANEL) {
+    const float* const panel = packed + at * in;
+    const float* const shift = bias ? bias + at : nullptr;
+    int64_t row = 0;
+    for (; row + ROWS <= num_rows; row += ROWS)
+      multiply<ROWS>(&turned[row * in], panel, shift, output + row * out + at, in, out);
+    if (row < num_rows)
+      multiply_last<ROWS - 1>(num_rows - row, &turned[row * in], panel, shift, output + row * out + at, in, out);
+  }
+}
+}

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import math
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +54,8 @@ from ssd_cache.bench.tables import all_tables, condition_lines, number, share, t
 from ssd_cache.cli import app
 from ssd_cache.evaluation.policies import parse_policies
 from ssd_cache.slots import SlotStore
+
+ROOT = Path(__file__).parents[1]
 
 CPU = torch.device("cpu")
 HAS_FP8 = hasattr(cache_utils, "Fp8QuantizedLayer")
@@ -531,6 +536,33 @@ def test_the_command_line_fills_a_folder_and_its_command_repeats_it(bench, tmp_p
     assert (program, command) == ("ssd-cache", "bench")
     assert bench(*arguments).exit_code == 0
     assert report.command in (tmp_path / "out" / "bench.md").read_text()
+
+
+def test_the_page_on_speed_is_filled_with_what_was_measured(bench, tmp_path):
+    """As `make bench-gpu` does; here with a small model on the CPU, twice, on a copy of the page."""
+    folder = write_checkpoint(tmp_path / "model")
+    docs, results = tmp_path / "docs", tmp_path / "results"
+    docs.mkdir()
+    page = docs / "performance.md"
+    page.write_text((ROOT / "docs" / "performance.md").read_text())
+    fill = [sys.executable, ROOT / "docs" / "fill_gpu.py", results, "--docs", docs]
+    refused = subprocess.run(fill, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "make bench-gpu" in refused.stderr
+    arguments = ["--model", folder, "--batch-size", 1, "--tokens", 8, "--rounds", 1, "--caches", "ssd 50%", "--no-peak"]
+    for name in ("first", "second"):
+        assert bench(*arguments, "--output", results / name).exit_code == 0
+        subprocess.run(fill, check=True)
+    text = page.read_text()
+    assert "Not yet measured on a GPU" not in text
+    assert text.count("#### Speed, batch 1") == 2, "each folder once, though the first was there before"
+    for name in ("first", "second"):
+        report = Report.from_json((docs / f"bench-gpu-{name}.json").read_text())
+        assert report.command in text
+        assert f"(bench-gpu-{name}.png)" in text
+    before, after = (ROOT / "docs" / "performance.md").read_text().split("<!-- /bench-gpu -->")
+    assert text.startswith(before.split("<!-- bench-gpu -->")[0])
+    assert text.endswith(after)
 
 
 @pytest.mark.parametrize(

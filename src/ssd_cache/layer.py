@@ -99,7 +99,8 @@ class SSDLayer(CacheLayerMixin):
         self.keys: torch.Tensor | None = None  # of the prompt, until the first visual token arrives
         self.values: torch.Tensor | None = None
         self.prompt_mask: torch.Tensor | None = None
-        self.is_fused = self.is_fast = False
+        self.is_fused = False  # see `use_kernel`
+        self.is_fast = False  # whether a kernel may serve on a CPU too; see `SSDCache.be_fast`
         self.num_prompt = self.num_visual = 0
         self._query_missing = False
         self.step: torch.Tensor | None = None

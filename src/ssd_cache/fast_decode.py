@@ -28,9 +28,10 @@ DROPPED = {"use_cache", "guidance_scale"}
 def fast_decode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Compile the steps of a model's decoder that go over an `SSDCache` inside the block.
 
-    The first visual token of a picture runs as ever, the second waits for the compiler (half a minute for eight layers
-    on two cores), all others are fast. Another batch size or length of prompt compiles once more; from then on sizes
-    are left open. On a GPU the fourth token of each picture is recorded as a CUDA graph, which runs the rest.
+    The first visual token of a picture runs as ever, the second waits for the compiler (17 s for eight layers on two
+    cores, less once it has done so before), all others are fast. Another batch size or length of prompt compiles once
+    more; from then on sizes are left open. On a GPU the fourth token of each picture is recorded as a CUDA graph, which
+    runs the rest.
 
     On a CPU pictures whose prompt comes inside the block are drawn by the loops of `cpu_kernels`, in float32 and
     bfloat16, which hold no queries. In float32 the linear layers that steps use run on packed weights, for which a copy

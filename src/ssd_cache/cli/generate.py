@@ -117,7 +117,7 @@ def generate(
         bool,
         typer.Option(
             "--fast",
-            help="Compile the steps first: half a minute or more, which many pictures win back.",
+            help="Compile the steps first: 5 to 20 seconds or more, which many pictures win back.",
             rich_help_panel=CACHE,
         ),
     ] = False,

@@ -39,16 +39,16 @@ def can_serve(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, on_cp
 
 def is_wanted(device: torch.device, on_cpu: bool) -> bool:
     """Whether to look for a kernel at all; `on_cpu` says what is wanted on a CPU."""
-    return device.type != "cpu" or on_cpu or _interprets()
+    return on_cpu or not _takes_loops(device)
 
 
-def _interprets() -> bool:
-    """Whether Triton's interpreter is asked for, which runs the GPU's kernel on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def _takes_loops(device: torch.device) -> bool:
+    """Whether the loops for the CPU serve, and not Triton's kernel, which its interpreter runs there when asked."""
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def _is_there(device: torch.device, dtype: torch.dtype) -> bool:
-    if device.type == "cpu" and not _interprets():
+    if _takes_loops(device):
         return dtype in cpu_kernels.DECODERS and cpu_kernels.library() is not None
     return device.type in ("cuda", "cpu") and dtype in DTYPES and importlib.util.find_spec("triton") is not None
 
@@ -117,7 +117,7 @@ def decode(
 
 
 def _launch(query: torch.Tensor, *arguments) -> None:
-    if query.device.type == "cpu" and not _interprets():
+    if _takes_loops(query.device):
         return cpu_kernels.launch(query, *arguments)
     from ssd_cache.fused_kernel import launch
 

@@ -14,7 +14,6 @@ import typer
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
 from ssd_cache import HeadMap, SSDCache  # importing registers the attention name "ssd"
-from ssd_cache._compat import CACHE  # "cache", or "past_key_values" until transformers 5.23
 from ssd_cache.models import resolve_device, resolve_dtype
 
 
@@ -54,7 +53,7 @@ def main(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         generation_mode="image",
-        **{CACHE: cache},
+        **cache.as_kwargs(),
         guidance_scale=guidance,
         do_sample=True,
         top_k=0,

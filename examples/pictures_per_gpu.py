@@ -16,7 +16,6 @@ import typer
 from transformers import AutoModelForMultimodalLM, PreTrainedModel
 
 from ssd_cache import HeadMap, SSDCache
-from ssd_cache._compat import CACHE  # "cache", or "past_key_values" until transformers 5.23
 from ssd_cache.models import Checkpoint, find_generator, resolve_device, resolve_dtype
 
 PROMPT = 32
@@ -115,7 +114,7 @@ def main(
                 input_ids=prompts,
                 attention_mask=torch.ones_like(prompts),
                 generation_mode="image",
-                **{CACHE: cache},
+                **cache.as_kwargs(),
                 guidance_scale=5.0,
                 do_sample=True,
                 generation_kwargs={"boi_token_id": int(prompts[0, -1])},

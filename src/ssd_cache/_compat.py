@@ -36,9 +36,9 @@ def check_transformers(version: str) -> None:
 check_transformers(transformers.__version__)
 
 CACHE_NAMES = ("past_key_values", "cache")
-"""What forward, generate and outputs call the cache: the old name, and the one since 5.24.
+"""The name of the cache in forward, generate and outputs: before 5.24, and since 5.24.
 
-The later versions take the old name as well, with a warning, but for Janus when it draws.
+5.24 also accepts the old name, with a warning, except in Janus's `generate` for images.
 """
 
 CACHE = CACHE_NAMES[release(transformers.__version__) >= (5, 24)]

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
+from ssd_cache._compat import CACHE
 from ssd_cache.budget import Budget, check_count, resolve_budget, resolve_recent
 from ssd_cache.head_map import HeadMap, HeadMapError
 from ssd_cache.layer import LayerPlan, SSDLayer
@@ -50,8 +51,8 @@ class SSDCache(Cache):
     """KV cache that keeps the prompt whole and a budget of visual tokens in every head (SSD, arXiv 2510.18716).
 
     Spatial heads keep their newest tokens, semantic heads those that received the most attention (or what else `score`
-    says). Pass it to `generate(past_key_values=...)` of a model whose attention is "ssd"; one cache serves one batch of
-    pictures.
+    says). Pass it to a model whose attention is "ssd": `model.generate(**inputs, **cache.as_kwargs())`. One cache
+    serves one batch of images.
 
     Args:
         head_map: which KV head is spatial and which semantic, and the grid of visual tokens.
@@ -286,6 +287,16 @@ class SSDCache(Cache):
         """Forget everything held; ready for the next picture, of any batch size and prompt length."""
         super().reset()
         self._warned = False
+
+    def as_kwargs(self) -> dict[str, SSDCache]:
+        """This cache as the keyword argument of `generate` and `forward`, for every supported version of transformers.
+
+        The argument is `cache` since transformers 5.24 and `past_key_values` before.
+
+        Example:
+            model.generate(**inputs, generation_mode="image", **cache.as_kwargs())
+        """
+        return {CACHE: self}
 
     @property
     def labels(self) -> HeadMap | None:

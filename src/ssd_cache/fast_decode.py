@@ -49,7 +49,7 @@ def fast_decode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
     Example:
         with fast_decode(model):
-            model.generate(**inputs, generation_mode="image", past_key_values=SSDCache(head_map, budget=0.2))
+            model.generate(**inputs, generation_mode="image", **SSDCache(head_map, budget=0.2).as_kwargs())
     """
     decoder = model.get_decoder()
     own = vars(decoder).get("forward")

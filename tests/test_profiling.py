@@ -582,7 +582,7 @@ def test_a_grid_that_the_model_does_not_draw_is_refused(folder, monkeypatch):
         ({"method": "window", "threshold": 1.0}, "threshold=1.0 is out of range"),
         ({"batch_size": 0}, "batch_size=0 is out of range"),
         ({"budget": 0.0}, "budget=0.0 is out of range"),
-        ({"budget": 9}, "9 slots are fewer than buffer=8 and num_recent=2"),
+        ({"budget": 9}, "9 slots are fewer than buffer=8 and num_recent=2 and num_sinks=0 together: give at least 10"),
         ({"levels": [0.5, 5]}, "5 slots are fewer than buffer=8"),
         ({"buffer": 0}, "buffer=0 is out of range"),
         ({"num_recent": 1.5}, "num_recent=1.5 is out of range"),
@@ -594,6 +594,26 @@ def test_settings_out_of_range_are_refused_alike_before_and_in_the_run(generator
         check_profiling((8, 8), **{"budget": 0.4, **settings})
     with pytest.raises(ValueError, match=message):
         profile_heads(generator, PROMPTS, progress=False, **{"budget": 0.4, **settings})
+
+
+@pytest.mark.parametrize(
+    ("grid", "settings"),
+    [
+        ((24, 24), {}),
+        ((8, 8), {}),
+        ((45, 46), {"num_recent": 0.5, "num_sinks": 3}),
+        ((6, 6), {"num_recent": 0.9}),  # only the whole grid leaves room for these
+    ],
+)
+def test_small_fractions_are_measured_at_the_least_slots_that_a_cache_holds(grid, settings):
+    with pytest.warns(UserWarning, match=r"level 0.03 is") as warned:
+        levels = resolve_levels(grid, 1.0, [0.03, 0.99], **settings)
+    least = min(level.num_slots for level in levels)
+    assert f"{least} slots are measured instead" in str(warned[0].message)
+    own = HeadMap.uniform("semantic", num_layers=1, num_kv_heads=1, grid=grid)
+    SSDCache(own, least, **{"buffer": grid[1], "num_recent": 0.25, **settings})
+    with pytest.raises(ValueError, match="fewer than buffer"):
+        SSDCache(own, least - 1, **settings)
 
 
 # --- how much labels depend on
@@ -659,6 +679,19 @@ def test_the_command_writes_the_librarys_own_map(run, generator):
     by_window = HeadMap.from_pretrained("head-map")
     assert by_window.threshold == 0.5
     assert torch.equal(by_window.is_spatial, by_window.scores["window_mass"] >= 0.5)
+
+
+def test_the_documented_levels_work_on_januss_grid(run, tmp_path):
+    """5% of 576 tokens are 29 slots, and a cache that evicts a row of 24 at once needs 31."""
+    write_checkpoint(tmp_path / "janus", side=24)
+    options = ["--model", "janus", "--levels", "0.05,0.1,0.15,0.3,0.5", "--fit", "--output", "fitted"]
+    result = CliRunner().invoke(app, ["profile", PROMPTS[0], *options])
+    assert result.exit_code == 0, result.output
+    assert " ".join(result.stderr.split()).count("31 slots are measured instead") == 1
+    fitted = HeadMap.from_pretrained("fitted")
+    assert fitted.profile["num_slots"] == [115, 31, 58, 86, 173, 288]
+    result = CliRunner().invoke(app, ["generate", PROMPTS[0], "--model", "janus", "--head-map", "fitted"])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ says what is measured, `labels.py` how labels come of it.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 
 from transformers import PreTrainedModel, ProcessorMixin
@@ -139,4 +140,6 @@ def check_profiling(
     """
     check_labelling(grid, method, window, threshold, previews)
     check_count("batch_size", batch_size, 1)
-    resolve_levels(grid, previews=previews, **cache_settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `profile_heads` gives the same warnings
+        resolve_levels(grid, previews=previews, **cache_settings)

@@ -44,7 +44,10 @@ def profile(
     levels: Annotated[
         str | None,
         typer.Option(
-            help="Further budgets to measure, for sharing slots out: 0.1,0.3,0.5.", metavar="N,N", show_default=False
+            help="Further budgets to measure, for sharing slots out: 0.1,0.3,0.5. Fractions that are too small for "
+            "--buffer and --num-recent are raised.",
+            metavar="N,N",
+            show_default=False,
         ),
     ] = None,
     fit: Annotated[

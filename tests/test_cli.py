@@ -28,7 +28,7 @@ from torch._dynamo.utils import counters
 from typer.testing import CliRunner
 
 import ssd_cache
-from ssd_cache import POLICIES, HeadMap, SSDCache
+from ssd_cache import POLICIES, HeadMap, SSDCache, batching
 from ssd_cache.cli import app
 from ssd_cache.cli.files import save_picture
 from ssd_cache.cli.plan import COMPARED, parse_budget
@@ -308,6 +308,29 @@ def test_batches_have_seeds_of_their_own(run, generator):
         cache.reset()
         tokens.append(generator.generate([CIRCLE] * number, cache, seed=seed))
     find_pictures(Image.open("a.png"), generator.to_images(torch.cat(tokens)))
+
+
+def test_many_prompts_come_in_batches_of_a_fixed_size(run):
+    """40 prompts are two batches, as with the batch size named; they were one, whatever memory there was."""
+    Path("prompts.txt").write_text(f"{CIRCLE}\n{SQUARES}\n" * 20)
+    for name, options in (("a", ()), ("b", ("--batch-size", 32)), ("c", ("--batch-size", 40))):
+        result = run("--prompts-file", "prompts.txt", "--budget", "0.5", *options, "-o", f"{name}.safetensors")
+        assert result.exit_code == 0, result.output
+        assert f"batch {40 if name == 'c' else 32}," in " ".join(result.stdout.split())
+    a, b, c = (load_file(f"{name}.safetensors")["ssd"] for name in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_short_memory_makes_smaller_batches_and_says_so(run, monkeypatch):
+    monkeypatch.setattr(batching, "free_memory", lambda device: 10**6)
+    result = run(CIRCLE, SQUARES, "--num-images", 10, "--budget", "0.5", "-o", "a.safetensors")
+    assert result.exit_code == 0, result.output
+    match = re.search(r"warning: (\d+) image\(s\) are generated at once instead of 32: the free memory", result.stderr)
+    assert f"batch {match[1]}," in " ".join(result.stdout.split())
+    same = run(CIRCLE, SQUARES, "--num-images", 10, "--budget", "0.5", "--batch-size", match[1], "-o", "b.safetensors")
+    assert same.exit_code == 0, same.output
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
 
 
 def test_compare_draws_a_row_a_policy_on_the_same_seed(run, generator):

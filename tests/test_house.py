@@ -53,6 +53,7 @@ FLOORS = {
     "enable": 3,
     "fast_decode": 3,
     "packed_linears": 2,
+    "batching": 3,
     "measuring": 3,
     "profiling": 3,
     "learning": 3,

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from ssd_cache import HeadMap, SSDCache, measuring, profile_heads
+from ssd_cache import HeadMap, SSDCache, batching, measuring, profile_heads
 from ssd_cache._compat import CACHE
 from ssd_cache.allocation import allocate_budgets, fit_heads, retained_attention
 from ssd_cache.analysis.plotting import to_png
@@ -679,6 +679,19 @@ def test_the_command_writes_the_librarys_own_map(run, generator):
     by_window = HeadMap.from_pretrained("head-map")
     assert by_window.threshold == 0.5
     assert torch.equal(by_window.is_spatial, by_window.scores["window_mass"] >= 0.5)
+
+
+def test_short_memory_makes_smaller_batches_and_a_resumed_run_keeps_its_own(run, monkeypatch):
+    assert run(*PROMPTS, "--resume", "sums", "-o", "first").exit_code == 0
+    assert HeadMap.from_pretrained("first").profile["batch_size"] == 4
+    monkeypatch.setattr(batching, "free_memory", lambda device: 4 * 10**5)
+    again = run(*PROMPTS, "--resume", "sums", "-o", "again")  # the batch size is that of the sums
+    assert again.exit_code == 0, again.output
+    assert HeadMap.from_pretrained("again") == HeadMap.from_pretrained("first")
+    small = run(*PROMPTS, "-o", "small")
+    assert small.exit_code == 0, small.output
+    assert HeadMap.from_pretrained("small").profile["batch_size"] < 4
+    assert "generated at once instead of 4: the free memory of cpu" in small.stderr
 
 
 def test_the_documented_levels_work_on_januss_grid(run, tmp_path):

@@ -18,16 +18,20 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ssd_cache.batching import default_batch_size
 from ssd_cache.budget import Amount, check_count
 from ssd_cache.enable import ssd_attention
 from ssd_cache.models import Generator, GeneratorError, generator_of
 from ssd_cache.models.settings import check_texts
 from ssd_cache.observing import HeadObserver
-from ssd_cache.profiling_state import Processes, load_state, save_state
+from ssd_cache.profiling_state import Processes, load_state, recorded_batch_size, save_state
 from ssd_cache.rasters import format_rasters, previews_entry
 from ssd_cache.sharding import check_whole
 from ssd_cache.statistics import HeadStatistics, Level, ProfilingError, resolve_levels
 from ssd_cache.watching import WatchingCache
+
+DEFAULT_BATCH_SIZE = 4
+"""Images at once where memory suffices; attention statistics take more than the full cache alone."""
 
 SAMPLED_FROM_NAN = ("probability tensor", "device-side assert")
 """How torch says it, on a CPU and on a GPU; of the latter nothing more can be asked then."""
@@ -43,7 +47,7 @@ def measure_heads(
     num_sinks: int = 0,
     levels: Sequence[Amount] | None = None,
     processor: ProcessorMixin | None = None,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     guidance_scale: float | None = None,
     temperature: float | None = None,
     seed: int = 0,
@@ -60,7 +64,8 @@ def measure_heads(
     in a single process, and every process gets the sums of all; the main one alone writes the state file.
     """
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
-    check_count("batch_size", batch_size, 1)
+    if batch_size is not None:
+        check_count("batch_size", batch_size, 1)
     checkpoint = generator.checkpoint
     check_whole(generator.language_model)
     found = resolve_levels(
@@ -74,6 +79,7 @@ def measure_heads(
     )
     check_prompts(generator, prompts)
     prompts = list(prompts)
+    batch_size = resolve_batch_size(generator, prompts, batch_size, state_file)
     settings: dict[str, Any] = {
         "guidance_scale": generator.guidance_scale if guidance_scale is None else guidance_scale,
         "temperature": generator.temperature if temperature is None else temperature,
@@ -104,6 +110,25 @@ def measure_heads(
             if path is not None and processes.is_main:
                 save_state(path, statistics, min(first + processes.count, len(batches)), fingerprint)
     return statistics
+
+
+def resolve_batch_size(
+    generator: Generator,
+    prompts: Sequence[str],
+    batch_size: int | None,
+    state_file: str | os.PathLike[str] | None,
+) -> int:
+    """The batch size of a profiling run: the one given, else that of the state file, else the default.
+
+    A run that is resumed keeps its batch size, whatever memory is free now.
+    """
+    check_texts(prompts)
+    if batch_size is not None:
+        return batch_size
+    processes = Processes()
+    kept = recorded_batch_size(Path(state_file)) if state_file else None
+    kept = processes.gather_all(kept)[0]
+    return kept or default_batch_size(generator, prompts, DEFAULT_BATCH_SIZE, processes=processes)
 
 
 def prompts_sha256(prompts: Sequence[str]) -> str:

@@ -61,6 +61,16 @@ def load_state(path: Path, statistics: HeadStatistics, settings: Mapping[str, An
     return num_batches
 
 
+def recorded_batch_size(path: Path) -> int | None:
+    """The batch size of the run that wrote a file of sums; None where there is none. `load_state` refuses bad files."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = json.loads((file.metadata() or {})["settings"])["batch_size"]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+    return found if type(found) is int and found > 0 else None
+
+
 def check_same_run(path: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuse to go on from a file that a run with other settings has left; raises ProfilingError, naming them."""
     differing = [

@@ -14,6 +14,7 @@ import typer
 from PIL import Image
 from rich.console import Console
 
+from ssd_cache.batching import MAX_IMAGES, default_batch_size, image_nbytes
 from ssd_cache.cache import POLICIES
 from ssd_cache.cli.draw import Drawing, draw
 from ssd_cache.cli.errors import WrongUse, refusing
@@ -126,7 +127,12 @@ def generate(
     seed: Seed = 0,
     batch_size: Annotated[
         int | None,
-        typer.Option(help="Pictures drawn at once.", metavar="N", show_default="all", rich_help_panel=SAMPLING),
+        typer.Option(
+            help="Images at once.",
+            metavar="N",
+            show_default=f"{MAX_IMAGES}, or fewer if memory is short",
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
 ) -> None:
     """Draw pictures of prompts with a cache of fixed size.
@@ -151,10 +157,11 @@ def generate(
         if place.suffix.lower() != TOKENS:
             checkpoint.check_pictures()
         caches = make_caches(checkpoint, policies, head_map, amount, buffer, kv_dtype)
-        if processes.count > (num_batches := -(-len(texts) // (batch_size or len(texts)))):
+        at_most = min(batch_size or MAX_IMAGES, len(texts))
+        if processes.count > (num_batches := -(-len(texts) // at_most)):
             raise WrongUse(
                 f"{processes.count} processes share the batches, and there are {num_batches}: give a smaller "
-                f"--batch-size than {batch_size or len(texts)}, or start fewer processes"
+                f"--batch-size than {at_most}, or start fewer processes"
             )
         processes.check_agreement(
             {
@@ -178,6 +185,8 @@ def generate(
             }
         )
     generator = load_generator(checkpoint, kind, where)
+    largest = max(caches.values(), key=lambda cache: image_nbytes(generator, 0, cache))
+    size_of_batch = batch_size or default_batch_size(generator, texts, cache=largest, processes=processes)
 
     with fast_decode(generator.model) if fast else nullcontext():
         drawings = [
@@ -186,7 +195,7 @@ def generate(
                 name,
                 cache,
                 texts,
-                batch_size=batch_size or len(texts),
+                batch_size=size_of_batch,
                 guidance_scale=guidance,
                 temperature=temperature,
                 seed=seed,
@@ -202,7 +211,7 @@ def generate(
         shared = f", {processes.count} processes" if processes.count > 1 else ""
         conditions = (
             f"{checkpoint.name} on {where}{shared}, {str(kind).removeprefix('torch.')}, "
-            f"{len(texts)} picture(s) a policy, batch {min(batch_size or len(texts), len(texts))}, "
+            f"{len(texts)} picture(s) a policy, batch {min(size_of_batch, len(texts))}, "
             f"guidance {shown[0]:g}, temperature {shown[1]:g}, seed {seed}{process_peak()}"
         )
         console.print(table(drawings, conditions))

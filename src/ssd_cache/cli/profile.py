@@ -76,7 +76,10 @@ def profile(
         Path | None,
         typer.Option(help="Keep sums here after every batch, and go on from them.", metavar="FILE", show_default=False),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures drawn at once.", metavar="N")] = 4,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Images at once.", metavar="N", show_default="4, or fewer if memory is short"),
+    ] = None,
     guidance: Guidance = None,
     temperature: Temperature = None,
     seed: Seed = 0,

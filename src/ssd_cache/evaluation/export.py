@@ -80,16 +80,21 @@ def claim_folder(root: Path, settings: Mapping[str, Any], prompts: str, *, write
                 "or the settings it was begun with"
             )
     elif write:
-        if root.exists() and (not root.is_dir() or any(path.name != PROMPTS_FILE for path in root.iterdir())):
-            raise ExportError(
-                f"{root}: it is not empty and has no {SETTINGS_FILE}, so what is there is unknown; give a new folder"
-            )
+        check_unclaimed(root)
         root.mkdir(parents=True, exist_ok=True)
         text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
         write_files({root / PROMPTS_FILE: prompts.encode(), root / SETTINGS_FILE: text.encode()})
     if write:
         for part in root.rglob(".*.part"):  # of a run that was killed while it wrote
             part.unlink(missing_ok=True)
+
+
+def check_unclaimed(root: Path) -> None:
+    """Refuse a folder that has files and no settings; raises ExportError."""
+    if root.exists() and (not root.is_dir() or any(path.name != PROMPTS_FILE for path in root.iterdir())):
+        raise ExportError(
+            f"{root}: it is not empty and has no {SETTINGS_FILE}, so what is there is unknown; give a new folder"
+        )
 
 
 def read_settings(root: Path) -> dict[str, Any]:
@@ -112,6 +117,16 @@ def read_settings(root: Path) -> dict[str, Any]:
             f"{path}: the settings of the pictures can not be read ({error}); take the file away, or draw them anew"
         ) from error
     return settings
+
+
+def recorded_batch_size(root: Path) -> int | None:
+    """The batch size that a folder was begun with; None for a folder without settings.
+
+    Raises:
+        ExportError: the settings cannot be read.
+    """
+    found = read_settings(root).get("batch_size")
+    return found if type(found) is int and found > 0 else None
 
 
 def draw_pictures(

@@ -66,7 +66,7 @@ def export_dpg(
     head_map: HeadMapName = None,
     policy: PolicyName = "ssd",
     budget: BudgetText = "0.2",
-    batch_size: BatchSize = 16,
+    batch_size: BatchSize = None,
     guidance: Guidance = None,
     temperature: Temperature = None,
     seed: ExportSeed = 42,

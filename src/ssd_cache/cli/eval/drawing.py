@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ssd_cache.batching import default_batch_size
 from ssd_cache.budget import check_count
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.eval.options import CACHE
@@ -24,10 +25,13 @@ from ssd_cache.cli.loading import find_model, load_generator
 from ssd_cache.cli.options import SAMPLING
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.evaluation.conditions import drawing_conditions
-from ssd_cache.evaluation.export import PictureSet, claim_folder, draw_pictures
+from ssd_cache.evaluation.export import PictureSet, check_unclaimed, claim_folder, draw_pictures, recorded_batch_size
 from ssd_cache.evaluation.policies import SETTINGS, choose_head_map, mean_slots, parse_policy
-from ssd_cache.models import check_drawing, resolve_device, resolve_dtype
+from ssd_cache.models import Generator, check_drawing, resolve_device, resolve_dtype
 from ssd_cache.profiling_state import Processes
+
+EXPORT_BATCH_SIZE = 16
+"""Images at once where memory suffices; a multiple of the units of both benchmarks."""
 
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="The folder of the pictures.", metavar="FOLDER", show_default=False)
@@ -49,7 +53,13 @@ BudgetText = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int, typer.Option(help="Pictures drawn at once; part of the settings.", metavar="N", rich_help_panel=SAMPLING)
+    int | None,
+    typer.Option(
+        help="Images at once; part of the settings.",
+        metavar="N",
+        show_default=f"{EXPORT_BATCH_SIZE}, or fewer if memory is short",
+        rich_help_panel=SAMPLING,
+    ),
 ]
 ExportSeed = Annotated[
     int, typer.Option(help="With a batch's number it gives the batch's seed.", metavar="N", rich_help_panel=SAMPLING)
@@ -66,7 +76,7 @@ class Options:
     policy: str
     budget: str
     output: Path
-    batch_size: int
+    batch_size: int | None
     guidance: float | None
     temperature: float | None
     seed: int
@@ -96,11 +106,10 @@ def export(
     with refusing():
         policy = parse_policy(options.policy)
         check_drawing(options.guidance, options.temperature, options.seed)
-        check_count("batch_size", options.batch_size, 1)
-        if options.batch_size % pictures.unit:
+        given = options.batch_size
+        if given is not None and check_count("batch_size", given, 1) % pictures.unit:
             raise WrongUse(
-                f"--batch-size {options.batch_size}: {pictures.unit} pictures are written as one; give a multiple of "
-                f"{pictures.unit}"
+                f"--batch-size {given}: {pictures.unit} pictures are written as one; give a multiple of {pictures.unit}"
             )
         check_place("--output", options.output, is_folder=True)
         processes = Processes()
@@ -111,6 +120,15 @@ def export(
         labels = choose_head_map(checkpoint, options.head_map, [policy])
         [amount] = policy.budgets([amount])
         cache = policy.make_cache(labels, amount)
+        generator: Generator | None = None
+        batch_size = given or processes.gather_all(recorded_batch_size(pictures.root))[0]
+        if batch_size is None:  # it depends on the memory that the weights leave
+            check_unclaimed(pictures.root)
+            generator = load_generator(checkpoint, kind, where)
+            # reckoned with a full cache, so that the folders of all policies have one batch size
+            batch_size = default_batch_size(
+                generator, pictures.texts, EXPORT_BATCH_SIZE, unit=pictures.unit, processes=processes
+            )
         settings: dict[str, Any] = {
             "format": f"ssd-cache {bench} export 1",
             "model": checkpoint.name,
@@ -126,7 +144,7 @@ def export(
                 tagged,
                 dtype=kind,
                 device=where,
-                batch_size=options.batch_size,
+                batch_size=batch_size,
                 guidance_scale=options.guidance,
                 temperature=options.temperature,
                 settings={name: getattr(cache, name) for name in SETTINGS},
@@ -134,13 +152,13 @@ def export(
         }
         processes.check_agreement(settings | {"prompts": hashlib.sha256(prompts.encode()).hexdigest()})
         claim_folder(pictures.root, settings, prompts, write=processes.is_main)
-    generator = load_generator(checkpoint, kind, where)
+    generator = generator or load_generator(checkpoint, kind, where)
     try:
         drawn = draw_pictures(
             generator,
             pictures,
             lambda: policy.make_cache(labels, amount),
-            batch_size=options.batch_size,
+            batch_size=batch_size,
             seed=options.seed,
             guidance_scale=options.guidance,
             temperature=options.temperature,

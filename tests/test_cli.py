@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from children import start_cli
 from hub_server import HubServer, Repo
 from models import random_score
 from PIL import Image
@@ -509,14 +510,7 @@ def child(tmp_path):
     started = []
 
     def start(*arguments, **environment):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ssd_cache.cli", *map(str, arguments)],
-            cwd=tmp_path,
-            env={**os.environ, "COLUMNS": "80", **environment},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        process = start_cli(*arguments, cwd=tmp_path, **{"COLUMNS": "80", **environment})
         started.append(process)
         return process
 
@@ -542,6 +536,16 @@ def test_ctrl_c_ends_with_1_one_line_and_no_file(folder, child, tmp_path):
     assert "Traceback" not in rest
     assert out == ""
     assert files(tmp_path) == []
+
+
+def test_ctrl_c_ends_a_process_also_where_the_tests_ignore_it(folder, child, tmp_path):
+    """A shell starts background jobs with SIGINT ignored, and what they start inherits it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        test_ctrl_c_ends_with_1_one_line_and_no_file(folder, child, tmp_path)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_exit_codes_of_a_process(folder, child, tmp_path):

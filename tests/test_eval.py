@@ -11,8 +11,6 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from children import start_cli
 from models import random_score, tiny_janus
 from tiny_checkpoint import load_example
 from transformers import JanusForConditionalGeneration
@@ -540,14 +539,7 @@ def lines(folder):
 
 
 def start(arguments, cwd, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-m", "ssd_cache.cli", "eval", *arguments],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", **environment},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    return start_cli("eval", *arguments, cwd=cwd, **{"OMP_NUM_THREADS": "1", "COLUMNS": "80", **environment})
 
 
 def test_lines_hold_what_repeats_them(unbroken, model):

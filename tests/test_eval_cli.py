@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import resource
 import shutil
 import socket
-import subprocess
 import sys
 import time
 import warnings
@@ -21,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from children import start_cli
 from PIL import Image
 from tiny_checkpoint import SIDE, head_map, write_checkpoint
 from tiny_judges import write_blip, write_classifier, write_detector
@@ -148,13 +147,7 @@ def child(model):
 
     def start(bench, output, *more, **environment):
         arguments = export_arguments(bench, model, output, *more)
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "ssd_cache.cli", "eval", *map(str, arguments)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        process = start_cli("eval", *arguments, flags=("-W", "ignore"), **{"OMP_NUM_THREADS": "1", **environment})
         started.append(process)
         return process
 

@@ -107,6 +107,18 @@ def test_an_interrupted_run_goes_on_after_its_last_pass(generator, profiled, mea
         measure_divergence(generator, PROMPTS, profiled, seed=1, state_file=state, **settings)
 
 
+def test_a_slow_model_measures_fewer_heads_in_a_pass(generator, profiled, measured, monkeypatch):
+    assert [divergence._caches_in(20, *pass_) for pass_ in ((2, 18.0), (2, 3.0), (8, 180.0), (2, 0.0))] == [2, 8, 1, 8]
+    parts, real = [], divergence.measure_fidelity
+    monkeypatch.setattr(
+        divergence, "measure_fidelity", lambda *args, **kwargs: parts.append(len(args[2])) or real(*args, **kwargs)
+    )
+    monkeypatch.setattr(divergence, "PASS_SECONDS", 0)
+    found = measure_divergence(generator, PROMPTS, profiled, levels=[16], batch_size=2, progress=False)
+    assert parts == [2, *[1] * 6]
+    assert torch.equal(found.scores["divergence-16"], measured.scores["divergence-16"])
+
+
 def test_images_are_kept_batch_by_batch(generator, profiled, measured, tmp_path, monkeypatch):
     state, settings, drawn = tmp_path / "state", {"batch_size": 2, "progress": False}, []
     generate = type(generator).generate

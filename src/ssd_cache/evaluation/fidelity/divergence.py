@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,7 +35,10 @@ NEGLIGIBLE = 0.005
 """Nats a picture: a head that costs less is not asked again at a greater budget, which could cost no more."""
 
 CACHES = 8
-"""Compressed caches that run beside the full one at once; each holds almost as much as that does."""
+"""Compressed caches that run beside the full one at once, at most; each holds almost as much as that does."""
+
+PASS_SECONDS = 20
+"""Time that a pass should take at most, so that little is lost when a run is killed."""
 
 
 def measure_divergence(
@@ -58,8 +62,8 @@ def measure_divergence(
     by the chain rule, the divergence between the two distributions over whole pictures, in nats. The head keeps tokens
     as the kind that retains more of its attention at that level, with the buffer, recents and sinks of the profile.
 
-    It takes a pass over the pictures for every head and level, `CACHES` of them at once, less those of heads that cost
-    less than `NEGLIGIBLE` at a lower level, whose score is repeated.
+    It takes a pass over the pictures for every head and level, up to `CACHES` of them at once, less those of heads that
+    cost less than `NEGLIGIBLE` at a lower level, whose score is repeated.
 
     Args:
         generator: the model.
@@ -127,6 +131,7 @@ def measure_divergence(
         save()
     bar = tqdm(total=len(wanted) * head_map.is_spatial.numel() * len(batches), unit=" passes", disable=not progress)
     bar.update(sum(int(count.sum()) for count in state.num_done.values()))
+    num_caches = 2
     with bar, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a window shorter than a row is what is being measured
         for number, level in enumerate(wanted):
@@ -139,13 +144,12 @@ def measure_divergence(
                     bar.update(int((len(batches) - num_done)[cheap].sum()))
                     sums[cheap], num_done[cheap] = state.sums[below][layer][cheap], len(batches)
                 asked = (num_done < len(batches)).nonzero()[:, 0].tolist()
-                for start in range(0, len(asked), CACHES):
-                    for index, batch in enumerate(batches):
-                        part = [head for head in asked[start : start + CACHES] if num_done[head] == index]
-                        if not part:
-                            continue
+                for index, batch in enumerate(batches):
+                    while part := [head for head in asked if num_done[head] == index][:num_caches]:
                         makers = {str(head): partial(_lone, head_map, kinds, layer, head, level) for head in part}
+                        started = time.monotonic()
                         results = measure_fidelity(generator, batch, makers, tokens=state.images[index], **settings)  # type: ignore[arg-type]
+                        num_caches = _caches_in(PASS_SECONDS, len(part), time.monotonic() - started)
                         for head in part:
                             sums[head] += results[str(head)].kl.sum()
                             num_done[head] += 1
@@ -196,6 +200,12 @@ def _lone(head_map: HeadMap, kinds: torch.Tensor, layer: int, head: int, slots: 
 def _cache(head_map: HeadMap, kinds: torch.Tensor, budget: Budget) -> SSDCache:
     """A cache with the map's settings and other labels."""
     return SSDCache(HeadMap(kinds, head_map.grid, previews=head_map.previews), budget, **_profiled(head_map))
+
+
+def _caches_in(seconds: float, num_caches: int, took: float) -> int:
+    """How many caches run beside the full one in `seconds`, when `num_caches` of them took another time."""
+    each = took / (num_caches + 1)
+    return max(1, min(CACHES, int(seconds / each) - 1 if each > 0 else CACHES))
 
 
 def _profiled(head_map: HeadMap) -> dict[str, Any]:

@@ -487,6 +487,23 @@ def test_sums_of_another_run_are_refused(generator, tmp_path):
             measure_heads(generator, PROMPTS[:1], state_file=state, **settings)
 
 
+def test_further_prompts_extend_a_run_whose_batches_are_full(generator, tmp_path, monkeypatch):
+    settings = {"batch_size": 2, "progress": False, **SETTINGS}
+    texts = [*PROMPTS, *PROMPTS]
+    whole = profile_heads(generator, texts[:6], **settings)
+    state, seeds, measure = tmp_path / "sums", [], measuring._measure_batch
+    monkeypatch.setattr(measuring, "_measure_batch", lambda *a, **k: seeds.append(k["seed"]) or measure(*a, **k))
+    profile_heads(generator, texts[:4], state_file=state, **settings)
+    assert profile_heads(generator, texts[:6], state_file=state, **settings) == whole
+    assert seeds == [0, 1, 2]
+    for other in (texts[:4], [*texts[:5], "a triangle"]):  # fewer prompts, and another one among the finished
+        with pytest.raises(ProfilingError, match="prompts_sha256"):
+            profile_heads(generator, other, state_file=state, **settings)
+    profile_heads(generator, texts[:3], state_file=tmp_path / "odd", **settings)
+    with pytest.raises(ProfilingError, match="num_prompts 3 there, 4 now"):  # its last batch has one prompt
+        profile_heads(generator, texts[:4], state_file=tmp_path / "odd", **settings)
+
+
 def test_a_full_disk_leaves_the_older_state(tmp_path, monkeypatch):
     path = tmp_path / "sums"
     save_state(path, filled(1), 3, {"seed": 0})
@@ -719,6 +736,7 @@ def test_the_documented_levels_work_on_januss_grid(run, tmp_path):
         ((PROMPTS[0], "--levels", "0.4,much"), 2, "--levels much: give a fraction"),
         ((PROMPTS[0], "--method", "coverage", "--threshold", "0.5"), 2, "method='coverage' has none"),
         ((PROMPTS[0], "--budget", "5"), 2, "5 slots are fewer than buffer=4"),
+        ((PROMPTS[0], "--levels", "30", "--fit"), 2, "attention was measured at 1 number of slots [30]"),
         (("red " * 961,), 1, "shorten it"),
     ],
 )
@@ -736,11 +754,15 @@ def test_a_full_disk_is_one_line_and_no_map(run, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    assert run(PROMPTS[0], "-o", "first", "--resume", "sums").exit_code == 0
     monkeypatch.setattr(os, "fsync", full)
-    result = run(PROMPTS[0])
+    result = run(PROMPTS[0], "--resume", "sums")
     assert result.exit_code == 1
     assert "the head map cannot be written" in result.stderr
     assert list(Path("head-map").iterdir()) == []
+    result = run(PROMPTS[0])
+    assert result.exit_code == 1
+    assert "head-map.state: the sums of the first 1 batches can not be written" in result.stderr
 
 
 def test_help_fits_80_columns_and_names_every_option(run):

@@ -1,27 +1,25 @@
-"""How far learning a score has come: the score, what Adam remembers of its gradients, and the number of steps.
+"""How far learning a score has come: the images, the score with the optimizer's memory, and the held-out divergence.
 
-It follows gradients and is kept in a file, safetensors with the run's settings in its header. Where gradients come from
-is `learning.py`'s.
+It takes optimizer steps, and is kept in a `run_state.py` state file. Gradients are computed in `trainer.py`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 
+from ssd_cache.head_map import HeadMap
 from ssd_cache.learned_score import LearnedScore
-from ssd_cache.profiling_state import check_same_run
-from ssd_cache.statistics import ProfilingError
-from ssd_cache.writing import write_files
+from ssd_cache.run_state import RunState, check_same_run, not_a_state, read_state, write_state
 
-FORMAT = "ssd-cache learning 1"
+FORMAT = "ssd-cache learning 2"
+"""The first format held no images."""
+
+WHAT = "the state of learning a score"
 
 BETAS, TINY = (0.9, 0.98), 1e-8
 """Of Adam (Kingma and Ba, arXiv 1412.6980)."""
@@ -30,7 +28,7 @@ OF_STATES = 1 / 3
 """Share of the learning rate for the weights of K and V, of which each token has many."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class LearningState:
     """The tensors of the score, means of their gradients and of the squares of these, and the steps taken."""
 
@@ -54,58 +52,106 @@ class LearningState:
         """The tensors of the score on a device, to be asked for gradients."""
         return {name: tensor.to(device, copy=True).requires_grad_(True) for name, tensor in self.score_tensors.items()}
 
-    def follow(self, gradients: Mapping[str, torch.Tensor], learning_rate: float) -> None:
-        """One step of Adam."""
-        self.num_steps += 1
+    def follow(self, gradients: Mapping[str, torch.Tensor], learning_rate: float) -> LearningState:
+        """The state after one more step of Adam."""
+        num_steps = self.num_steps + 1
+        tensors, means, squares = {}, {}, {}
         for name, tensor in self.score_tensors.items():
             gradient = gradients[name].to(tensor.device)
-            self.means[name].lerp_(gradient, 1 - BETAS[0])
-            self.squares[name].lerp_(gradient.square(), 1 - BETAS[1])
+            means[name] = self.means[name].lerp(gradient, 1 - BETAS[0])
+            squares[name] = self.squares[name].lerp(gradient.square(), 1 - BETAS[1])
             mean, square = (
-                held[name] / (1 - beta**self.num_steps)
-                for held, beta in zip((self.means, self.squares), BETAS, strict=True)
+                held[name] / (1 - beta**num_steps) for held, beta in zip((means, squares), BETAS, strict=True)
             )
             rate = learning_rate * (OF_STATES if name in ("key", "value") else 1)
-            tensor -= rate * mean / (square.sqrt() + TINY)
+            tensors[name] = tensor - rate * mean / (square.sqrt() + TINY)
+        return LearningState(tensors, means, squares, num_steps)
 
 
-def save_learning(path: Path, state: LearningState, settings: Mapping[str, Any]) -> None:
-    """Write it, whole or not at all.
+@dataclass
+class LearningRun:
+    """Everything that a run has finished so far.
 
-    Raises:
-        ProfilingError: it can not be written; an older file is as it was.
+    Attributes:
+        images: visual tokens of the batches that were generated, int64 `[images, cells]` each; the held-out ones last.
+        learning: None before the first score.
+        before: held-out divergence of each image under the first score, float64 `[held-out images]`.
+        after: the same under the present score, once all steps are done.
+        stages: `[first step, total]` of each schedule that was followed; more than one after an extension.
     """
-    parts = {"score": state.score_tensors, "mean": state.means, "square": state.squares}
-    tensors = {f"{part}.{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
-    header = {"format": FORMAT, "num_steps": str(state.num_steps), "settings": json.dumps(settings)}
-    try:
-        write_files({path: safetensors.torch.save(tensors, metadata=header)})
-    except OSError as error:
-        raise ProfilingError(
-            f"{path}: what was learned in {state.num_steps} steps can not be written ({error.strerror}); make room, or "
-            "give another file"
-        ) from error
 
+    images: list[torch.Tensor] = field(default_factory=list)
+    learning: LearningState | None = None
+    before: torch.Tensor | None = None
+    after: torch.Tensor | None = None
+    stages: list[list[int]] = field(default_factory=list)
 
-def load_learning(path: Path, settings: Mapping[str, Any]) -> LearningState:
-    """What `save_learning` wrote in a run with the same settings.
+    @property
+    def num_steps(self) -> int:
+        """Steps taken."""
+        return 0 if self.learning is None else self.learning.num_steps
 
-    Raises:
-        ProfilingError: another file, or one of a run with other settings.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise ValueError("it is of another kind or version")
-            found, num_steps = json.loads(header["settings"]), int(header["num_steps"])
-            parts: dict[str, dict[str, torch.Tensor]] = {
-                part: {name: file.get_tensor(f"{part}.{name}") for name in sorted(LearnedScore.NAMES)}
-                for part in ("score", "mean", "square")
-            }
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise ProfilingError(
-            f"{path}: not what learning a score keeps ({error}); give another file, or delete it to begin anew"
-        ) from error
-    check_same_run(path, found, settings)
-    return LearningState(parts["score"], parts["mean"], parts["square"], num_steps)
+    def begin_stage(self, num_steps: int) -> None:
+        """Follow the schedule of a total of `num_steps` from here on."""
+        if self.stages and self.stages[-1][1] == num_steps:
+            return
+        self.after = None
+        self.stages = [stage for stage in self.stages if stage[0] < self.num_steps]  # those that took a step
+        if not self.stages or self.stages[-1][1] != num_steps:
+            self.stages.append([self.num_steps, num_steps])
+
+    def compared(self) -> dict[str, Any]:
+        """Held-out divergence before and after, in nats a token, with the standard error of the mean difference."""
+        assert self.before is not None
+        assert self.after is not None
+        difference = self.after - self.before
+        return {
+            "num_images": len(difference),
+            "before": self.before.mean().item(),
+            "after": self.after.mean().item(),
+            "standard_error": (difference.std() / len(difference) ** 0.5).item(),
+        }
+
+    def save(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Write it to a file, whole or not at all; raises ProfilingError."""
+        tensors = {f"images.{index}": tokens for index, tokens in enumerate(self.images)}
+        for name, tensor in (("before", self.before), ("after", self.after)):
+            tensors |= {} if tensor is None else {name: tensor}
+        if (state := self.learning) is not None:
+            parts = {"score": state.score_tensors, "mean": state.means, "square": state.squares}
+            tensors |= {f"{part}.{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
+        counts = {"num_steps": self.num_steps, "stages": self.stages}
+        write_state(path, FORMAT, RunState(tensors, settings, counts, self.after is not None), WHAT)
+
+    @classmethod
+    def load(cls, path: Path, settings: Mapping[str, Any], head_map: HeadMap) -> LearningRun:
+        """Read what `save` wrote in a run with the same settings.
+
+        Args:
+            path: the file.
+            settings: of this run.
+            head_map: the map that is to carry the score.
+
+        Raises:
+            ProfilingError: another file, or one of a run with other settings.
+        """
+        file = read_state(path, FORMAT, WHAT)
+        check_same_run(path, file.settings, settings)
+        tensors, counts = file.tensors, file.counts
+        num_images = sum(name.startswith("images.") for name in tensors)
+        try:
+            num_steps, stages = int(counts["num_steps"]), [[int(first), int(last)] for first, last in counts["stages"]]
+            images = [tensors[f"images.{index}"] for index in range(num_images)]
+            learning = None
+            if "score.row" in tensors:
+                parts = [
+                    {name: tensors[f"{part}.{name}"] for name in sorted(LearnedScore.NAMES)}
+                    for part in ("score", "mean", "square")
+                ]
+                if any(part[name].shape != tensor.shape for part in parts for name, tensor in parts[0].items()):
+                    raise ValueError("its tensors differ in shape")
+                learning = LearningState(parts[0], parts[1], parts[2], num_steps)
+                replace(head_map, learned=learning.score())  # refuses NaN, and a score of another shape
+        except (KeyError, TypeError, ValueError) as error:
+            raise not_a_state(path, WHAT, error) from error
+        return cls(images, learning, tensors.get("before"), tensors.get("after"), stages)

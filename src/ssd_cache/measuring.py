@@ -26,6 +26,7 @@ from ssd_cache.models.settings import check_texts
 from ssd_cache.observing import HeadObserver
 from ssd_cache.profiling_state import Processes, load_state, recorded_batch_size, save_state
 from ssd_cache.rasters import format_rasters, previews_entry
+from ssd_cache.run_state import check_state_place
 from ssd_cache.sharding import check_whole
 from ssd_cache.statistics import HeadStatistics, Level, ProfilingError, resolve_levels
 from ssd_cache.watching import WatchingCache
@@ -87,11 +88,18 @@ def measure_heads(
     }
     shape = checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads
     statistics = HeadStatistics(*shape, found, previews=checkpoint.previews)
-    fingerprint = _fingerprint(generator, prompts, batch_size, statistics) | settings
+    fingerprint = _fingerprint(generator, batch_size, statistics) | settings
+
+    def finished_prompts(num_batches: int) -> dict[str, Any]:
+        """Which prompts the first batches have: a longer list that begins with them goes on from their sums."""
+        part = prompts[: num_batches * batch_size]
+        return {"num_prompts": len(part), "prompts_sha256": prompts_sha256(part)}
+
     path, processes, done = Path(state_file) if state_file else None, Processes(), 0
-    if path is not None and path.exists() and processes.is_main:
-        done = load_state(path, statistics, fingerprint)
-    processes.check_agreement(fingerprint)
+    if path is not None and processes.is_main:
+        check_state_place(path)
+        done = load_state(path, statistics, fingerprint, finished_prompts) if path.exists() else 0
+    processes.check_agreement(fingerprint | finished_prompts(len(prompts)))
     statistics, done = processes.from_main(statistics, done)
     batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     own = range(done + processes.index, len(batches), processes.count)
@@ -108,7 +116,9 @@ def measure_heads(
             for part in processes.gather(batch):
                 statistics = statistics + part
             if path is not None and processes.is_main:
-                save_state(path, statistics, min(first + processes.count, len(batches)), fingerprint)
+                finished = min(first + processes.count, len(batches))
+                settings_there = fingerprint | finished_prompts(finished)
+                save_state(path, statistics, finished, settings_there, is_finished=finished == len(batches))
     return statistics
 
 
@@ -210,10 +220,8 @@ def check_prompts(generator: Generator, prompts: Sequence[str]) -> None:
                 )
 
 
-def _fingerprint(
-    generator: Generator, prompts: Sequence[str], batch_size: int, statistics: HeadStatistics
-) -> dict[str, Any]:
-    """What must be the same for a run to go on from another's sums."""
+def _fingerprint(generator: Generator, batch_size: int, statistics: HeadStatistics) -> dict[str, Any]:
+    """What must be the same, beside the prompts, for a run to go on from another's sums."""
     checkpoint = generator.checkpoint
     return {
         "model": checkpoint.name,
@@ -224,7 +232,5 @@ def _fingerprint(
         **previews_entry(checkpoint.previews),
         "heads": [checkpoint.num_layers, checkpoint.num_kv_heads],
         "levels": [[level.num_slots, level.buffer, level.num_recent, level.num_sinks] for level in statistics.levels],
-        "num_prompts": len(prompts),
-        "prompts_sha256": prompts_sha256(prompts),
         "batch_size": batch_size,
     }

@@ -10,9 +10,11 @@ import os
 import warnings
 from collections.abc import Sequence
 
+import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ssd_cache.budget import Amount, check_count
+from ssd_cache.allocation import fit_heads
+from ssd_cache.budget import KINDS, Amount, check_count
 from ssd_cache.head_map import HeadMap
 from ssd_cache.labels import Method, check_labelling, label_heads, map_scores, resolve_window
 from ssd_cache.measuring import measure_heads, prompts_sha256, resolve_batch_size
@@ -66,7 +68,8 @@ def profile_heads(
         seed: of the first batch; batch `i` is drawn with `seed + i`.
         progress: show a bar over visual tokens.
         state_file: where the sums are kept after every batch. When it exists the run goes on from there, and with
-            nothing left to draw it only labels.
+            nothing left to draw it only labels. Further prompts extend it, when those of the run before come first
+            and filled its batches.
 
     Returns:
         The map with its scores, threshold, model and profile, ready for `save_pretrained`.
@@ -133,9 +136,14 @@ def check_profiling(
     window: int | None = None,
     threshold: float | None = None,
     batch_size: int | None = None,
+    fit: tuple[int, int] | None = None,
     **cache_settings,
 ) -> None:
     """Refuse settings out of range before a model is loaded; all as for `profile_heads`.
+
+    Args:
+        fit: the model's layers and KV heads, when `fit_heads` is to share the budget's slots out; it is then called
+            with zeros in the place of the measurements.
 
     Raises:
         ValueError: value, limit and remedy.
@@ -145,4 +153,9 @@ def check_profiling(
         check_count("batch_size", batch_size, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `profile_heads` gives the same warnings
-        resolve_levels(grid, previews=previews, **cache_settings)
+        levels = resolve_levels(grid, previews=previews, **cache_settings)
+    if fit is not None:
+        names = [f"retained_{kind}-{level.num_slots}" for level in levels for kind in KINDS]
+        zeros = {name: torch.zeros(fit) for name in names}
+        unmeasured = HeadMap(torch.zeros(fit, dtype=torch.bool), grid, previews=previews, scores=zeros)
+        fit_heads(unmeasured, cache_settings.get("budget", 0.2))

@@ -5,6 +5,7 @@ Real processes and real signals, with a small model. How each state is made of p
 
 from __future__ import annotations
 
+import json
 import signal
 
 import pytest
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from ssd_cache import HeadMap, fit_heads, learn_score, measuring, profile_heads
 from ssd_cache.cli import app
-from ssd_cache.evaluation.fidelity import divergence, divergence_state, measure_divergence
+from ssd_cache.evaluation.fidelity import divergence, divergence_state, measure_divergence, parts
 from ssd_cache.learning_state import FORMAT, WHAT
 from ssd_cache.models import find_generator
 from ssd_cache.profiling_state import FORMAT as PROFILE
@@ -192,3 +193,26 @@ def test_an_unfinished_state_of_other_settings_is_never_replaced(checkpoint, tmp
     result = CliRunner().invoke(app, [*command, "--seed", "1"])
     assert result.exit_code == 1
     assert "seed 0 there, 1 now" in result.output
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, slow(signal.SIGKILL)])
+def test_eval_fidelity_goes_on_after_the_last_part(checkpoint, generator, tmp_path, monkeypatch, how):
+    output, state = tmp_path / "out", tmp_path / "out.state"
+    command = ["eval", "fidelity", *PROMPTS, "--model", str(checkpoint), "--budgets", "24", "--buffer", "4"]
+    command += ["--num-images", "7", "--batch-size", "1", "--policies", "ssd", "-o"]
+
+    def num_done() -> int:
+        return len(read_state(state, parts.FORMAT, "").tensors.get("ssd 24.kl", [])) if state.exists() else 0
+
+    ended(how, *interrupt([*command, str(output)], lambda: num_done() >= 2, how), state)
+    kept, calls, real = num_done(), [], parts.measure_fidelity
+    assert 2 <= kept < 7
+    assert not output.exists()
+    monkeypatch.setattr(parts, "measure_fidelity", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    for place in (output, tmp_path / "whole"):
+        calls.clear()
+        result = CliRunner().invoke(app, [*command, str(place)])
+        assert result.exit_code == 0, result.output
+        assert len(calls) == (7 - kept if place == output else 7)
+    one, whole = (json.loads((place / "fidelity.json").read_text()) for place in (output, tmp_path / "whole"))
+    assert (one["tokens"], one["results"]) == (whole["tokens"], whole["results"])

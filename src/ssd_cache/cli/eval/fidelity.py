@@ -20,7 +20,7 @@ from rich.table import Table
 from ssd_cache.analysis.plotting import check_packages
 from ssd_cache.budget import Amount, check_count
 from ssd_cache.cache import SSDCache
-from ssd_cache.cli.errors import Failure, WrongUse, refusing
+from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.eval.options import (
     Budgets,
     Buffer,
@@ -45,9 +45,11 @@ from ssd_cache.cli.options import (
     Prompts,
     PromptsFile,
 )
+from ssd_cache.cli.resuming import Resume, StateFile
 from ssd_cache.evaluation.conditions import drawing_conditions
-from ssd_cache.evaluation.fidelity import Fidelity, measure_fidelity, write_fidelity
+from ssd_cache.evaluation.fidelity import Fidelity, write_fidelity
 from ssd_cache.evaluation.fidelity.measure import check_settings
+from ssd_cache.evaluation.fidelity.parts import measure_in_parts
 from ssd_cache.evaluation.policies import Policy, choose_head_map, mean_slots, parse_policies
 from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
 
@@ -69,6 +71,10 @@ def fidelity(
     num_images: Annotated[
         int, typer.Option(help="Pictures in all, at once: the first prompts, and then round again.", metavar="N")
     ] = 4,
+    batch_size: Annotated[
+        int, typer.Option(help="Images compared at once; each part is saved when it is finished.", metavar="N")
+    ] = 4,
+    resume: Resume = None,
     policies: Policies = "ssd,h2o,streaming-llm",
     budgets: Budgets = "0.2",
     output: Annotated[
@@ -92,11 +98,14 @@ def fidelity(
     Draws a few pictures with a full cache and feeds the same tokens to every
     policy. Tells how far the next token's distribution moves, how wrong the
     attention's output gets, and how much attention fell on what heads hold.
+    Stop it at any point: the same command resumes it.
     """
     texts = read_prompts(prompts or [], prompts_file) if prompts or prompts_file else list(PROMPTS)
     check_place("--output", output, is_folder=True)
+    state = StateFile(resume, output)
     with refusing():
         check_count("num_images", num_images, 1)
+        check_count("batch_size", batch_size, 1)
         check_settings(guidance, temperature, seed)
         where = resolve_device(device)
         kind = resolve_dtype(dtype, where)
@@ -141,18 +150,21 @@ def fidelity(
     }
     generator = load_generator(checkpoint, kind, where)
     started = time.perf_counter()
-    try:
-        results = measure_fidelity(
+
+    def measure(path: Path) -> dict[str, Fidelity]:
+        return measure_in_parts(
             generator,
             drawn,
-            {name: partial(_same, cache) for name, cache in caches.items()},
+            {name: partial(_reset, cache) for name, cache in caches.items()},
+            batch_size=batch_size,
+            state_file=path,
             seed=seed,
             guidance_scale=guidance,
             temperature=temperature,
             progress=True,
         )
-    except ValueError as error:  # a prompt that does not fit, NaN: each says what to do
-        raise Failure(str(error)) from error
+
+    results = state.run(measure)
     conditions["seconds"] = round(time.perf_counter() - started, 1)
     paths = write_fidelity(results, output, conditions)
     console = Console(highlight=False, markup=False)
@@ -160,8 +172,9 @@ def fidelity(
     console.print(f"wrote {' and '.join(path.name for path in paths)} in {output}", soft_wrap=True)
 
 
-def _same(cache: SSDCache) -> SSDCache:
-    """The cache that was checked, so that what it warns of is said once."""
+def _reset(cache: SSDCache) -> SSDCache:
+    """The cache that was checked, ready for the next part, so that its warnings are shown once."""
+    cache.reset()
     return cache
 
 

@@ -30,6 +30,7 @@ FLOORS = {
     "writing": 0,
     "budget": 0,
     "rasters": 0,
+    "model_grids": 0,
     "shapes": 0,
     "statistics": 0,
     "labels": 0,

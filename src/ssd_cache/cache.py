@@ -16,9 +16,20 @@ from typing import Any, Literal
 import torch
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from ssd_cache.budget import Budget, check_count, resolve_budget, resolve_recent
+from ssd_cache.budget import (
+    Amount,
+    Budget,
+    check_count,
+    is_amount,
+    least_slots,
+    resolve_amount,
+    resolve_budget,
+    resolve_recent,
+    scale_slots,
+)
 from ssd_cache.head_map import HeadMap, HeadMapError
 from ssd_cache.layer import LayerPlan, SSDLayer
+from ssd_cache.model_grids import grids_of_model
 from ssd_cache.quantized import KV_DTYPES
 from ssd_cache.rasters import format_rasters
 from ssd_cache.retention import SCORES
@@ -32,6 +43,9 @@ DEFAULT_RECENT = 0.25
 
 CLOSING_TOKENS = 3
 """Tokens after the grid that need no warning: some models close a picture with a few, as Emu3 does."""
+
+SLOTS = ("fitted", "uniform")
+"""How one number is shared among the heads: in the proportions that the map was fitted to, or equally."""
 
 POLICIES = ("full", "ssd", "learned", "h2o", "streaming-llm", "linear", "margin")
 """Names that `SSDCache.from_policy` knows."""
@@ -59,6 +73,10 @@ class SSDCache(Cache):
             int, the tokens; or one for each kind, `{"spatial": 0.1, "semantic": 0.3}`; or a list with an entry for each
             layer, which is one of these or a list with a number for each KV head.
             When not given, the budget that the map was fitted to, or 0.2.
+        slots: how one number is shared among the heads. "fitted", the default of a map that carries slots
+            (`head_map.slots`), scales these so that a head has that number on average; each head keeps room for
+            `buffer`, `num_recent` and `num_sinks`. "uniform", the default of any other map, gives every head that
+            number. A dict or a list is taken as it is.
         buffer: tokens evicted at once, when a token arrives and all slots are taken. A grid row when not given, and a
             third of one with a learned score, which takes little to ask. 1 evicts at every step.
         num_recent: newest tokens that a semantic head always keeps; a float in [0, 1) is a fraction of its slots. A
@@ -76,8 +94,12 @@ class SSDCache(Cache):
 
     Raises:
         ValueError: a setting out of range, an unknown name, a budget that does not hold `buffer` and what must be kept,
-            "margin" with an online map, or "learned" with a map that carries no such score.
+            "margin" with an online map, "learned" with a map that carries no such score, or slots="fitted" with a map
+            that carries no slots.
         HeadMapError: at the first update, when the map does not fit the model.
+
+    Attributes:
+        slots: how the slots came about: "fitted", "uniform", or "given" for a dict or a list.
     """
 
     def __init__(
@@ -85,6 +107,7 @@ class SSDCache(Cache):
         head_map: HeadMap,
         budget: Budget | None = None,
         *,
+        slots: str | None = None,
         buffer: int | None = None,
         num_recent: int | float | None = None,
         num_sinks: int = 0,
@@ -97,8 +120,10 @@ class SSDCache(Cache):
                 f"head_map is a {type(head_map).__name__}, expected a HeadMap: HeadMap.from_pretrained(...) loads one"
             )
         columns = max(columns for _, columns in (*head_map.previews, head_map.grid))
+        self.slots = _choose_slots(slots, budget, head_map)
         if budget is None:
-            budget = DEFAULT_BUDGET if head_map.budget is None else head_map.budget
+            own = None if self.slots == "uniform" else head_map.budget
+            budget = equal_budget(head_map) if own is None else own
         self.head_map, self.budget, self.shard = head_map, budget, shard
         if score is None:
             score = "sum" if head_map.learned is None else "learned"
@@ -113,17 +138,19 @@ class SSDCache(Cache):
         self._steps: dict[torch.device, torch.Tensor] = {}  # the number of the token that `counted_step` counted
         labels = head_map.is_spatial.tolist()
         cells = head_map.num_visual_tokens
-        slots = resolve_budget(budget, labels, cells)
+        if self.slots == "fitted" and is_amount(budget):
+            budget = _scaled(head_map, budget, self.buffer, num_recent, self.num_sinks)
+        num_slots = resolve_budget(budget, labels, cells)
         if head_map.is_online:
-            _check_online(budget, head_map, slots)
+            _check_online(budget, head_map, num_slots)
         plans = [
             LayerPlan(
                 layer_idx=index,
                 is_spatial=tuple(labels[index]),
-                num_slots=slots[index],
+                num_slots=num_slots[index],
                 num_cells=cells,
                 buffer=self.buffer,
-                num_recent=tuple(resolve_recent(num_recent, held) for held in slots[index]),
+                num_recent=tuple(resolve_recent(num_recent, held) for held in num_slots[index]),
                 num_sinks=self.num_sinks,
                 is_online=head_map.is_online,
                 score=score,
@@ -139,22 +166,29 @@ class SSDCache(Cache):
 
     @classmethod
     def online(
-        cls, model: PreTrainedModel, budget: Budget = DEFAULT_BUDGET, *, grid: tuple[int, int] = (24, 24), **settings
+        cls,
+        model: PreTrainedModel,
+        budget: Budget | None = None,
+        *,
+        grid: tuple[int, int] | None = None,
+        **settings,
     ) -> SSDCache:
         """A cache for a model without a head map: it labels the heads itself, from the first rows of each batch.
 
         Args:
             model: the generator; its decoder's numbers of layers and KV heads are read.
-            budget: as for `SSDCache`, the same for both kinds.
-            grid: rows and columns of the model's visual tokens; Janus-Pro's when not given.
+            budget: as for `SSDCache`, the same for both kinds; 0.2 when not given.
+            grid: rows and columns of the model's visual tokens. Read from the configuration of Janus when not given;
+                models whose images have several sizes (Emu3, GLM-Image), and models of unknown families, need it.
             settings: as for `SSDCache`.
 
         Raises:
-            ValueError: as `SSDCache`.
+            ValueError: as `SSDCache`, or no grid for a model that does not fix one.
         """
         settings.setdefault("shard", shard_of(model))
+        grid, previews = grids_of_model(model.config, grid)
         num_layers, num_kv_heads = decoder_shape(model.config.get_text_config(decoder=True))
-        head_map = HeadMap.online(num_layers=num_layers, num_kv_heads=num_kv_heads, grid=grid)
+        head_map = HeadMap.online(num_layers=num_layers, num_kv_heads=num_kv_heads).with_grid(grid, previews)
         return cls(head_map, budget, **settings)
 
     @classmethod
@@ -164,15 +198,20 @@ class SSDCache(Cache):
         """A cache by a policy's name; the map's labels matter to "ssd", "learned" and "margin".
 
         - "full": every token is kept, whatever the budget.
-        - "ssd": the map's labels, ranked by the sum of attention as the paper has it.
-        - "learned": the map's labels, ranked by the learned score that it carries.
+        - "ssd": the paper's: the map's labels, equal slots, ranked by the sum of attention. `slots="fitted"` takes the
+          slots of the map instead.
+        - "learned": the map's labels and slots (equal ones where it carries none), ranked by its learned score: what
+          `SSDCache(head_map)` does with such a map.
         - "h2o": every head semantic, half its slots for the newest tokens (Zhang et al., arXiv 2306.14048).
         - "streaming-llm": every head spatial, with 4 sinks (Xiao et al., arXiv 2309.17453). The prompt is kept
           whole here too, so the sinks are the first visual tokens.
         - "linear": every head semantic, with score="last": at the end of a line of the picture, the tokens that its
           queries attended least are dropped; first tokens and most recent lines stay (LineAR, arXiv 2512.04857). How
           many of these is not public: 4 tokens and one line are our choice, and the prompt is kept whole here too.
-        - "margin": the map as it is, with score="margin": semantic heads keep the margin columns by position alone.
+        - "margin": the map's labels, equal slots, and score="margin": semantic heads keep the margin columns by
+          position alone.
+
+        Without a budget every policy holds as many tokens as the map's own slots, or 0.2 of the grid.
 
         Raises:
             ValueError: an unknown policy, or as `SSDCache`.
@@ -182,22 +221,22 @@ class SSDCache(Cache):
             of_kind = HeadMap.uniform(kind, num_layers=head_map.num_layers, num_kv_heads=head_map.num_kv_heads)
             return of_kind.with_grid(head_map.grid, head_map.previews)
 
+        equal = {"slots": "uniform"} if budget is None or is_amount(budget) else {}
         presets: dict[str, dict[str, Any]] = {
             "h2o": {"num_recent": 0.5},
             "streaming-llm": {"num_sinks": 4},
-            "ssd": {"score": "sum"},
+            "ssd": {"score": "sum", **equal},
             "learned": {"score": "learned"},
             "linear": {"score": "last", "num_sinks": 4, "num_recent": head_map.grid[1]},
-            "margin": {"score": "margin"},
+            "margin": {"score": "margin", **equal},
         }
         if policy not in POLICIES:
             raise ValueError(f"unknown policy {policy!r}; the policies are {', '.join(POLICIES)}")
         if policy == "full":
             budget = 1.0
-        elif policy in ("h2o", "linear"):
-            head_map = uniform("semantic")
-        elif policy == "streaming-llm":
-            head_map = uniform("spatial")
+        elif policy in ("h2o", "linear", "streaming-llm"):
+            budget = equal_budget(head_map) if budget is None else budget
+            head_map = uniform("spatial" if policy == "streaming-llm" else "semantic")
         return cls(head_map, budget, buffer=buffer, **{**presets.get(policy, {}), **settings})
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
@@ -288,6 +327,11 @@ class SSDCache(Cache):
         self._warned = False
 
     @property
+    def num_slots(self) -> list[tuple[int, ...]]:
+        """Visual tokens that every KV head may hold, layer by layer; of a shard, of the heads of this process."""
+        return [layer.plan.num_slots for layer in self.layers]
+
+    @property
     def labels(self) -> HeadMap | None:
         """The labels in force: the map's, or what an online cache found for this batch; None until it has.
 
@@ -316,10 +360,16 @@ class SSDCache(Cache):
     def __repr__(self) -> str:
         kv_dtype = "" if self.kv_dtype is None else f"kv_dtype={self.kv_dtype!r}, "
         return (
-            f"SSDCache({self.head_map!r}, budget={self.budget!r}, buffer={self.buffer}, num_recent={self.num_recent}, "
-            f"num_sinks={self.num_sinks}, score={self.score!r}, {kv_dtype}{self.get_seq_length()} tokens seen, "
-            f"{self.nbytes / 2**20:.1f} MiB)"
+            f"SSDCache({self.head_map!r}, budget={self.budget!r}, slots={self.slots!r}, buffer={self.buffer}, "
+            f"num_recent={self.num_recent}, num_sinks={self.num_sinks}, score={self.score!r}, {kv_dtype}"
+            f"{self.get_seq_length()} tokens seen, {self.nbytes / 2**20:.1f} MiB)"
         )
+
+
+def equal_budget(head_map: HeadMap) -> Amount:
+    """The number that gives every head equally many of the map's own slots; 0.2 for a map that carries none."""
+    slots = [number for layer in head_map.slots or () for number in layer]
+    return max(1, round(sum(slots) / len(slots))) if slots else DEFAULT_BUDGET
 
 
 def default_buffer(grid: tuple[int, int], score: str) -> int:
@@ -330,6 +380,38 @@ def default_buffer(grid: tuple[int, int], score: str) -> int:
 def decoder_shape(config: PreTrainedConfig) -> tuple[int, int]:
     """Layers, and KV heads in each, of a decoder; one that names no KV heads has one for every query head."""
     return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def _choose_slots(slots: str | None, budget: Budget | None, head_map: HeadMap) -> str:
+    """How the slots come about: one of `SLOTS`, or "given" for a dict or a list."""
+    if slots is not None and slots not in SLOTS:
+        near = get_close_matches(str(slots), SLOTS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"slots={slots!r} is unknown: {hint}give one of {', '.join(map(repr, SLOTS))}")
+    if budget is not None and not is_amount(budget):
+        if slots is not None:
+            raise ValueError(
+                f"slots={slots!r} says how one number is shared among the heads, but budget={budget!r} gives each its "
+                "own: leave slots out, or give one number"
+            )
+        return "given"
+    if slots == "fitted" and head_map.budget is None:
+        raise ValueError(
+            f"slots='fitted': the head map ({head_map.origin}) carries no slots; fit_heads or `ssd-cache fit` makes a "
+            "map with them, and without slots= every head gets the same number"
+        )
+    return slots or ("uniform" if head_map.budget is None else "fitted")
+
+
+def _scaled(
+    head_map: HeadMap, budget: Amount, buffer: int, num_recent: int | float, num_sinks: int
+) -> list[tuple[int, ...]]:
+    """The map's own slots, scaled to this mean, with room in every head for what it must keep."""
+    cells = head_map.num_visual_tokens
+    least = {kind: least_slots(kind, buffer, num_recent, num_sinks, cells) for kind in (True, False)}
+    least_of = [[least[is_spatial] for is_spatial in layer] for layer in head_map.is_spatial.tolist()]
+    assert head_map.slots is not None
+    return scale_slots(head_map.slots, resolve_amount("budget", budget, cells), least_of, cells)
 
 
 def _check_score(score: str, head_map: HeadMap) -> str:

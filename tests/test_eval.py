@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 from ssd_cache import POLICIES, HeadMap, fit_heads
 from ssd_cache.analysis import plotting
 from ssd_cache.cli import app
-from ssd_cache.evaluation.bootstrap import compare, score
+from ssd_cache.evaluation.bootstrap import bootstrap_difference, bootstrap_error, compare, score
 from ssd_cache.evaluation.conditions import draw_seed, drawing_conditions
 from ssd_cache.evaluation.plots import draw_score_by_budget
 from ssd_cache.evaluation.policies import mean_slots, parse_policies, parse_policy, random_map
@@ -179,12 +179,49 @@ def test_samples_of_a_prompt_do_not_count_as_independent():
     assert score(verdicts(a="1111 0000"), ["a"]).standard_error == score(verdicts(a="1 0"), ["a"]).standard_error
 
 
-def test_the_bootstrap_of_two_prompts_has_the_binomial_distribution():
-    # differences 1 and 0: resampled means are 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4
-    found = compare(verdicts(a="1 1"), verdicts(a="0 1"), ["a"])
-    assert (found.difference, found.low, found.high, found.num_pictures) == (0.5, 0.0, 1.0, 2)
-    # P(at most 0) = 1/4, doubled; standard error of 10,000 draws 0.0043, doubled, times 4
-    assert found.p == pytest.approx(0.5, abs=0.035)
+def test_the_bootstrap_of_six_prompts_has_the_binomial_distribution():
+    # four differences are 1 and two -1, so a resampled mean is (2 X - 6) / 6 with X of the binomial of 6 and 2/3
+    found = compare(verdicts(a="1 1 1 1 0 0"), verdicts(a="0 0 0 0 1 1"), ["a"])
+    # P(X <= 1) = 0.018, P(X <= 2) = 0.100, P(X <= 5) = 0.912
+    assert (found.difference, found.low, found.high) == pytest.approx((1 / 3, -1 / 3, 1))
+    assert found.num_pictures == 6
+    # P(X <= 3) = 0.320, doubled; standard error of 10,000 draws 0.0047, doubled, times 4
+    assert found.p == pytest.approx(0.639, abs=0.038)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_too_few_prompts_tell_nothing_but_the_difference(number):
+    up, down = verdicts(a=" ".join("1" * number)), verdicts(a=" ".join("0" * number))
+    for found, difference in ((compare(up, down, ["a"]), 1), (compare(up, up, ["a"]), 0)):
+        assert found.difference == difference
+        assert np.isnan([found.low, found.high, found.p]).all()
+
+
+def test_one_prompt_a_kind_shows_no_spread_however_many_kinds():
+    kinds = "abcdefgh"
+    up, down = ({kind: {0: {0: correct}} for kind in kinds} for correct in (True, False))
+    found = compare(up, down, kinds)
+    assert found.difference == 1
+    assert np.isnan([found.low, found.high, found.p]).all()
+    assert np.isnan(score(up, kinds).standard_error)
+    assert np.isnan(bootstrap_error([[1.0], [0.0, 1.0]]))
+
+
+def test_p_is_never_below_what_as_many_unequal_pairs_can_show():
+    def p_of(better, equal):
+        both = [1] * better + [0] * equal
+        return bootstrap_difference([both], len(both)).p
+
+    assert [p_of(number, 0) for number in (6, 8, 10)] == [2**-5, 2**-7, 2**-9]
+    assert p_of(3, 97) == 2**-2  # three that differ, of a hundred: as one toss in four
+    assert p_of(1, 99) == p_of(0, 100) == 1
+    assert p_of(14, 0) == pytest.approx(2 / 10_001)  # the least that the resamples can show
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_differences_that_are_no_numbers_give_no_numbers(value):
+    found = bootstrap_difference([[0.5] * 9 + [value]], 10)
+    assert np.isnan([found.difference, found.low, found.high, found.p]).all()
 
 
 def test_the_bootstrap_equals_drawing_prompts_one_by_one():
@@ -204,12 +241,12 @@ def test_the_bootstrap_equals_drawing_prompts_one_by_one():
 
 
 def test_equal_policies_differ_by_nothing_and_the_sign_turns_round():
-    same = verdicts(a="1 0 1", b="01 11")
+    same = verdicts(a="1 0 1 1", b="01 11")
     found = compare(same, same, ["a", "b"])
     assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
-    better, worse = verdicts(a="1 1 1 1 0 1 1 1"), verdicts(a="0 0 1 0 0 0 1 1")
+    better, worse = verdicts(a="1 1 1 1 1 1 1 1"), verdicts(a="0 0 1 0 0 0 0 1")
     up, down = compare(better, worse, ["a"]), compare(worse, better, ["a"])
-    assert (up.difference, down.difference) == (0.5, -0.5)
+    assert (up.difference, down.difference) == (0.75, -0.75)
     assert up.low > 0 > down.high
     assert up.p < 0.05
 

@@ -25,19 +25,20 @@ from tiny_checkpoint import load_example
 from transformers import JanusForConditionalGeneration
 from typer.testing import CliRunner
 
-from ssd_cache import POLICIES, HeadMap, fit_heads
+from ssd_cache import POLICIES, HeadMap, SSDCache, fit_heads
 from ssd_cache.analysis import plotting
 from ssd_cache.cli import app
 from ssd_cache.evaluation.bootstrap import bootstrap_difference, bootstrap_error, compare, score
 from ssd_cache.evaluation.conditions import draw_seed, drawing_conditions
 from ssd_cache.evaluation.plots import draw_score_by_budget
-from ssd_cache.evaluation.policies import mean_slots, parse_policies, parse_policy, random_map
+from ssd_cache.evaluation.policies import mean_slots, parse_policies, parse_policy, random_map, resolve_policies
 from ssd_cache.evaluation.records import Record, parse_record, read_records
 from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder
 from ssd_cache.evaluation.runner import Plan
 from ssd_cache.evaluation.shapes import shapes_prompts
 from ssd_cache.evaluation.tables import commands, summarize, to_json
 from ssd_cache.models import find_generator
+from ssd_cache.presets import words_of
 from ssd_cache.shapes import KINDS, PALETTE
 
 HEAD_MAP = HeadMap(
@@ -57,6 +58,83 @@ HEAD_MAP = HeadMap(
 
 
 # --- policies
+
+
+BY_HEAD = [[60, 180], [115, 105]]
+LEARNED = random_score(2, 2, 4, HEAD_MAP.grid)
+
+
+@pytest.mark.parametrize(
+    ("carried", "label", "words"),
+    [
+        ({}, "ssd", "equal slots, attention sum"),
+        ({"budget": BY_HEAD}, "ssd:slots=fitted", "fitted slots, attention sum"),
+        ({"learned": LEARNED}, "learned", "equal slots, learned score"),
+        ({"budget": BY_HEAD, "learned": LEARNED}, "learned", "fitted slots, learned score"),
+    ],
+)
+def test_default_is_the_maps_own_settings_under_their_exact_name(carried, label, words):
+    head_map = replace(HEAD_MAP, **carried)
+    [policy] = resolve_policies(parse_policies("default"), head_map)
+    assert policy.label == label
+    for budget in (0.2, 0.5):
+        own, named, unresolved = (
+            SSDCache(head_map, budget),
+            parse_policy(label).make_cache(head_map, budget),
+            parse_policy("default").make_cache(head_map, budget),
+        )
+        for cache in (named, unresolved):
+            assert cache.num_slots == own.num_slots
+            assert (cache.score, cache.buffer, cache.num_recent) == (own.score, own.buffer, own.num_recent)
+        assert words_of(named.slots, named.score) == words
+
+
+def test_settings_stay_with_the_default_and_the_name_says_them():
+    head_map = replace(HEAD_MAP, budget=BY_HEAD, learned=LEARNED)
+
+    def labels(text, **run):
+        return [policy.label for policy in resolve_policies(parse_policies(text), head_map, run)]
+
+    assert labels("full,default,learned,h2o") == ["full", "learned", "h2o"]  # each once
+    assert labels("default:buffer=8") == ["learned:buffer=8"]
+    assert labels("default:slots=uniform") == ["learned:slots=uniform"]
+    assert labels("default:score=sum") == labels("default", score="sum") == ["ssd:slots=fitted"]
+    assert labels("default:score=mean,slots=uniform") == ["ssd:score=mean"]
+    assert labels("default:score=learned") == ["learned"]
+
+
+def test_other_policies_hold_what_their_names_say_on_a_fitted_map(tmp_path):
+    head_map = replace(HEAD_MAP, budget=BY_HEAD, learned=LEARNED)
+    by_head, equal = [(60, 180), (115, 105)], [(115, 115), (115, 115)]
+    for name in ("ssd", "margin", "h2o", "streaming-llm", "linear", "inverted", "random-1", "online"):
+        assert parse_policy(name).make_cache(head_map, 0.2).num_slots == equal, name
+    cache = parse_policy(str(head_map.save_pretrained(tmp_path / "map"))).make_cache(HEAD_MAP, 0.2)
+    assert (cache.num_slots, cache.score, cache.buffer) == (by_head, "learned", 8)  # a folder: its own settings
+
+
+def test_the_bundled_maps_default_at_20_percent_is_what_the_results_call_fitted_with_a_learned_score():
+    head_map = find_generator("shapes-janus").head_map()
+    [policy] = resolve_policies(parse_policies("default"), head_map)
+    own, told = (each.make_cache(head_map, 0.2) for each in (policy, parse_policy("fitted:score=learned")))
+    assert policy.label == "learned"
+    assert own.num_slots == told.num_slots
+    assert (own.score, own.buffer, own.num_recent) == (told.score, told.buffer, told.num_recent)
+    assert torch.equal(own.head_map.is_spatial, told.head_map.is_spatial)
+
+
+def test_results_of_equal_slots_are_not_mixed_with_fitted_ones_of_the_same_name(tmp_path):
+    head_map = replace(HEAD_MAP, budget=BY_HEAD, learned=LEARNED)
+
+    def described(text):
+        plan = Plan(parse_policies(text), [0.2], [0], [("a", "a circle")], 1, head_map, {})
+        return {"conditions": {}, "policies": plan.describe(), "command": {}}
+
+    before = described("ssd,learned")
+    before["policies"]["learned"]["slots"] = {"0.2": 115}  # as an earlier version wrote it, and drew it
+    ResultsFolder(tmp_path, before).close()
+    ResultsFolder(tmp_path, described("ssd")).close()  # which means what it meant
+    with pytest.raises(ResultsError, match=r"policy learned: .*slots {'0.2': 115} there, {'0.2': \[\[60, 180\]"):
+        ResultsFolder(tmp_path, described("learned"))
 
 
 @pytest.mark.parametrize("name", [*POLICIES, "inverted", "online", "random-3"])

@@ -45,6 +45,7 @@ FLOORS = {
     "quantized": 1,
     "layer": 1,
     "attention": 1,
+    "presets": 1,
     "cache": 2,
     "cuda_graph": 2,
     "watching": 2,

@@ -78,7 +78,7 @@ def scale_slots(
     Example: half of the slots; the second head must hold 20.
 
         >>> scale_slots([(100, 25), (75, 40)], 30, [(5, 20), (5, 5)], 576)
-        [(47, 20), (35, 18)]
+        [(46, 20), (35, 19)]
     """
     flat = [number for layer in slots for number in layer]
     bounds = [min(number, num_cells) for layer in least for number in layer]

@@ -11,44 +11,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any, Literal
 
 import torch
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from ssd_cache.budget import (
-    Amount,
-    Budget,
-    check_count,
-    is_amount,
-    least_slots,
-    resolve_amount,
-    resolve_budget,
-    resolve_recent,
-    scale_slots,
-)
+from ssd_cache.budget import Budget, check_count, is_amount, resolve_budget, resolve_recent
 from ssd_cache.head_map import HeadMap, HeadMapError
 from ssd_cache.layer import LayerPlan, SSDLayer
 from ssd_cache.model_grids import grids_of_model
+from ssd_cache.presets import POLICIES, choose_slots, equal_budget, fitted_slots, preset
 from ssd_cache.quantized import KV_DTYPES
 from ssd_cache.rasters import format_rasters
 from ssd_cache.retention import SCORES
 from ssd_cache.sharding import is_distributed, own_heads, shard_of
 
-DEFAULT_BUDGET = 0.2
-"""The paper's budget: a fifth of the visual tokens."""
+__all__ = ["POLICIES", "MemoryStats", "SSDCache", "decoder_shape", "default_buffer"]
 
 DEFAULT_RECENT = 0.25
 """What semantic heads keep of newest tokens, whatever their score, of their slots; measured in docs/results.md."""
 
 CLOSING_TOKENS = 3
 """Tokens after the grid that need no warning: some models close a picture with a few, as Emu3 does."""
-
-SLOTS = ("fitted", "uniform")
-"""How one number is shared among the heads: in the proportions that the map was fitted to, or equally."""
-
-POLICIES = ("full", "ssd", "learned", "h2o", "streaming-llm", "linear", "margin")
-"""Names that `SSDCache.from_policy` knows."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +103,7 @@ class SSDCache(Cache):
                 f"head_map is a {type(head_map).__name__}, expected a HeadMap: HeadMap.from_pretrained(...) loads one"
             )
         columns = max(columns for _, columns in (*head_map.previews, head_map.grid))
-        self.slots = _choose_slots(slots, budget, head_map)
+        self.slots = choose_slots(slots, budget, head_map)
         if budget is None:
             own = None if self.slots == "uniform" else head_map.budget
             budget = equal_budget(head_map) if own is None else own
@@ -139,7 +122,7 @@ class SSDCache(Cache):
         labels = head_map.is_spatial.tolist()
         cells = head_map.num_visual_tokens
         if self.slots == "fitted" and is_amount(budget):
-            budget = _scaled(head_map, budget, self.buffer, num_recent, self.num_sinks)
+            budget = fitted_slots(head_map, budget, self.buffer, num_recent, self.num_sinks)
         num_slots = resolve_budget(budget, labels, cells)
         if head_map.is_online:
             _check_online(budget, head_map, num_slots)
@@ -216,28 +199,8 @@ class SSDCache(Cache):
         Raises:
             ValueError: an unknown policy, or as `SSDCache`.
         """
-
-        def uniform(kind: Literal["spatial", "semantic"]) -> HeadMap:
-            of_kind = HeadMap.uniform(kind, num_layers=head_map.num_layers, num_kv_heads=head_map.num_kv_heads)
-            return of_kind.with_grid(head_map.grid, head_map.previews)
-
-        equal = {"slots": "uniform"} if budget is None or is_amount(budget) else {}
-        presets: dict[str, dict[str, Any]] = {
-            "h2o": {"num_recent": 0.5},
-            "streaming-llm": {"num_sinks": 4},
-            "ssd": {"score": "sum", **equal},
-            "learned": {"score": "learned"},
-            "linear": {"score": "last", "num_sinks": 4, "num_recent": head_map.grid[1]},
-            "margin": {"score": "margin", **equal},
-        }
-        if policy not in POLICIES:
-            raise ValueError(f"unknown policy {policy!r}; the policies are {', '.join(POLICIES)}")
-        if policy == "full":
-            budget = 1.0
-        elif policy in ("h2o", "linear", "streaming-llm"):
-            budget = equal_budget(head_map) if budget is None else budget
-            head_map = uniform("spatial" if policy == "streaming-llm" else "semantic")
-        return cls(head_map, budget, buffer=buffer, **{**presets.get(policy, {}), **settings})
+        head_map, budget, preset_settings = preset(policy, head_map, budget)
+        return cls(head_map, budget, buffer=buffer, **{**preset_settings, **settings})
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Store new tokens of one layer; see `SSDLayer.update` for shapes, returns and errors."""
@@ -332,6 +295,12 @@ class SSDCache(Cache):
         return [layer.plan.num_slots for layer in self.layers]
 
     @property
+    def mean_slots(self) -> float:
+        """Visual tokens that a head may hold, on average over the heads."""
+        held = [slots for layer in self.num_slots for slots in layer]
+        return sum(held) / len(held)
+
+    @property
     def labels(self) -> HeadMap | None:
         """The labels in force: the map's, or what an online cache found for this batch; None until it has.
 
@@ -366,12 +335,6 @@ class SSDCache(Cache):
         )
 
 
-def equal_budget(head_map: HeadMap) -> Amount:
-    """The number that gives every head equally many of the map's own slots; 0.2 for a map that carries none."""
-    slots = [number for layer in head_map.slots or () for number in layer]
-    return max(1, round(sum(slots) / len(slots))) if slots else DEFAULT_BUDGET
-
-
 def default_buffer(grid: tuple[int, int], score: str) -> int:
     """Tokens evicted at once: a row where a score has to be made of queries, a third of one where it is learned."""
     return max(1, grid[1] // 3) if score == "learned" else grid[1]
@@ -380,38 +343,6 @@ def default_buffer(grid: tuple[int, int], score: str) -> int:
 def decoder_shape(config: PreTrainedConfig) -> tuple[int, int]:
     """Layers, and KV heads in each, of a decoder; one that names no KV heads has one for every query head."""
     return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
-def _choose_slots(slots: str | None, budget: Budget | None, head_map: HeadMap) -> str:
-    """How the slots come about: one of `SLOTS`, or "given" for a dict or a list."""
-    if slots is not None and slots not in SLOTS:
-        near = get_close_matches(str(slots), SLOTS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"slots={slots!r} is unknown: {hint}give one of {', '.join(map(repr, SLOTS))}")
-    if budget is not None and not is_amount(budget):
-        if slots is not None:
-            raise ValueError(
-                f"slots={slots!r} says how one number is shared among the heads, but budget={budget!r} gives each its "
-                "own: leave slots out, or give one number"
-            )
-        return "given"
-    if slots == "fitted" and head_map.budget is None:
-        raise ValueError(
-            f"slots='fitted': the head map ({head_map.origin}) carries no slots; fit_heads or `ssd-cache fit` makes a "
-            "map with them, and without slots= every head gets the same number"
-        )
-    return slots or ("uniform" if head_map.budget is None else "fitted")
-
-
-def _scaled(
-    head_map: HeadMap, budget: Amount, buffer: int, num_recent: int | float, num_sinks: int
-) -> list[tuple[int, ...]]:
-    """The map's own slots, scaled to this mean, with room in every head for what it must keep."""
-    cells = head_map.num_visual_tokens
-    least = {kind: least_slots(kind, buffer, num_recent, num_sinks, cells) for kind in (True, False)}
-    least_of = [[least[is_spatial] for is_spatial in layer] for layer in head_map.is_spatial.tolist()]
-    assert head_map.slots is not None
-    return scale_slots(head_map.slots, resolve_amount("budget", budget, cells), least_of, cells)
 
 
 def _check_score(score: str, head_map: HeadMap) -> str:

@@ -128,8 +128,8 @@ def bootstrap_difference(
 def bootstrap_error(strata: Sequence[Sequence[float]], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> float:
     """Standard error of `stratified_mean`: how far the means of resamples spread.
 
-    With n prompts it is sqrt((n - 1) / n) of the usual estimate, as the bootstrap's is; NaN where a stratum has one prompt,
-    which shows no spread.
+    With n prompts it is sqrt((n - 1) / n) of the usual estimate, as the bootstrap's is. NaN where a stratum has one
+    prompt, which shows no spread.
     """
     if min(map(len, strata)) < 2:
         return math.nan

@@ -17,7 +17,7 @@ from ssd_cache.evaluation.records import Record
 from ssd_cache.evaluation.runner import budget_name
 from ssd_cache.shapes import KINDS
 
-FULL, OURS = "full", ("fitted:score=learned", "learned", "ssd", "fitted")
+FULL, OURS = "full", ("fitted:score=learned", "learned", "ssd:slots=fitted", "ssd", "fitted")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def to_markdown(summary: Summary) -> str:
     """The whole report as a page of text."""
     conditions = "\n".join(f"- {name}: {_plain(value)}" for name, value in summary.run["conditions"].items())
     policies = "\n".join(
-        f"- {label}: head map {entry['head_map']}, {_plain(entry['settings']) or 'no settings'}"
+        f"- {label}: head map {entry['head_map']}, {_slots(entry['slots'])}, "
+        f"{_plain(entry['settings']) or 'no settings'}"
         for label, entry in summary.run["policies"].items()
     )
     differences = (
@@ -209,6 +210,11 @@ def _number(value: float, digits: int, signed: bool = False) -> str:
 
 def _plain(value: Any) -> str:
     return ", ".join(f"{name} {entry}" for name, entry in value.items()) if isinstance(value, dict) else str(value)
+
+
+def _slots(by_budget: Mapping[str, Any]) -> str:
+    is_equal = all(isinstance(slots, int) for slots in by_budget.values())
+    return "the same slots in every head" if is_equal else "slots head by head"
 
 
 def _finite(value: Any) -> Any:

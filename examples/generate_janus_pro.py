@@ -21,7 +21,7 @@ def main(
     prompts: list[str],
     model: str = "deepseek-community/Janus-Pro-1B",
     head_map: str = "online",
-    budget: float = 0.2,
+    budget: float | None = None,
     guidance: float = 5.0,
     seed: int = 0,
     device: str = "auto",
@@ -36,9 +36,8 @@ def main(
     )
     janus = janus.to(where).eval()
     if head_map == "online":  # the cache labels the heads while it draws
-        side = janus.config.vision_config.image_size // janus.config.vision_config.patch_size
-        cache = SSDCache.online(janus, budget, grid=(side, side))
-    else:
+        cache = SSDCache.online(janus, budget)
+    else:  # without a budget the map's own slots, or 0.2 of the visual tokens
         cache = SSDCache(HeadMap.from_pretrained(head_map), budget)
 
     texts = prompts

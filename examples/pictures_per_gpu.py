@@ -87,7 +87,7 @@ def main(
     checkpoint, kind = find_generator(model), resolve_dtype(dtype)
     if head_map is None:  # what is counted depends on the budget alone
         shape = {"num_layers": checkpoint.num_layers, "num_kv_heads": checkpoint.num_kv_heads}
-        labels = HeadMap.uniform("semantic", **shape, grid=checkpoint.grid)
+        labels = HeadMap.uniform("semantic", **shape).with_grid(checkpoint.grid, checkpoint.previews)
     else:
         labels = HeadMap.from_pretrained(head_map)
         checkpoint.check_head_map(labels)

@@ -155,6 +155,16 @@ def test_learning_lowers_the_divergence_and_leaves_the_model_as_it_was(generator
     assert torch.equal(learned.is_spatial, labels().is_spatial)
 
 
+def test_a_number_scales_the_slots_of_a_fitted_map_and_the_new_map_keeps_them(generator):
+    fitted = replace(labels(), budget=[[12, 40], [30, 14]])
+    learned = learn_score(generator, PROMPTS, fitted, **SETTINGS | {"budget": 32, "buffer": 2}, num_steps=1)
+    assert learned.budget == [[16, 53], [40, 19]]
+    assert SSDCache(learned).num_slots == SSDCache(fitted, 32, buffer=2, num_recent=0).num_slots
+    assert learn_score(generator, PROMPTS, fitted, **SETTINGS | {"budget": None, "buffer": 2}, num_steps=1).budget == (
+        fitted.budget
+    )
+
+
 @pytest.fixture
 def stop(monkeypatch):
     """Interrupts learning at the step after `number` steps."""

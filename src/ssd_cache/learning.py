@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ssd_cache.budget import Budget, check_count
+from ssd_cache.budget import Budget, check_count, is_amount
 from ssd_cache.cache import SSDCache, default_buffer
 from ssd_cache.head_map import HeadMap
 from ssd_cache.head_map_checks import MAX_TEXT
@@ -159,7 +159,7 @@ def learn_score(
     }
     result = replace(  # refuses before the first step what could not be returned after the last
         head_map,
-        budget=head_map.budget if budget is None else budget,
+        budget=_own_budget(head_map, budget, plans),
         method=f"{(head_map.method or 'labels given').removesuffix(LEARNED)}{LEARNED}"[:MAX_TEXT],
         profile={**head_map.profile, "learning": {"num_steps": num_steps, **facts}},
     )
@@ -198,6 +198,13 @@ def learn_score(
     if len(run.stages) > 1:
         learning["stages"] = run.stages
     return replace(result, learned=run.learning.score(), profile={**result.profile, "learning": learning})
+
+
+def _own_budget(head_map: HeadMap, budget: Budget | None, plans: Sequence[LayerPlan]) -> Budget | None:
+    """The budget of the new map: the one trained for, with every head's slots where one number scaled the map's own."""
+    if budget is None:
+        return head_map.budget
+    return [list(plan.num_slots) for plan in plans] if head_map.slots and is_amount(budget) else budget
 
 
 def check_learning(

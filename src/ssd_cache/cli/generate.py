@@ -15,7 +15,6 @@ from PIL import Image
 from rich.console import Console
 
 from ssd_cache.batching import MAX_IMAGES, default_batch_size, image_nbytes
-from ssd_cache.cache import POLICIES
 from ssd_cache.cli.draw import Drawing, draw
 from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.files import PICTURE_FORMATS, TOKENS, check_output, read_prompts, save_picture
@@ -33,13 +32,14 @@ from ssd_cache.cli.options import (
     Seed,
     Temperature,
 )
-from ssd_cache.cli.plan import choose_policies, make_caches, parse_budget
+from ssd_cache.cli.plan import choose_policies, described, make_caches, parse_budget
 from ssd_cache.cli.report import process_peak, size, table
 from ssd_cache.cli.sheet import Row, contact_sheet
 from ssd_cache.evaluation.runner import digest_of
 from ssd_cache.fast_decode import fast_decode
 from ssd_cache.measuring import prompts_sha256
 from ssd_cache.models import BUNDLED, Generator, check_drawing, resolve_device, resolve_dtype
+from ssd_cache.presets import POLICIES
 from ssd_cache.profiling_state import Processes
 from ssd_cache.quantized import KV_DTYPES
 from ssd_cache.writing import write_files
@@ -83,7 +83,7 @@ def generate(
         typer.Option(
             help=f"What is kept: {', '.join(POLICIES)}.",
             metavar="NAME",
-            show_default="learned where the map has it, else ssd",
+            show_default="the head map's own settings",
             rich_help_panel=CACHE,
         ),
     ] = None,
@@ -102,6 +102,15 @@ def generate(
             help="Visual tokens evicted at once.",
             metavar="N",
             show_default="a row of the grid; learned: a third",
+            rich_help_panel=CACHE,
+        ),
+    ] = None,
+    slots: Annotated[
+        str | None,
+        typer.Option(
+            help="How --budget is shared: fitted (scales the map's slots) or uniform (equal slots).",
+            metavar="NAME",
+            show_default="fitted where the map has slots",
             rich_help_panel=CACHE,
         ),
     ] = None,
@@ -156,7 +165,7 @@ def generate(
         checkpoint = find_model(model, grid)
         if place.suffix.lower() != TOKENS:
             checkpoint.check_pictures()
-        caches = make_caches(checkpoint, policies, head_map, amount, buffer, kv_dtype)
+        caches = make_caches(checkpoint, policies, head_map, amount, buffer, kv_dtype, slots)
         at_most = min(batch_size or MAX_IMAGES, len(texts))
         if processes.count > (num_batches := -(-len(texts) // at_most)):
             raise WrongUse(
@@ -174,9 +183,9 @@ def generate(
                 "seed": seed,
                 "batch size": batch_size,
                 **{
-                    f"map, budget, buffer, kv_dtype of {name}": [
+                    f"map, slots, buffer, kv_dtype of {name}": [
                         digest_of(cache.head_map),
-                        cache.budget,
+                        cache.num_slots,
                         cache.buffer,
                         cache.kv_dtype,
                     ]
@@ -212,7 +221,7 @@ def generate(
         conditions = (
             f"{checkpoint.name} on {where}{shared}, {str(kind).removeprefix('torch.')}, "
             f"{len(texts)} picture(s) a policy, batch {min(size_of_batch, len(texts))}, "
-            f"guidance {shown[0]:g}, temperature {shown[1]:g}, seed {seed}{process_peak()}"
+            f"guidance {shown[0]:g}, temperature {shown[1]:g}, seed {seed}{described(caches)}{process_peak()}"
         )
         console.print(table(drawings, conditions))
         console.print(f"wrote {output} ({measures})", soft_wrap=True)

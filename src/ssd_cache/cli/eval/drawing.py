@@ -7,6 +7,7 @@ All that can be refused is refused before weights are loaded. How a batch is dra
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from ssd_cache.batching import default_batch_size
 from ssd_cache.budget import check_count
+from ssd_cache.cache import SSDCache
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.eval.options import CACHE
 from ssd_cache.cli.files import check_place
@@ -26,8 +28,9 @@ from ssd_cache.cli.options import SAMPLING
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.evaluation.conditions import drawing_conditions
 from ssd_cache.evaluation.export import PictureSet, check_unclaimed, claim_folder, draw_pictures, recorded_batch_size
-from ssd_cache.evaluation.policies import SETTINGS, choose_head_map, mean_slots, parse_policy
+from ssd_cache.evaluation.policies import SETTINGS, choose_head_map, mean_slots, parse_policy, resolve_policies
 from ssd_cache.models import Generator, check_drawing, resolve_device, resolve_dtype
+from ssd_cache.presets import equal_budget
 from ssd_cache.profiling_state import Processes
 
 EXPORT_BATCH_SIZE = 16
@@ -39,16 +42,18 @@ Output = Annotated[
 PolicyName = Annotated[
     str,
     typer.Option(
-        help="What is kept: full, ssd, h2o, streaming-llm, ..., with settings as in ssd:buffer=8.",
+        help="What is kept: full, ssd, h2o, streaming-llm, ..., with settings as in ssd:buffer=8; default is what the "
+        "head map is used with by itself, and is recorded under its exact name.",
         metavar="NAME",
         rich_help_panel=CACHE,
     ),
 ]
 BudgetText = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="Visual tokens a head may hold: a fraction of the grid, or a count (115).",
         metavar="X",
+        show_default="what the head map was fitted to, or 0.2",
         rich_help_panel=CACHE,
     ),
 ]
@@ -74,7 +79,7 @@ class Options:
     grid: str | None
     head_map: str | None
     policy: str
-    budget: str
+    budget: str | None
     output: Path
     batch_size: int | None
     guidance: float | None
@@ -102,7 +107,7 @@ def export(
         num_samples: pictures of a prompt.
         options: the rest.
     """
-    amount = parse_budget(options.budget)
+    given = None if options.budget is None else parse_budget(options.budget)
     with refusing():
         policy = parse_policy(options.policy)
         check_drawing(options.guidance, options.temperature, options.seed)
@@ -118,7 +123,8 @@ def export(
         checkpoint = find_model(options.model, options.grid)
         checkpoint.check_pictures()
         labels = choose_head_map(checkpoint, options.head_map, [policy])
-        [amount] = policy.budgets([amount])
+        [policy] = resolve_policies([policy], labels)
+        [amount] = policy.budgets([equal_budget(labels) if given is None else given])
         cache = policy.make_cache(labels, amount)
         generator: Generator | None = None
         batch_size = given or processes.gather_all(recorded_batch_size(pictures.root))[0]
@@ -135,6 +141,7 @@ def export(
             "policy": policy.label,
             "budget": amount,
             "num_slots": mean_slots(cache),
+            **_slots_entry(cache),
             "head_map": "online" if cache.head_map.is_online else cache.head_map.digest,
             "seed": options.seed,
             "num_prompts": len(tagged),
@@ -147,7 +154,7 @@ def export(
                 batch_size=batch_size,
                 guidance_scale=options.guidance,
                 temperature=options.temperature,
-                settings={name: getattr(cache, name) for name in SETTINGS},
+                settings={name: getattr(cache, name) for name in SETTINGS if name != "slots"},
             ),
         }
         processes.check_agreement(settings | {"prompts": hashlib.sha256(prompts.encode()).hexdigest()})
@@ -177,14 +184,23 @@ def export(
         )
 
 
+def _slots_entry(cache: SSDCache) -> dict[str, Any]:
+    """Which slots each head has, where they are not equal: nothing for equal ones, as folders had it before."""
+    if cache.slots == "uniform":
+        return {}
+    digest = hashlib.sha256(json.dumps(cache.num_slots).encode()).hexdigest()[:12]
+    return {"slots": f"{cache.slots} {digest}"}
+
+
 def described(settings: Mapping[str, Any]) -> str:
     """The settings of an export in one line, for tables; what an unknown program drew is said to be unknown."""
     if not settings:
         return "drawn by another program, settings unknown"
     budget, slots = settings["budget"], settings["num_slots"]
     share = f"{budget:.0%} of the visual tokens" if isinstance(budget, float) else f"{budget} visual tokens"
+    shared = "head by head, " if "slots" in settings else ""
     return (
-        f"{settings['model']}, policy {settings['policy']}, budget {share} ({slots:g} slots a head in "
+        f"{settings['model']}, policy {settings['policy']}, budget {share} ({shared}{slots:g} slots a head in "
         f"every row of guidance, the prompt not counted), map {settings['head_map']}, seed {settings['seed']}, "
         f"guidance {settings['guidance_scale']:g}, temperature {settings['temperature']:g}, {settings['dtype']}"
     )

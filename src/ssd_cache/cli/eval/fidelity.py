@@ -22,11 +22,11 @@ from ssd_cache.budget import Amount, check_count
 from ssd_cache.cache import SSDCache
 from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.eval.options import (
-    Budgets,
     Buffer,
     HeadMapName,
     NumRecent,
     NumSinks,
+    OwnBudgets,
     Policies,
     ScoreName,
     cache_settings,
@@ -50,8 +50,16 @@ from ssd_cache.evaluation.conditions import drawing_conditions
 from ssd_cache.evaluation.fidelity import Fidelity, write_fidelity
 from ssd_cache.evaluation.fidelity.measure import check_settings
 from ssd_cache.evaluation.fidelity.parts import measure_in_parts
-from ssd_cache.evaluation.policies import Policy, choose_head_map, mean_slots, parse_policies
+from ssd_cache.evaluation.policies import (
+    DEFAULT,
+    Policy,
+    choose_head_map,
+    mean_slots,
+    parse_policies,
+    resolve_policies,
+)
 from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
+from ssd_cache.presets import equal_budget
 
 PROMPTS = (
     "a photo of a red circle and a blue square",
@@ -75,8 +83,8 @@ def fidelity(
         int, typer.Option(help="Images compared at once; each part is saved when it is finished.", metavar="N")
     ] = 4,
     resume: Resume = None,
-    policies: Policies = "ssd,h2o,streaming-llm",
-    budgets: Budgets = "0.2",
+    policies: Policies = f"{DEFAULT},h2o,streaming-llm",
+    budgets: OwnBudgets = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="A folder for fidelity.json and fidelity.png.", metavar="FOLDER")
     ] = Path("fidelity"),
@@ -110,10 +118,12 @@ def fidelity(
         where = resolve_device(device)
         kind = resolve_dtype(dtype, where)
         chosen = parse_policies(policies)
-        amounts = parse_budgets(budgets)
+        given = None if budgets is None else parse_budgets(budgets)
         checkpoint = find_model(model, grid)
         labels = choose_head_map(checkpoint, head_map, chosen)
         settings = cache_settings(buffer, num_recent, num_sinks, score)
+        chosen = resolve_policies(chosen, labels, settings)
+        amounts = [equal_budget(labels)] if given is None else given
         cells = labels.num_visual_tokens
         for amount in amounts:
             if isinstance(amount, int) and amount > cells:
@@ -195,6 +205,7 @@ def _facts(case: Case, cache: SSDCache) -> dict[str, Any]:
         "policy": policy.label,
         "budget": amount,
         "num_slots": mean_slots(cache),
+        "slots": cache.slots,
         "buffer": cache.buffer,
         "num_recent": cache.num_recent,
         "num_sinks": cache.num_sinks,

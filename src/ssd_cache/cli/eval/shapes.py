@@ -31,7 +31,7 @@ from ssd_cache.cli.eval.report import finish
 from ssd_cache.cli.loading import load_generator
 from ssd_cache.cli.options import SAMPLING, Device, Dtype, Guidance, ModelName, Temperature
 from ssd_cache.evaluation.conditions import drawing_conditions
-from ssd_cache.evaluation.policies import choose_head_map, parse_policies
+from ssd_cache.evaluation.policies import choose_head_map, parse_policies, resolve_policies
 from ssd_cache.evaluation.records import read_records
 from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder, check_folder, recorded_batch_size
 from ssd_cache.evaluation.runner import Plan
@@ -92,15 +92,17 @@ def shapes(
         kind = resolve_dtype(dtype, where)
         checkpoint = find_generator(model)
         check_model(checkpoint)
+        settings = cache_settings(buffer, num_recent, num_sinks, score)
         chosen = parse_policies(policies)
+        labels = choose_head_map(checkpoint, head_map, chosen)
         plan = Plan(
-            policies=chosen,
+            policies=resolve_policies(chosen, labels, settings),
             budgets=_budgets(budgets, checkpoint.grid),
             seeds=parse_seeds(seeds),
             prompts=shapes_prompts(num_per_kind, prompt_seed),
             batch_size=batch_size or BATCH_SIZE,
-            head_map=choose_head_map(checkpoint, head_map, chosen),
-            settings=cache_settings(buffer, num_recent, num_sinks, score),
+            head_map=labels,
+            settings=settings,
         )
         described = plan.describe()
         generator: Generator | None = None

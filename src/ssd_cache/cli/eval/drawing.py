@@ -107,14 +107,14 @@ def export(
         num_samples: pictures of a prompt.
         options: the rest.
     """
-    given = None if options.budget is None else parse_budget(options.budget)
+    budget = None if options.budget is None else parse_budget(options.budget)
     with refusing():
         policy = parse_policy(options.policy)
         check_drawing(options.guidance, options.temperature, options.seed)
-        given = options.batch_size
-        if given is not None and check_count("batch_size", given, 1) % pictures.unit:
+        wanted = options.batch_size
+        if wanted is not None and check_count("batch_size", wanted, 1) % pictures.unit:
             raise WrongUse(
-                f"--batch-size {given}: {pictures.unit} pictures are written as one; give a multiple of {pictures.unit}"
+                f"--batch-size {wanted}: {pictures.unit} pictures are written as one; give a multiple of {pictures.unit}"
             )
         check_place("--output", options.output, is_folder=True)
         processes = Processes()
@@ -124,10 +124,10 @@ def export(
         checkpoint.check_pictures()
         labels = choose_head_map(checkpoint, options.head_map, [policy])
         [policy] = resolve_policies([policy], labels)
-        [amount] = policy.budgets([equal_budget(labels) if given is None else given])
+        [amount] = policy.budgets([equal_budget(labels) if budget is None else budget])
         cache = policy.make_cache(labels, amount)
         generator: Generator | None = None
-        batch_size = given or processes.gather_all(recorded_batch_size(pictures.root))[0]
+        batch_size = wanted or processes.gather_all(recorded_batch_size(pictures.root))[0]
         if batch_size is None:  # it depends on the memory that the weights leave
             check_unclaimed(pictures.root)
             generator = load_generator(checkpoint, kind, where)

@@ -155,7 +155,9 @@ def learn_score(
         **facts,
     }
     path = None if state_file is None else Path(state_file)
-    state = None if path is None or not path.exists() else load_learning(path, fingerprint)
+    state = None
+    if path is not None and path.exists():
+        state = load_learning(path, fingerprint, head_map.is_spatial.shape, head_map.grid)
     if state is None or state.num_steps < num_steps:
         lessons = _draw(generator, prompts, DRAWN * batch_size, seed, settings, progress)
         if state is None:

@@ -14,14 +14,17 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 
+from ssd_cache.head_map_checks import checked_learned
 from ssd_cache.learned_score import LearnedScore
 from ssd_cache.profiling_state import check_same_run
 from ssd_cache.statistics import ProfilingError
+from ssd_cache.untrusted import check_like, checked, parse_json, read_count, read_tensors
 from ssd_cache.writing import write_files
 
 FORMAT = "ssd-cache learning 1"
+
+PARTS = ("score", "mean", "square")
 
 BETAS, TINY = (0.9, 0.98), 1e-8
 """Of Adam (Kingma and Ba, arXiv 1412.6980)."""
@@ -75,7 +78,7 @@ def save_learning(path: Path, state: LearningState, settings: Mapping[str, Any])
     Raises:
         ProfilingError: it can not be written; an older file is as it was.
     """
-    parts = {"score": state.score_tensors, "mean": state.means, "square": state.squares}
+    parts = dict(zip(PARTS, (state.score_tensors, state.means, state.squares), strict=True))
     tensors = {f"{part}.{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
     header = {"format": FORMAT, "num_steps": str(state.num_steps), "settings": json.dumps(settings)}
     try:
@@ -87,25 +90,30 @@ def save_learning(path: Path, state: LearningState, settings: Mapping[str, Any])
         ) from error
 
 
-def load_learning(path: Path, settings: Mapping[str, Any]) -> LearningState:
-    """What `save_learning` wrote in a run with the same settings.
+def load_learning(path: Path, settings: Mapping[str, Any], shape: torch.Size, grid: tuple[int, int]) -> LearningState:
+    """What `save_learning` wrote in a run with the same settings, for a map of this shape and grid.
 
     Raises:
         ProfilingError: another file, or one of a run with other settings.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise ValueError("it is of another kind or version")
-            found, num_steps = json.loads(header["settings"]), int(header["num_steps"])
-            parts: dict[str, dict[str, torch.Tensor]] = {
-                part: {name: file.get_tensor(f"{part}.{name}") for name in sorted(LearnedScore.NAMES)}
-                for part in ("score", "mean", "square")
-            }
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        header, tensors = read_tensors(path)
+        if header.get("format") != FORMAT:
+            raise ValueError("it is of another kind or version")
+        found = checked(dict, parse_json(header.get("settings", "")), "settings")
+        num_steps = read_count(header, "num_steps")
+        check_same_run(path, found, settings)
+        score = {name: tensors[f"score.{name}"] for name in sorted(LearnedScore.NAMES) if f"score.{name}" in tensors}
+        like = {f"{part}.{name}": score.get(name, torch.empty(0)) for part in PARTS for name in LearnedScore.NAMES}
+        check_like(tensors, like)
+        checked_learned(LearnedScore(**score), shape, grid, ())
+        parts = {part: {name: tensors[f"{part}.{name}"] for name in score} for part in PARTS}
+        if any((square < 0).any() for square in parts["square"].values()):
+            raise ValueError("squares of gradients are below 0")
+    except ProfilingError:
+        raise
+    except (OSError, ValueError) as error:
         raise ProfilingError(
             f"{path}: not what learning a score keeps ({error}); give another file, or delete it to begin anew"
         ) from error
-    check_same_run(path, found, settings)
     return LearningState(parts["score"], parts["mean"], parts["square"], num_steps)

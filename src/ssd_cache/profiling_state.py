@@ -15,12 +15,16 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 
+from ssd_cache.showing import differences
 from ssd_cache.statistics import HeadStatistics, ProfilingError
+from ssd_cache.untrusted import check_like, checked, parse_json, read_count, read_tensors
 from ssd_cache.writing import write_files
 
 FORMAT = "ssd-cache profile 1"
+
+ROUNDING, LARGEST = 1e-3, 2.0**53
+"""How far below 0 rounding may take a sum of positive terms, and a bound for counts of queries."""
 
 
 def save_state(path: Path, statistics: HeadStatistics, num_batches: int, settings: Mapping[str, Any]) -> None:
@@ -46,31 +50,33 @@ def load_state(path: Path, statistics: HeadStatistics, settings: Mapping[str, An
         ProfilingError: another file, or sums of a run with other settings.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise ValueError("it is of another kind or version")
-            found, num_batches = json.loads(header["settings"]), int(header["num_batches"])
-            sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, since it is no dict
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        header, sums = read_tensors(path)
+        if header.get("format") != FORMAT:
+            raise ValueError("it is of another kind or version")
+        found = checked(dict, parse_json(header.get("settings", "")), "settings")
+        num_batches = read_count(header, "num_batches")
+        check_same_run(path, found, settings)
+        check_like(sums, statistics.state_dict())
+        for name, value in sums.items():
+            if not ((value > -ROUNDING) & (value < LARGEST)).all():
+                raise ValueError(f"{name} holds sums below 0, or larger than any run counts")
+        if sums["num_pictures"] != sums["num_pictures"].floor():
+            raise ValueError("num_pictures is no whole number")
+        statistics.load_state_dict(sums)
+    except ProfilingError:
+        raise
+    except (OSError, ValueError) as error:
         raise ProfilingError(
             f"{path}: not the sums of a profiling run ({error}); give another file, or delete it to begin anew"
         ) from error
-    check_same_run(path, found, settings)
-    statistics.load_state_dict(sums)
     return num_batches
 
 
 def check_same_run(path: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuse to go on from a file that a run with other settings has left; raises ProfilingError, naming them."""
-    differing = [
-        f"{name} {found.get(name)!r} there, {settings.get(name)!r} now"
-        for name in sorted(settings.keys() | found.keys())
-        if found.get(name) != settings.get(name)
-    ]
-    if differing:
+    if differing := differences(found, settings):
         raise ProfilingError(
-            f"{path}: the sums of another run ({'; '.join(differing)}); give another file, or delete it to begin anew"
+            f"{path}: the sums of another run ({differing}); give another file, or delete it to begin anew"
         )
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ssd_cache.measuring import check_prompts, prompts_sha256, weights_sha256
 from ssd_cache.models import Generator
 from ssd_cache.profiling_state import check_same_run
 from ssd_cache.statistics import ProfilingError
+from ssd_cache.untrusted import checked, parse_json
 from ssd_cache.writing import write_files
 
 NEGLIGIBLE = 0.005
@@ -36,6 +37,14 @@ CACHES = 8
 """Compressed caches that run beside the full one at once; each holds almost as much as that does."""
 
 Grid = list[list[float | None]]
+
+
+@dataclass(frozen=True)
+class State:
+    """What a state file holds: the run's settings, and the divergence by level, layer and head, None where unknown."""
+
+    run: dict[str, Any]
+    divergence: dict[str, Grid]
 
 
 def measure_divergence(
@@ -160,13 +169,18 @@ def _load(path: Path | None, fingerprint: Mapping[str, Any], levels: Sequence[in
     if path is None or not path.exists():
         return {level: [[None] * like.num_kv_heads for _ in range(like.num_layers)] for level in levels}
     try:
-        state = json.loads(path.read_text("utf-8"))
-        there, measured = state["run"], {int(level): grid for level, grid in state["divergence"].items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        state = checked(State, parse_json(path.read_bytes()))
+        check_same_run(path, state.run, fingerprint)
+        measured = {level: state.divergence.get(str(level), []) for level in levels}
+        for level, grid in measured.items():
+            if [len(row) for row in grid] != [like.num_kv_heads] * like.num_layers:
+                raise ValueError(f"level {level} is not of {like.num_layers} layers x {like.num_kv_heads} KV heads")
+    except ProfilingError:
+        raise
+    except (OSError, ValueError) as error:
         raise ProfilingError(
             f"{path}: not what a run of this kind keeps ({error}); give another file, or delete it to begin anew"
         ) from error
-    check_same_run(path, there, fingerprint)
     return measured
 
 

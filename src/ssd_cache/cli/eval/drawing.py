@@ -27,6 +27,7 @@ from ssd_cache.evaluation.conditions import drawing_conditions
 from ssd_cache.evaluation.export import PictureSet, claim_folder, draw_pictures
 from ssd_cache.evaluation.policies import SETTINGS, choose_head_map, mean_slots, parse_policy
 from ssd_cache.models import check_drawing, resolve_device, resolve_dtype
+from ssd_cache.models.find import find_folder
 from ssd_cache.profiling_state import Processes
 
 Output = Annotated[
@@ -174,7 +175,14 @@ def described(settings: Mapping[str, Any]) -> str:
 
 @contextmanager
 def judge(option: str, name: str) -> Iterator[None]:
-    """Where the model that an option names is loaded: what can not be found is told with both, as a Failure."""
+    """Where the model that an option names is loaded.
+
+    Raises:
+        WrongUse: there is no such model.
+        HubError, Failure: it cannot be looked for, or not be loaded.
+    """
+    with refusing():
+        find_folder(name, f"{option} {name}")
     try:
         yield
     except (OSError, ImportError) as error:

@@ -14,7 +14,11 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import pytest
 
 
 @dataclass
@@ -74,6 +78,25 @@ class HubServer:
             self._is_up = False
             self._server.shutdown()
             self._server.server_close()
+
+
+def connect(url: str, patch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Point huggingface_hub at a server: its address, an empty cache, no token, no proxy."""
+    constants = huggingface_hub.constants
+    for name, value in {
+        "ENDPOINT": url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": str(cache),
+        "HF_TOKEN_PATH": str(cache / "no-token"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
+    }.items():
+        patch.setattr(constants, name, value)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        patch.delenv(name, raising=False)
+    patch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    huggingface_hub.utils.close_session()
 
 
 class _Refused(Exception):

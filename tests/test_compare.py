@@ -316,7 +316,11 @@ REFUSED = {
     "a verdict in words": ("g", geneval_with(3, correct="yes"), "line 3: correct='yes', expected bool"),
     "an unknown tag": ("g", geneval_with(3, tag="shapes"), "line 3: tag='shapes'; GenEval's are single_object, "),
     "no score": ("d", without("score", dpg_lines(), 3), "line 3: 'score' is missing, expected int or float; give the"),
-    "no number": ("d", dpg_with(2, score=float("nan")), "line 2: score=nan, expected 0 to 1"),
+    "no number": (
+        "d",
+        dpg_with(2, score=float("nan")),
+        "line 2: not JSON, or cut short (the number nan is not",
+    ),
     "a score in percent": ("d", dpg_with(2, score=83.3), "line 2: score=83.3, expected 0 to 1"),
     "unequal answers": ("d", dpg_with(2, answers=[[1], [1, 0]]), "line 2: answers=[[1], [1, 0]], expected as many to"),
     "no answers": ("d", dpg_with(2, answers=[1]), "line 2: answers=[1], expected as many to every picture"),

@@ -16,7 +16,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from hub_server import HubServer, Repo
+from hub_server import HubServer, Repo, connect
 from PIL import Image
 
 import ssd_cache
@@ -38,22 +38,8 @@ def hub(monkeypatch, tmp_path):
     with HubServer() as hub:
         hub.repos[REPO] = Repo()
         hub.repos[REPO].commit(files_of(MAP))
-        constants = huggingface_hub.constants
-        for name, value in {
-            "ENDPOINT": hub.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_TOKEN_PATH": str(tmp_path / "no-token"),
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        connect(hub.url, monkeypatch, tmp_path / "cache")
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        huggingface_hub.utils.close_session()
         yield hub
         huggingface_hub.utils.close_session()
 
@@ -102,7 +88,7 @@ def test_revisions(hub):
         assert head_map.origin == f"user/map@{second}"
 
 
-@pytest.mark.parametrize("moment", range(1, 8))
+@pytest.mark.parametrize("moment", range(1, 10))
 def test_a_push_in_the_middle_of_a_load_does_not_mix_two_maps(hub, monkeypatch, moment):
     repo = hub.repos[REPO]
     old, new = repo.refs["main"], repo.commit(files_of(OTHER))
@@ -116,7 +102,7 @@ def test_a_push_in_the_middle_of_a_load_does_not_mix_two_maps(hub, monkeypatch, 
         return resolve(revision)
 
     monkeypatch.setattr(repo, "resolve", push_at_that_moment)
-    if moment == 3:  # between huggingface_hub's own HEAD and GET: it cannot but refuse
+    if moment == 4:  # between huggingface_hub's own HEAD and GET: it cannot but refuse
         assert "try again" in refusal(REPO)
     head_map = HeadMap.from_pretrained(REPO)
     assert (head_map, head_map.origin) in [(MAP, f"user/map@{old}"), (OTHER, f"user/map@{new}")]
@@ -260,7 +246,7 @@ def test_a_server_that_is_no_hub(hub):
     assert "this server does not answer like a Hub; check HF_ENDPOINT" in refusal(REPO)
 
 
-@pytest.mark.parametrize("name", ["user/ma p", "us--er/map", "map.git", "a:b", "\0"])
+@pytest.mark.parametrize("name", ["user/ma p", "us--er/map", "map.git", "a:b"])
 def test_what_is_neither_a_path_nor_a_repository(hub, name):
     message = refusal(name)
     assert "neither a folder or file here, nor the id of a repository; an id reads 'user/name'" in message

@@ -23,6 +23,7 @@ from ssd_cache.budget import Budget, resolve_budget, scale_counts
 from ssd_cache.head_map_checks import HeadMapError
 from ssd_cache.learned_score import LearnedScore
 from ssd_cache.rasters import count_cells, format_rasters
+from ssd_cache.showing import shown
 
 __all__ = ["HeadMap", "HeadMapError"]
 
@@ -122,7 +123,7 @@ class HeadMap:
         """A map whose heads are all of one `kind`, as the baselines have it: StreamingLLM is all spatial, H2O all
         semantic."""
         if kind not in ("spatial", "semantic"):
-            raise HeadMapError(f"kind={kind!r} is neither 'spatial' nor 'semantic'; give one of the two")
+            raise HeadMapError(f"kind={shown(kind)} is neither 'spatial' nor 'semantic'; give one of the two")
         head_map_checks.check_shape((num_layers, num_kv_heads))
         labels = torch.full((num_layers, num_kv_heads), kind == "spatial", dtype=torch.bool, device="cpu")
         return cls(labels, grid, method=f"uniform {kind}")
@@ -161,10 +162,11 @@ class HeadMap:
         Raises [`HeadMapError`], naming the place and the remedy, for everything that cannot be found or trusted.
         """
         head_map_files.check_subfolder(subfolder)
+        head_map_files.check_name("revision", revision)
         path = head_map_files.find_local(source)
         if path is not None:
             if revision is not None:
-                raise HeadMapError(f"{path}: revision={revision!r} is for repositories of the Hub; leave it out")
+                raise HeadMapError(f"{path}: revision={shown(revision)} is for repositories of the Hub; leave it out")
             config, tensors = head_map_files.read_folder(path, subfolder)
             place = str(path / subfolder) if subfolder else str(path)
         else:
@@ -213,6 +215,8 @@ class HeadMap:
         """
         self._check_labelled("pushed to the Hub")
         files = self._files() | {head_map_card.PICTURE_NAME: head_map_card.png(self)}
+        for what, name in (("repo_id", repo_id), ("revision", revision)):
+            head_map_files.check_name(what, name)
         repo_id = head_map_hub.create(repo_id, token=token, private=private, revision=revision)
         files["README.md"] = head_map_card.card(self, repo_id).encode()
         return head_map_hub.upload(repo_id, files, token=token, revision=revision, commit_message=commit_message)

@@ -15,13 +15,15 @@ import torch
 
 from ssd_cache.budget import Budget, resolve_budget
 from ssd_cache.learned_score import LearnedScore
+from ssd_cache.showing import ReadableError, shown
+from ssd_cache.untrusted import MAX_DEPTH, parse_json
 
 MAX_LAYERS, MAX_KV_HEADS, MAX_GRID_SIDE, MAX_PREVIEWS, MAX_SCORES = 1024, 4096, 4096, 8, 64
-MAX_TEXT, MAX_PROFILE_BYTES, MAX_JSON_DEPTH = 256, 64 << 10, 16
+MAX_TEXT, MAX_PROFILE_BYTES = 256, 64 << 10
 SCORE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
-class HeadMapError(ValueError):
+class HeadMapError(ReadableError):
     """A head map that cannot be made, read, written, found or trusted: what was received, the limit, and the remedy."""
 
 
@@ -30,7 +32,7 @@ def check_shape(shape: tuple[int, ...]) -> None:
     limits = (MAX_LAYERS, MAX_KV_HEADS)
     if len(shape) != 2 or not all(type(n) is int and 1 <= n <= limit for n, limit in zip(shape, limits, strict=True)):
         raise HeadMapError(
-            f"shape {list(shape)}; labels are [layers, kv_heads], 1 to {MAX_LAYERS} by 1 to {MAX_KV_HEADS}: "
+            f"shape {shown(list(shape))}; labels are [layers, kv_heads], 1 to {MAX_LAYERS} by 1 to {MAX_KV_HEADS}: "
             "give one row a layer, one column a KV head"
         )
 
@@ -48,14 +50,16 @@ def checked_grid(grid: tuple[int, int]) -> tuple[int, int]:
     """(rows, columns) in visual tokens."""
     sides = tuple(grid) if isinstance(grid, (tuple, list)) else ()
     if len(sides) != 2 or not all(type(side) is int and 1 <= side <= MAX_GRID_SIDE for side in sides):
-        raise HeadMapError(f"grid={grid!r}; give (rows, columns), integers from 1 to {MAX_GRID_SIDE}, like (24, 24)")
+        raise HeadMapError(
+            f"grid={shown(grid)}; give (rows, columns), integers from 1 to {MAX_GRID_SIDE}, like (24, 24)"
+        )
     return sides
 
 
 def checked_previews(previews: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Grids, each (rows, columns), of what is drawn before the picture."""
     if not isinstance(previews, (tuple, list)) or len(previews) > MAX_PREVIEWS:
-        raise HeadMapError(f"previews={previews!r:.100}; give at most {MAX_PREVIEWS} grids, like [(19, 13)]")
+        raise HeadMapError(f"previews={shown(previews)}; give at most {MAX_PREVIEWS} grids, like [(19, 13)]")
     return tuple(map(checked_grid, previews))
 
 
@@ -69,9 +73,9 @@ def checked_scores(
     checked = {}
     for name, score in named.items():
         if not isinstance(name, str) or not SCORE_NAME.fullmatch(name):
-            raise HeadMapError(f"the name {name!r} of a score; use 1 to 64 letters, digits, '_', '-' and '.'")
+            raise HeadMapError(f"the name {shown(name)} of a score; use 1 to 64 letters, digits, '_', '-' and '.'")
         if not isinstance(score, torch.Tensor) or not score.is_floating_point() or score.shape != shape:
-            received = f"{score.dtype} {list(score.shape)}" if isinstance(score, torch.Tensor) else repr(score)[:80]
+            received = f"{score.dtype} {list(score.shape)}" if isinstance(score, torch.Tensor) else shown(score)
             raise HeadMapError(f"score {name!r} is {received}; it must be a float tensor of shape {list(shape)}")
         checked[name] = score.detach().to("cpu", torch.float32, copy=True).contiguous()
         if not checked[name].isfinite().all():
@@ -119,7 +123,7 @@ def checked_threshold(threshold: float | None) -> float | None:
     except OverflowError:
         value = math.inf
     if not math.isfinite(value):
-        raise HeadMapError(f"threshold={threshold!r:.100}; give a finite number, or None")
+        raise HeadMapError(f"threshold={shown(threshold)}; give a finite number, or None")
     return value
 
 
@@ -140,7 +144,7 @@ def checked_budget(budget: Budget | None, is_spatial: torch.Tensor, cells: int) 
 def checked_text(name: str, text: str | None) -> str | None:
     """One printable line."""
     if text is not None and not (isinstance(text, str) and 1 <= len(text) <= MAX_TEXT and text.isprintable()):
-        raise HeadMapError(f"{name}={text!r:.100}; give 1 to {MAX_TEXT} printable characters, or None")
+        raise HeadMapError(f"{name}={shown(text)}; give 1 to {MAX_TEXT} printable characters, or None")
     return text
 
 
@@ -149,16 +153,12 @@ def checked_profile(profile: Mapping[str, Any] | None) -> dict[str, Any]:
     try:
         if profile is not None and not isinstance(profile, Mapping):
             raise TypeError(f"{type(profile).__name__} is not a dict")
-        text = json.dumps(dict(profile or {}), allow_nan=False)
-        copy: dict[str, Any] = json.loads(text)
-        if len(text) > MAX_PROFILE_BYTES or json_depth_exceeds(copy, MAX_JSON_DEPTH - 1):
-            raise ValueError(f"{len(text)} bytes of at most {MAX_PROFILE_BYTES}, or nested too deep")
-    except (TypeError, ValueError, RecursionError) as error:
+        text = json.dumps(dict(profile or {}))
+        if len(text) > MAX_PROFILE_BYTES:
+            raise ValueError(f"{len(text)} bytes of at most {MAX_PROFILE_BYTES}")
+        copy: dict[str, Any] = parse_json(text, MAX_DEPTH - 1)
+    except RecursionError as error:
+        raise HeadMapError("profile: nested too deep; give a small dict of JSON values") from error
+    except (TypeError, ValueError) as error:
         raise HeadMapError(f"profile: {error}; give a small dict of JSON values, finite numbers only") from error
     return copy
-
-
-def json_depth_exceeds(value: Any, limit: int = MAX_JSON_DEPTH) -> bool:
-    """Whether lists and objects nest deeper than `limit` levels."""
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return children is not None and (limit == 0 or any(json_depth_exceeds(child, limit - 1) for child in children))

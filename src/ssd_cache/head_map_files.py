@@ -17,8 +17,11 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from ssd_cache.head_map_checks import MAX_JSON_DEPTH, HeadMapError, json_depth_exceeds
+from ssd_cache.head_map_checks import HeadMapError
 from ssd_cache.learned_score import LearnedScore
+from ssd_cache.showing import first_line, shown
+from ssd_cache.suggesting import nearby_folders, suggestion
+from ssd_cache.untrusted import name_problem, parse_json
 from ssd_cache.writing import write_files
 
 FORMAT_VERSION = 1
@@ -68,8 +71,8 @@ def decode(
     stated = [config["num_layers"], config["num_kv_heads"]]
     if stated != list(is_spatial.shape):
         raise HeadMapError(
-            f"{place}: {CONFIG_NAME} states {stated[0]} layers and {stated[1]} KV heads, is_spatial in {TENSORS_NAME} "
-            f"has shape {list(is_spatial.shape)}; {AGAIN}"
+            f"{place}: {CONFIG_NAME} states {shown(stated[0])} layers and {shown(stated[1])} KV heads, "
+            f"is_spatial in {TENSORS_NAME} has shape {list(is_spatial.shape)}; {AGAIN}"
         )
     return {name: config[name] for name in FACTS | (OPTIONAL & config.keys())}, is_spatial, scores, learned
 
@@ -77,9 +80,10 @@ def decode(
 def find_local(source: str | os.PathLike[str]) -> Path | None:
     """The folder that `source` means, or its own if it is one of the two files; None for the id of a repository."""
     if not source or not isinstance(source, (str, os.PathLike)) or not isinstance(os.fspath(source), str):
-        raise HeadMapError(f"source={source!r}: give a folder, a file, or a repository id like 'user/name'")
+        raise HeadMapError(f"source={shown(source)}: give a folder, a file, or a repository id like 'user/name'")
+    check_name("source", os.fspath(source))
     path = Path(os.path.expanduser(source))
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
     if os.path.lexists(path):
         if path.name in (CONFIG_NAME, TENSORS_NAME):
@@ -87,7 +91,10 @@ def find_local(source: str | os.PathLike[str]) -> Path | None:
         raise HeadMapError(f"{path}: neither a folder nor a {CONFIG_NAME} or {TENSORS_NAME}; give the map's folder")
     could_be_id = isinstance(source, str) and re.fullmatch(r"[^\\/.~][^\\/]*(/[^\\/]+)?", source)
     if not could_be_id or path.suffix in (".json", ".safetensors"):
-        raise HeadMapError(f"{path}: no such folder or file; check the path, or give a repository id like 'user/name'")
+        nearest = suggestion(os.fspath(source), nearby_folders(os.fspath(source)))
+        raise HeadMapError(
+            f"{path}: no such folder or file; check the path, or give a repository id like 'user/name'{nearest}"
+        )
     return None
 
 
@@ -128,6 +135,7 @@ def read_folder(folder: Path, subfolder: str | None = None) -> tuple[bytes, byte
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:
     """Writes each file beside its place, then moves them there in order: a reader sees whole files only."""
+    check_name("folder", str(folder))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_files({folder / name: content for name, content in files.items()})
@@ -135,13 +143,20 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
         raise HeadMapError(f"{folder}: the head map cannot be written ({error}); give another folder") from error
 
 
+def check_name(what: str, name: str | None) -> None:
+    """Refuses a text that no file system and no server could look up."""
+    if name is not None and (problem := name_problem(name)):
+        raise HeadMapError(f"{what}={shown(name)}: {problem}; give the name of a folder, or of a repository of the Hub")
+
+
 def check_subfolder(subfolder: str | None) -> None:
     """Refuses a subfolder that could lead out of its folder or repository, by any system's rules."""
     if subfolder is None:
         return
+    check_name("subfolder", subfolder)
     paths = PurePosixPath(subfolder), PureWindowsPath(subfolder)
     if "\\" in subfolder or any(path.is_absolute() or path.drive or ".." in path.parts for path in paths):
-        raise HeadMapError(f"subfolder={subfolder!r} leaves the folder; give a relative path like 'maps/tau-0.5'")
+        raise HeadMapError(f"subfolder={shown(subfolder)} leaves the folder; give a relative path like 'maps/tau-0.5'")
 
 
 def _is_inside(real: Path, root: Path) -> bool:
@@ -158,11 +173,8 @@ def _sha256(config: dict[str, Any], tensor_bytes: bytes) -> str:
 
 def _parse_config(content: bytes, place: str) -> dict[str, Any]:
     try:
-        config = json.loads(content.decode("utf-8"))
-        if json_depth_exceeds(config):
-            raise ValueError(f"it nests deeper than {MAX_JSON_DEPTH} levels")
-        json.dumps(config, allow_nan=False)
-    except (ValueError, RecursionError) as error:
+        config = parse_json(content)
+    except ValueError as error:
         raise HeadMapError(f"{place}: not the JSON of a head map ({error}); {AGAIN}") from error
     if not isinstance(config, dict) or "format_version" not in config:
         raise HeadMapError(
@@ -171,11 +183,13 @@ def _parse_config(content: bytes, place: str) -> dict[str, Any]:
         )
     version = config["format_version"]
     if version != FORMAT_VERSION or isinstance(version, (bool, float)):
-        raise HeadMapError(f"{place}: format_version {version!r}, this ssd-cache reads {FORMAT_VERSION}; upgrade it")
+        raise HeadMapError(
+            f"{place}: format_version {shown(version)}, this ssd-cache reads {FORMAT_VERSION}; upgrade it"
+        )
     if config.keys() - OPTIONAL != CONFIG_FIELDS:
         raise HeadMapError(
-            f"{place}: missing fields {sorted(CONFIG_FIELDS - config.keys())}, unknown fields "
-            f"{sorted(config.keys() - CONFIG_FIELDS - OPTIONAL)}; save the map again, or upgrade ssd-cache"
+            f"{place}: missing fields {shown(sorted(CONFIG_FIELDS - config.keys()), 300)}, unknown fields "
+            f"{shown(sorted(config.keys() - CONFIG_FIELDS - OPTIONAL), 300)}; save the map again, or upgrade ssd-cache"
         )
     return config
 
@@ -187,7 +201,7 @@ def _parse_tensors(content: bytes, place: str) -> tuple[torch.Tensor, dict[str, 
     try:
         tensors = safetensors.torch.load(content)
     except Exception as error:  # its parser raises what it likes: SafetensorError, KeyError, RuntimeError, ...
-        raise HeadMapError(f"{place}: not a whole safetensors file ({error}); {AGAIN}") from error
+        raise HeadMapError(f"{place}: not a whole safetensors file ({first_line(error)}); {AGAIN}") from error
     is_spatial = tensors.pop("is_spatial", None)
     if is_spatial is None:
         raise HeadMapError(f"{place}: has no tensor is_spatial; a head map needs it: {AGAIN}")
@@ -196,7 +210,7 @@ def _parse_tensors(content: bytes, place: str) -> tuple[torch.Tensor, dict[str, 
     for name, tensor in tensors.items():
         if not name.startswith((SCORE_PREFIX, LEARNED_PREFIX)) or tensor.dtype != torch.float32:
             raise HeadMapError(
-                f"{place}: holds {name!r} of {tensor.dtype}; beside is_spatial only float32 tensors named "
+                f"{place}: holds {shown(name)} of {tensor.dtype}; beside is_spatial only float32 tensors named "
                 f"'{SCORE_PREFIX}<name>' or '{LEARNED_PREFIX}<name>' may stand: save the map again, or "
                 "upgrade ssd-cache"
             )
@@ -206,7 +220,7 @@ def _parse_tensors(content: bytes, place: str) -> tuple[torch.Tensor, dict[str, 
     )
     if parts and parts.keys() != LearnedScore.NAMES:
         raise HeadMapError(
-            f"{place}: a learned score of {sorted(parts)}, and it has {sorted(LearnedScore.NAMES)}: save the map "
-            "again, or upgrade ssd-cache"
+            f"{place}: a learned score of {shown(sorted(parts), 300)}, and it has {sorted(LearnedScore.NAMES)}: save "
+            "the map again, or upgrade ssd-cache"
         )
     return is_spatial, scores, LearnedScore(**parts) if parts else None

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import (
@@ -28,8 +29,15 @@ from huggingface_hub.errors import (
 
 from ssd_cache.head_map_checks import HeadMapError
 from ssd_cache.head_map_files import CONFIG_NAME, MAX_CONFIG_BYTES, MAX_TENSORS_BYTES, TENSORS_NAME, read_file
+from ssd_cache.hub import HubError, hub_download
+from ssd_cache.showing import first_line, shown
+from ssd_cache.suggesting import cached_repositories, nearby_folders, suggestion
 
 LIBRARY_NAME = "ssd-cache"
+
+
+class HeadMapHubError(HeadMapError, HubError):
+    """A map that is not on this machine, while the Hub cannot be asked."""
 
 
 def download(
@@ -49,32 +57,27 @@ def download(
     """
 
     def fetch(name: str, limit: int, at: str | None) -> tuple[bytes, str]:
-        def call(dry_run: bool):  # a path, or what would be downloaded
-            return hf_hub_download(
-                repo_id,
-                name,
-                subfolder=subfolder,
-                revision=at,
-                token=token,
-                cache_dir=None if cache_dir is None else Path(cache_dir),
-                local_files_only=local_files_only,
-                force_download=force_download,
-                library_name=LIBRARY_NAME,
-                dry_run=dry_run,
-            )
-
-        with _refusing(repo_id, revision):
-            planned = call(dry_run=True)
+        options: dict[str, Any] = {
+            "subfolder": subfolder,
+            "revision": at,
+            "token": token,
+            "cache_dir": None if cache_dir is None else Path(cache_dir),
+            "local_files_only": local_files_only,
+            "force_download": force_download,
+            "library_name": LIBRARY_NAME,
+        }
+        with _refusing(repo_id, revision, is_read=True):
+            planned = hub_download(repo_id, name, dry_run=True, **options)
             if (planned.file_size or 0) > limit:
                 raise HeadMapError(
                     f"{_place(repo_id, revision)}: {name} takes {planned.file_size} bytes, the limit is {limit}; "
                     "it is not a head map and was not downloaded"
                 )
-            path = Path(call(dry_run=False))
+            path = Path(hf_hub_download(repo_id, name, **options))
             return read_file(path, limit), path.parents[depth].name  # snapshots/<commit>/<subfolder>/<name>
 
     if revision is not None and ".." in revision:
-        raise HeadMapError(f"revision={revision!r} is no branch, tag or commit; give one like 'main'")
+        raise HeadMapError(f"revision={shown(revision)} is no branch, tag or commit; give one like 'main'")
     depth = len(PurePosixPath(subfolder or "").parts)
     config, commit = fetch(CONFIG_NAME, MAX_CONFIG_BYTES, revision)
     tensors, _ = fetch(TENSORS_NAME, MAX_TENSORS_BYTES, commit)
@@ -106,18 +109,25 @@ def _place(repo_id: str, revision: str | None) -> str:
 
 
 @contextmanager
-def _refusing(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Every failure on the road is a `HeadMapError`, whatever huggingface_hub or its HTTP client raised."""
+def _refusing(repo_id: str, revision: str | None, *, is_read: bool = False) -> Iterator[None]:
+    """Every failure on the road is a `HeadMapError`, whatever huggingface_hub or its HTTP client raised.
+
+    Where a repository is read, the message ends with the nearest name that is known here.
+    """
     try:
         yield
     except HeadMapError:
         raise
     except Exception as error:
-        raise HeadMapError(f"{_place(repo_id, revision)}: {_reason(error)}") from error
+        known = [*nearby_folders(repo_id), *cached_repositories()] if is_read else []
+        nearest = "" if repo_id in known else suggestion(repo_id, known)
+        is_hub_there, reason = _reason(error)
+        kind = HeadMapError if is_hub_there else HeadMapHubError
+        raise kind(f"{_place(repo_id, revision)}: {reason}{nearest}") from error
 
 
-def _reason(error: BaseException) -> str:
-    """What happened and what to do, in the caller's terms."""
+def _reason(error: BaseException) -> tuple[bool, str]:
+    """Whether the Hub gave an answer; what happened and what to do, in the caller's terms."""
     not_cached = isinstance(error, LocalEntryNotFoundError)
     if isinstance(error, (LocalEntryNotFoundError, RuntimeError, ValueError)) and error.__cause__ is not None:
         error = error.__cause__  # huggingface_hub wraps what the server said in one of these
@@ -143,17 +153,19 @@ def _reason(error: BaseException) -> str:
         (LocalEntryNotFoundError, "there is no cached copy; download it once without local_files_only=True"),
     ):
         if isinstance(error, kind):
-            return f"no cached copy, and {reason}" if not_cached and kind is not LocalEntryNotFoundError else reason
-    first_line = next(iter(str(error).strip().splitlines()), "")
+            if not_cached and kind is not LocalEntryNotFoundError:
+                reason = f"no cached copy, and {reason}"
+            return kind is not OfflineModeIsEnabled, reason
+    told = first_line(error)
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         if status in (401, 403):
-            return f"the Hub refuses the token ({status}), or it lacks the permission; {login}"
+            return True, f"the Hub refuses the token ({status}), or it lacks the permission; {login}"
         if status == 404:
-            return "not found (404); check the name, and HF_ENDPOINT"
-        return f"the Hub answered {status}; try again later ({first_line})"
+            return True, "not found (404); check the name, and HF_ENDPOINT"
+        return False, f"the Hub answered {status}; try again later ({told})"
     if type(error) is ValueError:  # arguments that exclude each other
-        return f"{first_line}; change one of the arguments"
+        return True, f"{told}; change one of the arguments"
     if not_cached:
-        return f"the server cannot be reached and there is no cached copy; check the network ({first_line})"
-    return f"the transfer failed: {type(error).__name__} {first_line}; check network and disk, then try again"
+        return False, f"the server cannot be reached and there is no cached copy; check the network ({told})"
+    return False, f"the transfer failed: {type(error).__name__} {told}; check network and disk, then try again"

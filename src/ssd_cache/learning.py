@@ -24,7 +24,7 @@ from ssd_cache.cache import SSDCache, default_buffer
 from ssd_cache.head_map import HeadMap
 from ssd_cache.head_map_checks import MAX_TEXT
 from ssd_cache.layer import LayerPlan
-from ssd_cache.learning_state import LearningRun, LearningState
+from ssd_cache.learning_state import HELD_OUT, LearningRun, LearningState
 from ssd_cache.lessons import Lesson
 from ssd_cache.measuring import check_prompts, prompts_sha256, weights_sha256
 from ssd_cache.models import Generator, GeneratorError, check_drawing, generator_of
@@ -36,9 +36,6 @@ from ssd_cache.trainer import Trainer, mean_attention
 
 DRAWN = 4
 """Batches drawn at once: a few pictures take hardly less time to draw than many."""
-
-HELD_OUT = 8
-"""Images that no step is taken on; the divergence before and after learning is measured on them."""
 
 NO_SAY = 0.01
 """Guidance scales this near 1 give unconditional rows no say, and they are left out."""

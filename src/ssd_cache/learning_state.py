@@ -6,20 +6,27 @@ It takes optimizer steps, and is kept in a `run_state.py` state file. Gradients 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ssd_cache.head_map import HeadMap
+from ssd_cache.head_map_checks import checked_learned
 from ssd_cache.learned_score import LearnedScore
-from ssd_cache.run_state import RunState, check_same_run, not_a_state, read_state, write_state
+from ssd_cache.run_state import RunState, check_images, check_same_run, not_a_state, read_state, write_state
+from ssd_cache.untrusted import check_like, checked, checked_fields
 
 FORMAT = "ssd-cache learning 2"
 """The first format held no images."""
 
 WHAT = "the state of learning a score"
+
+PARTS = ("score", "mean", "square")
+
+HELD_OUT = 8
+"""Images that no step is taken on; the divergence before and after learning is measured on them."""
 
 BETAS, TINY = (0.9, 0.98), 1e-8
 """Of Adam (Kingma and Ba, arXiv 1412.6980)."""
@@ -118,7 +125,7 @@ class LearningRun:
         for name, tensor in (("before", self.before), ("after", self.after)):
             tensors |= {} if tensor is None else {name: tensor}
         if (state := self.learning) is not None:
-            parts = {"score": state.score_tensors, "mean": state.means, "square": state.squares}
+            parts = dict(zip(PARTS, (state.score_tensors, state.means, state.squares), strict=True))
             tensors |= {f"{part}.{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
         counts = {"num_steps": self.num_steps, "stages": self.stages}
         write_state(path, FORMAT, RunState(tensors, settings, counts, self.after is not None), WHAT)
@@ -137,21 +144,34 @@ class LearningRun:
         """
         file = read_state(path, FORMAT, WHAT)
         check_same_run(path, file.settings, settings)
-        tensors, counts = file.tensors, file.counts
-        num_images = sum(name.startswith("images.") for name in tensors)
+        tensors = dict(file.tensors)
         try:
-            num_steps, stages = int(counts["num_steps"]), [[int(first), int(last)] for first, last in counts["stages"]]
-            images = [tensors[f"images.{index}"] for index in range(num_images)]
-            learning = None
-            if "score.row" in tensors:
-                parts = [
-                    {name: tensors[f"{part}.{name}"] for name in sorted(LearnedScore.NAMES)}
-                    for part in ("score", "mean", "square")
-                ]
-                if any(part[name].shape != tensor.shape for part in parts for name, tensor in parts[0].items()):
-                    raise ValueError("its tensors differ in shape")
-                learning = LearningState(parts[0], parts[1], parts[2], num_steps)
-                replace(head_map, learned=learning.score())  # refuses NaN, and a score of another shape
-        except (KeyError, TypeError, ValueError) as error:
+            counts = checked_fields({"num_steps": int, "stages": list[tuple[int, int]]}, file.counts, "counts")
+            num_steps, stages = counts["num_steps"], checked(list[list[int]], counts["stages"], "stages")
+            if num_steps < 0 or any(not 0 <= first <= last for first, last in stages):
+                raise ValueError("its numbers of steps are out of order")
+            images = check_images(tensors, head_map.num_visual_tokens)
+            before, after = tensors.pop("before", None), tensors.pop("after", None)
+            for held in (before, after):
+                if held is not None:
+                    check_like({"held-out": held}, {"held-out": torch.empty(HELD_OUT, dtype=torch.float64)})
+            learning = _learning_of(tensors, num_steps, head_map)
+            if after is not None and (before is None or learning is None):
+                raise ValueError("it ends without a beginning")
+        except ValueError as error:
             raise not_a_state(path, WHAT, error) from error
-        return cls(images, learning, tensors.get("before"), tensors.get("after"), stages)
+        return cls(images, learning, before, after, stages)
+
+
+def _learning_of(tensors: Mapping[str, torch.Tensor], num_steps: int, head_map: HeadMap) -> LearningState | None:
+    """The score and Adam's moments, checked; None where there are no tensors. Raises ValueError."""
+    if not tensors:
+        return None
+    score = {name: tensors[f"score.{name}"] for name in sorted(LearnedScore.NAMES) if f"score.{name}" in tensors}
+    empty = torch.empty(0)
+    check_like(tensors, {f"{part}.{name}": score.get(name, empty) for part in PARTS for name in LearnedScore.NAMES})
+    checked_learned(LearnedScore(**score), head_map.is_spatial.shape, head_map.grid, ())
+    parts = [{name: tensors[f"{part}.{name}"] for name in score} for part in PARTS]
+    if any((square < 0).any() for square in parts[2].values()):
+        raise ValueError("squares of gradients are below 0")
+    return LearningState(parts[0], parts[1], parts[2], num_steps)

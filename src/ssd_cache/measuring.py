@@ -102,6 +102,11 @@ def measure_heads(
     processes.check_agreement(fingerprint | finished_prompts(len(prompts)))
     statistics, done = processes.from_main(statistics, done)
     batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    if done > len(batches) or statistics.num_pictures != sum(map(len, batches[:done])):
+        raise ProfilingError(
+            f"{path}: not the sums of a profiling run ({done} batches and {statistics.num_pictures} images there, "
+            f"{len(batches)} batches of {batch_size} now); give another file, or delete it to begin anew"
+        )
     own = range(done + processes.index, len(batches), processes.count)
     num_tokens = checkpoint.num_visual_tokens * sum(len(batches[index]) for index in own)
     with (

@@ -20,7 +20,7 @@ from ssd_cache.labels import Method, check_labelling, label_heads, map_scores, r
 from ssd_cache.measuring import measure_heads, prompts_sha256, resolve_batch_size
 from ssd_cache.models import Generator, generator_of
 from ssd_cache.rasters import Grid
-from ssd_cache.statistics import resolve_levels
+from ssd_cache.statistics import ProfilingError, resolve_levels
 
 
 def profile_heads(
@@ -100,6 +100,11 @@ def profile_heads(
     )
     is_spatial, cut = label_heads(statistics, method=method, window=window, threshold=threshold)
     scores = map_scores(statistics, window)
+    if bad := [name for name, score in scores.items() if not score.isfinite().all()]:
+        raise ProfilingError(
+            f"{checkpoint.name if state_file is None else state_file}: the sums give no finite {bad[0]}; profile again "
+            "without this state"
+        )
     from_data = method == "window" and threshold is None
     return HeadMap(
         is_spatial,

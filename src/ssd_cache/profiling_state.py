@@ -15,10 +15,15 @@ from typing import Any
 import torch
 
 from ssd_cache.run_state import RunState, check_same_run, not_a_state, read_state, write_state
+from ssd_cache.showing import shown
 from ssd_cache.statistics import HeadStatistics, ProfilingError
+from ssd_cache.untrusted import check_like
 
 FORMAT = "ssd-cache profile 2"
 """The 2 since the settings name the prompts of the finished batches instead of all prompts."""
+
+ROUNDING, LARGEST = 1e-3, 2.0**53
+"""How far below 0 rounding may take a sum of positive terms, and a bound for counts of queries."""
 
 
 def save_state(
@@ -53,12 +58,18 @@ def load_state(
     what = "the sums of a profiling run"
     state = read_state(path, FORMAT, what)
     num_batches = state.counts.get("num_batches")
-    if not isinstance(num_batches, int) or num_batches < 0:
-        raise not_a_state(path, what, f"num_batches is {num_batches!r}")
+    if type(num_batches) is not int or num_batches < 0:
+        raise not_a_state(path, what, f"num_batches is {shown(num_batches)}")
     check_same_run(path, state.settings, {**settings, **of_batches(num_batches)})
     try:
+        check_like(state.tensors, statistics.state_dict())
+        for name, value in state.tensors.items():
+            if not ((value > -ROUNDING) & (value < LARGEST)).all():
+                raise ValueError(f"{name} holds sums below 0, or larger than any run counts")
+        if state.tensors["num_pictures"] != state.tensors["num_pictures"].floor():
+            raise ValueError("num_pictures is no whole number")
         statistics.load_state_dict(state.tensors)
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise not_a_state(path, what, error) from error
     return num_batches
 

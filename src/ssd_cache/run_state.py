@@ -17,7 +17,9 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ssd_cache.showing import differences
 from ssd_cache.statistics import ProfilingError
+from ssd_cache.untrusted import check_like, checked, parse_json, read_tensors
 from ssd_cache.writing import write_files
 
 REMEDY = "give another file, or delete it to begin anew"
@@ -79,18 +81,30 @@ def read_state(path: Path, kind: str, what: str) -> RunState:
         ProfilingError: anything else; `what` names the expected contents.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != kind:
-                raise ValueError("it is of another kind or version")
-            settings, counts = json.loads(header["settings"]), json.loads(header["counts"])
-            is_finished = json.loads(header["is_finished"])
-            if not isinstance(settings, dict) or not isinstance(counts, dict):
-                raise ValueError("its settings are no JSON object")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, since it is no dict
-    except (OSError, SafetensorError, ValueError, KeyError, RecursionError) as error:
+        header, tensors = read_tensors(path)
+        if header.get("format") != kind:
+            raise ValueError("it is of another kind or version")
+        settings, counts = (checked(dict, parse_json(header.get(name, "")), name) for name in ("settings", "counts"))
+        finished = parse_json(header.get("is_finished", ""))
+    except (OSError, ValueError) as error:
         raise not_a_state(path, what, error) from error
-    return RunState(tensors, settings, counts, is_finished is True)
+    return RunState(tensors, settings, counts, finished is True)
+
+
+def check_images(tensors: dict[str, torch.Tensor], cells: int) -> list[torch.Tensor]:
+    """Take the tensors `images.0`, `images.1`, ... out of a state: visual tokens, int64 `[images, cells]` each.
+
+    Raises:
+        ValueError: one has another shape or dtype, or holds negative numbers.
+    """
+    images = []
+    while (tokens := tensors.pop(f"images.{len(images)}", None)) is not None:
+        rows = tokens.shape[0] if tokens.ndim else 0
+        check_like({"images": tokens}, {"images": torch.empty(rows, cells, dtype=torch.int64)})
+        if not rows or tokens.min() < 0:
+            raise ValueError(f"images.{len(images)} holds no visual tokens")
+        images.append(tokens)
+    return images
 
 
 def not_a_state(path: Path, what: str, reason: object) -> ProfilingError:
@@ -100,13 +114,8 @@ def not_a_state(path: Path, what: str, reason: object) -> ProfilingError:
 
 def check_same_run(path: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuse to resume a run with other settings; raises OtherRunError, which names every setting that differs."""
-    differing = [
-        f"{name} {found.get(name)!r} there, {settings.get(name)!r} now"
-        for name in sorted(settings.keys() | found.keys())
-        if found.get(name) != settings.get(name)
-    ]
-    if differing:
-        raise OtherRunError(f"{path}: the sums of another run ({'; '.join(differing)}); {REMEDY}")
+    if differing := differences(found, settings):
+        raise OtherRunError(f"{path}: the sums of another run ({differing}); {REMEDY}")
 
 
 def check_state_place(path: Path) -> None:

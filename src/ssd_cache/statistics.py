@@ -15,12 +15,13 @@ import torch
 
 from ssd_cache.budget import Amount, check_count, resolve_amount, resolve_recent
 from ssd_cache.rasters import Grid, count_cells
+from ssd_cache.showing import ReadableError
 
 Rows = Literal["all", "conditional", "unconditional"]
 BRANCHES = {"all": slice(0, 2), "conditional": slice(0, 1), "unconditional": slice(1, 2)}
 
 
-class ProfilingError(ValueError):
+class ProfilingError(ReadableError):
     """A profiling run that can not begin, go on, or be trusted: what was found, and the remedy."""
 
 

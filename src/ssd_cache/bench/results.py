@@ -17,6 +17,8 @@ from ssd_cache.bench.roofline import Machine, StepWork
 from ssd_cache.bench.running import Measurement
 from ssd_cache.bench.split import TimeSplit
 from ssd_cache.bench.stretches import Stretch
+from ssd_cache.showing import ReadableError
+from ssd_cache.untrusted import checked, parse_json
 
 FORMAT = "ssd-cache bench 1"
 
@@ -88,28 +90,16 @@ class Report:
         return json.dumps({"format": FORMAT, **asdict(self)}, default=str)
 
     @classmethod
-    def from_json(cls, text: str) -> Report:
+    def from_json(cls, text: str | bytes) -> Report:
         """The report that `to_json` wrote.
 
         Raises:
-            ValueError: another format.
+            ValueError: another format, or a value of another type.
         """
-        found = json.loads(text)
+        found = parse_json(text)
         if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
-            raise ValueError(f"this is no result of a bench; the format is {FORMAT!r}")
-        rows = [
-            Row(
-                **{
-                    **row,
-                    "curve": [tuple(point) for point in row["curve"]],
-                    "split": row["split"] and TimeSplit(**row["split"]),
-                    "work": row["work"] and StepWork(**row["work"]),
-                }
-            )
-            for row in found.pop("rows")
-        ]
-        capacities = [Capacity(**entry) for entry in found.pop("capacities")]
-        return cls(machine=Machine(**found.pop("machine")), rows=rows, capacities=capacities, **found)
+            raise ReadableError(f"this is no result of a bench; the format is {FORMAT!r}")
+        return checked(cls, found)
 
 
 def summarize(

@@ -5,6 +5,7 @@ What can go wrong is known by the library's own errors. Anything else is a bug, 
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from typer.core import TyperGroup
 
 from ssd_cache.sharding import is_distributed
+from ssd_cache.showing import printable
 
 TYPER_INTERRUPTED = 130
 """What typer returns after Ctrl-C."""
@@ -38,9 +40,11 @@ class WrongUse(Failure):
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Where the library checks what a user asked for: its refusal is wrong use."""
+    """Where the library checks what a user asked for: its refusal is wrong use, unless the Hub is out of reach."""
     try:
         yield
+    except ConnectionError:  # HeadMapHubError is a ValueError as well
+        raise
     except ValueError as error:  # HeadMapError and GeneratorError among them
         raise WrongUse(str(error)) from error
 
@@ -49,6 +53,9 @@ class OneLineGroup(TyperGroup):
     """A group of commands that prints mistakes, warnings and an interruption as one line each."""
 
     def main(self, args=None, prog_name=None, complete_var=None, standalone_mode=True, **extra):  # type: ignore[override]
+        for stream in (sys.stdout, sys.stderr):  # a name or prompt may hold what the terminal's encoding lacks
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             try:
@@ -85,9 +92,9 @@ class OneLineGroup(TyperGroup):
 
 
 def _say(message: str) -> None:
-    typer.echo(f"ssd-cache: {' '.join(message.split())}", err=True)
+    typer.echo(f"ssd-cache: {' '.join(printable(message).split())}", err=True)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     # a progress bar may stand on the line; it is drawn again below
-    tqdm.write(f"ssd-cache: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    tqdm.write(f"ssd-cache: warning: {' '.join(printable(str(message)).split())}", file=sys.stderr)

@@ -21,6 +21,8 @@ from ssd_cache.budget import check_count
 from ssd_cache.evaluation.conditions import draw_seed
 from ssd_cache.models import Generator
 from ssd_cache.profiling_state import Processes
+from ssd_cache.showing import ReadableError, differences
+from ssd_cache.untrusted import checked, parse_json
 from ssd_cache.writing import write_files
 
 SETTINGS_FILE = "settings.json"
@@ -30,7 +32,7 @@ PROMPTS_FILE = "prompts.jsonl"
 """Beside it: the prompts that were drawn, so that the folder is scored without another file."""
 
 
-class ExportError(ValueError):
+class ExportError(ReadableError):
     """A folder that a run can not draw into, or can no longer write to."""
 
 
@@ -68,15 +70,9 @@ def claim_folder(root: Path, settings: Mapping[str, Any], prompts: str, *, write
         OSError: it can not be written.
     """
     if (root / SETTINGS_FILE).exists():
-        found, wanted = read_settings(root), json.loads(json.dumps(settings))
-        differing = [
-            f"{name} {found.get(name)!r} there, {wanted.get(name)!r} now"
-            for name in dict.fromkeys([*wanted, *found])
-            if found.get(name) != wanted.get(name)
-        ]
-        if differing:
+        if differing := differences(read_settings(root), json.loads(json.dumps(settings))):
             raise ExportError(
-                f"{root}: its pictures were drawn with other settings ({'; '.join(differing)}); give another folder, "
+                f"{root}: its pictures were drawn with other settings ({differing}); give another folder, "
                 "or the settings it was begun with"
             )
     elif write:
@@ -107,9 +103,7 @@ def read_settings(root: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        settings = json.loads(path.read_text("utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("it is no JSON object")
+        settings = checked(dict, parse_json(path.read_bytes()))
         if not str(settings.get("format")).startswith("ssd-cache "):
             raise ValueError("ssd-cache did not write it")
     except (OSError, ValueError) as error:

@@ -15,12 +15,13 @@ from ssd_cache.evaluation.dpg.reading import as_text, field, json_rows
 from ssd_cache.evaluation.dpg.sheet import PICTURES, cut_sheet, find_sheets
 from ssd_cache.evaluation.export import PROMPTS_FILE
 from ssd_cache.evaluation.geneval.prompts import parse_prompt
+from ssd_cache.showing import ReadableError, shown
 
 CAPTIONS_FILE = "metadata.jsonl"
 """A list of captions beside pictures, as the Hub's image folders have it: file_name and prompt (or text) a line."""
 
 
-class PictureFolderError(ValueError):
+class PictureFolderError(ReadableError):
     """A folder whose pictures, or what they are of, can not be found."""
 
 
@@ -129,6 +130,6 @@ def _listed(folder: Path) -> list[Captioned]:
         path = folder / name
         if name in found or not path.is_file():
             problem = "stands in it twice" if name in found else "is not there"
-            raise PictureFolderError(f"{where}: the picture {name!r} {problem}; take the line out, or mend it")
+            raise PictureFolderError(f"{where}: the picture {shown(name)} {problem}; take the line out, or mend it")
         found[name] = (Picture(name, path), text)
     return list(found.values())

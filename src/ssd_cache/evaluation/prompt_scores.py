@@ -6,7 +6,6 @@ judged anew, and no two files are held against each other: that is `comparing.py
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ssd_cache.evaluation.geneval.names import TAGS
+from ssd_cache.showing import ReadableError, differences, printable, shown
+from ssd_cache.untrusted import parse_json
 
 RESULTS_FILE = "results.jsonl"
 
@@ -60,24 +61,20 @@ def read_prompt_scores(path: str | Path) -> PromptScores:
     try:
         text = path.read_bytes().decode()
     except OSError as error:
-        raise ValueError(f"{path}: can not be read ({error.strerror}); {REMEDY}") from error
+        raise ReadableError(f"{path}: can not be read ({error.strerror}); {REMEDY}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); {REMEDY}") from error
+        raise ReadableError(f"{path}: not UTF-8 text (byte {error.start}); {REMEDY}") from error
     rows = [_object(path, number, line) for number, line in enumerate(text.removesuffix("\n").split("\n"), 1) if text]
     if rows and "scorer" in rows[0]:
         return _geneval(path, rows)
     if rows and "official" in rows[0]:
         return _dpg(path, rows[0], rows[1:])
-    raise ValueError(f"{path}: no results of single prompts of GenEval or DPG-Bench in it; {REMEDY}")
+    raise ReadableError(f"{path}: no results of single prompts of GenEval or DPG-Bench in it; {REMEDY}")
 
 
 def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """The fields in which two judges differ, with both values."""
-    return "; ".join(
-        f"{name} {first.get(name)!r} there, {second.get(name)!r} here"
-        for name in dict.fromkeys([*first, *second])
-        if first.get(name) != second.get(name)
-    )
+    return differences(first, second, ("there", "here"))
 
 
 def _geneval(path: Path, rows: list[dict[str, Any]]) -> PromptScores:
@@ -88,18 +85,18 @@ def _geneval(path: Path, rows: list[dict[str, Any]]) -> PromptScores:
     for number, row in enumerate(rows, 1):
         tag, prompt, filename = (_field(path, number, row, name, str) for name in ("tag", "metadata", "filename"))
         if tag not in correct:
-            raise ValueError(f"{path}, line {number}: tag={tag!r}; GenEval's are {', '.join(TAGS)}")
+            raise ReadableError(f"{path}, line {number}: tag={shown(tag)}; GenEval's are {', '.join(TAGS)}")
         if not _field(path, number, row, "readable", bool):
-            raise _unreadable(path, number, filename)
+            raise _unreadable(path, number, printable(filename, 200))
         if (other := _geneval_judge(path, number, row)) != judge:
-            raise ValueError(
+            raise ReadableError(
                 f"{path}, line {number}: judged by others than line 1 ({differing(judge, other)}); score its pictures "
                 "anew"
             )
         if (first := lines.setdefault(filename, number)) != number:
-            raise ValueError(
-                f"{path}, line {number}: {filename} again, after line {first}; run the score command once more, which "
-                "ends what was interrupted"
+            raise ReadableError(
+                f"{path}, line {number}: {printable(filename, 200)} again, after line {first}; run the score command "
+                "once more, which ends what was interrupted"
             )
         correct[tag].setdefault(prompt, []).append(_field(path, number, row, "correct", bool))
     counts = {prompt: len(of_prompt) for prompts in correct.values() for prompt, of_prompt in prompts.items()}
@@ -121,18 +118,20 @@ def _dpg(path: Path, judge: dict[str, Any], rows: list[dict[str, Any]]) -> Promp
     _field(path, 1, judge, "name", str)
     last = {_field(path, number, row, "item_id", str): (number, row) for number, row in enumerate(rows, 2)}
     if not last:
-        raise ValueError(f"{path}: only settings, no prompt's score; run the score command to its end")
+        raise ReadableError(f"{path}: only settings, no prompt's score; run the score command to its end")
     scores, counts = {}, {}
     for item_id, (number, row) in last.items():
         if "unreadable" in row:
-            raise _unreadable(path, number, f"the sheet of {item_id}")
+            raise _unreadable(path, number, f"the sheet of {printable(item_id, 200)}")
         answers = _field(path, number, row, "answers", list)
         asked = {len(crop) if isinstance(crop, list) else 0 for crop in answers}
         score = _field(path, number, row, "score", int, float)
         if len(asked) != 1 or 0 in asked:
-            raise ValueError(f"{path}, line {number}: answers={answers!r:.60}, expected as many to every picture")
+            raise ReadableError(
+                f"{path}, line {number}: answers={shown(answers, 60)}, expected as many to every picture"
+            )
         if not 0 <= score <= 1:
-            raise ValueError(f"{path}, line {number}: score={score}, expected 0 to 1")
+            raise ReadableError(f"{path}, line {number}: score={score}, expected 0 to 1")
         # named with the number of questions: a re-pack may have lost one
         prompt = f"{item_id} ({asked.pop()} questions)"
         scores[prompt], counts[prompt] = 100 * score, len(answers)
@@ -141,25 +140,25 @@ def _dpg(path: Path, judge: dict[str, Any], rows: list[dict[str, Any]]) -> Promp
 
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number}: not JSON, or cut short ({error}); {REMEDY}, whole") from error
+        row = parse_json(line)
+    except ValueError as error:
+        raise ReadableError(f"{path}, line {number}: not JSON, or cut short ({error}); {REMEDY}, whole") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number}: a {type(row).__name__}, expected an object; {REMEDY}")
+        raise ReadableError(f"{path}, line {number}: a {type(row).__name__}, expected an object; {REMEDY}")
     return row
 
 
 def _field(path: Path, number: int, row: Mapping[str, Any], name: str, *types: type) -> Any:
     value = row.get(name)
     if type(value) not in types:
-        found = f"{name}={value!r:.60}" if name in row else f"{name!r} is missing"
+        found = f"{name}={shown(value)}" if name in row else f"{name!r} is missing"
         expected = " or ".join(kind.__name__ for kind in types)
-        raise ValueError(f"{path}, line {number}: {found}, expected {expected}; {REMEDY}")
+        raise ReadableError(f"{path}, line {number}: {found}, expected {expected}; {REMEDY}")
     return value
 
 
-def _unreadable(path: Path, number: int, what: str) -> ValueError:
-    return ValueError(
+def _unreadable(path: Path, number: int, what: str) -> ReadableError:
+    return ReadableError(
         f"{path}, line {number}: {what} could not be read when it was scored; draw it again and run the score command "
         "once more"
     )
@@ -170,7 +169,8 @@ def _num_pictures(path: Path, counts: Mapping[str, int]) -> int:
     (usual, _), *others = Counter(counts.values()).most_common()
     if others:
         prompt, number = next((prompt, number) for prompt, number in counts.items() if number != usual)
-        raise ValueError(
-            f"{path}: {usual} pictures of most prompts, but {number} of {prompt}; run the score command to its end"
+        raise ReadableError(
+            f"{path}: {usual} pictures of most prompts, but {number} of {printable(prompt, 200)}; run the score "
+            "command to its end"
         )
     return usual

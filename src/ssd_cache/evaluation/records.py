@@ -14,6 +14,8 @@ from typing import Any
 
 from ssd_cache.budget import Amount
 from ssd_cache.shapes import KINDS
+from ssd_cache.showing import ReadableError, shown
+from ssd_cache.untrusted import checked, parse_json
 
 PATTERN = "results-*.jsonl"
 
@@ -72,41 +74,19 @@ class Problem:
         return f"{self.path}, line {self.number}: {self.reason}"
 
 
-TYPES: dict[str, tuple[type, ...]] = {
-    "policy": (str,),
-    "settings": (dict,),
-    "budget": (int, float),
-    "num_slots": (int, float),
-    "head_map": (str,),
-    "seed": (int,),
-    "prompt": (int,),
-    "kind": (str,),
-    "caption": (str,),
-    "correct": (bool,),
-    "reason": (str,),
-}
-
-
-def parse_record(line: str) -> Record:
+def parse_record(line: str | bytes) -> Record:
     """The record of a line; raises ValueError with the reason."""
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError as error:
-        raise ValueError(f"not JSON ({error})") from error
-    if not isinstance(entry, dict):
-        raise ValueError(f"a {type(entry).__name__}, expected an object")
-    for name, types in TYPES.items():
-        if name not in entry:
-            raise ValueError(f"{name!r} is missing")
-        value = entry[name]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise ValueError(f"{name}={value!r}, expected {' or '.join(kind.__name__ for kind in types)}")
-    if entry["kind"] not in KINDS:
-        raise ValueError(f"kind={entry['kind']!r}; the kinds are {', '.join(KINDS)}")
-    for name in ("seed", "prompt", "budget"):
-        if entry[name] < 0:
-            raise ValueError(f"{name}={entry[name]} is below 0")
-    return Record(**{name: entry[name] for name in TYPES})
+        raise ReadableError(f"not JSON ({error})") from error
+    record = checked(Record, entry)
+    if record.kind not in KINDS:
+        raise ReadableError(f"kind={shown(record.kind)}; the kinds are {', '.join(KINDS)}")
+    for name in ("seed", "prompt", "budget", "num_slots"):
+        if getattr(record, name) < 0:
+            raise ReadableError(f"{name}={getattr(record, name)} is below 0")
+    return record
 
 
 def read_records(folders: Iterable[Path]) -> tuple[list[Record], list[Problem]]:
@@ -121,7 +101,7 @@ def read_records(folders: Iterable[Path]) -> tuple[list[Record], list[Problem]]:
         lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines[:-1], 1):  # what comes after the last line's end was never finished
             try:
-                record = parse_record(line.decode())
+                record = parse_record(line)
                 first = records.setdefault(record.key, record)
                 if first != record:
                     raise ValueError("it contradicts an earlier line about the same picture")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ssd_cache.evaluation.plots import draw_score_by_budget
 from ssd_cache.evaluation.records import Problem, read_records
-from ssd_cache.evaluation.results_folder import ResultsError, merge_runs, read_run
+from ssd_cache.evaluation.results_folder import ResultsError, merge_runs, read_reported_run
 from ssd_cache.evaluation.tables import Summary, summarize, to_json, to_markdown
 from ssd_cache.writing import write_files
 
@@ -27,9 +27,9 @@ def read_summary(folders: Sequence[Path]) -> tuple[Summary, list[Problem]]:
         OSError: a file can not be opened.
     """
     run = reduce(
-        lambda merged, folder: merge_runs(f"{folder} beside {folders[0]}", merged, read_run(folder)),
+        lambda merged, folder: merge_runs(f"{folder} beside {folders[0]}", merged, read_reported_run(folder)),
         folders[1:],
-        read_run(folders[0]),
+        read_reported_run(folders[0]),
     )
     records, problems = read_records(folders)
     if not records:

@@ -14,13 +14,27 @@ from pathlib import Path
 from typing import IO, Any
 
 from ssd_cache.evaluation.records import PATTERN, Key, Record, read_records
+from ssd_cache.head_map_checks import checked_grid
+from ssd_cache.showing import ReadableError, differences, shown
+from ssd_cache.untrusted import checked_fields, parse_json
 from ssd_cache.writing import write_files
 
 RUN_FILE = "run.json"
 FORMAT = "ssd-cache eval shapes 1"
 
+RUN = {"format": str, "conditions": dict, "policies": dict, "command": dict}
+CONDITIONS = {
+    **dict.fromkeys(("num_per_kind", "prompt_seed", "batch_size"), int),
+    **dict.fromkeys(("guidance_scale", "temperature"), float),
+    **dict.fromkeys(("dtype", "device"), str),
+    **{"grid": list, "settings": dict},
+}
+POLICY = {"settings": dict, "slots": dict, "head_map": str}
+COMMAND = {"model": str, "head_map": str | None}
+"""Fields of `run.json` and its parts; the parts may have others."""
 
-class ResultsError(ValueError):
+
+class ResultsError(ReadableError):
     """A folder of results that can not be used, or no longer be written."""
 
 
@@ -32,14 +46,14 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     path = folder / RUN_FILE
     try:
-        run = json.loads(path.read_text("utf-8"))
+        run = checked_fields(RUN, parse_json(path.read_bytes()))
         if run["format"] != FORMAT:
-            raise ValueError(f"its format is {run['format']!r}")
-        if not all(isinstance(run[name], dict) for name in ("conditions", "policies", "command")):
-            raise ValueError("a part of it is no object")
+            raise ValueError(f"its format is {shown(run['format'])}")
+        for label, entry in run["policies"].items():
+            checked_fields(POLICY, entry, f"policies[{shown(label, 40)}]")
     except FileNotFoundError as error:
         raise ResultsError(f"{folder} has no {RUN_FILE}: give a folder that `ssd-cache eval shapes` wrote") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ResultsError(
             f"{path} can not be read ({error}): it should be as `ssd-cache eval shapes` wrote it"
         ) from error
@@ -58,16 +72,28 @@ def recorded_batch_size(folder: Path) -> int | None:
     return found if type(found) is int and found > 0 else None
 
 
+def read_reported_run(folder: Path) -> dict[str, Any]:
+    """As `read_run`, with everything that a report says of a run.
+
+    Raises:
+        ResultsError: as `read_run`, or a part of it is missing or of another type.
+    """
+    run = read_run(folder)
+    try:
+        checked_grid(checked_fields(CONDITIONS, run["conditions"], "conditions")["grid"])
+        checked_fields(COMMAND, run["command"], "command")
+    except ValueError as error:
+        raise ResultsError(
+            f"{folder / RUN_FILE} can not be read ({error}): it should be as `ssd-cache eval shapes` wrote it"
+        ) from error
+    return run
+
+
 def check_same(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse conditions that differ; raises ResultsError with every field and both values."""
-    differing = [
-        f"{name} {found.get(name)!r} there, {wanted.get(name)!r} now"
-        for name in dict.fromkeys([*wanted, *found])
-        if found.get(name) != wanted.get(name)
-    ]
-    if differing:
+    if differing := differences(found, wanted):
         raise ResultsError(
-            f"{place}: results of other conditions ({'; '.join(differing)}), not to be compared: give another folder"
+            f"{place}: results of other conditions ({differing}), not to be compared: give another folder"
         )
 
 

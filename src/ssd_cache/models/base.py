@@ -6,6 +6,7 @@ checkpoint a name means is `find.py`'s business; what is kept of the visual toke
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +26,10 @@ from transformers import (
 )
 
 from ssd_cache.cache import decoder_shape
-from ssd_cache.head_map import HeadMap
+from ssd_cache.head_map import HeadMap, HeadMapError
 from ssd_cache.models.settings import GeneratorError, check_drawing, check_texts, resolve_device, resolve_dtype
 from ssd_cache.rasters import count_cells
+from ssd_cache.suggesting import suggestion
 
 BUNDLED = "shapes-janus"
 """The small trained model that travels with the package."""
@@ -44,8 +46,13 @@ def find_head_map(name: str) -> HeadMap:
     Raises:
         HeadMapError: there is none, or it can not be read.
     """
-    carried = (BUNDLED_FOLDER if name == BUNDLED else Path(name).expanduser()) / HEAD_MAP_FOLDER
-    return HeadMap.from_pretrained(carried if carried.is_dir() else name)
+    carried = (BUNDLED_FOLDER if name == BUNDLED else Path(os.path.expanduser(name))) / HEAD_MAP_FOLDER
+    try:
+        return HeadMap.from_pretrained(carried if os.path.isdir(carried) else name)
+    except HeadMapError as error:
+        if not (nearest := suggestion(name, [BUNDLED])):
+            raise
+        raise type(error)(f"{error}{nearest}") from error
 
 
 class Generator(ABC):

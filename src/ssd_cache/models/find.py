@@ -5,12 +5,11 @@ Only `config.json` is read, or downloaded, here. Weights are `Checkpoint.load`'s
 
 from __future__ import annotations
 
-import json
+import os
 from contextlib import suppress
 from pathlib import Path
 
 import transformers
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -29,6 +28,7 @@ from transformers import (
 )
 
 from ssd_cache.head_map_checks import HeadMapError, checked_grid
+from ssd_cache.hub import HubError, hub_download
 from ssd_cache.models.base import BUNDLED, BUNDLED_FOLDER, Checkpoint, Generator
 from ssd_cache.models.causal_lm import CausalLMGenerator
 from ssd_cache.models.deepseek_janus import DeepSeekJanusGenerator
@@ -36,6 +36,9 @@ from ssd_cache.models.emu3 import Emu3Generator
 from ssd_cache.models.glm_image import GlmImageGenerator
 from ssd_cache.models.janus import JanusGenerator
 from ssd_cache.models.settings import GeneratorError
+from ssd_cache.showing import first_line, shown
+from ssd_cache.suggesting import cached_repositories, nearby_folders, suggestion
+from ssd_cache.untrusted import name_problem, parse_json
 
 FAMILIES: dict[str, type[Generator]] = {
     "emu3": Emu3Generator,
@@ -44,6 +47,12 @@ FAMILIES: dict[str, type[Generator]] = {
     "multi_modality": DeepSeekJanusGenerator,
 }
 """The class for every `config.model_type` that is supported; a new model is one file and one entry."""
+
+KNOWN = (
+    *("deepseek-community/Janus-Pro-1B", "deepseek-community/Janus-Pro-7B", "deepseek-ai/Janus-Pro-1B"),
+    *("deepseek-ai/Janus-Pro-7B", "BAAI/Emu3-Gen-hf", "zai-org/GLM-Image"),
+)
+"""Hub ids of the families in `FAMILIES`, suggested for misspelt names."""
 
 PIPELINE_FILE = "model_index.json"
 """What diffusers writes in place of a config.json: the classes of a pipeline's parts, by name."""
@@ -61,21 +70,17 @@ def find_generator(name: str, grid: tuple[int, int] | None = None) -> Checkpoint
     Raises:
         GeneratorError: nothing of that name, a folder without a readable checkpoint, a model that is not supported, or
             a grid that it can not draw.
-        ConnectionError: the Hub could not be asked.
+        HubError: a `ConnectionError`: the Hub could not be asked, and the name is not in its cache.
     """
-    if not name.strip():
-        raise GeneratorError(f"model {name!r} is no name; give {BUNDLED}, a checkpoint folder, or a Hub id")
-    if name == BUNDLED:
-        folder = BUNDLED_FOLDER
-    else:
-        path = Path(name).expanduser()
-        folder = path if path.exists() or _must_be_path(name) else _config_from_hub(name).parent
+    folder = BUNDLED_FOLDER if name == BUNDLED else find_folder(name, f"model {shown(name)}")
     if not (folder / "config.json").is_file():
         if (folder / PIPELINE_FILE).is_file():
-            raise GeneratorError(f"model {name!r} is {_described_pipeline(folder / PIPELINE_FILE)}")
-        problem = "no config.json in this folder" if folder.is_dir() else "no such folder"
+            raise GeneratorError(f"model {shown(name)} is {_described_pipeline(folder / PIPELINE_FILE)}")
+        problem = "no config.json in this folder" if os.path.isdir(folder) else "no such folder"
+        nearest = "" if os.path.isdir(folder) else _nearest(name)
         raise GeneratorError(
-            f"model {name!r}: {problem} ({folder}); give {BUNDLED}, a folder that save_pretrained wrote, or a Hub id"
+            f"model {shown(name)}: {problem} ({folder}); give {BUNDLED}, a folder that save_pretrained wrote, or a Hub "
+            f"id{nearest}"
         )
     has_own_code = False
     try:
@@ -83,25 +88,42 @@ def find_generator(name: str, grid: tuple[int, int] | None = None) -> Checkpoint
         model_type, has_own_code = values.get("model_type"), "auto_map" in values
         config = FAMILIES.get(model_type, CausalLMGenerator).read_config(folder)
     except GeneratorError as error:
-        raise GeneratorError(f"model {name!r}: {error}") from error
+        raise GeneratorError(f"model {shown(name)}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         if has_own_code:
             raise GeneratorError(
-                f"model {name!r} comes with code of its own, which ssd-cache does not run: load model and tokenizer "
-                "with transformers, trust_remote_code=True, and give them to generator_of(model, tokenizer, "
+                f"model {shown(name)} comes with code of its own, which ssd-cache does not run: load model and "
+                "tokenizer with transformers, trust_remote_code=True, and give them to generator_of(model, tokenizer, "
                 "grid=(rows, columns)), or the model to enable"
             ) from error
-        raise GeneratorError(f"model {name!r}: its config.json can not be read: {_first_line(error)}") from error
+        raise GeneratorError(f"model {shown(name)}: its config.json can not be read: {first_line(error)}") from error
     if hasattr(config, "format_version"):  # of a map, which names the type of its model too
-        raise GeneratorError(f"model {name!r} is a head map, not a model; give it as --head-map, or to HeadMap")
-    is_local = name == BUNDLED or Path(name).expanduser().exists()
-    family, grid = _choose_family(f"model {name!r}", config, grid)
+        raise GeneratorError(f"model {shown(name)} is a head map, not a model; give it as --head-map, or to HeadMap")
+    is_local = name == BUNDLED or os.path.exists(os.path.expanduser(name))
+    family, grid = _choose_family(f"model {shown(name)}", config, grid)
     if family is CausalLMGenerator and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise GeneratorError(
-            f"model {name!r} is of type {config.model_type!r}, which is no causal language model of transformers "
-            f"(AutoModelForCausalLM); ssd-cache draws with these and with {', '.join(sorted(FAMILIES))}"
+            f"model {shown(name)} is of type {shown(config.model_type)}, which is no causal language model of "
+            f"transformers (AutoModelForCausalLM); ssd-cache draws with these and with {', '.join(sorted(FAMILIES))}"
         )
     return Checkpoint(name, str(folder) if is_local else name, config, family, grid)
+
+
+def find_folder(name: str, what: str) -> Path:
+    """The folder of a checkpoint: the name itself where it is or could only be a path, else in the Hub's cache.
+
+    Args:
+        name: a folder or a Hub id, of which config.json is downloaded when needed.
+        what: the name and what it is for, in messages.
+
+    Raises:
+        GeneratorError: no name, or nothing of that name on the Hub.
+        HubError: the Hub could not be asked, and the name is not in its cache.
+    """
+    if problem := name_problem(name) or ("" if name.strip() else "it is empty"):
+        raise GeneratorError(f"{what} is no name ({problem}); give {BUNDLED}, a checkpoint folder, or a Hub id")
+    path = Path(os.path.expanduser(name))
+    return path if os.path.exists(path) or _must_be_path(name) else _config_from_hub(name, what).parent
 
 
 def generator_of(
@@ -126,8 +148,8 @@ def generator_of(
             processor = loader.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise GeneratorError(
-                f"no processor can be loaded from {source!r}, where the model came from: give processor=... "
-                f"({_first_line(error)})"
+                f"no processor can be loaded from {shown(source)}, where the model came from: give processor=... "
+                f"({first_line(error)})"
             ) from error
     return family(Checkpoint(source or type(model).__name__, source, model.config, family, grid), model, processor)
 
@@ -144,8 +166,8 @@ def _choose_family(
     family = family_of(config)
     if family is CausalLMGenerator and grid is None:
         raise GeneratorError(
-            f"{what} is of type {config.model_type!r}; ssd-cache draws with {', '.join(sorted(FAMILIES))}; with any "
-            "other causal language model as plain tokens, in a grid that you state: grid=(rows, columns), "
+            f"{what} is of type {shown(config.model_type)}; ssd-cache draws with {', '.join(sorted(FAMILIES))}; with "
+            "any other causal language model as plain tokens, in a grid that you state: grid=(rows, columns), "
             "--grid ROWSxCOLUMNS"
         )
     try:
@@ -163,9 +185,9 @@ def _choose_family(
 def _described_pipeline(index: Path) -> str:
     """What a folder of diffusers holds, and what to do with it."""
     try:
-        parts = json.loads(index.read_text("utf-8"))
+        parts = parse_json(index.read_bytes())
         names = {name: part[1] for name, part in parts.items() if isinstance(part, list)}
-        kind = parts.get("_class_name", "of diffusers")
+        kind = shown(parts["_class_name"]).strip("'") if "_class_name" in parts else "of diffusers"
     except (ValueError, AttributeError, IndexError):
         return f"a pipeline of diffusers whose {PIPELINE_FILE} can not be read"
     known = [name for name, class_name in names.items() if _draws(getattr(transformers, str(class_name), None))]
@@ -187,47 +209,48 @@ def _must_be_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
 
 
-def _config_from_hub(name: str) -> Path:
+def _config_from_hub(name: str, what: str) -> Path:
     """The cached copy of a repository's config.json, downloaded when needed."""
     try:
         return _download(name)
     except HFValidationError as error:
         raise GeneratorError(
-            f"model {name!r}: no such folder, and no Hub id either; a Hub id looks like 'user/name'"
+            f"{what}: no such folder, and no Hub id either; a Hub id looks like 'user/name'{_nearest(name)}"
         ) from error
     except GatedRepoError as error:
         raise GeneratorError(
-            f"model {name!r} is gated: ask for access on its Hub page and log in with `hf auth login`"
+            f"{what} is gated: ask for access on its Hub page and log in with `hf auth login`"
         ) from error
     except LocalEntryNotFoundError as error:
-        raise ConnectionError(
-            f"model {name!r}: no such folder, none of that name in the Hub's cache here, and the Hub is out of reach; "
-            "check the name, the network and HF_HUB_OFFLINE"
+        cause = "" if error.__cause__ is None else f" ({first_line(error.__cause__)})"
+        raise HubError(
+            f"{what}: no such folder, none of that name in the Hub's cache here, and the Hub is out of reach{cause}; "
+            f"check the name, the network and HF_HUB_OFFLINE{_nearest(name)}"
         ) from error
     except RepositoryNotFoundError as error:
         raise GeneratorError(
-            f"model {name!r}: no such folder, and no such public repository on the Hub; check the name, or log in with "
-            "`hf auth login` if it is private"
+            f"{what}: no such folder, and no such public repository on the Hub; check the name, or log in with "
+            f"`hf auth login` if it is private{_nearest(name)}"
         ) from error
     except EntryNotFoundError as error:
         raise GeneratorError(
-            f"model {name!r}: the Hub repository has no config.json, so it is no transformers checkpoint"
+            f"{what}: the Hub repository has no config.json, so it is no transformers checkpoint"
         ) from error
     except HfHubHTTPError as error:
-        raise ConnectionError(f"model {name!r}: the Hub answered with an error: {_first_line(error)}") from error
+        raise HubError(f"{what}: the Hub answered with an error: {first_line(error)}") from error
 
 
 def _download(name: str) -> Path:
     """config.json of a repository, or what diffusers has in its place; raises as `hf_hub_download`."""
     try:
-        return Path(hf_hub_download(name, "config.json"))
+        return Path(hub_download(name, "config.json"))
     except LocalEntryNotFoundError:  # offline: nobody knows what is there
         raise
     except EntryNotFoundError:
         with suppress(EntryNotFoundError):
-            return Path(hf_hub_download(name, PIPELINE_FILE))
+            return Path(hub_download(name, PIPELINE_FILE))
         raise
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _nearest(name: str) -> str:
+    return suggestion(name, [BUNDLED, *KNOWN, *nearby_folders(name), *cached_repositories()])

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 import torch
 
+from ssd_cache.showing import ReadableError
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class GeneratorError(ValueError):
+class GeneratorError(ReadableError):
     """A model that can not be found or used, or a setting of a drawing out of range."""
 
 

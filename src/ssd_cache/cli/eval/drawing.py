@@ -30,6 +30,7 @@ from ssd_cache.evaluation.conditions import drawing_conditions
 from ssd_cache.evaluation.export import PictureSet, check_unclaimed, claim_folder, draw_pictures, recorded_batch_size
 from ssd_cache.evaluation.policies import SETTINGS, choose_head_map, mean_slots, parse_policy, resolve_policies
 from ssd_cache.models import Generator, check_drawing, resolve_device, resolve_dtype
+from ssd_cache.models.find import find_folder
 from ssd_cache.presets import equal_budget
 from ssd_cache.profiling_state import Processes
 
@@ -114,7 +115,7 @@ def export(
         wanted = options.batch_size
         if wanted is not None and check_count("batch_size", wanted, 1) % pictures.unit:
             raise WrongUse(
-                f"--batch-size {wanted}: {pictures.unit} pictures are written as one; give a multiple of {pictures.unit}"
+                f"--batch-size {wanted}: {pictures.unit} images are written as one; give a multiple of {pictures.unit}"
             )
         check_place("--output", options.output, is_folder=True)
         processes = Processes()
@@ -208,7 +209,14 @@ def described(settings: Mapping[str, Any]) -> str:
 
 @contextmanager
 def judge(option: str, name: str) -> Iterator[None]:
-    """Where the model that an option names is loaded: what can not be found is told with both, as a Failure."""
+    """Where the model that an option names is loaded.
+
+    Raises:
+        WrongUse: there is no such model.
+        HubError, Failure: it cannot be looked for, or not be loaded.
+    """
+    with refusing():
+        find_folder(name, f"{option} {name}")
     try:
         yield
     except (OSError, ImportError) as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ssd_cache.evaluation.dpg.reading import DPGError, as_id, as_text, field, json_rows, read_text
+from ssd_cache.showing import printable, shown
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 """What is read of the official CSV; it also has text, keywords, category_broad and category_detailed."""
@@ -70,7 +71,8 @@ def read_questions(path: str | Path, *, official: bool = False) -> dict[str, tup
         key = (item_id, question.proposition_id)
         if key in places:
             raise DPGError(
-                f"{where}: question {key[1]!r} of item {item_id!r} stands in {places[key]} already; take one out"
+                f"{where}: question {shown(key[1])} of item {shown(item_id)} stands in {places[key]} already; take "
+                "one out"
             )
         places[key] = where
     if official:
@@ -79,9 +81,9 @@ def read_questions(path: str | Path, *, official: bool = False) -> dict[str, tup
     else:
         for where, item_id, question in _orphans(rows):
             raise DPGError(
-                f"{where}: question {question.proposition_id!r} of item {item_id!r} depends on "
-                f"{', '.join(question.parents)}, and not all of them are questions of that item; mend the row, take a "
-                "complete question file, or pass official=True, which drops such prompts"
+                f"{where}: question {shown(question.proposition_id)} of item {shown(item_id)} depends on "
+                f"{printable(', '.join(question.parents), 200)}, and not all of them are questions of that item; "
+                "mend the row, take a complete question file, or pass official=True, which drops such prompts"
             )
     items: dict[str, list[Question]] = {}
     for _, item_id, question in rows:
@@ -114,7 +116,9 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         found = ", ".join(reader.fieldnames or ()) or "nothing"
-        raise DPGError(f"{path}, line 1: no column {', '.join(missing)}, only {found}; give ELLA's dpg_bench.csv")
+        raise DPGError(
+            f"{path}, line 1: no column {', '.join(missing)}, only {printable(found, 400)}; give ELLA's dpg_bench.csv"
+        )
     line = reader.line_num + 1
     while True:
         where = f"{path}, line {line}"
@@ -141,7 +145,7 @@ def _repack_rows(items: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[Row
             place = f"{where}, question {number}"
             broad, detailed = (field(question, f"category_{level}", place) for level in ("broad", "detailed"))
             if not isinstance(detailed, str):
-                raise DPGError(f"{place}: category_detailed is {detailed!r}; give a text, '' or '-' for none")
+                raise DPGError(f"{place}: category_detailed is {shown(detailed)}; give a text, '' or '-' for none")
             text = field(question, "question", place)
             yield _row(place, field(item, "item_id", place), question, text, broad, detailed)
 
@@ -152,8 +156,8 @@ def _row(where: str, item_id: object, row: Mapping[str, Any], text: object, broa
     parents = [parent.strip() for parent in dependency.split(",")]
     if "" in parents or proposition_id == "0":
         raise DPGError(
-            f"{where}: proposition_id {proposition_id!r} with dependency {dependency!r}; ids count from 1, and "
-            "a dependency is ids with commas between them, or 0 for none"
+            f"{where}: proposition_id {shown(proposition_id)} with dependency {shown(dependency)}; ids count from 1, "
+            "and a dependency is ids with commas between them, or 0 for none"
         )
     question = Question(
         proposition_id,

@@ -5,13 +5,15 @@ What the rows mean is the business of `prompts` and `questions`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ssd_cache.showing import ReadableError, shown
+from ssd_cache.untrusted import parse_json
 
-class DPGError(ValueError):
+
+class DPGError(ReadableError):
     """A file, a picture or a setting that DPG-Bench can not be run with; says where, and what would help."""
 
 
@@ -37,7 +39,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     text = read_text(path)
     for where, row in _list_rows(path, text) if text.lstrip().startswith("[") else _line_rows(path, text):
         if not isinstance(row, Mapping):
-            raise DPGError(f"{where}: {_short(row)} is no JSON object; give one object a row, as {{'item_id': ...}}")
+            raise DPGError(f"{where}: {shown(row)} is no JSON object; give one object a row, as {{'item_id': ...}}")
         yield where, row
 
 
@@ -48,7 +50,7 @@ def field(row: Mapping[str, Any], name: str, where: str) -> Any:
         DPGError: the row has no such name.
     """
     if name not in row:
-        raise DPGError(f"{where}: no {name!r}, only {', '.join(map(repr, row)) or 'nothing'}; add it")
+        raise DPGError(f"{where}: no {name!r}, only {named(list(row)) or 'nothing'}; add it")
     return row[name]
 
 
@@ -59,7 +61,7 @@ def as_text(value: object, name: str, where: str) -> str:
         DPGError: it is no text, or nothing but blanks.
     """
     if not isinstance(value, str):
-        raise DPGError(f"{where}: {name} is {_short(value)}; give a text")
+        raise DPGError(f"{where}: {name} is {shown(value)}; give a text")
     if not value.strip():
         raise DPGError(f"{where}: {name} is empty; fill it in, or take the row out")
     return value.strip()
@@ -79,7 +81,7 @@ def as_id(value: object, name: str, where: str) -> str:
 def named(items: list[str]) -> str:
     """The first ten of some names and how many more there are, for an error."""
     more = f" and {len(items) - 10} more" if len(items) > 10 else ""
-    return ", ".join(map(repr, items[:10])) + more
+    return ", ".join(map(shown, items[:10])) + more
 
 
 def _line_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
@@ -95,11 +97,6 @@ def _list_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
 
 def _parse(where: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise DPGError(f"{where} is not JSON ({error}): mend it, or take it out") from error
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

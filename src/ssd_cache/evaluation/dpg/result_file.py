@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ssd_cache.evaluation.dpg.reading import DPGError, read_text
+from ssd_cache.showing import differences
+from ssd_cache.untrusted import checked, checked_fields, parse_json
 from ssd_cache.writing import write_files
 
 Answers = list[list[bool]]
@@ -60,10 +62,16 @@ def _as_line(row: dict[str, Any]) -> str:
 def _read_rows(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     lines = read_text(path).split("\n")[:-1]  # what follows the last newline is nothing, or a line cut short
     try:
-        first, *rows = map(json.loads, lines)
-        answered = {row["item_id"]: row for row in rows if "answers" in row}
-    except (ValueError, KeyError, TypeError) as error:
+        first, *rows = (checked(dict, parse_json(line)) for line in lines)
+        answered = {}
+        for row in rows:
+            checked_fields({"item_id": str}, row)
+            if "answers" in row:
+                answered[row["item_id"]] = checked_fields({"answers": list[list[int | bool]], "key": str}, row)
+    except ValueError as error:
         raise DPGError(f"{path} is no file of results ({error}): take it away, or give another place") from error
     if first != settings:
-        raise DPGError(f"{path} holds results of {first}, not of {settings}: take it away, or give another place")
+        raise DPGError(
+            f"{path} holds results of another run ({differences(first, settings)}): take it away, or give another place"
+        )
     return answered

@@ -117,7 +117,8 @@ def measure_divergence(
     state = DivergenceState.empty(wanted, shape)
     if path is not None:
         check_state_place(path)
-        state = DivergenceState.load(path, fingerprint, wanted, shape) if path.exists() else state
+        if path.exists():
+            state = DivergenceState.load(path, fingerprint, wanted, shape, head_map.num_visual_tokens)
     batches = [list(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
 
     def save() -> None:

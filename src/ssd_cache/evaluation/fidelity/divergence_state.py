@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 
-from ssd_cache.run_state import RunState, check_same_run, not_a_state, read_state, write_state
+from ssd_cache.run_state import RunState, check_images, check_same_run, not_a_state, read_state, write_state
+from ssd_cache.untrusted import check_like
 
 FORMAT = "ssd-cache fit 2"
 """The first format was JSON without the images."""
 
 WHAT = "the measurements of ssd-cache fit"
+
+ROUNDING = 1e-6
+"""How far below 0 rounding may take a divergence."""
 
 
 @dataclass
@@ -51,7 +55,7 @@ class DivergenceState:
 
     @classmethod
     def load(
-        cls, path: Path, settings: Mapping[str, Any], levels: Sequence[int], shape: tuple[int, int]
+        cls, path: Path, settings: Mapping[str, Any], levels: Sequence[int], shape: tuple[int, int], num_cells: int
     ) -> DivergenceState:
         """Read what `save` wrote in a run with the same settings.
 
@@ -61,15 +65,16 @@ class DivergenceState:
         file = read_state(path, FORMAT, WHAT)
         check_same_run(path, file.settings, settings)
         state = cls.empty(levels, shape)
-        names = [name for name in file.tensors if name.startswith("images.")]
+        tensors = dict(file.tensors)
         try:
-            state.images = [file.tensors[f"images.{index}"] for index in range(len(names))]
-            for level in levels:
-                for held, name in ((state.sums, f"sum.{level}"), (state.num_done, f"done.{level}")):
-                    found = file.tensors[name]
-                    if (found.shape, found.dtype) != (held[level].shape, held[level].dtype):
-                        raise ValueError(f"{name} is {found.dtype} {list(found.shape)}")
-                    held[level] = found
-        except (KeyError, ValueError) as error:
+            state.images = check_images(tensors, num_cells)
+            sums = {f"sum.{level}": total for level, total in state.sums.items()}
+            counts = {f"done.{level}": count for level, count in state.num_done.items()}
+            check_like(tensors, sums | counts)
+            if any((tensors[name] < -ROUNDING).any() for name in (*sums, *counts)):
+                raise ValueError("it holds numbers below 0")
+            state.sums = {level: tensors[f"sum.{level}"] for level in levels}
+            state.num_done = {level: tensors[f"done.{level}"] for level in levels}
+        except ValueError as error:
             raise not_a_state(path, WHAT, error) from error
         return state

@@ -22,7 +22,7 @@ from ssd_cache.evaluation.fidelity.lockstep import parts_of
 from ssd_cache.evaluation.fidelity.measure import check_settings, measure_fidelity
 from ssd_cache.evaluation.fidelity.result import Fidelity, merge
 from ssd_cache.measuring import check_prompts, prompts_sha256, weights_sha256
-from ssd_cache.models import Generator
+from ssd_cache.models import Checkpoint, Generator
 from ssd_cache.run_state import (
     RunState,
     check_same_run,
@@ -32,6 +32,7 @@ from ssd_cache.run_state import (
     write_state,
 )
 from ssd_cache.sharding import check_whole
+from ssd_cache.untrusted import check_like, checked
 
 FORMAT, WHAT = "ssd-cache fidelity state 1", "the measurements of ssd-cache eval fidelity"
 
@@ -94,7 +95,7 @@ def measure_in_parts(
     tokens, results = None, None
     if path is not None:
         check_state_place(path)
-        tokens, results = _load(path, fingerprint) if path.exists() else (None, None)
+        tokens, results = _load(path, fingerprint, generator.checkpoint) if path.exists() else (None, None)
     if tokens is None:
         tokens = generator.generate(prompts, **settings).cpu()
         _save(path, fingerprint, tokens, {}, len(prompts))
@@ -127,30 +128,42 @@ def _save(path: Path | None, settings: Mapping[str, Any], tokens: torch.Tensor, 
     tensors = {"images": tokens}
     tensors |= {f"{name}.{part}": getattr(result, part) for name, result in results.items() for part in TENSORS}
     first = next(iter(results.values()), None)
-    counts = {
-        "caches": list(results),
-        "budgets": [result.budget for result in results.values()],
-        "grid": None if first is None else first.grid,
-        "previews": None if first is None else first.previews,
-    }
+    counts = {"budgets": [result.budget for result in results.values()]}
     is_finished = first is not None and len(first.tokens) == total
     write_state(path, FORMAT, RunState(tensors, settings, counts, is_finished), WHAT)
 
 
-def _load(path: Path, settings: Mapping[str, Any]) -> tuple[torch.Tensor, Results]:
+def _load(path: Path, settings: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[torch.Tensor, Results]:
     file = read_state(path, FORMAT, WHAT)
     check_same_run(path, file.settings, settings)
+    tensors, total = dict(file.tensors), settings["num_prompts"]
+    steps, heads = checkpoint.num_visual_tokens - 1, (checkpoint.num_layers, checkpoint.num_kv_heads)
     try:
-        images, results = file.tensors["images"], {}
-        for name, budget in zip(file.counts["caches"], file.counts["budgets"], strict=True):
-            tensors = {part: file.tensors[f"{name}.{part}"] for part in TENSORS}
-            results[name] = Fidelity(
-                grid=tuple(file.counts["grid"]),
-                previews=tuple(tuple(grid) for grid in file.counts["previews"]),
-                budget=float(budget),
-                tokens=images[: len(tensors["kl"])],
-                **tensors,
-            )
-        return images, results
-    except (KeyError, TypeError, ValueError) as error:
+        images = tensors.pop("images", torch.empty(0))
+        check_like({"images": images}, {"images": torch.empty(total, steps + 1, dtype=torch.int64)})
+        budgets = checked(list[float], file.counts.get("budgets"), "budgets")
+        names = list(settings["caches"]) if budgets else []
+        num_done = len(kl) if (kl := tensors.get(f"{names[0]}.kl" if names else "")) is not None and kl.ndim else 0
+        if len(budgets) != len(names) or num_done > total:
+            raise ValueError("it holds results of other caches or images")
+        shapes = {
+            "is_spatial": torch.empty(heads, dtype=torch.bool),
+            "kl": torch.empty(num_done, steps, dtype=torch.float64),
+            "agrees": torch.empty(num_done, steps, dtype=torch.bool),
+            "attention_error": torch.empty(steps, heads[0]),
+            "retained": torch.empty(steps, *heads),
+        }
+        check_like(tensors, {f"{name}.{part}": shapes[part] for name in names for part in TENSORS})
+    except ValueError as error:
         raise not_a_state(path, WHAT, error) from error
+    results = {
+        name: Fidelity(
+            grid=checkpoint.grid,
+            previews=checkpoint.previews,
+            budget=budget,
+            tokens=images[:num_done],
+            **{part: tensors[f"{name}.{part}"] for part in TENSORS},
+        )
+        for name, budget in zip(names, budgets, strict=True)
+    }
+    return images, results

@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from ssd_cache.evaluation.geneval.prompts import GenEvalPrompt, parse_prompt
+from ssd_cache.showing import shown
 from ssd_cache.writing import write_files
 
 NUM_SAMPLES = 4
@@ -131,9 +132,9 @@ class SampleFolder:
             ) from error
         if found != self.prompts[prompt]:
             raise ValueError(
-                f"{path}: the pictures are of {found.prompt!r} ({found.tag}), but prompt {prompt} is "
-                f"{self.prompts[prompt].prompt!r} ({self.prompts[prompt].tag}); give the prompt file they were drawn "
-                "from, or another folder"
+                f"{path}: the pictures are of {shown(found.prompt)} ({found.tag}), but prompt {prompt} is "
+                f"{shown(self.prompts[prompt].prompt)} ({self.prompts[prompt].tag}); give the prompt file they were "
+                "drawn from, or another folder"
             )
 
 

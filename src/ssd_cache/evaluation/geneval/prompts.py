@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ssd_cache.evaluation.geneval.names import CLASSES, COLORS, RELATIONS, TAGS
+from ssd_cache.showing import ReadableError, printable, shown
+from ssd_cache.untrusted import parse_json
 
 NUM_PROMPTS = 553
 """Prompts of the official file."""
@@ -77,12 +79,12 @@ def read_prompts(path: str | Path) -> list[GenEvalPrompt]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ValueError(
+        raise ReadableError(
             f"{path}: the prompts can not be read ({reason}); give GenEval's evaluation_metadata.jsonl"
         ) from error
     lines = text.removesuffix("\n").split("\n") if text.strip() else []
     if not lines:
-        raise ValueError(f"{path}: no prompt in it; give GenEval's evaluation_metadata.jsonl, or some of its lines")
+        raise ReadableError(f"{path}: no prompt in it; give GenEval's evaluation_metadata.jsonl, or some of its lines")
     return [parse_prompt(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
@@ -93,22 +95,27 @@ def parse_prompt(line: str, place: str = "the prompt") -> GenEvalPrompt:
         ValueError: no JSON object, or one that asks for something GenEval does not know.
     """
     try:
-        return _prompt_of(json.loads(line))
-    except (ValueError, RecursionError) as error:
-        found = f"not JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise ValueError(f"{place}: {found}; take the line as it is in GenEval's evaluation_metadata.jsonl") from error
+        try:
+            entry = parse_json(line)
+        except ValueError as error:
+            raise ReadableError(f"not JSON: {error}") from error
+        return _prompt_of(entry)
+    except ValueError as error:
+        raise ReadableError(
+            f"{place}: {error}; take the line as it is in GenEval's evaluation_metadata.jsonl"
+        ) from error
 
 
 def _prompt_of(line: Any) -> GenEvalPrompt:
     _check_keys("the line", line, {"tag", "include", "prompt"}, {"exclude"})
     tag = _one_of("tag", line["tag"], TAGS)
     if not isinstance(line["prompt"], str) or not line["prompt"].strip():
-        raise ValueError(f"prompt is {line['prompt']!r}, not a text")
+        raise ReadableError(f"prompt is {shown(line['prompt'])}, not a text")
     for key in ("include", "exclude"):
         if not isinstance(line.get(key, []), list):
-            raise ValueError(f"{key} is {line[key]!r}, not a list")
+            raise ReadableError(f"{key} is {shown(line[key])}, not a list")
     if not line["include"]:
-        raise ValueError("include is empty, so that every picture would be correct")
+        raise ReadableError("include is empty, so that every picture would be correct")
     include = tuple(_include_of(f"include[{index}]", item, index) for index, item in enumerate(line["include"]))
     exclude = tuple(_exclude_of(f"exclude[{index}]", item) for index, item in enumerate(line.get("exclude", [])))
     return GenEvalPrompt(tag, line["prompt"], include, exclude)
@@ -121,10 +128,10 @@ def _include_of(name: str, item: Any, index: int) -> Include:
     if "position" in item:
         position = item["position"]
         if not isinstance(position, list) or len(position) != 2:
-            raise ValueError(f"{name} position is {position!r}, not [relation, index of an entry of include]")
+            raise ReadableError(f"{name} position is {shown(position)}, not [relation, index of an entry of include]")
         relation, target = _one_of(f"{name} relation", position[0], RELATIONS), position[1]
         if type(target) is not int or not 0 <= target < index:
-            raise ValueError(f"{name} position is relative to entry {target!r}, not to one before it, from 0")
+            raise ReadableError(f"{name} position is relative to entry {shown(target)}, not to one before it, from 0")
         position = (relation, target)
     return Include(_one_of(f"{name} class", item["class"], CLASSES), _count(name, item), color, position)
 
@@ -136,21 +143,21 @@ def _exclude_of(name: str, item: Any) -> Exclude:
 
 def _check_keys(name: str, item: Any, needed: set[str], more: set[str]) -> None:
     if not isinstance(item, dict):
-        raise ValueError(f"{name} is {item!r}, not an object with {', '.join(sorted(needed))}")
+        raise ReadableError(f"{name} is {shown(item)}, not an object with {', '.join(sorted(needed))}")
     if missing := sorted(needed - item.keys()):
-        raise ValueError(f"{name} has no {', '.join(missing)}")
+        raise ReadableError(f"{name} has no {', '.join(missing)}")
     if unknown := sorted(item.keys() - needed - more):
-        raise ValueError(f"{name} has {', '.join(unknown)}, which means nothing here")
+        raise ReadableError(f"{name} has {printable(', '.join(unknown), 200)}, which means nothing here")
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> str:
     if value not in known:
         listed = ", ".join(known) if len(known) <= 10 else f"one of the {len(known)} in GenEval's object_names.txt"
-        raise ValueError(f"{name} is {value!r}, not {listed}")
+        raise ReadableError(f"{name} is {shown(value)}, not {listed}")
     return value
 
 
 def _count(name: str, item: dict[str, Any]) -> int:
     if type(item["count"]) is not int or item["count"] < 1:
-        raise ValueError(f"{name} count is {item['count']!r}, not a whole number from 1 up")
+        raise ReadableError(f"{name} count is {shown(item['count'])}, not a whole number from 1 up")
     return item["count"]

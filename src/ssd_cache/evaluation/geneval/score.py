@@ -19,9 +19,12 @@ from PIL import Image
 from ssd_cache.evaluation.geneval.colors import ColorClassifier
 from ssd_cache.evaluation.geneval.detector import Detector
 from ssd_cache.evaluation.geneval.folder import SampleFolder
+from ssd_cache.evaluation.geneval.names import TAGS
 from ssd_cache.evaluation.geneval.prompts import GenEvalPrompt
 from ssd_cache.evaluation.geneval.rules import OFFICIAL, Rules, judge, objects_of
 from ssd_cache.evaluation.geneval.summary import SCORER, GenEvalScore, ImageResult, summarize
+from ssd_cache.showing import ReadableError, differences, shown
+from ssd_cache.untrusted import checked, parse_json
 from ssd_cache.writing import write_files
 
 
@@ -142,15 +145,16 @@ def _read_results(path: Path, settings: dict[str, Any]) -> list[ImageResult]:
         return results
     remedy = "give another file, or delete it to begin anew"
     try:
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-            results.append(ImageResult(**json.loads(line)))
-    except (OSError, ValueError, TypeError) as error:
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            result = checked(ImageResult, parse_json(line))
+            if result.tag not in TAGS:
+                raise ReadableError(f"tag={shown(result.tag)}; GenEval's are {', '.join(TAGS)}")
+            results.append(result)
+    except (OSError, ValueError) as error:
         place = f"{path}, line {len(results) + 1}"
-        raise ValueError(f"{place}: not a result of a GenEval run ({error}); {remedy}") from error
+        raise ReadableError(f"{place}: not a result of a GenEval run ({error}); {remedy}") from error
     for number, result in enumerate(results, 1):
         if (result.scorer, result.settings) != (SCORER, settings):
-            raise ValueError(
-                f"{path}, line {number}: a result of another run ({result.scorer}, {result.settings}), but this one is "
-                f"{SCORER}, {settings}; {remedy}"
-            )
+            other = differences({"scorer": result.scorer, **result.settings}, {"scorer": SCORER, **settings})
+            raise ReadableError(f"{path}, line {number}: a result of another run ({other}); {remedy}")
     return results

@@ -97,7 +97,7 @@ def check_images(tensors: dict[str, torch.Tensor], cells: int) -> list[torch.Ten
     Raises:
         ValueError: one has another shape or dtype, or holds negative numbers.
     """
-    images = []
+    images: list[torch.Tensor] = []
     while (tokens := tensors.pop(f"images.{len(images)}", None)) is not None:
         rows = tokens.shape[0] if tokens.ndim else 0
         check_like({"images": tokens}, {"images": torch.empty(rows, cells, dtype=torch.int64)})

@@ -88,7 +88,7 @@ def test_help_names_every_option_within_80_columns(run, flag):
     result = run(flag)
     assert result.exit_code == 0
     options = "prompts-file num-images output compare model grid head-map dtype device policy budget slots buffer"
-    for name in (*options.split(), "kv-dtype", "guidance", "temperature", "seed", "batch-size"):
+    for name in (*options.split(), "kv-dtype", "output-dir", "guidance", "temperature", "seed", "batch-size"):
         assert f"--{name} " in result.stdout
     for policy in POLICIES:
         assert policy in result.stdout.replace("\n", " ")

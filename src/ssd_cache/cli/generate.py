@@ -18,6 +18,7 @@ from ssd_cache.batching import MAX_IMAGES, default_batch_size, image_nbytes
 from ssd_cache.cli.draw import Drawing, draw
 from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.files import PICTURE_FORMATS, TOKENS, check_output, read_prompts, save_picture
+from ssd_cache.cli.image_folder import Run, find_folders, generate_into
 from ssd_cache.cli.loading import find_model, load_generator
 from ssd_cache.cli.options import (
     MODEL,
@@ -54,16 +55,25 @@ def generate(
     prompts_file: PromptsFile = None,
     num_images: Annotated[int, typer.Option(help="Pictures of each prompt.", metavar="N")] = 1,
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--output",
             "-o",
             help="The picture, or the contact sheet: .png, .jpg, .webp; the visual tokens: .safetensors.",
             metavar="FILE",
+            show_default="picture.png",
         ),
-    ] = Path("picture.png"),
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of --output: a folder for one file per image. Called again, it generates what is missing.",
+            metavar="FOLDER",
+            show_default=False,
+        ),
+    ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Draw with every policy on the same seeds, one row each.")
+        bool, typer.Option("--compare", help="Use every policy on the same seeds, a row or folder each.")
     ] = False,
     model: ModelName = BUNDLED,
     grid: Grid = None,
@@ -144,14 +154,18 @@ def generate(
         ),
     ] = None,
 ) -> None:
-    """Draw pictures of prompts with a cache of fixed size.
+    """Generate images of prompts with a cache of fixed size.
 
-    Several pictures come as one contact sheet. The pictures of one batch share a
-    seed: the same command gives the same pictures. Several processes share the
-    batches under `accelerate launch --multi_gpu -m ssd_cache.cli generate ...`.
+    Several images come as one contact sheet, or with --output-dir as one file
+    each. The images of one batch share a seed: the same command gives the same
+    images. Several processes share the batches under
+    `accelerate launch --multi_gpu -m ssd_cache.cli generate ...`.
     """
     texts = [text for text in read_prompts(prompts or [], prompts_file) for _ in range(num_images)]
-    place = check_output(output, (*PICTURE_FORMATS, TOKENS))
+    if output is not None and output_dir is not None:
+        raise WrongUse(f"--output {output} and --output-dir {output_dir}: give one of them")
+    output = output or Path("picture.png")
+    place = check_output(output, (*PICTURE_FORMATS, TOKENS)) if output_dir is None else output
     policies = choose_policies(policy, compare)
     amount = None if budget is None else parse_budget(budget)
     for name, number in (("--num-images", num_images), ("--batch-size", batch_size)):
@@ -193,6 +207,10 @@ def generate(
                 },
             }
         )
+    if output_dir is not None:
+        run = Run(checkpoint, kind, where, texts, num_images, guidance, temperature, seed, fast, processes)
+        generate_into(find_folders(output_dir, list(caches), compare), caches, run, batch_size)
+        return
     generator = load_generator(checkpoint, kind, where)
     largest = max(caches.values(), key=lambda cache: image_nbytes(generator, 0, cache))
     size_of_batch = batch_size or default_batch_size(generator, texts, cache=largest, processes=processes)

@@ -132,7 +132,7 @@ def measure_divergence(
         save()
     bar = tqdm(total=len(wanted) * head_map.is_spatial.numel() * len(batches), unit=" passes", disable=not progress)
     bar.update(sum(int(count.sum()) for count in state.num_done.values()))
-    num_caches = 2
+    num_caches = 1  # until the time of a pass is known
     with bar, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a window shorter than a row is what is being measured
         for number, level in enumerate(wanted):

@@ -25,6 +25,7 @@ from ssd_cache.quantized import KV_DTYPES
 from ssd_cache.rasters import format_rasters
 from ssd_cache.retention import SCORES
 from ssd_cache.sharding import is_distributed, own_heads, shard_of
+from ssd_cache.slots import normal_tensors
 
 __all__ = ["POLICIES", "MemoryStats", "SSDCache", "decoder_shape", "default_buffer"]
 
@@ -247,7 +248,8 @@ class SSDCache(Cache):
         # the same tensors at every step, and filled, not copied: a copy from the host would wait for the device
         for device in {layer.device for layer in self.layers}:
             if device not in self._steps:
-                self._steps[device] = torch.zeros((), dtype=torch.int64, device=device)
+                with normal_tensors():
+                    self._steps[device] = torch.zeros((), dtype=torch.int64, device=device)
             self._steps[device].fill_(self.layers[0].num_visual)
         for layer in self.layers:
             layer.begin_step(self._steps[layer.device])

@@ -92,8 +92,9 @@ class enable(ContextDecorator):
 
     def __exit__(self, *error: object) -> None:
         flow = current_flow()
-        number = next((n for n in reversed(range(len(self._entered))) if self._entered[n][0] is flow), -1)
-        self._entered.pop(number)[1].close()
+        entry = next((entry for entry in reversed(self._entered) if entry[0] is flow), self._entered[-1])
+        self._entered.remove(entry)
+        entry[1].close()
 
     def memory_stats(self) -> MemoryStats:
         """Bytes of the cache of the last call that ended inside the block, and of a full cache in its place.
@@ -168,7 +169,8 @@ def _take_guidance(model: PreTrainedModel, call: dict[str, Any], cache: SSDCache
         raise ValueError(f"num_beams={beams} with guidance_scale={scale}: generate guided images with num_beams=1")
     if call_setting(model, call, "prefill_chunk_size") is not None:
         raise ValueError(
-            f"prefill_chunk_size with guidance_scale={scale}: guidance takes a prompt whole; leave one of the two out"
+            f"prefill_chunk_size with guidance_scale={scale}: guidance takes a prompt whole, then token by token: leave "
+            "prefill_chunk_size out"
         )
     negative = [call.pop(name, None) for name in ("negative_prompt_ids", "negative_prompt_attention_mask")]
     call["guidance_scale"] = 1.0  # or the model's own settings would guide once more

@@ -40,17 +40,25 @@ def test_the_number_that_a_map_was_fitted_to_gives_its_own_slots(budget):
     assert slots_of(FITTED, budget) == OWN
 
 
-@pytest.mark.parametrize("budget", [8, 0.5, 24, 0.9])
-def test_another_number_scales_the_slots_to_an_exact_total(budget):
+@pytest.mark.parametrize("budget", [8, 11, 0.4, 0.5, 24, 0.9])
+def test_another_number_changes_the_slots_to_an_exact_total(budget):
     slots = slots_of(FITTED, budget)
     mean = round(budget * 36) if isinstance(budget, float) else budget
     assert total(slots) == 4 * mean
-    assert slots[0][1] >= slots[1][0] > slots[0][0]  # in the order of the map
+    assert slots[0][1] >= slots[1][0] >= slots[0][0]  # in the order of the map
     assert max(map(max, slots)) <= 36
 
 
-def test_half_of_the_slots_are_half_of_each():
-    assert slots_of(FITTED, 8) == [(5, 13), (9, 5)]
+def test_fewer_slots_are_taken_from_the_largest_heads():
+    assert slots_of(FITTED, 14) == [(10, 18), (18, 10)]
+    assert slots_of(FITTED, 12) == [(10, 14), (14, 10)]
+    assert slots_of(FITTED, 11) == [(10, 12), (12, 10)]
+    assert slots_of(FITTED, 8) == [(8, 8), (8, 8)]
+
+
+def test_more_slots_are_shared_in_proportion():
+    assert slots_of(FITTED, 20) == [(13, 33), (22, 12)]
+    assert slots_of(FITTED, 24) == [(16, 36), (28, 16)]  # no head gets more than the grid has
 
 
 def test_a_full_budget_gives_every_head_the_whole_grid():
@@ -59,7 +67,7 @@ def test_a_full_budget_gives_every_head_the_whole_grid():
 
 def test_each_head_keeps_room_for_what_it_must_keep():
     # a spatial head must hold buffer + sinks = 7, a semantic one three recents more
-    assert slots_of(FITTED, 9, buffer=6, num_recent=3, num_sinks=1) == [(7, 12), (10, 7)]
+    assert slots_of(FITTED, 9, buffer=6, num_recent=3, num_sinks=1) == [(8, 10), (10, 8)]
     with pytest.raises(ValueError, match="fewer than buffer=6"):
         slots_of(FITTED, 7, buffer=6, num_recent=3, num_sinks=1)
 
@@ -101,7 +109,7 @@ def test_what_can_not_be_shared_out_is_refused(head_map, settings, message):
 
 
 @given(st.data())
-def test_scaled_slots_add_up_and_stay_in_their_bounds(data):
+def test_scaled_slots_add_up_and_stay_in_their_bounds_and_in_order(data):
     cells = 60
     own = data.draw(st.lists(st.lists(st.integers(1, cells), min_size=2, max_size=2), min_size=1, max_size=5))
     least = [[data.draw(st.integers(1, 20)) for _ in layer] for layer in own]
@@ -115,7 +123,11 @@ def test_scaled_slots_add_up_and_stay_in_their_bounds(data):
         assert all(number >= bound for _, number, bound in heads)
     inside = sorted((before, number) for before, number, bound in heads if bound < number < cells)
     for (one, first), (other, second) in pairwise(inside):
-        assert first * other <= second * one + max(one, other)  # in proportion, to one slot of rounding
+        if wanted > total(own):  # in proportion, to one slot of rounding
+            assert first * other <= second * one + max(one, other)
+        else:  # as it was, or cut to a common limit, to one slot of rounding
+            assert first == one or abs(first - max(number for _, number in inside)) <= 1
+            assert second <= other
 
 
 @given(st.integers(1, 30), st.one_of(st.integers(0, 30), st.floats(0, 0.99)), st.integers(0, 5), st.booleans())

@@ -1,6 +1,6 @@
 """From what a user asks for (a fraction, a count, one for each kind or layer) to slots, with every bad value refused.
 
-Also the slots that a head map was fitted to, scaled to another total. Plain numbers in, plain numbers out: no tensors,
+Also the slots that a head map was fitted to, brought to another total. Plain numbers in, plain numbers out: no tensors,
 no state.
 """
 
@@ -63,11 +63,14 @@ def resolve_budget(budget: Budget, is_spatial: Sequence[Sequence[bool]], num_cel
 def scale_slots(
     slots: Sequence[Sequence[int]], num_slots: int, least: Sequence[Sequence[int]], num_cells: int
 ) -> list[tuple[int, ...]]:
-    """Slots in the proportions of a map's own slots, with a mean of `num_slots` a head.
+    """A map's own slots, brought to a mean of `num_slots` a head.
 
     Where the mean of `slots`, rounded, is `num_slots`, their total is kept, so that the result is `slots` itself. Else
-    the total is exactly `num_slots` times the heads (largest remainder; of equal remainders the earlier head gets the
-    slot). No head gets more than the grid has cells, or fewer than `least`, where that can be had at this total.
+    the total is exactly `num_slots` times the heads. A greater total is shared in the proportions of `slots` (largest
+    remainder; of equal remainders the earlier head gets the slot). For a smaller one the largest heads are cut to a
+    common limit, and the others keep their slots: a head that was fitted few slots needs them all, while a head with
+    many loses little by the last of them (docs/results.md has the measurement). No head gets more than the grid has
+    cells, or fewer than `least`, where that can be had at this total.
 
     Args:
         slots: of every KV head, layer by layer.
@@ -75,19 +78,21 @@ def scale_slots(
         least: what every head must hold, shaped alike.
         num_cells: visual tokens of the grid.
 
-    Example: half of the slots; the second head must hold 20.
+    Example: four heads with 60 slots on average.
 
-        >>> scale_slots([(100, 25), (75, 40)], 30, [(5, 20), (5, 5)], 576)
-        [(46, 20), (35, 19)]
+        >>> own, least = [(100, 25), (75, 40)], [(5, 5), (5, 5)]
+        >>> scale_slots(own, 40, least, 576), scale_slots(own, 120, least, 576)
+        ([(48, 25), (47, 40)], [(200, 50), (150, 80)])
     """
     flat = [number for layer in slots for number in layer]
     bounds = [min(number, num_cells) for layer in least for number in layer]
-    total = num_slots * len(flat)
-    if abs(total - sum(flat)) * 2 <= len(flat):
+    total = min(num_slots, num_cells) * len(flat)
+    if abs(num_slots * len(flat) - sum(flat)) * 2 <= len(flat):
         total = sum(flat)
     if sum(bounds) > total:
         bounds = [1] * len(flat)
-    shared = iter(_share(flat, min(total, num_cells * len(flat)), bounds, num_cells))
+    share = _grow if total > sum(flat) else _cut
+    shared = iter(share(flat, total, bounds, num_cells))
     return [tuple(next(shared) for _ in layer) for layer in slots]
 
 
@@ -114,7 +119,25 @@ def scale_counts(budget: Budget, before: int, after: int) -> Budget:
     return max(1, round(budget * after / before)) if isinstance(budget, int) else budget
 
 
-def _share(weights: Sequence[int], total: int, least: Sequence[int], most: int) -> list[int]:
+def _cut(slots: Sequence[int], total: int, least: Sequence[int], most: int) -> list[int]:
+    """Slots of at most a common limit, each at least its `least`, that add up to `total`."""
+
+    def limited(limit: int) -> list[int]:
+        return [max(bound, min(number, limit)) for number, bound in zip(slots, least, strict=True)]
+
+    low, high = 0, most  # the greatest limit that does not exceed the total is from `low` up and below `high` + 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if sum(limited(middle)) <= total else (low, middle - 1)
+    shares, above = limited(low), limited(low + 1)
+    rest = total - sum(shares)
+    for index, (share, more) in enumerate(zip(shares, above, strict=True)):
+        if rest and more > share:
+            shares[index], rest = more, rest - 1
+    return shares
+
+
+def _grow(weights: Sequence[int], total: int, least: Sequence[int], most: int) -> list[int]:
     """Whole numbers in the proportions of `weights`, each from its `least` to `most`, that add up to `total`.
 
     Heads out of bounds are set to their bound, and the rest is shared anew, until all are inside.

@@ -59,9 +59,10 @@ class SSDCache(Cache):
             layer, which is one of these or a list with a number for each KV head.
             When not given, the budget that the map was fitted to, or 0.2.
         slots: how one number is shared among the heads. "fitted", the default of a map that carries slots
-            (`head_map.slots`), scales these so that a head has that number on average; each head keeps room for
-            `buffer`, `num_recent` and `num_sinks`. "uniform", the default of any other map, gives every head that
-            number. A dict or a list is taken as it is.
+            (`head_map.slots`), brings these to that number on average: a greater one is shared in proportion, for a
+            smaller one the largest heads are cut to a common limit. Each head keeps room for `buffer`, `num_recent` and
+            `num_sinks`. "uniform", the default of any other map, gives every head that number. A dict or a list is
+            taken as it is.
         buffer: tokens evicted at once, when a token arrives and all slots are taken. A grid row when not given, and a
             third of one with a learned score, which takes little to ask. 1 evicts at every step.
         num_recent: newest tokens that a semantic head always keeps; a float in [0, 1) is a fraction of its slots. A

@@ -66,7 +66,7 @@ def choose_slots(slots: str | None, budget: Budget | None, head_map: HeadMap) ->
 def fitted_slots(
     head_map: HeadMap, budget: Amount, buffer: int, num_recent: int | float, num_sinks: int
 ) -> list[tuple[int, ...]]:
-    """The map's own slots, scaled to this mean, with room in every head for what it must keep."""
+    """The map's own slots brought to this mean, with room in every head for what it must keep."""
     cells = head_map.num_visual_tokens
     least = {kind: least_slots(kind, buffer, num_recent, num_sinks, cells) for kind in (True, False)}
     least_of = [[least[is_spatial] for is_spatial in layer] for layer in head_map.is_spatial.tolist()]

@@ -197,8 +197,9 @@ def generate(
                 "seed": seed,
                 "batch size": batch_size,
                 **{
-                    f"map, slots, buffer, kv_dtype of {name}": [
+                    f"map, budget, buffer, kv_dtype of {name}": [
                         digest_of(cache.head_map),
+                        cache.budget,
                         cache.num_slots,
                         cache.buffer,
                         cache.kv_dtype,

@@ -605,7 +605,6 @@ def test_the_card_says_what_it_is_how_it_was_made_and_how_to_use_it():
 def test_a_card_s_front_matter_links_only_what_the_hub_can_link(model_id):
     text = card(HeadMap(LABELS, model_id=model_id, profile={"a": "```\n# injected"}), "user/map")
     assert ("base_model" in text.split("---\n")[1]) == (model_id == "a/b")
-    assert text.count("```") == 4, "a profile cannot close its own block"
 
 
 def test_the_example_of_the_card_names_a_class_that_transformers_has():

@@ -28,6 +28,7 @@ FLOORS = {
     "likelihood": 0,
     "learning_state": 0,
     "hub": 0,
+    "markdown": 0,
     "showing": 0,
     "suggesting": 0,
     "untrusted": 0,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import ModelCardData
 from PIL import Image, ImageDraw, ImageFont
 
+from ssd_cache.markdown import code_block, escape
 from ssd_cache.rasters import format_rasters
 
 if TYPE_CHECKING:
@@ -40,9 +41,7 @@ Spatial-Semantic head Decoupling, [arXiv 2510.18716](https://arxiv.org/abs/2510.
 
 ## Use
 
-```python
 {example}
-```
 
 ## Facts
 
@@ -70,7 +69,7 @@ cache.reset()                                # ready for the next picture"""
 
 def card(head_map: HeadMap, repo_id: str) -> str:
     """The model card (README.md) of a repository that holds this map."""
-    model = head_map.model_id or "a model without a name"
+    model = escape(head_map.model_id or "a model without a name")
     data = ModelCardData(
         library_name="ssd-cache",
         base_model=head_map.model_id if HUB_ID.fullmatch(head_map.model_id or "") else None,
@@ -81,7 +80,7 @@ def card(head_map: HeadMap, repo_id: str) -> str:
         "layers x KV heads": f"{head_map.num_layers} x {head_map.num_kv_heads}",
         "spatial, semantic": f"{num_spatial}, {head_map.is_spatial.numel() - num_spatial}",
         "grid of visual tokens": format_rasters(head_map.previews, head_map.grid, " x "),
-        "model": model,
+        "model": head_map.model_id,
         "model revision": head_map.revision,
         "model type": head_map.model_type,
         "method": head_map.method,
@@ -89,15 +88,15 @@ def card(head_map: HeadMap, repo_id: str) -> str:
         "scores": ", ".join(head_map.scores),
         "digest": head_map.digest,
     }
-    rows = [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in facts.items() if value != ""]
+    rows = [f"| {name} | {escape(value)} |" for name, value in facts.items() if value not in (None, "")]
     is_janus = head_map.model_type in (None, "janus")
     example = EXAMPLE.format(
         model_class="JanusForConditionalGeneration" if is_janus else "AutoModelForMultimodalLM",
-        model=json.dumps(head_map.model_id or "user/model"),
-        repo=json.dumps(repo_id),
+        model=json.dumps(head_map.model_id or "user/model", ensure_ascii=False),
+        repo=json.dumps(repo_id, ensure_ascii=False),
         mode='generation_mode="image", ' if is_janus else "",
     )
-    profile = json.dumps(head_map.profile, indent=2).replace("`", "\\u0060")  # stays in its block
+    profile = code_block(json.dumps(head_map.profile, indent=2), "json")
     return CARD.format(
         front_matter=data.to_yaml().strip(),
         model=model,
@@ -105,9 +104,9 @@ def card(head_map: HeadMap, repo_id: str) -> str:
         num_kv_heads=head_map.num_kv_heads,
         num_spatial=num_spatial,
         picture=PICTURE_NAME,
-        example=example,
-        facts="\n".join(row for row in rows if not row.endswith("| None |")),
-        profile=f"```json\n{profile}\n```" if head_map.profile else "It carries no record of how it was made.",
+        example=code_block(example, "python"),
+        facts="\n".join(rows),
+        profile=profile if head_map.profile else "It carries no record of how it was made.",
         tensors="head_map.safetensors",
     )
 

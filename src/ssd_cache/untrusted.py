@@ -55,13 +55,22 @@ def parse_json(content: str | bytes, max_depth: int = MAX_DEPTH) -> Any:
             todo += [(child, depth + 1) for child in (part.values() if isinstance(part, dict) else part)]
             todo += [(name, depth + 1) for name in part] if isinstance(part, dict) else []
         elif isinstance(part, str):
-            if not part.isascii() and any("\ud800" <= char <= "\udfff" for char in part):
+            if not is_unicode(part):
                 raise ReadableError(f"the text {shown(part)} holds half of a surrogate pair")
         elif isinstance(part, float) and not math.isfinite(part):
             raise ReadableError(f"the number {part} is not finite")
         elif isinstance(part, int) and abs(part) > MAX_INT:
             raise ReadableError(f"the number {shown(part)} is too large")
     return value
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written in UTF-8: one with half of a surrogate pair in it cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def name_problem(name: object) -> str:

@@ -9,6 +9,8 @@ import io
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from ssd_cache.showing import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -73,6 +75,15 @@ def outline_cell(axes: Axes, row: int, column: int) -> None:
 
     for color, width in (("white", 2.6), (MARK, 1.4)):
         axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=color, linewidth=width))
+
+
+def plain_label(text: str) -> str:
+    """A foreign text as a label of a figure: short, on one line, and without math.
+
+    A legend leaves out names that begin with an underscore, so a space comes before it.
+    """
+    line = " ".join(printable(text, 80).split()).replace("$", r"\$")
+    return f" {line}" if line.startswith("_") else line
 
 
 def to_png(figure: Figure, dpi: int = 200) -> bytes:

@@ -9,7 +9,7 @@ import statistics
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ssd_cache.analysis.plotting import new_figure, to_png
+from ssd_cache.analysis.plotting import new_figure, plain_label, to_png
 from ssd_cache.bench.results import Report, Row
 from ssd_cache.evaluation.plots import COLORS, LINES, MARKERS
 
@@ -63,7 +63,7 @@ def _style(number: int) -> dict[str, Any]:
 def _draw_steps(axes: Axes, rows: list[Row], styles: dict[str, dict[str, Any]]) -> None:
     for row in rows:
         points = [_mean(part) for part in _parts(row.curve)]
-        axes.plot(*zip(*points, strict=True), label=row.cache, **styles[row.cache])
+        axes.plot(*zip(*points, strict=True), label=plain_label(row.cache), **styles[row.cache])
     axes.set_yscale("log")
     axes.set_xlabel("visual token")
     axes.set_ylabel(f"ms a step (means of {BIN} steps)")
@@ -89,7 +89,7 @@ def _draw_speeds(axes: Axes, rows: list[Row], styles: dict[str, dict[str, Any]])
     for name, style in styles.items():
         of_cache = [row for row in rows if row.cache == name]
         batches = [row.batch_size for row in of_cache]
-        axes.plot(batches, [row.tokens_per_second for row in of_cache], label=name, **style)
+        axes.plot(batches, [row.tokens_per_second for row in of_cache], label=plain_label(name), **style)
         axes.vlines(batches, [row.slowest for row in of_cache], [row.fastest for row in of_cache], color=style["color"])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ssd_cache.bench.cases import RIVALS
 from ssd_cache.bench.results import Report, Row
+from ssd_cache.markdown import code_block, escape, table
 
 MISSING = "-"
 
@@ -28,8 +29,7 @@ class Cells:
     rows: list[list[str]]
 
     def to_markdown(self) -> str:
-        lines = [self.heads, ["---", *["---:"] * (len(self.heads) - 1)], *self.rows]
-        return f"{self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"{escape(self.title)}\n\n{table(self.heads, self.rows)}"
 
     def to_rich(self) -> Table:
         table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -133,9 +133,10 @@ def condition_lines(report: Report) -> list[str]:
 
 def to_markdown(report: Report) -> str:
     """The whole report as a page."""
-    conditions = "\n".join(f"- {line}" for line in condition_lines(report)[:-1])
+    conditions = "\n".join(f"- {escape(line)}" for line in condition_lines(report)[:-1])
     tables = "\n\n".join(f"## {cells.to_markdown()}" for cells in all_tables(report))
-    return f"# {report.conditions['model']}\n\n{conditions}\n\n```bash\n{report.command}\n```\n\n{tables}\n"
+    command = code_block(report.command, "bash")
+    return f"# {escape(report.conditions['model'])}\n\n{conditions}\n\n{command}\n\n{tables}\n"
 
 
 def number(value: float) -> str:

@@ -6,7 +6,6 @@ renamed, so that an interrupted run leaves the older file, or none.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +14,8 @@ from pathlib import Path
 from PIL import Image
 
 from ssd_cache.cli.errors import WrongUse
+from ssd_cache.showing import shown
+from ssd_cache.untrusted import is_unicode, parse_json
 
 TOKENS = ".safetensors"
 """For the visual tokens themselves: integers `[pictures, cells]` under the name of each policy."""
@@ -43,10 +44,8 @@ def read_prompts(prompts: Sequence[str], prompts_file: Path | None) -> list[str]
             lines = [_prompt_of(line, number, prompts_file) for number, line in enumerate(lines, 1) if line.strip()]
         found += [line.strip() for line in lines if line.strip()]
     for number, text in enumerate(found, 1):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise WrongUse(f"prompt {number} is not valid Unicode text; give it in UTF-8") from error
+        if not is_unicode(text):
+            raise WrongUse(f"prompt {number}, {shown(text)}, is not valid Unicode text; give it in UTF-8")
     if not found:
         where = f"; {prompts_file} has none" if prompts_file else ""
         raise WrongUse(
@@ -57,7 +56,7 @@ def read_prompts(prompts: Sequence[str], prompts_file: Path | None) -> list[str]
 
 def _prompt_of(line: str, number: int, prompts_file: Path) -> str:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
         if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
             return entry["prompt"]
     except ValueError:

@@ -5,16 +5,20 @@ Plain Pillow. It knows nothing of models and caches.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from math import ceil
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ssd_cache.showing import printable
+
 INK, FAINT, PAPER = (28, 28, 32), (112, 112, 120), (255, 255, 255)
 MAX_WIDTH = 4096
 MAX_LINES = 6
+MAX_TEXT = 1000  # characters of a caption
 LINE_HEIGHT = 1.3
 
 
@@ -111,12 +115,16 @@ class _Sheet:
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """Lines no wider than `width`, at most `MAX_LINES`; what is cut off ends in dots."""
+
+    def length(part: str) -> float:
+        return float(font.getlength(part))
+
     lines = [""]
-    for word in text.split():
+    for word in printable(text, MAX_TEXT).split():
         pieces = [word]
         while font.getlength(pieces[-1]) > width and len(pieces[-1]) > 1:  # a word wider than a line is broken
             rest = pieces.pop()
-            fit = next((n for n in range(len(rest) - 1, 0, -1) if font.getlength(rest[:n]) <= width), 1)
+            fit = bisect_right([*accumulate(rest)], float(width), 1, len(rest) - 1, key=length)
             pieces += [rest[:fit], rest[fit:]]
         for piece in pieces:
             longer = f"{lines[-1]} {piece}".strip()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from ssd_cache.analysis.plotting import new_figure, to_png
+from ssd_cache.analysis.plotting import new_figure, plain_label, to_png
 from ssd_cache.evaluation.tables import FULL, Row, Summary
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def draw_score_by_budget(summary: Summary) -> bytes:
 def _draw_policy(axes: Axes, rows: list[Row], style: dict[str, Any]) -> None:
     shares, scores = [100 * row.share for row in rows], [row.score.overall for row in rows]
     lows, highs = zip(*map(_band, rows), strict=True)
-    axes.plot(shares, scores, label=rows[0].policy, markersize=5, linewidth=1.5, **style)
+    axes.plot(shares, scores, label=plain_label(rows[0].policy), markersize=5, linewidth=1.5, **style)
     if len(rows) > 1:
         axes.fill_between(shares, lows, highs, color=style["color"], alpha=0.13, linewidth=0)
     else:

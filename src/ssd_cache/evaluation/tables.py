@@ -15,6 +15,7 @@ from ssd_cache.budget import Amount
 from ssd_cache.evaluation.bootstrap import MIN_PAIRS, NUM_RESAMPLES, Difference, Score, compare, score
 from ssd_cache.evaluation.records import Record
 from ssd_cache.evaluation.runner import budget_name
+from ssd_cache.markdown import code_block, escape
 from ssd_cache.shapes import KINDS
 
 FULL, OURS = "full", ("fitted:score=learned", "learned", "ssd:slots=fitted", "ssd", "fitted")
@@ -85,7 +86,7 @@ def score_table(summary: Summary) -> str:
         kinds = " | ".join(_number(row.score.kinds[kind], 2) for kind in KINDS)
         overall, error = _number(row.score.overall, 3), _number(row.score.standard_error, 3)
         lines.append(
-            f"| {_cell(row.policy)} | {budget_name(row.budget)} | {kinds} | **{overall}** | {error} | "
+            f"| {escape(row.policy)} | {budget_name(row.budget)} | {kinds} | **{overall}** | {error} | "
             f"{row.score.num_pictures} |"
         )
     return "\n".join(lines)
@@ -97,7 +98,7 @@ def difference_table(summary: Summary) -> str:
     for entry in summary.comparisons:
         found = entry.difference
         lines.append(
-            f"| {_cell(entry.policy)} | {_cell(entry.against)} | {budget_name(entry.budget)} | "
+            f"| {escape(entry.policy)} | {escape(entry.against)} | {budget_name(entry.budget)} | "
             f"{_number(found.difference, 3, signed=True)} | {interval_text(found, 3)} | {p_text(found.p)} | "
             f"{found.num_pictures} |"
         )
@@ -106,10 +107,11 @@ def difference_table(summary: Summary) -> str:
 
 def to_markdown(summary: Summary) -> str:
     """The whole report as a page of text."""
-    conditions = "\n".join(f"- {name}: {_plain(value)}" for name, value in summary.run["conditions"].items())
+    facts = summary.run["conditions"].items()
+    conditions = "\n".join(f"- {escape(name)}: {escape(_plain(value))}" for name, value in facts)
     policies = "\n".join(
-        f"- {label}: head map {entry['head_map']}, {_slots(entry['slots'])}, "
-        f"{_plain(entry['settings']) or 'no settings'}"
+        f"- {escape(label)}: head map {escape(entry['head_map'])}, {_slots(entry['slots'])}, "
+        f"{escape(_plain(entry['settings']) or 'no settings')}"
         for label, entry in summary.run["policies"].items()
     )
     differences = (
@@ -122,7 +124,7 @@ def to_markdown(summary: Summary) -> str:
         "Overall is the mean of the six kinds; s.e. is its standard error, from the spread between prompts.\n\n"
         f"{score_table(summary)}\n\n{differences if summary.comparisons else ''}"
         f"## Conditions\n\n{conditions}\n\nPolicies:\n\n{policies}\n\nTo repeat it:\n\n"
-        "```bash\n" + "\n".join(commands(summary)) + "\n```\n"
+        f"{code_block(chr(10).join(commands(summary)), 'bash')}\n"
     )
 
 
@@ -198,10 +200,6 @@ def _share(budget: Amount, num_cells: int) -> float:
 
 def _rule(columns: int, words: int) -> str:
     return "|" + "---|" * words + "---:|" * (columns - words)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _number(value: float, digits: int, signed: bool = False) -> str:

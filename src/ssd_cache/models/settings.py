@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ssd_cache.showing import ReadableError
+from ssd_cache.showing import ReadableError, shown
+from ssd_cache.untrusted import is_unicode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,6 +30,8 @@ def check_texts(prompts: Sequence[str]) -> None:
         raise GeneratorError(f"prompts={prompts!r:.80} is one text: give a list of texts, one a picture")
     if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise GeneratorError(f"prompts={list(prompts)!r:.80}: give at least one prompt, and none that is empty")
+    if broken := [prompt for prompt in prompts if not is_unicode(prompt)]:
+        raise GeneratorError(f"prompt {shown(broken[0])} holds half of a surrogate pair: give text that UTF-8 can hold")
 
 
 def check_drawing(guidance_scale: float | None = None, temperature: float | None = None, seed: int = 0) -> None:

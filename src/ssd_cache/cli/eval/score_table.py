@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ssd_cache.markdown import escape, table
 from ssd_cache.writing import write_files
 
 
@@ -30,17 +31,18 @@ class Report:
 
     def markdown(self) -> str:
         """The same as Markdown."""
-        lines = [f"## {self.title}", "", *map(_row, [self.columns, ["---"] * len(self.columns), *self.rows]), ""]
-        return "\n".join([*lines, *(f"- {note}" for note in self.notes)]) + "\n"
+        rows = [list(map(str, row)) for row in self.rows]
+        lines = [f"## {escape(self.title)}", "", table(list(self.columns), rows, num_left=len(self.columns)), ""]
+        return "\n".join([*lines, *(f"- {escape(note)}" for note in self.notes)]) + "\n"
 
     def show(self, console: Console) -> None:
         """The same on a terminal."""
-        table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
+        grid = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
         for index, name in enumerate(self.columns):
-            table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+            grid.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
         for row in self.rows:
-            table.add_row(*map(str, row))
-        console.print(table)
+            grid.add_row(*map(str, row))
+        console.print(grid)
         for note in self.notes:
             console.print(note, soft_wrap=True)
 
@@ -55,7 +57,3 @@ def print_and_save(report: Report, folder: Path, console: Console, name: str = "
     write_files({folder / f"{name}.json": data.encode(), folder / f"{name}.md": report.markdown().encode()})
     report.show(console)
     console.print(f"wrote {folder}", soft_wrap=True)
-
-
-def _row(cells: Sequence[object]) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"

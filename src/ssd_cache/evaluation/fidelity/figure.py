@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ssd_cache.analysis.plotting import WIDTH, color_map, new_figure
+from ssd_cache.analysis.plotting import WIDTH, color_map, new_figure, plain_label
 from ssd_cache.evaluation.fidelity.result import Fidelity
 from ssd_cache.evaluation.plots import COLORS, MARKERS
 from ssd_cache.rasters import row_lengths
@@ -57,7 +57,7 @@ def draw_fidelity(results: Mapping[str, Fidelity]) -> Figure:
         lowest = min(lowest, agreement.min().item())
         width = 1.5 if len(results) <= 8 else 1.0
         style = {**styles[name], "linewidth": width, "zorder": 3 - order / len(results)}  # the first lies on top
-        panels[0].plot(positive(result.by_grid_row(result.kl.T).mean(1)), label=name, **style)
+        panels[0].plot(positive(result.by_grid_row(result.kl.T).mean(1)), label=plain_label(name), **style)
         panels[1].plot(agreement, **style)
     panels[0].set_yscale("log")
     low, high = panels[0].get_ylim()
@@ -108,7 +108,8 @@ def _draw_heads(figure: Figure, axes: Axes, name: str, result: Fidelity) -> None
     row, column = result.is_spatial.numpy().nonzero()
     size = max(4.0, min(60.0, 4000 / max(retained.shape) ** 2))
     axes.scatter(column, row, s=size, color="white", edgecolors="black", linewidths=0.8)
-    axes.set_title(f"{name}: the full cache's attention\non what a head holds (dot: spatial)", fontsize=10, loc="left")
+    title = f"{plain_label(name)}: the full cache's attention\non what a head holds (dot: spatial)"
+    axes.set_title(title, fontsize=10, loc="left")
     axes.set(xlabel="KV head", ylabel="layer")
     for axis, number in ((axes.xaxis, retained.shape[1]), (axes.yaxis, retained.shape[0])):
         step = next(step for step in (1, 2, 4, 5, 10, 20, 50, 100, 500) if number / step <= 16)

@@ -36,6 +36,8 @@ FLOORS = {
     "allocation": 0,
     "profiling_state": 0,
     "huge_pages": 0,
+    "private_cache": 0,
+    "cpu_library": 0,
     "cpu_kernels": 0,
     "fused": 0,
     "fused_kernel": 0,

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from ssd_cache import cpu_library
+
 PANEL = 16
 """Outputs that a linear layer makes at once; `PANEL` of the C++ as well."""
 
@@ -22,21 +24,20 @@ DECODERS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The loops as a library, built within seconds at most once on a machine; None where they can not be.
+    """The loops as a library, built within seconds at most once on a machine; None where they cannot be.
 
     Warns:
         UserWarning: once, with the reason, where the compiler fails. That there is none, `torch.compile` says itself.
     """
-    from torch._inductor.codecache import CppCodeCache  # takes a second to import, and few need it
-    from torch._inductor.exc import InvalidCxxCompiler
-
     try:
-        found = CppCodeCache.load(Path(__file__).with_suffix(".cpp").read_text())
-    except InvalidCxxCompiler:
-        return None
-    except Exception as error:  # what compilers and loaders raise has no class in common
+        found = cpu_library.load(
+            Path(__file__).with_suffix(".cpp"), functions=("linear", *DECODERS.values())
+        )
+    except Exception as error:  # what compilers, loaders and torch's private modules raise has no class in common
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         warnings.warn(f"fast_decode goes on without ssd-cache's own loops for the CPU: {reason}", stacklevel=2)
+        return None
+    if found is None:
         return None
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     found.linear.argtypes = [pointer] * 4 + [size] * 3

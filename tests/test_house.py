@@ -39,6 +39,7 @@ FLOORS = {
     "private_cache": 0,
     "cpu_library": 0,
     "cpu_kernels": 0,
+    "fused_checks": 0,
     "fused": 0,
     "fused_kernel": 0,
     "sharding": 1,

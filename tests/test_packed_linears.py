@@ -130,6 +130,14 @@ def _parametrize(linear):
     parametrize.register_parametrization(linear, "weight", torch.nn.Tanh())
 
 
+def _move_by_swapping(linear):  # which takes what is on the weight away with the old tensor
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        linear.to(torch.bfloat16).float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 def _set_inference_data(linear):
     with torch.inference_mode():
         linear.weight.data = torch.randn(32, 32)
@@ -148,6 +156,7 @@ CHANGES = [
     _transpose_data,
     _set_smaller_data,
     _move_through_bfloat16,
+    _move_by_swapping,
     _replace,
     _replace_by_another_shape,
     _parametrize,
@@ -170,6 +179,7 @@ def test_a_changed_weight_gives_the_products_of_the_new_one(change, is_compiled)
         for _ in range(2):
             torch.testing.assert_close(run(states), F.linear(states, linear.weight, linear.bias))
     torch.testing.assert_close(run(states), F.linear(states, linear.weight, linear.bias))
+    assert not hasattr(linear.weight, COPY)
 
 
 @torch.no_grad()

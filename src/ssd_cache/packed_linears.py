@@ -24,7 +24,7 @@ MAX_ROWS = 512
 COPY = "_ssd_packed"
 """Attribute of a weight inside the block: its `PackedWeight`."""
 
-_lock = threading.Lock()  # while layers enter and leave blocks
+_lock = threading.RLock()  # while layers enter and leave blocks; a block may be collected, and so end, meanwhile
 
 
 @contextmanager
@@ -70,31 +70,31 @@ def _can_be_packed(module: torch.nn.Linear) -> bool:
     )
 
 
-def _enter(linears: list[torch.nn.Linear]) -> list[tuple[torch.nn.Linear, torch.Tensor]]:
-    """Give each weight its `PackedWeight` and each layer its class; returns the layers with their weights."""
-    entered = [(linear, linear.weight) for linear in linears]
-    new = {id(weight): weight for _, weight in entered if getattr(weight, COPY, None) is None}
+def _enter(linears: list[torch.nn.Linear]) -> list[tuple[torch.nn.Linear, torch.Tensor, PackedWeight]]:
+    """Give each weight its `PackedWeight` and each layer its class; returns these three for each layer."""
+    weights = [linear.weight for linear in linears]
+    new = {id(weight): weight for weight in weights if getattr(weight, COPY, None) is None}
     sizes = [weight.numel() for weight in new.values()]
     room = huge_pages.zeros((sum(sizes),), torch.float32, torch.device("cpu"))  # none of it is held before it is used
     prompts = _Prompts()
     for weight, place in zip(new.values(), room.split(sizes), strict=True):
         setattr(weight, COPY, PackedWeight(place, prompts))
-    for linear, weight in entered:
-        getattr(weight, COPY).users[linear] += 1
+    entered = [(linear, weight, getattr(weight, COPY)) for linear, weight in zip(linears, weights, strict=True)]
+    for linear, _, packed in entered:
+        packed.users[linear] += 1
         linear.__class__ = _PackedLinear
     return entered
 
 
-def _leave(entered: list[tuple[torch.nn.Linear, torch.Tensor]]) -> None:
+def _leave(entered: list[tuple[torch.nn.Linear, torch.Tensor, PackedWeight]]) -> None:
     """Give layers and weights that are in no other block back as they were."""
-    for linear, weight in entered:
-        users = getattr(weight, COPY).users
-        users[linear] -= 1
-        if not users[linear]:
-            del users[linear]
+    for linear, weight, packed in entered:
+        packed.users[linear] -= 1
+        if not packed.users[linear]:
+            del packed.users[linear]
             if type(linear) is _PackedLinear:
                 linear.__class__ = torch.nn.Linear  # type: ignore[assignment]
-        if not users:
+        if not packed.users and getattr(weight, COPY, None) is packed:
             delattr(weight, COPY)
 
 
@@ -132,16 +132,16 @@ class PackedWeight:
         if len(shape) == 3 and shape[1] > 1:
             self.prompts.num_seen += 1
             return None
-        if states.numel() > MAX_ROWS * weight.shape[-1]:
-            return None
         try:
+            if states.numel() > MAX_ROWS * weight.shape[1]:
+                return None
             if self.made_of != self._state_of(weight):
                 self._renew(weight)
             product = cpu_kernels.linear(states, weight, self.place, bias)
             if product is None:
                 self._renew(weight)
                 product = cpu_kernels.linear(states, weight, self.place, bias)
-        except ValueError:  # torch has other products for these, or an error of its own
+        except (ValueError, IndexError):  # torch has other products for these, or an error of its own
             return None
         return product
 

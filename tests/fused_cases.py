@@ -210,3 +210,14 @@ def test_a_kernel_that_fails_or_errs_is_not_used(monkeypatch):
             warnings.simplefilter("error")
             assert not fused.can_serve(query, query, query, on_cpu=True), "it is tried once, and said once"
     fused.passes_trial.cache_clear()
+
+
+@pytest.mark.skipif(not INTERPRETS, reason="the loops for the CPU refuse them")
+@pytest.mark.parametrize(("heads", "number", "wrong"), [([5, 1], 3, [0]), ([-1, 2], 3, [0]), ([1, 2], -1, [0])])
+def test_heads_and_steps_that_are_not_there_give_nan(heads, number, wrong):
+    """A GPU cannot raise; head 0 and step 0 stand in for them, and memory stays whole."""
+    states, output = torch.randn(1, 3, 1, 4), torch.zeros(1, 3, 1, 4)
+    keys, values, scores = torch.zeros(1, 2, 12, 4), torch.zeros(1, 2, 12, 4), torch.zeros(1, 1, 10)
+    arguments = states, states, states, keys, values, scores, torch.tensor(heads), None, torch.tensor(number)
+    fused.decode(*arguments, 0.5, 4, output)
+    assert output.isnan().any(-1).flatten().nonzero().flatten().tolist() == wrong

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import left_padded_prompts, tiny_janus, tiny_llama
+from models import left_padded_prompts, random_score, tiny_janus, tiny_llama
 from tensor_parallel_child import CASES, SIDE, draw, draw_glm, draw_janus, load
 from tiny_checkpoint import write_family
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, GlmImageForConditionalGeneration, JanusForConditionalGeneration, LlamaForCausalLM
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache
@@ -92,6 +94,21 @@ def test_layers_that_accelerate_loads_from_disk_draw_the_same(tmp_path):
             cache = SSDCache(MAP, budget, buffer=4)
             tokens.append(model.generate(**left_padded_prompts([5, 9]), max_new_tokens=30, past_key_values=cache))
         torch.testing.assert_close(*tokens, rtol=0, atol=0)
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operations that mix devices, indexing by a tensor of the CPU too: on a GPU it would wait for the copy."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        assert len({tensor.device for tensor in tensors}) <= 1, function
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_learned_score_stays_on_the_device_of_its_layer():
+    score = random_score(1, 2, 8, (SIDE, SIDE)).at(0).to(torch.device("meta"))
+    with OneDevice():
+        assert score.of_places(torch.zeros(3, 2, 5, dtype=torch.int32, device="meta"), 40).shape == (3, 2, 5)
 
 
 @pytest.mark.gpu

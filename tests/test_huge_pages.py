@@ -49,3 +49,16 @@ def test_memory_is_held_when_it_is_used_and_given_back():
     del row
     gc.collect()
     assert resident() - before < slack
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="only Linux gives huge pages to those who ask")
+def test_a_system_that_refuses_them_gives_torchs_zeros(monkeypatch):
+    """A kernel built without huge pages refuses the advice; 99 is an advice that every kernel refuses."""
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 99)
+    zeros = huge_pages.zeros((huge_pages.PAGE,), torch.float32, CPU)
+    assert torch.equal(zeros, torch.zeros(huge_pages.PAGE))
+
+
+def test_more_memory_than_there_is_gives_torchs_error():
+    with pytest.raises(RuntimeError, match="memory"):
+        huge_pages.zeros((1 << 60,), torch.int8, CPU)

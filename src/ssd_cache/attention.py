@@ -97,6 +97,8 @@ def _attend_fused(
     layer: SSDLayer, query: torch.Tensor, new_key: torch.Tensor, new_value: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """One kernel a store, which writes K and V and scores as well; see `fused.decode` for the shapes."""
+    if query.dtype != new_key.dtype and torch.is_autocast_enabled(query.device.type):
+        query = query.to(new_key.dtype)  # as sdpa would
     step, output = layer.step_at(), query.new_empty(*query.shape[:3], new_value.shape[3])
     for store, heads in zip(layer.stores, layer.heads, strict=True):
         fused.decode(

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <vector>
 
 namespace {
@@ -18,6 +19,9 @@ constexpr int LANES = 4, ROWS = 6;
 #endif
 constexpr int PANEL = 16;  // outputs of a linear layer made at once
 constexpr int64_t AHEAD = 2048;  // numbers; see `multiply`
+constexpr int64_t SAMPLES = 32;  // numbers of a weight that each product compares with the packed ones
+
+enum Status : int { DONE = 0, NO_MEMORY = 1, NO_SUCH_HEAD = 2, WEIGHT_CHANGED = 3 };
 
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
@@ -65,11 +69,14 @@ void add_scaled(float* sums, float scale, const T* values, int64_t size) {
 }
 
 template <typename T>
-void decode(const T* query, const T* new_key, const T* new_value, T* keys, T* values, float* scores,
+int decode(const T* query, const T* new_key, const T* new_value, T* keys, T* values, float* scores,
             const int64_t* heads, const bool* mask, float scaling, T* output, const int64_t* sizes) {
   const int64_t batch = sizes[0], kv_heads = sizes[1], groups = sizes[2], head_dim = sizes[3], value_dim = sizes[4],
                 num_heads = sizes[5], num_scored = sizes[6], num_prompt = sizes[7], num_slots = sizes[8], slot = sizes[9];
   const int64_t length = num_prompt + num_slots, end = num_prompt + slot;  // columns before `end` were taken before
+  for (int64_t head = 0; head < num_heads; head++)
+    if (heads[head] < 0 || heads[head] >= kv_heads) return NO_SUCH_HEAD;
+  if (batch == 0) return DONE;  // nothing bounds the number of columns then
 #pragma omp parallel
   {
     std::vector<float> scaled(head_dim), weights(end + 1), sums(value_dim);
@@ -110,6 +117,23 @@ void decode(const T* query, const T* new_key, const T* new_value, T* keys, T* va
       }
     }
   }
+  return DONE;
+}
+
+inline uint32_t bits_of(const float* at) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, at, 4);
+  return bits;
+}
+
+// Whether numbers spread over all of a weight, `[out, in]`, are those that were packed.
+bool is_sample_same(const float* weight, const float* packed, int64_t in, int64_t out) {
+  for (int64_t sample = 0; sample < SAMPLES; sample++) {
+    const int64_t row = sample * out / SAMPLES, column = (sample * 40503 + 17) % in;
+    const float* const copy = packed + (row / PANEL * in + column) * PANEL + row % PANEL;
+    if (bits_of(weight + row * in + column) != bits_of(copy)) return false;
+  }
+  return true;
 }
 
 // Weights come from memory, and a processor's own guesses end with each page. So they are asked for far ahead, into the
@@ -141,23 +165,39 @@ void multiply_last(int64_t left, const float* states, const float* panel, const 
 
 }  // namespace
 
+// Sizes, dtypes and devices are checked in Python before each call; what only the numbers tell is checked here.
 extern "C" {
 
-void decode_float32(const float* query, const float* new_key, const float* new_value, float* keys, float* values,
-                    float* scores, const int64_t* heads, const bool* mask, float scaling, float* output,
-                    const int64_t* sizes) {
-  decode(query, new_key, new_value, keys, values, scores, heads, mask, scaling, output, sizes);
+int decode_float32(const float* query, const float* new_key, const float* new_value, float* keys, float* values,
+                   float* scores, const int64_t* heads, const bool* mask, float scaling, float* output,
+                   const int64_t* sizes) {
+  return decode(query, new_key, new_value, keys, values, scores, heads, mask, scaling, output, sizes);
 }
 
-void decode_bfloat16(const BFloat16* query, const BFloat16* new_key, const BFloat16* new_value, BFloat16* keys,
-                     BFloat16* values, float* scores, const int64_t* heads, const bool* mask, float scaling,
-                     BFloat16* output, const int64_t* sizes) {
-  decode(query, new_key, new_value, keys, values, scores, heads, mask, scaling, output, sizes);
+int decode_bfloat16(const BFloat16* query, const BFloat16* new_key, const BFloat16* new_value, BFloat16* keys,
+                    BFloat16* values, float* scores, const int64_t* heads, const bool* mask, float scaling,
+                    BFloat16* output, const int64_t* sizes) {
+  return decode(query, new_key, new_value, keys, values, scores, heads, mask, scaling, output, sizes);
 }
 
-void linear(const float* states, const float* packed, const float* bias, float* output, int64_t num_rows, int64_t in,
-            int64_t out) {
-  std::unique_ptr<float[]> turned(new float[num_rows * in]);  // ROWS rows after ROWS rows, each block by columns
+// Whether a weight `[out, in]` is, bit for bit, what was packed.
+bool is_packed(const float* weight, const float* packed, int64_t in, int64_t out) {
+  uint32_t different = 0;
+#pragma omp parallel for schedule(static) reduction(| : different)
+  for (int64_t at = 0; at < out; at += PANEL)
+    for (int64_t first = 0; first < in; first += 64)  // so many columns of a panel fit into the first level of cache
+      for (int64_t row = at; row < at + PANEL; row++)
+        for (int64_t column = first; column < std::min(first + 64, in); column++)
+          different |= bits_of(weight + row * in + column) ^ bits_of(packed + at * in + column * PANEL + row - at);
+  return different == 0;
+}
+
+int linear(const float* states, const float* weight, const float* packed, const float* bias, float* output,
+           int64_t num_rows, int64_t in, int64_t out) {
+  if (!is_sample_same(weight, packed, in, out)) return WEIGHT_CHANGED;
+  // ROWS rows after ROWS rows, each block by columns
+  std::unique_ptr<float[]> turned(new (std::nothrow) float[num_rows * in]);
+  if (!turned) return NO_MEMORY;
   for (int64_t first = 0; first < num_rows; first += ROWS) {
     const int64_t rows = std::min<int64_t>(num_rows - first, ROWS);
     for (int64_t row = 0; row < rows; row++)
@@ -174,5 +214,6 @@ void linear(const float* states, const float* packed, const float* bias, float* 
     if (row < num_rows)
       multiply_last<ROWS - 1>(num_rows - row, &turned[row * in], panel, shift, output + row * out + at, in, out);
   }
+  return DONE;
 }
 }

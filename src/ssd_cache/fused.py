@@ -13,28 +13,30 @@ import os
 import warnings
 
 import torch
-import torch.nn.functional as F
 
 from ssd_cache import cpu_kernels
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What the Triton kernel takes; the loop for the CPU takes `cpu_kernels.DECODERS`."""
+from ssd_cache.fused_checks import DTYPES, PLAIN
 
 
 def can_serve(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, on_cpu: bool = False) -> bool:
     """Whether steps with such tensors, `[batch, heads, new, head_dim]`, can run through the kernel.
 
-    Not where a gradient is asked for, since the kernel has none, and on a CPU only where that is wanted: sums in
-    another order give other last bits than a full cache has.
+    Not where a gradient is asked for, since the kernel has none, and on a CPU only where that is wanted, and not under
+    autocast: sums in another order give other last bits than a full cache has.
 
     Warns:
         UserWarning: once for such sizes, where a kernel is there and fails, or errs, on a small trial.
     """
     if torch.is_grad_enabled() or not query.dtype == key.dtype == value.dtype:
         return False
-    if not is_wanted(query.device, on_cpu):
+    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         return False
-    return passes_trial(query.device, query.dtype, query.shape[1] // key.shape[1], query.shape[3], value.shape[3])
+    if any(type(states) not in PLAIN for states in (query, key, value)) or not is_wanted(query.device, on_cpu):
+        return False
+    try:
+        return passes_trial(query.device, query.dtype, query.shape[1] // key.shape[1], query.shape[3], value.shape[3])
+    except torch.OutOfMemoryError:  # of this moment: the next image may find room
+        return False
 
 
 def is_wanted(device: torch.device, on_cpu: bool) -> bool:
@@ -55,33 +57,64 @@ def _is_there(device: torch.device, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def passes_trial(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, value_dim: int) -> bool:
-    """Whether the kernel runs with such sizes, by one step of two rows, two heads and five tokens, beside torch's."""
+    """Whether the kernel runs with such sizes and agrees with a reference in float64 on the CPU.
+
+    Two steps of two rows over 145 columns, more than a tile: without and with a mask, one of two heads scored. Outputs,
+    scores, and K and V written are compared.
+
+    Raises:
+        torch.OutOfMemoryError: the device is full now; nothing is concluded from that, and the next call tries again.
+    """
     if not _is_there(device, dtype):
         return False
-    generator = torch.Generator().manual_seed(0)
+    try:
+        found = (_try(device, dtype, groups, head_dim, value_dim, has_mask) for has_mask in (False, True))
+        failed = next(filter(None, found), "")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as failure:  # what a compiler or a driver raises has no class in common
+        failed = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
+    if failed:
+        warnings.warn(
+            f"ssd-cache's kernel does not serve on this {device.type}, torch's attention does: {failed}", stacklevel=2
+        )
+    return not failed
+
+
+def _try(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, value_dim: int, has_mask: bool) -> str:
+    """What is wrong with a step of the kernel; empty where nothing is."""
+    num_prompt, num_slots, number, buffer, scaling = 5, 150, 139, 8, head_dim**-0.5
+    end, generator = num_prompt + number, torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator).to(dtype)
 
     query, new_key, new_value = draw(2, 2, groups, head_dim), draw(2, 2, 1, head_dim), draw(2, 2, 1, value_dim)
-    keys, values = draw(2, 2, 5, head_dim), draw(2, 2, 5, value_dim)
-    seen_keys, seen_values = torch.cat([keys[:, :, :4], new_key], 2), torch.cat([values[:, :, :4], new_value], 2)
-    expected = F.scaled_dot_product_attention(query.float(), seen_keys.float(), seen_values.float())
-    scores, output = torch.zeros(2, 2, 3, device=device), query.new_empty(2, 2, groups, value_dim)
-    heads, step = torch.arange(2, device=device), torch.full((), 2, device=device)
-    try:
-        _launch(query, new_key, new_value, keys, values, scores, heads, None, step, head_dim**-0.5, 1, output)
-        error = float((output.float() - expected).abs().max())
-    except Exception as failure:  # what a compiler or a driver raises has no class in common
-        reason = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
-    else:
-        if error <= 8 * torch.finfo(dtype).eps * float(seen_values.abs().max()):  # a few roundings
-            return True
-        reason = f"it errs by {error:.1e}"
-    warnings.warn(
-        f"ssd-cache's kernel does not serve on this {device.type}, torch's attention does: {reason}", stacklevel=2
-    )
-    return False
+    keys, values = draw(2, 2, num_prompt + num_slots, head_dim), draw(2, 2, num_prompt + num_slots, value_dim)
+    heads, mask = torch.tensor([1, 0]), torch.ones(2, num_prompt + num_slots, dtype=torch.bool)
+    mask[1, :2] = not has_mask
+    given = [query, new_key, new_value, keys, values, torch.zeros(2, 1, num_slots), heads, mask, torch.tensor(number)]
+    given = [tensor.to(device, copy=True) for tensor in given]
+    output = given[0].new_full((2, 2, groups, value_dim), float("nan"))
+    _launch(*given[:7], given[7] if has_mask else None, given[8], scaling, buffer, output)
+
+    keys[:, :, end : end + 1], values[:, :, end : end + 1] = new_key[:, heads], new_value[:, heads]
+    stored = slice(end + 1)
+    logits = scaling * query[:, heads].double() @ keys[:, :, stored].double().mT
+    weights = logits.masked_fill(~mask[:, None, None, stored], float("-inf")).softmax(-1)
+    attended = (weights @ values[:, :, stored].double())[:, heads.argsort()]
+    received = torch.zeros(2, num_slots, dtype=torch.float64)
+    received[:, : number + 1] = weights[:, 0, :, num_prompt:].sum(1)
+    # a few roundings of the output's dtype; scores are float32 sums of at most `groups` shares below 1
+    for name, found, expected, limit in (
+        ("", output, attended, 8 * torch.finfo(dtype).eps * float(values.abs().max())),
+        (" in the scores", given[5][:, 0], received, 1e-5 * groups),
+    ):
+        error = float((found.cpu().double() - expected).abs().max())
+        if not error <= limit:
+            return f"it errs by {error:.1e}{name}"
+    is_written = torch.equal(given[3].cpu(), keys) and torch.equal(given[4].cpu(), values)
+    return "" if is_written else "it writes K and V wrongly"
 
 
 def decode(
@@ -124,6 +157,12 @@ def _launch(query: torch.Tensor, *arguments) -> None:
     return launch(query, *arguments)
 
 
+def _trace(query: torch.Tensor, *arguments) -> None:
+    """What the launch does to shapes: nothing. A tensor without numbers among others would choose this, though."""
+    if any(isinstance(other, torch.Tensor) and other.device != query.device for other in arguments):
+        raise ValueError("the decode kernel got tensors on several devices, and takes those of one")
+
+
 # As an operator of torch the launch is one node of a compiled graph; called by itself, that would only cost time.
 # Defined at the lowest level, since the wrapper of torch.library.custom_op takes half as long as a layer's attention.
 _library = torch.library.Library("ssd_cache", "FRAGMENT")
@@ -132,4 +171,4 @@ _library.define(
     "Tensor heads, Tensor? mask, Tensor step, float scaling, SymInt buffer, Tensor(d!) output) -> ()"
 )
 _library.impl("decode", _launch, "CompositeExplicitAutograd")
-torch.library.register_fake("ssd_cache::decode", lambda *arguments: None, lib=_library)
+torch.library.register_fake("ssd_cache::decode", _trace, lib=_library)

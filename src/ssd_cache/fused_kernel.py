@@ -4,9 +4,13 @@ K and V are read once. What each token's logit was is put aside in `logits`, for
 the softmax are known only when all of it has been seen. This module needs Triton, so `fused.py` alone imports it, late.
 """
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
+
+from ssd_cache.fused_checks import DTYPES, check
 
 TILE = 1 << 14
 """Bytes in a tile of keys, 64 tokens of 128 numbers in bfloat16: 107 registers a thread, four programs at once on a
@@ -27,42 +31,54 @@ def launch(
     buffer: int,
     output: torch.Tensor,
 ) -> None:
-    """Run the kernel over a store; see `fused.decode` for the shapes."""
+    """Run the kernel over a store; see `fused.decode` for the shapes.
+
+    Heads and a step that are not there, which no check can see without waiting for the device, give NaN.
+
+    Raises:
+        ValueError: as `fused_checks.check`.
+    """
+    check(query, new_key, new_value, keys, values, scores, heads, mask, step, buffer, output, dtypes=DTYPES)
+    if not keys.shape[0]:
+        return
     query, new_key, new_value = (
         states if states.stride(-1) == 1 else states.contiguous() for states in (query, new_key, new_value)
     )
     batch, num_kv_heads, groups, head_dim = query.shape
     num_heads, num_scored, num_slots = keys.shape[1], scores.shape[1], scores.shape[2]
-    decode_kernel[(num_heads, batch)](
-        query,
-        new_key,
-        new_value,
-        keys,
-        values,
-        scores,
-        scores.new_empty(batch, num_scored, groups, num_slots),
-        scores if mask is None else mask,
-        heads,
-        step,
-        output,
-        *query.stride()[:3],
-        *new_key.stride()[:2],
-        *new_value.stride()[:2],
-        scaling,
-        num_kv_heads,
-        num_scored,
-        keys.shape[2] - num_slots,
-        num_slots,
-        buffer,
-        GROUPS=groups,
-        HEAD_DIM=head_dim,
-        VALUE_DIM=values.shape[3],
-        HAS_MASK=mask is not None,
-        # the interpreter, which runs where there is no GPU, multiplies no matrices of bfloat16
-        UPCAST=query.device.type != "cuda",
-        num_stages=2,
-        **block_sizes(groups, head_dim, values.shape[3], keys.itemsize),
-    )
+    # Triton launches on the current device, which need not be the one of this layer
+    device = torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext()
+    with device:
+        decode_kernel[(num_heads, batch)](
+            query,
+            new_key,
+            new_value,
+            keys,
+            values,
+            scores,
+            scores.new_empty(batch, num_scored, groups, num_slots),
+            scores if mask is None else mask,
+            heads,
+            step,
+            output,
+            *query.stride()[:3],
+            *new_key.stride()[:2],
+            *new_value.stride()[:2],
+            scaling,
+            num_kv_heads,
+            num_scored,
+            keys.shape[2] - num_slots,
+            num_slots,
+            buffer,
+            GROUPS=groups,
+            HEAD_DIM=head_dim,
+            VALUE_DIM=values.shape[3],
+            HAS_MASK=mask is not None,
+            # the interpreter, which runs where there is no GPU, multiplies no matrices of bfloat16
+            UPCAST=query.device.type != "cuda",
+            num_stages=2,
+            **block_sizes(groups, head_dim, values.shape[3], keys.itemsize),
+        )
 
 
 def block_sizes(groups: int, head_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
@@ -119,6 +135,9 @@ def decode_kernel(
     row = tl.program_id(1).to(tl.int64)
     model_head = tl.load(heads + head)
     now = tl.load(step)
+    is_there = (model_head >= 0) & (model_head < num_kv_heads) & (now >= 0)
+    model_head = tl.where(is_there, model_head, 0)
+    now = tl.where(is_there, now, 0)
     # slots fill in order, and from then on the last `buffer` of them again: all columns before this one are taken
     slot = tl.where(now < num_slots, now, num_slots - buffer + (now - num_slots) % buffer).to(tl.int32)
     end = num_prompt + slot
@@ -141,7 +160,7 @@ def decode_kernel(
     tl.store(values + (first + end) * VALUE_DIM + value_dim, own_value, mask=in_value)
 
     # The softmax starts from the token's own weight, which is never masked, so there is always a highest logit.
-    scaled = q.to(tl.float32) * scaling
+    scaled = q.to(tl.float32) * tl.where(is_there, scaling, float("nan"))
     own = tl.sum(scaled * own_key.to(tl.float32)[None, :], 1)
     highest = own
     total = tl.full([BLOCK_GROUPS], 1.0, tl.float32)

@@ -21,7 +21,10 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     nbytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or nbytes < PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, nbytes + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    start = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % PAGE
-    memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // PAGE * PAGE)
+    try:
+        memory = mmap.mmap(-1, nbytes + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        start = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % PAGE
+        memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // PAGE * PAGE)
+    except (OSError, OverflowError):  # a kernel built without huge pages, or more memory than there is
+        return torch.zeros(shape, dtype=dtype, device=device)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=start).view(shape)

@@ -145,9 +145,10 @@ class SSDLayer(CacheLayerMixin):
         Raises:
             ValueError: several tokens at once after visual tokens, another batch size, or queries that do not arrive.
         """
-        if self.step is not None and self.is_fused:
-            return self._show([(key_states, value_states)], as_groups=True)
         if self.step is not None:
+            key_states, value_states = self._check_visual(key_states, value_states)
+            if self.is_fused:
+                return self._show([(key_states, value_states)], as_groups=True)
             for store, keys, values in zip(
                 self.stores, self._split(key_states), self._split(value_states), strict=True
             ):
@@ -162,10 +163,11 @@ class SSDLayer(CacheLayerMixin):
                 f"layer {self.plan.layer_idx} of SSDCache does not get to see the model's queries, which its heads "
                 f"need: the model's attention is not 'ssd'. Remedy: {USE_SSD_ATTENTION}."
             )
-        self._query_missing = True
         if self.num_visual == 0 and (self.num_prompt == 0 or key_states.shape[2] > 1 or in_prefill()):
+            self._query_missing = True
             return self._update_prompt(key_states, value_states)
-        self._check_visual(key_states)
+        key_states, value_states = self._check_visual(key_states, value_states)
+        self._query_missing = True
         if self.keys is not None and self.values is not None:
             with normal_tensors():
                 self._open_stores(self.keys, self.values)
@@ -220,29 +222,52 @@ class SSDLayer(CacheLayerMixin):
         seen.ssd_layer = self  # type: ignore[attr-defined]
         return seen, value_states
 
-    def _check_visual(self, key_states: torch.Tensor) -> None:
-        batch = self._num_rows
+    def _check_visual(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refuse a visual token that does not fit what is held; in compiled static steps, the checks become guards.
+
+        Returns:
+            The states, under autocast in the dtype held: what a model's prompt and steps give may differ there.
+        """
         if key_states.shape[2] != 1:
             raise ValueError(
                 f"SSDCache got {key_states.shape[2]} tokens at once while it holds a picture of {self.num_visual} "
                 "visual tokens. For the next picture call cache.reset() or make a new SSDCache (ssd_cache.enable does "
                 "that for every generate call); speculative and assisted decoding are not supported."
             )
-        if key_states.shape[0] != batch:
+        held_keys, held_values = self._held_states
+        return self._fit(key_states, held_keys), self._fit(value_states, held_values)
+
+    def _fit(self, states: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+        if states.shape[0] != held.shape[0]:
             raise ValueError(
-                f"SSDCache holds {batch} rows and got {key_states.shape[0]}: one cache serves one batch. "
+                f"SSDCache holds {held.shape[0]} rows and got {states.shape[0]}: one cache serves one batch. "
                 "Call cache.reset() before another batch."
             )
-        if key_states.device != self.device:
+        if states.device != held.device:
             raise ValueError(
-                f"layer {self.plan.layer_idx} of SSDCache holds its tokens on {self.device} and got one on "
-                f"{key_states.device}; moving a model in mid-picture is not supported."
+                f"layer {self.plan.layer_idx} of SSDCache holds its tokens on {held.device} and got one on "
+                f"{states.device}; moving a model in mid-picture is not supported."
             )
+        if states.dtype == held.dtype:
+            return states
+        if not torch.is_autocast_enabled(held.device.type):
+            raise ValueError(
+                f"layer {self.plan.layer_idx} of SSDCache holds its tokens in {held.dtype} and got one in "
+                f"{states.dtype}: generate the whole image in one dtype, or call cache.reset() before the next."
+            )
+        return states.to(held.dtype)
 
     @property
-    def _num_rows(self) -> int:
+    def _held_states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the prompt, or of the first store."""
+        if self.keys is not None and self.values is not None:
+            return self.keys, self.values
+        return self.stores[0].keys, self.stores[0].values
+
+    @property
+    def num_rows(self) -> int:
         """Rows of the batch held; reordering and selecting rows change it."""
-        return (self.stores[0].keys if self.keys is None else self.keys).shape[0]
+        return self._held_states[0].shape[0]
 
     def _open_stores(self, prompt_keys: torch.Tensor, prompt_values: torch.Tensor) -> None:
         """Move the prompt into stores, one for each number of slots, the semantic heads of a store first."""
@@ -427,7 +452,7 @@ class SSDLayer(CacheLayerMixin):
         """Bytes of K and V of a full cache that had seen the same tokens."""
         if not self.is_initialized:
             return 0
-        return self._num_rows * self.token_nbytes * self.get_seq_length()
+        return self.num_rows * self.token_nbytes * self.get_seq_length()
 
     @property
     def bookkeeping_nbytes(self) -> int:

@@ -61,7 +61,8 @@ class LearnedScore:
         rows, columns = self.column.shape[-2:]
         now = min(num_seen // columns, rows - 1)
         row = (positions // columns).clamp(max=now)
-        table = self.row[:, now, :, None] + self.column[:, (now - torch.arange(rows)).clamp(min=0)]
+        above = (now - torch.arange(rows, device=positions.device)).clamp(min=0)
+        table = self.row[:, now, :, None] + self.column[:, above]
         return table.flatten(1).expand(len(positions), -1, -1).gather(2, (row * columns + positions % columns).long())
 
     def of_states(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

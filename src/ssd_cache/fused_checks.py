@@ -1,0 +1,80 @@
+"""Checks of what a fused decode step is given, made before every launch: the kernels read and write raw memory.
+
+Both kernels call it, so no way to them leads around it. What only the numbers tell (which heads, which step) is checked
+by the kernels themselves. Reading and computing nothing, it waits for no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of K and V that the Triton kernel takes; the loop for the CPU takes `cpu_kernels.DECODERS`."""
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Types whose `data_ptr` is the address of their numbers; a subclass may hold none, or other ones."""
+
+
+def check(
+    query: torch.Tensor,
+    new_key: torch.Tensor,
+    new_value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scores: torch.Tensor,
+    heads: torch.Tensor,
+    mask: torch.Tensor | None,
+    step: torch.Tensor,
+    buffer: int,
+    output: torch.Tensor,
+    dtypes: Container[torch.dtype],
+) -> tuple[int, ...]:
+    """Refuse arguments of `fused.decode` that do not fit together.
+
+    Returns:
+        batch, kv_heads, groups, head_dim, value_dim, heads of the store, heads that are scored, num_prompt, num_slots.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout that the kernel cannot take; says which and what is expected.
+    """
+    dtype, device = query.dtype, query.device
+    if dtype not in dtypes or type(query) not in PLAIN:
+        raise ValueError(f"the decode kernel does not take a {type(query).__name__} in {dtype}: use torch's attention")
+    if not (query.dim() == keys.dim() == values.dim() == 4 and scores.dim() == 3):
+        sizes = [tuple(tensor.shape) for tensor in (query, keys, values, scores)]
+        raise ValueError(f"query, keys, values and scores have 4, 4, 4 and 3 dimensions, got {sizes}")
+    batch, kv_heads, groups, head_dim = query.shape
+    num_heads, length, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
+    num_scored, num_slots = scores.shape[1], scores.shape[2]
+    if not 1 <= buffer <= num_slots <= length:
+        raise ValueError(f"{length} columns with {num_slots} slots, the last {buffer} of them written anew, do not fit")
+    if num_scored > num_heads or not (groups and head_dim and value_dim):
+        raise ValueError(
+            f"{num_scored} of {num_heads} heads cannot be scored, or there are no query heads or no numbers in a head"
+        )
+    for name, tensor, own, shape, is_in_place in (
+        ("new_key", new_key, dtype, (batch, kv_heads, 1, head_dim), False),
+        ("new_value", new_value, dtype, (batch, kv_heads, 1, value_dim), False),
+        ("keys", keys, dtype, (batch, num_heads, length, head_dim), True),
+        ("values", values, dtype, (batch, num_heads, length, value_dim), True),
+        ("scores", scores, torch.float32, (batch, num_scored, num_slots), True),
+        ("heads", heads, torch.int64, (num_heads,), True),
+        ("mask", mask, torch.bool, (batch, length), True),
+        ("step", step, torch.int64, (), False),
+        ("output", output, dtype, (batch, kv_heads, groups, value_dim), True),
+    ):
+        if tensor is not None and not (
+            tensor.shape == shape
+            and tensor.dtype is own
+            and tensor.device == device
+            and type(tensor) in PLAIN
+            and (not is_in_place or tensor.is_contiguous())
+        ):
+            layout = " and contiguous" if is_in_place else ""
+            raise ValueError(
+                f"the decode kernel got {name} of shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device} "
+                f"({type(tensor).__name__}), and takes a plain tensor of shape {shape}, {own} on {device}{layout}"
+            )
+    return batch, kv_heads, groups, head_dim, value_dim, num_heads, num_scored, length - num_slots, num_slots

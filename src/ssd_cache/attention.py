@@ -6,10 +6,11 @@ is sdpa itself, so a model may keep it for good. It computes attention; what is 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -43,7 +44,7 @@ def ssd_attention_forward(
     layer: SSDLayer | None = getattr(key, "ssd_layer", None)
     if layer is None or (layer.step is None and layer.num_visual == 0):
         if layer is None:
-            _check_not_paged(kwargs.get("cache"))
+            _check_not_paged(kwargs)
         else:
             _check_window(layer, kwargs.get("sliding_window"))
             layer.receive_mask(prompt_columns(attention_mask, key.shape[2]))
@@ -128,9 +129,9 @@ def _check_window(layer: SSDLayer, window: int | None) -> None:
         )
 
 
-def _check_not_paged(cache) -> None:
+def _check_not_paged(arguments: dict[str, Any]) -> None:
     """Refuse continuous batching: transformers makes the mask that its packed rows need for "sdpa" alone."""
-    if isinstance(cache, PagedAttentionCache):
+    if arguments.get("read_index") is not None or arguments.get("block_table") is not None:
         raise ValueError(
             "generate_batch works on a paged cache of its own, which the attention 'ssd' does not read: call "
             "model.set_attn_implementation('sdpa') before generate_batch, or model.generate with an SSDCache"

@@ -169,7 +169,7 @@ def _take_guidance(model: PreTrainedModel, call: dict[str, Any], cache: SSDCache
         raise ValueError(f"num_beams={beams} with guidance_scale={scale}: generate guided images with num_beams=1")
     if call_setting(model, call, "prefill_chunk_size") is not None:
         raise ValueError(
-            f"prefill_chunk_size with guidance_scale={scale}: guidance takes a prompt whole, then token by token: "
+            f"prefill_chunk_size with guidance_scale={scale}: guidance takes a prompt whole, then token by token; "
             "leave prefill_chunk_size out"
         )
     negative = [call.pop(name, None) for name in ("negative_prompt_ids", "negative_prompt_attention_mask")]

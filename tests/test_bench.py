@@ -50,6 +50,7 @@ from ssd_cache.bench.shapes import TINY_TOWERS, Shape, janus_config, make_model
 from ssd_cache.bench.sizes import expected_bytes, held_bytes, mean_tokens_read, weight_bytes
 from ssd_cache.bench.split import EVICTING, split_time
 from ssd_cache.bench.stretches import Stretch
+from ssd_cache.bench.subject import find_head_map
 from ssd_cache.bench.tables import all_tables, condition_lines, number, share, to_markdown
 from ssd_cache.cli import app
 from ssd_cache.evaluation.policies import parse_policies
@@ -316,6 +317,21 @@ def test_trying_finds_the_most_that_fits(at_most):
 
 
 # --- caches to compare
+
+
+def test_a_checkpoint_is_measured_with_its_maps_own_settings():
+    names = [case.name for case in default_cases(True, find_head_map("shapes-janus"))]
+    assert names[:5] == [
+        "learned 100%",
+        "learned 50%",
+        "learned 20%",
+        "learned 20%, fast_decode",
+        "learned:buffer=1 20%",
+    ]
+    assert names[5:] == ["ssd 20%", "h2o 20%", "streaming-llm 20%"]
+    assert [case.name for case in default_cases(True, find_head_map("small-cpu"))] == [
+        case.name for case in default_cases()
+    ]
 
 
 def test_names_of_cases_tell_them_apart():

@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("prompt")
     parser.add_argument("--model", default="BAAI/Emu3-Gen-hf", help="a Hub id or folder in transformers' format")
     parser.add_argument("--head-map", help="a Hub repository or folder; labels are found online when not given")
-    parser.add_argument("--budget", type=float, default=0.2, help="fraction of the visual tokens that a head keeps")
+    parser.add_argument("--budget", type=float, help="fraction of the visual tokens that a head keeps")
     parser.add_argument("--side", type=int, default=90, help="visual tokens in a row and in a column")
     parser.add_argument("--negative", default="lowres, blurry", help="what the unconditional rows read")
     parser.add_argument("--seed", type=int, default=0)

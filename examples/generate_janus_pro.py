@@ -14,7 +14,6 @@ import typer
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
 from ssd_cache import HeadMap, SSDCache  # importing registers the attention name "ssd"
-from ssd_cache._compat import CACHE  # "cache", or "past_key_values" until transformers 5.23
 from ssd_cache.models import resolve_device, resolve_dtype
 
 
@@ -22,7 +21,7 @@ def main(
     prompts: list[str],
     model: str = "deepseek-community/Janus-Pro-1B",
     head_map: str = "online",
-    budget: float = 0.2,
+    budget: float | None = None,
     guidance: float = 5.0,
     seed: int = 0,
     device: str = "auto",
@@ -37,9 +36,8 @@ def main(
     )
     janus = janus.to(where).eval()
     if head_map == "online":  # the cache labels the heads while it draws
-        side = janus.config.vision_config.image_size // janus.config.vision_config.patch_size
-        cache = SSDCache.online(janus, budget, grid=(side, side))
-    else:
+        cache = SSDCache.online(janus, budget)
+    else:  # without a budget the map's own slots, or 0.2 of the visual tokens
         cache = SSDCache(HeadMap.from_pretrained(head_map), budget)
 
     texts = prompts
@@ -54,7 +52,7 @@ def main(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         generation_mode="image",
-        **{CACHE: cache},
+        **cache.as_kwargs(),
         guidance_scale=guidance,
         do_sample=True,
         top_k=0,

@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("prompt")
     parser.add_argument("--model", default="zai-org/GLM-Image", help="a Hub id or folder in diffusers' format")
     parser.add_argument("--head-map", help="a Hub repository or folder; labels are found online when not given")
-    parser.add_argument("--budget", type=float, default=0.2, help="fraction of the visual tokens that a head keeps")
+    parser.add_argument("--budget", type=float, help="fraction of the visual tokens that a head keeps")
     parser.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 32")
     parser.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 32")
     parser.add_argument("--steps", type=int, default=50, help="of the diffusion part")

@@ -24,6 +24,7 @@ from ssd_cache.evaluation.bootstrap import compare, score
 from ssd_cache.evaluation.conditions import draw_seed
 from ssd_cache.evaluation.policies import choose_head_map, parse_policies
 from ssd_cache.evaluation.shapes import check_model, shapes_prompts
+from ssd_cache.evaluation.tables import interval_text
 from ssd_cache.models import Generator, find_generator
 from ssd_cache.shapes import KINDS, judge
 
@@ -193,7 +194,7 @@ def main(
         kinds = ", ".join(f"{kind} {share:.2f}" for kind, share in reached.kinds.items())
         print(
             f"{name}: {reached.overall:.3f} +- {reached.standard_error:.3f} ({kinds}); less everything "
-            f"{less.difference:+.3f}, 95% {less.low:+.3f} to {less.high:+.3f}, {less.num_pictures} pictures"
+            f"{less.difference:+.3f}, 95% {interval_text(less, 3)}, {less.num_pictures} pictures"
         )
 
 

@@ -16,7 +16,6 @@ import typer
 from transformers import AutoModelForMultimodalLM, PreTrainedModel
 
 from ssd_cache import HeadMap, SSDCache
-from ssd_cache._compat import CACHE  # "cache", or "past_key_values" until transformers 5.23
 from ssd_cache.models import Checkpoint, find_generator, resolve_device, resolve_dtype
 
 PROMPT = 32
@@ -88,7 +87,7 @@ def main(
     checkpoint, kind = find_generator(model), resolve_dtype(dtype)
     if head_map is None:  # what is counted depends on the budget alone
         shape = {"num_layers": checkpoint.num_layers, "num_kv_heads": checkpoint.num_kv_heads}
-        labels = HeadMap.uniform("semantic", **shape, grid=checkpoint.grid)
+        labels = HeadMap.uniform("semantic", **shape).with_grid(checkpoint.grid, checkpoint.previews)
     else:
         labels = HeadMap.from_pretrained(head_map)
         checkpoint.check_head_map(labels)
@@ -115,7 +114,7 @@ def main(
                 input_ids=prompts,
                 attention_mask=torch.ones_like(prompts),
                 generation_mode="image",
-                **{CACHE: cache},
+                **cache.as_kwargs(),
                 guidance_scale=5.0,
                 do_sample=True,
                 generation_kwargs={"boi_token_id": int(prompts[0, -1])},

@@ -52,7 +52,7 @@ def main(
     prompts_file: Path,
     model: str = "shapes-janus",
     head_map: str | None = None,
-    budget: float = 0.2,
+    budget: float | None = None,
     batch_size: int = 16,
     seed: int = 0,
     dtype: str = "auto",
@@ -70,6 +70,7 @@ def main(
         raise typer.BadParameter(f"{model} has no head map in its folder: give --head-map", param_hint="--head-map")
     checkpoint.check_head_map(labels)
     settings = {"format": "ssd-cache several-gpus 1", "model": model, "head_map": labels.digest, "budget": budget}
+    settings |= {"slots": SSDCache(labels, budget).num_slots}  # checked before the model is loaded
     settings |= {"batch_size": batch_size, "seed": seed, "dtype": str(kind)}
     processes.check_agreement(settings | {"prompts": prompts_sha256(prompts)})
     claim_folder(output, settings, "\n".join(prompts) + "\n", write=processes.is_main)

@@ -12,13 +12,14 @@ import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from models import left_padded_prompts, tiny_janus
+from models import left_padded_prompts, random_score, tiny_janus
 from PIL import Image
 from tiny_checkpoint import HEADS, LAYERS, SIDE, head_map, write_checkpoint
 from transformers import DynamicCache
@@ -433,6 +434,27 @@ def test_analyze_measures_what_its_parts_measure(generator, analysis):
         total = attention.weights.sum(1) + attention.prompt_share
         torch.testing.assert_close(total, torch.ones_like(total))
     assert list(analysis.pictures) == ["full", "ssd", "h2o", "streaming-llm"]
+
+
+def test_the_analysis_shows_what_a_map_is_used_with_and_names_it(generator, tmp_path):
+    torch.manual_seed(0)
+    own = replace(head_map(), budget=[[20, 40], [26, 18]], learned=random_score(2, 2, 16, (SIDE, SIDE)))
+    settings = {"seed": 3, "num_images": 1, "progress": False}
+    for budget, number in ((None, 26), (0.5, 32)):
+        found = analyze(generator, CIRCLE, own, budget=budget, **settings)
+        cache = SSDCache(own, budget)
+        generator.generate([CIRCLE], cache, seed=3)
+        assert list(found.retention) == ["learned", "h2o", "streaming-llm"]
+        assert found.memory["learned"] == cache.memory_stats()
+        assert found.conditions["policy"] == "learned: fitted slots, learned score"
+        assert (found.conditions["budget"], found.conditions["buffer"]) == (budget or number, SIDE // 3)
+        [held] = {len(tokens) for layer in found.retention["h2o"].positions for tokens in layer}
+        assert number - SIDE < held <= number  # the baselines hold as much
+    page, _ = write_report(found, tmp_path / "page")
+    assert "SSD, fitted slots, learned score" in page.read_text("utf-8")
+    equal = analyze(generator, CIRCLE, own, slots="uniform", **settings)
+    assert equal.conditions["policy"] == "learned:slots=uniform: equal slots, learned score"
+    assert {len(tokens) for layer in equal.retention["learned:slots=uniform"].positions for tokens in layer} <= {25, 26}
 
 
 def test_the_models_attention_is_as_it_was(folder):

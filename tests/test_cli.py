@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from children import start_cli
 from hub_server import HubServer, Repo
 from models import random_score
 from PIL import Image
@@ -28,7 +29,7 @@ from torch._dynamo.utils import counters
 from typer.testing import CliRunner
 
 import ssd_cache
-from ssd_cache import POLICIES, HeadMap, SSDCache
+from ssd_cache import POLICIES, HeadMap, SSDCache, batching
 from ssd_cache.cli import app
 from ssd_cache.cli.files import save_picture
 from ssd_cache.cli.plan import COMPARED, parse_budget
@@ -86,8 +87,8 @@ def test_without_a_command_the_help_is_shown_and_the_use_is_wrong(run):
 def test_help_names_every_option_within_80_columns(run, flag):
     result = run(flag)
     assert result.exit_code == 0
-    options = "prompts-file num-images output compare model grid head-map dtype device policy budget buffer kv-dtype"
-    for name in (*options.split(), "guidance", "temperature", "seed", "batch-size"):
+    options = "prompts-file num-images output compare model grid head-map dtype device policy budget slots buffer"
+    for name in (*options.split(), "kv-dtype", "output-dir", "guidance", "temperature", "seed", "batch-size"):
         assert f"--{name} " in result.stdout
     for policy in POLICIES:
         assert policy in result.stdout.replace("\n", " ")
@@ -248,11 +249,48 @@ def test_budget_as_a_count_and_policies_differ(run):
     assert len({Path(f"{policy}.png").read_bytes() for policy in POLICIES}) == len(POLICIES)
     assert "learned" in table(run(CIRCLE, "--head-map", "learned", "-o", "a.png").stdout)
     assert "ssd" in table(run(CIRCLE, "-o", "b.png").stdout)
-    compared = table(run(CIRCLE, "--head-map", "learned", "--compare", "--budget", "26", "-o", "d.png").stdout)
+    run_caption = run(CIRCLE, "--head-map", "learned", "--compare", "--budget", "26", "-o", "d.png").stdout
+    compared = table(run_caption)
     assert [name for name in compared if name in POLICIES] == ["full", "learned", "ssd", "h2o", "streaming-llm"]
+    assert "learned: equal slots, learned score; ssd: equal slots" in " ".join(run_caption.split())
     result = run(CIRCLE, "--policy", "learned", "-o", "c.png")
     assert result.exit_code == 2
     assert "carries no learned score" in result.stderr
+
+
+def test_a_fitted_map_is_used_with_its_slots_unless_equal_ones_are_asked_for(run, generator):
+    own = replace(head_map(), budget=[[20, 40], [26, 18]])
+    own.save_pretrained("fitted")
+
+    def drawn(*options):
+        result = run(CIRCLE, "--head-map", "fitted", *options, "-o", "a.safetensors")
+        assert result.exit_code == 0, result.output
+        return load_file("a.safetensors")
+
+    def expected(*args, **settings):
+        return generator.generate([CIRCLE], SSDCache(own, *args, **settings))
+
+    for options in ((), ("--budget", "26"), ("--policy", "ssd", "--slots", "fitted")):
+        [(name, tokens)] = drawn(*options).items()
+        assert name == "ssd:slots=fitted"
+        assert torch.equal(tokens, expected())
+    assert torch.equal(drawn("--budget", "0.6")["ssd:slots=fitted"], expected(0.6))
+    for options in (("--slots", "uniform"), ("--policy", "ssd"), ("--policy", "ssd", "--slots", "uniform")):
+        [(name, tokens)] = drawn(*options).items()
+        assert name == "ssd"
+        assert torch.equal(tokens, expected(slots="uniform"))
+    assert not torch.equal(expected(), expected(slots="uniform")), "both draw the same, so this tests nothing"
+    compared = drawn("--compare")
+    assert sorted(compared) == ["full", "h2o", "ssd", "ssd:slots=fitted", "streaming-llm"]
+    assert torch.equal(compared["h2o"], generator.generate([CIRCLE], SSDCache.from_policy("h2o", own, 26)))
+    for options, message in (
+        (("--slots", "unifrom"), "--slots unifrom: give fitted or uniform"),
+        (("--slots", "fitted", "--policy", "h2o"), "--slots fitted: policy h2o takes no slots of a head map"),
+        (("--slots", "fitted", "--head-map", "online"), "carries no slots"),
+    ):
+        result = run(CIRCLE, *options)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert message in " ".join(result.stderr.split())
 
 
 def test_the_same_command_draws_the_same_and_another_seed_does_not(run):
@@ -308,6 +346,29 @@ def test_batches_have_seeds_of_their_own(run, generator):
         cache.reset()
         tokens.append(generator.generate([CIRCLE] * number, cache, seed=seed))
     find_pictures(Image.open("a.png"), generator.to_images(torch.cat(tokens)))
+
+
+def test_many_prompts_come_in_batches_of_a_fixed_size(run):
+    """40 prompts are two batches, as with the batch size named; they were one, whatever memory there was."""
+    Path("prompts.txt").write_text(f"{CIRCLE}\n{SQUARES}\n" * 20)
+    for name, options in (("a", ()), ("b", ("--batch-size", 32)), ("c", ("--batch-size", 40))):
+        result = run("--prompts-file", "prompts.txt", "--budget", "0.5", *options, "-o", f"{name}.safetensors")
+        assert result.exit_code == 0, result.output
+        assert f"batch {40 if name == 'c' else 32}," in " ".join(result.stdout.split())
+    a, b, c = (load_file(f"{name}.safetensors")["ssd"] for name in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_short_memory_makes_smaller_batches_and_says_so(run, monkeypatch):
+    monkeypatch.setattr(batching, "free_memory", lambda device: 10**6)
+    result = run(CIRCLE, SQUARES, "--num-images", 10, "--budget", "0.5", "-o", "a.safetensors")
+    assert result.exit_code == 0, result.output
+    match = re.search(r"warning: (\d+) image\(s\) are generated at once instead of 32: the free memory", result.stderr)
+    assert f"batch {match[1]}," in " ".join(result.stdout.split())
+    same = run(CIRCLE, SQUARES, "--num-images", 10, "--budget", "0.5", "--batch-size", match[1], "-o", "b.safetensors")
+    assert same.exit_code == 0, same.output
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
 
 
 def test_compare_draws_a_row_a_policy_on_the_same_seed(run, generator):
@@ -429,6 +490,44 @@ def test_inspect_prints_a_map_and_finds_that_of_a_model(run, folder):
     assert alone.stdout == result.stdout
 
 
+def test_inspect_says_how_a_map_is_used(run):
+    plain = run(head_map().save_pretrained("plain"), command="inspect").stdout
+    assert "slots      none of its own; 13.0 a head on average, 20.3% of the grid unless a budget is given" in plain
+    assert "attention sum (this map carries no learned score)" in plain
+    assert "policy ssd, buffer 8, num_recent 0.25, num_sinks 0" in plain
+    assert "labels by  score, spatial above 0.5" in plain
+
+    retained = {"retained_spatial-13": [[0.9, 0.2], [0.1, 0.4]], "retained_semantic-13": [[0.7, 0.8], [0.6, 0.9]]}
+    retained |= {"retained_spatial-40": [[0.9, 0.3], [0.2, 0.5]], "retained_semantic-40": [[0.8, 0.9], [0.8, 0.95]]}
+    scores = {name: torch.tensor(values) for name, values in retained.items()}
+    own = HeadMap(
+        torch.tensor([[True, False], [False, False]]),
+        (SIDE, SIDE),
+        scores=scores,
+        budget=[[13, 40], [40, 13]],
+        learned=random_score(2, 2, 16, (SIDE, SIDE)),
+        method="fit, score learned",
+    )
+    fitted = run(own.save_pretrained("own"), command="inspect").stdout
+    assert "slots      fitted, 13 to 40; 26.5 a head on average, 41.4% of the grid" in fitted
+    assert "score      learned score (carried by this map)" in fitted
+    assert "by default policy learned, buffer 2, num_recent 0, num_sinks 0" in fitted
+    assert "labels by  coverage at own slots, spatial above 0" in fitted
+    assert re.search(r"^ +0 +1 +1 +#\. +13 40 +-0.600 to \+0.200", fitted, re.MULTILINE)
+    assert re.search(r"^ +1 +0 +2 +\.\. +40 13 +-0.600 to -0.500", fitted, re.MULTILINE)
+
+    short = replace(head_map(), budget=[[5, 40], [40, 13]]).save_pretrained("short")  # a map that no default serves
+    result = run(short, command="inspect")
+    assert result.exit_code == 0
+    assert "by default refused: the budget gives a spatial head of layer 0 5 slots" in result.stdout
+
+
+def test_inspect_keeps_the_slots_of_many_heads_on_a_line(run):
+    many = HeadMap(torch.zeros(2, 32, dtype=torch.bool), (SIDE, SIDE), budget=[[*range(20, 52)]] * 2)
+    lines = run(many.save_pretrained("many"), command="inspect").stdout.splitlines()
+    assert sum(" ".join(map(str, range(20, 52))) in line for line in lines) == 2
+
+
 @pytest.mark.parametrize("source", ["./nowhere", "."])
 def test_inspect_refuses_what_is_no_map_in_one_line(run, source):
     result = run(source, command="inspect")
@@ -486,14 +585,7 @@ def child(tmp_path):
     started = []
 
     def start(*arguments, **environment):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ssd_cache.cli", *map(str, arguments)],
-            cwd=tmp_path,
-            env={**os.environ, "COLUMNS": "80", **environment},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        process = start_cli(*arguments, cwd=tmp_path, **{"COLUMNS": "80", **environment})
         started.append(process)
         return process
 
@@ -519,6 +611,16 @@ def test_ctrl_c_ends_with_1_one_line_and_no_file(folder, child, tmp_path):
     assert "Traceback" not in rest
     assert out == ""
     assert files(tmp_path) == []
+
+
+def test_ctrl_c_ends_a_process_also_where_the_tests_ignore_it(folder, child, tmp_path):
+    """A shell starts background jobs with SIGINT ignored, and what they start inherits it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        test_ctrl_c_ends_with_1_one_line_and_no_file(folder, child, tmp_path)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_exit_codes_of_a_process(folder, child, tmp_path):

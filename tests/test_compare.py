@@ -120,23 +120,46 @@ def test_the_bootstrap_equals_plain_loops():
 
 
 def test_errors_have_their_closed_form():
-    found = compare_results([write("a", dpg_lines()), write("b", dpg_lines(ANSWERS | {"0": ["000", "000"]}))])
+    more = {f"more{number}": words for number, words in enumerate(ANSWERS.values())}
+    answers = ANSWERS | more
+    worse = answers | {"0": ["000", "000"]}
+    found = compare_results([write("a", dpg_lines(answers)), write("b", dpg_lines(worse))])
     first, second = found.rows
-    a, b = [250 / 3, 25, 50], [0, 25, 50]
+    a, b = 2 * [250 / 3, 25, 50], [0, 25, 50, 250 / 3, 25, 50]
     assert (first.score, second.score) == (pytest.approx(np.mean(a)), pytest.approx(np.mean(b)))
     # 10,000 draws know a standard deviation to 0.7% of itself; four of these
-    assert first.standard_error == pytest.approx(np.std(a) / 3**0.5, rel=0.028)
-    assert second.standard_error == pytest.approx(np.std(b) / 3**0.5, rel=0.028)
+    assert first.standard_error == pytest.approx(np.std(a) / 6**0.5, rel=0.028)
+    assert second.standard_error == pytest.approx(np.std(b) / 6**0.5, rel=0.028)
     assert first.difference is None
-    assert second.difference.difference == pytest.approx(-250 / 9)
-    # the one prompt that differs comes up 0, 1, 2 or 3 times of 3: the share of resamples without it is 8/27
-    assert (second.difference.low, second.difference.high) == (pytest.approx(-250 / 3), 0)
-    assert second.difference.p == pytest.approx(2 * 8 / 27, abs=4 * 2 * 0.0046)
-    assert second.difference.num_pictures == 6
+    assert second.difference.difference == pytest.approx(-250 / 18)
+    # the one prompt that differs comes up at most 3 times of 6 in 97.5% of the resamples: P(more) is 0.9%
+    assert (second.difference.low, second.difference.high) == (pytest.approx(-250 / 6), 0)
+    assert second.difference.p == 1  # a single prompt that differs may as well have been the other's
+    assert second.difference.num_pictures == 12
+
+
+def test_few_prompts_have_a_difference_and_neither_interval_nor_p():
+    write("a", dpg_lines())
+    write("b", dpg_lines(ANSWERS | {"0": ["000", "000"]}))
+    result = run("compare", "a", "b", "--output", "out")
+    assert result.exit_code == 0, result.output
+    table = Path("out/comparison.md").read_text("utf-8")
+    assert "| -27.78 | - | - |" in table
+    assert "- where there are fewer than 6 prompts" in table
+    (_, second) = json.loads(Path("out/comparison.json").read_text("utf-8"), parse_constant=pytest.fail)["rows"]
+    assert second["difference"] == {
+        "difference": pytest.approx(-250 / 9),
+        "low": None,
+        "high": None,
+        "p": None,
+        "num_pictures": 6,
+    }
 
 
 def test_equal_results_differ_by_nothing():
-    for name, lines in (("geneval", geneval_lines(**TAGS)), ("dpg", dpg_lines())):
+    tags = {tag: f"{text} {text}" for tag, text in TAGS.items()}
+    answers = ANSWERS | {f"{item_id} again": words for item_id, words in ANSWERS.items()}
+    for name, lines in (("geneval", geneval_lines(**tags)), ("dpg", dpg_lines(answers))):
         found = compare_results([write(f"{name}/a", lines), write(f"{name}/b", lines)])
         differences = [row.difference for row in found.rows if row.difference]
         assert [(it.difference, it.low, it.high, it.p) for it in differences] == [(0, 0, 0, 1)] * len(differences)
@@ -157,7 +180,7 @@ def test_pairing_narrows_the_interval():
 
 
 def test_prompts_are_paired_by_what_they_are_and_not_by_their_place():
-    lines = geneval_lines(**TAGS)
+    lines = geneval_lines(**{tag: f"{text} {text}" for tag, text in TAGS.items()})
     turned = write("turned", lines[::-1])
     found = compare_results([write("a", lines), turned])
     assert {(it.low, it.high, it.p) for it in (row.difference for row in found.rows) if it} == {(0, 0, 1)}

@@ -6,7 +6,6 @@ Small models with random weights. What the trained model gains by it is told in 
 from __future__ import annotations
 
 import itertools
-import json
 from dataclasses import replace
 
 import pytest
@@ -82,35 +81,105 @@ def test_a_head_that_costs_next_to_nothing_is_not_asked_again(generator, profile
     assert not torch.equal(expected, scores[-1])
 
 
-def test_an_interrupted_run_goes_on_to_the_same_scores(generator, profiled, measured, tmp_path, monkeypatch):
-    state, calls = tmp_path / "state.json", []
-    real = divergence.measure_fidelity
+def stop_at(monkeypatch, number):
+    """Interrupts `measure_divergence` at its pass of that number, the first being 1.
+
+    Returns the numbers of heads of its finished passes, those of later runs too.
+    """
+    calls, finished, real = [], [], divergence.measure_fidelity
 
     def stops(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) == number:
             raise KeyboardInterrupt
-        return real(*args, **kwargs)
+        results = real(*args, **kwargs)
+        finished.append(len(args[2]))
+        return results
 
     monkeypatch.setattr(divergence, "measure_fidelity", stops)
+    return finished
+
+
+@pytest.mark.parametrize("number", [2, 5])
+def test_an_interrupted_run_goes_on_after_its_last_pass(generator, profiled, measured, tmp_path, monkeypatch, number):
+    state, settings = tmp_path / "state", {"batch_size": 2, "progress": False}
+    finished = stop_at(monkeypatch, number)
     with pytest.raises(KeyboardInterrupt):
-        measure_divergence(generator, PROMPTS, profiled, batch_size=2, state_file=state, progress=False)
-    first = len(calls)
-    whole = measure_divergence(generator, PROMPTS, profiled, batch_size=2, state_file=state, progress=False)
-    assert whole == measured
-    assert len(calls) - first == 2 * 2 * len(LEVELS) - 4  # two batches a layer and level; two layers were kept
-    with pytest.raises(ProfilingError, match=r"another run \(seed 0 there, 1 now\)"):
-        measure_divergence(generator, PROMPTS, profiled, batch_size=2, seed=1, state_file=state, progress=False)
-    state.write_text("[]")
-    with pytest.raises(ProfilingError, match="not what a run of this kind keeps"):
-        measure_divergence(generator, PROMPTS, profiled, batch_size=2, state_file=state, progress=False)
+        measure_divergence(generator, PROMPTS, profiled, state_file=state, **settings)
+    assert measure_divergence(generator, PROMPTS, profiled, state_file=state, **settings) == measured
+    assert sum(finished) == 2 * 4 * len(LEVELS)  # every head once for each of the two batches and every level
+    with pytest.raises(ProfilingError, match=r"another run \(seed 0 there, 1 now\); give another file, or delete it"):
+        measure_divergence(generator, PROMPTS, profiled, seed=1, state_file=state, **settings)
 
 
-def test_what_can_not_be_measured_is_refused_at_once(generator, profiled):
+def test_a_slow_model_measures_fewer_heads_in_a_pass(generator, profiled, measured, monkeypatch):
+    assert [divergence._caches_in(20, *pass_) for pass_ in ((2, 18.0), (2, 3.0), (8, 180.0), (2, 0.0))] == [2, 8, 1, 8]
+    parts, real = [], divergence.measure_fidelity
+    monkeypatch.setattr(
+        divergence, "measure_fidelity", lambda *args, **kwargs: parts.append(len(args[2])) or real(*args, **kwargs)
+    )
+    monkeypatch.setattr(divergence, "PASS_SECONDS", 0)
+    found = measure_divergence(generator, PROMPTS, profiled, levels=[16], batch_size=2, progress=False)
+    assert parts == [1] * 8
+    assert torch.equal(found.scores["divergence-16"], measured.scores["divergence-16"])
+
+
+def test_images_are_kept_batch_by_batch(generator, profiled, measured, tmp_path, monkeypatch):
+    state, settings, drawn = tmp_path / "state", {"batch_size": 2, "progress": False}, []
+    generate = type(generator).generate
+
+    def stops(self, prompts, cache=None, **keywords):
+        if cache is None:
+            drawn.append(prompts)
+            if len(drawn) == 2:
+                raise KeyboardInterrupt
+        return generate(self, prompts, cache, **keywords)
+
+    monkeypatch.setattr(type(generator), "generate", stops)
+    with pytest.raises(KeyboardInterrupt):
+        measure_divergence(generator, PROMPTS, profiled, state_file=state, **settings)
+    assert measure_divergence(generator, PROMPTS, profiled, state_file=state, **settings) == measured
+    assert drawn == [PROMPTS[:2], PROMPTS[2:], PROMPTS[2:]]
+
+
+def test_a_state_of_other_labels_at_a_level_or_of_another_cache_is_refused(generator, profiled, tmp_path, monkeypatch):
+    state, settings = tmp_path / "state", {"batch_size": 2, "progress": False, "state_file": tmp_path / "state"}
+    stop_at(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        measure_divergence(generator, PROMPTS, profiled, **settings)
+    before = state.read_bytes()
+    swapped = {"retained_spatial-24": "retained_semantic-24", "retained_semantic-24": "retained_spatial-24"}
+    scores = {name: profiled.scores[swapped.get(name, name)] for name in profiled.scores}
+    with pytest.raises(ProfilingError, match="another run .kinds"):
+        measure_divergence(generator, PROMPTS, replace(profiled, scores=scores), **settings)
+    other = replace(profiled, profile={**profiled.profile, "buffer": 4})
+    with pytest.raises(ProfilingError, match="another run .buffer 8 there, 4 now"):
+        measure_divergence(generator, PROMPTS, other, **settings)
+    assert state.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"run": {"seed": 0}, "divergence": {"16": [[1.0]]}}'])
+def test_other_files_and_states_of_the_old_format_are_refused(generator, profiled, tmp_path, content):
+    state = tmp_path / "state.json"
+    state.write_bytes(content)
+    with pytest.raises(ProfilingError, match="not the measurements of ssd-cache fit .* give another file, or delete"):
+        measure_divergence(generator, PROMPTS, profiled, batch_size=2, state_file=state, progress=False)
+    assert state.read_bytes() == content
+
+
+def test_what_can_not_be_measured_is_refused_at_once(generator, profiled, monkeypatch):
+    monkeypatch.setattr(type(generator), "generate", None)
     with pytest.raises(ValueError, match=r"level 17 was not measured: the map's levels are \[16, 24, 40\]"):
         measure_divergence(generator, PROMPTS, profiled, levels=[17], progress=False)
     with pytest.raises(ValueError, match="profile again with levels"):
         measure_divergence(generator, PROMPTS, replace(profiled, scores={}), progress=False)
+    with pytest.raises(ValueError, match=r"levels is empty: give some of the map's levels, \[16, 24, 40\]"):
+        measure_divergence(generator, PROMPTS, profiled, levels=[], progress=False)
+    small = replace(profiled, profile={**profiled.profile, "buffer": 20})
+    with pytest.raises(ValueError, match="16 slots, fewer than buffer=20 and num_recent=8 together"):
+        measure_divergence(generator, PROMPTS, small, progress=False)
+    with pytest.raises(ProfilingError, match="the state of this run cannot be written"):
+        measure_divergence(generator, PROMPTS, profiled, state_file="/dev/null/state", progress=False)
 
 
 def test_fitted_slots_have_the_least_divergence_of_all_choices(measured):
@@ -143,13 +212,13 @@ def test_the_command_fits_a_profiled_map(checkpoint, profiled, tmp_path):
     profiled.save_pretrained(tmp_path / "profiled")
     command = ["fit", *PROMPTS[:1], "--model", str(checkpoint), "--head-map", str(tmp_path / "profiled")]
     command += ["--budget", "24", "--levels", "16,40", "--output", str(tmp_path / "fitted")]
-    result = CliRunner().invoke(app, [*command, "--resume", str(tmp_path / "state.json")])
+    result = CliRunner().invoke(app, [*command, "--resume", str(tmp_path / "state")])
     assert result.exit_code == 0, result.output
     fitted = HeadMap.from_pretrained(tmp_path / "fitted")
     assert fitted.method == "fit by divergence"
     assert {level for layer in fitted.budget for level in layer} <= {16, 40}
     assert sum(level for layer in fitted.budget for level in layer) <= 24 * 4
-    assert json.loads((tmp_path / "state.json").read_text())["run"]["levels"] == [16, 40]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fitted", "profiled", "state"]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +227,9 @@ def test_the_command_fits_a_profiled_map(checkpoint, profiled, tmp_path):
         (["--levels", "17"], "--levels 17: the map was measured at 16, 24, 40 slots"),
         (["--batch-size", "0"], "--batch-size 0: give a whole number from 1 up"),
         (["--temperature", "0"], "temperature=0 leaves one token"),
-        (["--budget", "8"], "--budget 8: fewer slots than the lowest level, 16"),
+        (["--budget", "8"], "the budget is 8 slots a head, fewer than the lowest level, 16"),
+        (["--budget", "20", "--levels", "40,24"], "the budget is 20 slots a head, fewer than the lowest level, 24"),
+        (["--levels", "16"], "attention was measured at 1 number of slots [16], and sharing needs two or more"),
     ],
 )
 def test_wrong_use_of_the_command_is_one_line(checkpoint, profiled, tmp_path, options, message):

@@ -11,8 +11,6 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,24 +18,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from children import start_cli
 from models import random_score, tiny_janus
 from tiny_checkpoint import load_example
 from transformers import JanusForConditionalGeneration
 from typer.testing import CliRunner
 
-from ssd_cache import POLICIES, HeadMap, fit_heads
+from ssd_cache import POLICIES, HeadMap, SSDCache, fit_heads
 from ssd_cache.analysis import plotting
 from ssd_cache.cli import app
-from ssd_cache.evaluation.bootstrap import compare, score
+from ssd_cache.evaluation.bootstrap import bootstrap_difference, bootstrap_error, compare, score
 from ssd_cache.evaluation.conditions import draw_seed, drawing_conditions
 from ssd_cache.evaluation.plots import draw_score_by_budget
-from ssd_cache.evaluation.policies import mean_slots, parse_policies, parse_policy, random_map
+from ssd_cache.evaluation.policies import mean_slots, parse_policies, parse_policy, random_map, resolve_policies
 from ssd_cache.evaluation.records import Record, parse_record, read_records
 from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder
 from ssd_cache.evaluation.runner import Plan
 from ssd_cache.evaluation.shapes import shapes_prompts
 from ssd_cache.evaluation.tables import commands, summarize, to_json
 from ssd_cache.models import find_generator
+from ssd_cache.presets import words_of
 from ssd_cache.shapes import KINDS, PALETTE
 
 HEAD_MAP = HeadMap(
@@ -57,6 +57,83 @@ HEAD_MAP = HeadMap(
 
 
 # --- policies
+
+
+BY_HEAD = [[60, 180], [115, 105]]
+LEARNED = random_score(2, 2, 4, HEAD_MAP.grid)
+
+
+@pytest.mark.parametrize(
+    ("carried", "label", "words"),
+    [
+        ({}, "ssd", "equal slots, attention sum"),
+        ({"budget": BY_HEAD}, "ssd:slots=fitted", "fitted slots, attention sum"),
+        ({"learned": LEARNED}, "learned", "equal slots, learned score"),
+        ({"budget": BY_HEAD, "learned": LEARNED}, "learned", "fitted slots, learned score"),
+    ],
+)
+def test_default_is_the_maps_own_settings_under_their_exact_name(carried, label, words):
+    head_map = replace(HEAD_MAP, **carried)
+    [policy] = resolve_policies(parse_policies("default"), head_map)
+    assert policy.label == label
+    for budget in (0.2, 0.5):
+        own, named, unresolved = (
+            SSDCache(head_map, budget),
+            parse_policy(label).make_cache(head_map, budget),
+            parse_policy("default").make_cache(head_map, budget),
+        )
+        for cache in (named, unresolved):
+            assert cache.num_slots == own.num_slots
+            assert (cache.score, cache.buffer, cache.num_recent) == (own.score, own.buffer, own.num_recent)
+        assert words_of(named.slots, named.score) == words
+
+
+def test_settings_stay_with_the_default_and_the_name_says_them():
+    head_map = replace(HEAD_MAP, budget=BY_HEAD, learned=LEARNED)
+
+    def labels(text, **run):
+        return [policy.label for policy in resolve_policies(parse_policies(text), head_map, run)]
+
+    assert labels("full,default,learned,h2o") == ["full", "learned", "h2o"]  # each once
+    assert labels("default:buffer=8") == ["learned:buffer=8"]
+    assert labels("default:slots=uniform") == ["learned:slots=uniform"]
+    assert labels("default:score=sum") == labels("default", score="sum") == ["ssd:slots=fitted"]
+    assert labels("default:score=mean,slots=uniform") == ["ssd:score=mean"]
+    assert labels("default:score=learned") == ["learned"]
+
+
+def test_other_policies_hold_what_their_names_say_on_a_fitted_map(tmp_path):
+    head_map = replace(HEAD_MAP, budget=BY_HEAD, learned=LEARNED)
+    by_head, equal = [(60, 180), (115, 105)], [(115, 115), (115, 115)]
+    for name in ("ssd", "margin", "h2o", "streaming-llm", "linear", "inverted", "random-1", "online"):
+        assert parse_policy(name).make_cache(head_map, 0.2).num_slots == equal, name
+    cache = parse_policy(str(head_map.save_pretrained(tmp_path / "map"))).make_cache(HEAD_MAP, 0.2)
+    assert (cache.num_slots, cache.score, cache.buffer) == (by_head, "learned", 8)  # a folder: its own settings
+
+
+def test_the_bundled_maps_default_at_20_percent_is_what_the_results_call_fitted_with_a_learned_score():
+    head_map = find_generator("shapes-janus").head_map()
+    [policy] = resolve_policies(parse_policies("default"), head_map)
+    own, told = (each.make_cache(head_map, 0.2) for each in (policy, parse_policy("fitted:score=learned")))
+    assert policy.label == "learned"
+    assert own.num_slots == told.num_slots
+    assert (own.score, own.buffer, own.num_recent) == (told.score, told.buffer, told.num_recent)
+    assert torch.equal(own.head_map.is_spatial, told.head_map.is_spatial)
+
+
+def test_results_of_equal_slots_are_not_mixed_with_fitted_ones_of_the_same_name(tmp_path):
+    head_map = replace(HEAD_MAP, budget=BY_HEAD, learned=LEARNED)
+
+    def described(text):
+        plan = Plan(parse_policies(text), [0.2], [0], [("a", "a circle")], 1, head_map, {})
+        return {"conditions": {}, "policies": plan.describe(), "command": {}}
+
+    before = described("ssd,learned")
+    before["policies"]["learned"]["slots"] = {"0.2": 115}  # as an earlier version wrote it, and drew it
+    ResultsFolder(tmp_path, before).close()
+    ResultsFolder(tmp_path, described("ssd")).close()  # which means what it meant
+    with pytest.raises(ResultsError, match=r"policy learned: .*slots {'0.2': 115} there, {'0.2': \[\[60, 180\]"):
+        ResultsFolder(tmp_path, described("learned"))
 
 
 @pytest.mark.parametrize("name", [*POLICIES, "inverted", "online", "random-3"])
@@ -179,12 +256,49 @@ def test_samples_of_a_prompt_do_not_count_as_independent():
     assert score(verdicts(a="1111 0000"), ["a"]).standard_error == score(verdicts(a="1 0"), ["a"]).standard_error
 
 
-def test_the_bootstrap_of_two_prompts_has_the_binomial_distribution():
-    # differences 1 and 0: resampled means are 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4
-    found = compare(verdicts(a="1 1"), verdicts(a="0 1"), ["a"])
-    assert (found.difference, found.low, found.high, found.num_pictures) == (0.5, 0.0, 1.0, 2)
-    # P(at most 0) = 1/4, doubled; standard error of 10,000 draws 0.0043, doubled, times 4
-    assert found.p == pytest.approx(0.5, abs=0.035)
+def test_the_bootstrap_of_six_prompts_has_the_binomial_distribution():
+    # four differences are 1 and two -1, so a resampled mean is (2 X - 6) / 6 with X of the binomial of 6 and 2/3
+    found = compare(verdicts(a="1 1 1 1 0 0"), verdicts(a="0 0 0 0 1 1"), ["a"])
+    # P(X <= 1) = 0.018, P(X <= 2) = 0.100, P(X <= 5) = 0.912
+    assert (found.difference, found.low, found.high) == pytest.approx((1 / 3, -1 / 3, 1))
+    assert found.num_pictures == 6
+    # P(X <= 3) = 0.320, doubled; standard error of 10,000 draws 0.0047, doubled, times 4
+    assert found.p == pytest.approx(0.639, abs=0.038)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_too_few_prompts_tell_nothing_but_the_difference(number):
+    up, down = verdicts(a=" ".join("1" * number)), verdicts(a=" ".join("0" * number))
+    for found, difference in ((compare(up, down, ["a"]), 1), (compare(up, up, ["a"]), 0)):
+        assert found.difference == difference
+        assert np.isnan([found.low, found.high, found.p]).all()
+
+
+def test_one_prompt_a_kind_shows_no_spread_however_many_kinds():
+    kinds = "abcdefgh"
+    up, down = ({kind: {0: {0: correct}} for kind in kinds} for correct in (True, False))
+    found = compare(up, down, kinds)
+    assert found.difference == 1
+    assert np.isnan([found.low, found.high, found.p]).all()
+    assert np.isnan(score(up, kinds).standard_error)
+    assert np.isnan(bootstrap_error([[1.0], [0.0, 1.0]]))
+
+
+def test_p_is_never_below_what_as_many_unequal_pairs_can_show():
+    def p_of(better, equal):
+        both = [1] * better + [0] * equal
+        return bootstrap_difference([both], len(both)).p
+
+    assert [p_of(number, 0) for number in (6, 8, 10)] == [2**-5, 2**-7, 2**-9]
+    assert p_of(3, 97) == 2**-2  # three that differ, of a hundred: as one toss in four
+    assert p_of(1, 99) == p_of(0, 100) == 1
+    assert p_of(14, 0) == pytest.approx(2 / 10_001)  # the least that the resamples can show
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_differences_that_are_no_numbers_give_no_numbers(value):
+    found = bootstrap_difference([[0.5] * 9 + [value]], 10)
+    assert np.isnan([found.difference, found.low, found.high, found.p]).all()
 
 
 def test_the_bootstrap_equals_drawing_prompts_one_by_one():
@@ -204,12 +318,12 @@ def test_the_bootstrap_equals_drawing_prompts_one_by_one():
 
 
 def test_equal_policies_differ_by_nothing_and_the_sign_turns_round():
-    same = verdicts(a="1 0 1", b="01 11")
+    same = verdicts(a="1 0 1 1", b="01 11")
     found = compare(same, same, ["a", "b"])
     assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
-    better, worse = verdicts(a="1 1 1 1 0 1 1 1"), verdicts(a="0 0 1 0 0 0 1 1")
+    better, worse = verdicts(a="1 1 1 1 1 1 1 1"), verdicts(a="0 0 1 0 0 0 0 1")
     up, down = compare(better, worse, ["a"]), compare(worse, better, ["a"])
-    assert (up.difference, down.difference) == (0.5, -0.5)
+    assert (up.difference, down.difference) == (0.75, -0.75)
     assert up.low > 0 > down.high
     assert up.p < 0.05
 
@@ -540,14 +654,7 @@ def lines(folder):
 
 
 def start(arguments, cwd, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-m", "ssd_cache.cli", "eval", *arguments],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", **environment},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    return start_cli("eval", *arguments, cwd=cwd, **{"OMP_NUM_THREADS": "1", "COLUMNS": "80", **environment})
 
 
 def test_lines_hold_what_repeats_them(unbroken, model):

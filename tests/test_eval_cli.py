@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import resource
 import shutil
 import socket
-import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from children import start_cli
+from models import random_score
 from PIL import Image
 from tiny_checkpoint import SIDE, head_map, write_checkpoint
 from tiny_judges import write_blip, write_classifier, write_detector
 from transformers import CLIPModel, CLIPProcessor
 from typer.testing import CliRunner
 
-from ssd_cache import SSDCache
+from ssd_cache import SSDCache, batching
 from ssd_cache.cli import app
 from ssd_cache.evaluation.clip_score import clip_score
 from ssd_cache.evaluation.conditions import draw_seed
@@ -148,13 +149,7 @@ def child(model):
 
     def start(bench, output, *more, **environment):
         arguments = export_arguments(bench, model, output, *more)
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "ssd_cache.cli", "eval", *map(str, arguments)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        process = start_cli("eval", *arguments, flags=("-W", "ignore"), **{"OMP_NUM_THREADS": "1", **environment})
         started.append(process)
         return process
 
@@ -201,6 +196,45 @@ def test_geneval_is_drawn_into_the_official_layout(export, model):
     expected |= {"head_map": head_map().digest, "num_prompts": 3, "num_samples": 2, "batch_size": 4}
     assert expected.items() <= settings.items()
     assert {"ssd_cache", "torch", "transformers", "model_sha256", "prompts_sha256"} <= settings.keys()
+
+
+def test_an_export_uses_a_maps_own_settings_and_names_them(export, model):
+    """A fitted map with a learned score: its slots, its score, and the buffer that goes with it."""
+    torch.manual_seed(0)
+    own = replace(head_map(), budget=[[20, 40], [26, 18]], learned=random_score(2, 2, 16, (SIDE, SIDE)))
+    own.save_pretrained("own")
+    arguments = ("--prompts-file", "g.jsonl", "--samples", 2, *DRAW[2:], "--head-map", "own")  # without a budget
+    result = run("geneval", "export", "--model", model, "--output", "default", *arguments)
+    assert result.exit_code == 0, result.output
+    settings = json.loads(Path("default/settings.json").read_text("utf-8"))
+    assert (settings["policy"], settings["num_slots"], settings["budget"]) == ("learned", 26, 26)
+    assert settings["slots"].startswith("fitted ")
+    assert settings["settings"] == {
+        "buffer": SIDE // 3, "num_recent": 0, "num_sinks": 0, "score": "learned", "kv_dtype": None,
+    }  # fmt: skip
+    assert "policy learned, budget 26 visual tokens (head by head, 26 slots a head" in " ".join(result.stdout.split())
+
+    texts = [json.loads(line)["prompt"] for line in LINES for _ in range(2)]
+    generator = find_generator(str(model)).load(device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokens = generator.generate(texts[:4], SSDCache(own), seed=draw_seed(42, 0))
+    image = generator.to_images(tokens)[0]
+    with Image.open("default/00000/samples/00000.png") as picture:
+        assert picture.tobytes() == image.convert("RGB").tobytes()
+
+    # a folder of an earlier version, whose policy of this name had equal slots, is refused
+    del settings["slots"]
+    Path("default/settings.json").write_text(json.dumps(settings), "utf-8")
+    result = run("geneval", "export", "--model", model, "--output", "default", *arguments)
+    assert result.exit_code == 2
+    assert "slots None there, 'fitted " in " ".join(result.stderr.split())
+    # equal slots leave no such trace, so that folders of earlier versions are taken up again
+    result = run("geneval", "export", "--model", model, "--output", "equal", *arguments, "--policy", "ssd")
+    assert result.exit_code == 0, result.output
+    equal = json.loads(Path("equal/settings.json").read_text("utf-8"))
+    assert (equal["policy"], equal["settings"]["score"]) == ("ssd", "sum")
+    assert "slots" not in equal
 
 
 def test_dpg_is_drawn_as_sheets(dpg, model):
@@ -281,6 +315,23 @@ def test_a_folder_drawn_otherwise_is_refused_with_the_field(geneval, export):
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("no picture", "utf-8")
     assert "it is not empty and has no settings.json" in export("geneval", "mine").stderr
+
+
+def test_a_default_batch_is_16_or_what_fits_and_a_folder_keeps_its_own(model, monkeypatch):
+    def export(folder):
+        arguments = export_arguments("dpg", model, folder)
+        place = arguments.index("--batch-size")
+        result = run(*arguments[:place], *arguments[place + 2 :])
+        assert result.exit_code == 0, result.output
+        return json.loads(Path(folder, "settings.json").read_text("utf-8"))["batch_size"]
+
+    assert export("many") == 16
+    whole = contents("many")
+    monkeypatch.setattr(batching, "free_memory", lambda device: 2 * 10**5)
+    assert export("few") == 4  # the four images of a sheet
+    Path("many/0.png").unlink()
+    assert export("many") == 16  # the folder was begun with it
+    assert contents("many") == whole
 
 
 def test_a_full_disk_is_told_and_what_was_drawn_stays(model, tmp_path):

@@ -7,6 +7,7 @@ docs/fidelity.md, not tested.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import json
 import math
@@ -34,9 +35,11 @@ from typer.testing import CliRunner
 from ssd_cache import HeadMap, HeadMapError, SSDCache
 from ssd_cache._compat import CACHE
 from ssd_cache.cli import app
-from ssd_cache.evaluation.fidelity import Fidelity, draw_fidelity, measure_fidelity
+from ssd_cache.evaluation.fidelity import Fidelity, draw_fidelity, measure_fidelity, parts
+from ssd_cache.evaluation.fidelity.parts import measure_in_parts
 from ssd_cache.models import Checkpoint, Generator, GeneratorError, find_generator, generator_of
 from ssd_cache.models.base import call_settings
+from ssd_cache.statistics import ProfilingError
 
 PROMPTS = ["a photo of a red circle", "a photo of a circle left of a blue square"]  # of unlike length: left padding
 GRID, CELLS = (6, 6), 36
@@ -468,7 +471,80 @@ def test_the_command_writes_what_the_library_measures(run, folder, tmp_path):
     assert repeated["tokens"] == written["tokens"]
 
 
+# --- in parts
+
+
+PARTED = {"ssd": dict(SETTINGS["ssd"]), "every step": dict(SETTINGS["every step"])}
+TEXTS = [*PROMPTS, "a photo of two triangles", "a red circle", "a blue square"]
+
+
+def parted(generator, **settings):
+    caches = {
+        name: lambda options=options: SSDCache(HeadMap(LABELS, GRID), **options) for name, options in PARTED.items()
+    }
+    return measure_in_parts(generator, TEXTS, caches, **{"guidance_scale": 2.0, "seed": 5, **settings})
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return parted(make_generator("janus"), batch_size=5)
+
+
+def test_parts_are_measured_on_the_images_of_one_batch(whole):
+    caches = {"ssd": lambda: SSDCache(HeadMap(LABELS, GRID), **SETTINGS["ssd"])}
+    at_once = measure_fidelity(make_generator("janus"), TEXTS, caches, guidance_scale=2.0, seed=5)["ssd"]
+    for name in ("tokens", "kl", "agrees", "attention_error", "retained"):
+        assert torch.equal(getattr(whole["ssd"], name), getattr(at_once, name))
+    for name, result in parted(make_generator("janus"), batch_size=2).items():
+        assert torch.equal(result.tokens, whole[name].tokens)
+        for field in ("kl", "attention_error", "retained"):  # float32 products of other batch sizes round otherwise
+            torch.testing.assert_close(getattr(result, field), getattr(whole[name], field), rtol=1e-3, atol=1e-5)
+        assert (result.budget, result.grid) == (whole[name].budget, whole[name].grid)
+        assert torch.equal(result.is_spatial, whole[name].is_spatial)
+
+
+def test_an_interrupted_measurement_goes_on_after_its_last_part(tmp_path, monkeypatch):
+    generator, state = make_generator("janus"), tmp_path / "state"
+    expected, calls, real = parted(generator, batch_size=2), [], parts.measure_fidelity
+
+    def stops(*args, **kwargs):
+        calls.append(len(args[1]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(parts, "measure_fidelity", stops)
+    with pytest.raises(KeyboardInterrupt):
+        parted(generator, batch_size=2, state_file=state)
+    before = state.read_bytes()
+    with pytest.raises(ProfilingError, match="another run .seed 5 there, 6 now"):
+        parted(generator, batch_size=2, state_file=state, seed=6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PARTED, "ssd", {**PARTED["ssd"], "num_sinks": 0})
+        with pytest.raises(ProfilingError, match="another run .caches"):
+            parted(generator, batch_size=2, state_file=state)
+    assert state.read_bytes() == before
+    found = parted(generator, batch_size=2, state_file=state)
+    assert calls == [2, 2, 2, 1]
+    parted(generator, batch_size=2, state_file=state)
+    assert len(calls) == 4  # nothing is left
+    for name in expected:
+        for field in dataclasses.fields(Fidelity):
+            one, other = (getattr(results[name], field.name) for results in (expected, found))
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_labels_found_while_a_cache_runs_are_found_in_one_batch(tmp_path):
+    generator = make_generator("janus")
+    caches = {"online": lambda: SSDCache(HeadMap.online(num_layers=2, num_kv_heads=2, grid=GRID), 24, buffer=2)}
+    settings = {"batch_size": 1, "state_file": tmp_path / "state", "guidance_scale": 2.0}
+    found = measure_in_parts(generator, PROMPTS, caches, **settings)["online"]
+    assert torch.equal(found.kl, measure_fidelity(generator, PROMPTS, caches, guidance_scale=2.0)["online"].kl)
+    assert not (tmp_path / "state").exists()
+
+
 WRONG = [
+    (["--batch-size", "0"], "batch_size=0 is out of range"),
     (["--policies", "sdd"], "unknown policy 'sdd'; did you mean 'ssd'?"),
     (["--policies", "ssd:bufer=3"], "unknown setting 'bufer'; did you mean 'buffer'?"),
     (["--budgets", "0"], "give a fraction of the grid above 0"),

@@ -18,7 +18,7 @@ import torch
 from hostile import mutants
 from tiny_checkpoint import SIDE, write_checkpoint
 
-from ssd_cache import HeadMap, HeadMapError, learn_score, profile_heads
+from ssd_cache import HeadMap, HeadMapError, SSDCache, learn_score, profile_heads
 from ssd_cache.bench.capacity import Capacity
 from ssd_cache.bench.results import Report, Row
 from ssd_cache.bench.roofline import Machine, StepWork
@@ -27,6 +27,7 @@ from ssd_cache.evaluation.dpg.reading import DPGError
 from ssd_cache.evaluation.dpg.result_file import ResultFile
 from ssd_cache.evaluation.export import ExportError, claim_folder, read_settings
 from ssd_cache.evaluation.fidelity import measure_divergence
+from ssd_cache.evaluation.fidelity.parts import measure_in_parts
 from ssd_cache.evaluation.geneval import score as geneval_score
 from ssd_cache.evaluation.geneval.summary import ImageResult
 from ssd_cache.evaluation.prompt_scores import read_prompt_scores
@@ -78,6 +79,7 @@ def formats(generator, profiled, tmp_path, request) -> Format:
         "profile": _profile,
         "learn": _learn,
         "fit": _fit,
+        "fidelity": _fidelity,
         "head map config": _map_config,
         "head map tensors": _map_tensors,
         "shapes run": _shapes_run,
@@ -92,7 +94,17 @@ def formats(generator, profiled, tmp_path, request) -> Format:
 
 
 FORMATS = (
-    *("profile", "learn", "fit", "head map config", "head map tensors", "shapes run", "shapes lines", "export"),
+    *(
+        "profile",
+        "learn",
+        "fit",
+        "fidelity",
+        "head map config",
+        "head map tensors",
+        "shapes run",
+        "shapes lines",
+        "export",
+    ),
     *("geneval lines", "geneval scores", "dpg lines", "dpg scores", "bench"),
 )
 
@@ -123,6 +135,17 @@ def _fit(generator, profiled, tmp_path):
 
     def read():
         return measure_divergence(generator, PROMPTS, profiled, state_file=path, **QUIET)
+
+    read()
+    return Format(path, read, (ProfilingError,))
+
+
+def _fidelity(generator, profiled, tmp_path):
+    path = tmp_path / "fidelity"
+
+    def read():
+        caches = {name: lambda: SSDCache(profiled, 24, buffer=5) for name in ("one", "other")}
+        return measure_in_parts(generator, PROMPTS, caches, batch_size=1, state_file=path)
 
     read()
     return Format(path, read, (ProfilingError,))

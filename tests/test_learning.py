@@ -17,10 +17,13 @@ from ssd_cache import HeadMap, HeadMapError, SSDCache, learn_score, learning
 from ssd_cache.cli import app
 from ssd_cache.evaluation.fidelity import measure_fidelity
 from ssd_cache.learned_score import LearnedScore
-from ssd_cache.learning_state import LearningState
+from ssd_cache.learning_state import FORMAT, WHAT, LearningRun, LearningState
 from ssd_cache.models import GeneratorError, find_generator
 from ssd_cache.pretended import masked_softmax, retained_tokens
+from ssd_cache.recording import draw_lesson, replay_lesson
+from ssd_cache.run_state import read_state, write_state
 from ssd_cache.statistics import ProfilingError
+from ssd_cache.trainer import Trainer
 
 GRID = (SIDE, SIDE)
 PROMPTS = ["a photo of a red circle", "a photo of a circle left of a blue square", "a photo of two triangles"]
@@ -123,10 +126,17 @@ def test_the_loss_is_the_divergence_of_the_cache_that_the_score_would_serve(fami
     head_map, losses = labels(score, found.grid), []
     scale = {} if generator.default_guidance is None else {"guidance_scale": 2.0}
     with pytest.MonkeyPatch.context() as patch:
-        step = learning._Student.step
-        patch.setattr(learning._Student, "step", lambda *args: losses.append(step(*args)) or losses[-1])
+        step = Trainer.step
+
+        def record(*args):
+            state, loss = step(*args)
+            losses.append(loss)
+            return state, loss
+
+        patch.setattr(Trainer, "step", record)
         prompts = PROMPTS if family == "janus" else ["a red circle", "a blue square and a red circle"]
-        learn_score(generator, prompts, head_map, **SETTINGS | {"batch_size": 3}, num_steps=1, **scale)
+        settings = {**SETTINGS, "batch_size": 3, "state_file": tmp_path / "state"}
+        learn_score(generator, prompts, head_map, **settings, num_steps=1, **scale)
     expected = divergence(generator, head_map, prompts, **scale)
     assert expected > 1e-4
     assert losses == [pytest.approx(expected, rel=1e-3)]
@@ -145,29 +155,181 @@ def test_learning_lowers_the_divergence_and_leaves_the_model_as_it_was(generator
     assert torch.equal(learned.is_spatial, labels().is_spatial)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_score(generator, tmp_path, monkeypatch):
-    monkeypatch.setattr(learning, "SAVE_EVERY", 2)
+def test_a_number_scales_the_slots_of_a_fitted_map_and_the_new_map_keeps_them(generator):
+    fitted = replace(labels(), budget=[[12, 40], [30, 14]])
+    learned = learn_score(generator, PROMPTS, fitted, **SETTINGS | {"budget": 32, "buffer": 2}, num_steps=1)
+    assert learned.budget == [[16, 53], [40, 19]]
+    assert SSDCache(learned).num_slots == SSDCache(fitted, 32, buffer=2, num_recent=0).num_slots
+    assert learn_score(generator, PROMPTS, fitted, **SETTINGS | {"budget": None, "buffer": 2}, num_steps=1).budget == (
+        fitted.budget
+    )
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """Interrupts learning at the step after `number` steps."""
+
+    def stop(number):
+        step = Trainer.step
+
+        def stops(trainer, state, lesson):
+            if state.num_steps == number:
+                raise KeyboardInterrupt
+            return step(trainer, state, lesson)
+
+        monkeypatch.setattr(Trainer, "step", stops)
+        return lambda: monkeypatch.setattr(Trainer, "step", step)
+
+    return stop
+
+
+def forbid_images(generator, patch):
+    """Let the model replay tokens, which needs a cache, and generate no image."""
+    generate = type(generator).generate
+
+    def replays(self, prompts, cache=None, **settings):
+        assert cache is not None, "an image is generated again"
+        return generate(self, prompts, cache, **settings)
+
+    patch.setattr(type(generator), "generate", replays)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_score(generator, tmp_path, monkeypatch, stop):
     whole = learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=5)
-    step, state = learning._Student.step, tmp_path / "state"
-
-    def stop(student, lesson):
-        if student.state.num_steps == 3:
-            raise KeyboardInterrupt
-        return step(student, lesson)
-
-    monkeypatch.setattr(learning._Student, "step", stop)
+    state, go_on = tmp_path / "state", stop(3)
     with pytest.raises(KeyboardInterrupt):
         learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=5, state_file=state)
-    monkeypatch.setattr(learning._Student, "step", step)
-    with pytest.raises(ProfilingError, match="num_steps 5 there, 6 now"):
-        learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=6, state_file=state)
-    assert learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=5, state_file=state) == whole
-    with monkeypatch.context() as patch:  # nothing is left to draw
+    go_on()
+    with pytest.raises(ProfilingError, match="learning_rate 0.02 there, 0.03 now"):
+        learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=5, learning_rate=0.03, state_file=state)
+    with pytest.raises(ProfilingError, match="3 steps were taken, num_steps=2 are asked for: give at least 3"):
+        learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=2, state_file=state)
+    with monkeypatch.context() as patch:
+        forbid_images(generator, patch)
+        steps, step = [], Trainer.step
+        patch.setattr(Trainer, "step", lambda *args: steps.append(1) or step(*args))
+        assert learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=5, state_file=state) == whole
+        assert len(steps) == 2  # every step before the interruption is kept
+    with monkeypatch.context() as patch:  # nothing is left to do
         patch.setattr(type(generator), "generate", None)
         assert learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=5, state_file=state) == whole
-    state.write_bytes(b"no state")
-    with pytest.raises(ProfilingError, match="not what learning a score keeps"):
+
+
+@pytest.mark.parametrize("first", [3, 2])
+def test_more_steps_extend_a_run_on_the_schedule_of_the_new_total(generator, tmp_path, monkeypatch, stop, first):
+    """A finished run of 3 steps, and one of 3 that was interrupted after 2."""
+    state, go_on = tmp_path / "state", stop(first)
+    if first == 3:
+        learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=3, state_file=state)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=3, state_file=state)
+    go_on()
+    rates, follow = [], LearningState.follow
+    with monkeypatch.context() as patch:
+        forbid_images(generator, patch)
+        patch.setattr(LearningState, "follow", lambda *args: rates.append(args[2]) or follow(*args))
+        longer = learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=6, state_file=state)
+    assert rates == [0.02 * (step + 1) / 10 * (1 - step / 6) ** 0.5 for step in range(first, 6)]
+    facts = longer.profile["learning"]
+    assert (facts["num_steps"], facts["stages"]) == (6, [[0, 3], [first, 6]])
+    assert "stages" not in learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=6).profile["learning"]
+    # the state is that of the longer run now
+    assert learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=6, state_file=state) == longer
+
+
+def test_images_are_kept_batch_by_batch(generator, tmp_path, monkeypatch):
+    monkeypatch.setattr(learning, "DRAWN", 1)
+    state, drawn, generate = tmp_path / "state", [], type(generator).generate
+
+    def stops(self, prompts, cache=None, **settings):
+        if cache is None:
+            drawn.append((len(prompts), settings["seed"]))
+            if len(drawn) == 2:
+                raise KeyboardInterrupt
+        return generate(self, prompts, cache, **settings)
+
+    monkeypatch.setattr(type(generator), "generate", stops)
+    with pytest.raises(KeyboardInterrupt):
+        learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=1, state_file=state)
+    learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=1, state_file=state)
+    assert drawn == [(2, 0), (1, 1), (1, 1), (8, 2)]  # the last are the held-out ones
+
+
+def test_steps_are_saved_by_the_clock(generator, tmp_path, monkeypatch):
+    saved, save = [], LearningRun.save
+
+    def record(run, path, settings):
+        saved.append((run.num_steps, run.after is not None))
+        save(run, path, settings)
+
+    monkeypatch.setattr(LearningRun, "save", record)
+    for seconds, expected in ((0, [1, 2, 3]), (3600, [])):
+        monkeypatch.setattr(learning, "SAVE_SECONDS", seconds)
+        saved.clear()
+        state = tmp_path / f"state-{seconds}"
+        learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=3, state_file=state)
+        # two batches of images, the first divergence, then steps, the end of the steps, and the last divergence
+        assert saved == [*[(0, False)] * 3, *[(number, False) for number in expected], (3, False), (3, True)]
+
+
+@pytest.mark.parametrize("family", ["janus", "emu3", "llama"])
+def test_replayed_images_give_the_same_inputs_bit_for_bit(family, tmp_path):
+    found = find_generator(str(write_family(family, tmp_path / family)), None if family == "janus" else GRID)
+    generator = found.load("float32", "cpu")
+    decoder = generator.language_model.get_decoder()
+    prompts = ["a red circle", "a blue square and a red circle"]
+    lesson, tokens = draw_lesson(generator, prompts, seed=3)
+    layers = []
+    handle = decoder.layers[0].register_forward_hook(lambda *_: layers.append(1))
+    again = replay_lesson(generator, prompts, tokens, seed=3)
+    handle.remove()
+    assert not layers  # no layer runs
+    assert again.inputs.keys() == lesson.inputs.keys()
+    for name, tensor in lesson.inputs.items():
+        assert torch.equal(again.inputs[name], tensor)
+    assert torch.equal(again.seen, lesson.seen)
+    assert torch.equal(again.is_unconditional, lesson.is_unconditional)
+    assert "forward" not in vars(decoder)
+    assert not generator.visual_head._forward_hooks
+    for wrong in (tokens[:1], tokens.float(), -1 - tokens, tokens + 10**6):
+        with pytest.raises(GeneratorError, match="tokens (are|hold)"):
+            replay_lesson(generator, prompts, wrong, seed=3)
+
+
+def test_held_out_images_are_compared_before_and_after(generator):
+    learned = learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=40, learning_rate=0.05)
+    facts = learned.profile["learning"]["held_out"]
+    assert facts["num_images"] == 8
+    start = learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=1, learning_rate=1e-9)
+    prompts = [PROMPTS[index * 3 // 8] for index in range(8)]
+    # the cache itself; the images are those of the seed after the one training batch, on the same prompts
+    for head_map, name in ((start, "before"), (learned, "after")):
+        assert divergence(generator, head_map, prompts, seed=1) == pytest.approx(facts[name], rel=1e-3)
+    assert facts["after"] - facts["before"] < -2 * facts["standard_error"] < 0
+
+
+@pytest.mark.parametrize("content", [b"no state", b"", (2).to_bytes(8, "little") + b"{}"])
+def test_other_files_are_refused(generator, tmp_path, content):
+    state = tmp_path / "state"
+    state.write_bytes(content)
+    with pytest.raises(ProfilingError, match="not the state of learning a score .* give another file, or delete it"):
         learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=5, state_file=state)
+    assert state.read_bytes() == content
+
+
+def test_states_of_the_first_format_and_damaged_ones_are_refused(generator, tmp_path):
+    state = tmp_path / "state"
+    learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=1, state_file=state)
+    good = read_state(state, FORMAT, WHAT)
+    write_state(state, "ssd-cache learning 1", good, WHAT)
+    with pytest.raises(ProfilingError, match="it is of another kind or version"):
+        learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=1, state_file=state)
+    row = good.tensors["score.row"]
+    for name, tensor in (("score.row", row[:1] + 1), ("mean.row", row[:1] + 1), ("score.row", row * torch.nan)):
+        write_state(state, FORMAT, replace(good, tensors={**good.tensors, name: tensor}), WHAT)
+        with pytest.raises(ProfilingError, match="not the state of learning a score"):
+            learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=1, state_file=state)
 
 
 def test_steps_are_adams():
@@ -180,7 +342,7 @@ def test_steps_are_adams():
     for _ in range(4):
         for tensor in theirs.values():
             tensor.grad = torch.randn_like(tensor)
-        state.follow({name: tensor.grad for name, tensor in theirs.items()}, 0.03)
+        state = state.follow({name: tensor.grad for name, tensor in theirs.items()}, 0.03)
         adam.step()
         ours.append(state.score())
     for name, tensor in ours[-1].tensors().items():
@@ -212,6 +374,12 @@ def test_maps_that_nothing_can_be_learned_for_are_refused(generator):
         learn_score(generator, PROMPTS, HeadMap.uniform("semantic", num_layers=3, num_kv_heads=2, grid=GRID))
     with pytest.raises(GeneratorError, match="give at least one prompt"):
         learn_score(generator, [], labels(), **SETTINGS)
+
+
+def test_a_place_without_room_for_the_state_is_refused_before_anything_is_drawn(generator, monkeypatch):
+    monkeypatch.setattr(type(generator), "generate", None)
+    with pytest.raises(ProfilingError, match="the state of this run cannot be written"):
+        learn_score(generator, PROMPTS, labels(), **SETTINGS, state_file="/dev/null/state")
 
 
 def test_a_map_carries_its_score_through_files_and_names_itself_by_it(tmp_path):

@@ -6,11 +6,21 @@ import copy
 
 import pytest
 import torch
-from models import left_padded_prompts, tiny_janus
+from models import (
+    emu3_processor,
+    glm_image_processor,
+    left_padded_prompts,
+    tiny_emu3,
+    tiny_glm_image,
+    tiny_janus,
+    tiny_llama,
+)
 from transformers import DynamicCache
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache, enable
 from ssd_cache._compat import CACHE
+from ssd_cache.model_grids import GRIDS
+from ssd_cache.models.find import FAMILIES
 
 GRID = (6, 6)
 SETTINGS = {"budget": 20, "grid": GRID, "buffer": 4}
@@ -105,7 +115,8 @@ def test_an_online_map_can_not_be_saved_or_inverted(tmp_path):
 def test_a_map_brings_its_own_budget():
     fitted = HeadMap(torch.tensor([[True, False]]), GRID, budget=[{"spatial": 14, "semantic": 22}])
     assert SSDCache(fitted, buffer=4).layers[0].plan.num_slots == (14, 22)
-    assert SSDCache(fitted, 0.5, buffer=4).layers[0].plan.num_slots == (18, 18)
+    assert SSDCache(fitted, 0.5, buffer=4).layers[0].plan.num_slots == (14, 22)
+    assert SSDCache(fitted, 0.5, slots="uniform", buffer=4).layers[0].plan.num_slots == (18, 18)
     assert SSDCache(HeadMap(torch.tensor([[True]]), (24, 24))).layers[0].plan.num_slots == (115,)
 
 
@@ -122,3 +133,53 @@ def test_a_map_brings_its_own_budget():
 def test_a_map_with_an_impossible_budget_is_refused(budget, message):
     with pytest.raises(HeadMapError, match=message):
         HeadMap(torch.tensor([[True]]), GRID, budget=budget)
+
+
+# --- the grid comes from the model's family
+
+
+def test_the_grid_is_read_from_the_model(model):
+    cache = SSDCache.online(model, buffer=2)
+    assert (cache.head_map.grid, cache.head_map.previews) == (GRID, ())
+    assert cache.num_slots[0][0] == round(0.2 * 36)
+    assert torch.equal(draw_picture(model, SSDCache.online(model, 20, buffer=4)), draw_picture(model, online(model)))
+    assert SSDCache.online(model, 0.5, grid=(4, 9)).head_map.grid == (4, 9)  # what is given goes first
+
+
+def online(model):
+    return SSDCache.online(model, **SETTINGS)
+
+
+def test_a_grid_brings_the_previews_of_its_family():
+    glm = tiny_glm_image(glm_image_processor())
+    cache = SSDCache.online(glm, 0.5, grid=(36, 24))
+    assert (cache.head_map.grid, cache.head_map.previews) == ((36, 24), ((19, 13),))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: tiny_emu3(emu3_processor()),
+            r"'emu3' generates images of several sizes: .* grid=\(90, 91\)",
+        ),
+        (
+            lambda: tiny_glm_image(glm_image_processor()),
+            r"'glm_image' generates images of several sizes: .* grid=\(36, 24\)",
+        ),
+        (lambda: tiny_llama(), r"a model of type 'llama' is unknown: give grid=\(rows, columns\)"),
+    ],
+)
+def test_a_model_that_does_not_fix_its_grid_asks_for_one(make, message):
+    with pytest.raises(ValueError, match=message):
+        SSDCache.online(make())
+
+
+def test_families_take_their_grids_from_the_same_place(model):
+    """A family that is added later, with facts of its own, would be unknown to `SSDCache.online`."""
+    assert set(FAMILIES) == set(GRIDS)
+    for name, family in FAMILIES.items():
+        facts = GRIDS[name]
+        assert family.is_resizable == facts.is_resizable
+        assert family.grid_of(model.config) == facts.grid_of(model.config)  # of which only Janus reads anything
+        assert family.previews_of((36, 24)) == facts.previews_of((36, 24))

@@ -6,10 +6,8 @@ import importlib
 
 import pytest
 import torch
+from janus_pipeline import janus_pipeline
 from tiny_checkpoint import head_map, write_checkpoint
-from transformers import JanusForConditionalGeneration, JanusProcessor, pipeline
-from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
-from transformers.utils import is_torchvision_available
 
 from ssd_cache import SSDCache, enable
 
@@ -17,28 +15,10 @@ PROMPTS = ["a photo of a red circle", "a photo of three squares", "a photo of a 
 SETTINGS = {"budget": 30, "buffer": 4, "num_recent": 4}
 
 
-class ChannelsFirst(JanusImageProcessorPil):
-    """transformers' Janus processor without torchvision, told about the channels as it needs to be.
-
-    The pipeline hands over `[height, width, channels]`, which this one refuses.
-    """
-
-    def postprocess(self, images, **kwargs):
-        return super().postprocess([image.permute(2, 0, 1) for image in images], **kwargs)
-
-
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
-    folder = write_checkpoint(tmp_path_factory.mktemp("tiny") / "model", guidance_scale=3.0)
-    model = JanusForConditionalGeneration.from_pretrained(folder).eval()
-    processor = JanusProcessor.from_pretrained(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        if not is_torchvision_available():
-            # The pipeline wants torchvision, and no build of that runs beside the CPU build of torch that
-            # constraints.txt pins. All but this check and the order of channels is transformers' own.
-            patch.setattr("transformers.pipelines.any_to_any.requires_backends", lambda *args: None)
-            processor.image_processor = ChannelsFirst()
-        yield pipeline("any-to-any", model=model, processor=processor)
+    with janus_pipeline(write_checkpoint(tmp_path_factory.mktemp("tiny") / "model", guidance_scale=3.0)) as made:
+        yield made
 
 
 def draw(pipe, prompts):

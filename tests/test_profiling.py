@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from ssd_cache import HeadMap, SSDCache, measuring, profile_heads
+from ssd_cache import HeadMap, SSDCache, batching, measuring, profile_heads
 from ssd_cache._compat import CACHE
 from ssd_cache.allocation import allocate_budgets, fit_heads, retained_attention
 from ssd_cache.analysis.plotting import to_png
@@ -487,6 +487,23 @@ def test_sums_of_another_run_are_refused(generator, tmp_path):
             measure_heads(generator, PROMPTS[:1], state_file=state, **settings)
 
 
+def test_further_prompts_extend_a_run_whose_batches_are_full(generator, tmp_path, monkeypatch):
+    settings = {"batch_size": 2, "progress": False, **SETTINGS}
+    texts = [*PROMPTS, *PROMPTS]
+    whole = profile_heads(generator, texts[:6], **settings)
+    state, seeds, measure = tmp_path / "sums", [], measuring._measure_batch
+    monkeypatch.setattr(measuring, "_measure_batch", lambda *a, **k: seeds.append(k["seed"]) or measure(*a, **k))
+    profile_heads(generator, texts[:4], state_file=state, **settings)
+    assert profile_heads(generator, texts[:6], state_file=state, **settings) == whole
+    assert seeds == [0, 1, 2]
+    for other in (texts[:4], [*texts[:5], "a triangle"]):  # fewer prompts, and another one among the finished
+        with pytest.raises(ProfilingError, match="prompts_sha256"):
+            profile_heads(generator, other, state_file=state, **settings)
+    profile_heads(generator, texts[:3], state_file=tmp_path / "odd", **settings)
+    with pytest.raises(ProfilingError, match="num_prompts 3 there, 4 now"):  # its last batch has one prompt
+        profile_heads(generator, texts[:4], state_file=tmp_path / "odd", **settings)
+
+
 def test_a_full_disk_leaves_the_older_state(tmp_path, monkeypatch):
     path = tmp_path / "sums"
     save_state(path, filled(1), 3, {"seed": 0})
@@ -582,7 +599,7 @@ def test_a_grid_that_the_model_does_not_draw_is_refused(folder, monkeypatch):
         ({"method": "window", "threshold": 1.0}, "threshold=1.0 is out of range"),
         ({"batch_size": 0}, "batch_size=0 is out of range"),
         ({"budget": 0.0}, "budget=0.0 is out of range"),
-        ({"budget": 9}, "9 slots are fewer than buffer=8 and num_recent=2"),
+        ({"budget": 9}, "9 slots are fewer than buffer=8 and num_recent=2 and num_sinks=0 together: give at least 10"),
         ({"levels": [0.5, 5]}, "5 slots are fewer than buffer=8"),
         ({"buffer": 0}, "buffer=0 is out of range"),
         ({"num_recent": 1.5}, "num_recent=1.5 is out of range"),
@@ -594,6 +611,26 @@ def test_settings_out_of_range_are_refused_alike_before_and_in_the_run(generator
         check_profiling((8, 8), **{"budget": 0.4, **settings})
     with pytest.raises(ValueError, match=message):
         profile_heads(generator, PROMPTS, progress=False, **{"budget": 0.4, **settings})
+
+
+@pytest.mark.parametrize(
+    ("grid", "settings"),
+    [
+        ((24, 24), {}),
+        ((8, 8), {}),
+        ((45, 46), {"num_recent": 0.5, "num_sinks": 3}),
+        ((6, 6), {"num_recent": 0.9}),  # only the whole grid leaves room for these
+    ],
+)
+def test_small_fractions_are_measured_at_the_least_slots_that_a_cache_holds(grid, settings):
+    with pytest.warns(UserWarning, match=r"level 0.03 is") as warned:
+        levels = resolve_levels(grid, 1.0, [0.03, 0.99], **settings)
+    least = min(level.num_slots for level in levels)
+    assert f"{least} slots are measured instead" in str(warned[0].message)
+    own = HeadMap.uniform("semantic", num_layers=1, num_kv_heads=1, grid=grid)
+    SSDCache(own, least, **{"buffer": grid[1], "num_recent": 0.25, **settings})
+    with pytest.raises(ValueError, match="fewer than buffer"):
+        SSDCache(own, least - 1, **settings)
 
 
 # --- how much labels depend on
@@ -661,6 +698,32 @@ def test_the_command_writes_the_librarys_own_map(run, generator):
     assert torch.equal(by_window.is_spatial, by_window.scores["window_mass"] >= 0.5)
 
 
+def test_short_memory_makes_smaller_batches_and_a_resumed_run_keeps_its_own(run, monkeypatch):
+    assert run(*PROMPTS, "--resume", "sums", "-o", "first").exit_code == 0
+    assert HeadMap.from_pretrained("first").profile["batch_size"] == 4
+    monkeypatch.setattr(batching, "free_memory", lambda device: 4 * 10**5)
+    again = run(*PROMPTS, "--resume", "sums", "-o", "again")  # the batch size is that of the sums
+    assert again.exit_code == 0, again.output
+    assert HeadMap.from_pretrained("again") == HeadMap.from_pretrained("first")
+    small = run(*PROMPTS, "-o", "small")
+    assert small.exit_code == 0, small.output
+    assert HeadMap.from_pretrained("small").profile["batch_size"] < 4
+    assert "generated at once instead of 4: the free memory of cpu" in small.stderr
+
+
+def test_the_documented_levels_work_on_januss_grid(run, tmp_path):
+    """5% of 576 tokens are 29 slots, and a cache that evicts a row of 24 at once needs 31."""
+    write_checkpoint(tmp_path / "janus", side=24)
+    options = ["--model", "janus", "--levels", "0.05,0.1,0.15,0.3,0.5", "--fit", "--output", "fitted"]
+    result = CliRunner().invoke(app, ["profile", PROMPTS[0], *options])
+    assert result.exit_code == 0, result.output
+    assert " ".join(result.stderr.split()).count("31 slots are measured instead") == 1
+    fitted = HeadMap.from_pretrained("fitted")
+    assert fitted.profile["num_slots"] == [115, 31, 58, 86, 173, 288]
+    result = CliRunner().invoke(app, ["generate", PROMPTS[0], "--model", "janus", "--head-map", "fitted"])
+    assert result.exit_code == 0, result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -673,6 +736,7 @@ def test_the_command_writes_the_librarys_own_map(run, generator):
         ((PROMPTS[0], "--levels", "0.4,much"), 2, "--levels much: give a fraction"),
         ((PROMPTS[0], "--method", "coverage", "--threshold", "0.5"), 2, "method='coverage' has none"),
         ((PROMPTS[0], "--budget", "5"), 2, "5 slots are fewer than buffer=4"),
+        ((PROMPTS[0], "--levels", "30", "--fit"), 2, "attention was measured at 1 number of slots [30]"),
         (("red " * 961,), 1, "shorten it"),
     ],
 )
@@ -690,11 +754,15 @@ def test_a_full_disk_is_one_line_and_no_map(run, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    assert run(PROMPTS[0], "-o", "first", "--resume", "sums").exit_code == 0
     monkeypatch.setattr(os, "fsync", full)
-    result = run(PROMPTS[0])
+    result = run(PROMPTS[0], "--resume", "sums")
     assert result.exit_code == 1
     assert "the head map cannot be written" in result.stderr
     assert list(Path("head-map").iterdir()) == []
+    result = run(PROMPTS[0])
+    assert result.exit_code == 1
+    assert "head-map.state: the sums of the first 1 batches can not be written" in result.stderr
 
 
 def test_help_fits_80_columns_and_names_every_option(run):

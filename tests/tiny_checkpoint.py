@@ -39,10 +39,10 @@ def load_example():
     return module
 
 
-def head_map():
+def head_map(side: int = SIDE):
     return HeadMap(
         torch.tensor([[True, False], [False, False]]),
-        (SIDE, SIDE),
+        (side, side),
         scores=torch.tensor([[0.9, 0.2], [0.1, 0.0]]),
         threshold=0.5,
         model_id="tiny",
@@ -51,14 +51,16 @@ def head_map():
     )
 
 
-def write_checkpoint(folder: Path, *, guidance_scale=None, temperature=None, with_head_map=True) -> Path:
-    model = tiny_janus(layers=LAYERS, heads=HEADS, grid_side=SIDE, attn_implementation="sdpa")
+def write_checkpoint(
+    folder: Path, *, guidance_scale=None, temperature=None, with_head_map=True, side: int = SIDE
+) -> Path:
+    model = tiny_janus(layers=LAYERS, heads=HEADS, grid_side=side, attn_implementation="sdpa")
     model.generation_config.guidance_scale, model.generation_config.temperature = guidance_scale, temperature
     model.generation_config.do_sample = True
     model.save_pretrained(folder)
     load_example().build_processor().save_pretrained(folder)
     if with_head_map:
-        head_map().save_pretrained(folder / "head_map")
+        head_map(side).save_pretrained(folder / "head_map")
     return folder
 
 

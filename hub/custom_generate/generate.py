@@ -4,23 +4,25 @@ It reads its own arguments, loads the head map, and leaves the rest to ssd_cache
 """
 
 from ssd_cache import HeadMap, enable
+from ssd_cache.model_grids import grids_of_model
 
-SETTINGS = ("budget", "buffer", "num_recent", "num_sinks", "score", "kv_dtype")
+SETTINGS = ("budget", "slots", "buffer", "num_recent", "num_sinks", "score", "kv_dtype")
 """Arguments of `ssd_cache.SSDCache`, which has their defaults."""
 
 
-def generate(model, head_map=None, grid=(24, 24), **kwargs):
+def generate(model, head_map=None, grid=None, **kwargs):
     """The model's own generate, with a fresh SSDCache for this call; returns what that returns.
 
     Args:
         model: a causal language model whose layers attend to all tokens before.
         head_map: a Hub repository, a folder or a file with the model's head map, or a HeadMap, or "online".
-        grid: rows and columns of visual tokens, for head_map="online" alone; a map knows its own.
-        kwargs: `budget`, `buffer`, `num_recent`, `num_sinks`, `score` and `kv_dtype` as for SSDCache; all else is
-            generate's.
+        grid: rows and columns of visual tokens, for head_map="online" alone; needed there, unless the model's
+            configuration fixes it. A map knows its own.
+        kwargs: `budget`, `slots`, `buffer`, `num_recent`, `num_sinks`, `score` and `kv_dtype` as for SSDCache;
+            all else is generate's.
 
     Raises:
-        ValueError: no head map, a cache of the caller's own, or a setting out of range.
+        ValueError: no head map, no grid for head_map="online", a cache of the caller's own, or a setting out of range.
         HeadMapError: a map that is not there, can not be trusted, or does not fit the model.
     """
     if head_map is None:
@@ -37,7 +39,7 @@ def generate(model, head_map=None, grid=(24, 24), **kwargs):
     if head_map == "online":
         config = model.config.get_text_config(decoder=True)
         shape = {"num_layers": config.num_hidden_layers, "num_kv_heads": config.num_key_value_heads}
-        head_map = HeadMap.online(**shape, grid=grid)
+        head_map = HeadMap.online(**shape).with_grid(*grids_of_model(model.config, grid))
     elif not isinstance(head_map, HeadMap):
         head_map = HeadMap.from_pretrained(head_map)
     settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}

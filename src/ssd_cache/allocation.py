@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssd_cache.budget import KINDS, Amount, Budget, resolve_amount, resolve_budget
+from ssd_cache.budget import KINDS, Amount, Budget, check_count, resolve_amount, resolve_budget
 from ssd_cache.head_map import HeadMap
 from ssd_cache.labels import label_heads, map_scores
 from ssd_cache.statistics import HeadStatistics
@@ -256,7 +256,6 @@ def _between(levels: list[int], step: int | None) -> list[int]:
     """The levels, and every `step`-th number between two of them."""
     if step is None:
         return levels
-    if step < 1:
-        raise ValueError(f"step={step} is out of range: give a whole number of slots from 1 up")
+    check_count("step", step, 1)
     inner = [slots for low, high in pairwise(levels) for slots in range(low, high, step)]
     return [*inner, levels[-1]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -41,7 +42,9 @@ def ssd_attention_forward(
     """
     layer: SSDLayer | None = getattr(key, "ssd_layer", None)
     if layer is None or (layer.step is None and layer.num_visual == 0):
-        if layer is not None:
+        if layer is None:
+            _check_not_paged(kwargs.get("cache"))
+        else:
             _check_window(layer, kwargs.get("sliding_window"))
             layer.receive_mask(prompt_columns(attention_mask, key.shape[2]))
             layer.use_kernel(fused.can_serve(query, key, value, on_cpu=layer.is_fast))
@@ -120,6 +123,15 @@ def _check_window(layer: SSDLayer, window: int | None) -> None:
         raise ValueError(
             f"layer {layer.plan.layer_idx} attends a sliding window of {window} tokens, and prompt and picture are "
             f"{length}: SSDCache is for layers of full attention"
+        )
+
+
+def _check_not_paged(cache) -> None:
+    """Refuse continuous batching: transformers makes the mask that its packed rows need for "sdpa" alone."""
+    if isinstance(cache, PagedAttentionCache):
+        raise ValueError(
+            "generate_batch works on a paged cache of its own, which the attention 'ssd' does not read: call "
+            "model.set_attn_implementation('sdpa') before generate_batch, or model.generate with an SSDCache"
         )
 
 

@@ -1,6 +1,7 @@
 """From what a user asks for (a fraction, a count, one for each kind or layer) to slots, with every bad value refused.
 
-Plain numbers in, plain numbers out: no tensors, no state.
+Also the slots that a head map was fitted to, scaled to another total. Plain numbers in, plain numbers out: no tensors,
+no state.
 """
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ KINDS = ("spatial", "semantic")
 
 Amount = int | float
 Budget = Amount | Mapping[str, Amount] | Sequence[Amount | Mapping[str, Amount] | Sequence[Amount]]
+
+
+def is_amount(budget: object) -> TypeGuard[Amount]:
+    """Whether a budget is one number, in range or not; no dict, list or text."""
+    return isinstance(budget, int | float) and not isinstance(budget, bool)
 
 
 def resolve_amount(name: str, amount: Amount, num_cells: int) -> int:
@@ -52,6 +58,84 @@ def resolve_budget(budget: Budget, is_spatial: Sequence[Sequence[bool]], num_cel
         _resolve_layer(entry, f"budget[{layer}]", labels, num_cells)
         for layer, (entry, labels) in enumerate(zip(budget, is_spatial, strict=True))
     ]
+
+
+def scale_slots(
+    slots: Sequence[Sequence[int]], num_slots: int, least: Sequence[Sequence[int]], num_cells: int
+) -> list[tuple[int, ...]]:
+    """Slots in the proportions of a map's own slots, with a mean of `num_slots` a head.
+
+    Where the mean of `slots`, rounded, is `num_slots`, their total is kept, so that the result is `slots` itself. Else
+    the total is exactly `num_slots` times the heads (largest remainder; of equal remainders the earlier head gets the
+    slot). No head gets more than the grid has cells, or fewer than `least`, where that can be had at this total.
+
+    Args:
+        slots: of every KV head, layer by layer.
+        num_slots: the mean to reach.
+        least: what every head must hold, shaped alike.
+        num_cells: visual tokens of the grid.
+
+    Example: half of the slots; the second head must hold 20.
+
+        >>> scale_slots([(100, 25), (75, 40)], 30, [(5, 20), (5, 5)], 576)
+        [(46, 20), (35, 19)]
+    """
+    flat = [number for layer in slots for number in layer]
+    bounds = [min(number, num_cells) for layer in least for number in layer]
+    total = num_slots * len(flat)
+    if abs(total - sum(flat)) * 2 <= len(flat):
+        total = sum(flat)
+    if sum(bounds) > total:
+        bounds = [1] * len(flat)
+    shared = iter(_share(flat, min(total, num_cells * len(flat)), bounds, num_cells))
+    return [tuple(next(shared) for _ in layer) for layer in slots]
+
+
+def least_slots(is_spatial: bool, buffer: int, num_recent: Amount, num_sinks: int, num_cells: int) -> int:
+    """The fewest slots that hold what a head of this kind must keep at an eviction; at most the grid's cells."""
+    if is_spatial:
+        return min(buffer + num_sinks, num_cells)
+    slots = buffer + num_sinks
+    while slots < num_cells and slots < buffer + num_sinks + resolve_recent(num_recent, slots):
+        slots += 1
+    return slots
+
+
+def scale_counts(budget: Budget, before: int, after: int) -> Budget:
+    """The same budget for a grid of another number of cells: fractions stay, counts grow or shrink with the grid.
+
+    >>> scale_counts([{"spatial": 20, "semantic": 0.5}, [10, 576]], 576, 288)
+    [{'spatial': 10, 'semantic': 0.5}, [5, 288]]
+    """
+    if isinstance(budget, Mapping):
+        return {kind: scale_counts(amount, before, after) for kind, amount in budget.items()}  # type: ignore[misc]
+    if _is_list(budget):
+        return [scale_counts(entry, before, after) for entry in budget]  # type: ignore[misc]
+    return max(1, round(budget * after / before)) if isinstance(budget, int) else budget
+
+
+def _share(weights: Sequence[int], total: int, least: Sequence[int], most: int) -> list[int]:
+    """Whole numbers in the proportions of `weights`, each from its `least` to `most`, that add up to `total`.
+
+    Heads out of bounds are set to their bound, and the rest is shared anew, until all are inside.
+    """
+    fixed: dict[int, int] = {}
+    while True:
+        free = [index for index in range(len(weights)) if index not in fixed]
+        room, weight = total - sum(fixed.values()), sum(weights[index] for index in free)
+        wanted = {index: weights[index] * room for index in free}  # times `weight`
+        low = {index: least[index] for index in free if wanted[index] < least[index] * weight}
+        high = {index: most for index in free if wanted[index] > most * weight}
+        if not low and not high:
+            break
+        short = sum(least[index] * weight - wanted[index] for index in low)
+        over = sum(wanted[index] - most * weight for index in high)
+        fixed |= (low if short >= over else {}) | (high if over >= short else {})
+    shares = fixed | {index: wanted[index] // weight for index in free}
+    by_remainder = sorted(free, key=lambda index: -(wanted[index] % weight))  # stable: of equal ones the earlier
+    for index in by_remainder[: total - sum(shares.values())]:
+        shares[index] += 1
+    return [shares[index] for index in range(len(weights))]
 
 
 def _is_list(budget) -> TypeGuard[Sequence[Any]]:

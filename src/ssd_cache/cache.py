@@ -11,30 +11,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any, Literal
 
 import torch
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from ssd_cache.budget import Budget, check_count, resolve_budget, resolve_recent
+from ssd_cache._compat import CACHE
+from ssd_cache.budget import Budget, check_count, is_amount, resolve_budget, resolve_recent
 from ssd_cache.head_map import HeadMap, HeadMapError
 from ssd_cache.layer import LayerPlan, SSDLayer
+from ssd_cache.model_grids import grids_of_model
+from ssd_cache.presets import POLICIES, choose_slots, equal_budget, fitted_slots, preset
 from ssd_cache.quantized import KV_DTYPES
 from ssd_cache.rasters import format_rasters
 from ssd_cache.retention import SCORES
 from ssd_cache.sharding import is_distributed, own_heads, shard_of
+from ssd_cache.slots import normal_tensors
 
-DEFAULT_BUDGET = 0.2
-"""The paper's budget: a fifth of the visual tokens."""
+__all__ = ["POLICIES", "MemoryStats", "SSDCache", "decoder_shape", "default_buffer"]
 
 DEFAULT_RECENT = 0.25
 """What semantic heads keep of newest tokens, whatever their score, of their slots; measured in docs/results.md."""
 
 CLOSING_TOKENS = 3
 """Tokens after the grid that need no warning: some models close a picture with a few, as Emu3 does."""
-
-POLICIES = ("full", "ssd", "learned", "h2o", "streaming-llm", "linear", "margin")
-"""Names that `SSDCache.from_policy` knows."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class SSDCache(Cache):
     """KV cache that keeps the prompt whole and a budget of visual tokens in every head (SSD, arXiv 2510.18716).
 
     Spatial heads keep their newest tokens, semantic heads those that received the most attention (or what else `score`
-    says). Pass it to `generate(past_key_values=...)` of a model whose attention is "ssd"; one cache serves one batch of
-    pictures.
+    says). Pass it to a model whose attention is "ssd": `model.generate(**inputs, **cache.as_kwargs())`. One cache
+    serves one batch of images.
 
     Args:
         head_map: which KV head is spatial and which semantic, and the grid of visual tokens.
@@ -59,6 +58,10 @@ class SSDCache(Cache):
             int, the tokens; or one for each kind, `{"spatial": 0.1, "semantic": 0.3}`; or a list with an entry for each
             layer, which is one of these or a list with a number for each KV head.
             When not given, the budget that the map was fitted to, or 0.2.
+        slots: how one number is shared among the heads. "fitted", the default of a map that carries slots
+            (`head_map.slots`), scales these so that a head has that number on average; each head keeps room for
+            `buffer`, `num_recent` and `num_sinks`. "uniform", the default of any other map, gives every head that
+            number. A dict or a list is taken as it is.
         buffer: tokens evicted at once, when a token arrives and all slots are taken. A grid row when not given, and a
             third of one with a learned score, which takes little to ask. 1 evicts at every step.
         num_recent: newest tokens that a semantic head always keeps; a float in [0, 1) is a fraction of its slots. A
@@ -76,8 +79,12 @@ class SSDCache(Cache):
 
     Raises:
         ValueError: a setting out of range, an unknown name, a budget that does not hold `buffer` and what must be kept,
-            "margin" with an online map, or "learned" with a map that carries no such score.
+            "margin" with an online map, "learned" with a map that carries no such score, or slots="fitted" with a map
+            that carries no slots.
         HeadMapError: at the first update, when the map does not fit the model.
+
+    Attributes:
+        slots: how the slots came about: "fitted", "uniform", or "given" for a dict or a list.
     """
 
     def __init__(
@@ -85,6 +92,7 @@ class SSDCache(Cache):
         head_map: HeadMap,
         budget: Budget | None = None,
         *,
+        slots: str | None = None,
         buffer: int | None = None,
         num_recent: int | float | None = None,
         num_sinks: int = 0,
@@ -97,8 +105,10 @@ class SSDCache(Cache):
                 f"head_map is a {type(head_map).__name__}, expected a HeadMap: HeadMap.from_pretrained(...) loads one"
             )
         columns = max(columns for _, columns in (*head_map.previews, head_map.grid))
+        self.slots = choose_slots(slots, budget, head_map)
         if budget is None:
-            budget = DEFAULT_BUDGET if head_map.budget is None else head_map.budget
+            own = None if self.slots == "uniform" else head_map.budget
+            budget = equal_budget(head_map) if own is None else own
         self.head_map, self.budget, self.shard = head_map, budget, shard
         if score is None:
             score = "sum" if head_map.learned is None else "learned"
@@ -113,17 +123,19 @@ class SSDCache(Cache):
         self._steps: dict[torch.device, torch.Tensor] = {}  # the number of the token that `counted_step` counted
         labels = head_map.is_spatial.tolist()
         cells = head_map.num_visual_tokens
-        slots = resolve_budget(budget, labels, cells)
+        if self.slots == "fitted" and is_amount(budget):
+            budget = fitted_slots(head_map, budget, self.buffer, num_recent, self.num_sinks)
+        num_slots = resolve_budget(budget, labels, cells)
         if head_map.is_online:
-            _check_online(budget, head_map, slots)
+            _check_online(budget, head_map, num_slots)
         plans = [
             LayerPlan(
                 layer_idx=index,
                 is_spatial=tuple(labels[index]),
-                num_slots=slots[index],
+                num_slots=num_slots[index],
                 num_cells=cells,
                 buffer=self.buffer,
-                num_recent=tuple(resolve_recent(num_recent, held) for held in slots[index]),
+                num_recent=tuple(resolve_recent(num_recent, held) for held in num_slots[index]),
                 num_sinks=self.num_sinks,
                 is_online=head_map.is_online,
                 score=score,
@@ -139,22 +151,29 @@ class SSDCache(Cache):
 
     @classmethod
     def online(
-        cls, model: PreTrainedModel, budget: Budget = DEFAULT_BUDGET, *, grid: tuple[int, int] = (24, 24), **settings
+        cls,
+        model: PreTrainedModel,
+        budget: Budget | None = None,
+        *,
+        grid: tuple[int, int] | None = None,
+        **settings,
     ) -> SSDCache:
         """A cache for a model without a head map: it labels the heads itself, from the first rows of each batch.
 
         Args:
             model: the generator; its decoder's numbers of layers and KV heads are read.
-            budget: as for `SSDCache`, the same for both kinds.
-            grid: rows and columns of the model's visual tokens; Janus-Pro's when not given.
+            budget: as for `SSDCache`, the same for both kinds; 0.2 when not given.
+            grid: rows and columns of the model's visual tokens. Read from the configuration of Janus when not given;
+                models whose images have several sizes (Emu3, GLM-Image), and models of unknown families, need it.
             settings: as for `SSDCache`.
 
         Raises:
-            ValueError: as `SSDCache`.
+            ValueError: as `SSDCache`, or no grid for a model that does not fix one.
         """
         settings.setdefault("shard", shard_of(model))
+        grid, previews = grids_of_model(model.config, grid)
         num_layers, num_kv_heads = decoder_shape(model.config.get_text_config(decoder=True))
-        head_map = HeadMap.online(num_layers=num_layers, num_kv_heads=num_kv_heads, grid=grid)
+        head_map = HeadMap.online(num_layers=num_layers, num_kv_heads=num_kv_heads).with_grid(grid, previews)
         return cls(head_map, budget, **settings)
 
     @classmethod
@@ -164,41 +183,26 @@ class SSDCache(Cache):
         """A cache by a policy's name; the map's labels matter to "ssd", "learned" and "margin".
 
         - "full": every token is kept, whatever the budget.
-        - "ssd": the map's labels, ranked by the sum of attention as the paper has it.
-        - "learned": the map's labels, ranked by the learned score that it carries.
+        - "ssd": the paper's: the map's labels, equal slots, ranked by the sum of attention. `slots="fitted"` takes the
+          slots of the map instead.
+        - "learned": the map's labels and slots (equal ones where it carries none), ranked by its learned score: what
+          `SSDCache(head_map)` does with such a map.
         - "h2o": every head semantic, half its slots for the newest tokens (Zhang et al., arXiv 2306.14048).
         - "streaming-llm": every head spatial, with 4 sinks (Xiao et al., arXiv 2309.17453). The prompt is kept
           whole here too, so the sinks are the first visual tokens.
         - "linear": every head semantic, with score="last": at the end of a line of the picture, the tokens that its
           queries attended least are dropped; first tokens and most recent lines stay (LineAR, arXiv 2512.04857). How
           many of these is not public: 4 tokens and one line are our choice, and the prompt is kept whole here too.
-        - "margin": the map as it is, with score="margin": semantic heads keep the margin columns by position alone.
+        - "margin": the map's labels, equal slots, and score="margin": semantic heads keep the margin columns by
+          position alone.
+
+        Without a budget every policy holds as many tokens as the map's own slots, or 0.2 of the grid.
 
         Raises:
             ValueError: an unknown policy, or as `SSDCache`.
         """
-
-        def uniform(kind: Literal["spatial", "semantic"]) -> HeadMap:
-            of_kind = HeadMap.uniform(kind, num_layers=head_map.num_layers, num_kv_heads=head_map.num_kv_heads)
-            return of_kind.with_grid(head_map.grid, head_map.previews)
-
-        presets: dict[str, dict[str, Any]] = {
-            "h2o": {"num_recent": 0.5},
-            "streaming-llm": {"num_sinks": 4},
-            "ssd": {"score": "sum"},
-            "learned": {"score": "learned"},
-            "linear": {"score": "last", "num_sinks": 4, "num_recent": head_map.grid[1]},
-            "margin": {"score": "margin"},
-        }
-        if policy not in POLICIES:
-            raise ValueError(f"unknown policy {policy!r}; the policies are {', '.join(POLICIES)}")
-        if policy == "full":
-            budget = 1.0
-        elif policy in ("h2o", "linear"):
-            head_map = uniform("semantic")
-        elif policy == "streaming-llm":
-            head_map = uniform("spatial")
-        return cls(head_map, budget, buffer=buffer, **{**presets.get(policy, {}), **settings})
+        head_map, budget, preset_settings = preset(policy, head_map, budget)
+        return cls(head_map, budget, buffer=buffer, **{**preset_settings, **settings})
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Store new tokens of one layer; see `SSDLayer.update` for shapes, returns and errors."""
@@ -244,7 +248,8 @@ class SSDCache(Cache):
         # the same tensors at every step, and filled, not copied: a copy from the host would wait for the device
         for device in {layer.device for layer in self.layers}:
             if device not in self._steps:
-                self._steps[device] = torch.zeros((), dtype=torch.int64, device=device)
+                with normal_tensors():
+                    self._steps[device] = torch.zeros((), dtype=torch.int64, device=device)
             self._steps[device].fill_(self.layers[0].num_visual)
         for layer in self.layers:
             layer.begin_step(self._steps[layer.device])
@@ -287,6 +292,27 @@ class SSDCache(Cache):
         super().reset()
         self._warned = False
 
+    def as_kwargs(self) -> dict[str, SSDCache]:
+        """This cache as the keyword argument of `generate` and `forward`, for every supported version of transformers.
+
+        The argument is `cache` since transformers 5.24 and `past_key_values` before.
+
+        Example:
+            model.generate(**inputs, generation_mode="image", **cache.as_kwargs())
+        """
+        return {CACHE: self}
+
+    @property
+    def num_slots(self) -> list[tuple[int, ...]]:
+        """Visual tokens that every KV head may hold, layer by layer; of a shard, of the heads of this process."""
+        return [layer.plan.num_slots for layer in self.layers]
+
+    @property
+    def mean_slots(self) -> float:
+        """Visual tokens that a head may hold, on average over the heads."""
+        held = [slots for layer in self.num_slots for slots in layer]
+        return sum(held) / len(held)
+
     @property
     def labels(self) -> HeadMap | None:
         """The labels in force: the map's, or what an online cache found for this batch; None until it has.
@@ -316,9 +342,9 @@ class SSDCache(Cache):
     def __repr__(self) -> str:
         kv_dtype = "" if self.kv_dtype is None else f"kv_dtype={self.kv_dtype!r}, "
         return (
-            f"SSDCache({self.head_map!r}, budget={self.budget!r}, buffer={self.buffer}, num_recent={self.num_recent}, "
-            f"num_sinks={self.num_sinks}, score={self.score!r}, {kv_dtype}{self.get_seq_length()} tokens seen, "
-            f"{self.nbytes / 2**20:.1f} MiB)"
+            f"SSDCache({self.head_map!r}, budget={self.budget!r}, slots={self.slots!r}, buffer={self.buffer}, "
+            f"num_recent={self.num_recent}, num_sinks={self.num_sinks}, score={self.score!r}, {kv_dtype}"
+            f"{self.get_seq_length()} tokens seen, {self.nbytes / 2**20:.1f} MiB)"
         )
 
 

@@ -7,15 +7,18 @@ itself (sampling, grammar, stopping) stays as it is. Models that guide themselve
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from ssd_cache._compat import CACHE, take_cache
+from ssd_cache._compat import CACHE, find_cache, in_prefill, take_cache, uncompiled
+from ssd_cache.patching import Block, Patch, innermost, patched
 
 BY_ROW = {"input_ids", "attention_mask", "position_ids", "cache_position"}
 """What may hold rows of the batch; all else that is a tensor would have to be doubled in a way of its own."""
@@ -27,18 +30,24 @@ def batched_guidance(
     guidance_scale: float,
     negative_prompt_ids: torch.Tensor | None = None,
     negative_prompt_attention_mask: torch.Tensor | None = None,
+    *,
+    cache: Cache | None = None,
 ) -> Iterator[PreTrainedModel]:
     """Guide every `model.generate(...)` inside the block, which must not be given a `guidance_scale` of its own.
 
     The scores are those of transformers' `guidance_scale=`, `log p_u + scale * (log p_c - log p_u)`, to rounding: a
     batch of twice the rows, and padding before the shorter of the prompts, add up numbers in another order.
 
+    Blocks may nest and overlap, also from several threads: a thread's calls are guided by the innermost block that it
+    entered itself, or else by the only one that is open.
+
     Args:
-        model: a causal language model; a call brings token ids, not embeddings or pictures.
+        model: a causal language model; a call brings token ids, not embeddings or images.
         guidance_scale: 1 is no guidance, more is stronger.
         negative_prompt_ids: `[batch or 1, length]`, what the unconditional rows read; the prompt's last token when not
             given, as in transformers. A row may stand for several of the batch.
         negative_prompt_attention_mask: the same shape, 0 on padding, which stands on the left.
+        cache: guide the calls over this cache alone, in whatever thread; any cache when not given.
 
     Yields:
         The model. Its `forward` is the old one after the block, also after an exception.
@@ -46,39 +55,64 @@ def batched_guidance(
     Raises:
         ValueError: inside the block, a batch that the negative prompts do not divide, other inputs than token ids, no
             cache, or a prompt in chunks.
+        RuntimeError: a call from a thread that entered no block while several are open.
     """
-    own = vars(model).get("forward")
-    model.forward = _guided(model.forward, guidance_scale, negative_prompt_ids, negative_prompt_attention_mask)
-    try:
+    guidance = _Guidance(
+        scale=guidance_scale,
+        negative_ids=negative_prompt_ids,
+        negative_mask=negative_prompt_attention_mask,
+        cache=cache,
+    )
+    with patched(uncompiled(model), "forward", _GuidedForward, guidance):
         yield model
-    finally:
-        if own is None:
-            del model.forward
-        else:
-            model.forward = own
 
 
-def _guided(forward, scale: float, negative_ids: torch.Tensor | None, negative_mask: torch.Tensor | None):
-    """A forward over `batch` rows that runs `forward` over twice as many."""
-    rows: _Rows | None = None
+@dataclass(eq=False, kw_only=True)
+class _Guidance(Block):
+    """One block's guidance, and the rows of every cache that it is generating into."""
 
-    @functools.wraps(forward)  # generate looks at the signature
-    def guided_forward(input_ids=None, attention_mask=None, position_ids=None, **kwargs):
-        nonlocal rows
+    scale: float
+    negative_ids: torch.Tensor | None
+    negative_mask: torch.Tensor | None
+    cache: Cache | None
+    rows: WeakKeyDictionary[Cache, _Rows] = field(default_factory=WeakKeyDictionary)
+
+
+class _GuidedForward(Patch):
+    """A forward over `batch` rows that runs the model's own over twice as many, for the calls that a block guides."""
+
+    def __call__(self, *args, **kwargs):
+        guidance = self._guidance_of(find_cache(kwargs))
+        if guidance is None:
+            return self.inner(*args, **kwargs)
+        return self._guide(guidance, *args, **kwargs)
+
+    def _guidance_of(self, cache: Cache | None) -> _Guidance | None:
+        owners = list(self.owners)
+        if cache is not None:
+            for guidance in reversed(owners):
+                if guidance.cache is cache:
+                    return guidance
+        return innermost([guidance for guidance in owners if guidance.cache is None], "batched_guidance")
+
+    def _guide(self, guidance: _Guidance, input_ids=None, attention_mask=None, position_ids=None, **kwargs: Any) -> Any:
         cache = take_cache(kwargs)
         _check(input_ids, cache, position_ids, kwargs)
-        if cache.get_seq_length() == 0:
-            rows = _Rows(input_ids, attention_mask, negative_ids, negative_mask)
+        rows = guidance.rows.get(cache)
+        num_seen = cache.get_seq_length()
+        if num_seen == 0:
+            rows = _Rows(input_ids, attention_mask, guidance.negative_ids, guidance.negative_mask)
+            guidance.rows[cache] = rows
             input_ids = rows.prompt_ids
-        elif rows is None or input_ids.shape[1] != 1:
+        elif rows is None or input_ids.shape[1] != 1 or (num_seen == rows.width and in_prefill()):
             raise ValueError("batched guidance takes a prompt whole, then token by token: leave prefill_chunk_size out")
         else:
             input_ids = torch.cat([input_ids, input_ids])
-        mask = rows.mask(attention_mask, cache.get_seq_length() + input_ids.shape[1])
+        mask = rows.mask(attention_mask, num_seen + input_ids.shape[1])
         positions = None
         if mask is not None:
             positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)[:, -input_ids.shape[1] :]
-        outputs = forward(
+        outputs = self.inner(
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=positions,
@@ -86,10 +120,8 @@ def _guided(forward, scale: float, negative_ids: torch.Tensor | None, negative_m
             **kwargs,
         )
         given, free = F.log_softmax(outputs.logits[:, -1:].float(), -1).chunk(2)
-        outputs.logits = scale * (given - free) + free
+        outputs.logits = guidance.scale * (given - free) + free
         return outputs
-
-    return guided_forward
 
 
 class _Rows:
@@ -110,7 +142,7 @@ class _Rows:
         negative_ids, negative_mask = (
             tensor.to(ids.device).repeat_interleave(repeats, 0) for tensor in (negative_ids, negative_mask)
         )
-        width = max(ids.shape[1], negative_ids.shape[1])
+        self.width = width = max(ids.shape[1], negative_ids.shape[1])
         self.num_padding = width - ids.shape[1]
         self.negative_mask = F.pad(negative_mask, (width - negative_mask.shape[1], 0))
         padded = [F.pad(part, (width - part.shape[1], 0)) for part in (ids, negative_ids.to(ids.dtype))]

@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import CommitInfo
 
 from ssd_cache import head_map_card, head_map_checks, head_map_files, head_map_hub
-from ssd_cache.budget import Budget
+from ssd_cache.budget import Budget, resolve_budget, scale_counts
 from ssd_cache.head_map_checks import HeadMapError
 from ssd_cache.learned_score import LearnedScore
 from ssd_cache.rasters import count_cells, format_rasters
@@ -235,6 +235,13 @@ class HeadMap:
         return count_cells(self.grid, self.previews)
 
     @property
+    def slots(self) -> list[tuple[int, ...]] | None:
+        """The slots that the map was fitted to, of every KV head, layer by layer; None for a map without a budget."""
+        if self.budget is None:
+            return None
+        return resolve_budget(self.budget, self.is_spatial.tolist(), self.num_visual_tokens)
+
+    @property
     def digest(self) -> str:
         """Twelve hex digits of the sha256 of labels, grid and learned score: this map's name in a table of results."""
         shape = f"{self.num_layers}x{self.num_kv_heads} {format_rasters(self.previews, self.grid)} "
@@ -245,14 +252,18 @@ class HeadMap:
         return found.hexdigest()[:12]
 
     def with_grid(self, grid: tuple[int, int], previews: Sequence[tuple[int, int]] = ()) -> HeadMap:
-        """The same labels for pictures of another size; a budget that is a fraction then means one of that size.
+        """The same labels for images of another size.
 
-        A learned score goes by the places of its own grid, and is left out.
+        A budget keeps its share of the grid: fractions stay, and counts grow or shrink with the number of cells. A
+        learned score belongs to the positions of its own grid, and is left out.
         """
         previews = tuple(previews)
         if (tuple(grid), previews) == (self.grid, self.previews):
             return self
-        head_map = replace(self, grid=grid, previews=previews, learned=None)
+        head_map = replace(self, grid=grid, previews=previews, learned=None, budget=None)
+        if self.budget is not None:
+            budget = scale_counts(self.budget, self.num_visual_tokens, head_map.num_visual_tokens)
+            head_map = replace(head_map, budget=budget)
         for name in ("is_online", "origin"):
             object.__setattr__(head_map, name, getattr(self, name))
         return head_map
@@ -304,7 +315,8 @@ class HeadMap:
     def __invert__(self) -> HeadMap:
         """The same heads with each label turned round; scores stay, `method` says so, twice gives this map again.
 
-        A learned score is one of the labels that were, and is left out.
+        The budget stays as well: slots given head by head stay with the head. A learned score is one of the labels that
+        were, and is left out.
         """
         self._check_labelled("inverted")
         if self.method is None or self.method == INVERTED:

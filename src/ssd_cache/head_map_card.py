@@ -63,7 +63,7 @@ from ssd_cache import HeadMap, SSDCache      # importing registers the attention
 model = {model_class}.from_pretrained({model}, attn_implementation="ssd")
 head_map = HeadMap.from_pretrained({repo})
 cache = SSDCache(head_map, budget=0.2)       # a fifth of the visual tokens
-tokens = model.generate(**inputs, {mode}cache=cache)     # until transformers 5.23: past_key_values=cache
+tokens = model.generate(**inputs, {mode}**cache.as_kwargs())
 cache.reset()                                # ready for the next picture"""
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from ssd_cache._compat import in_prefill
 from ssd_cache.learned_score import LearnedScore
 from ssd_cache.quantized import QuantizedStore
 from ssd_cache.retention import WITHOUT_QUERIES
-from ssd_cache.slots import SlotStore
+from ssd_cache.slots import SlotStore, normal_tensors
 
 USE_SSD_ATTENTION = (
     "load the model with attn_implementation='ssd', call model.set_attn_implementation('ssd'), "
@@ -162,11 +163,12 @@ class SSDLayer(CacheLayerMixin):
                 f"need: the model's attention is not 'ssd'. Remedy: {USE_SSD_ATTENTION}."
             )
         self._query_missing = True
-        if self.num_visual == 0 and (self.num_prompt == 0 or key_states.shape[2] > 1):
+        if self.num_visual == 0 and (self.num_prompt == 0 or key_states.shape[2] > 1 or in_prefill()):
             return self._update_prompt(key_states, value_states)
         self._check_visual(key_states)
         if self.keys is not None and self.values is not None:
-            self._open_stores(self.keys, self.values)
+            with normal_tensors():
+                self._open_stores(self.keys, self.values)
             self.keys = self.values = None
         self._settle()
         self.num_visual += 1
@@ -212,7 +214,7 @@ class SSDLayer(CacheLayerMixin):
         if self.keys is not None and self.values is not None:
             key_states = torch.cat([self.keys, key_states], dim=2)
             value_states = torch.cat([self.values, value_states], dim=2)
-        self.keys, self.values = key_states, value_states
+        self.keys, self.values = key_states, value_states = _own(key_states), _own(value_states)
         self.num_prompt = key_states.shape[2]
         seen = key_states[:]  # an alias, since the layer must not hold the tensor that holds the layer
         seen.ssd_layer = self  # type: ignore[attr-defined]
@@ -314,7 +316,7 @@ class SSDLayer(CacheLayerMixin):
     def receive_mask(self, allowed: torch.Tensor | None) -> None:
         """Learn from the prompt's attention which columns are padding, `[batch, num_prompt]`, False on padding."""
         self._query_missing = False
-        self.prompt_mask = allowed
+        self.prompt_mask = None if allowed is None else _own(allowed)
 
     def use_kernel(self, can_serve: bool) -> None:
         """Let the kernel of `fused.py` do the steps, if it can; before the first visual token.
@@ -440,3 +442,11 @@ class SSDLayer(CacheLayerMixin):
         if self.labels is not None:
             kinds = f"{sum(self.labels)} spatial + {heads - sum(self.labels)} semantic heads"
         return f"SSDLayer({kinds}, {stored} of {self.num_visual} visual tokens)"
+
+
+def _own(states: torch.Tensor) -> torch.Tensor:
+    """A tensor that holds no memory but its own: a copy of a view of a larger one, such as fused queries, K and V."""
+    if torch.compiler.is_compiling():  # which cannot trace storages
+        return states
+    is_view = states.untyped_storage().nbytes() > states.nbytes
+    return states.clone(memory_format=torch.contiguous_format) if is_view else states

@@ -7,7 +7,9 @@ weights of a `LearnedScore` follow the gradient of the divergence. Labels, slots
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,20 +19,20 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ssd_cache.budget import Budget, check_count
+from ssd_cache.budget import Budget, check_count, is_amount
 from ssd_cache.cache import SSDCache, default_buffer
 from ssd_cache.head_map import HeadMap
 from ssd_cache.head_map_checks import MAX_TEXT
 from ssd_cache.layer import LayerPlan
-from ssd_cache.learned_score import LearnedScore
-from ssd_cache.learning_state import LearningState, load_learning, save_learning
-from ssd_cache.lessons import Lesson, draw_lesson, log_probabilities_of, taught
-from ssd_cache.likelihood import kl_divergence
+from ssd_cache.learning_state import HELD_OUT, LearningRun, LearningState
+from ssd_cache.lessons import Lesson
 from ssd_cache.measuring import check_prompts, prompts_sha256, weights_sha256
 from ssd_cache.models import Generator, GeneratorError, check_drawing, generator_of
-from ssd_cache.pretended import masked_softmax, retained_tokens
+from ssd_cache.recording import check_teachable, draw_lesson, replay_lesson
+from ssd_cache.run_state import check_state_place
 from ssd_cache.sharding import check_whole
 from ssd_cache.statistics import ProfilingError
+from ssd_cache.trainer import Trainer, mean_attention
 
 DRAWN = 4
 """Batches drawn at once: a few pictures take hardly less time to draw than many."""
@@ -38,20 +40,14 @@ DRAWN = 4
 NO_SAY = 0.01
 """Guidance scales this near 1 give unconditional rows no say, and they are left out."""
 
-SOFTNESS = 1.0, 0.4
-"""Of the cut, at the first step and at the last: wide enough to hear of many tokens, then narrower."""
+SAVE_SECONDS = 30
+"""Seconds of steps between two savings."""
 
-WARM_UP, CLIP = 10, 0.02
-"""Steps until the whole learning rate, and the norm at which gradients are cut: a few pictures diverge the most."""
-
-SAVE_EVERY = 25
-"""Steps between two savings."""
+SMOOTHED = 20
+"""Steps whose mean divergence the bar shows: that of a single batch goes up and down with its images."""
 
 LEARNED = ", score learned"
 """What a map's method says then."""
-
-LEAST = 1e-4
-"""Attention that counts as none, so that its logarithm is a number."""
 
 
 def learn_score(
@@ -93,7 +89,9 @@ def learn_score(
         buffer: of that cache; a third of a row when not given, as `SSDCache` has it with a learned score.
         num_recent: of that cache, as for `SSDCache`.
         num_sinks: of that cache, as for `SSDCache`.
-        num_steps: of `batch_size` pictures each.
+        num_steps: steps in all, of `batch_size` pictures each. More than a state file has extends its run: the further
+            steps follow the schedule (learning rate, softness of the cut) of the new total from where it stands, so
+            the score differs from that of a run with this total from the beginning.
         learning_rate: of Adam, for the weights of places; a third of it for those of K and V.
         processor: the model's; loaded from where the model came from when not given.
         batch_size: pictures a step; four times as many are drawn at once.
@@ -101,10 +99,12 @@ def learn_score(
         temperature: as for `Generator.generate`, above 0.
         seed: of the first pictures, and of the order in which they are learned from.
         progress: show a bar over pictures, then over steps.
-        state_file: where the score is kept now and then; when it exists, the run goes on from there.
+        state_file: a file that is written after every batch of images, every `SAVE_SECONDS` of steps, and when the run
+            is interrupted; when it exists, the run resumes from it, to the same score, bit for bit.
 
     Returns:
-        The map, its `learned` the score and its `budget` the one learned for.
+        The map, its `learned` the score and its `budget` the one learned for. Its `profile["learning"]["held_out"]`
+        compares the divergence before and after on `HELD_OUT` further images of the same prompts.
 
     Raises:
         GeneratorError: no prompts, too long ones, an unsupported model, or a drawing setting out of range.
@@ -130,6 +130,7 @@ def learn_score(
         seed=seed,
     )
     check_prompts(generator, prompts)
+    check_teachable(generator)
     settings: dict[str, Any] = {
         "guidance_scale": generator.guidance_scale if guidance_scale is None else guidance_scale,
         "temperature": temperature,
@@ -138,7 +139,6 @@ def learn_score(
         "num_prompts": len(prompts),
         "prompts_sha256": prompts_sha256(prompts),
         "batch_size": batch_size,
-        "num_steps": num_steps,
         "learning_rate": learning_rate,
         "buffer": plans[0].buffer,
         "num_recent": num_recent,
@@ -154,30 +154,54 @@ def learn_score(
         "slots": [list(plan.num_slots) for plan in plans],
         **facts,
     }
-    path = None if state_file is None else Path(state_file)
-    state = None
-    if path is not None and path.exists():
-        state = load_learning(path, fingerprint, head_map.is_spatial.shape, head_map.grid)
-    if state is None or state.num_steps < num_steps:
-        lessons = _draw(generator, prompts, DRAWN * batch_size, seed, settings, progress)
-        if state is None:
-            learned = _mean_attention(generator, lessons[0], head_map) if head_map.learned is None else head_map.learned
-            state = LearningState.beginning(learned)
-        student = _Student(generator, plans, state, settings, learning_rate, num_steps)
-        bar = tqdm(total=num_steps, initial=state.num_steps, unit=" steps", desc="learning", disable=not progress)
-        with bar, torch.enable_grad():
-            for lesson in islice(_steps(lessons, batch_size, seed), state.num_steps, num_steps):
-                bar.set_postfix(nats=f"{student.step(lesson):.4f}")
-                bar.update()
-                if path is not None and (state.num_steps % SAVE_EVERY == 0 or state.num_steps == num_steps):
-                    save_learning(path, state, fingerprint)
-    return replace(
+    result = replace(  # refuses before the first step what could not be returned after the last
         head_map,
-        learned=state.score(),
-        budget=head_map.budget if budget is None else budget,
+        budget=_own_budget(head_map, budget, plans),
         method=f"{(head_map.method or 'labels given').removesuffix(LEARNED)}{LEARNED}"[:MAX_TEXT],
-        profile={**head_map.profile, "learning": facts},
+        profile={**head_map.profile, "learning": {"num_steps": num_steps, **facts}},
     )
+    path, run = None if state_file is None else Path(state_file), LearningRun()
+    if path is not None:
+        check_state_place(path)
+        run = LearningRun.load(path, fingerprint, result) if path.exists() else run
+    if run.num_steps > num_steps:
+        raise ProfilingError(
+            f"{path}: {run.num_steps} steps were taken, num_steps={num_steps} are asked for: give at least "
+            f"{run.num_steps}, or another file"
+        )
+    run.begin_stage(num_steps)
+
+    def save() -> None:
+        if path is not None:
+            run.save(path, fingerprint)
+
+    if run.after is None:
+        *lessons, held_out = _lessons(
+            generator, prompts, DRAWN * batch_size, seed, settings, run.images, save, progress
+        )
+        if run.learning is None:
+            first = mean_attention(generator, lessons[0], head_map) if head_map.learned is None else head_map.learned
+            run.learning = LearningState.beginning(first)
+        trainer = Trainer(generator, plans, **settings, learning_rate=learning_rate, num_steps=num_steps)
+        if run.before is None:
+            run.before = trainer.divergences(run.learning, held_out, batch_size)
+            save()
+        steps = islice(_steps(lessons, batch_size, seed), run.num_steps, num_steps)
+        _follow(run, trainer, steps, save, progress)
+        run.after = trainer.divergences(run.learning, held_out, batch_size)
+        save()
+    assert run.learning is not None
+    learning = {**result.profile["learning"], "held_out": run.compared()}
+    if len(run.stages) > 1:
+        learning["stages"] = run.stages
+    return replace(result, learned=run.learning.score(), profile={**result.profile, "learning": learning})
+
+
+def _own_budget(head_map: HeadMap, budget: Budget | None, plans: Sequence[LayerPlan]) -> Budget | None:
+    """The budget of the new map: the one trained for, with every head's slots where one number scaled the map's own."""
+    if budget is None:
+        return head_map.budget
+    return [list(plan.num_slots) for plan in plans] if head_map.slots and is_amount(budget) else budget
 
 
 def check_learning(
@@ -218,16 +242,55 @@ def check_learning(
     return plans
 
 
-def _draw(
-    generator: Generator, prompts: Sequence[str], num_at_once: int, seed: int, settings: dict[str, Any], progress: bool
+def _lessons(
+    generator: Generator,
+    prompts: Sequence[str],
+    num_at_once: int,
+    seed: int,
+    settings: dict[str, Any],
+    images: list[torch.Tensor],
+    save: Callable[[], None],
+    progress: bool,
 ) -> list[Lesson]:
-    """A lesson of each batch; without unconditional rows where guidance gives them no say."""
+    """A lesson of each batch, then the held-out one; images that are not in `images` yet are generated and added.
+
+    They have no unconditional rows where guidance has no effect.
+    """
+    batches = [list(prompts[start : start + num_at_once]) for start in range(0, len(prompts), num_at_once)]
+    batches.append([prompts[index * len(prompts) // HELD_OUT] for index in range(HELD_OUT)])
     lessons = []
-    starts = range(0, len(prompts), num_at_once)
-    for index, start in enumerate(tqdm(starts, unit=" batches", desc="drawing", disable=not progress)):
-        lesson = draw_lesson(generator, list(prompts[start : start + num_at_once]), seed=seed + index, **settings)
+    for index, batch in enumerate(tqdm(batches, unit=" batches", desc="images", disable=not progress)):
+        sampling = {**settings, "seed": seed + index}
+        if index < len(images):
+            lesson = replay_lesson(generator, batch, images[index], **sampling)
+        else:
+            lesson, tokens = draw_lesson(generator, batch, **sampling)
+            images.append(tokens)
+            save()
         lessons.append(lesson.conditional() if abs(settings["guidance_scale"] - 1) < NO_SAY else lesson)
     return lessons
+
+
+def _follow(
+    run: LearningRun, trainer: Trainer, lessons: Iterator[Lesson], save: Callable[[], None], progress: bool
+) -> None:
+    """Take a step on each lesson; the state is saved now and then, and at the end, however it comes."""
+    assert run.learning is not None
+    recent: deque[float] = deque(maxlen=SMOOTHED)
+    bar = tqdm(total=trainer.num_steps, initial=run.num_steps, unit=" steps", desc="learning", disable=not progress)
+    saved = time.monotonic()
+    try:
+        with bar:
+            for lesson in lessons:
+                run.learning, divergence = trainer.step(run.learning, lesson)
+                recent.append(divergence)
+                bar.set_postfix_str(f"mean of {len(recent)} steps: {sum(recent) / len(recent):.4f} nats", refresh=False)
+                bar.update()
+                if time.monotonic() - saved >= SAVE_SECONDS:
+                    save()
+                    saved = time.monotonic()
+    finally:
+        save()
 
 
 def _steps(lessons: Sequence[Lesson], batch_size: int, seed: int) -> Iterator[Lesson]:
@@ -241,80 +304,3 @@ def _steps(lessons: Sequence[Lesson], batch_size: int, seed: int) -> Iterator[Le
     while True:
         for index in torch.randperm(len(parts), generator=order).tolist():
             yield parts[index]
-
-
-class _Student:
-    """Takes steps; what it has learned is in `state`."""
-
-    def __init__(self, generator, plans, state: LearningState, settings, learning_rate: float, num_steps: int):
-        self.generator, self.plans, self.state, self.settings = generator, plans, state, settings
-        self.learning_rate, self.num_steps = learning_rate, num_steps
-        self.device = generator.model.device
-        self.softness = 0.0
-        self.score: LearnedScore | None = None  # None while everything is kept
-
-    def step(self, lesson: Lesson) -> float:
-        """One step; returns the divergence of a token, in nats, on average over pictures and tokens."""
-        done = self.state.num_steps / self.num_steps
-        first, last = SOFTNESS
-        self.softness = first * (last / first) ** done
-        parameters = self.state.parameters(self.device)
-        with taught(self.generator, lesson, self._weigh):
-            with torch.no_grad():
-                full = log_probabilities_of(self.generator, lesson, **self.settings)
-            self.score = LearnedScore(**parameters)
-            loss = kl_divergence(full, log_probabilities_of(self.generator, lesson, **self.settings)).mean()
-            self.score = None
-        if not loss.isfinite():
-            raise ProfilingError(
-                f"{self.generator.checkpoint.name} gives NaN or infinite numbers: its numbers overflow, as they may in "
-                "float16; load it in bfloat16 or float32"
-            )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
-        rate = self.learning_rate * min(1.0, (self.state.num_steps + 1) / WARM_UP) * (1 - done) ** 0.5
-        self.state.follow({name: _gradient(parameter) for name, parameter in parameters.items()}, rate)
-        return loss.item()
-
-    def _weigh(self, layer_idx: int, logits: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        if self.score is None:
-            return logits.softmax(-1)
-        score = self.score.at(layer_idx)
-        return masked_softmax(logits, retained_tokens(self.plans[layer_idx], score, keys, values, self.softness))
-
-
-def _gradient(parameter: torch.Tensor) -> torch.Tensor:
-    assert parameter.grad is not None  # every tensor has a say in every rank
-    return parameter.grad
-
-
-@torch.no_grad()
-def _mean_attention(generator: Generator, lesson: Lesson, head_map: HeadMap) -> LearnedScore:
-    """The score to begin with: the logarithm of the attention that a place still receives from a row on.
-
-    On average over the pictures, taken apart into a part by rows and one by columns and distance; nothing of K and V.
-    """
-    rows, columns = head_map.grid
-    found: dict[int, torch.Tensor] = {}
-    dims: dict[str, int] = {}
-
-    def watch(layer_idx: int, logits: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        weights, num_visual = logits.softmax(-1), keys.shape[2]
-        received = weights[..., -num_visual:, -num_visual:].sum(2).mean(0)  # [kv_heads, tokens, tokens]
-        received = torch.nn.functional.pad(received, (0, 1, 0, 1))  # the last token of all was never fed
-        future = received.unflatten(1, (rows, columns)).sum(2).flip(1).cumsum(1).flip(1)
-        found[layer_idx] = (future + LEAST).log().unflatten(2, (rows, columns)).cpu()
-        dims.update(key=keys.shape[3], value=values.shape[3])
-        return weights
-
-    settings = {"guidance_scale": 1.0, "temperature": 1.0}
-    with taught(generator, lesson, watch):
-        log_probabilities_of(generator, lesson, **settings)
-    table = torch.stack([found[layer] for layer in sorted(found)])  # [layers, kv_heads, rows now, rows, columns]
-    row = table.mean(-1)
-    rest = table - row[..., None]
-    column = torch.stack(
-        [torch.stack([rest[:, :, now, now - far] for now in range(far, rows)]).mean(0) for far in range(rows)], 2
-    )
-    states = {name: torch.zeros(*table.shape[:2], size) for name, size in dims.items()}
-    return LearnedScore(row=row, column=column, **states)

@@ -1,21 +1,20 @@
-"""Pictures that a model drew with a full cache, to be fed to its decoder again, all tokens at once and with gradients.
+"""Images that a model generated with a full cache, fed to its decoder again, all tokens at once and with gradients.
 
-It draws, remembers what went into the decoder, and runs it with an attention of the caller's. It learns nothing.
+It runs the decoder with an attention of the caller's choice. `recording.py` makes lessons; nothing is learned here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ssd_cache.attention import prompt_columns
 from ssd_cache.enable import ssd_attention
 from ssd_cache.likelihood import log_probabilities
-from ssd_cache.models import Generator, GeneratorError
+from ssd_cache.models import Generator
 
 NAME = "ssd-lesson"
 
@@ -55,44 +54,6 @@ class Lesson:
     def _of_rows(self, rows: torch.Tensor) -> Lesson:
         inputs = {name: tensor[rows.to(tensor.device)] for name, tensor in self.inputs.items()}
         return Lesson(inputs, self.seen[rows.to(self.seen.device)], self.is_unconditional[rows])
-
-
-def draw_lesson(generator: Generator, prompts: Sequence[str], **settings) -> Lesson:
-    """Draw a picture of each prompt with the model's own cache, and remember what its decoder was given.
-
-    Args:
-        settings: as for `Generator.generate`.
-
-    Raises:
-        GeneratorError: a decoder that is not fed a prompt and then token by token.
-    """
-    calls: list[dict[str, torch.Tensor]] = []
-
-    def remember(decoder: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        named = {"input_ids": args[0]} if args else {}
-        named |= {name: kwargs.get(name) for name in ("input_ids", "inputs_embeds", "position_ids", "attention_mask")}
-        calls.append({name: tensor.clone() for name, tensor in named.items() if isinstance(tensor, torch.Tensor)})
-
-    handle = generator.language_model.get_decoder().register_forward_pre_hook(remember, with_kwargs=True)
-    try:
-        generator.generate(prompts, **settings)
-    finally:
-        handle.remove()
-    names = calls[0].keys() - {"attention_mask"}
-    length = {name: 1 if name != "position_ids" else -1 for name in names}
-    cells = generator.checkpoint.num_visual_tokens
-    if len(calls) != cells or any(call[name].shape[length[name]] != 1 for call in calls[1:] for name in names):
-        raise GeneratorError(
-            f"{generator.checkpoint.name} can not be taught: its decoder ran {len(calls)} times for {cells} visual "
-            "tokens, and it has to be given the prompt at once and then one token at a time"
-        )
-    inputs = {name: torch.cat([call[name] for call in calls], length[name]) for name in names}
-    rows, num_prompt = next(calls[0][name] for name in names if name != "position_ids").shape[:2]
-    mask = calls[0].get("attention_mask")
-    seen = mask.bool() if mask is not None and mask.ndim == 2 else prompt_columns(mask, num_prompt)
-    if seen is None:
-        seen = torch.ones(rows, num_prompt, dtype=torch.bool, device=generator.model.device)
-    return Lesson(inputs, seen, generator.is_unconditional(len(prompts)))
 
 
 def attend_lesson(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):

@@ -18,16 +18,21 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from ssd_cache.batching import default_batch_size
 from ssd_cache.budget import Amount, check_count
 from ssd_cache.enable import ssd_attention
 from ssd_cache.models import Generator, GeneratorError, generator_of
 from ssd_cache.models.settings import check_texts
 from ssd_cache.observing import HeadObserver
-from ssd_cache.profiling_state import Processes, load_state, save_state
+from ssd_cache.profiling_state import Processes, load_state, recorded_batch_size, save_state
 from ssd_cache.rasters import format_rasters, previews_entry
+from ssd_cache.run_state import check_state_place
 from ssd_cache.sharding import check_whole
 from ssd_cache.statistics import HeadStatistics, Level, ProfilingError, resolve_levels
 from ssd_cache.watching import WatchingCache
+
+DEFAULT_BATCH_SIZE = 4
+"""Images at once where memory suffices; attention statistics take more than the full cache alone."""
 
 SAMPLED_FROM_NAN = ("probability tensor", "device-side assert")
 """How torch says it, on a CPU and on a GPU; of the latter nothing more can be asked then."""
@@ -43,7 +48,7 @@ def measure_heads(
     num_sinks: int = 0,
     levels: Sequence[Amount] | None = None,
     processor: ProcessorMixin | None = None,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     guidance_scale: float | None = None,
     temperature: float | None = None,
     seed: int = 0,
@@ -60,7 +65,8 @@ def measure_heads(
     in a single process, and every process gets the sums of all; the main one alone writes the state file.
     """
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
-    check_count("batch_size", batch_size, 1)
+    if batch_size is not None:
+        check_count("batch_size", batch_size, 1)
     checkpoint = generator.checkpoint
     check_whole(generator.language_model)
     found = resolve_levels(
@@ -74,6 +80,7 @@ def measure_heads(
     )
     check_prompts(generator, prompts)
     prompts = list(prompts)
+    batch_size = resolve_batch_size(generator, prompts, batch_size, state_file)
     settings: dict[str, Any] = {
         "guidance_scale": generator.guidance_scale if guidance_scale is None else guidance_scale,
         "temperature": generator.temperature if temperature is None else temperature,
@@ -81,11 +88,18 @@ def measure_heads(
     }
     shape = checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads
     statistics = HeadStatistics(*shape, found, previews=checkpoint.previews)
-    fingerprint = _fingerprint(generator, prompts, batch_size, statistics) | settings
+    fingerprint = _fingerprint(generator, batch_size, statistics) | settings
+
+    def finished_prompts(num_batches: int) -> dict[str, Any]:
+        """Which prompts the first batches have: a longer list that begins with them goes on from their sums."""
+        part = prompts[: num_batches * batch_size]
+        return {"num_prompts": len(part), "prompts_sha256": prompts_sha256(part)}
+
     path, processes, done = Path(state_file) if state_file else None, Processes(), 0
-    if path is not None and path.exists() and processes.is_main:
-        done = load_state(path, statistics, fingerprint)
-    processes.check_agreement(fingerprint)
+    if path is not None and processes.is_main:
+        check_state_place(path)
+        done = load_state(path, statistics, fingerprint, finished_prompts) if path.exists() else 0
+    processes.check_agreement(fingerprint | finished_prompts(len(prompts)))
     statistics, done = processes.from_main(statistics, done)
     batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     if done > len(batches) or statistics.num_pictures != sum(map(len, batches[:done])):
@@ -107,8 +121,29 @@ def measure_heads(
             for part in processes.gather(batch):
                 statistics = statistics + part
             if path is not None and processes.is_main:
-                save_state(path, statistics, min(first + processes.count, len(batches)), fingerprint)
+                finished = min(first + processes.count, len(batches))
+                settings_there = fingerprint | finished_prompts(finished)
+                save_state(path, statistics, finished, settings_there, is_finished=finished == len(batches))
     return statistics
+
+
+def resolve_batch_size(
+    generator: Generator,
+    prompts: Sequence[str],
+    batch_size: int | None,
+    state_file: str | os.PathLike[str] | None,
+) -> int:
+    """The batch size of a profiling run: the one given, else that of the state file, else the default.
+
+    A run that is resumed keeps its batch size, whatever memory is free now.
+    """
+    check_texts(prompts)
+    if batch_size is not None:
+        return batch_size
+    processes = Processes()
+    kept = recorded_batch_size(Path(state_file)) if state_file else None
+    kept = processes.gather_all(kept)[0]
+    return kept or default_batch_size(generator, prompts, DEFAULT_BATCH_SIZE, processes=processes)
 
 
 def prompts_sha256(prompts: Sequence[str]) -> str:
@@ -190,10 +225,8 @@ def check_prompts(generator: Generator, prompts: Sequence[str]) -> None:
                 )
 
 
-def _fingerprint(
-    generator: Generator, prompts: Sequence[str], batch_size: int, statistics: HeadStatistics
-) -> dict[str, Any]:
-    """What must be the same for a run to go on from another's sums."""
+def _fingerprint(generator: Generator, batch_size: int, statistics: HeadStatistics) -> dict[str, Any]:
+    """What must be the same, beside the prompts, for a run to go on from another's sums."""
     checkpoint = generator.checkpoint
     return {
         "model": checkpoint.name,
@@ -204,7 +237,5 @@ def _fingerprint(
         **previews_entry(checkpoint.previews),
         "heads": [checkpoint.num_layers, checkpoint.num_kv_heads],
         "levels": [[level.num_slots, level.buffer, level.num_recent, level.num_sinks] for level in statistics.levels],
-        "num_prompts": len(prompts),
-        "prompts_sha256": prompts_sha256(prompts),
         "batch_size": batch_size,
     }

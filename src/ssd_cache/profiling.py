@@ -7,14 +7,17 @@ says what is measured, `labels.py` how labels come of it.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 
+import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ssd_cache.budget import Amount, check_count
+from ssd_cache.allocation import fit_heads
+from ssd_cache.budget import KINDS, Amount, check_count
 from ssd_cache.head_map import HeadMap
 from ssd_cache.labels import Method, check_labelling, label_heads, map_scores, resolve_window
-from ssd_cache.measuring import measure_heads, prompts_sha256
+from ssd_cache.measuring import measure_heads, prompts_sha256, resolve_batch_size
 from ssd_cache.models import Generator, generator_of
 from ssd_cache.rasters import Grid
 from ssd_cache.statistics import ProfilingError, resolve_levels
@@ -33,7 +36,7 @@ def profile_heads(
     window: int | None = None,
     threshold: float | None = None,
     processor: ProcessorMixin | None = None,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     guidance_scale: float | None = None,
     temperature: float | None = None,
     seed: int = 0,
@@ -58,13 +61,15 @@ def profile_heads(
         window: visual tokens that count as near; a grid row and one when not given, so that "right above" is inside.
         threshold: between 0 and 1, for "window"; chosen from the data when not given.
         processor: the model's; loaded from where the model came from when not given.
-        batch_size: pictures drawn at once.
+        batch_size: images at once. When not given, that of the state file, else 4, or fewer where the free memory
+            holds no more (with a warning).
         guidance_scale: as for `Generator.generate`.
         temperature: as for `Generator.generate`.
         seed: of the first batch; batch `i` is drawn with `seed + i`.
         progress: show a bar over visual tokens.
         state_file: where the sums are kept after every batch. When it exists the run goes on from there, and with
-            nothing left to draw it only labels.
+            nothing left to draw it only labels. Further prompts extend it, when those of the run before come first
+            and filled its batches.
 
     Returns:
         The map with its scores, threshold, model and profile, ready for `save_pretrained`.
@@ -77,6 +82,7 @@ def profile_heads(
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
     checkpoint = generator.checkpoint
     check_labelling(checkpoint.grid, method, window, threshold, checkpoint.previews)
+    batch_size = resolve_batch_size(generator, prompts, batch_size, state_file)
     statistics = measure_heads(
         generator,
         prompts,
@@ -134,14 +140,27 @@ def check_profiling(
     method: str = "coverage",
     window: int | None = None,
     threshold: float | None = None,
-    batch_size: int = 4,
+    batch_size: int | None = None,
+    fit: tuple[int, int] | None = None,
     **cache_settings,
 ) -> None:
     """Refuse settings out of range before a model is loaded; all as for `profile_heads`.
+
+    Args:
+        fit: the model's layers and KV heads, when `fit_heads` is to share the budget's slots out; it is then called
+            with zeros in the place of the measurements.
 
     Raises:
         ValueError: value, limit and remedy.
     """
     check_labelling(grid, method, window, threshold, previews)
-    check_count("batch_size", batch_size, 1)
-    resolve_levels(grid, previews=previews, **cache_settings)
+    if batch_size is not None:
+        check_count("batch_size", batch_size, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `profile_heads` gives the same warnings
+        levels = resolve_levels(grid, previews=previews, **cache_settings)
+    if fit is not None:
+        names = [f"retained_{kind}-{level.num_slots}" for level in levels for kind in KINDS]
+        zeros = {name: torch.zeros(fit) for name in names}
+        unmeasured = HeadMap(torch.zeros(fit, dtype=torch.bool), grid, previews=previews, scores=zeros)
+        fit_heads(unmeasured, cache_settings.get("budget", 0.2))

@@ -1,83 +1,86 @@
 """What a profiling run keeps on disk and shares between processes: its sums after every batch.
 
-The file is safetensors with the run's settings in its header, and is replaced in one step, so an interruption leaves
-the sums of whole batches. It does not draw, and what the sums mean is `statistics.py`'s.
+The file is a `run_state.py` state file, so an interruption leaves the sums of whole batches. It does not draw, and
+what the sums mean is `statistics.py`'s.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
-from ssd_cache.showing import differences
+from ssd_cache.run_state import RunState, check_same_run, not_a_state, read_state, write_state
+from ssd_cache.showing import shown
 from ssd_cache.statistics import HeadStatistics, ProfilingError
-from ssd_cache.untrusted import check_like, checked, parse_json, read_count, read_tensors
-from ssd_cache.writing import write_files
+from ssd_cache.untrusted import check_like
 
-FORMAT = "ssd-cache profile 1"
+FORMAT = "ssd-cache profile 2"
+"""The 2 since the settings name the prompts of the finished batches instead of all prompts."""
 
 ROUNDING, LARGEST = 1e-3, 2.0**53
 """How far below 0 rounding may take a sum of positive terms, and a bound for counts of queries."""
 
 
-def save_state(path: Path, statistics: HeadStatistics, num_batches: int, settings: Mapping[str, Any]) -> None:
+def save_state(
+    path: Path, statistics: HeadStatistics, num_batches: int, settings: Mapping[str, Any], is_finished: bool = False
+) -> None:
     """Write the sums of the first `num_batches` batches, whole or not at all.
 
     Raises:
         ProfilingError: it can not be written; an older file is as it was.
     """
-    header = {"format": FORMAT, "num_batches": str(num_batches), "settings": json.dumps(settings)}
-    try:
-        write_files({path: safetensors.torch.save(statistics.state_dict(), metadata=header)})
-    except OSError as error:
-        raise ProfilingError(
-            f"{path}: the sums of the first {num_batches} batches can not be written ({error.strerror}); make room, or "
-            "give another file"
-        ) from error
+    state = RunState(statistics.state_dict(), settings, {"num_batches": num_batches}, is_finished)
+    write_state(path, FORMAT, state, f"the sums of the first {num_batches} batches")
 
 
-def load_state(path: Path, statistics: HeadStatistics, settings: Mapping[str, Any]) -> int:
+def load_state(
+    path: Path,
+    statistics: HeadStatistics,
+    settings: Mapping[str, Any],
+    of_batches: Callable[[int], Mapping[str, Any]] = lambda num_batches: {},
+) -> int:
     """Fill empty statistics with the sums in a file that `save_state` wrote; returns how many batches they are of.
+
+    Args:
+        path: the file.
+        statistics: filled.
+        settings: of this run.
+        of_batches: from the number of finished batches to further settings of this run.
 
     Raises:
         ProfilingError: another file, or sums of a run with other settings.
     """
+    what = "the sums of a profiling run"
+    state = read_state(path, FORMAT, what)
+    num_batches = state.counts.get("num_batches")
+    if type(num_batches) is not int or num_batches < 0:
+        raise not_a_state(path, what, f"num_batches is {shown(num_batches)}")
+    check_same_run(path, state.settings, {**settings, **of_batches(num_batches)})
     try:
-        header, sums = read_tensors(path)
-        if header.get("format") != FORMAT:
-            raise ValueError("it is of another kind or version")
-        found = checked(dict, parse_json(header.get("settings", "")), "settings")
-        num_batches = read_count(header, "num_batches")
-        check_same_run(path, found, settings)
-        check_like(sums, statistics.state_dict())
-        for name, value in sums.items():
+        check_like(state.tensors, statistics.state_dict())
+        for name, value in state.tensors.items():
             if not ((value > -ROUNDING) & (value < LARGEST)).all():
                 raise ValueError(f"{name} holds sums below 0, or larger than any run counts")
-        if sums["num_pictures"] != sums["num_pictures"].floor():
+        if state.tensors["num_pictures"] != state.tensors["num_pictures"].floor():
             raise ValueError("num_pictures is no whole number")
-        statistics.load_state_dict(sums)
-    except ProfilingError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ProfilingError(
-            f"{path}: not the sums of a profiling run ({error}); give another file, or delete it to begin anew"
-        ) from error
+        statistics.load_state_dict(state.tensors)
+    except ValueError as error:
+        raise not_a_state(path, what, error) from error
     return num_batches
 
 
-def check_same_run(path: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Refuse to go on from a file that a run with other settings has left; raises ProfilingError, naming them."""
-    if differing := differences(found, settings):
-        raise ProfilingError(
-            f"{path}: the sums of another run ({differing}); give another file, or delete it to begin anew"
-        )
+def recorded_batch_size(path: Path) -> int | None:
+    """The batch size of the run that wrote a file of sums; None where there is none. `load_state` refuses bad files."""
+    try:
+        found = read_state(path, FORMAT, "the sums of a profiling run").settings.get("batch_size")
+    except ProfilingError:
+        return None
+    return found if type(found) is int and found > 0 else None
 
 
 class Processes:

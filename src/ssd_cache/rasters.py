@@ -1,7 +1,7 @@
 """The rasters of one picture: its grid of visual tokens, and before it the previews that some models draw first.
 
 Visual tokens come raster by raster, each row by row, so a token's number and the rows of all rasters are in one order.
-Which rasters a model draws is `models/`' business; what a grid may be is checked in `head_map_checks.py`.
+Which grids a model has is in `model_grids.py`; what a grid may be is checked in `head_map_checks.py`.
 """
 
 from __future__ import annotations

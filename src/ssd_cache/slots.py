@@ -7,6 +7,7 @@ eviction moves rows in place. It does not know heads of other stores, models, or
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -20,6 +21,13 @@ from ssd_cache.retention import (
     prefers_window,
     select_victims,
 )
+
+
+def normal_tensors() -> AbstractContextManager:
+    """Make tensors that may be written in place later on, also by code outside of `torch.inference_mode`."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
 
 
 class SlotStore:
@@ -148,7 +156,8 @@ class SlotStore:
         query_states = query_states[:, : self.num_semantic]
         if self.queries is None:
             batch, heads, groups, head_dim = query_states.shape
-            self.queries = query_states.new_empty(batch, heads, groups, self.buffer, head_dim)
+            with normal_tensors():
+                self.queries = query_states.new_empty(batch, heads, groups, self.buffer, head_dim)
         self.scaling = scaling
         self.queries[:, :, :, self.num_held] = query_states
         self.num_held += 1
@@ -218,11 +227,12 @@ class SlotStore:
 
     def take_order(self, order: torch.Tensor, num_semantic: int) -> None:
         """Put the heads into the order that the labels found ask for, the semantic ones first."""
-        for name in self.STATES:
-            setattr(self, name, getattr(self, name)[:, order])
-        self.positions, self.scores = self.positions[:, order], self.scores[:, order[:num_semantic]]
-        if self.queries is not None:
-            self.queries = self.queries[:, order[:num_semantic]]
+        with normal_tensors():
+            for name in self.STATES:
+                setattr(self, name, getattr(self, name)[:, order])
+            self.positions, self.scores = self.positions[:, order], self.scores[:, order[:num_semantic]]
+            if self.queries is not None:
+                self.queries = self.queries[:, order[:num_semantic]]
         self.num_semantic, self.found = num_semantic, None
 
     def _ranks(self, num_seen: int, slots: slice = slice(None)) -> torch.Tensor:
@@ -254,9 +264,10 @@ class SlotStore:
 
     def select_rows(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every tensor by `select(tensor)`, which picks, repeats or reorders rows of the batch."""
-        for name in (*self.STATES, "positions", "scores", "queries", "mask"):
-            if (tensor := getattr(self, name)) is not None:
-                setattr(self, name, select(tensor))
+        with normal_tensors():
+            for name in (*self.STATES, "positions", "scores", "queries", "mask"):
+                if (tensor := getattr(self, name)) is not None:
+                    setattr(self, name, select(tensor))
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that a counted step reads or writes."""

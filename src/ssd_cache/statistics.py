@@ -6,6 +6,7 @@ formula. It does not watch a model (`observing.py` does) and calls no head spati
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -55,21 +56,39 @@ def resolve_levels(
 ) -> tuple[Level, ...]:
     """The level of the intended budget first, then those of `levels` by size; settings as for `SSDCache`.
 
+    A level that is a fraction, and holds fewer slots than a cache needs with these settings, is raised to the least
+    number that a cache can hold, with a warning. So the same fractions serve every grid.
+
     Raises:
-        ValueError: a setting out of range, or a level that `SSDCache` would refuse.
+        ValueError: a setting out of range, or a budget or count that `SSDCache` would refuse.
     """
     cells = count_cells(grid, previews)
     buffer = grid[1] if buffer is None else check_count("buffer", buffer, 1)
     check_count("num_sinks", num_sinks, 0)
+
+    def holds(slots: int) -> bool:
+        return slots >= cells or slots >= buffer + resolve_recent(num_recent, slots) + num_sinks
+
+    least = next(filter(holds, range(1, cells + 1)))
     first = resolve_amount("budget", budget, cells)
-    others = {resolve_amount("levels", amount, cells) for amount in levels or ()} - {first}
+    others = set()
+    for amount in levels or ():
+        slots = resolve_amount("levels", amount, cells)
+        if isinstance(amount, float) and not holds(slots):
+            warnings.warn(
+                f"level {amount:g} is {slots} slots, and a cache with buffer={buffer}, num_recent={num_recent} and "
+                f"num_sinks={num_sinks} holds at least {least}: {least} slots are measured instead",
+                stacklevel=2,
+            )
+            slots = least
+        others.add(slots)
     resolved = []
-    for slots in (first, *sorted(others)):
+    for slots in (first, *sorted(others - {first})):
         recent = resolve_recent(num_recent, slots)
-        if slots < cells and slots < buffer + recent + num_sinks:
+        if not holds(slots):
             raise ValueError(
                 f"{slots} slots are fewer than buffer={buffer} and num_recent={recent} and num_sinks={num_sinks} "
-                "together: raise the budget or level, or lower the others"
+                f"together: give at least {least}, or lower the others"
             )
         resolved.append(Level(slots, min(buffer, slots), recent, num_sinks))
     return tuple(resolved)

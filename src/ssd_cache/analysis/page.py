@@ -20,7 +20,7 @@ from ssd_cache.analysis.study import Analysis
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TITLES = {"ssd": "SSD", "h2o": "H2O", "streaming-llm": "StreamingLLM"}
+TITLES = {"h2o": "H2O", "streaming-llm": "StreamingLLM"}
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,8 @@ def _attention_part(analysis: Analysis, attention: HeadAttention) -> dict[str, A
 
 def _retention_part(analysis: Analysis, policy: str) -> dict[str, Any]:
     retention, memory = analysis.retention[policy], analysis.memory[policy]
-    title = TITLES.get(policy, policy)
+    own, _, words = analysis.conditions["policy"].rpartition(": ")
+    title = f"SSD, {words}" if policy == own else TITLES.get(policy, policy)
     heads = [(attention.layer, attention.head) for attention in analysis.attention]
     return {
         "title": title,

@@ -10,31 +10,40 @@ from dataclasses import dataclass
 
 from ssd_cache.analysis.attention import choose_heads
 from ssd_cache.analysis.scores import head_scores
-from ssd_cache.budget import Budget
+from ssd_cache.budget import Budget, is_amount
 from ssd_cache.cache import SSDCache
 from ssd_cache.head_map import HeadMap, HeadMapError
 from ssd_cache.models import Checkpoint
+from ssd_cache.presets import own_policy, policy_label
 
-POLICIES = ("ssd", "h2o", "streaming-llm")
+BASELINES = ("h2o", "streaming-llm")
+"""Beside the head map's own settings."""
+
 NUM_IMAGES = 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured, with every setting checked; see `analyze` for their meaning."""
+    """What is to be measured, with every setting checked; see `analyze` for their meaning.
+
+    Attributes:
+        own: the name of the policy that the head map is used with by itself; among `caches`, first.
+    """
 
     head_map: HeadMap
     heads: tuple[tuple[int, int], ...]
     step: int
     num_images: int
     caches: Mapping[str, SSDCache]
+    own: str
 
 
 def plan_analysis(
     checkpoint: Checkpoint,
     head_map: HeadMap,
     *,
-    budget: Budget = 0.2,
+    budget: Budget | None = None,
+    slots: str | None = None,
     buffer: int | None = None,
     step: int | None = None,
     head: tuple[int, int] | None = None,
@@ -68,5 +77,10 @@ def plan_analysis(
         ):
             if not 0 <= number < limit:
                 raise ValueError(f"{name}={number} is out of range: {checkpoint.name} has {limit}, counted from 0")
-    caches = {policy: SSDCache.from_policy(policy, head_map, budget, buffer=buffer) for policy in POLICIES}
-    return Plan(head_map, choose_heads(head_scores(head_map), head), step, num_images, caches)
+    own, settings = own_policy(head_map, slots=slots)
+    label = policy_label(own, settings)
+    if not (budget is None or is_amount(budget)):  # it says the slots itself
+        settings = {}
+    caches = {label: SSDCache.from_policy(own, head_map, budget, buffer=buffer, **settings)}
+    caches |= {policy: SSDCache.from_policy(policy, head_map, budget, buffer=buffer) for policy in BASELINES}
+    return Plan(head_map, choose_heads(head_scores(head_map), head), step, num_images, caches, label)

@@ -12,11 +12,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from ssd_cache.analysis.plotting import WIDTH, color_map, new_figure
+from ssd_cache.budget import KINDS
 from ssd_cache.head_map import HeadMap
 from ssd_cache.head_map_card import SEMANTIC, SPATIAL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+OWN_COVERAGE = "coverage_at_own_slots"
+"""Name of the score behind the labels of a fitted map."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +76,15 @@ def head_scores(head_map: HeadMap, name: str | None = None) -> HeadScores:
 
     Args:
         head_map: any map that has labels.
-        name: of the score; when not given, the one that gives the labels when held against the threshold, else the
-            one that has the method's name, else the first.
+        name: of the score; when not given, the one behind the labels: of a fitted map what each head retains more as
+            a spatial one at its own slots, else the one that gives the labels when compared with the threshold, else
+            the one that has the method's name, else the first.
 
     Raises:
         ValueError: the map has no score of that name.
     """
+    if name is None and (own := _coverage_at_own_slots(head_map)) is not None:
+        return HeadScores(head_map.is_spatial, OWN_COVERAGE, own, 0.0, dict(head_map.scores))
     deciding = _deciding(head_map)
     name = deciding if name is None else name
     if name is not None and name not in head_map.scores:
@@ -88,13 +96,31 @@ def head_scores(head_map: HeadMap, name: str | None = None) -> HeadScores:
     return HeadScores(head_map.is_spatial, name, values, threshold, others)
 
 
+def _coverage_at_own_slots(head_map: HeadMap) -> torch.Tensor | None:
+    """By what `fit_heads` chose the kinds: attention retained as spatial less as semantic, at the slots of each head.
+
+    None where the labels are not those, or the levels were not measured.
+    """
+    if head_map.slots is None:
+        return None
+    own = torch.zeros(head_map.is_spatial.shape)
+    for layer, slots in enumerate(head_map.slots):
+        for head, number in enumerate(slots):
+            spatial, semantic = (head_map.scores.get(f"retained_{kind}-{number}") for kind in KINDS)
+            if spatial is None or semantic is None:
+                return None
+            own[layer, head] = spatial[layer, head] - semantic[layer, head]
+    return own if torch.equal(own > 0, head_map.is_spatial) else None
+
+
 def _deciding(head_map: HeadMap) -> str | None:
     """The score that the labels were made by: found by trying, since a map may carry many."""
     cut = 0.0 if head_map.threshold is None else head_map.threshold
     for name, values in head_map.scores.items():
         if torch.equal(values.double() >= cut, head_map.is_spatial):
             return name
-    method = "coverage" if head_map.method == "fit" else head_map.method  # which chooses kinds as coverage does
+    method = (head_map.method or "").partition(",")[0]  # without ", score learned"
+    method = "coverage" if method in ("fit", "fit by divergence") else method  # which choose kinds as coverage does
     return method if method in head_map.scores else next(iter(head_map.scores), None)
 
 

@@ -22,12 +22,13 @@ from ssd_cache.analysis.concentration import Concentration, semantic_concentrati
 from ssd_cache.analysis.plan import NUM_IMAGES, Plan, plan_analysis
 from ssd_cache.analysis.retention_map import Retention, RetentionProbe
 from ssd_cache.analysis.scores import HeadScores, head_scores
-from ssd_cache.budget import Budget
+from ssd_cache.budget import Budget, is_amount
 from ssd_cache.cache import MemoryStats
 from ssd_cache.enable import ssd_attention
 from ssd_cache.head_map import HeadMap
 from ssd_cache.measuring import check_prompts, draw_watched
 from ssd_cache.models import Generator, check_drawing, generator_of
+from ssd_cache.presets import words_of
 from ssd_cache.sharding import check_whole
 from ssd_cache.watching import WatchingCache
 
@@ -61,7 +62,8 @@ def analyze(
     head_map: HeadMap,
     *,
     processor: ProcessorMixin | None = None,
-    budget: Budget = 0.2,
+    budget: Budget | None = None,
+    slots: str | None = None,
     buffer: int | None = None,
     step: int | None = None,
     head: tuple[int, int] | None = None,
@@ -73,14 +75,16 @@ def analyze(
 ) -> Analysis:
     """Measure where a model's heads look, what they hold, and where the prompt sits in K and V.
 
-    Draws `4 * num_images` pictures of one prompt: with a full cache, and under SSD, H2O and StreamingLLM.
+    Draws `4 * num_images` images of one prompt: with a full cache, with the head map's own settings (its slots and its
+    learned score, where it carries them), and under H2O and StreamingLLM.
 
     Args:
         model: a loaded image model of a supported family, or a `Generator`.
         prompt: what to draw.
         head_map: the labels.
         processor: the model's; loaded from where the model came from when not given.
-        budget: visual tokens that a head may hold, as for `SSDCache`.
+        budget: visual tokens that a head may hold, as for `SSDCache`; the map's own when not given, or 0.2.
+        slots: as for `SSDCache`, for the head map's own policy.
         buffer: as for `SSDCache`.
         step: visual tokens gone by when the retention map is read; three quarters of the grid when not given.
         head: a (layer, head) to draw in place of the most spatial or the most semantic one, whichever kind it is.
@@ -96,7 +100,14 @@ def analyze(
     check_drawing(guidance_scale, temperature, seed)
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
     plan = plan_analysis(
-        generator.checkpoint, head_map, budget=budget, buffer=buffer, step=step, head=head, num_images=num_images
+        generator.checkpoint,
+        head_map,
+        budget=budget,
+        slots=slots,
+        buffer=buffer,
+        step=step,
+        head=head,
+        num_images=num_images,
     )
     return run_plan(
         generator, prompt, plan, guidance_scale=guidance_scale, temperature=temperature, seed=seed, progress=progress
@@ -177,7 +188,7 @@ def run_plan(
 
 
 def _conditions(generator: Generator, plan: Plan) -> dict[str, Any]:
-    checkpoint, head_map, cache = generator.checkpoint, plan.head_map, plan.caches["ssd"]
+    checkpoint, head_map, cache = generator.checkpoint, plan.head_map, plan.caches[plan.own]
     return {
         "model": checkpoint.name,
         "revision": getattr(checkpoint.config, "_commit_hash", None),
@@ -188,7 +199,8 @@ def _conditions(generator: Generator, plan: Plan) -> dict[str, Any]:
         "head_map_digest": head_map.digest,
         "head_map_method": head_map.method,
         "head_map_threshold": head_map.threshold,
-        "budget": cache.budget,
+        "policy": f"{plan.own}: {words_of(cache.slots, cache.score)}",
+        "budget": cache.budget if is_amount(cache.budget) else cache.mean_slots,
         "buffer": cache.buffer,
         "step": plan.step,
         "torch": torch.__version__,

@@ -20,6 +20,7 @@ from ssd_cache.cache import SSDCache
 from ssd_cache.evaluation.policies import Policy, parse_policy
 from ssd_cache.fast_decode import fast_decode
 from ssd_cache.head_map import HeadMap
+from ssd_cache.presets import own_policy, policy_label
 
 FULL_CACHES = ("DynamicCache", "StaticCache", "QuantizedCache")
 RIVALS = ("DynamicCache", "StaticCache")
@@ -129,14 +130,20 @@ def rivals(is_compiled: bool = True) -> tuple[list[Case], list[str]]:
     return cases, left_out
 
 
-def default_cases(is_compiled: bool = True) -> list[Case]:
-    """SSD at three budgets, compiled and without a buffer, and the baselines at 20%."""
+def default_cases(is_compiled: bool = True, head_map: HeadMap | None = None) -> list[Case]:
+    """The head map's own settings at three budgets, compiled and without a buffer; SSD and the baselines at 20%.
+
+    Without a map, or with one that carries neither slots nor a learned score, these are SSD with equal slots.
+    """
+    name, settings = ("ssd", {}) if head_map is None else own_policy(head_map)
+    own = policy_label(name, settings)
     return [
-        Case("ssd", 1.0),
-        Case("ssd", 0.5),
-        Case("ssd", 0.2),
-        *([Case("ssd", 0.2, is_compiled=True)] if is_compiled else []),
-        Case("ssd:buffer=1", 0.2),
+        Case(own, 1.0),
+        Case(own, 0.5),
+        Case(own, 0.2),
+        *([Case(own, 0.2, is_compiled=True)] if is_compiled else []),
+        Case(policy_label(name, settings | {"buffer": 1}), 0.2),
+        *([] if own == "ssd" else [Case("ssd", 0.2)]),
         Case("h2o", 0.2),
         Case("streaming-llm", 0.2),
     ]

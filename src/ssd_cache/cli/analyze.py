@@ -62,19 +62,29 @@ def analyze(
         typer.Option(help="With --layer; it takes its kind's place.", metavar="N", rich_help_panel=MEASURING),
     ] = None,
     budget: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Visual tokens a head may hold: a fraction of the grid, or a count (115).",
             metavar="X",
+            show_default="what the head map was fitted to, or 0.2",
             rich_help_panel=MEASURING,
         ),
-    ] = "0.2",
+    ] = None,
+    slots: Annotated[
+        str | None,
+        typer.Option(
+            help="How the head map's own policy shares --budget: fitted (scales the map's slots) or uniform.",
+            metavar="NAME",
+            show_default="fitted where the map has slots",
+            rich_help_panel=MEASURING,
+        ),
+    ] = None,
     buffer: Annotated[
         int | None,
         typer.Option(
             help="Visual tokens evicted at once.",
             metavar="N",
-            show_default="a row of the grid",
+            show_default="a row of the grid; with a learned score a third",
             rich_help_panel=MEASURING,
         ),
     ] = None,
@@ -97,12 +107,13 @@ def analyze(
 ) -> None:
     """Measure where a model's heads look, what they hold, and where the prompt sits in K and V.
 
-    Draws the prompt with a full cache and under SSD, H2O and StreamingLLM, and
-    writes one HTML page with all figures, and the JSON behind it.
+    Generates the prompt with a full cache, with the head map's own settings, and
+    under H2O and StreamingLLM, and writes one HTML page with all figures, and the
+    JSON behind it.
     """
     [text] = read_prompts([prompt], None)
     _check_place(output)
-    amount = parse_budget(budget)
+    amount = None if budget is None else parse_budget(budget)
     if (layer is None) != (head is None):
         raise WrongUse("--layer and --head name one head together: give both or neither")
     try:
@@ -118,6 +129,7 @@ def analyze(
             checkpoint,
             _head_map(checkpoint, head_map),
             budget=amount,
+            slots=slots,
             buffer=buffer,
             step=step,
             head=None if layer is None or head is None else (layer, head),

@@ -36,7 +36,7 @@ from ssd_cache.cli.eval.options import parse_budgets
 from ssd_cache.cli.files import check_writable
 from ssd_cache.cli.loading import parse_grid
 from ssd_cache.cli.options import Device, Dtype, Grid
-from ssd_cache.evaluation.policies import parse_policies
+from ssd_cache.evaluation.policies import DEFAULT, parse_policies, resolve_policies
 from ssd_cache.head_map import HeadMap
 from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
 from ssd_cache.writing import write_files
@@ -193,10 +193,10 @@ def _choose_cases(
     """The cases to measure, each tried on the head map; a line for each that can not be. Raises ValueError."""
     cases, left_out = rivals(compiled)
     if policies is None and budgets is None:
-        cases += default_cases(compiled)
+        cases += default_cases(compiled, head_map)
     else:
         amounts = parse_budgets(budgets or "0.2")
-        cases += product_cases(parse_policies(policies or "ssd"), amounts, compiled)
+        cases += product_cases(resolve_policies(parse_policies(policies or DEFAULT), head_map), amounts, compiled)
     if caches is not None:
         try:
             cases = choose(cases, [name.strip() for name in caches.split(";")])

@@ -14,8 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from ssd_cache.cli.errors import WrongUse
-from ssd_cache.showing import shown
-from ssd_cache.untrusted import is_unicode, parse_json
+from ssd_cache.untrusted import parse_json
 
 TOKENS = ".safetensors"
 """For the visual tokens themselves: integers `[pictures, cells]` under the name of each policy."""
@@ -36,15 +35,18 @@ def read_prompts(prompts: Sequence[str], prompts_file: Path | None) -> list[str]
         raise WrongUse(f"prompt {found.index('') + 1} is empty; write what the picture is to show")
     if prompts_file is not None:
         try:
-            lines = prompts_file.read_text(encoding="utf-8-sig").splitlines()
+            lines = prompts_file.read_text(encoding="utf-8-sig").split("\n")  # a prompt may hold other separators
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise WrongUse(f"can not read --prompts-file {prompts_file}: {reason}") from error
         if prompts_file.suffix.lower() == ".jsonl":
             lines = [_prompt_of(line, number, prompts_file) for number, line in enumerate(lines, 1) if line.strip()]
         found += [line.strip() for line in lines if line.strip()]
-    if broken := [prompt for prompt in found if not is_unicode(prompt)]:
-        raise WrongUse(f"prompt {shown(broken[0])} is not UTF-8 text; write it in UTF-8")
+    for number, text in enumerate(found, 1):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise WrongUse(f"prompt {number} is not valid Unicode text; give it in UTF-8") from error
     if not found:
         where = f"; {prompts_file} has none" if prompts_file else ""
         raise WrongUse(

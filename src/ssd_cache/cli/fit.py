@@ -12,14 +12,16 @@ import typer
 from rich.console import Console
 
 from ssd_cache.allocation import fit_heads, measured_levels
-from ssd_cache.budget import resolve_amount
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.files import check_place, read_prompts
 from ssd_cache.cli.loading import find_model, load_generator
 from ssd_cache.cli.options import Device, Dtype, Grid, Guidance, ModelName, OfDistribution, Prompts, PromptsFile, Seed
 from ssd_cache.cli.plan import parse_budget
+from ssd_cache.cli.resuming import Resume, StateFile
 from ssd_cache.evaluation.fidelity import measure_divergence
+from ssd_cache.evaluation.fidelity.divergence import check_fitting
 from ssd_cache.evaluation.fidelity.measure import check_settings
+from ssd_cache.head_map import HeadMap
 from ssd_cache.models import BUNDLED
 
 
@@ -46,10 +48,7 @@ def fit(
             help="Slots to ask every head at, each a level of the map: 32,86,173.", metavar="N,N", show_default="all"
         ),
     ] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(help="Keep what is measured here, and go on from it.", metavar="FILE", show_default=False),
-    ] = None,
+    resume: Resume = None,
     batch_size: Annotated[int, typer.Option(help="Pictures at once.", metavar="N")] = 4,
     model: ModelName = BUNDLED,
     grid: Grid = None,
@@ -64,11 +63,11 @@ def fit(
     A picture of each prompt is drawn with a full cache. Then each head alone is
     compressed, to every level, and the same tokens show how far the model moves.
     A few prompts are enough; it takes a pass over the pictures a head and level.
+    Stop it at any point: the same command resumes it.
     """
     texts = read_prompts(prompts or [], prompts_file)
     check_place("--output", output, is_folder=True)
-    if resume is not None:
-        check_place("--resume", resume, is_folder=False)
+    state = StateFile(resume, output)
     amount = parse_budget(budget)
     if batch_size < 1:
         raise WrongUse(f"--batch-size {batch_size}: give a whole number from 1 up")
@@ -83,13 +82,11 @@ def fit(
         checkpoint.check_head_map(profiled)
         known = measured_levels(profiled)
         chosen = None if levels is None else [_level(text, known) for text in levels.split(",")]
-        if resolve_amount("budget", amount, profiled.num_visual_tokens) < (lowest := min(chosen or known)):
-            raise WrongUse(
-                f"--budget {budget}: fewer slots than the lowest level, {lowest}: give more, or lower --levels"
-            )
+        check_fitting(profiled, amount, chosen)
         generator = load_generator(checkpoint, dtype, device)
-    try:
-        measured = measure_divergence(
+
+    def measure(state_file: Path) -> HeadMap:
+        return measure_divergence(
             generator,
             texts,
             profiled,
@@ -98,11 +95,13 @@ def fit(
             seed=seed,
             guidance_scale=guidance,
             temperature=temperature,
-            state_file=resume,
+            state_file=state_file,
         )
-        fitted = fit_heads(measured, amount)
+
+    fitted = fit_heads(state.run(measure), amount)
+    try:
         folder = fitted.save_pretrained(output)
-    except ValueError as error:  # a budget below the levels, NaN, a prompt too long, a full disk: each says what to do
+    except ValueError as error:  # a full disk
         raise Failure(str(error)) from error
     Console(highlight=False, markup=False).print(f"{fitted!r}\nwrote {folder}", soft_wrap=True)
 

@@ -14,10 +14,11 @@ import typer
 from PIL import Image
 from rich.console import Console
 
-from ssd_cache.cache import POLICIES
+from ssd_cache.batching import MAX_IMAGES, default_batch_size, image_nbytes
 from ssd_cache.cli.draw import Drawing, draw
 from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.files import PICTURE_FORMATS, TOKENS, check_output, read_prompts, save_picture
+from ssd_cache.cli.image_folder import Run, find_folders, generate_into
 from ssd_cache.cli.loading import find_model, load_generator
 from ssd_cache.cli.options import (
     MODEL,
@@ -32,13 +33,14 @@ from ssd_cache.cli.options import (
     Seed,
     Temperature,
 )
-from ssd_cache.cli.plan import choose_policies, make_caches, parse_budget
+from ssd_cache.cli.plan import choose_policies, described, make_caches, parse_budget
 from ssd_cache.cli.report import process_peak, size, table
 from ssd_cache.cli.sheet import Row, contact_sheet
 from ssd_cache.evaluation.runner import digest_of
 from ssd_cache.fast_decode import fast_decode
 from ssd_cache.measuring import prompts_sha256
 from ssd_cache.models import BUNDLED, Generator, check_drawing, resolve_device, resolve_dtype
+from ssd_cache.presets import POLICIES
 from ssd_cache.profiling_state import Processes
 from ssd_cache.quantized import KV_DTYPES
 from ssd_cache.writing import write_files
@@ -53,16 +55,25 @@ def generate(
     prompts_file: PromptsFile = None,
     num_images: Annotated[int, typer.Option(help="Pictures of each prompt.", metavar="N")] = 1,
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--output",
             "-o",
             help="The picture, or the contact sheet: .png, .jpg, .webp; the visual tokens: .safetensors.",
             metavar="FILE",
+            show_default="picture.png",
         ),
-    ] = Path("picture.png"),
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of --output: a folder for one file per image. Called again, it generates what is missing.",
+            metavar="FOLDER",
+            show_default=False,
+        ),
+    ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Draw with every policy on the same seeds, one row each.")
+        bool, typer.Option("--compare", help="Use every policy on the same seeds, a row or folder each.")
     ] = False,
     model: ModelName = BUNDLED,
     grid: Grid = None,
@@ -82,7 +93,7 @@ def generate(
         typer.Option(
             help=f"What is kept: {', '.join(POLICIES)}.",
             metavar="NAME",
-            show_default="learned where the map has it, else ssd",
+            show_default="the head map's own settings",
             rich_help_panel=CACHE,
         ),
     ] = None,
@@ -101,6 +112,15 @@ def generate(
             help="Visual tokens evicted at once.",
             metavar="N",
             show_default="a row of the grid; learned: a third",
+            rich_help_panel=CACHE,
+        ),
+    ] = None,
+    slots: Annotated[
+        str | None,
+        typer.Option(
+            help="How --budget is shared: fitted (scales the map's slots) or uniform (equal slots).",
+            metavar="NAME",
+            show_default="fitted where the map has slots",
             rich_help_panel=CACHE,
         ),
     ] = None,
@@ -126,17 +146,26 @@ def generate(
     seed: Seed = 0,
     batch_size: Annotated[
         int | None,
-        typer.Option(help="Pictures drawn at once.", metavar="N", show_default="all", rich_help_panel=SAMPLING),
+        typer.Option(
+            help="Images at once.",
+            metavar="N",
+            show_default=f"{MAX_IMAGES}, or fewer if memory is short",
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
 ) -> None:
-    """Draw pictures of prompts with a cache of fixed size.
+    """Generate images of prompts with a cache of fixed size.
 
-    Several pictures come as one contact sheet. The pictures of one batch share a
-    seed: the same command gives the same pictures. Several processes share the
-    batches under `accelerate launch --multi_gpu -m ssd_cache.cli generate ...`.
+    Several images come as one contact sheet, or with --output-dir as one file
+    each. The images of one batch share a seed: the same command gives the same
+    images. Several processes share the batches under
+    `accelerate launch --multi_gpu -m ssd_cache.cli generate ...`.
     """
     texts = [text for text in read_prompts(prompts or [], prompts_file) for _ in range(num_images)]
-    place = check_output(output, (*PICTURE_FORMATS, TOKENS))
+    if output is not None and output_dir is not None:
+        raise WrongUse(f"--output {output} and --output-dir {output_dir}: give one of them")
+    output = output or Path("picture.png")
+    place = check_output(output, (*PICTURE_FORMATS, TOKENS)) if output_dir is None else output
     policies = choose_policies(policy, compare)
     amount = None if budget is None else parse_budget(budget)
     for name, number in (("--num-images", num_images), ("--batch-size", batch_size)):
@@ -150,11 +179,12 @@ def generate(
         checkpoint = find_model(model, grid)
         if place.suffix.lower() != TOKENS:
             checkpoint.check_pictures()
-        caches = make_caches(checkpoint, policies, head_map, amount, buffer, kv_dtype)
-        if processes.count > (num_batches := -(-len(texts) // (batch_size or len(texts)))):
+        caches = make_caches(checkpoint, policies, head_map, amount, buffer, kv_dtype, slots)
+        at_most = min(batch_size or MAX_IMAGES, len(texts))
+        if processes.count > (num_batches := -(-len(texts) // at_most)):
             raise WrongUse(
                 f"{processes.count} processes share the batches, and there are {num_batches}: give a smaller "
-                f"--batch-size than {batch_size or len(texts)}, or start fewer processes"
+                f"--batch-size than {at_most}, or start fewer processes"
             )
         processes.check_agreement(
             {
@@ -167,9 +197,9 @@ def generate(
                 "seed": seed,
                 "batch size": batch_size,
                 **{
-                    f"map, budget, buffer, kv_dtype of {name}": [
+                    f"map, slots, buffer, kv_dtype of {name}": [
                         digest_of(cache.head_map),
-                        cache.budget,
+                        cache.num_slots,
                         cache.buffer,
                         cache.kv_dtype,
                     ]
@@ -177,7 +207,13 @@ def generate(
                 },
             }
         )
+    if output_dir is not None:
+        run = Run(checkpoint, kind, where, texts, num_images, guidance, temperature, seed, fast, processes)
+        generate_into(find_folders(output_dir, list(caches), compare), caches, run, batch_size)
+        return
     generator = load_generator(checkpoint, kind, where)
+    largest = max(caches.values(), key=lambda cache: image_nbytes(generator, 0, cache))
+    size_of_batch = batch_size or default_batch_size(generator, texts, cache=largest, processes=processes)
 
     with fast_decode(generator.model) if fast else nullcontext():
         drawings = [
@@ -186,7 +222,7 @@ def generate(
                 name,
                 cache,
                 texts,
-                batch_size=batch_size or len(texts),
+                batch_size=size_of_batch,
                 guidance_scale=guidance,
                 temperature=temperature,
                 seed=seed,
@@ -202,8 +238,8 @@ def generate(
         shared = f", {processes.count} processes" if processes.count > 1 else ""
         conditions = (
             f"{checkpoint.name} on {where}{shared}, {str(kind).removeprefix('torch.')}, "
-            f"{len(texts)} picture(s) a policy, batch {min(batch_size or len(texts), len(texts))}, "
-            f"guidance {shown[0]:g}, temperature {shown[1]:g}, seed {seed}{process_peak()}"
+            f"{len(texts)} picture(s) a policy, batch {min(size_of_batch, len(texts))}, "
+            f"guidance {shown[0]:g}, temperature {shown[1]:g}, seed {seed}{described(caches)}{process_peak()}"
         )
         console.print(table(drawings, conditions))
         console.print(f"wrote {output} ({measures})", soft_wrap=True)

@@ -5,6 +5,7 @@ Options only; the learning is `ssd_cache.learning`'s.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from ssd_cache.cli.files import check_place, read_prompts
 from ssd_cache.cli.loading import find_model, load_generator
 from ssd_cache.cli.options import Device, Dtype, Grid, Guidance, ModelName, OfDistribution, Prompts, PromptsFile, Seed
 from ssd_cache.cli.plan import parse_budget
+from ssd_cache.cli.resuming import Resume, StateFile
 from ssd_cache.learning import check_learning, learn_score
 from ssd_cache.models import BUNDLED
 
@@ -48,12 +50,16 @@ def learn(
     buffer: Annotated[
         int | None, typer.Option(help="Tokens evicted at once.", metavar="N", show_default="a third of a row")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of learning.", metavar="N")] = 400,
+    steps: Annotated[
+        int,
+        typer.Option(
+            help="Steps in all. More than a finished run had extends it: the further steps follow the schedule of the "
+            "new total, so the score differs from a run of that total in one go.",
+            metavar="N",
+        ),
+    ] = 400,
     rate: Annotated[float, typer.Option(help="Learning rate at the first of them.", metavar="X")] = 0.02,
-    resume: Annotated[
-        Path | None,
-        typer.Option(help="Keep what is learned here, and go on from it.", metavar="FILE", show_default=False),
-    ] = None,
+    resume: Resume = None,
     batch_size: Annotated[
         int, typer.Option(help="Pictures a step; four times as many are drawn at once.", metavar="N")
     ] = 4,
@@ -70,11 +76,11 @@ def learn(
     A picture of each prompt is drawn with a full cache. Its tokens then show how
     far the model moves when heads let tokens go, and a score of few numbers a
     head follows the gradient. Give a few hundred prompts, unlike each other.
+    Stop it at any point: the same command resumes it.
     """
     texts = read_prompts(prompts or [], prompts_file)
     check_place("--output", output, is_folder=True)
-    if resume is not None:
-        check_place("--resume", resume, is_folder=False)
+    state = StateFile(resume, output)
     amount = None if budget is None else parse_budget(budget)
     if fit and amount is None:
         raise WrongUse("--fit shares out the slots of --budget: give that too (0.2)")
@@ -97,9 +103,20 @@ def learn(
             labelled, amount = fit_heads(labelled, amount), None  # type: ignore[arg-type]
         check_learning(labelled, amount, **settings)
         generator = load_generator(checkpoint, dtype, device)
+    learned = state.run(
+        lambda path: learn_score(generator, texts, labelled, budget=amount, state_file=path, **settings)
+    )
     try:
-        learned = learn_score(generator, texts, labelled, budget=amount, state_file=resume, **settings)
         folder = learned.save_pretrained(output)
-    except ValueError as error:  # NaN, a prompt too long, another run's state, a full disk: each says what to do
+    except ValueError as error:  # a full disk
         raise Failure(str(error)) from error
-    Console(highlight=False, markup=False).print(f"{learned!r}\nwrote {folder}", soft_wrap=True)
+    lines = repr(learned), _compared(learned.profile["learning"]["held_out"]), f"wrote {folder}"
+    Console(highlight=False, markup=False).print("\n".join(lines), soft_wrap=True)
+
+
+def _compared(held_out: Mapping[str, Any]) -> str:
+    change = held_out["after"] - held_out["before"]
+    return (
+        f"divergence on {held_out['num_images']} held-out images, nats a token: {held_out['before']:.4f} before, "
+        f"{held_out['after']:.4f} after, change {change:+.4f} +- {held_out['standard_error']:.4f} (standard error)"
+    )

@@ -5,14 +5,19 @@ All of it is checked on the model's configuration, before its weights are loaded
 
 from __future__ import annotations
 
-from ssd_cache.cache import POLICIES, SSDCache
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from ssd_cache.cache import SSDCache
 from ssd_cache.cli.errors import WrongUse
+from ssd_cache.evaluation.policies import DEFAULT, Policy, resolve_policies
 from ssd_cache.head_map import HeadMap
 from ssd_cache.models import Checkpoint
+from ssd_cache.presets import POLICIES, SLOTS, words_of
 from ssd_cache.rasters import format_rasters
 
 COMPARED = ("full", "ssd", "h2o", "streaming-llm")
-"""Rows of the sheet of `--compare`: the policies of the paper's tables; where the map carries it, "learned" as well."""
+"""Rows of the sheet of `--compare`: the policies of the paper's tables, and the head map's own settings."""
 
 LABELLED = ("ssd", "learned", "margin")
 """Policies that need to know which head is which."""
@@ -57,12 +62,18 @@ def make_caches(
     budget: int | float | None,
     buffer: int | None,
     kv_dtype: str | None = None,
+    slots: str | None = None,
 ) -> dict[str, SSDCache]:
-    """A cache for every policy, which checks budget and map; raises ValueError or WrongUse.
+    """A cache for every policy, by its exact name, which checks budget and map; raises ValueError or WrongUse.
 
-    Where the map carries a learned score, "learned" is drawn when no policy was asked for, and compared too.
-    The full cache that others are compared with stays in the model's dtype; alone it is quantised as asked.
+    When no policy was asked for, the map's own settings are used; `--compare` shows them too. `slots` is for the
+    policies that take a map's slots. The full cache that others are compared with stays in the model's dtype; alone it
+    is quantised as asked.
     """
+    if slots is not None and slots not in SLOTS:
+        raise WrongUse(f"--slots {slots}: give {' or '.join(SLOTS)}")
+    if slots is not None and policies not in ((), COMPARED) and policies[0] not in LABELLED:
+        raise WrongUse(f"--slots {slots}: policy {policies[0]} takes no slots of a head map; leave --slots out")
     rasters = checkpoint.grid, checkpoint.previews
     if isinstance(budget, int) and budget > (cells := checkpoint.num_visual_tokens):
         raise WrongUse(
@@ -74,12 +85,7 @@ def make_caches(
         labels: HeadMap | None = HeadMap.online(num_layers=num_layers, num_kv_heads=num_kv_heads).with_grid(*rasters)
     else:
         labels = checkpoint.head_map(head_map)
-    carries = labels is not None and labels.learned is not None
-    if not policies:
-        policies = ("learned" if carries else "ssd",)
-    elif policies == COMPARED and carries:
-        policies = ("full", "learned", *COMPARED[1:])
-    needy = next((name for name in policies if name in LABELLED), None)
+    needy = next((name for name in policies or ("ssd",) if name in LABELLED), None)
     if labels is None and needy is not None:
         online = f", or {ONLINE!r} to label heads while drawing" if needy == "ssd" else ""
         others = ", ".join(name for name in POLICIES if name not in LABELLED)
@@ -91,5 +97,32 @@ def make_caches(
         uniform = HeadMap.uniform("semantic", num_layers=num_layers, num_kv_heads=num_kv_heads)
         labels = uniform.with_grid(*rasters)
     checkpoint.check_head_map(labels)
-    kinds = {name: None if name == "full" and len(policies) > 1 else kv_dtype for name in policies}
-    return {name: SSDCache.from_policy(name, labels, budget, buffer=buffer, kv_dtype=kinds[name]) for name in policies}
+    return {
+        policy.label: SSDCache.from_policy(
+            policy.name,
+            labels,
+            budget,
+            buffer=buffer,
+            kv_dtype=None if policy.name == "full" and len(policies) > 1 else kv_dtype,
+            **policy.settings,
+        )
+        for policy in _named(policies, labels, slots)
+    }
+
+
+def described(caches: Mapping[str, SSDCache]) -> str:
+    """The policies that take a map's labels, in words, each after a semicolon."""
+    own = {label: cache for label, cache in caches.items() if label.partition(":")[0] in LABELLED}
+    return "".join(f"; {label}: {words_of(cache.slots, cache.score)}" for label, cache in own.items())
+
+
+def _named(policies: tuple[str, ...], labels: HeadMap, slots: str | None) -> list[Policy]:
+    """The policies by their exact names, each once; `--slots` is for the one asked for, not for those beside it."""
+    asked = MappingProxyType({} if slots is None else {"slots": slots})
+    nothing: MappingProxyType = MappingProxyType({})
+    if len(policies) == 1:
+        usual = slots == "uniform" and policies[0] in ("ssd", "margin")  # the name says it
+        return [Policy(policies[0], nothing if usual else asked)]
+    default = Policy(DEFAULT, asked)
+    chosen = [Policy(name, nothing) for name in policies]
+    return resolve_policies([*chosen[:1], default, *chosen[1:]], labels)

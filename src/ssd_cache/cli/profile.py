@@ -17,6 +17,8 @@ from ssd_cache.cli.files import check_place, read_prompts
 from ssd_cache.cli.loading import find_model, load_generator
 from ssd_cache.cli.options import Device, Dtype, Grid, Guidance, ModelName, Prompts, PromptsFile, Seed, Temperature
 from ssd_cache.cli.plan import parse_budget
+from ssd_cache.cli.resuming import Resume, StateFile
+from ssd_cache.head_map import HeadMap
 from ssd_cache.models import BUNDLED, check_drawing
 from ssd_cache.profiling import check_profiling, profile_heads
 from ssd_cache.profiling_state import Processes
@@ -44,7 +46,10 @@ def profile(
     levels: Annotated[
         str | None,
         typer.Option(
-            help="Further budgets to measure, for sharing slots out: 0.1,0.3,0.5.", metavar="N,N", show_default=False
+            help="Further budgets to measure, for sharing slots out: 0.1,0.3,0.5. Fractions that are too small for "
+            "--buffer and --num-recent are raised.",
+            metavar="N,N",
+            show_default=False,
         ),
     ] = None,
     fit: Annotated[
@@ -69,11 +74,11 @@ def profile(
             show_default="chosen from the data",
         ),
     ] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(help="Keep sums here after every batch, and go on from them.", metavar="FILE", show_default=False),
+    resume: Resume = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Images at once.", metavar="N", show_default="4, or fewer if memory is short"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures drawn at once.", metavar="N")] = 4,
     guidance: Guidance = None,
     temperature: Temperature = None,
     seed: Seed = 0,
@@ -85,6 +90,7 @@ def profile(
     A picture of each prompt is drawn with a full cache, and each head is
     labelled by where its attention goes. Several processes share the pictures
     under `accelerate launch --multi_gpu -m ssd_cache.cli profile ...`.
+    Stop it at any point: the same command resumes it, also with more prompts.
     """
     texts = read_prompts(prompts or [], prompts_file)
     if fit and not levels:
@@ -92,8 +98,7 @@ def profile(
             "--fit shares slots out by what heads retain at several budgets: give --levels too (0.1,0.3,0.5)"
         )
     check_place("--output", output, is_folder=True)
-    if resume is not None:
-        check_place("--resume", resume, is_folder=False)
+    state = StateFile(resume, output)
     settings: dict[str, Any] = {
         "method": method,
         "budget": parse_budget(budget),
@@ -108,22 +113,27 @@ def profile(
     with refusing():
         check_drawing(guidance, temperature, seed)
         checkpoint = find_model(model, grid)
-        check_profiling(checkpoint.grid, previews=checkpoint.previews, **settings)
+        heads = (checkpoint.num_layers, checkpoint.num_kv_heads) if fit else None
+        check_profiling(checkpoint.grid, previews=checkpoint.previews, fit=heads, **settings)
         processes = Processes()
         generator = load_generator(checkpoint, dtype, processes.choose_device(device))
-    try:
-        head_map = profile_heads(
+
+    def measure(path: Path) -> HeadMap:
+        return profile_heads(
             generator,
             texts,
             **settings,
             guidance_scale=guidance,
             temperature=temperature,
             seed=seed,
-            state_file=resume,
+            state_file=path,
         )
+
+    head_map = state.run(measure)
+    try:
         head_map = fit_heads(head_map, settings["budget"]) if fit else head_map
         folder = head_map.save_pretrained(output) if processes.is_main else output
-    except ValueError as error:  # NaN, a prompt too long, sums of another run, a full disk: each says what to do
+    except ValueError as error:  # a full disk
         raise Failure(str(error)) from error
     if processes.is_main:
         Console(highlight=False, markup=False).print(f"{head_map!r}\nwrote {folder}", soft_wrap=True)

@@ -15,6 +15,9 @@ import numpy as np
 
 NUM_RESAMPLES = 10_000
 
+MIN_PAIRS = 6
+"""Fewer pairs allow no two-sided test at 5%: if all n point the same way, chance does so with probability 2^(1-n)."""
+
 Verdicts = Mapping[str, Mapping[int, Mapping[int, bool]]]
 """Kind -> prompt -> seed -> whether the picture is correct."""
 
@@ -26,7 +29,7 @@ class Score:
     Attributes:
         kinds: share of correct pictures of each kind: the mean over prompts of the mean over their samples.
         overall: mean of the kinds.
-        standard_error: of `overall`, from the spread between prompts within kinds.
+        standard_error: of `overall`, from the spread between prompts within kinds; NaN where a kind has one prompt.
         num_pictures: how many were judged.
     """
 
@@ -38,14 +41,17 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of `overall`, one policy's less another's, over the pictures that both have.
+    """Of `overall`, one policy's less another's, over the images that both have.
+
+    `low`, `high` and `p` are NaN where there are too few pairs to tell: fewer than `MIN_PAIRS`, or one in a kind.
 
     Attributes:
         difference: mean of the kinds' differences.
         low: lower end of the 95% interval, a percentile of the bootstrap.
         high: its upper end.
-        p: two-sided: twice the smaller share of resamples on the other side of zero, at most 1.
-        num_pictures: pairs.
+        p: two-sided: twice the smaller share of resamples on the other side of zero, at most 1, and at least 2^(1-k)
+            where k pairs differ at all: the least that any paired test can give.
+        num_pictures: pairs of images.
     """
 
     difference: float
@@ -66,7 +72,7 @@ def score(verdicts: Verdicts, kinds: Sequence[str]) -> Score:
     """
     means = {kind: np.array([_mean(samples) for samples in verdicts.get(kind, {}).values()]) for kind in kinds}
     shares = {kind: float(values.mean()) if values.size else math.nan for kind, values in means.items()}
-    variance = sum(float(values.var()) / values.size if values.size else math.nan for values in means.values())
+    variance = sum(float(values.var()) / values.size if values.size > 1 else math.nan for values in means.values())
     return Score(
         kinds=shares,
         overall=sum(shares.values()) / len(shares),
@@ -82,11 +88,11 @@ def compare(
 
     Pictures that one of the two lacks are left out.
 
-    Example: two kinds of one prompt each, and `first` better at one of them.
+    Example: six prompts of one kind, and `first` better at all of them; p is 2^-5.
 
-        >>> right, wrong = {0: {0: True}}, {0: {0: False}}
-        >>> compare({"a": right, "b": right}, {"a": wrong, "b": right}, ["a", "b"], num_resamples=99)
-        Difference(difference=0.5, low=0.5, high=0.5, p=0.02, num_pictures=2)
+        >>> right, wrong = ({prompt: {0: correct} for prompt in range(6)} for correct in (True, False))
+        >>> compare({"a": right}, {"a": wrong}, ["a"])
+        Difference(difference=1.0, low=1.0, high=1.0, p=0.03125, num_pictures=6)
     """
     strata: list[list[float]] = []
     num_pictures = 0
@@ -100,25 +106,33 @@ def compare(
 def bootstrap_difference(
     strata: Sequence[Sequence[float]], num_pictures: int, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> Difference:
-    """Mean, 95% interval and p of differences of prompts, `strata[stratum][prompt]`; NaN where a stratum is empty.
+    """Mean, 95% interval and p of differences of prompts, `strata[stratum][prompt]`.
 
+    All are NaN where a stratum is empty or a difference is not finite, interval and p where there are too few prompts.
     Every stratum counts the same, and so does every prompt within its own. `num_pictures` is handed on.
     """
-    if not all(map(len, strata)):
-        return Difference(math.nan, math.nan, math.nan, math.nan, num_pictures)
+    nan, sizes = math.nan, [len(of_prompts) for of_prompts in strata]
+    if not all(sizes) or not all(np.isfinite(of_prompts).all() for of_prompts in strata):
+        return Difference(nan, nan, nan, nan, num_pictures)
+    if min(sizes) < 2 or sum(sizes) < MIN_PAIRS:
+        return Difference(stratified_mean(strata), nan, nan, nan, num_pictures)
     resampled = _resample(strata, num_resamples, seed)
     low, high = np.quantile(resampled, [0.025, 0.975])
     tiny = 1e-12  # sums of fractions that are zero in truth
     below, above = int((resampled <= tiny).sum()), int((resampled >= -tiny).sum())
-    p = min(1.0, 2 * (min(below, above) + 1) / (num_resamples + 1))
+    num_unequal = sum(int((np.abs(of_prompts) > tiny).sum()) for of_prompts in strata)
+    p = min(1.0, max(2 * (min(below, above) + 1) / (num_resamples + 1), 2.0 ** (1 - num_unequal)))
     return Difference(stratified_mean(strata), float(low), float(high), p, num_pictures)
 
 
 def bootstrap_error(strata: Sequence[Sequence[float]], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> float:
     """Standard error of `stratified_mean`: how far the means of resamples spread.
 
-    With n prompts it is sqrt((n - 1) / n) of the usual estimate, as the bootstrap's is: 0 for a single prompt.
+    With n prompts it is sqrt((n - 1) / n) of the usual estimate, as the bootstrap's is. NaN where a stratum has one
+    prompt, which shows no spread.
     """
+    if min(map(len, strata)) < 2:
+        return math.nan
     return float(_resample(strata, num_resamples, seed).std())
 
 

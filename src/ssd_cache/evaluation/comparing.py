@@ -6,6 +6,7 @@ known to those who name the files. Reading is `prompt_scores.py`'s, the statisti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ class Comparison:
             "num_prompts": len(first.prompts),
             "num_pictures": first.num_pictures,
             "num_resamples": NUM_RESAMPLES,
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [_finite(asdict(row)) for row in self.rows],
         }
 
 
@@ -104,6 +105,13 @@ def compare_results(paths: Sequence[str | Path]) -> Comparison:
             for name, file in zip(names, files, strict=True)
         ),
     )
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _row(task: str, name: str, strata: Sequence[str], file: PromptScores, first: PromptScores) -> Row:

@@ -76,16 +76,21 @@ def claim_folder(root: Path, settings: Mapping[str, Any], prompts: str, *, write
                 "or the settings it was begun with"
             )
     elif write:
-        if root.exists() and (not root.is_dir() or any(path.name != PROMPTS_FILE for path in root.iterdir())):
-            raise ExportError(
-                f"{root}: it is not empty and has no {SETTINGS_FILE}, so what is there is unknown; give a new folder"
-            )
+        check_unclaimed(root)
         root.mkdir(parents=True, exist_ok=True)
         text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
         write_files({root / PROMPTS_FILE: prompts.encode(), root / SETTINGS_FILE: text.encode()})
     if write:
         for part in root.rglob(".*.part"):  # of a run that was killed while it wrote
             part.unlink(missing_ok=True)
+
+
+def check_unclaimed(root: Path) -> None:
+    """Refuse a folder that has files and no settings; raises ExportError."""
+    if root.exists() and (not root.is_dir() or any(path.name != PROMPTS_FILE for path in root.iterdir())):
+        raise ExportError(
+            f"{root}: it is not empty and has no {SETTINGS_FILE}, so what is there is unknown; give a new folder"
+        )
 
 
 def read_settings(root: Path) -> dict[str, Any]:
@@ -108,6 +113,16 @@ def read_settings(root: Path) -> dict[str, Any]:
     return settings
 
 
+def recorded_batch_size(root: Path) -> int | None:
+    """The batch size that a folder was begun with; None for a folder without settings.
+
+    Raises:
+        ExportError: the settings cannot be read.
+    """
+    found = read_settings(root).get("batch_size")
+    return found if type(found) is int and found > 0 else None
+
+
 def draw_pictures(
     generator: Generator,
     pictures: PictureSet,
@@ -119,11 +134,13 @@ def draw_pictures(
     temperature: float | None = None,
     processes: Processes | None = None,
     progress: bool = True,
+    seed_of_batch: Callable[[int, int], int] = draw_seed,
+    title: str = "drawing",
 ) -> int:
     """Draw what is missing; returns how many pictures this process drew.
 
     Picture number n belongs to batch n // batch_size, always, and a batch's draws of chance depend on `seed` and its
-    number alone (`draw_seed`). A batch that is there is passed over. One of which a picture is missing is drawn
+    number alone (`seed_of_batch`). A batch that is there is passed over. One of which a picture is missing is drawn
     whole, and only what was missing is written. So a run that was killed ends with the bytes of an unbroken one,
     every policy gets the same chance, and the first prompts of a file get the pictures that the whole file gives them,
     except in a last batch that is not full.
@@ -138,6 +155,8 @@ def draw_pictures(
         temperature: likewise.
         processes: those that share the batches; this one alone when not given.
         progress: show a bar over visual tokens, in the main process.
+        seed_of_batch: torch's seed, from `seed` and the number of a batch.
+        title: of the bar.
 
     Raises:
         ExportError: a picture can not be written; those before it are kept.
@@ -156,7 +175,7 @@ def draw_pictures(
     own, drawn = todo[processes.index :: processes.count], 0
     with tqdm(
         total=cells * sum(len(batches[index]) for index in own),
-        desc="drawing",
+        desc=title,
         unit=" visual tokens",
         disable=not (progress and processes.is_main),
         mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file gets a line now and then
@@ -168,7 +187,7 @@ def draw_pictures(
                 make_cache(),
                 guidance_scale=guidance_scale,
                 temperature=temperature,
-                seed=draw_seed(seed, index),
+                seed=seed_of_batch(seed, index),
                 on_tokens=bar.update,
             )
             images = generator.to_images(tokens)  # all of them: alone, a picture may be decoded to other last bits

@@ -80,11 +80,11 @@ def find_captioned(folder: str | Path) -> list[Captioned]:
     _check_folder(folder)
     if below := _geneval_folders(folder):
         return [pair for path in below for pair in _geneval_pictures(folder, path)]
+    if (folder / CAPTIONS_FILE).is_file():
+        return _listed(folder)
     if sheets := _sheets(folder):
         prompts = read_dpg_prompts(folder / PROMPTS_FILE)
         return [(picture, prompts[item]) for item in sheets for picture in _quarters(item, sheets[item])]
-    if (folder / CAPTIONS_FILE).is_file():
-        return _listed(folder)
     raise PictureFolderError(
         f"{folder}: nothing says what its pictures are of; give GenEval's layout, a folder of `eval dpg export`, or "
         f'a {CAPTIONS_FILE} beside the pictures with {{"file_name": ..., "prompt": ...}} a line'
@@ -110,7 +110,7 @@ def _geneval_pictures(root: Path, folder: Path) -> list[Captioned]:
 def _sheets(folder: Path) -> dict[str, Path]:
     """Sheets by item id, where a prompt file of `eval dpg export` says that they are sheets."""
     path = folder / PROMPTS_FILE
-    if not path.is_file() or _geneval_folders(folder):
+    if not path.is_file() or (folder / CAPTIONS_FILE).is_file() or _geneval_folders(folder):
         return {}
     prompts = read_dpg_prompts(path)
     return {item_id: sheet for item_id, sheet in find_sheets(folder).items() if item_id in prompts}

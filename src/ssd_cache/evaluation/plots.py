@@ -5,6 +5,7 @@ A figure and its PNG. The numbers come from `tables.py`.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from ssd_cache.analysis.plotting import new_figure, plain_label, to_png
@@ -64,5 +65,6 @@ def _draw_policy(axes: Axes, rows: list[Row], style: dict[str, Any]) -> None:
 
 
 def _band(row: Row) -> tuple[float, float]:
-    middle, half = row.score.overall, BAND * row.score.standard_error
+    error = 0.0 if math.isnan(row.score.standard_error) else row.score.standard_error  # of one prompt a kind: no band
+    middle, half = row.score.overall, BAND * error
     return max(0.0, middle - half), min(1.0, middle + half)

@@ -18,13 +18,18 @@ import torch
 
 from ssd_cache.allocation import fit_heads
 from ssd_cache.budget import Amount
-from ssd_cache.cache import POLICIES, SSDCache
+from ssd_cache.cache import SSDCache
 from ssd_cache.head_map import HeadMap
 from ssd_cache.models import Checkpoint
+from ssd_cache.presets import POLICIES, own_policy, policy_label
 
 RANDOM = re.compile(r"random-(\d{1,9})")
-OWN = ("online", "fitted", "inverted", "random-N")
-"""Compared beside `POLICIES`: labels found while drawing, kinds and slots of each head by `fit_heads`, two controls."""
+DEFAULT = "default"
+"""The head map's own settings; `resolve_policies` puts the policy in its place that they come to."""
+
+OWN = (DEFAULT, "online", "fitted", "inverted", "random-N")
+"""Compared beside `POLICIES`: the map's own settings, labels found while drawing, kinds and slots of each head by
+`fit_heads` at every budget anew, two controls."""
 
 WITHOUT_LABELS = ("full", "h2o", "streaming-llm", "linear", "online")
 """Policies that look at the shape of a head map alone, or bring their labels."""
@@ -51,7 +56,7 @@ def _word(text: str) -> str:
 
 
 SETTINGS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
-    {"buffer": _count, "num_recent": _amount, "num_sinks": _count, "score": _word, "kv_dtype": _word}
+    {"buffer": _count, "num_recent": _amount, "num_sinks": _count, "score": _word, "slots": _word, "kv_dtype": _word}
 )
 """Settings of `SSDCache` that a policy's name may carry, and how each is read."""
 
@@ -61,7 +66,7 @@ class Policy:
     """What is compared: a name, and the settings that its name carries.
 
     Attributes:
-        name: one of `POLICIES`, of `OWN`, or a folder with a head map.
+        name: one of `POLICIES`, of `OWN`, or a folder with a head map, which is used with its own settings.
         settings: settings of `SSDCache` that belong to this policy; they go before those of the whole run.
     """
 
@@ -71,8 +76,7 @@ class Policy:
     @property
     def label(self) -> str:
         """The name with its settings, in one spelling: how the policy is called in results."""
-        settings = ",".join(f"{name}={self.settings[name]}" for name in sorted(self.settings))
-        return f"{self.name}:{settings}" if settings else self.name
+        return policy_label(self.name, self.settings)
 
     @property
     def needs_labels(self) -> bool:
@@ -94,6 +98,8 @@ class Policy:
         Raises:
             ValueError: a setting or budget out of range, or a map that does not fit.
         """
+        if self.name == DEFAULT:
+            return _resolved(self, head_map, settings).make_cache(head_map, budget, **settings)
         settings = {**settings, **self.settings}
         if self.name == "full":
             return SSDCache.from_policy("full", head_map)
@@ -102,7 +108,7 @@ class Policy:
         if self.name == "fitted":
             return SSDCache(fit_heads(head_map, budget), **{"score": "sum", **settings})
         if self.name == "inverted":
-            return SSDCache(~head_map, budget, **settings)
+            return SSDCache(~head_map, budget, **{"slots": "uniform", **settings})
         shape: dict[str, Any] = {"num_layers": head_map.num_layers, "num_kv_heads": head_map.num_kv_heads}
         if self.name == "online":
             labels = HeadMap.online(**shape).with_grid(head_map.grid, head_map.previews)
@@ -120,6 +126,33 @@ def random_map(head_map: HeadMap, seed: int) -> HeadMap:
     order = torch.randperm(labels.numel(), generator=torch.Generator().manual_seed(seed))
     labels = labels[order].view_as(head_map.is_spatial)
     return HeadMap(labels, head_map.grid, previews=head_map.previews, method=f"random, seed {seed}")
+
+
+def resolve_policies(
+    policies: Sequence[Policy], head_map: HeadMap, settings: Mapping[str, Any] = MappingProxyType({})
+) -> list[Policy]:
+    """The policies, each once, with the one that a head map is used with by itself in place of `default`.
+
+    So a name in a table says what ran: `learned`, `ssd:slots=fitted` or `ssd`.
+
+    Args:
+        policies: as `parse_policies` gives them.
+        head_map: of the run.
+        settings: of the whole run; a score among them goes before the map's own.
+    """
+    resolved = [_resolved(policy, head_map, settings) for policy in policies]
+    return list({policy.label: policy for policy in resolved}.values())
+
+
+def _resolved(policy: Policy, head_map: HeadMap, run: Mapping[str, Any]) -> Policy:
+    if policy.name != DEFAULT:
+        return policy
+    own = {name: value for name, value in policy.settings.items() if name != "slots"}
+    score = own.get("score", run.get("score"))
+    name, settings = own_policy(head_map, slots=policy.settings.get("slots"), score=score)
+    if own.get("score") == {"learned": "learned", "ssd": "sum"}[name]:  # the name says it
+        del own["score"]
+    return Policy(name, MappingProxyType(own | settings))
 
 
 def choose_head_map(checkpoint: Checkpoint, name: str | None, policies: Sequence[Policy]) -> HeadMap:
@@ -147,8 +180,7 @@ def choose_head_map(checkpoint: Checkpoint, name: str | None, policies: Sequence
 
 def mean_slots(cache: SSDCache) -> float:
     """Visual tokens that a head of the cache may hold, on average over its heads."""
-    held = [slots for layer in cache.layers for slots in layer.plan.num_slots]
-    return sum(held) / len(held)
+    return cache.mean_slots
 
 
 def parse_policies(text: str) -> list[Policy]:

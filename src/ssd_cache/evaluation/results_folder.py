@@ -60,6 +60,18 @@ def read_run(folder: Path) -> dict[str, Any]:
     return run
 
 
+def recorded_batch_size(folder: Path) -> int | None:
+    """The batch size of the results in a folder; None for a folder without results.
+
+    Raises:
+        ResultsError: `run.json` cannot be read.
+    """
+    if not (folder / RUN_FILE).exists():
+        return None
+    found = read_run(folder)["conditions"].get("batch_size")
+    return found if type(found) is int and found > 0 else None
+
+
 def read_reported_run(folder: Path) -> dict[str, Any]:
     """As `read_run`, with everything that a report says of a run.
 

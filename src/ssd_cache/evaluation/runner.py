@@ -72,8 +72,8 @@ class Plan:
                 cache = self.make_cache(policy, budget)
                 # what is fitted differs from budget to budget, and follows from the run's own map
                 entry["head_map"] = digest_of(self.head_map if policy.name == "fitted" else cache.head_map)
-                is_list = isinstance(cache.budget, list)
-                entry["slots"][str(budget)] = cache.budget if is_list else int(mean_slots(cache))
+                by_head = [list(layer) for layer in cache.num_slots]
+                entry["slots"][str(budget)] = int(mean_slots(cache)) if cache.slots == "uniform" else by_head
             described[policy.label] = entry
         return described
 

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ssd_cache.budget import Amount
-from ssd_cache.evaluation.bootstrap import NUM_RESAMPLES, Difference, Score, compare, score
+from ssd_cache.evaluation.bootstrap import MIN_PAIRS, NUM_RESAMPLES, Difference, Score, compare, score
 from ssd_cache.evaluation.records import Record
 from ssd_cache.evaluation.runner import budget_name
 from ssd_cache.markdown import code_block, escape
 from ssd_cache.shapes import KINDS
 
-FULL, OURS = "full", ("fitted:score=learned", "learned", "ssd", "fitted")
+FULL, OURS = "full", ("fitted:score=learned", "learned", "ssd:slots=fitted", "ssd", "fitted")
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def difference_table(summary: Summary) -> str:
         found = entry.difference
         lines.append(
             f"| {escape(entry.policy)} | {escape(entry.against)} | {budget_name(entry.budget)} | "
-            f"{_number(found.difference, 3, signed=True)} | {_number(found.low, 3, signed=True)} to "
-            f"{_number(found.high, 3, signed=True)} | {p_text(found.p)} | {found.num_pictures} |"
+            f"{_number(found.difference, 3, signed=True)} | {interval_text(found, 3)} | {p_text(found.p)} | "
+            f"{found.num_pictures} |"
         )
     return "\n".join(lines)
 
@@ -110,13 +110,14 @@ def to_markdown(summary: Summary) -> str:
     facts = summary.run["conditions"].items()
     conditions = "\n".join(f"- {escape(name)}: {escape(_plain(value))}" for name, value in facts)
     policies = "\n".join(
-        f"- {escape(label)}: head map {escape(entry['head_map'])}, {escape(_plain(entry['settings']) or 'no settings')}"
+        f"- {escape(label)}: head map {escape(entry['head_map'])}, {escape(_slots(entry['slots']))}, "
+        f"{escape(_plain(entry['settings']) or 'no settings')}"
         for label, entry in summary.run["policies"].items()
     )
     differences = (
         "## Paired differences\n\n"
         f"Of overall. Paired bootstrap over prompts within kinds, {NUM_RESAMPLES} resamples: 95% percentile interval "
-        f"and two-sided p, not corrected for their number.\n\n{difference_table(summary)}\n\n"
+        f"and two-sided p, not corrected for their number; {TOO_FEW}.\n\n{difference_table(summary)}\n\n"
     )
     return (
         "# Shapes: share of correct pictures\n\n"
@@ -177,8 +178,17 @@ def commands(summary: Summary) -> list[str]:
     ]
 
 
+TOO_FEW = f"- where there are fewer than {MIN_PAIRS} prompts, or one in a kind: too few to tell"
+"""What tables say of an interval and p that are not there."""
+
+
+def interval_text(found: Difference, digits: int) -> str:
+    """An interval as tables show it: "-" where there are too few pairs for one."""
+    return "-" if math.isnan(found.low) else f"{found.low:+.{digits}f} to {found.high:+.{digits}f}"
+
+
 def p_text(value: float) -> str:
-    """A p as tables show it: three digits, and below them no more than that."""
+    """A p as tables show it: three digits, and below them no more than that; "-" where there are too few pairs."""
     if math.isnan(value):
         return "-"
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
@@ -198,6 +208,11 @@ def _number(value: float, digits: int, signed: bool = False) -> str:
 
 def _plain(value: Any) -> str:
     return ", ".join(f"{name} {entry}" for name, entry in value.items()) if isinstance(value, dict) else str(value)
+
+
+def _slots(by_budget: Mapping[str, Any]) -> str:
+    is_equal = all(isinstance(slots, int) for slots in by_budget.values())
+    return "the same slots in every head" if is_equal else "slots head by head"
 
 
 def _finite(value: Any) -> Any:

@@ -19,6 +19,7 @@ from transformers import AutoConfig, Cache, DynamicCache, PreTrainedConfig, PreT
 
 from ssd_cache._compat import CACHE
 from ssd_cache.attention import NAME
+from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.base import Checkpoint, Generator
 from ssd_cache.models.settings import GeneratorError
 
@@ -100,7 +101,7 @@ class DeepSeekJanusGenerator(Generator):
 
     @staticmethod
     def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
-        return IMAGE_SIZE // PATCH_SIZE, IMAGE_SIZE // PATCH_SIZE
+        return GRIDS["multi_modality"].grid_of(config)
 
     @staticmethod
     def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -22,6 +22,7 @@ from transformers import (
 from ssd_cache._compat import CACHE
 from ssd_cache.attention import NAME
 from ssd_cache.guidance import batched_guidance
+from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.base import Checkpoint, Generator, call_settings
 
 CLOSING = ("eof_token", "eoi_token", "eos_token")
@@ -38,13 +39,13 @@ class Emu3Generator(Generator):
     """`Emu3ForConditionalGeneration` as a generator; guidance doubles its rows, [conditional; unconditional]."""
 
     default_guidance = 3.0
-    is_resizable = True
+    is_resizable = GRIDS["emu3"].is_resizable
     negative_prompt = NEGATIVE_PROMPT
 
     @staticmethod
     def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
         """90 rows of 90 visual tokens and an end-of-line token, for 720 x 720 pixels."""
-        return 90, 91
+        return GRIDS["emu3"].grid_of(config)
 
     @staticmethod
     def draws(call: Mapping[str, Any]) -> bool:

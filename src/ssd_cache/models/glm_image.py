@@ -6,7 +6,6 @@ It draws tokens; pictures are made of them by the diffusion part, in diffusers' 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers import (
 
 from ssd_cache._compat import CACHE
 from ssd_cache.attention import NAME
+from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.base import Checkpoint, Generator, call_settings
 
 PATCH = 32
@@ -30,7 +30,7 @@ class GlmImageGenerator(Generator):
     """`GlmImageForConditionalGeneration` as a generator of tokens, the preview's first; its rows are the prompts'."""
 
     default_guidance = None
-    is_resizable = True
+    is_resizable = GRIDS["glm_image"].is_resizable
     no_pictures = (
         "they become pictures in GLM-Image's diffusion part: load diffusers' GlmImagePipeline, and call pipe(...) "
         "inside `with ssd_cache.enable(pipe.vision_language_encoder, ...)`"
@@ -39,13 +39,12 @@ class GlmImageGenerator(Generator):
     @staticmethod
     def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
         """36 x 24, for the processor's own 1152 x 768 pixels."""
-        return 36, 24
+        return GRIDS["glm_image"].grid_of(config)
 
     @staticmethod
     def previews_of(grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
         """About 256 cells in the picture's proportions, as the processor works them out."""
-        ratio = grid[0] / grid[1]
-        return ((int(math.sqrt(ratio) * (PATCH // 2)), int(math.sqrt(1 / ratio) * (PATCH // 2))),)
+        return GRIDS["glm_image"].previews_of(grid)
 
     @staticmethod
     def rasters_of_call(call: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]] | None:

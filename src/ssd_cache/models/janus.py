@@ -21,6 +21,7 @@ from transformers import (
 
 from ssd_cache._compat import CACHE
 from ssd_cache.attention import NAME
+from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.base import Checkpoint, Generator, call_settings
 
 DECODE_BATCH = 4
@@ -34,8 +35,7 @@ class JanusGenerator(Generator):
 
     @staticmethod
     def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        return side, side
+        return GRIDS["janus"].grid_of(config)
 
     @staticmethod
     def draws(call: Mapping[str, Any]) -> bool:

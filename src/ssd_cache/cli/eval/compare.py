@@ -17,7 +17,7 @@ from ssd_cache.cli.files import check_place
 from ssd_cache.evaluation.bootstrap import NUM_RESAMPLES
 from ssd_cache.evaluation.comparing import Comparison, Row, compare_results
 from ssd_cache.evaluation.prompt_scores import GENEVAL
-from ssd_cache.evaluation.tables import p_text
+from ssd_cache.evaluation.tables import TOO_FEW, interval_text, p_text
 
 
 def compare(
@@ -70,7 +70,7 @@ def _report(comparison: Comparison) -> Report:
         notes=(
             f"{len(first.prompts)} prompts, {first.num_pictures} pictures each",
             f"paired bootstrap over prompts{within}, {NUM_RESAMPLES} resamples: standard errors, 95% percentile "
-            "intervals, and two-sided p, not corrected for how many there are",
+            f"intervals, and two-sided p, not corrected for how many there are; {TOO_FEW}",
             f"judged by: {judge}",
             f"files: {', '.join(str(file.path) for file in comparison.files)}",
         ),
@@ -83,5 +83,4 @@ def _cells(row: Row, digits: int) -> tuple[str, ...]:
     if row.difference is None:
         return (*score, "", "", "")
     found = row.difference
-    interval = f"{found.low:+.{digits}f} to {found.high:+.{digits}f}"
-    return (*score, f"{found.difference:+.{digits}f}", interval, p_text(found.p))
+    return (*score, f"{found.difference:+.{digits}f}", interval_text(found, digits), p_text(found.p))

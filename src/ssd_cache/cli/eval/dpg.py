@@ -41,6 +41,7 @@ from ssd_cache.evaluation.dpg import (
     score_sheets,
 )
 from ssd_cache.evaluation.export import PROMPTS_FILE, read_settings
+from ssd_cache.evaluation.policies import DEFAULT
 from ssd_cache.models import BUNDLED
 
 app = typer.Typer()
@@ -64,9 +65,9 @@ def export_dpg(
     model: ModelName = BUNDLED,
     grid: Grid = None,
     head_map: HeadMapName = None,
-    policy: PolicyName = "ssd",
-    budget: BudgetText = "0.2",
-    batch_size: BatchSize = 16,
+    policy: PolicyName = DEFAULT,
+    budget: BudgetText = None,
+    batch_size: BatchSize = None,
     guidance: Guidance = None,
     temperature: Temperature = None,
     seed: ExportSeed = 42,

@@ -7,6 +7,7 @@ All that can be refused is refused before weights are loaded. How a batch is dra
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ssd_cache.batching import default_batch_size
 from ssd_cache.budget import check_count
+from ssd_cache.cache import SSDCache
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.eval.options import CACHE
 from ssd_cache.cli.files import check_place
@@ -24,11 +27,15 @@ from ssd_cache.cli.loading import find_model, load_generator
 from ssd_cache.cli.options import SAMPLING
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.evaluation.conditions import drawing_conditions
-from ssd_cache.evaluation.export import PictureSet, claim_folder, draw_pictures
-from ssd_cache.evaluation.policies import SETTINGS, choose_head_map, mean_slots, parse_policy
-from ssd_cache.models import check_drawing, resolve_device, resolve_dtype
+from ssd_cache.evaluation.export import PictureSet, check_unclaimed, claim_folder, draw_pictures, recorded_batch_size
+from ssd_cache.evaluation.policies import SETTINGS, choose_head_map, mean_slots, parse_policy, resolve_policies
+from ssd_cache.models import Generator, check_drawing, resolve_device, resolve_dtype
 from ssd_cache.models.find import find_folder
+from ssd_cache.presets import equal_budget
 from ssd_cache.profiling_state import Processes
+
+EXPORT_BATCH_SIZE = 16
+"""Images at once where memory suffices; a multiple of the units of both benchmarks."""
 
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="The folder of the pictures.", metavar="FOLDER", show_default=False)
@@ -36,21 +43,29 @@ Output = Annotated[
 PolicyName = Annotated[
     str,
     typer.Option(
-        help="What is kept: full, ssd, h2o, streaming-llm, ..., with settings as in ssd:buffer=8.",
+        help="What is kept: full, ssd, h2o, streaming-llm, ..., with settings as in ssd:buffer=8; default is what the "
+        "head map is used with by itself, and is recorded under its exact name.",
         metavar="NAME",
         rich_help_panel=CACHE,
     ),
 ]
 BudgetText = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="Visual tokens a head may hold: a fraction of the grid, or a count (115).",
         metavar="X",
+        show_default="what the head map was fitted to, or 0.2",
         rich_help_panel=CACHE,
     ),
 ]
 BatchSize = Annotated[
-    int, typer.Option(help="Pictures drawn at once; part of the settings.", metavar="N", rich_help_panel=SAMPLING)
+    int | None,
+    typer.Option(
+        help="Images at once; part of the settings.",
+        metavar="N",
+        show_default=f"{EXPORT_BATCH_SIZE}, or fewer if memory is short",
+        rich_help_panel=SAMPLING,
+    ),
 ]
 ExportSeed = Annotated[
     int, typer.Option(help="With a batch's number it gives the batch's seed.", metavar="N", rich_help_panel=SAMPLING)
@@ -65,9 +80,9 @@ class Options:
     grid: str | None
     head_map: str | None
     policy: str
-    budget: str
+    budget: str | None
     output: Path
-    batch_size: int
+    batch_size: int | None
     guidance: float | None
     temperature: float | None
     seed: int
@@ -93,15 +108,14 @@ def export(
         num_samples: pictures of a prompt.
         options: the rest.
     """
-    amount = parse_budget(options.budget)
+    budget = None if options.budget is None else parse_budget(options.budget)
     with refusing():
         policy = parse_policy(options.policy)
         check_drawing(options.guidance, options.temperature, options.seed)
-        check_count("batch_size", options.batch_size, 1)
-        if options.batch_size % pictures.unit:
+        wanted = options.batch_size
+        if wanted is not None and check_count("batch_size", wanted, 1) % pictures.unit:
             raise WrongUse(
-                f"--batch-size {options.batch_size}: {pictures.unit} pictures are written as one; give a multiple of "
-                f"{pictures.unit}"
+                f"--batch-size {wanted}: {pictures.unit} images are written as one; give a multiple of {pictures.unit}"
             )
         check_place("--output", options.output, is_folder=True)
         processes = Processes()
@@ -110,14 +124,25 @@ def export(
         checkpoint = find_model(options.model, options.grid)
         checkpoint.check_pictures()
         labels = choose_head_map(checkpoint, options.head_map, [policy])
-        [amount] = policy.budgets([amount])
+        [policy] = resolve_policies([policy], labels)
+        [amount] = policy.budgets([equal_budget(labels) if budget is None else budget])
         cache = policy.make_cache(labels, amount)
+        generator: Generator | None = None
+        batch_size = wanted or processes.gather_all(recorded_batch_size(pictures.root))[0]
+        if batch_size is None:  # it depends on the memory that the weights leave
+            check_unclaimed(pictures.root)
+            generator = load_generator(checkpoint, kind, where)
+            # reckoned with a full cache, so that the folders of all policies have one batch size
+            batch_size = default_batch_size(
+                generator, pictures.texts, EXPORT_BATCH_SIZE, unit=pictures.unit, processes=processes
+            )
         settings: dict[str, Any] = {
             "format": f"ssd-cache {bench} export 1",
             "model": checkpoint.name,
             "policy": policy.label,
             "budget": amount,
             "num_slots": mean_slots(cache),
+            **_slots_entry(cache),
             "head_map": "online" if cache.head_map.is_online else cache.head_map.digest,
             "seed": options.seed,
             "num_prompts": len(tagged),
@@ -127,21 +152,21 @@ def export(
                 tagged,
                 dtype=kind,
                 device=where,
-                batch_size=options.batch_size,
+                batch_size=batch_size,
                 guidance_scale=options.guidance,
                 temperature=options.temperature,
-                settings={name: getattr(cache, name) for name in SETTINGS},
+                settings={name: getattr(cache, name) for name in SETTINGS if name != "slots"},
             ),
         }
         processes.check_agreement(settings | {"prompts": hashlib.sha256(prompts.encode()).hexdigest()})
         claim_folder(pictures.root, settings, prompts, write=processes.is_main)
-    generator = load_generator(checkpoint, kind, where)
+    generator = generator or load_generator(checkpoint, kind, where)
     try:
         drawn = draw_pictures(
             generator,
             pictures,
             lambda: policy.make_cache(labels, amount),
-            batch_size=options.batch_size,
+            batch_size=batch_size,
             seed=options.seed,
             guidance_scale=options.guidance,
             temperature=options.temperature,
@@ -160,14 +185,23 @@ def export(
         )
 
 
+def _slots_entry(cache: SSDCache) -> dict[str, Any]:
+    """Which slots each head has, where they are not equal: nothing for equal ones, as folders had it before."""
+    if cache.slots == "uniform":
+        return {}
+    digest = hashlib.sha256(json.dumps(cache.num_slots).encode()).hexdigest()[:12]
+    return {"slots": f"{cache.slots} {digest}"}
+
+
 def described(settings: Mapping[str, Any]) -> str:
     """The settings of an export in one line, for tables; what an unknown program drew is said to be unknown."""
     if not settings:
         return "drawn by another program, settings unknown"
     budget, slots = settings["budget"], settings["num_slots"]
     share = f"{budget:.0%} of the visual tokens" if isinstance(budget, float) else f"{budget} visual tokens"
+    shared = "head by head, " if "slots" in settings else ""
     return (
-        f"{settings['model']}, policy {settings['policy']}, budget {share} ({slots:g} slots a head in "
+        f"{settings['model']}, policy {settings['policy']}, budget {share} ({shared}{slots:g} slots a head in "
         f"every row of guidance, the prompt not counted), map {settings['head_map']}, seed {settings['seed']}, "
         f"guidance {settings['guidance_scale']:g}, temperature {settings['temperature']:g}, {settings['dtype']}"
     )

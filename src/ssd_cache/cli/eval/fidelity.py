@@ -20,13 +20,13 @@ from rich.table import Table
 from ssd_cache.analysis.plotting import check_packages
 from ssd_cache.budget import Amount, check_count
 from ssd_cache.cache import SSDCache
-from ssd_cache.cli.errors import Failure, WrongUse, refusing
+from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.eval.options import (
-    Budgets,
     Buffer,
     HeadMapName,
     NumRecent,
     NumSinks,
+    OwnBudgets,
     Policies,
     ScoreName,
     cache_settings,
@@ -45,11 +45,21 @@ from ssd_cache.cli.options import (
     Prompts,
     PromptsFile,
 )
+from ssd_cache.cli.resuming import Resume, StateFile
 from ssd_cache.evaluation.conditions import drawing_conditions
-from ssd_cache.evaluation.fidelity import Fidelity, measure_fidelity, write_fidelity
+from ssd_cache.evaluation.fidelity import Fidelity, write_fidelity
 from ssd_cache.evaluation.fidelity.measure import check_settings
-from ssd_cache.evaluation.policies import Policy, choose_head_map, mean_slots, parse_policies
+from ssd_cache.evaluation.fidelity.parts import measure_in_parts
+from ssd_cache.evaluation.policies import (
+    DEFAULT,
+    Policy,
+    choose_head_map,
+    mean_slots,
+    parse_policies,
+    resolve_policies,
+)
 from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
+from ssd_cache.presets import equal_budget
 
 PROMPTS = (
     "a photo of a red circle and a blue square",
@@ -69,8 +79,12 @@ def fidelity(
     num_images: Annotated[
         int, typer.Option(help="Pictures in all, at once: the first prompts, and then round again.", metavar="N")
     ] = 4,
-    policies: Policies = "ssd,h2o,streaming-llm",
-    budgets: Budgets = "0.2",
+    batch_size: Annotated[
+        int, typer.Option(help="Images compared at once; each part is saved when it is finished.", metavar="N")
+    ] = 4,
+    resume: Resume = None,
+    policies: Policies = f"{DEFAULT},h2o,streaming-llm",
+    budgets: OwnBudgets = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="A folder for fidelity.json and fidelity.png.", metavar="FOLDER")
     ] = Path("fidelity"),
@@ -92,19 +106,24 @@ def fidelity(
     Draws a few pictures with a full cache and feeds the same tokens to every
     policy. Tells how far the next token's distribution moves, how wrong the
     attention's output gets, and how much attention fell on what heads hold.
+    Stop it at any point: the same command resumes it.
     """
     texts = read_prompts(prompts or [], prompts_file) if prompts or prompts_file else list(PROMPTS)
     check_place("--output", output, is_folder=True)
+    state = StateFile(resume, output)
     with refusing():
         check_count("num_images", num_images, 1)
+        check_count("batch_size", batch_size, 1)
         check_settings(guidance, temperature, seed)
         where = resolve_device(device)
         kind = resolve_dtype(dtype, where)
         chosen = parse_policies(policies)
-        amounts = parse_budgets(budgets)
+        given = None if budgets is None else parse_budgets(budgets)
         checkpoint = find_model(model, grid)
         labels = choose_head_map(checkpoint, head_map, chosen)
         settings = cache_settings(buffer, num_recent, num_sinks, score)
+        chosen = resolve_policies(chosen, labels, settings)
+        amounts = [equal_budget(labels)] if given is None else given
         cells = labels.num_visual_tokens
         for amount in amounts:
             if isinstance(amount, int) and amount > cells:
@@ -141,18 +160,21 @@ def fidelity(
     }
     generator = load_generator(checkpoint, kind, where)
     started = time.perf_counter()
-    try:
-        results = measure_fidelity(
+
+    def measure(path: Path) -> dict[str, Fidelity]:
+        return measure_in_parts(
             generator,
             drawn,
-            {name: partial(_same, cache) for name, cache in caches.items()},
+            {name: partial(_reset, cache) for name, cache in caches.items()},
+            batch_size=batch_size,
+            state_file=path,
             seed=seed,
             guidance_scale=guidance,
             temperature=temperature,
             progress=True,
         )
-    except ValueError as error:  # a prompt that does not fit, NaN: each says what to do
-        raise Failure(str(error)) from error
+
+    results = state.run(measure)
     conditions["seconds"] = round(time.perf_counter() - started, 1)
     paths = write_fidelity(results, output, conditions)
     console = Console(highlight=False, markup=False)
@@ -160,8 +182,9 @@ def fidelity(
     console.print(f"wrote {' and '.join(path.name for path in paths)} in {output}", soft_wrap=True)
 
 
-def _same(cache: SSDCache) -> SSDCache:
-    """The cache that was checked, so that what it warns of is said once."""
+def _reset(cache: SSDCache) -> SSDCache:
+    """The cache that was checked, ready for the next part, so that its warnings are shown once."""
+    cache.reset()
     return cache
 
 
@@ -182,6 +205,7 @@ def _facts(case: Case, cache: SSDCache) -> dict[str, Any]:
         "policy": policy.label,
         "budget": amount,
         "num_slots": mean_slots(cache),
+        "slots": cache.slots,
         "buffer": cache.buffer,
         "num_recent": cache.num_recent,
         "num_sinks": cache.num_sinks,

@@ -42,6 +42,7 @@ from ssd_cache.evaluation.geneval import (
     read_prompts,
     score_folder,
 )
+from ssd_cache.evaluation.policies import DEFAULT
 from ssd_cache.models import BUNDLED
 
 app = typer.Typer()
@@ -66,9 +67,9 @@ def export_geneval(
     model: ModelName = BUNDLED,
     grid: Grid = None,
     head_map: HeadMapName = None,
-    policy: PolicyName = "ssd",
-    budget: BudgetText = "0.2",
-    batch_size: BatchSize = 16,
+    policy: PolicyName = DEFAULT,
+    budget: BudgetText = None,
+    batch_size: BatchSize = None,
     guidance: Guidance = None,
     temperature: Temperature = None,
     seed: ExportSeed = 42,

@@ -10,22 +10,23 @@ from typing import Annotated, Any
 import typer
 
 from ssd_cache.budget import Amount
-from ssd_cache.cache import POLICIES
 from ssd_cache.cli.errors import WrongUse
 from ssd_cache.cli.options import MODEL
 from ssd_cache.cli.plan import parse_budget
-from ssd_cache.evaluation.policies import OWN, SETTINGS
+from ssd_cache.evaluation.policies import DEFAULT, OWN, SETTINGS
+from ssd_cache.presets import POLICIES
 from ssd_cache.retention import SCORES
 
 CACHE = "Cache"
 
-DEFAULT_POLICIES = ",".join(name for name in POLICIES if name != "learned")  # few maps carry a score
+DEFAULT_POLICIES = ",".join(["full", DEFAULT, *(name for name in POLICIES if name not in ("full", "learned"))])
 
 Policies = Annotated[
     str,
     typer.Option(
-        help=f"What to compare: {', '.join((*POLICIES, *OWN))}, a folder with a head map. Settings of its own go "
-        "behind a colon: ssd:num_recent=0.5,buffer=8.",
+        help=f"What to compare: {', '.join((*POLICIES, *OWN))}, a folder with a head map. default is what the head map "
+        "is used with by itself, and is shown under its exact name. Settings of a policy's own go behind a colon: "
+        "ssd:num_recent=0.5,buffer=8.",
         metavar="NAME,NAME",
         rich_help_panel=CACHE,
     ),
@@ -35,6 +36,15 @@ Budgets = Annotated[
     typer.Option(
         help="Visual tokens a head may hold: fractions of the grid, or counts (115). full has one, everything.",
         metavar="X,X",
+        rich_help_panel=CACHE,
+    ),
+]
+OwnBudgets = Annotated[
+    str | None,
+    typer.Option(
+        help="Visual tokens a head may hold: fractions of the grid, or counts (115). full has one, everything.",
+        metavar="X,X",
+        show_default="what the head map was fitted to, or 0.2",
         rich_help_panel=CACHE,
     ),
 ]

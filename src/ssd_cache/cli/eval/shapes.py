@@ -5,12 +5,14 @@ Options and the order of work: everything that can be refused is refused before 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from ssd_cache.batching import default_batch_size
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.eval.options import (
     DEFAULT_POLICIES,
@@ -29,13 +31,16 @@ from ssd_cache.cli.eval.report import finish
 from ssd_cache.cli.loading import load_generator
 from ssd_cache.cli.options import SAMPLING, Device, Dtype, Guidance, ModelName, Temperature
 from ssd_cache.evaluation.conditions import drawing_conditions
-from ssd_cache.evaluation.policies import choose_head_map, parse_policies
+from ssd_cache.evaluation.policies import choose_head_map, parse_policies, resolve_policies
 from ssd_cache.evaluation.records import read_records
-from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder
+from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder, check_folder, recorded_batch_size
 from ssd_cache.evaluation.runner import Plan
 from ssd_cache.evaluation.shapes import check_model, run_shapes, shapes_prompts
-from ssd_cache.models import BUNDLED, check_drawing, find_generator, resolve_device, resolve_dtype
+from ssd_cache.models import BUNDLED, Generator, check_drawing, find_generator, resolve_device, resolve_dtype
 from ssd_cache.profiling_state import Processes
+
+BATCH_SIZE = 60
+"""Images at once where memory suffices."""
 
 
 def shapes(
@@ -59,8 +64,14 @@ def shapes(
     guidance: Guidance = None,
     temperature: Temperature = None,
     batch_size: Annotated[
-        int, typer.Option(help="Pictures drawn at once.", metavar="N", rich_help_panel=SAMPLING)
-    ] = 60,
+        int | None,
+        typer.Option(
+            help="Images at once; part of the conditions.",
+            metavar="N",
+            show_default=f"{BATCH_SIZE}, or fewer if memory is short",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
 ) -> None:
     """Score cache policies on shapes-janus: captions drawn with the same seeds, judged exactly.
 
@@ -70,7 +81,7 @@ def shapes(
     `accelerate launch -m ssd_cache.cli eval shapes ...`.
     """
     for option, number in (("--num-per-kind", num_per_kind), ("--batch-size", batch_size)):
-        if number < 1:
+        if number is not None and number < 1:
             raise WrongUse(f"{option} {number}: give a whole number from 1 up")
     if output.exists() and not output.is_dir():
         raise WrongUse(f"--output {output} is a file; give a folder")
@@ -81,16 +92,27 @@ def shapes(
         kind = resolve_dtype(dtype, where)
         checkpoint = find_generator(model)
         check_model(checkpoint)
+        settings = cache_settings(buffer, num_recent, num_sinks, score)
         chosen = parse_policies(policies)
+        labels = choose_head_map(checkpoint, head_map, chosen)
         plan = Plan(
-            policies=chosen,
+            policies=resolve_policies(chosen, labels, settings),
             budgets=_budgets(budgets, checkpoint.grid),
             seeds=parse_seeds(seeds),
             prompts=shapes_prompts(num_per_kind, prompt_seed),
-            batch_size=batch_size,
-            head_map=choose_head_map(checkpoint, head_map, chosen),
-            settings=cache_settings(buffer, num_recent, num_sinks, score),
+            batch_size=batch_size or BATCH_SIZE,
+            head_map=labels,
+            settings=settings,
         )
+        described = plan.describe()
+        generator: Generator | None = None
+        size = batch_size or processes.gather_all(recorded_batch_size(output))[0]
+        if size is None:  # it depends on the memory that the weights leave
+            check_folder(output, {})
+            generator = load_generator(checkpoint, kind, where)
+            texts = [text for _, text in plan.prompts]
+            size = default_batch_size(generator, texts, BATCH_SIZE, processes=processes)
+        plan = replace(plan, batch_size=size)
         run: dict[str, Any] = {
             "conditions": {
                 "bench": "shapes",
@@ -101,13 +123,13 @@ def shapes(
                     plan.prompts,
                     dtype=kind,
                     device=where,
-                    batch_size=batch_size,
+                    batch_size=size,
                     guidance_scale=guidance,
                     temperature=temperature,
                     settings=plan.settings,
                 ),
             },
-            "policies": plan.describe(),
+            "policies": described,
             "command": {"model": model, "head_map": head_map},
         }
         processes.check_agreement(run["conditions"] | {"policies": run["policies"]})
@@ -116,7 +138,7 @@ def shapes(
         with results:
             if plan.share(processes.index, processes.count, results.done)[1]:
                 run_shapes(
-                    load_generator(checkpoint, kind, where),
+                    generator or load_generator(checkpoint, kind, where),
                     plan,
                     results,
                     guidance_scale=guidance,

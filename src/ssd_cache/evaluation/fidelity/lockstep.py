@@ -15,7 +15,7 @@ import torch
 from ssd_cache._compat import CACHE, take_cache
 from ssd_cache.cache import SSDCache
 from ssd_cache.layer import SSDLayer
-from ssd_cache.likelihood import kl_divergence, log_probabilities
+from ssd_cache.likelihood import certain_scores, kl_divergence, log_probabilities
 from ssd_cache.models import Generator, GeneratorError
 from ssd_cache.watching import WatchingCache
 
@@ -157,18 +157,12 @@ class Lockstep:
 
     def _forced(self, output: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Scores shaped as the head's under which the likeliest token is the given one, guidance or not."""
-        token = tokens[:, self.step + 1].to(output.device)
         if (limit := output.shape[-1]) <= tokens.max():
             raise GeneratorError(
                 f"tokens hold {int(tokens.max())}, but {self.generator.checkpoint.name} has {limit} visual tokens, "
                 "counted from 0"
             )
-        rows = torch.empty(len(output), dtype=token.dtype, device=token.device)
-        for branch in (self.is_unconditional, ~self.is_unconditional):
-            if branch.any():
-                rows[branch.to(rows.device)] = token
-        index = rows.view(-1, *[1] * (output.ndim - 1)).expand(*output.shape[:-1], 1)
-        return torch.zeros_like(output).scatter_(-1, index, 100.0)
+        return certain_scores(output, tokens[:, self.step + 1], self.is_unconditional)
 
 
 def retained_share(weights: torch.Tensor, layer: SSDLayer) -> torch.Tensor:

@@ -6,7 +6,8 @@ Numbers only; `lockstep.py` measures them, `figure.py` draws them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -88,3 +89,20 @@ class Fidelity:
         *lengths, last = row_lengths(self.grid, self.previews)
         parts = values.split([*lengths, last - 1])
         return torch.stack([part.double().mean(0) for part in parts if len(part)])
+
+
+def merge(parts: Sequence[Fidelity]) -> Fidelity:
+    """The result over the images of all parts, which are of one cache; means over rows are weighted by images."""
+    total = sum(len(part.tokens) for part in parts)
+
+    def mean(name: str) -> torch.Tensor:
+        return torch.stack([getattr(part, name) * (len(part.tokens) / total) for part in parts]).sum(0)
+
+    return replace(
+        parts[0],
+        tokens=torch.cat([part.tokens for part in parts]),
+        kl=torch.cat([part.kl for part in parts]),
+        agrees=torch.cat([part.agrees for part in parts]),
+        attention_error=mean("attention_error"),
+        retained=mean("retained"),
+    )

@@ -1,0 +1,85 @@
+"""Runs that can be interrupted and resumed: where their state file lies, and the line that says how to go on.
+
+Used by the commands that measure or learn. What a state file holds is in `ssd_cache.run_state`.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from ssd_cache.cli.errors import Failure
+from ssd_cache.cli.files import check_place
+from ssd_cache.run_state import OtherRunError, is_finished
+
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        help="The state file: finished parts are saved there, and the same command resumes from it.",
+        metavar="FILE",
+        show_default="OUTPUT.state",
+    ),
+]
+
+Result = TypeVar("Result")
+
+
+class StateFile:
+    """The state file of a command, which lies beside the output unless `--resume` names another place.
+
+    Raises:
+        WrongUse: a place that cannot be written.
+    """
+
+    def __init__(self, resume: Path | None, output: Path):
+        if resume is not None:
+            check_place("--resume", resume, is_folder=False)
+        self.is_default = resume is None
+        self.path = Path(f"{output.expanduser().absolute()}.state") if resume is None else resume
+
+    def run(self, work: Callable[[Path], Result]) -> Result:
+        """The result of `work`, which is given the path of the file, saves its state there and resumes from it.
+
+        A finished state of other settings is replaced when it lies in the default place: it belongs to an older run
+        with the same output.
+
+        Raises:
+            Failure: the run was interrupted, or it cannot start or finish; the message names the remedy.
+        """
+        with _interruptible(self.path):
+            try:
+                try:
+                    return work(self.path)
+                except OtherRunError:
+                    if not self.is_default or not is_finished(self.path):
+                        raise
+                    self.path.unlink()
+                    return work(self.path)
+            except ValueError as error:  # NaN, a prompt too long, another run's state, a full disk
+                raise Failure(str(error)) from error
+
+
+@contextmanager
+def _interruptible(path: Path) -> Iterator[None]:
+    """Treat SIGTERM like Ctrl-C, so that the run can save its state, and end both with one line."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = None
+    if threading.current_thread() is threading.main_thread():  # no other thread may set a handler
+        before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        kept = f"{path} keeps the finished parts" if path.exists() else "nothing was finished yet"
+        raise Failure(f"interrupted; {kept}: run the same command again to go on") from error
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

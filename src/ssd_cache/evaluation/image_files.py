@@ -1,0 +1,88 @@
+"""Numbered PNG files, each with its metadata: a `PictureSet` for prompts that belong to no benchmark.
+
+The name of a file is the number of its image, so prompts may hold any characters. Each file carries its metadata in a
+PNG text chunk, as JSON, and `metadata.jsonl` lists the files that are there.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from ssd_cache.evaluation.picture_folders import CAPTIONS_FILE
+from ssd_cache.writing import write_files
+
+CHUNK = "ssd-cache"
+"""Keyword of the PNG text chunk with the metadata, an ASCII JSON object."""
+
+
+def batch_seed(seed: int, batch: int) -> int:
+    """torch's seed for a batch: the one that `ssd-cache generate` has always used."""
+    return seed + batch
+
+
+@dataclass
+class ImageFiles:
+    """The images of some prompts under one policy.
+
+    Attributes:
+        root: their folder.
+        texts: the prompt of every image.
+        num_images: images of each prompt, which follow each other.
+        batch_size: images at once.
+        seed: of the first batch.
+        facts: metadata that all images share.
+    """
+
+    root: Path
+    texts: Sequence[str]
+    num_images: int
+    batch_size: int
+    seed: int
+    facts: Mapping[str, Any]
+    unit: int = 1
+
+    def path(self, number: int) -> Path:
+        """The file of an image, counted from 0; a file that exists is complete."""
+        return self.root / f"{number:05}.png"
+
+    def missing(self, numbers: range) -> list[int]:
+        """Those of some images that are not there yet."""
+        return [number for number in numbers if not self.path(number).exists()]
+
+    def metadata(self, number: int) -> dict[str, Any]:
+        """What an image was generated from. The images of a batch share its seed."""
+        batch = number // self.batch_size
+        return {
+            "file_name": self.path(number).name,
+            "prompt": self.texts[number],
+            "index": number,
+            "sample": number % self.num_images,
+            "seed": self.seed,
+            "batch": batch,
+            "batch_seed": batch_seed(self.seed, batch),
+            **self.facts,
+        }
+
+    def write(self, numbers: range, images: Sequence[Image.Image]) -> None:
+        """Write those of a batch's images that are not there yet, each whole or not at all."""
+        for number in self.missing(numbers):
+            text = PngImagePlugin.PngInfo()
+            text.add_text(CHUNK, json.dumps(self.metadata(number)))
+            content = io.BytesIO()
+            images[number - numbers.start].save(content, format="PNG", pnginfo=text)
+            write_files({self.path(number): content.getvalue()})
+
+    def write_list(self) -> int:
+        """Write `metadata.jsonl`, a line for each image that is there; returns their number."""
+        missing = set(self.missing(range(len(self.texts))))
+        there = [number for number in range(len(self.texts)) if number not in missing]
+        lines = "".join(json.dumps(self.metadata(number)) + "\n" for number in there)
+        write_files({self.root / CAPTIONS_FILE: lines.encode()})
+        return len(there)

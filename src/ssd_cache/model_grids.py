@@ -1,0 +1,88 @@
+"""Which grids a model's images have, by the `model_type` of its configuration.
+
+It lies below `cache.py`, which reads the grid for `SSDCache.online`, and `models/`, whose families take these facts
+from here. Nothing is imported from transformers' model files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from ssd_cache.rasters import Grid
+
+
+def _no_previews(grid: Grid) -> tuple[Grid, ...]:
+    return ()
+
+
+@dataclass(frozen=True)
+class ModelGrid:
+    """Grids of one family.
+
+    Attributes:
+        grid_of: rows and columns of an image, from the configuration; of a resizable family those of its usual size.
+        is_resizable: whether the caller chooses the size of an image.
+        previews_of: the grids that are generated before an image of this grid, in order.
+    """
+
+    grid_of: Callable[[Any], Grid]
+    is_resizable: bool = False
+    previews_of: Callable[[Grid], tuple[Grid, ...]] = _no_previews
+
+
+def _janus_grid(config) -> Grid:
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return side, side
+
+
+GLM_SIDE = 16
+"""Rows of GLM-Image's square preview; 256 cells in any proportions, about."""
+
+
+def _glm_previews(grid: Grid) -> tuple[Grid, ...]:
+    """About 256 cells in the image's proportions, as the processor computes them."""
+    ratio = grid[0] / grid[1]
+    return ((int(math.sqrt(ratio) * GLM_SIDE), int(math.sqrt(1 / ratio) * GLM_SIDE)),)
+
+
+GRIDS: Mapping[str, ModelGrid] = MappingProxyType(
+    {
+        # 90 rows of 90 visual tokens and an end-of-line token, for 720 x 720 pixels
+        "emu3": ModelGrid(lambda config: (90, 91), is_resizable=True),
+        # for the processor's own 1152 x 768 pixels
+        "glm_image": ModelGrid(lambda config: (36, 24), is_resizable=True, previews_of=_glm_previews),
+        "janus": ModelGrid(_janus_grid),
+        # 384 pixels in patches of 16: the package's configuration does not say it
+        "multi_modality": ModelGrid(lambda config: (24, 24)),
+    }
+)
+
+
+def grids_of_model(config, grid: Grid | None = None) -> tuple[Grid, tuple[Grid, ...]]:
+    """Grid and previews of a model's images.
+
+    Args:
+        config: the model's configuration.
+        grid: for a family whose images have several sizes, or one that is unknown; it overrides what the family says.
+
+    Raises:
+        ValueError: no grid was given, and the model does not fix one.
+    """
+    facts = GRIDS.get(getattr(config, "model_type", ""))
+    if grid is None:
+        if facts is None:
+            raise ValueError(
+                f"the grid of a model of type {config.model_type!r} is unknown: give grid=(rows, columns) of its "
+                "visual tokens"
+            )
+        if facts.is_resizable:
+            raise ValueError(
+                f"a model of type {config.model_type!r} generates images of several sizes: give grid=(rows, columns) "
+                f"of its visual tokens, such as grid={facts.grid_of(config)}"
+            )
+        grid = facts.grid_of(config)
+    return grid, () if facts is None else facts.previews_of(grid)

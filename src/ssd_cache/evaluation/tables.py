@@ -110,7 +110,7 @@ def to_markdown(summary: Summary) -> str:
     facts = summary.run["conditions"].items()
     conditions = "\n".join(f"- {escape(name)}: {escape(_plain(value))}" for name, value in facts)
     policies = "\n".join(
-        f"- {escape(label)}: head map {escape(entry['head_map'])}, {_slots(entry['slots'])}, "
+        f"- {escape(label)}: head map {escape(entry['head_map'])}, {escape(_slots(entry['slots']))}, "
         f"{escape(_plain(entry['settings']) or 'no settings')}"
         for label, entry in summary.run["policies"].items()
     )

@@ -43,8 +43,10 @@ def read_prompts(prompts: Sequence[str], prompts_file: Path | None) -> list[str]
             lines = [_prompt_of(line, number, prompts_file) for number, line in enumerate(lines, 1) if line.strip()]
         found += [line.strip() for line in lines if line.strip()]
     for number, text in enumerate(found, 1):
-        if not is_unicode(text):
-            raise WrongUse(f"prompt {number}, {shown(text)}, is not valid Unicode text; give it in UTF-8")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise WrongUse(f"prompt {number} is not valid Unicode text; give it in UTF-8") from error
     if not found:
         where = f"; {prompts_file} has none" if prompts_file else ""
         raise WrongUse(

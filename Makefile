@@ -9,6 +9,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PROMPT ?= a photo of a red circle and a blue square
 PICTURE ?= demo.png
 
+# Processes that share the tests, each with one thread: tests are small, and more threads do not speed them up.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
 # Of bench-gpu: where it writes, and counted rounds. With one round it is made to end within ten minutes.
 RESULTS ?= bench-gpu
 ROUNDS ?= 1
@@ -21,7 +25,7 @@ define test_with
 	grep -v '^transformers==' constraints.txt > $(1)/constraints.txt
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c $(1)/constraints.txt \
 		-e '.[dev,diffusers,distributed,eval,plot]' '$(2)'
-	$(1)/bin/python -m pytest
+	$(PYTEST)
 endef
 
 .DEFAULT_GOAL := help
@@ -35,8 +39,8 @@ demo: $(VENV)/.runtime ## draw a prompt with the bundled model (PROMPT=..., PICT
 	$(BIN)/ssd-cache generate "$(PROMPT)" --output "$(PICTURE)"
 	@echo "The picture is $(abspath $(PICTURE))"
 
-test: check ## run all checks, then the whole test suite
-	$(BIN)/python -m pytest
+test: check ## run all checks, then the whole test suite (WORKERS=...: processes)
+	$(call PYTEST,$(VENV))
 
 test-oldest: ## run the tests on the oldest transformers that is supported, in .venv-oldest
 	$(call test_with,.venv-oldest,transformers==$(OLDEST))

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -62,13 +61,8 @@ def fast_decode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
             model.generate(**inputs, generation_mode="image", **SSDCache(head_map, budget=0.2).as_kwargs())
     """
     own = uncompiled(model)
-    with patched(own.get_decoder(), "forward", _FastForward, _FastBlock(model=own)):
+    with packed_linears(own), patched(own.get_decoder(), "forward", _FastForward, Block()):
         yield model
-
-
-@dataclass(eq=False, kw_only=True)
-class _FastBlock(Block):
-    model: PreTrainedModel
 
 
 class _FastForward(Patch):
@@ -80,17 +74,6 @@ class _FastForward(Patch):
         self.compiled = torch.compile(self.inner, fullgraph=True)
         self.is_usable = self.is_recorded = True
         self.recorded: WeakKeyDictionary[SSDCache, RecordedStep] = WeakKeyDictionary()
-        self.packed, self.models = ExitStack(), list[PreTrainedModel]()
-
-    def entered(self, owner: _FastBlock) -> None:
-        if not any(model is owner.model for model in self.models):
-            self.packed.enter_context(packed_linears(owner.model))
-            self.models.append(owner.model)
-
-    def left(self) -> None:
-        if not self.owners:
-            self.models.clear()
-            self.packed.close()
 
     def __call__(self, *args, **kwargs):
         cache = find_cache(kwargs)

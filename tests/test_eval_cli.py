@@ -436,7 +436,7 @@ def test_geneval_from_pictures_to_a_table(geneval, judges):
         assert words in table
     assert "of the pictures" in table
     other = run(*score[:-4], "--short-side", 96, "--device", "cpu")
-    assert other.exit_code == 1
+    assert other.exit_code == 2
     assert "a result of another run" in other.stderr
 
 
@@ -516,7 +516,7 @@ def test_dpg_from_sheets_to_a_table(dpg, judges):
     assert official["name"] == f"{name}, official quirks"
     assert official["dropped"] == {"0": "no question 1, on which others depend"}
     result = run(*score, "--questions", "q.csv", "--official")
-    assert (result.exit_code, "holds results of" in result.stderr) == (1, True)
+    assert (result.exit_code, "holds results of" in result.stderr) == (2, True)
 
 
 def test_dpg_sheets_that_are_missing_or_cut_short(dpg, judges):

@@ -732,7 +732,7 @@ def test_the_documented_levels_work_on_januss_grid(run, tmp_path):
         ((PROMPTS[0], "--output", "bad.jsonl/map"), 2, "can not write into bad.jsonl"),
         ((PROMPTS[0], "--resume", "nowhere/sums"), 2, "can not write into nowhere"),
         ((PROMPTS[0], "--resume", "."), 2, "--resume . is a folder; give a file"),
-        ((PROMPTS[0], "--resume", "bad.jsonl"), 1, "bad.jsonl: not the sums of a profiling run"),
+        ((PROMPTS[0], "--resume", "bad.jsonl"), 2, "bad.jsonl: not the sums of a profiling run"),
         ((PROMPTS[0], "--levels", "0.4,much"), 2, "--levels much: give a fraction"),
         ((PROMPTS[0], "--method", "coverage", "--threshold", "0.5"), 2, "method='coverage' has none"),
         ((PROMPTS[0], "--budget", "5"), 2, "5 slots are fewer than buffer=4"),

@@ -167,7 +167,7 @@ def test_a_finished_state_of_other_settings_is_replaced_in_the_default_place_alo
     state = tmp_path / "map.state"
     first = state.read_bytes()
     result = CliRunner().invoke(app, [*command, "--seed", "1", "--resume", str(state)])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "seed 0 there, 1 now" in result.output
     assert state.read_bytes() == first
     assert CliRunner().invoke(app, [*command, "--seed", "1"]).exit_code == 0
@@ -191,7 +191,7 @@ def test_an_unfinished_state_of_other_settings_is_never_replaced(checkpoint, tmp
     assert result.exit_code == 1
     assert "keeps the finished parts: run the same command again to go on" in " ".join(result.output.split())
     result = CliRunner().invoke(app, [*command, "--seed", "1"])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "seed 0 there, 1 now" in result.output
 
 

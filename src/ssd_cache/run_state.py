@@ -19,14 +19,18 @@ from safetensors import SafetensorError, safe_open
 
 from ssd_cache.showing import differences
 from ssd_cache.statistics import ProfilingError
-from ssd_cache.untrusted import check_like, checked, parse_json, read_tensors
+from ssd_cache.untrusted import WrongFileError, check_like, checked, parse_json, read_tensors
 from ssd_cache.writing import write_files
 
 REMEDY = "give another file, or delete it to begin anew"
 
 
-class OtherRunError(ProfilingError):
+class OtherRunError(ProfilingError, WrongFileError):
     """A state file of a run with other settings."""
+
+
+class NotAStateError(ProfilingError, WrongFileError):
+    """A file with other contents than a state of this kind of run."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,9 @@ def check_images(tensors: dict[str, torch.Tensor], cells: int) -> list[torch.Ten
     return images
 
 
-def not_a_state(path: Path, what: str, reason: object) -> ProfilingError:
+def not_a_state(path: Path, what: str, reason: object) -> NotAStateError:
     """The error for a file with other contents than expected."""
-    return ProfilingError(f"{path}: not {what} ({reason}); {REMEDY}")
+    return NotAStateError(f"{path}: not {what} ({reason}); {REMEDY}")
 
 
 def check_same_run(path: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -32,6 +32,10 @@ MAX_INT = 10**300
 MAX_COUNT = 2**53
 
 
+class WrongFileError(ReadableError):
+    """A file that a run cannot resume from: of a run with other settings, or of another kind."""
+
+
 def parse_json(content: str | bytes, max_depth: int = MAX_DEPTH) -> Any:
     """The value of a JSON text: UTF-8, finite numbers of at most `MAX_INT`, nested at most `max_depth` levels.
 

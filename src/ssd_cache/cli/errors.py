@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from ssd_cache.sharding import is_distributed
 from ssd_cache.showing import printable
+from ssd_cache.untrusted import WrongFileError
 
 TYPER_INTERRUPTED = 130
 """What typer returns after Ctrl-C."""
@@ -36,6 +37,11 @@ class WrongUse(Failure):
 
     def __init__(self, message: str):
         super().__init__(message, exit_code=2)
+
+
+def failure(error: ValueError) -> Failure:
+    """How a run ends that the library stopped: a file that it cannot resume from is wrong use."""
+    return WrongUse(str(error)) if isinstance(error, WrongFileError) else Failure(str(error))
 
 
 @contextmanager

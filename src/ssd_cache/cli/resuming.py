@@ -14,7 +14,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from ssd_cache.cli.errors import Failure
+from ssd_cache.cli.errors import Failure, failure
 from ssd_cache.cli.files import check_place
 from ssd_cache.run_state import OtherRunError, is_finished
 
@@ -51,6 +51,7 @@ class StateFile:
 
         Raises:
             Failure: the run was interrupted, or it cannot start or finish; the message names the remedy.
+            WrongUse: the state file is of another run.
         """
         with _interruptible(self.path):
             try:
@@ -62,7 +63,7 @@ class StateFile:
                     self.path.unlink()
                     return work(self.path)
             except ValueError as error:  # NaN, a prompt too long, another run's state, a full disk
-                raise Failure(str(error)) from error
+                raise failure(error) from error
 
 
 @contextmanager

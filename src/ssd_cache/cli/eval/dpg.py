@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 from tqdm import tqdm
 
-from ssd_cache.cli.errors import Failure, WrongUse, refusing
+from ssd_cache.cli.errors import Failure, WrongUse, failure, refusing
 from ssd_cache.cli.eval.drawing import (
     BatchSize,
     BudgetText,
@@ -167,7 +167,7 @@ def score_dpg(
         report = _report(result, described(settings), settings)
         print_and_save(report, results, Console(highlight=False, markup=False))
     except ValueError as error:
-        raise Failure(str(error)) from error
+        raise failure(error) from error
     except OSError as error:
         raise Failure(
             f"{results} can not be written ({error.strerror}); the answers so far are kept: make room, and run the "

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
-from ssd_cache.cli.errors import Failure, WrongUse, refusing
+from ssd_cache.cli.errors import Failure, WrongUse, failure, refusing
 from ssd_cache.cli.eval.drawing import (
     BatchSize,
     BudgetText,
@@ -151,7 +151,7 @@ def score_geneval(
             )
         print_and_save(_report(score, described(settings), settings), results, Console(highlight=False, markup=False))
     except ValueError as error:
-        raise Failure(str(error)) from error
+        raise failure(error) from error
     except OSError as error:
         raise Failure(
             f"{results} can not be written ({error.strerror}); the results so far are kept: make room, and run the "

@@ -11,11 +11,15 @@ from typing import Any
 
 from ssd_cache.evaluation.dpg.reading import DPGError, read_text
 from ssd_cache.showing import differences
-from ssd_cache.untrusted import checked, checked_fields, parse_json
+from ssd_cache.untrusted import WrongFileError, checked, checked_fields, parse_json
 from ssd_cache.writing import write_files
 
 Answers = list[list[bool]]
 """Raw answers about one sheet, `[crops][questions]`."""
+
+
+class _DPGFileError(DPGError, WrongFileError):
+    """A file of results that a run cannot resume from."""
 
 
 class ResultFile:
@@ -69,9 +73,9 @@ def _read_rows(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]
             if "answers" in row:
                 answered[row["item_id"]] = checked_fields({"answers": list[list[int | bool]], "key": str}, row)
     except ValueError as error:
-        raise DPGError(f"{path} is no file of results ({error}): take it away, or give another place") from error
+        raise _DPGFileError(f"{path} is no file of results ({error}): take it away, or give another place") from error
     if first != settings:
-        raise DPGError(
+        raise _DPGFileError(
             f"{path} holds results of another run ({differences(first, settings)}): take it away, or give another place"
         )
     return answered

@@ -24,7 +24,7 @@ from ssd_cache.evaluation.geneval.prompts import GenEvalPrompt
 from ssd_cache.evaluation.geneval.rules import OFFICIAL, Rules, judge, objects_of
 from ssd_cache.evaluation.geneval.summary import SCORER, GenEvalScore, ImageResult, summarize
 from ssd_cache.showing import ReadableError, differences, shown
-from ssd_cache.untrusted import checked, parse_json
+from ssd_cache.untrusted import WrongFileError, checked, parse_json
 from ssd_cache.writing import write_files
 
 
@@ -152,9 +152,9 @@ def _read_results(path: Path, settings: dict[str, Any]) -> list[ImageResult]:
             results.append(result)
     except (OSError, ValueError) as error:
         place = f"{path}, line {len(results) + 1}"
-        raise ReadableError(f"{place}: not a result of a GenEval run ({error}); {remedy}") from error
+        raise WrongFileError(f"{place}: not a result of a GenEval run ({error}); {remedy}") from error
     for number, result in enumerate(results, 1):
         if (result.scorer, result.settings) != (SCORER, settings):
             other = differences({"scorer": result.scorer, **result.settings}, {"scorer": SCORER, **settings})
-            raise ReadableError(f"{path}, line {number}: a result of another run ({other}); {remedy}")
+            raise WrongFileError(f"{path}, line {number}: a result of another run ({other}); {remedy}")
     return results

@@ -556,7 +556,7 @@ WRONG = [
     (["--prompts-file", "missing.txt"], "can not read --prompts-file missing.txt"),
     ([" "], "prompt 1 is empty"),
     (["--output", "file"], "--output file is a file; give a folder"),
-    (["--head-map", "nowhere"], "nowhere"),
+    (["--head-map", "./nowhere"], "nowhere"),
     (["--head-map", "other"], "24 x 24"),
     (["--head-map", "online"], "--head-map online: labels found while drawing are a policy"),
     (["--model", "./nowhere"], "no such folder"),

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -190,7 +191,9 @@ def test_prompts_may_hold_any_characters(run):
     for options in (("--output-dir", "other"), ("-o", "a.png")):
         result = run("--prompts-file", "p.jsonl", *options)
         assert result.exit_code == 2
-        assert "is not valid Unicode text; give it in UTF-8" in " ".join(result.stderr.split())
+        assert "line 1: the text 'a \\ud800 surrogate' holds half of a surrogate pair" in " ".join(
+            result.stderr.split()
+        )
 
 
 def test_ctrl_c_leaves_a_folder_that_the_same_command_completes(run, model):
@@ -198,7 +201,7 @@ def test_ctrl_c_leaves_a_folder_that_the_same_command_completes(run, model):
     process = start_cli("generate", CIRCLE, "--model", model, "--output-dir", "out", *options, OMP_NUM_THREADS="1")
     while not list(Path().glob("out/0*.png")):
         assert process.poll() is None, process.communicate()
-        process.stderr.read(1)
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate()
     assert process.returncode == 1

@@ -578,7 +578,7 @@ def test_a_prompt_that_overflows_is_one_clear_error(folder):
 def test_a_model_whose_queries_do_not_arrive_is_refused(folder, monkeypatch):
     generator = find_generator(str(folder)).load()
     generator.model.set_attn_implementation({"text_config": "sdpa"})
-    monkeypatch.setattr(generator.model, "set_attn_implementation", lambda *_: None)
+    monkeypatch.setattr(generator.model.get_decoder(), "set_attn_implementation", lambda *_: None)
     with pytest.raises(ValueError, match="the model's attention is not 'ssd'"):
         profile_heads(generator, PROMPTS, progress=False, **SETTINGS)
 

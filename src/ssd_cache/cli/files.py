@@ -56,13 +56,14 @@ def read_prompts(prompts: Sequence[str], prompts_file: Path | None) -> list[str]
 
 
 def _prompt_of(line: str, number: int, prompts_file: Path) -> str:
+    place = f"--prompts-file {prompts_file}, line {number}"
     try:
         entry = parse_json(line)
-        if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
-            return entry["prompt"]
-    except ValueError:
-        pass
-    raise WrongUse(f'--prompts-file {prompts_file}, line {number}: not a JSON object with a text under "prompt"')
+    except ValueError as error:
+        raise WrongUse(f"{place}: {error}") from error
+    if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
+        return entry["prompt"]
+    raise WrongUse(f'{place}: not a JSON object with a text under "prompt"')
 
 
 def check_output(output: Path, formats: Sequence[str] = tuple(PICTURE_FORMATS)) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import typer
 
-from ssd_cache.writing import write_files
+from ssd_cache.io.writing import write_files
 
 BEGIN, END = "<!-- bench-gpu -->\n", "<!-- /bench-gpu -->\n"
 HEADING = "## Measured on a GPU\n\n`make bench-gpu` filled this section in.\n"

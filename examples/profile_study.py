@@ -26,11 +26,12 @@ import typer
 from tqdm import tqdm
 
 from ssd_cache import HeadMap, SSDCache
-from ssd_cache.allocation import allocate_budgets, fit_heads, retained_attention
 from ssd_cache.analysis.plotting import check_packages, to_png
 from ssd_cache.analysis.sensitivity import draw_halves, draw_maps, draw_sensitivity, rows_agreement, vary_labels
-from ssd_cache.enable import ssd_attention
-from ssd_cache.labels import (
+from ssd_cache.decode.attention_switch import ssd_attention
+from ssd_cache.models import Generator, find_generator
+from ssd_cache.profiling.allocation import allocate_budgets, fit_heads, retained_attention
+from ssd_cache.profiling.labels import (
     METHODS,
     label_agreement,
     label_heads,
@@ -39,15 +40,14 @@ from ssd_cache.labels import (
     split_half_agreement,
     total,
 )
-from ssd_cache.measuring import measure_heads
-from ssd_cache.models import Generator, find_generator
+from ssd_cache.profiling.measuring import measure_heads
+from ssd_cache.profiling.statistics import HeadStatistics
+from ssd_cache.profiling.watching_cost import watching_cost
 from ssd_cache.shapes import KINDS, make_prompts
-from ssd_cache.statistics import HeadStatistics
-from ssd_cache.watching_cost import watching_cost
 
 PEAK = """
 import sys
-from ssd_cache.measuring import measure_heads
+from ssd_cache.profiling.measuring import measure_heads
 from ssd_cache.models import find_generator
 
 def peak():  # not ru_maxrss, which starts from what the parent held

@@ -18,10 +18,10 @@ from PIL import Image
 
 from ssd_cache import SSDCache
 from ssd_cache.evaluation.export import claim_folder, draw_pictures
-from ssd_cache.measuring import prompts_sha256
+from ssd_cache.io.writing import write_files
 from ssd_cache.models import find_generator, resolve_device, resolve_dtype
-from ssd_cache.profiling_state import Processes
-from ssd_cache.writing import write_files
+from ssd_cache.profiling.measuring import prompts_sha256
+from ssd_cache.runs.processes import Processes
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from models import left_padded_prompts, tiny_janus, tiny_llama
 from test_retention import runs, same_as_plain_loops
 
-from ssd_cache import HeadMap, SSDCache, cpu_kernels, fast_decode, fused
+from ssd_cache import HeadMap, SSDCache, fast_decode
 from ssd_cache._compat import CACHE
 from ssd_cache.bench.cases import Case
 from ssd_cache.bench.sizes import expected_bytes, held_bytes
 from ssd_cache.bench.subject import JanusSubject
+from ssd_cache.kernels import cpu_loops as cpu_kernels
+from ssd_cache.kernels import dispatch as fused
 
 torch.set_num_threads(1)  # tensors are tiny, and the interpreter's own time is all there is
 

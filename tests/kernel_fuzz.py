@@ -15,8 +15,10 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from ssd_cache import cpu_kernels, cpu_library, fused
-from ssd_cache.packed_linears import COPY, packed_linears
+from ssd_cache.kernels import cpu_library
+from ssd_cache.kernels import cpu_loops as cpu_kernels
+from ssd_cache.kernels import dispatch as fused
+from ssd_cache.kernels.packed_linears import COPY, packed_linears
 
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.int32)
 REFUSALS = (ValueError, RuntimeError, TypeError, IndexError, NotImplementedError, MemoryError)

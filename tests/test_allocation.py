@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssd_cache import HeadMap, SSDCache
-from ssd_cache.allocation import allocate_budgets, best_choices, fit_heads, retained_attention
+from ssd_cache.profiling.allocation import allocate_budgets, best_choices, fit_heads, retained_attention
 
 KINDS = ("spatial", "semantic")
 GRID = (10, 10)

@@ -43,11 +43,11 @@ from ssd_cache.analysis import (
 )
 from ssd_cache.analysis.plotting import to_png
 from ssd_cache.analysis.report import report_paths
+from ssd_cache.cache.layer import SSDLayer
 from ssd_cache.cli import app
-from ssd_cache.layer import SSDLayer
 from ssd_cache.models import Checkpoint, GeneratorError, find_generator
-from ssd_cache.statistics import ProfilingError
-from ssd_cache.watching import WatchingCache
+from ssd_cache.profiling.watching import WatchingCache
+from ssd_cache.runs.run_state import ProfilingError
 
 CIRCLE = "a photo of a red circle"
 CELLS = SIDE * SIDE

@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny_checkpoint import head_map, write_checkpoint, write_family
 
-from ssd_cache import SSDCache, batching
-from ssd_cache.batching import USABLE, default_batch_size, fitting_batch_size, free_memory, image_nbytes
+from ssd_cache import SSDCache
 from ssd_cache.models import find_generator
+from ssd_cache.runs import batching
+from ssd_cache.runs.batching import USABLE, default_batch_size, fitting_batch_size, free_memory, image_nbytes
 
 PROMPTS = ["a photo of a red circle", "a photo of two squares"]
 

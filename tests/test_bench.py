@@ -52,9 +52,9 @@ from ssd_cache.bench.split import EVICTING, split_time
 from ssd_cache.bench.stretches import Stretch
 from ssd_cache.bench.subject import find_head_map
 from ssd_cache.bench.tables import all_tables, condition_lines, number, share, to_markdown
+from ssd_cache.cache.slots import SlotStore
 from ssd_cache.cli import app
 from ssd_cache.evaluation.policies import parse_policies
-from ssd_cache.slots import SlotStore
 
 ROOT = Path(__file__).parents[1]
 

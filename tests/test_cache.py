@@ -13,7 +13,7 @@ from transformers import DynamicCache, DynamicLayer
 
 from ssd_cache import POLICIES, HeadMap, HeadMapError, SSDCache, enable
 from ssd_cache._compat import CACHE
-from ssd_cache.retention import SCORES
+from ssd_cache.cache.retention import SCORES
 
 GRID = (6, 6)
 
@@ -165,7 +165,7 @@ def random_states(batch, new, seed, kv_heads=2, dim=8):
 def feed(cache, states, rows=None):
     from types import SimpleNamespace
 
-    from ssd_cache.attention import ssd_attention_forward
+    from ssd_cache.cache.attention import ssd_attention_forward
 
     outputs = []
     for layer in range(len(cache.layers)):

@@ -29,13 +29,14 @@ from torch._dynamo.utils import counters
 from typer.testing import CliRunner
 
 import ssd_cache
-from ssd_cache import POLICIES, HeadMap, SSDCache, batching
+from ssd_cache import POLICIES, HeadMap, SSDCache
 from ssd_cache.cli import app
 from ssd_cache.cli.files import save_picture
 from ssd_cache.cli.plan import COMPARED, parse_budget
 from ssd_cache.cli.report import size
 from ssd_cache.cli.sheet import Row, contact_sheet
 from ssd_cache.models import Checkpoint, find_generator
+from ssd_cache.runs import batching
 
 CIRCLE, SQUARES = "a photo of a red circle", "a photo of two squares"
 PIXELS, CELLS = SIDE * 16, SIDE * SIDE

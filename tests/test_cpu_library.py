@@ -12,7 +12,8 @@ import warnings
 import pytest
 from compiling import needs_compiler
 
-from ssd_cache import cpu_kernels, cpu_library, private_cache
+from ssd_cache.kernels import cpu_library, private_cache
+from ssd_cache.kernels import cpu_loops as cpu_kernels
 
 FUNCTIONS = ("first", "second")
 
@@ -116,7 +117,7 @@ def test_torch_without_its_private_modules_is_no_error(home, monkeypatch):
 @needs_compiler
 def test_several_processes_may_build_at_once(home, source):
     code = (
-        "from pathlib import Path; from ssd_cache import cpu_library; "
+        "from pathlib import Path; from ssd_cache.kernels import cpu_library; "
         f"assert cpu_library.load(Path({str(source)!r}), {FUNCTIONS!r}) is not None"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -18,7 +18,7 @@ from models import left_padded_prompts, tiny_llama
 
 from ssd_cache import HeadMap, SSDCache, fast_decode
 from ssd_cache._compat import CACHE
-from ssd_cache.cuda_graph import WARM_UP, can_record
+from ssd_cache.decode.cuda_graph import WARM_UP, can_record
 
 LABELS = HeadMap(torch.tensor([[True, False], [False, True]]), grid=(8, 8))
 SETTINGS = {"budget": 24, "buffer": 8, "num_recent": 4}
@@ -39,7 +39,7 @@ class Driver:
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "stream", self.use_stream)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=self.replay))
-        module = importlib.import_module("ssd_cache.fast_decode")  # the package has a function of this name
+        module = importlib.import_module("ssd_cache.decode.fast_decode")  # the package has a function of this name
         monkeypatch.setattr(module, "can_record", lambda cache, device: True)
 
     def run(self, **arguments):

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, GlmImageForConditionalGeneration, JanusForConditionalGeneration, LlamaForCausalLM
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache
-from ssd_cache.sharding import own_heads, shard_of
+from ssd_cache.cache.sharding import own_heads, shard_of
 
 MAP = HeadMap(torch.tensor([[True, False], [False, True]]), (SIDE, SIDE))
 TESTS = Path(__file__).parent

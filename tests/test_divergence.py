@@ -14,11 +14,11 @@ from tiny_checkpoint import SIDE, write_checkpoint
 from typer.testing import CliRunner
 
 from ssd_cache import HeadMap, SSDCache, profile_heads
-from ssd_cache.allocation import best_kinds, fit_heads, measured_levels
 from ssd_cache.cli import app
 from ssd_cache.evaluation.fidelity import divergence, measure_divergence, measure_fidelity
 from ssd_cache.models import find_generator
-from ssd_cache.statistics import ProfilingError
+from ssd_cache.profiling.allocation import best_kinds, fit_heads, measured_levels
+from ssd_cache.runs.run_state import ProfilingError
 
 PROMPTS = ["a photo of a red circle", "a photo of a circle left of a blue square", "a photo of two triangles"]
 LEVELS = (16, 24, 40)

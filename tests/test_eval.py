@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 from ssd_cache import POLICIES, HeadMap, SSDCache, fit_heads
 from ssd_cache.analysis import plotting
+from ssd_cache.cache.presets import words_of
 from ssd_cache.cli import app
 from ssd_cache.evaluation.bootstrap import bootstrap_difference, bootstrap_error, compare, score
 from ssd_cache.evaluation.conditions import draw_seed, drawing_conditions
@@ -37,7 +38,6 @@ from ssd_cache.evaluation.runner import Plan
 from ssd_cache.evaluation.shapes import shapes_prompts
 from ssd_cache.evaluation.tables import commands, summarize, to_json
 from ssd_cache.models import find_generator
-from ssd_cache.presets import words_of
 from ssd_cache.shapes import KINDS, PALETTE
 
 HEAD_MAP = HeadMap(

@@ -28,7 +28,7 @@ from tiny_judges import write_blip, write_classifier, write_detector
 from transformers import CLIPModel, CLIPProcessor
 from typer.testing import CliRunner
 
-from ssd_cache import SSDCache, batching
+from ssd_cache import SSDCache
 from ssd_cache.cli import app
 from ssd_cache.evaluation.clip_score import clip_score
 from ssd_cache.evaluation.conditions import draw_seed
@@ -39,6 +39,7 @@ from ssd_cache.evaluation.geneval.prompts import parse_prompt
 from ssd_cache.evaluation.metrics import MetricsError, fid, load_inception
 from ssd_cache.evaluation.picture_folders import find_captioned, find_pictures
 from ssd_cache.models import find_generator
+from ssd_cache.runs import batching
 
 PIXELS = SIDE * 16
 LINES = [

@@ -15,8 +15,10 @@ from models import left_padded_prompts, tiny_janus, tiny_llama
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
-from ssd_cache import HeadMap, SSDCache, cpu_kernels, enable, fast_decode, fused
+from ssd_cache import HeadMap, SSDCache, enable, fast_decode
 from ssd_cache._compat import CACHE
+from ssd_cache.kernels import cpu_loops as cpu_kernels
+from ssd_cache.kernels import dispatch as fused
 
 GRID = (12, 12)
 LABELS = HeadMap(torch.tensor([[True, False], [False, True]]), grid=GRID)

@@ -39,7 +39,7 @@ from ssd_cache.evaluation.fidelity import Fidelity, draw_fidelity, measure_fidel
 from ssd_cache.evaluation.fidelity.parts import measure_in_parts
 from ssd_cache.models import Checkpoint, Generator, GeneratorError, find_generator, generator_of
 from ssd_cache.models.base import call_settings
-from ssd_cache.statistics import ProfilingError
+from ssd_cache.runs.run_state import ProfilingError
 
 PROMPTS = ["a photo of a red circle", "a photo of a circle left of a blue square"]  # of unlike length: left padding
 GRID, CELLS = (6, 6), 36

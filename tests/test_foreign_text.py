@@ -27,8 +27,8 @@ from ssd_cache.cli.sheet import contact_sheet
 from ssd_cache.evaluation.plots import draw_score_by_budget
 from ssd_cache.evaluation.records import Record
 from ssd_cache.evaluation.tables import score_table, summarize, to_markdown
-from ssd_cache.head_map_card import card
-from ssd_cache.markdown import MAX_TEXT, code_block, escape
+from ssd_cache.head_map.card import card
+from ssd_cache.io.markdown import MAX_TEXT, code_block, escape
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -16,8 +16,9 @@ import torch
 from compiling import has_compiler
 from models import left_padded_prompts, tiny_janus
 
-from ssd_cache import HeadMap, SSDCache, fast_decode, fused
+from ssd_cache import HeadMap, SSDCache, fast_decode
 from ssd_cache._compat import CACHE
+from ssd_cache.kernels import dispatch as fused
 
 CASES = Path(__file__).with_name("fused_cases.py")
 
@@ -45,7 +46,7 @@ def test_kernel_compiles_for_a_gpu(capability, dtype, groups, tmp_path, monkeypa
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ssd_cache.fused_kernel import block_sizes, decode_kernel
+    from ssd_cache.kernels.triton_decode import block_sizes, decode_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"GROUPS": groups, "HEAD_DIM": 128, "VALUE_DIM": 128, "HAS_MASK": True, "UPCAST": False}

@@ -19,7 +19,7 @@ from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfi
 
 from ssd_cache import HeadMap, SSDCache, enable, fast_decode
 from ssd_cache._compat import CACHE
-from ssd_cache.guidance import batched_guidance
+from ssd_cache.decode.guidance import batched_guidance
 
 GRID = (8, 8)
 LABELS = HeadMap(torch.tensor([[True, False], [False, True]]), grid=GRID)

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ssd_cache.head_map import HeadMap, HeadMapError
-from ssd_cache.head_map_card import PICTURE_NAME, SEMANTIC, SPATIAL, card, picture, png
+from ssd_cache.head_map.card import PICTURE_NAME, SEMANTIC, SPATIAL, card, picture, png
+from ssd_cache.head_map.head_map import HeadMap, HeadMapError
 
 GOLDEN = Path(__file__).parent / "golden" / "head_map"
 LABELS = torch.tensor([[True, False, False], [False, True, True]])

@@ -20,7 +20,7 @@ from hub_server import HubServer, Repo, connect
 from PIL import Image
 
 import ssd_cache
-from ssd_cache.head_map import HeadMap, HeadMapError
+from ssd_cache.head_map.head_map import HeadMap, HeadMapError
 
 LABELS = torch.tensor([[True, False, False], [False, True, True]])
 MAP = HeadMap(LABELS, (4, 6), scores=LABELS.float(), threshold=0.5, model_id="user/model", profile={"seeds": [0]})
@@ -380,7 +380,7 @@ def test_a_push_without_a_server(hub, monkeypatch):
 def test_hf_endpoint_hf_token_and_hf_hub_offline_in_child_processes(tmp_path):
     script = (
         "import sys\n"
-        "from ssd_cache.head_map import HeadMap, HeadMapError\n"
+        "from ssd_cache.head_map.head_map import HeadMap, HeadMapError\n"
         "for name in sys.argv[1:]:\n"
         "    try:\n"
         "        print(HeadMap.from_pretrained(name))\n"

@@ -35,9 +35,9 @@ from ssd_cache.evaluation.records import Record
 from ssd_cache.evaluation.reporting import read_summary, write_report
 from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder
 from ssd_cache.evaluation.tables import to_json, to_markdown
+from ssd_cache.io.showing import ReadableError
 from ssd_cache.models import find_generator
-from ssd_cache.showing import ReadableError
-from ssd_cache.statistics import ProfilingError
+from ssd_cache.runs.run_state import ProfilingError
 
 PROMPTS = ["a photo of a red circle", "a photo of two triangles"]
 QUIET = {"progress": False, "batch_size": 2}

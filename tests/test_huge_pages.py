@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssd_cache import huge_pages
+from ssd_cache.kernels import huge_pages
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from compiling import has_compiler, needs_compiler
 
-from ssd_cache import fused
-from ssd_cache.packed_linears import COPY, packed_linears
+from ssd_cache.kernels import dispatch as fused
+from ssd_cache.kernels.packed_linears import COPY, packed_linears
 
 FUZZ = Path(__file__).with_name("kernel_fuzz.py")
 

@@ -13,17 +13,17 @@ from test_retention import held_tokens, runs
 from tiny_checkpoint import SIDE, write_checkpoint, write_family
 from typer.testing import CliRunner
 
-from ssd_cache import HeadMap, HeadMapError, SSDCache, learn_score, learning
+from ssd_cache import HeadMap, HeadMapError, SSDCache, learn_score
 from ssd_cache.cli import app
 from ssd_cache.evaluation.fidelity import measure_fidelity
-from ssd_cache.learned_score import LearnedScore
-from ssd_cache.learning_state import FORMAT, WHAT, LearningRun, LearningState
+from ssd_cache.head_map.learned_score import LearnedScore
 from ssd_cache.models import GeneratorError, find_generator
-from ssd_cache.pretended import masked_softmax, retained_tokens
-from ssd_cache.recording import draw_lesson, replay_lesson
-from ssd_cache.run_state import read_state, write_state
-from ssd_cache.statistics import ProfilingError
-from ssd_cache.trainer import Trainer
+from ssd_cache.runs.run_state import ProfilingError, read_state, write_state
+from ssd_cache.training import learning
+from ssd_cache.training.learning_state import FORMAT, WHAT, LearningRun, LearningState
+from ssd_cache.training.pretended import masked_softmax, retained_tokens
+from ssd_cache.training.recording import draw_lesson, replay_lesson
+from ssd_cache.training.trainer import Trainer
 
 GRID = (SIDE, SIDE)
 PROMPTS = ["a photo of a red circle", "a photo of a circle left of a blue square", "a photo of two triangles"]

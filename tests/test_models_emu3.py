@@ -15,7 +15,7 @@ from tiny_checkpoint import write_family
 from transformers import DynamicCache
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache, enable
-from ssd_cache.guidance import batched_guidance
+from ssd_cache.decode.guidance import batched_guidance
 from ssd_cache.models import Emu3Generator, GeneratorError, find_generator, generator_of
 
 HEIGHT, WIDTH = 5, 6
@@ -115,7 +115,7 @@ def test_the_picture_is_closed_as_the_grammar_says(generator):
 def made_caches(monkeypatch):
     made = []
     monkeypatch.setattr(
-        importlib.import_module("ssd_cache.enable"),
+        importlib.import_module("ssd_cache.enabling"),
         "SSDCache",
         lambda *args, **kwargs: made.append(SSDCache(*args, **kwargs)) or made[-1],
     )

@@ -68,7 +68,7 @@ def made(monkeypatch):
     """Every cache that `enable` makes; the first one checks the settings."""
     made = []
     monkeypatch.setattr(
-        importlib.import_module("ssd_cache.enable"),
+        importlib.import_module("ssd_cache.enabling"),
         "SSDCache",
         lambda *args, **kwargs: made.append(SSDCache(*args, **kwargs)) or made[-1],
     )

@@ -66,7 +66,7 @@ def test_a_model_that_stays_ssd_answers_as_before(asked, expected, make):
 def test_enable_leaves_text_to_the_models_own_cache(asked, expected, monkeypatch):
     made = []
     monkeypatch.setattr(
-        importlib.import_module("ssd_cache.enable"),
+        importlib.import_module("ssd_cache.enabling"),
         "SSDCache",
         lambda *args, **kwargs: made.append(SSDCache(*args, **kwargs)) or made[-1],
     )

@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 import ssd_cache
 from ssd_cache import HeadMap, HeadMapError
 from ssd_cache.cli import app
+from ssd_cache.io.showing import ReadableError, printable, shown
+from ssd_cache.io.suggesting import suggestion
 from ssd_cache.models import GeneratorError, find_generator
 from ssd_cache.models.base import BUNDLED_FOLDER, find_head_map
-from ssd_cache.showing import ReadableError, printable, shown
-from ssd_cache.suggesting import suggestion
 
 MAP = HeadMap(torch.tensor([[True, False]]), (4, 6))
 SOON = 3.0
@@ -135,7 +135,7 @@ def test_models_of_the_families_and_of_the_cache_are_suggested(nowhere, tmp_path
 def test_a_server_that_does_not_answer_is_not_waited_for(monkeypatch, tmp_path):
     import socket
 
-    from ssd_cache import hub
+    from ssd_cache.io import hub
 
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from ssd_cache import HeadMap, SSDCache
 from ssd_cache._compat import CACHE
-from ssd_cache.packed_linears import COPY, MAX_ROWS, packed_linears
+from ssd_cache.kernels.packed_linears import COPY, MAX_ROWS, packed_linears
 
 pytestmark = needs_compiler
 

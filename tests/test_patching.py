@@ -19,9 +19,9 @@ from transformers import DynamicCache
 
 from ssd_cache import HeadMap, SSDCache, enable, fast_decode
 from ssd_cache._compat import CACHE
-from ssd_cache.attention_switch import ssd_attention
-from ssd_cache.guidance import batched_guidance
-from ssd_cache.patching import Block, Patch, patched
+from ssd_cache.decode.attention_switch import ssd_attention
+from ssd_cache.decode.guidance import batched_guidance
+from ssd_cache.decode.patching import Block, Patch, patched
 
 GRID = (8, 8)
 LABELS = HeadMap(torch.tensor([[True, False], [False, True]]), grid=GRID)
@@ -180,7 +180,7 @@ def test_one_block_may_be_entered_repeatedly_and_be_a_decorator():
 @pytest.mark.parametrize("fails", ["ssd_attention", "fast_decode"])
 def test_an_entry_that_fails_is_undone(fails, monkeypatch):
     model = tiny_llama(attn_implementation="sdpa")
-    module = importlib.import_module("ssd_cache.enable")
+    module = importlib.import_module("ssd_cache.enabling")
     before = {name: type(module) for name, module in model.named_modules()}
 
     @contextmanager

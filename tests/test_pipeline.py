@@ -34,7 +34,7 @@ def draw(pipe, prompts):
 def test_every_call_of_a_pipeline_gets_a_cache_of_its_own(pipe, prompts, num_calls, monkeypatch):
     made = []
     monkeypatch.setattr(
-        importlib.import_module("ssd_cache.enable"),
+        importlib.import_module("ssd_cache.enabling"),
         "SSDCache",
         lambda *args, **kwargs: made.append(SSDCache(*args, **kwargs)) or made[-1],
     )

@@ -29,13 +29,17 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from ssd_cache import HeadMap, SSDCache, batching, measuring, profile_heads
+from ssd_cache import HeadMap, SSDCache, profile_heads
 from ssd_cache._compat import CACHE
-from ssd_cache.allocation import allocate_budgets, fit_heads, retained_attention
 from ssd_cache.analysis.plotting import to_png
 from ssd_cache.analysis.sensitivity import draw_halves, draw_maps, draw_sensitivity, rows_agreement, vary_labels
+from ssd_cache.cache.retention import select_victims
 from ssd_cache.cli import app
-from ssd_cache.labels import (
+from ssd_cache.layout import count_cells
+from ssd_cache.models import GeneratorError, find_generator
+from ssd_cache.profiling import measuring
+from ssd_cache.profiling.allocation import allocate_budgets, fit_heads, retained_attention
+from ssd_cache.profiling.labels import (
     choose_threshold,
     label_agreement,
     label_heads,
@@ -44,16 +48,15 @@ from ssd_cache.labels import (
     split_half_agreement,
     total,
 )
-from ssd_cache.measuring import measure_heads, weights_sha256
-from ssd_cache.models import GeneratorError, find_generator
-from ssd_cache.observing import HeadObserver, evict
-from ssd_cache.profiling import check_profiling
-from ssd_cache.profiling_state import load_state, save_state
-from ssd_cache.rasters import count_cells
-from ssd_cache.retention import select_victims
-from ssd_cache.statistics import HeadStatistics, Level, ProfilingError, resolve_levels, widest_window
-from ssd_cache.watching import WatchingCache
-from ssd_cache.watching_cost import watching_cost
+from ssd_cache.profiling.measuring import measure_heads, weights_sha256
+from ssd_cache.profiling.observing import HeadObserver, evict
+from ssd_cache.profiling.profiling import check_profiling
+from ssd_cache.profiling.state import load_state, save_state
+from ssd_cache.profiling.statistics import HeadStatistics, Level, resolve_levels, widest_window
+from ssd_cache.profiling.watching import WatchingCache
+from ssd_cache.profiling.watching_cost import watching_cost
+from ssd_cache.runs import batching
+from ssd_cache.runs.run_state import ProfilingError
 
 PROMPTS = ["a photo of a red circle", "a photo of two squares", "a photo of a blue triangle"]
 SETTINGS = {"budget": 30, "buffer": 4, "num_recent": 4}

@@ -22,10 +22,10 @@ from torch._dynamo.utils import counters
 
 from ssd_cache import HeadMap, SSDCache, enable, fast_decode
 from ssd_cache._compat import CACHE
+from ssd_cache.cache.quantized import KV_DTYPES, QuantizedStore, dequantize, quantize
+from ssd_cache.cache.slots import SlotStore
 from ssd_cache.models import BUNDLED, find_generator
-from ssd_cache.quantized import KV_DTYPES, QuantizedStore, dequantize, quantize
 from ssd_cache.shapes.judge import judge
-from ssd_cache.slots import SlotStore
 
 both = pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 

@@ -14,13 +14,14 @@ from interrupting import interrupt
 from tiny_checkpoint import SIDE, write_checkpoint
 from typer.testing import CliRunner
 
-from ssd_cache import HeadMap, fit_heads, learn_score, measuring, profile_heads
+from ssd_cache import HeadMap, fit_heads, learn_score, profile_heads
 from ssd_cache.cli import app
 from ssd_cache.evaluation.fidelity import divergence, divergence_state, measure_divergence, parts
-from ssd_cache.learning_state import FORMAT, WHAT
 from ssd_cache.models import find_generator
-from ssd_cache.profiling_state import FORMAT as PROFILE
-from ssd_cache.run_state import is_finished, read_state
+from ssd_cache.profiling import measuring
+from ssd_cache.profiling.state import FORMAT as PROFILE
+from ssd_cache.runs.run_state import is_finished, read_state
+from ssd_cache.training.learning_state import FORMAT, WHAT
 
 PROMPTS = ["a photo of a red circle", "a photo of a circle left of a blue square", "a photo of two triangles"]
 ENDS = {signal.SIGINT: 1, signal.SIGTERM: 1, signal.SIGKILL: -signal.SIGKILL}

@@ -15,8 +15,8 @@ from models import random_score
 from reference import AmbiguousError, ReferenceHead, eight_bits, online_kind
 
 from ssd_cache import HeadMap, SSDCache
-from ssd_cache.attention import ssd_attention_forward
-from ssd_cache.retention import SCORES, WITHOUT_QUERIES, attention_weights, compact, form_scores, select_victims
+from ssd_cache.cache.attention import ssd_attention_forward
+from ssd_cache.cache.retention import SCORES, WITHOUT_QUERIES, attention_weights, compact, form_scores, select_victims
 
 MODULE = SimpleNamespace(num_key_value_groups=1, is_causal=True)
 

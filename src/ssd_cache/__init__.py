@@ -1,19 +1,24 @@
 """ssd-cache: a KV cache of fixed size for autoregressive image generators.
+Importing it registers the attention "ssd" with transformers and changes nothing else; some names load at first use."""
 
-Importing it registers the attention name "ssd" with transformers and changes nothing else.
-"""
+from importlib import import_module as _import
+from typing import TYPE_CHECKING
 
-import ssd_cache._compat  # noqa: F401, it refuses a transformers that is too old or too new
-from ssd_cache.allocation import allocate_budgets, fit_heads
 from ssd_cache.cache import POLICIES, MemoryStats, SSDCache
-from ssd_cache.enable import enable
-from ssd_cache.fast_decode import fast_decode
-from ssd_cache.head_map import HeadMap, HeadMapError
-from ssd_cache.learned_score import LearnedScore
-from ssd_cache.learning import learn_score
-from ssd_cache.measuring import measure_heads
-from ssd_cache.profiling import profile_heads
+from ssd_cache.head_map import HeadMap, HeadMapError, LearnedScore
 
-__version__ = "0.1.0"
-__all__ = ["POLICIES", "HeadMap", "HeadMapError", "LearnedScore", "MemoryStats", "SSDCache"]
-__all__ += ["allocate_budgets", "enable", "fast_decode", "fit_heads", "learn_score", "measure_heads", "profile_heads"]
+if TYPE_CHECKING:
+    from ssd_cache.decode import fast_decode
+    from ssd_cache.enabling import enable
+    from ssd_cache.profiling import allocate_budgets, fit_heads, measure_heads, profile_heads
+    from ssd_cache.training import learn_score
+
+__version__, _LATER = "0.1.0", {"enable": "enabling", "fast_decode": "decode", "learn_score": "training"}
+__all__ = ["POLICIES", "HeadMap", "HeadMapError", "LearnedScore", "MemoryStats", "SSDCache", "allocate_budgets"]
+__all__ += ["enable", "fast_decode", "fit_heads", "learn_score", "measure_heads", "profile_heads"]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module 'ssd_cache' has no attribute {name!r}")
+    return getattr(_import(f"ssd_cache.{_LATER.get(name, 'profiling')}"), name)

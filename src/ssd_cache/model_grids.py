@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from ssd_cache.rasters import Grid
+from ssd_cache.layout import Grid
 
 
 def _no_previews(grid: Grid) -> tuple[Grid, ...]:

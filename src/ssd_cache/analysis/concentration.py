@@ -16,9 +16,9 @@ from transformers import Cache
 
 from ssd_cache.analysis.margin import MarginTest, margin_test
 from ssd_cache.analysis.plotting import new_figure
-from ssd_cache.head_map import HeadMap
-from ssd_cache.head_map_card import SEMANTIC, SPATIAL
-from ssd_cache.layer import SSDLayer
+from ssd_cache.cache.layer import SSDLayer
+from ssd_cache.head_map.card import SEMANTIC, SPATIAL
+from ssd_cache.head_map.head_map import HeadMap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ import io
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ssd_cache.showing import printable
+from ssd_cache.io.showing import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

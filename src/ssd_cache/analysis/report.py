@@ -17,7 +17,7 @@ import torch
 from ssd_cache.analysis.page import render
 from ssd_cache.analysis.plotting import check_packages
 from ssd_cache.analysis.study import Analysis
-from ssd_cache.writing import write_files
+from ssd_cache.io.writing import write_files
 
 
 def write_report(analysis: Analysis, output: str | os.PathLike[str]) -> tuple[Path, Path]:

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from ssd_cache.analysis.plotting import TO_COME, check_packages, color_map, draw_grid_axes, new_figure
-from ssd_cache.cache import SSDCache
-from ssd_cache.head_map_card import SEMANTIC, SPATIAL
+from ssd_cache.cache.cache import SSDCache
+from ssd_cache.head_map.card import SEMANTIC, SPATIAL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

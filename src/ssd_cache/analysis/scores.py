@@ -13,8 +13,8 @@ import torch
 
 from ssd_cache.analysis.plotting import WIDTH, color_map, new_figure
 from ssd_cache.budget import KINDS
-from ssd_cache.head_map import HeadMap
-from ssd_cache.head_map_card import SEMANTIC, SPATIAL
+from ssd_cache.head_map.card import SEMANTIC, SPATIAL
+from ssd_cache.head_map.head_map import HeadMap
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ssd_cache.allocation import retained_attention
 from ssd_cache.analysis.plotting import new_figure
-from ssd_cache.labels import METHODS, Method, label_agreement, label_heads
-from ssd_cache.statistics import HeadStatistics, Rows, widest_window
+from ssd_cache.profiling.allocation import retained_attention
+from ssd_cache.profiling.labels import METHODS, Method, label_agreement, label_heads
+from ssd_cache.profiling.statistics import HeadStatistics, Rows, widest_window
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

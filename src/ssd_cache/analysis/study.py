@@ -23,14 +23,14 @@ from ssd_cache.analysis.plan import NUM_IMAGES, Plan, plan_analysis
 from ssd_cache.analysis.retention_map import Retention, RetentionProbe
 from ssd_cache.analysis.scores import HeadScores, head_scores
 from ssd_cache.budget import Budget, is_amount
-from ssd_cache.cache import MemoryStats
-from ssd_cache.enable import ssd_attention
-from ssd_cache.head_map import HeadMap
-from ssd_cache.measuring import check_prompts, draw_watched
+from ssd_cache.cache.cache import MemoryStats
+from ssd_cache.cache.presets import words_of
+from ssd_cache.cache.sharding import check_whole
+from ssd_cache.decode.attention_switch import ssd_attention
+from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Generator, check_drawing, generator_of
-from ssd_cache.presets import words_of
-from ssd_cache.sharding import check_whole
-from ssd_cache.watching import WatchingCache
+from ssd_cache.profiling.measuring import check_prompts, draw_watched
+from ssd_cache.profiling.watching import WatchingCache
 
 
 @dataclass(frozen=True)

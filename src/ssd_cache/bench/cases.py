@@ -13,14 +13,14 @@ from importlib.util import find_spec
 import torch
 from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache, cache_utils
 
-from ssd_cache.attention import NAME
 from ssd_cache.bench.subject import Subject
 from ssd_cache.budget import Amount
-from ssd_cache.cache import SSDCache
+from ssd_cache.cache.attention import NAME
+from ssd_cache.cache.cache import SSDCache
+from ssd_cache.cache.presets import own_policy, policy_label
+from ssd_cache.decode.fast_decode import fast_decode
 from ssd_cache.evaluation.policies import Policy, parse_policy
-from ssd_cache.fast_decode import fast_decode
-from ssd_cache.head_map import HeadMap
-from ssd_cache.presets import own_policy, policy_label
+from ssd_cache.head_map.head_map import HeadMap
 
 FULL_CACHES = ("DynamicCache", "StaticCache", "QuantizedCache")
 RIVALS = ("DynamicCache", "StaticCache")

@@ -17,7 +17,7 @@ from ssd_cache.bench.cases import Case
 from ssd_cache.bench.running import draw_stretches
 from ssd_cache.bench.stretches import last_steps
 from ssd_cache.bench.subject import load_subject
-from ssd_cache.rasters import Grid
+from ssd_cache.layout import Grid
 
 STATUS = Path("/proc/self/status")
 

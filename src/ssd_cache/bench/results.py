@@ -17,8 +17,8 @@ from ssd_cache.bench.roofline import Machine, StepWork
 from ssd_cache.bench.running import Measurement
 from ssd_cache.bench.split import TimeSplit
 from ssd_cache.bench.stretches import Stretch
-from ssd_cache.showing import ReadableError
-from ssd_cache.untrusted import checked, parse_json
+from ssd_cache.io.showing import ReadableError
+from ssd_cache.io.untrusted import checked, parse_json
 
 FORMAT = "ssd-cache bench 1"
 

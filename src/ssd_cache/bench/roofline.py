@@ -14,7 +14,7 @@ import torch
 from ssd_cache.bench.cases import Case
 from ssd_cache.bench.sizes import mean_tokens_read
 from ssd_cache.bench.subject import Subject
-from ssd_cache.quantized import slot_nbytes
+from ssd_cache.cache.quantized import slot_nbytes
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 """Far more than any processor's caches hold."""

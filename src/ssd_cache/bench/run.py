@@ -27,7 +27,7 @@ from ssd_cache.bench.sizes import weight_bytes
 from ssd_cache.bench.split import TimeSplit, split_time
 from ssd_cache.bench.stretches import NUM_STRETCHES, Stretch, choose_stretches
 from ssd_cache.bench.subject import GUIDANCE_SCALE, Subject
-from ssd_cache.rasters import format_rasters
+from ssd_cache.layout import format_rasters
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from transformers import Cache
 
 from ssd_cache.bench.cases import Case
 from ssd_cache.bench.subject import Subject
-from ssd_cache.cache import SSDCache
-from ssd_cache.fused import is_wanted, passes_trial
-from ssd_cache.layer import LayerPlan
-from ssd_cache.quantized import slot_nbytes
-from ssd_cache.retention import WITHOUT_QUERIES
+from ssd_cache.cache.cache import SSDCache
+from ssd_cache.cache.layer import LayerPlan
+from ssd_cache.cache.quantized import slot_nbytes
+from ssd_cache.cache.retention import WITHOUT_QUERIES
+from ssd_cache.kernels.dispatch import is_wanted, passes_trial
 
 
 @dataclass(frozen=True)

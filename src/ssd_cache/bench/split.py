@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, Cache
 
-from ssd_cache.attention import NAME
 from ssd_cache.bench.cases import Case
 from ssd_cache.bench.roofline import synchronize
 from ssd_cache.bench.running import draw_stretches
 from ssd_cache.bench.stretches import Stretch
 from ssd_cache.bench.subject import Subject
-from ssd_cache.slots import SlotStore
+from ssd_cache.cache.attention import NAME
+from ssd_cache.cache.slots import SlotStore
 
 EVICTING = ("score_held", "_evict")
 """What `SlotStore` does to score and to evict."""

@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from ssd_cache._compat import CACHE
-from ssd_cache.attention import NAME
 from ssd_cache.bench.shapes import SHAPES, make_model
-from ssd_cache.cache import SSDCache
-from ssd_cache.head_map import HeadMap
+from ssd_cache.cache.attention import NAME
+from ssd_cache.cache.cache import SSDCache
+from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import GeneratorError, find_generator
 
 GUIDANCE_SCALE = 5.0

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ssd_cache.bench.cases import RIVALS
 from ssd_cache.bench.results import Report, Row
-from ssd_cache.markdown import code_block, escape, table
+from ssd_cache.io.markdown import code_block, escape, table
 
 MISSING = "-"
 

@@ -20,7 +20,7 @@ from ssd_cache.cli.files import check_writable, read_prompts
 from ssd_cache.cli.loading import find_model, load_generator
 from ssd_cache.cli.options import MODEL, SAMPLING, Device, Dtype, Grid, Guidance, ModelName, Temperature
 from ssd_cache.cli.plan import ONLINE, parse_budget
-from ssd_cache.head_map import HeadMap
+from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import BUNDLED, Checkpoint, check_drawing, resolve_device, resolve_dtype
 
 PROMPT = "a photo of a red circle and a blue square"

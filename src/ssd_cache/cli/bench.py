@@ -37,9 +37,9 @@ from ssd_cache.cli.files import check_writable
 from ssd_cache.cli.loading import parse_grid
 from ssd_cache.cli.options import Device, Dtype, Grid
 from ssd_cache.evaluation.policies import DEFAULT, parse_policies, resolve_policies
-from ssd_cache.head_map import HeadMap
+from ssd_cache.head_map.head_map import HeadMap
+from ssd_cache.io.writing import write_files
 from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
-from ssd_cache.writing import write_files
 
 CACHES, MEASURING = "Caches", "Measuring"
 

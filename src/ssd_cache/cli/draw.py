@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from ssd_cache.cache import MemoryStats, SSDCache
+from ssd_cache.cache.cache import MemoryStats, SSDCache
 from ssd_cache.models import Generator
-from ssd_cache.profiling_state import Processes
+from ssd_cache.runs.processes import Processes
 
 
 @dataclass(frozen=True)

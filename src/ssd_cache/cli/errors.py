@@ -16,9 +16,9 @@ import typer
 from tqdm import tqdm
 from typer.core import TyperGroup
 
-from ssd_cache.sharding import is_distributed
-from ssd_cache.showing import printable
-from ssd_cache.untrusted import WrongFileError
+from ssd_cache.cache.sharding import is_distributed
+from ssd_cache.io.showing import printable
+from ssd_cache.io.untrusted import WrongFileError
 
 TYPER_INTERRUPTED = 130
 """What typer returns after Ctrl-C."""

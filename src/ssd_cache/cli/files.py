@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from ssd_cache.cli.errors import WrongUse
-from ssd_cache.untrusted import parse_json
+from ssd_cache.io.untrusted import parse_json
 
 TOKENS = ".safetensors"
 """For the visual tokens themselves: integers `[pictures, cells]` under the name of each policy."""

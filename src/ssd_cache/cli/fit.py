@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ssd_cache.allocation import fit_heads, measured_levels
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.files import check_place, read_prompts
 from ssd_cache.cli.loading import find_model, load_generator
@@ -21,8 +20,9 @@ from ssd_cache.cli.resuming import Resume, StateFile
 from ssd_cache.evaluation.fidelity import measure_divergence
 from ssd_cache.evaluation.fidelity.divergence import check_fitting
 from ssd_cache.evaluation.fidelity.measure import check_settings
-from ssd_cache.head_map import HeadMap
+from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import BUNDLED
+from ssd_cache.profiling.allocation import fit_heads, measured_levels
 
 
 def fit(

@@ -14,7 +14,8 @@ import typer
 from PIL import Image
 from rich.console import Console
 
-from ssd_cache.batching import MAX_IMAGES, default_batch_size, image_nbytes
+from ssd_cache.cache.presets import POLICIES
+from ssd_cache.cache.quantized import KV_DTYPES
 from ssd_cache.cli.draw import Drawing, draw
 from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.files import PICTURE_FORMATS, TOKENS, check_output, read_prompts, save_picture
@@ -36,14 +37,13 @@ from ssd_cache.cli.options import (
 from ssd_cache.cli.plan import choose_policies, described, make_caches, parse_budget
 from ssd_cache.cli.report import process_peak, size, table
 from ssd_cache.cli.sheet import Row, contact_sheet
+from ssd_cache.decode.fast_decode import fast_decode
 from ssd_cache.evaluation.runner import digest_of
-from ssd_cache.fast_decode import fast_decode
-from ssd_cache.measuring import prompts_sha256
+from ssd_cache.io.writing import write_files
 from ssd_cache.models import BUNDLED, Generator, check_drawing, resolve_device, resolve_dtype
-from ssd_cache.presets import POLICIES
-from ssd_cache.profiling_state import Processes
-from ssd_cache.quantized import KV_DTYPES
-from ssd_cache.writing import write_files
+from ssd_cache.profiling.measuring import prompts_sha256
+from ssd_cache.runs.batching import MAX_IMAGES, default_batch_size, image_nbytes
+from ssd_cache.runs.processes import Processes
 
 CACHE = "Cache"
 MAX_COLUMNS = 8

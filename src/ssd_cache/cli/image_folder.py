@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ssd_cache.batching import default_batch_size, image_nbytes
-from ssd_cache.cache import SSDCache
+from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.files import check_place
 from ssd_cache.cli.loading import load_generator
+from ssd_cache.decode.fast_decode import fast_decode
 from ssd_cache.evaluation.conditions import drawing_conditions
 from ssd_cache.evaluation.export import (
     SETTINGS_FILE,
@@ -33,9 +33,9 @@ from ssd_cache.evaluation.export import (
 from ssd_cache.evaluation.image_files import ImageFiles, batch_seed
 from ssd_cache.evaluation.policies import mean_slots
 from ssd_cache.evaluation.runner import digest_of
-from ssd_cache.fast_decode import fast_decode
 from ssd_cache.models import Checkpoint
-from ssd_cache.profiling_state import Processes
+from ssd_cache.runs.batching import default_batch_size, image_nbytes
+from ssd_cache.runs.processes import Processes
 
 CACHE_SETTINGS = ("buffer", "num_recent", "num_sinks", "score", "kv_dtype")
 

@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ssd_cache.analysis.scores import HeadScores, head_scores
-from ssd_cache.cache import SSDCache
+from ssd_cache.cache.cache import SSDCache
+from ssd_cache.cache.presets import SCORE_WORDS, own_policy, policy_label
 from ssd_cache.cli.errors import refusing
 from ssd_cache.cli.files import check_output, save_picture
-from ssd_cache.head_map import HeadMap
-from ssd_cache.head_map_card import picture
+from ssd_cache.head_map.card import picture
+from ssd_cache.head_map.head_map import HeadMap
+from ssd_cache.layout import format_rasters
 from ssd_cache.models import BUNDLED
 from ssd_cache.models.base import find_head_map
-from ssd_cache.presets import SCORE_WORDS, own_policy, policy_label
-from ssd_cache.rasters import format_rasters
 
 
 def inspect(

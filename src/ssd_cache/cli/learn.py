@@ -12,15 +12,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ssd_cache.allocation import fit_heads
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.files import check_place, read_prompts
 from ssd_cache.cli.loading import find_model, load_generator
 from ssd_cache.cli.options import Device, Dtype, Grid, Guidance, ModelName, OfDistribution, Prompts, PromptsFile, Seed
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.cli.resuming import Resume, StateFile
-from ssd_cache.learning import check_learning, learn_score
 from ssd_cache.models import BUNDLED
+from ssd_cache.profiling.allocation import fit_heads
+from ssd_cache.training.learning import check_learning, learn_score
 
 
 def learn(

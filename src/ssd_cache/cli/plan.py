@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from ssd_cache.cache import SSDCache
+from ssd_cache.cache.cache import SSDCache
+from ssd_cache.cache.presets import POLICIES, SLOTS, words_of
 from ssd_cache.cli.errors import WrongUse
 from ssd_cache.evaluation.policies import DEFAULT, Policy, resolve_policies
-from ssd_cache.head_map import HeadMap
+from ssd_cache.head_map.head_map import HeadMap
+from ssd_cache.layout import format_rasters
 from ssd_cache.models import Checkpoint
-from ssd_cache.presets import POLICIES, SLOTS, words_of
-from ssd_cache.rasters import format_rasters
 
 COMPARED = ("full", "ssd", "h2o", "streaming-llm")
 """Rows of the sheet of `--compare`: the policies of the paper's tables, and the head map's own settings."""

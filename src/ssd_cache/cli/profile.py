@@ -11,17 +11,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ssd_cache.allocation import fit_heads
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.files import check_place, read_prompts
 from ssd_cache.cli.loading import find_model, load_generator
 from ssd_cache.cli.options import Device, Dtype, Grid, Guidance, ModelName, Prompts, PromptsFile, Seed, Temperature
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.cli.resuming import Resume, StateFile
-from ssd_cache.head_map import HeadMap
+from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import BUNDLED, check_drawing
-from ssd_cache.profiling import check_profiling, profile_heads
-from ssd_cache.profiling_state import Processes
+from ssd_cache.profiling.allocation import fit_heads
+from ssd_cache.profiling.profiling import check_profiling, profile_heads
+from ssd_cache.runs.processes import Processes
 
 
 def profile(

@@ -16,7 +16,7 @@ import typer
 
 from ssd_cache.cli.errors import Failure, failure
 from ssd_cache.cli.files import check_place
-from ssd_cache.run_state import OtherRunError, is_finished
+from ssd_cache.runs.run_state import OtherRunError, is_finished
 
 Resume = Annotated[
     Path | None,

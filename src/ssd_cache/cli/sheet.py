@@ -13,7 +13,7 @@ from math import ceil
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ssd_cache.showing import printable
+from ssd_cache.io.showing import printable
 
 INK, FAINT, PAPER = (28, 28, 32), (112, 112, 120), (255, 255, 255)
 MAX_WIDTH = 4096

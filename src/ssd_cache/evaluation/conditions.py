@@ -16,8 +16,8 @@ import transformers
 from transformers import GenerationConfig
 
 import ssd_cache
+from ssd_cache.layout import previews_entry
 from ssd_cache.models import Checkpoint
-from ssd_cache.rasters import previews_entry
 
 SEEDS = "first 63 bits of sha256('seed batch')"
 

@@ -19,11 +19,11 @@ from transformers import Cache
 
 from ssd_cache.budget import check_count
 from ssd_cache.evaluation.conditions import draw_seed
+from ssd_cache.io.showing import ReadableError, differences
+from ssd_cache.io.untrusted import checked, parse_json
+from ssd_cache.io.writing import write_files
 from ssd_cache.models import Generator
-from ssd_cache.profiling_state import Processes
-from ssd_cache.showing import ReadableError, differences
-from ssd_cache.untrusted import checked, parse_json
-from ssd_cache.writing import write_files
+from ssd_cache.runs.processes import Processes
 
 SETTINGS_FILE = "settings.json"
 """In the folder's root, where neither official scorer takes it for a picture."""

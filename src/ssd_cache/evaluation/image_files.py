@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from ssd_cache.evaluation.picture_folders import CAPTIONS_FILE
-from ssd_cache.writing import write_files
+from ssd_cache.io.writing import write_files
 
 CHUNK = "ssd-cache"
 """Keyword of the PNG text chunk with the metadata, an ASCII JSON object."""

@@ -18,8 +18,8 @@ import torch
 
 from ssd_cache.budget import check_count
 from ssd_cache.evaluation.picture_folders import Picture
+from ssd_cache.io.showing import ReadableError
 from ssd_cache.models.settings import resolve_device
-from ssd_cache.showing import ReadableError
 
 USUAL_FID = 10_000
 """Pictures below which an FID is far above that of many: it grows as the sets get smaller."""

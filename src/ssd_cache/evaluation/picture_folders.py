@@ -15,7 +15,7 @@ from ssd_cache.evaluation.dpg.reading import as_text, field, json_rows
 from ssd_cache.evaluation.dpg.sheet import PICTURES, cut_sheet, find_sheets
 from ssd_cache.evaluation.export import PROMPTS_FILE
 from ssd_cache.evaluation.geneval.prompts import parse_prompt
-from ssd_cache.showing import ReadableError, shown
+from ssd_cache.io.showing import ReadableError, shown
 
 CAPTIONS_FILE = "metadata.jsonl"
 """A list of captions beside pictures, as the Hub's image folders have it: file_name and prompt (or text) a line."""

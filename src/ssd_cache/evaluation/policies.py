@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from ssd_cache.allocation import fit_heads
 from ssd_cache.budget import Amount
-from ssd_cache.cache import SSDCache
-from ssd_cache.head_map import HeadMap
+from ssd_cache.cache.cache import SSDCache
+from ssd_cache.cache.presets import POLICIES, own_policy, policy_label
+from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Checkpoint
-from ssd_cache.presets import POLICIES, own_policy, policy_label
+from ssd_cache.profiling.allocation import fit_heads
 
 RANDOM = re.compile(r"random-(\d{1,9})")
 DEFAULT = "default"

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ssd_cache.evaluation.geneval.names import TAGS
-from ssd_cache.showing import ReadableError, differences, printable, shown
-from ssd_cache.untrusted import parse_json
+from ssd_cache.io.showing import ReadableError, differences, printable, shown
+from ssd_cache.io.untrusted import parse_json
 
 RESULTS_FILE = "results.jsonl"
 

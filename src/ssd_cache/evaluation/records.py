@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ssd_cache.budget import Amount
+from ssd_cache.io.showing import ReadableError, shown
+from ssd_cache.io.untrusted import checked, parse_json
 from ssd_cache.shapes import KINDS
-from ssd_cache.showing import ReadableError, shown
-from ssd_cache.untrusted import checked, parse_json
 
 PATTERN = "results-*.jsonl"
 

@@ -14,7 +14,7 @@ from ssd_cache.evaluation.plots import draw_score_by_budget
 from ssd_cache.evaluation.records import Problem, read_records
 from ssd_cache.evaluation.results_folder import ResultsError, merge_runs, read_reported_run
 from ssd_cache.evaluation.tables import Summary, summarize, to_json, to_markdown
-from ssd_cache.writing import write_files
+from ssd_cache.io.writing import write_files
 
 TABLE, NUMBERS, PLOT = "results.md", "results.json", "score-by-budget.png"
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from ssd_cache.evaluation.records import PATTERN, Key, Record, read_records
-from ssd_cache.head_map_checks import checked_grid
-from ssd_cache.showing import ReadableError, differences, shown
-from ssd_cache.untrusted import checked_fields, parse_json
-from ssd_cache.writing import write_files
+from ssd_cache.head_map.checks import checked_grid
+from ssd_cache.io.showing import ReadableError, differences, shown
+from ssd_cache.io.untrusted import checked_fields, parse_json
+from ssd_cache.io.writing import write_files
 
 RUN_FILE = "run.json"
 FORMAT = "ssd-cache eval shapes 1"

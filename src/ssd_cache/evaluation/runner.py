@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ssd_cache.budget import Amount
-from ssd_cache.cache import SSDCache
+from ssd_cache.cache.cache import SSDCache
 from ssd_cache.evaluation.policies import Policy, mean_slots
 from ssd_cache.evaluation.records import Key
-from ssd_cache.head_map import HeadMap
+from ssd_cache.head_map.head_map import HeadMap
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ssd_cache.budget import Amount
 from ssd_cache.evaluation.bootstrap import MIN_PAIRS, NUM_RESAMPLES, Difference, Score, compare, score
 from ssd_cache.evaluation.records import Record
 from ssd_cache.evaluation.runner import budget_name
-from ssd_cache.markdown import code_block, escape
+from ssd_cache.io.markdown import code_block, escape
 from ssd_cache.shapes import KINDS
 
 FULL, OURS = "full", ("fitted:score=learned", "learned", "ssd:slots=fitted", "ssd", "fitted")

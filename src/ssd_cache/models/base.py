@@ -25,11 +25,11 @@ from transformers import (
     ProcessorMixin,
 )
 
-from ssd_cache.cache import decoder_shape
-from ssd_cache.head_map import HeadMap, HeadMapError
+from ssd_cache.cache.cache import decoder_shape
+from ssd_cache.head_map.head_map import HeadMap, HeadMapError
+from ssd_cache.io.suggesting import suggestion
+from ssd_cache.layout import count_cells
 from ssd_cache.models.settings import GeneratorError, check_drawing, check_texts, resolve_device, resolve_dtype
-from ssd_cache.rasters import count_cells
-from ssd_cache.suggesting import suggestion
 
 BUNDLED = "shapes-janus"
 """The small trained model that travels with the package."""

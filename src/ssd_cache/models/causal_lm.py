@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedConfig
 
 from ssd_cache._compat import CACHE
-from ssd_cache.attention import NAME
+from ssd_cache.cache.attention import NAME
 from ssd_cache.models.base import Checkpoint, Generator, call_settings
 from ssd_cache.models.settings import GeneratorError
 

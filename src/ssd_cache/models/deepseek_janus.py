@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoConfig, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ssd_cache._compat import CACHE
-from ssd_cache.attention import NAME
+from ssd_cache.cache.attention import NAME
 from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.base import Checkpoint, Generator
 from ssd_cache.models.settings import GeneratorError

@@ -27,8 +27,11 @@ from transformers import (
     ProcessorMixin,
 )
 
-from ssd_cache.head_map_checks import HeadMapError, checked_grid
-from ssd_cache.hub import HubError, hub_download
+from ssd_cache.head_map.checks import HeadMapError, checked_grid
+from ssd_cache.io.hub import HubError, hub_download
+from ssd_cache.io.showing import first_line, shown
+from ssd_cache.io.suggesting import cached_repositories, nearby_folders, suggestion
+from ssd_cache.io.untrusted import name_problem, parse_json
 from ssd_cache.models.base import BUNDLED, BUNDLED_FOLDER, Checkpoint, Generator
 from ssd_cache.models.causal_lm import CausalLMGenerator
 from ssd_cache.models.deepseek_janus import DeepSeekJanusGenerator
@@ -36,9 +39,6 @@ from ssd_cache.models.emu3 import Emu3Generator
 from ssd_cache.models.glm_image import GlmImageGenerator
 from ssd_cache.models.janus import JanusGenerator
 from ssd_cache.models.settings import GeneratorError
-from ssd_cache.showing import first_line, shown
-from ssd_cache.suggesting import cached_repositories, nearby_folders, suggestion
-from ssd_cache.untrusted import name_problem, parse_json
 
 FAMILIES: dict[str, type[Generator]] = {
     "emu3": Emu3Generator,

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from ssd_cache._compat import CACHE
-from ssd_cache.attention import NAME
+from ssd_cache.cache.attention import NAME
 from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.base import Checkpoint, Generator, call_settings
 

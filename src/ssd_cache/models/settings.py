@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ssd_cache.showing import ReadableError, shown
-from ssd_cache.untrusted import is_unicode
+from ssd_cache.io.showing import ReadableError, shown
+from ssd_cache.io.untrusted import is_unicode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

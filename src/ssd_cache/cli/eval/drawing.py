@@ -17,9 +17,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ssd_cache.batching import default_batch_size
 from ssd_cache.budget import check_count
-from ssd_cache.cache import SSDCache
+from ssd_cache.cache.cache import SSDCache
+from ssd_cache.cache.presets import equal_budget
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.eval.options import CACHE
 from ssd_cache.cli.files import check_place
@@ -31,8 +31,8 @@ from ssd_cache.evaluation.export import PictureSet, check_unclaimed, claim_folde
 from ssd_cache.evaluation.policies import SETTINGS, choose_head_map, mean_slots, parse_policy, resolve_policies
 from ssd_cache.models import Generator, check_drawing, resolve_device, resolve_dtype
 from ssd_cache.models.find import find_folder
-from ssd_cache.presets import equal_budget
-from ssd_cache.profiling_state import Processes
+from ssd_cache.runs.batching import default_batch_size
+from ssd_cache.runs.processes import Processes
 
 EXPORT_BATCH_SIZE = 16
 """Images at once where memory suffices; a multiple of the units of both benchmarks."""

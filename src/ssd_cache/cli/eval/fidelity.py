@@ -19,7 +19,8 @@ from rich.table import Table
 
 from ssd_cache.analysis.plotting import check_packages
 from ssd_cache.budget import Amount, check_count
-from ssd_cache.cache import SSDCache
+from ssd_cache.cache.cache import SSDCache
+from ssd_cache.cache.presets import equal_budget
 from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.eval.options import (
     Buffer,
@@ -59,7 +60,6 @@ from ssd_cache.evaluation.policies import (
     resolve_policies,
 )
 from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
-from ssd_cache.presets import equal_budget
 
 PROMPTS = (
     "a photo of a red circle and a blue square",

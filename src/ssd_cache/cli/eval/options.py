@@ -10,12 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from ssd_cache.budget import Amount
+from ssd_cache.cache.presets import POLICIES
+from ssd_cache.cache.retention import SCORES
 from ssd_cache.cli.errors import WrongUse
 from ssd_cache.cli.options import MODEL
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.evaluation.policies import DEFAULT, OWN, SETTINGS
-from ssd_cache.presets import POLICIES
-from ssd_cache.retention import SCORES
 
 CACHE = "Cache"
 

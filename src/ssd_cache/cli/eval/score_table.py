@@ -15,8 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ssd_cache.markdown import escape, table
-from ssd_cache.writing import write_files
+from ssd_cache.io.markdown import escape, table
+from ssd_cache.io.writing import write_files
 
 
 @dataclass(frozen=True)

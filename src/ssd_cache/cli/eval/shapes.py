@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ssd_cache.batching import default_batch_size
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.eval.options import (
     DEFAULT_POLICIES,
@@ -37,7 +36,8 @@ from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder, che
 from ssd_cache.evaluation.runner import Plan
 from ssd_cache.evaluation.shapes import check_model, run_shapes, shapes_prompts
 from ssd_cache.models import BUNDLED, Generator, check_drawing, find_generator, resolve_device, resolve_dtype
-from ssd_cache.profiling_state import Processes
+from ssd_cache.runs.batching import default_batch_size
+from ssd_cache.runs.processes import Processes
 
 BATCH_SIZE = 60
 """Images at once where memory suffices."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ssd_cache.evaluation.dpg.reading import DPGError, as_id, as_text, field, json_rows, read_text
-from ssd_cache.showing import printable, shown
+from ssd_cache.io.showing import printable, shown
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 """What is read of the official CSV; it also has text, keywords, category_broad and category_detailed."""

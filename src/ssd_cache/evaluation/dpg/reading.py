@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ssd_cache.showing import ReadableError, shown
-from ssd_cache.untrusted import parse_json
+from ssd_cache.io.showing import ReadableError, shown
+from ssd_cache.io.untrusted import parse_json
 
 
 class DPGError(ReadableError):

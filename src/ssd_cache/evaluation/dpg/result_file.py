@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ssd_cache.evaluation.dpg.reading import DPGError, read_text
-from ssd_cache.showing import differences
-from ssd_cache.untrusted import WrongFileError, checked, checked_fields, parse_json
-from ssd_cache.writing import write_files
+from ssd_cache.io.showing import differences
+from ssd_cache.io.untrusted import WrongFileError, checked, checked_fields, parse_json
+from ssd_cache.io.writing import write_files
 
 Answers = list[list[bool]]
 """Raw answers about one sheet, `[crops][questions]`."""

@@ -21,7 +21,7 @@ from ssd_cache.evaluation.dpg.questions import Question
 from ssd_cache.evaluation.dpg.reading import DPGError, named
 from ssd_cache.evaluation.dpg.result_file import Answers, ResultFile
 from ssd_cache.evaluation.dpg.sheet import PICTURES, check_side, cut_sheet, find_sheets
-from ssd_cache.writing import write_files
+from ssd_cache.io.writing import write_files
 
 if TYPE_CHECKING:
     from ssd_cache.evaluation.dpg.vqa import VQAModel

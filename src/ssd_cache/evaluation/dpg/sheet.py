@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from ssd_cache.evaluation.dpg.reading import DPGError, named
-from ssd_cache.writing import write_files
+from ssd_cache.io.writing import write_files
 
 PICTURES = 4
 """Pictures on a sheet."""

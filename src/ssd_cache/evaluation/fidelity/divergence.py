@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ssd_cache.allocation import best_kinds, divergence_name, fit_heads, measured_levels
 from ssd_cache.budget import Amount, Budget, check_count
-from ssd_cache.cache import SSDCache
+from ssd_cache.cache.cache import SSDCache
+from ssd_cache.cache.sharding import check_whole
 from ssd_cache.evaluation.fidelity.divergence_state import DivergenceState
 from ssd_cache.evaluation.fidelity.lockstep import parts_of
 from ssd_cache.evaluation.fidelity.measure import check_settings, measure_fidelity
-from ssd_cache.head_map import HeadMap
-from ssd_cache.measuring import check_prompts, prompts_sha256, weights_sha256
+from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Generator
-from ssd_cache.run_state import check_state_place
-from ssd_cache.sharding import check_whole
+from ssd_cache.profiling.allocation import best_kinds, divergence_name, fit_heads, measured_levels
+from ssd_cache.profiling.measuring import check_prompts, prompts_sha256, weights_sha256
+from ssd_cache.runs.run_state import check_state_place
 
 NEGLIGIBLE = 0.005
 """Nats a picture: a head that costs less is not asked again at a greater budget, which could cost no more."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ssd_cache.run_state import RunState, check_images, check_same_run, not_a_state, read_state, write_state
-from ssd_cache.untrusted import check_like
+from ssd_cache.io.untrusted import check_like
+from ssd_cache.runs.run_state import RunState, check_images, check_same_run, not_a_state, read_state, write_state
 
 FORMAT = "ssd-cache fit 2"
 """The first format was JSON without the images."""

@@ -13,7 +13,7 @@ import torch
 from ssd_cache.analysis.plotting import WIDTH, color_map, new_figure, plain_label
 from ssd_cache.evaluation.fidelity.result import Fidelity
 from ssd_cache.evaluation.plots import COLORS, MARKERS
-from ssd_cache.rasters import row_lengths
+from ssd_cache.layout import row_lengths
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

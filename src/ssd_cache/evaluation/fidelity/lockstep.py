@@ -13,11 +13,11 @@ from functools import partial
 import torch
 
 from ssd_cache._compat import CACHE, take_cache
-from ssd_cache.cache import SSDCache
-from ssd_cache.layer import SSDLayer
-from ssd_cache.likelihood import certain_scores, kl_divergence, log_probabilities
+from ssd_cache.cache.cache import SSDCache
+from ssd_cache.cache.layer import SSDLayer
 from ssd_cache.models import Generator, GeneratorError
-from ssd_cache.watching import WatchingCache
+from ssd_cache.profiling.watching import WatchingCache
+from ssd_cache.training.likelihood import certain_scores, kl_divergence, log_probabilities
 
 
 class Trace:

@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from tqdm import tqdm
 
-from ssd_cache.cache import SSDCache
-from ssd_cache.enable import ssd_attention
+from ssd_cache.cache.cache import SSDCache
+from ssd_cache.cache.sharding import check_whole
+from ssd_cache.decode.attention_switch import ssd_attention
 from ssd_cache.evaluation.fidelity.lockstep import Lockstep, Trace
 from ssd_cache.evaluation.fidelity.result import Fidelity
 from ssd_cache.evaluation.policies import mean_slots
 from ssd_cache.models import Checkpoint, Generator, GeneratorError, check_drawing
-from ssd_cache.sharding import check_whole
 
 
 def measure_fidelity(

@@ -17,13 +17,15 @@ from typing import Any
 import torch
 
 from ssd_cache.budget import check_count
-from ssd_cache.cache import SSDCache
+from ssd_cache.cache.cache import SSDCache
+from ssd_cache.cache.sharding import check_whole
 from ssd_cache.evaluation.fidelity.lockstep import parts_of
 from ssd_cache.evaluation.fidelity.measure import check_settings, measure_fidelity
 from ssd_cache.evaluation.fidelity.result import Fidelity, merge
-from ssd_cache.measuring import check_prompts, prompts_sha256, weights_sha256
+from ssd_cache.io.untrusted import check_like, checked
 from ssd_cache.models import Checkpoint, Generator
-from ssd_cache.run_state import (
+from ssd_cache.profiling.measuring import check_prompts, prompts_sha256, weights_sha256
+from ssd_cache.runs.run_state import (
     RunState,
     check_same_run,
     check_state_place,
@@ -31,8 +33,6 @@ from ssd_cache.run_state import (
     read_state,
     write_state,
 )
-from ssd_cache.sharding import check_whole
-from ssd_cache.untrusted import check_like, checked
 
 FORMAT, WHAT = "ssd-cache fidelity state 1", "the measurements of ssd-cache eval fidelity"
 

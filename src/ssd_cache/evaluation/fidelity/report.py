@@ -15,8 +15,8 @@ from ssd_cache.analysis.plotting import check_packages, to_png
 from ssd_cache.analysis.report import plain
 from ssd_cache.evaluation.fidelity.figure import draw_fidelity
 from ssd_cache.evaluation.fidelity.result import Fidelity
-from ssd_cache.rasters import previews_entry
-from ssd_cache.writing import write_files
+from ssd_cache.io.writing import write_files
+from ssd_cache.layout import previews_entry
 
 FORMAT = "ssd-cache fidelity 1"
 NUMBERS, FIGURE = "fidelity.json", "fidelity.png"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ssd_cache.rasters import Grid, row_lengths
+from ssd_cache.layout import Grid, row_lengths
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 from PIL import Image
 
 from ssd_cache.evaluation.geneval.prompts import GenEvalPrompt, parse_prompt
-from ssd_cache.showing import shown
-from ssd_cache.writing import write_files
+from ssd_cache.io.showing import shown
+from ssd_cache.io.writing import write_files
 
 NUM_SAMPLES = 4
 """Pictures of a prompt, by convention: 553 x 4 = 2212 in all."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ssd_cache.evaluation.geneval.names import CLASSES, COLORS, RELATIONS, TAGS
-from ssd_cache.showing import ReadableError, printable, shown
-from ssd_cache.untrusted import parse_json
+from ssd_cache.io.showing import ReadableError, printable, shown
+from ssd_cache.io.untrusted import parse_json
 
 NUM_PROMPTS = 553
 """Prompts of the official file."""

@@ -23,9 +23,9 @@ from ssd_cache.evaluation.geneval.names import TAGS
 from ssd_cache.evaluation.geneval.prompts import GenEvalPrompt
 from ssd_cache.evaluation.geneval.rules import OFFICIAL, Rules, judge, objects_of
 from ssd_cache.evaluation.geneval.summary import SCORER, GenEvalScore, ImageResult, summarize
-from ssd_cache.showing import ReadableError, differences, shown
-from ssd_cache.untrusted import WrongFileError, checked, parse_json
-from ssd_cache.writing import write_files
+from ssd_cache.io.showing import ReadableError, differences, shown
+from ssd_cache.io.untrusted import WrongFileError, checked, parse_json
+from ssd_cache.io.writing import write_files
 
 
 def score_image(

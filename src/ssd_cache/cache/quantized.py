@@ -1,0 +1,126 @@
+"""Slots in 8 bits: the visual tokens of a store as codes, with a scale for each row, KV head and token of K and of V.
+
+A code times its scale is what attention, and scoring, see; the prompt stays whole in the model's dtype. Which tokens
+stay is decided as ever, and codes and scales move together. Nothing is learned or calibrated, and nothing is packed
+below a byte.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ssd_cache.cache.slots import SlotStore
+
+LIMITS = {"int8": 127.0, "fp8": 448.0}
+"""The largest number of each `kv_dtype`: whole numbers, or float8_e4m3fn (3 bits of mantissa, 4 of exponent)."""
+
+KV_DTYPES = tuple(LIMITS)
+"""Names that `kv_dtype` may have."""
+
+SMALLEST = torch.finfo(torch.float32).tiny
+"""The least scale: a token of zeros needs one that can be divided by."""
+
+
+def quantize(states: torch.Tensor, kv_dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of K or V; the largest number of each token is met by the largest code.
+
+    Scales are float32 at any dtype of the model: float16 can not hold those of small values, and in bfloat16 they would
+    be 2 bytes of a token's `head_dim` + 4 less.
+
+    Args:
+        states: `[..., head_dim]`, finite; what is not shows as NaN or infinity once dequantised.
+        kv_dtype: one of `KV_DTYPES`.
+
+    Returns:
+        Codes `[..., head_dim]`, int8: the number itself, or the bits of a float8_e4m3fn, since few of torch's
+        operations move those. Scales `[...]`, float32.
+
+    Example:
+
+        >>> codes, scales = quantize(torch.tensor([[0.5, -2.54, 0.012], [0.0, 0.0, 0.0]]), "int8")
+        >>> codes
+        tensor([[  25, -127,    1],
+                [   0,    0,    0]], dtype=torch.int8)
+        >>> dequantize(codes, scales, "int8", torch.float32)
+        tensor([[ 0.5000, -2.5400,  0.0200],
+                [ 0.0000,  0.0000,  0.0000]])
+    """
+    states = states.float()
+    scales = (states.abs().amax(-1) / LIMITS[kv_dtype]).clamp(min=SMALLEST)
+    codes = states / scales[..., None]
+    if kv_dtype == "int8":
+        return codes.round_().to(torch.int8), scales
+    return codes.to(torch.float8_e4m3fn).view(torch.int8), scales
+
+
+def dequantize(codes: torch.Tensor, scales: torch.Tensor, kv_dtype: str, dtype: torch.dtype) -> torch.Tensor:
+    """Codes `[..., head_dim]` times scales `[...]`, in float32 and then in `dtype`."""
+    if kv_dtype == "fp8":
+        # Seven bits further up they are a float16 of a 256th, but for the sign, which stays; and 480 is no code. A CPU
+        # does that for many numbers at a time, where it turns float8 into float32 one by one: six times slower.
+        codes, scales = (codes.to(torch.int16) << 7 & ~(1 << 14)).view(torch.float16), 256 * scales
+    return codes.float().mul_(scales[..., None]).to(dtype)
+
+
+def slot_nbytes(head_dim: int, itemsize: int, kv_dtype: str | None) -> int:
+    """Bytes of K and V of one visual token in one head; `itemsize` is that of the model's dtype."""
+    return 2 * (head_dim * itemsize if kv_dtype is None else head_dim + torch.float32.itemsize)
+
+
+class QuantizedStore(SlotStore):
+    """A `SlotStore` whose slots hold codes.
+
+    Args:
+        kv_dtype: one of `KV_DTYPES`; all else as for `SlotStore`.
+
+    Attributes:
+        keys, values: the prompt alone, `[batch, heads, num_prompt, head_dim]`.
+        key_codes, value_codes: `[batch, heads, num_slots, head_dim]`, int8; slots from `num_stored` on are free.
+        key_scales, value_scales: `[batch, heads, num_slots]`, float32.
+    """
+
+    STATES = (*SlotStore.STATES, "key_codes", "key_scales", "value_codes", "value_scales")
+
+    def __init__(self, *args, kv_dtype: str, **kwargs):
+        self.kv_dtype = kv_dtype
+        super().__init__(*args, **kwargs)
+
+    def _open(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys, self.values = key_states, value_states
+        shape = (*key_states.shape[:2], self.num_slots)
+        self.key_codes, self.value_codes = (
+            states.new_zeros(*shape, states.shape[3], dtype=torch.int8) for states in (key_states, value_states)
+        )
+        self.key_scales, self.value_scales = (key_states.new_zeros(shape, dtype=torch.float32) for _ in range(2))
+
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor, position: int) -> None:
+        self.count(position)
+        new = (*quantize(key_states, self.kv_dtype), *quantize(value_states, self.kv_dtype))
+        for held, states in zip(self._slots(), new, strict=True):
+            held[:, :, self.num_stored - 1] = states[:, :, 0]
+
+    def write_at(self, step: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        slot = self._slot_at(step).view(1)
+        new = (*quantize(key_states, self.kv_dtype), *quantize(value_states, self.kv_dtype))
+        for held, states in zip(self._slots(), new, strict=True):
+            held.index_copy_(2, slot, states)
+
+    def states(self, num_slots: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, scales, value_codes, value_scales = (held[:, :, :num_slots] for held in self._slots())
+        return self._join(self.keys, codes, scales), self._join(self.values, value_codes, value_scales)
+
+    @property
+    def _num_columns(self) -> int:
+        return self.keys.shape[2] + self.key_codes.shape[2]
+
+    def _scored_keys(self, rows: slice) -> torch.Tensor:
+        first = (rows, slice(self.num_semantic))
+        codes, scales = (held[first][:, :, : self.num_stored] for held in (self.key_codes, self.key_scales))
+        return self._join(self.keys[first], codes, scales)
+
+    def _join(self, prompt: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """The prompt and the slots of these codes, `[batch, heads, num_prompt + slots, head_dim]`, a new tensor."""
+        return torch.cat([prompt, dequantize(codes, scales, self.kv_dtype, prompt.dtype)], dim=2)
+
+    def _slots(self) -> list[torch.Tensor]:
+        return [self.key_codes, self.key_scales, self.value_codes, self.value_scales]

@@ -1,0 +1,94 @@
+"""Tensor parallel models: which KV heads of every layer this process holds, and whether all were given the same map.
+
+transformers splits a layer's heads over the processes in equal runs, in order. It splits nothing here: the cache does,
+and the model was split when it was loaded (`DistributedConfig(tp_plan="auto")`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed
+from transformers import PreTrainedModel
+
+from ssd_cache.head_map.head_map import HeadMap, HeadMapError
+
+if TYPE_CHECKING:  # torch may be built without its distributed part
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def shard_of(model: PreTrainedModel) -> tuple[int, int]:
+    """The number of this process among those that share the model's heads, from 0, and how many they are."""
+    mesh = _mesh(model)
+    return (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of a group; never where torch was built without its distributed part."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def own_heads(head_map: HeadMap, shard: tuple[int, int]) -> slice:
+    """The KV heads of every layer that process `index` of `count` holds.
+
+    Raises:
+        ValueError: no such process.
+        HeadMapError: heads that can not be shared out evenly.
+    """
+    index, count = shard
+    if not 0 <= index < count:
+        raise ValueError(f"shard={shard}: give (number of this process, number of processes), counting from 0")
+    held, rest = divmod(head_map.num_kv_heads, count)
+    if rest:
+        raise HeadMapError(
+            f"{count} processes can not share {head_map.num_kv_heads} KV heads evenly, which is what the head map "
+            f"({head_map.origin}) has: use a number of processes that divides {head_map.num_kv_heads}"
+        )
+    return slice(index * held, (index + 1) * held)
+
+
+def check_whole(model: PreTrainedModel) -> None:
+    """Refuse a tensor parallel model where all heads are looked at together.
+
+    Raises:
+        ValueError: naming other ways to use several devices.
+    """
+    index, count = shard_of(model)
+    if count > 1:
+        raise ValueError(
+            f"this {type(model).__name__} is tensor parallel, and process {index} of {count} sees its own heads alone: "
+            "heads are measured on a whole model. Load it without tp_plan, with device_map='auto' if one device is too "
+            "small for it; pictures can be shared by processes (`accelerate launch`)"
+        )
+
+
+def check_agreement(model: PreTrainedModel, head_map: HeadMap, settings: Mapping[str, Any]) -> None:
+    """Refuse processes of one tensor parallel model with unlike maps or settings: each would hold other tokens.
+
+    All of them have to come here; one alone need not talk to anybody.
+
+    Raises:
+        HeadMapError: in every process, naming the first that differs from process 0.
+    """
+    mesh = _mesh(model)
+    if mesh is None:
+        return
+    mine = f"head map {head_map.digest} ({head_map.origin}) and settings {dict(settings)}"
+    same = f"{head_map.digest} {head_map.is_online} {head_map.budget} {dict(settings)}"
+    told: list[Any] = [None] * mesh.size()
+    torch.distributed.all_gather_object(told, (same, mine), group=mesh.get_group())
+    for number, (other, words) in enumerate(told):
+        if other != told[0][0]:
+            raise HeadMapError(
+                f"the processes of this tensor parallel model do not agree: process 0 has {told[0][1]}, process "
+                f"{number} has {words}; give all of them the same"
+            )
+
+
+def _mesh(model: PreTrainedModel) -> DeviceMesh | None:
+    """The processes among which the model's heads are split; None for a model in one process."""
+    if (getattr(model, "tp_size", None) or 1) == 1:
+        return None
+    mesh = model._device_mesh
+    return mesh["tp"] if mesh.ndim > 1 else mesh

@@ -1,0 +1,65 @@
+"""`ssd_attention`: the attention "ssd" in a model's decoder, for as long as blocks are open that ask for it.
+
+It switches which attention runs. What that attention computes is in `attention.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ssd_cache._compat import uncompiled
+from ssd_cache.cache.attention import NAME
+from ssd_cache.decode.patching import Block, Patch, patched
+
+
+@contextmanager
+def ssd_attention(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
+    """Set the decoder's attention to `name` inside the block, by transformers' own switch; other towers keep theirs.
+
+    Raises:
+        ValueError: layers whose keys and values a cache of the "ssd" kind cannot hold.
+        RuntimeError: another thread holds the attention at another name.
+    """
+    model = uncompiled(model)
+    _check_layers(type(model).__name__, model.config.get_text_config(decoder=True))
+    with patched(uncompiled(model.get_decoder()), "_attention_in_force", _AttentionInForce, _AttentionBlock(name=name)):
+        yield
+
+
+@dataclass(eq=False, kw_only=True)
+class _AttentionBlock(Block):
+    name: str
+
+
+class _AttentionInForce(Patch):
+    """No attribute of the model's: holds which attention its decoder had, and which ones open blocks ask for."""
+
+    def __init__(self, decoder: PreTrainedModel, name: str):
+        super().__init__(decoder, name)
+        self.before = decoder.config._attn_implementation
+
+    def entered(self, owner: _AttentionBlock) -> None:
+        for other in self.owners:
+            if other.name != owner.name and other.flow is not owner.flow:
+                raise RuntimeError(
+                    f"another thread or task holds this model's attention at {other.name!r}, and this one asks for "
+                    f"{owner.name!r}: do the two one after the other, or give each a model of its own"
+                )
+        self.target.set_attn_implementation(owner.name)
+
+    def left(self) -> None:
+        self.target.set_attn_implementation(self.owners[-1].name if self.owners else self.before)
+
+
+def _check_layers(name: str, config: PreTrainedConfig) -> None:
+    """Refuse layers of another kind than full attention, told by transformers' own `layer_types`."""
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    if others:
+        raise ValueError(
+            f"{name} has layers of kind {', '.join(others)}: SSDCache decides itself what a head still sees, which "
+            "such layers do not allow; it is for models whose layers are all of kind full_attention"
+        )

@@ -1,0 +1,200 @@
+"""`enable`: a fresh `SSDCache` for every image that a model's `generate` makes, for code that calls generate itself.
+
+A context manager: what it puts on the model (a patched `generate`, the attention "ssd" in the decoder) comes off at
+the end, also after an exception. It does not touch classes or other models.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ContextDecorator, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ssd_cache._compat import CACHE, find_cache, uncompiled
+from ssd_cache.cache.cache import MemoryStats, SSDCache, decoder_shape
+from ssd_cache.cache.sharding import check_agreement, shard_of
+from ssd_cache.decode.attention_switch import ssd_attention
+from ssd_cache.decode.fast_decode import fast_decode
+from ssd_cache.decode.generate_calls import bind_call, call_setting, check_call_keeps_cache
+from ssd_cache.decode.guidance import batched_guidance
+from ssd_cache.decode.patching import Block, Patch, current_flow, innermost, patched
+from ssd_cache.head_map.head_map import HeadMap
+from ssd_cache.models.base import Generator, find_head_map
+from ssd_cache.models.find import family_of
+
+
+class enable(ContextDecorator):
+    """Give every `model.generate(...)` inside the block that makes images an `SSDCache` of its own.
+
+    - A call for text (Janus or Emu3 asked about an image) is left as it is, with the model's own cache.
+    - Where the call says how large the images are (GLM-Image), the map's labels are used for a grid of that size.
+    - A call with `guidance_scale` to a model that leaves guidance to transformers (Emu3) runs in one batch with its
+      unconditional rows, so that they are in the `SSDCache` too; see `batched_guidance`.
+    - `cache_implementation` and `use_cache` in a generation config give way to the block.
+
+    Blocks on one model may nest and overlap, also from several threads: a thread's calls get the settings of the
+    innermost block that it entered itself, or else of the only one that is open. One object may be entered repeatedly.
+
+    Args:
+        model: a transformers model with `generate`: a pipeline's `pipe.model`, `pipe.vision_language_encoder`; may be a
+            `torch.compile(model)`.
+        head_map: the model's head map, or its name: a folder, a Hub repository, or "shapes-janus".
+        fast: run the decoder's steps through `fast_decode`, which pays for many images.
+        settings: as for `SSDCache`: budget, buffer, num_recent, num_sinks, kv_dtype and so on.
+
+    `with` gives the model. A call that brings its own cache keeps it, and is left as it is.
+
+    Raises:
+        TypeError: no transformers model with `generate`, such as a whole pipeline, or one that has an encoder too.
+        HeadMapError: no map of that name, or one that does not fit the model's configuration, or the processes of a
+            tensor parallel model were given unlike maps or settings.
+        ValueError: a setting out of range, or layers that attend a sliding window; before anything is generated. Inside
+            the block, a call that asks for `cache_implementation`, `use_cache=False` or continuous batching.
+        RuntimeError: inside the block, a call from a thread that entered no block while several are open.
+
+    Example:
+        block = enable(pipe.model, head_map, budget=0.2)
+        with block:
+            pipe(["a photo of a red circle", "a photo of three squares"], generation_mode="image")
+        block.memory_stats()    # bytes of the last call's cache, and those of a full one
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, head_map: HeadMap | str | os.PathLike[str], *, fast: bool = False, **settings
+    ):
+        self.model, self.fast = model, fast
+        own = uncompiled(model)
+        _check_generates(own)
+        if isinstance(head_map, str | os.PathLike):
+            head_map = find_head_map(os.fspath(head_map))
+        check_agreement(own, head_map, settings)
+        settings = {"shard": shard_of(own), **settings}
+        SSDCache(head_map, **settings)  # refuse bad settings now, not in the middle of a pipeline
+        head_map.check_fits(type(own).__name__, *decoder_shape(own.config.get_text_config(decoder=True)))
+        head_map.check_made_for(own.name_or_path)
+        self._made = _Made(own, head_map, settings)
+        self._entered: list[tuple[object, ExitStack]] = []
+
+    def __enter__(self) -> PreTrainedModel:
+        model, block = self._made.model, _EnableBlock(made=self._made)
+        with ExitStack() as stack:
+            stack.enter_context(ssd_attention(model))
+            if self.fast:
+                stack.enter_context(fast_decode(model))
+            stack.enter_context(patched(model, "init_continuous_batching", _NoContinuousBatching, block))
+            stack.enter_context(patched(model, "generate", _GenerateWithCache, block))
+            self._entered.append((block.flow, stack.pop_all()))
+        return self.model
+
+    def __exit__(self, *error: object) -> None:
+        flow = current_flow()
+        entry = next((entry for entry in reversed(self._entered) if entry[0] is flow), self._entered[-1])
+        self._entered.remove(entry)
+        entry[1].close()
+
+    def memory_stats(self) -> MemoryStats:
+        """Bytes of the cache of the last call that ended inside the block, and of a full cache in its place.
+
+        The cache itself is not kept: with `return_dict_in_generate=True` the call's output has it.
+
+        Raises:
+            RuntimeError: no call that made images has ended yet.
+        """
+        if self._made.stats is None:
+            raise RuntimeError("no generate call has made images inside this block yet, so there are no bytes to tell")
+        return self._made.stats
+
+
+class _Made:
+    """What the calls inside a block share: the settings for their caches, and the last one's bytes."""
+
+    def __init__(self, model: PreTrainedModel, head_map: HeadMap, settings: Mapping[str, Any]):
+        self.model, self.head_map, self.settings = model, head_map, settings
+        self.family: type[Generator] = family_of(model.config)
+        self.stats: MemoryStats | None = None
+
+    def cache_for(self, call: Mapping[str, Any]) -> SSDCache:
+        grid, previews = self.family.rasters_of_call(call) or (self.head_map.grid, self.head_map.previews)
+        return SSDCache(self.head_map.with_grid(grid, previews), **self.settings)
+
+
+@dataclass(eq=False, kw_only=True)
+class _EnableBlock(Block):
+    made: _Made
+
+
+class _GenerateWithCache(Patch):
+    """A model's generate that gives calls for images a fresh cache."""
+
+    def __call__(self, *args, **kwargs):
+        block = innermost(self.owners, "enable")
+        if block is None:
+            return self.inner(*args, **kwargs)
+        made, call = block.made, bind_call(self.target, self.inner, args, kwargs)
+        ids = call.get("inputs") if call.get("input_ids") is None else call["input_ids"]
+        seen = {**call, "input_ids": ids}  # whichever name the prompt came under
+        if find_cache(call) is not None or not made.family.draws(seen):
+            return self.inner(*args, **kwargs)
+        check_call_keeps_cache(made.model, call)
+        cache = call[CACHE] = made.cache_for(seen)
+        with nullcontext() if made.family.own_guidance else _take_guidance(made.model, call, cache):
+            output = self.inner(**call)
+        made.stats = cache.memory_stats()
+        return output
+
+
+class _NoContinuousBatching(Patch):
+    """A model's entry to `generate_batch` that refuses it."""
+
+    def __call__(self, *args, **kwargs):
+        if not self.owners:
+            return self.inner(*args, **kwargs)
+        raise ValueError(
+            "generate_batch (continuous batching) works on a paged cache of its own, so that SSDCache cannot serve it: "
+            "call generate, or leave the `enable` block first"
+        )
+
+
+def _take_guidance(model: PreTrainedModel, call: dict[str, Any], cache: SSDCache) -> AbstractContextManager:
+    """Take transformers' guidance out of a call's arguments; what generates the same in one batch."""
+    scale = call_setting(model, call, "guidance_scale")
+    if scale is None or scale == 1:
+        return nullcontext()
+    beams = call_setting(model, call, "num_beams") or 1
+    if beams > 1:
+        raise ValueError(f"num_beams={beams} with guidance_scale={scale}: generate guided images with num_beams=1")
+    if call_setting(model, call, "prefill_chunk_size") is not None:
+        raise ValueError(
+            f"prefill_chunk_size with guidance_scale={scale}: guidance takes a prompt whole, then token by token; "
+            "leave prefill_chunk_size out"
+        )
+    negative = [call.pop(name, None) for name in ("negative_prompt_ids", "negative_prompt_attention_mask")]
+    call["guidance_scale"] = 1.0  # or the model's own settings would guide once more
+    return batched_guidance(model, scale, *negative, cache=cache)
+
+
+def _check_generates(model: Any) -> None:
+    """Refuse what has no `generate`, and name the parts of a pipeline that have one."""
+    if isinstance(model, PreTrainedModel) and callable(getattr(model, "generate", None)):
+        if model.config.is_encoder_decoder:
+            raise TypeError(
+                f"enable got a {type(model).__name__}, whose prompts go through an encoder: SSDCache holds prompt and "
+                "picture in one cache, of a model that is a decoder alone"
+            )
+        return
+    found = f"a {type(model).__name__}"
+    parts = getattr(model, "components", None)
+    parts = parts if isinstance(parts, Mapping) else {"model": getattr(model, "model", None)}
+    able = [name for name, part in parts.items() if isinstance(part, PreTrainedModel) and part.can_generate()]
+    if able:
+        raise TypeError(
+            f"enable got {found}; give its autoregressive model, {' or '.join(f'.{name}' for name in able)}"
+        )
+    raise TypeError(
+        f"enable got {found}, which has no autoregressive part: it needs a transformers model with generate(), and "
+        "where a script has its own loop over the decoder, give that loop an SSDCache"
+    )

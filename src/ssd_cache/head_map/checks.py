@@ -1,0 +1,164 @@
+"""What a head map may hold: each value is checked here once, when a `HeadMap` is born, from a file or from memory.
+
+Every refusal is a `HeadMapError` that says what was received, the limit, and the remedy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ssd_cache.budget import Budget, resolve_budget
+from ssd_cache.head_map.learned_score import LearnedScore
+from ssd_cache.io.showing import ReadableError, shown
+from ssd_cache.io.untrusted import MAX_DEPTH, parse_json
+
+MAX_LAYERS, MAX_KV_HEADS, MAX_GRID_SIDE, MAX_PREVIEWS, MAX_SCORES = 1024, 4096, 4096, 8, 64
+MAX_TEXT, MAX_PROFILE_BYTES = 256, 64 << 10
+SCORE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+class HeadMapError(ReadableError):
+    """A head map that cannot be made, read, written, found or trusted: what was received, the limit, and the remedy."""
+
+
+def check_shape(shape: tuple[int, ...]) -> None:
+    """Refuses anything but [layers, kv_heads] within the limits."""
+    limits = (MAX_LAYERS, MAX_KV_HEADS)
+    if len(shape) != 2 or not all(type(n) is int and 1 <= n <= limit for n, limit in zip(shape, limits, strict=True)):
+        raise HeadMapError(
+            f"shape {shown(list(shape))}; labels are [layers, kv_heads], 1 to {MAX_LAYERS} by 1 to {MAX_KV_HEADS}: "
+            "give one row a layer, one column a KV head"
+        )
+
+
+def checked_labels(is_spatial: torch.Tensor) -> torch.Tensor:
+    """A copy of the labels `[layers, kv_heads]` on the CPU."""
+    if not isinstance(is_spatial, torch.Tensor) or is_spatial.dtype != torch.bool:
+        received = is_spatial.dtype if isinstance(is_spatial, torch.Tensor) else type(is_spatial).__name__
+        raise HeadMapError(f"is_spatial is {received}; give a tensor of torch.bool, for example `scores > threshold`")
+    check_shape(tuple(is_spatial.shape))
+    return is_spatial.detach().to("cpu", copy=True).contiguous()
+
+
+def checked_grid(grid: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) in visual tokens."""
+    sides = tuple(grid) if isinstance(grid, (tuple, list)) else ()
+    if len(sides) != 2 or not all(type(side) is int and 1 <= side <= MAX_GRID_SIDE for side in sides):
+        raise HeadMapError(
+            f"grid={shown(grid)}; give (rows, columns), integers from 1 to {MAX_GRID_SIDE}, like (24, 24)"
+        )
+    return sides
+
+
+def checked_previews(previews: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Grids, each (rows, columns), of what is drawn before the picture."""
+    if not isinstance(previews, (tuple, list)) or len(previews) > MAX_PREVIEWS:
+        raise HeadMapError(f"previews={shown(previews)}; give at most {MAX_PREVIEWS} grids, like [(19, 13)]")
+    return tuple(map(checked_grid, previews))
+
+
+def checked_scores(
+    scores: torch.Tensor | Mapping[str, torch.Tensor] | None, shape: torch.Size
+) -> dict[str, torch.Tensor]:
+    """Float32 copies by name, each of `shape`; a lone tensor is named "score"."""
+    named = {"score": scores} if isinstance(scores, torch.Tensor) else {} if scores is None else scores
+    if not isinstance(named, Mapping) or len(named) > MAX_SCORES:
+        raise HeadMapError(f"scores: give a tensor, or a dict from name to tensor of at most {MAX_SCORES}")
+    checked = {}
+    for name, score in named.items():
+        if not isinstance(name, str) or not SCORE_NAME.fullmatch(name):
+            raise HeadMapError(f"the name {shown(name)} of a score; use 1 to 64 letters, digits, '_', '-' and '.'")
+        if not isinstance(score, torch.Tensor) or not score.is_floating_point() or score.shape != shape:
+            received = f"{score.dtype} {list(score.shape)}" if isinstance(score, torch.Tensor) else shown(score)
+            raise HeadMapError(f"score {name!r} is {received}; it must be a float tensor of shape {list(shape)}")
+        checked[name] = score.detach().to("cpu", torch.float32, copy=True).contiguous()
+        if not checked[name].isfinite().all():
+            layer, head = (~checked[name].isfinite()).nonzero()[0].tolist()
+            raise HeadMapError(f"score {name!r} is NaN or infinite at layer {layer}, KV head {head}; profile again")
+    return checked
+
+
+def checked_learned(
+    learned: LearnedScore | None,
+    shape: torch.Size,
+    grid: tuple[int, int],
+    previews: tuple[tuple[int, int], ...],
+) -> LearnedScore | None:
+    """A float32 copy whose tensors begin with `shape` and go by the places of `grid`."""
+    if learned is None:
+        return None
+    if not isinstance(learned, LearnedScore):
+        raise HeadMapError(f"learned is a {type(learned).__name__}; give a LearnedScore, as learn_score makes it")
+    if previews:
+        raise HeadMapError("a learned score goes by the places of a single grid; leave it out for a map with previews")
+    rows, columns = grid
+    ends = {"row": (rows, rows), "column": (rows, columns)}
+    copies = {}
+    for name, tensor in learned.tensors().items():
+        end = ends.get(name, tuple(tensor.shape[2:3]))
+        if not tensor.is_floating_point() or tensor.shape != (*shape, *end) or 0 in tensor.shape:
+            asked = [*shape, *ends.get(name, ("head_dim",))]
+            raise HeadMapError(
+                f"{name} of the learned score is {tensor.dtype} {list(tensor.shape)}; for this map it must be a float "
+                f"tensor [{', '.join(map(str, asked))}]"
+            )
+        copies[name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        if not copies[name].isfinite().all():
+            raise HeadMapError(f"{name} of the learned score holds NaN or infinite numbers; learn it again")
+    return LearnedScore(**copies)
+
+
+def checked_threshold(threshold: float | None) -> float | None:
+    """A finite number."""
+    if threshold is None:
+        return None
+    try:
+        value = math.nan if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) else float(threshold)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise HeadMapError(f"threshold={shown(threshold)}; give a finite number, or None")
+    return value
+
+
+def checked_budget(budget: Budget | None, is_spatial: torch.Tensor, cells: int) -> Budget | None:
+    """A copy of a budget that fits the map, as JSON holds it: a number, or a list with an entry for each layer."""
+    if budget is None:
+        return None
+    try:
+        slots = resolve_budget(budget, is_spatial.tolist(), cells)
+    except (ValueError, TypeError) as error:
+        raise HeadMapError(f"budget: {error}") from error
+    most = max(map(max, slots))
+    if most > cells:
+        raise HeadMapError(f"budget: {most} slots, but the grid has {cells} visual tokens; give at most {cells}")
+    return checked_profile({"budget": budget})["budget"]
+
+
+def checked_text(name: str, text: str | None) -> str | None:
+    """One printable line."""
+    if text is not None and not (isinstance(text, str) and 1 <= len(text) <= MAX_TEXT and text.isprintable()):
+        raise HeadMapError(f"{name}={shown(text)}; give 1 to {MAX_TEXT} printable characters, or None")
+    return text
+
+
+def checked_profile(profile: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A copy of `profile` that reads back from JSON as it is."""
+    try:
+        if profile is not None and not isinstance(profile, Mapping):
+            raise TypeError(f"{type(profile).__name__} is not a dict")
+        text = json.dumps(dict(profile or {}))
+        if len(text) > MAX_PROFILE_BYTES:
+            raise ValueError(f"{len(text)} bytes of at most {MAX_PROFILE_BYTES}")
+        copy: dict[str, Any] = parse_json(text, MAX_DEPTH - 1)
+    except RecursionError as error:
+        raise HeadMapError("profile: nested too deep; give a small dict of JSON values") from error
+    except (TypeError, ValueError) as error:
+        raise HeadMapError(f"profile: {error}; give a small dict of JSON values, finite numbers only") from error
+    return copy

@@ -1,0 +1,226 @@
+"""The two files of a head map, `config.json` and `head_map.safetensors`: their bytes, written and read.
+
+A file that is read here may come from anyone. Its size is checked on the disk before a byte is read, its path must not
+leave its folder, and nothing in it is run: JSON and safetensors only. One `sha256` in the config covers both files, so
+that a damaged or half-written pair never loads. What a label or a score means is the business of `head_map.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from ssd_cache.head_map.checks import HeadMapError
+from ssd_cache.head_map.learned_score import LearnedScore
+from ssd_cache.io.showing import first_line, shown
+from ssd_cache.io.suggesting import nearby_folders, suggestion
+from ssd_cache.io.untrusted import name_problem, parse_json
+from ssd_cache.io.writing import write_files
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "config.json"
+TENSORS_NAME = "head_map.safetensors"
+SCORE_PREFIX = "scores."
+LEARNED_PREFIX = "learned."
+AGAIN = "save the map again with save_pretrained, or download it again with force_download=True"
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_TENSORS_BYTES = 64 << 20
+MAX_HEADER_BYTES = 64 << 10
+
+FACTS = frozenset({"grid", "model_id", "revision", "model_type", "method", "threshold", "budget", "profile"})
+OPTIONAL = frozenset({"previews"})
+"""Facts that few models have: left out where there are none, so that older versions read all other maps."""
+CONFIG_FIELDS = FACTS | {"format_version", "num_layers", "num_kv_heads", "sha256"}
+
+
+def encode(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    """File name -> content, the tensors first. `facts` are the fields of the config but `format_version`, `sha256`."""
+    tensor_bytes = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    if len(tensor_bytes) > MAX_TENSORS_BYTES:
+        raise HeadMapError(
+            f"the tensors of this head map take {len(tensor_bytes)} bytes, a file may hold {MAX_TENSORS_BYTES}; "
+            "keep fewer scores"
+        )
+    config = {"format_version": FORMAT_VERSION, **facts}
+    config["sha256"] = _sha256(config, tensor_bytes)
+    return {TENSORS_NAME: tensor_bytes, CONFIG_NAME: json.dumps(config, indent=2).encode() + b"\n"}
+
+
+def decode(
+    config_bytes: bytes, tensor_bytes: bytes, place: str
+) -> tuple[dict[str, Any], torch.Tensor, dict[str, torch.Tensor], LearnedScore | None]:
+    """The facts, `is_spatial` `[layers, kv_heads]`, the named scores of the same shape, and the learned score, if any.
+
+    Raises [`HeadMapError`] that names `place` for anything but an undamaged pair of files of format version 1.
+    """
+    config = _parse_config(config_bytes, f"{place}/{CONFIG_NAME}")
+    if _sha256(config, tensor_bytes) != config["sha256"]:
+        raise HeadMapError(
+            f"{place}: {CONFIG_NAME} and {TENSORS_NAME} do not belong together (their sha256 differs): half-written, "
+            f"damaged or edited by hand; {AGAIN}"
+        )
+    is_spatial, scores, learned = _parse_tensors(tensor_bytes, f"{place}/{TENSORS_NAME}")
+    stated = [config["num_layers"], config["num_kv_heads"]]
+    if stated != list(is_spatial.shape):
+        raise HeadMapError(
+            f"{place}: {CONFIG_NAME} states {shown(stated[0])} layers and {shown(stated[1])} KV heads, "
+            f"is_spatial in {TENSORS_NAME} has shape {list(is_spatial.shape)}; {AGAIN}"
+        )
+    return {name: config[name] for name in FACTS | (OPTIONAL & config.keys())}, is_spatial, scores, learned
+
+
+def find_local(source: str | os.PathLike[str]) -> Path | None:
+    """The folder that `source` means, or its own if it is one of the two files; None for the id of a repository."""
+    if not source or not isinstance(source, (str, os.PathLike)) or not isinstance(os.fspath(source), str):
+        raise HeadMapError(f"source={shown(source)}: give a folder, a file, or a repository id like 'user/name'")
+    check_name("source", os.fspath(source))
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
+        return path
+    if os.path.lexists(path):
+        if path.name in (CONFIG_NAME, TENSORS_NAME):
+            return path.parent
+        raise HeadMapError(f"{path}: neither a folder nor a {CONFIG_NAME} or {TENSORS_NAME}; give the map's folder")
+    could_be_id = isinstance(source, str) and re.fullmatch(r"[^\\/.~][^\\/]*(/[^\\/]+)?", source)
+    if not could_be_id or path.suffix in (".json", ".safetensors"):
+        nearest = suggestion(os.fspath(source), nearby_folders(os.fspath(source)))
+        raise HeadMapError(
+            f"{path}: no such folder or file; check the path, or give a repository id like 'user/name'{nearest}"
+        )
+    return None
+
+
+def read_file(path: Path, limit: int, root: Path | None = None) -> bytes:
+    """The content of a regular file of at most `limit` bytes that lies, links followed, inside `root`."""
+    try:
+        real = path.resolve(strict=True)
+        if root is not None and not _is_inside(real, root):
+            raise HeadMapError(
+                f"{path}: a link that leaves the folder {root}, to {real}; put the file itself there, or load a map of "
+                "the Hub by its repository id"
+            )
+        if not real.is_file():
+            raise HeadMapError(f"{path}: not a regular file; a head map is a folder with {CONFIG_NAME}, {TENSORS_NAME}")
+        size = real.stat().st_size
+        if size <= limit:
+            with real.open("rb") as file:
+                content = file.read(limit + 1)
+            size = len(content)
+    except FileNotFoundError as error:
+        raise HeadMapError(
+            f"{path}: no such file; a head map is a folder with {CONFIG_NAME} and {TENSORS_NAME}"
+        ) from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise HeadMapError(f"{path}: cannot be read ({error}); check the file and its permissions") from error
+    if size > limit:
+        raise HeadMapError(f"{path}: holds more than {limit} bytes, the limit of this file; it is not a head map")
+    return content
+
+
+def read_folder(folder: Path, subfolder: str | None = None) -> tuple[bytes, bytes]:
+    """The bytes of both files in `folder`/`subfolder`; a link may lead anywhere inside `folder`."""
+    root = folder.resolve()
+    inside = folder / (subfolder or "")
+    config = read_file(inside / CONFIG_NAME, MAX_CONFIG_BYTES, root)
+    return config, read_file(inside / TENSORS_NAME, MAX_TENSORS_BYTES, root)
+
+
+def write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Writes each file beside its place, then moves them there in order: a reader sees whole files only."""
+    check_name("folder", str(folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_files({folder / name: content for name, content in files.items()})
+    except OSError as error:
+        raise HeadMapError(f"{folder}: the head map cannot be written ({error}); give another folder") from error
+
+
+def check_name(what: str, name: str | None) -> None:
+    """Refuses a text that no file system and no server could look up."""
+    if name is not None and (problem := name_problem(name)):
+        raise HeadMapError(f"{what}={shown(name)}: {problem}; give the name of a folder, or of a repository of the Hub")
+
+
+def check_subfolder(subfolder: str | None) -> None:
+    """Refuses a subfolder that could lead out of its folder or repository, by any system's rules."""
+    if subfolder is None:
+        return
+    check_name("subfolder", subfolder)
+    paths = PurePosixPath(subfolder), PureWindowsPath(subfolder)
+    if "\\" in subfolder or any(path.is_absolute() or path.drive or ".." in path.parts for path in paths):
+        raise HeadMapError(f"subfolder={shown(subfolder)} leaves the folder; give a relative path like 'maps/tau-0.5'")
+
+
+def _is_inside(real: Path, root: Path) -> bool:
+    # huggingface_hub's own cache keeps the files of snapshots/<commit>/ as links into the blobs/ beside snapshots/.
+    blobs = next((up.parent / "blobs" for up in (root, *root.parents) if up.name == "snapshots"), root)
+    return real.is_relative_to(root) or real.is_relative_to(blobs)
+
+
+def _sha256(config: dict[str, Any], tensor_bytes: bytes) -> str:
+    covered = {name: value for name, value in config.items() if name != "sha256"}
+    canonical = json.dumps(covered, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode() + tensor_bytes).hexdigest()
+
+
+def _parse_config(content: bytes, place: str) -> dict[str, Any]:
+    try:
+        config = parse_json(content)
+    except ValueError as error:
+        raise HeadMapError(f"{place}: not the JSON of a head map ({error}); {AGAIN}") from error
+    if not isinstance(config, dict) or "format_version" not in config:
+        raise HeadMapError(
+            f"{place}: has no format_version, so it is not a head map (a model's own folder, perhaps?); "
+            "make one with profile_heads and save_pretrained"
+        )
+    version = config["format_version"]
+    if version != FORMAT_VERSION or isinstance(version, (bool, float)):
+        raise HeadMapError(
+            f"{place}: format_version {shown(version)}, this ssd-cache reads {FORMAT_VERSION}; upgrade it"
+        )
+    if config.keys() - OPTIONAL != CONFIG_FIELDS:
+        raise HeadMapError(
+            f"{place}: missing fields {shown(sorted(CONFIG_FIELDS - config.keys()), 300)}, unknown fields "
+            f"{shown(sorted(config.keys() - CONFIG_FIELDS - OPTIONAL), 300)}; save the map again, or upgrade ssd-cache"
+        )
+    return config
+
+
+def _parse_tensors(content: bytes, place: str) -> tuple[torch.Tensor, dict[str, torch.Tensor], LearnedScore | None]:
+    header_size = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or header_size > min(MAX_HEADER_BYTES, len(content) - 8):
+        raise HeadMapError(f"{place}: not a safetensors file, or a truncated one; {AGAIN}")
+    try:
+        tensors = safetensors.torch.load(content)
+    except Exception as error:  # its parser raises what it likes: SafetensorError, KeyError, RuntimeError, ...
+        raise HeadMapError(f"{place}: not a whole safetensors file ({first_line(error)}); {AGAIN}") from error
+    is_spatial = tensors.pop("is_spatial", None)
+    if is_spatial is None:
+        raise HeadMapError(f"{place}: has no tensor is_spatial; a head map needs it: {AGAIN}")
+    if is_spatial.dtype != torch.bool or (is_spatial.view(torch.uint8) > 1).any():
+        raise HeadMapError(f"{place}: is_spatial is {is_spatial.dtype} and must be bool, bytes 0 and 1; {AGAIN}")
+    for name, tensor in tensors.items():
+        if not name.startswith((SCORE_PREFIX, LEARNED_PREFIX)) or tensor.dtype != torch.float32:
+            raise HeadMapError(
+                f"{place}: holds {shown(name)} of {tensor.dtype}; beside is_spatial only float32 tensors named "
+                f"'{SCORE_PREFIX}<name>' or '{LEARNED_PREFIX}<name>' may stand: save the map again, or "
+                "upgrade ssd-cache"
+            )
+    scores, parts = (
+        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        for prefix in (SCORE_PREFIX, LEARNED_PREFIX)
+    )
+    if parts and parts.keys() != LearnedScore.NAMES:
+        raise HeadMapError(
+            f"{place}: a learned score of {shown(sorted(parts), 300)}, and it has {sorted(LearnedScore.NAMES)}: save "
+            "the map again, or upgrade ssd-cache"
+        )
+    return is_spatial, scores, LearnedScore(**parts) if parts else None

@@ -1,0 +1,389 @@
+"""HeadMap: which KV heads of a generator are spatial and which semantic, with the scores behind the labels.
+
+It is a checked, immutable value that can be saved, loaded and shared. It does not label heads (`profiling.py` does) and
+does not know what a cache does with a label (`layer.py` does). The files are in `head_map_files.py`, the Hub in
+`head_map_hub.py`, the model card in `head_map_card.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import CommitInfo
+
+from ssd_cache.budget import Budget, resolve_budget, scale_counts
+from ssd_cache.head_map import card as head_map_card
+from ssd_cache.head_map import checks as head_map_checks
+from ssd_cache.head_map import files as head_map_files
+from ssd_cache.head_map import hub as head_map_hub
+from ssd_cache.head_map.checks import HeadMapError
+from ssd_cache.head_map.learned_score import LearnedScore
+from ssd_cache.io.showing import shown
+from ssd_cache.layout import count_cells, format_rasters
+
+__all__ = ["HeadMap", "HeadMapError"]
+
+INVERTED = "inverted"
+
+
+@dataclass(frozen=True, init=False, eq=False, repr=False)
+class HeadMap:
+    """The labels of all KV heads of one model.
+
+    Args:
+        is_spatial: boolean tensor `[layers, kv_heads]`; True is spatial, False semantic. At most 1024 x 4096.
+        grid: rows and columns of the picture in visual tokens; tokens that end a row count as its last columns.
+        previews: grids of smaller pictures that are drawn before it, in order, as GLM-Image does; none as a rule.
+        scores: what the labels were decided on: one floating-point tensor `[layers, kv_heads]` (kept as "score"), or
+            several by name. Finite; kept in float32.
+        threshold: the score above which a head was called spatial.
+        model_id: the model that was profiled, as given to its `from_pretrained`.
+        revision: the commit of that model.
+        model_type: `config.model_type` of that model.
+        method: how the labels were made, in a few words.
+        budget: the budget that the map was fitted to, as for [`SSDCache`], which uses it when none is given.
+        learned: what semantic heads may rank their tokens by, made by [`learn_score`] for this grid; [`SSDCache`] does
+            when it is there. Its tensors begin with the labels' shape.
+        profile: further facts that repeat the making (prompts, seeds, window, ...), a small dict of JSON values.
+
+    Tensors are copied to the CPU; treat them as read-only. Raises [`HeadMapError`] for anything out of these limits.
+
+    Example:
+        >>> head_map = HeadMap(torch.tensor([[True, False], [False, False]]), grid=(24, 24))
+        >>> head_map
+        HeadMap(2 layers x 2 KV heads, 1 spatial, 3 semantic, grid 24x24, made in memory)
+    """
+
+    is_spatial: torch.Tensor
+    grid: tuple[int, int]
+    scores: dict[str, torch.Tensor]
+    threshold: float | None
+    model_id: str | None
+    revision: str | None
+    model_type: str | None
+    method: str | None
+    budget: Budget | None
+    learned: LearnedScore | None
+    profile: dict[str, Any]
+    previews: tuple[tuple[int, int], ...]
+    is_online: bool = field(init=False)
+    """Whether the labels are still to be found, in every run anew; see [`HeadMap.online`]."""
+    origin: str = field(init=False)
+    """Where this map comes from: a path, a Hub repository with its commit, or "made in memory"."""
+
+    def __init__(
+        self,
+        is_spatial: torch.Tensor,
+        grid: tuple[int, int] = (24, 24),
+        *,
+        scores: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+        threshold: float | None = None,
+        model_id: str | None = None,
+        revision: str | None = None,
+        model_type: str | None = None,
+        method: str | None = None,
+        budget: Budget | None = None,
+        learned: LearnedScore | None = None,
+        profile: Mapping[str, Any] | None = None,
+        previews: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        labels = head_map_checks.checked_labels(is_spatial)
+        texts = {"model_id": model_id, "revision": revision, "model_type": model_type, "method": method}
+        checked_grid, checked_previews = head_map_checks.checked_grid(grid), head_map_checks.checked_previews(previews)
+        cells = count_cells(checked_grid, checked_previews)
+        values = {
+            "is_spatial": labels,
+            "grid": checked_grid,
+            "previews": checked_previews,
+            "scores": head_map_checks.checked_scores(scores, labels.shape),
+            "threshold": head_map_checks.checked_threshold(threshold),
+            **{name: head_map_checks.checked_text(name, text) for name, text in texts.items()},
+            "budget": head_map_checks.checked_budget(budget, labels, cells),
+            "learned": head_map_checks.checked_learned(learned, labels.shape, checked_grid, checked_previews),
+            "profile": head_map_checks.checked_profile(profile),
+            "is_online": False,
+            "origin": "made in memory",
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def uniform(
+        cls,
+        kind: Literal["spatial", "semantic"],
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        grid: tuple[int, int] = (24, 24),
+    ) -> HeadMap:
+        """A map whose heads are all of one `kind`, as the baselines have it: StreamingLLM is all spatial, H2O all
+        semantic."""
+        if kind not in ("spatial", "semantic"):
+            raise HeadMapError(f"kind={shown(kind)} is neither 'spatial' nor 'semantic'; give one of the two")
+        head_map_checks.check_shape((num_layers, num_kv_heads))
+        labels = torch.full((num_layers, num_kv_heads), kind == "spatial", dtype=torch.bool, device="cpu")
+        return cls(labels, grid, method=f"uniform {kind}")
+
+    @classmethod
+    def online(cls, *, num_layers: int, num_kv_heads: int, grid: tuple[int, int] = (24, 24)) -> HeadMap:
+        """A map without labels: an `SSDCache` finds them for itself, from the first rows of each batch of pictures.
+
+        For a model that nobody has profiled. What a layer decides by is told in `SSDLayer`; `cache.labels` tells what
+        was decided. There is nothing in it to save or to invert.
+        """
+        head_map = cls.uniform("semantic", num_layers=num_layers, num_kv_heads=num_kv_heads, grid=grid)
+        for name, value in {"is_online": True, "method": "online", "origin": "labels found at run time"}.items():
+            object.__setattr__(head_map, name, value)
+        return head_map
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        subfolder: str | None = None,
+    ) -> HeadMap:
+        """Loads a map from a folder, from either of its two files, or from a repository of the Hub.
+
+        A folder or file that exists goes before a repository of the same name. The files may come from anyone: no code
+        is run, sizes are checked before reading, and links that leave the folder are refused. `revision` (branch, tag
+        or commit), `token`, `cache_dir`, `local_files_only` and `force_download` mean what they mean in
+        `huggingface_hub.hf_hub_download`; when the Hub cannot be reached, its cached copy is used.
+
+        Raises [`HeadMapError`], naming the place and the remedy, for everything that cannot be found or trusted.
+        """
+        head_map_files.check_subfolder(subfolder)
+        head_map_files.check_name("revision", revision)
+        path = head_map_files.find_local(source)
+        if path is not None:
+            if revision is not None:
+                raise HeadMapError(f"{path}: revision={shown(revision)} is for repositories of the Hub; leave it out")
+            config, tensors = head_map_files.read_folder(path, subfolder)
+            place = str(path / subfolder) if subfolder else str(path)
+        else:
+            config, tensors, commit = head_map_hub.download(
+                str(source),
+                revision=revision,
+                subfolder=subfolder,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                force_download=force_download,
+            )
+            place = f"{source}@{commit}" + (f"/{subfolder}" if subfolder else "")
+        facts, is_spatial, scores, learned = head_map_files.decode(config, tensors, place)
+        try:
+            head_map = cls(is_spatial, scores=scores, learned=learned, **facts)
+        except HeadMapError as error:
+            raise HeadMapError(f"{place}: {error}") from error
+        object.__setattr__(head_map, "origin", place)
+        return head_map
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes `config.json` and `head_map.safetensors` into `folder`, made if missing, and returns its path.
+
+        A crash in between leaves either the old map or a pair that [`from_pretrained`] refuses, never a wrong map.
+        Raises [`HeadMapError`] when the folder cannot be written.
+        """
+        self._check_labelled("saved")
+        path = Path(os.path.expanduser(folder))
+        head_map_files.write_folder(path, self._files())
+        return path
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: bool | str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload head map",
+    ) -> CommitInfo:
+        """Puts both files, a model card and a picture of the map into a repository of the Hub, in one commit.
+
+        The repository, and the branch `revision`, are made when they are missing; a card that is there is replaced.
+        Returns huggingface_hub's `CommitInfo` (`.oid` is the commit, `.commit_url` its page). Raises [`HeadMapError`].
+        """
+        self._check_labelled("pushed to the Hub")
+        files = self._files() | {head_map_card.PICTURE_NAME: head_map_card.png(self)}
+        for what, name in (("repo_id", repo_id), ("revision", revision)):
+            head_map_files.check_name(what, name)
+        repo_id = head_map_hub.create(repo_id, token=token, private=private, revision=revision)
+        files["README.md"] = head_map_card.card(self, repo_id).encode()
+        return head_map_hub.upload(repo_id, files, token=token, revision=revision, commit_message=commit_message)
+
+    @property
+    def num_layers(self) -> int:
+        return self.is_spatial.shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.is_spatial.shape[1]
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Cells of the grid, rows x columns, and of the previews before it."""
+        return count_cells(self.grid, self.previews)
+
+    @property
+    def slots(self) -> list[tuple[int, ...]] | None:
+        """The slots that the map was fitted to, of every KV head, layer by layer; None for a map without a budget."""
+        if self.budget is None:
+            return None
+        return resolve_budget(self.budget, self.is_spatial.tolist(), self.num_visual_tokens)
+
+    @property
+    def digest(self) -> str:
+        """Twelve hex digits of the sha256 of labels, grid and learned score: this map's name in a table of results."""
+        shape = f"{self.num_layers}x{self.num_kv_heads} {format_rasters(self.previews, self.grid)} "
+        found = hashlib.sha256(shape.encode() + bytes(self.is_spatial.flatten().tolist()))
+        if self.learned is not None:
+            for tensor in self.learned.tensors().values():
+                found.update(tensor.numpy().tobytes())
+        return found.hexdigest()[:12]
+
+    def with_grid(self, grid: tuple[int, int], previews: Sequence[tuple[int, int]] = ()) -> HeadMap:
+        """The same labels for images of another size.
+
+        A budget keeps its share of the grid: fractions stay, and counts grow or shrink with the number of cells. A
+        learned score belongs to the positions of its own grid, and is left out.
+        """
+        previews = tuple(previews)
+        if (tuple(grid), previews) == (self.grid, self.previews):
+            return self
+        head_map = replace(self, grid=grid, previews=previews, learned=None, budget=None)
+        if self.budget is not None:
+            budget = scale_counts(self.budget, self.num_visual_tokens, head_map.num_visual_tokens)
+            head_map = replace(head_map, budget=budget)
+        for name in ("is_online", "origin"):
+            object.__setattr__(head_map, name, getattr(self, name))
+        return head_map
+
+    def check_fits(
+        self,
+        model: str,
+        num_layers: int,
+        num_kv_heads: int,
+        grid: tuple[int, int] | None = None,
+        previews: tuple[tuple[int, int], ...] = (),
+    ) -> None:
+        """Refuse to be used with a model of another shape.
+
+        Args:
+            model: the model's name, for the message.
+            num_layers: the model's decoder layers.
+            num_kv_heads: KV heads in each.
+            grid: its rows and columns of visual tokens, where they are known.
+            previews: the grids that it draws before this one.
+
+        Raises [`HeadMapError`] with both shapes and this map's origin.
+        """
+        same_grid = grid is None or (grid, previews) == (self.grid, self.previews)
+        if (num_layers, num_kv_heads) != (self.num_layers, self.num_kv_heads) or not same_grid:
+            ours, theirs = "", ""
+            if grid is not None:
+                ours = f" and a grid of {format_rasters(self.previews, self.grid, ' x ')}"
+                theirs = f" and {format_rasters(previews, grid, ' x ')}"
+            raise HeadMapError(
+                f"the head map ({self.origin}) has {self.num_layers} layers x {self.num_kv_heads} KV heads{ours}, but "
+                f"{model} has {num_layers} x {num_kv_heads}{theirs}: use the map that was made for this model"
+            )
+
+    def check_made_for(self, model_id: str) -> None:
+        """Warn when this map names another model than this one: shapes can not tell whose labels they are.
+
+        A warning and no error, since a model goes by several names: it is the same one when the last part of
+        `self.model_id` occurs in `model_id` (a Hub id, a folder of that name, the Hub's cache).
+        """
+        made_for = (self.model_id or "").rstrip("/").rpartition("/")[2]
+        if model_id and made_for.lower() not in model_id.lower():
+            warnings.warn(
+                f"the head map ({self.origin}) was made for {self.model_id}, and the model is {model_id}: its "
+                "labels may be no better than chance here (`ssd-cache eval fidelity` tells)",
+                stacklevel=3,
+            )
+
+    def __invert__(self) -> HeadMap:
+        """The same heads with each label turned round; scores stay, `method` says so, twice gives this map again.
+
+        The budget stays as well: slots given head by head stay with the head. A learned score is one of the labels that
+        were, and is left out.
+        """
+        self._check_labelled("inverted")
+        if self.method is None or self.method == INVERTED:
+            method = None if self.method else INVERTED
+        elif self.method.startswith(f"{INVERTED}: "):
+            method = self.method.removeprefix(f"{INVERTED}: ")
+        else:
+            method = f"{INVERTED}: {self.method}"[: head_map_checks.MAX_TEXT]
+        inverted = replace(self, is_spatial=~self.is_spatial, method=method, learned=None)
+        object.__setattr__(inverted, "origin", f"{self.origin}, inverted")
+        return inverted
+
+    def __eq__(self, other: object) -> bool:
+        """Equal labels, scores and facts; the origin does not count."""
+        if not isinstance(other, HeadMap):
+            return NotImplemented
+        return (
+            self.is_online == other.is_online
+            and self._facts() == other._facts()
+            and torch.equal(self.is_spatial, other.is_spatial)
+            and self.scores.keys() == other.scores.keys()
+            and all(torch.equal(score, other.scores[name]) for name, score in self.scores.items())
+            and self.digest == other.digest  # which holds the learned score
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        num_spatial = int(self.is_spatial.sum())
+        labels = f"{num_spatial} spatial, {self.is_spatial.numel() - num_spatial} semantic"
+        place = self.origin if self.is_online or self.origin.startswith("made in memory") else f"from {self.origin}"
+        grid = format_rasters(self.previews, self.grid)
+        return (
+            f"HeadMap({self.num_layers} layers x {self.num_kv_heads} KV heads, "
+            f"{'online' if self.is_online else labels}, grid {grid}, "
+            f"{'' if self.learned is None else 'learned score, '}{place})"
+        )
+
+    def _check_labelled(self, what: str) -> None:
+        if self.is_online:
+            raise HeadMapError(
+                f"an online map has no labels, so it can not be {what}; use the labels that a cache found "
+                "(cache.labels), or profile_heads"
+            )
+
+    def _facts(self) -> dict[str, Any]:
+        """What config.json holds beside its version and checksum."""
+        return {
+            "grid": list(self.grid),
+            "num_layers": self.num_layers,
+            "num_kv_heads": self.num_kv_heads,
+            "model_id": self.model_id,
+            "revision": self.revision,
+            "model_type": self.model_type,
+            "method": self.method,
+            "threshold": self.threshold,
+            "budget": self.budget,
+            "profile": self.profile,
+            **({"previews": [list(grid) for grid in self.previews]} if self.previews else {}),
+        }
+
+    def _files(self) -> dict[str, bytes]:
+        scores = {head_map_files.SCORE_PREFIX + name: score for name, score in self.scores.items()}
+        learned = {} if self.learned is None else self.learned.tensors()
+        learned = {head_map_files.LEARNED_PREFIX + name: tensor for name, tensor in learned.items()}
+        return head_map_files.encode(self._facts(), {"is_spatial": self.is_spatial, **scores, **learned})

@@ -1,0 +1,171 @@
+"""The road between a head map and the Hugging Face Hub: two files come down, four go up.
+
+Everything that can go wrong on it becomes a `HeadMapError` that names the place and the remedy. The road itself is
+huggingface_hub's: its cache, its offline mode (`HF_HUB_OFFLINE`), its server (`HF_ENDPOINT`), its tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ssd_cache.head_map.checks import HeadMapError
+from ssd_cache.head_map.files import CONFIG_NAME, MAX_CONFIG_BYTES, MAX_TENSORS_BYTES, TENSORS_NAME, read_file
+from ssd_cache.io.hub import HubError, hub_download
+from ssd_cache.io.showing import first_line, shown
+from ssd_cache.io.suggesting import cached_repositories, nearby_folders, suggestion
+
+LIBRARY_NAME = "ssd-cache"
+
+
+class HeadMapHubError(HeadMapError, HubError):
+    """A map that is not on this machine, while the Hub cannot be asked."""
+
+
+def download(
+    repo_id: str,
+    *,
+    revision: str | None,
+    subfolder: str | None,
+    token: bool | str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+    force_download: bool,
+) -> tuple[bytes, bytes, str]:
+    """The bytes of config and tensors, and the commit both were taken from.
+
+    The size of each file is asked for, and checked, before it is downloaded. The tensors are fetched at the very commit
+    that the config came from, so that a push between the two cannot mix them.
+    """
+
+    def fetch(name: str, limit: int, at: str | None) -> tuple[bytes, str]:
+        options: dict[str, Any] = {
+            "subfolder": subfolder,
+            "revision": at,
+            "token": token,
+            "cache_dir": None if cache_dir is None else Path(cache_dir),
+            "local_files_only": local_files_only,
+            "force_download": force_download,
+            "library_name": LIBRARY_NAME,
+        }
+        with _refusing(repo_id, revision, is_read=True):
+            planned = hub_download(repo_id, name, dry_run=True, **options)
+            if (planned.file_size or 0) > limit:
+                raise HeadMapError(
+                    f"{_place(repo_id, revision)}: {name} takes {planned.file_size} bytes, the limit is {limit}; "
+                    "it is not a head map and was not downloaded"
+                )
+            path = Path(hf_hub_download(repo_id, name, **options))
+            return read_file(path, limit), path.parents[depth].name  # snapshots/<commit>/<subfolder>/<name>
+
+    if revision is not None and ".." in revision:
+        raise HeadMapError(f"revision={shown(revision)} is no branch, tag or commit; give one like 'main'")
+    depth = len(PurePosixPath(subfolder or "").parts)
+    config, commit = fetch(CONFIG_NAME, MAX_CONFIG_BYTES, revision)
+    tensors, _ = fetch(TENSORS_NAME, MAX_TENSORS_BYTES, commit)
+    return config, tensors, commit
+
+
+def create(repo_id: str, *, token: bool | str | None, private: bool | None, revision: str | None) -> str:
+    """Makes the repository, and the branch `revision`, where they are missing; "map" comes back as "user/map"."""
+    api = HfApi(token=token, library_name=LIBRARY_NAME)
+    with _refusing(repo_id, revision):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return repo_id
+
+
+def upload(
+    repo_id: str, files: dict[str, bytes], *, token: bool | str | None, revision: str | None, commit_message: str
+) -> CommitInfo:
+    """Commits all files at once."""
+    api = HfApi(token=token, library_name=LIBRARY_NAME)
+    with _refusing(repo_id, revision):
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        return api.create_commit(repo_id, operations, commit_message=commit_message, revision=revision)
+
+
+def _place(repo_id: str, revision: str | None) -> str:
+    return f"{HfApi().endpoint}/{repo_id}" + (f"@{revision}" if revision else "")
+
+
+@contextmanager
+def _refusing(repo_id: str, revision: str | None, *, is_read: bool = False) -> Iterator[None]:
+    """Every failure on the road is a `HeadMapError`, whatever huggingface_hub or its HTTP client raised.
+
+    Where a repository is read, the message ends with the nearest name that is known here.
+    """
+    try:
+        yield
+    except HeadMapError:
+        raise
+    except Exception as error:
+        known = [*nearby_folders(repo_id), *cached_repositories()] if is_read else []
+        nearest = "" if repo_id in known else suggestion(repo_id, known)
+        is_hub_there, reason = _reason(error)
+        kind = HeadMapError if is_hub_there else HeadMapHubError
+        raise kind(f"{_place(repo_id, revision)}: {reason}{nearest}") from error
+
+
+def _reason(error: BaseException) -> tuple[bool, str]:
+    """Whether the Hub gave an answer; what happened and what to do, in the caller's terms."""
+    not_cached = isinstance(error, LocalEntryNotFoundError)
+    if isinstance(error, (LocalEntryNotFoundError, RuntimeError, ValueError)) and error.__cause__ is not None:
+        error = error.__cause__  # huggingface_hub wraps what the server said in one of these
+    login = "pass token=, or run `hf auth login`"
+    for kind, reason in (
+        (GatedRepoError, f"access to this repository is restricted; ask for it on its page, then {login}"),
+        (DisabledRepoError, "this repository was disabled; use another one"),
+        (
+            RepositoryNotFoundError,
+            "no such repository on the Hub, or a private one, and no such folder or file here; "
+            f"check the name; for a private repository {login}",
+        ),
+        (RevisionNotFoundError, "no such revision; revision= takes a branch, a tag or a full commit hash"),
+        (
+            RemoteEntryNotFoundError,
+            f"has no {CONFIG_NAME} or no {TENSORS_NAME} there, so it is not the repository of a head map (a model's, "
+            "perhaps?); check the name and subfolder=, or make a map with profile_heads",
+        ),
+        (HFValidationError, "neither a folder or file here, nor the id of a repository; an id reads 'user/name'"),
+        (LocalTokenNotFoundError, f"token=True, but no token is saved here; {login}"),
+        (OfflineModeIsEnabled, "offline mode is on; unset HF_HUB_OFFLINE, or give a folder"),
+        (FileMetadataError, "this server does not answer like a Hub; check HF_ENDPOINT and the proxy"),
+        (LocalEntryNotFoundError, "there is no cached copy; download it once without local_files_only=True"),
+    ):
+        if isinstance(error, kind):
+            if not_cached and kind is not LocalEntryNotFoundError:
+                reason = f"no cached copy, and {reason}"
+            return kind is not OfflineModeIsEnabled, reason
+    told = first_line(error)
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status in (401, 403):
+            return True, f"the Hub refuses the token ({status}), or it lacks the permission; {login}"
+        if status == 404:
+            return True, "not found (404); check the name, and HF_ENDPOINT"
+        return False, f"the Hub answered {status}; try again later ({told})"
+    if type(error) is ValueError:  # arguments that exclude each other
+        return True, f"{told}; change one of the arguments"
+    if not_cached:
+        return False, f"the server cannot be reached and there is no cached copy; check the network ({told})"
+    return False, f"the transfer failed: {type(error).__name__} {told}; check network and disk, then try again"

@@ -1,0 +1,214 @@
+"""Readers for files that anyone may have written: JSON and safetensors, checked before a value is used.
+
+Every refusal is a ValueError that says what is wrong, without the name of the file: callers add it in their own error.
+It does not know what the files mean.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ssd_cache.io.showing import ReadableError, first_line, shown
+
+MAX_DEPTH = 16
+"""Levels of lists and objects in JSON."""
+
+MAX_NAME = 4096
+"""Characters of a name or path, as Linux has it."""
+
+MAX_INT = 10**300
+"""Bound of whole numbers in JSON, so that each of them has a float."""
+
+MAX_COUNT = 2**53
+
+
+class WrongFileError(ReadableError):
+    """A file that a run cannot resume from: of a run with other settings, or of another kind."""
+
+
+def parse_json(content: str | bytes, max_depth: int = MAX_DEPTH) -> Any:
+    """The value of a JSON text: UTF-8, finite numbers of at most `MAX_INT`, nested at most `max_depth` levels.
+
+    Raises:
+        ValueError: anything else, half of a surrogate pair in a text included, since no file could hold it.
+    """
+    try:
+        value = json.loads(content.decode() if isinstance(content, bytes) else content)
+    except UnicodeDecodeError as error:
+        raise ReadableError(f"it is not UTF-8 text (byte {error.start})") from error
+    except ValueError as error:  # of json itself, or of int for thousands of digits
+        raise ReadableError(error) from error
+    except RecursionError as error:
+        raise ReadableError(f"it nests deeper than {max_depth} levels") from error
+    todo = [(value, 0)]
+    while todo:
+        part, depth = todo.pop()
+        if isinstance(part, (dict, list)):
+            if depth == max_depth:
+                raise ReadableError(f"it nests deeper than {max_depth} levels")
+            todo += [(child, depth + 1) for child in (part.values() if isinstance(part, dict) else part)]
+            todo += [(name, depth + 1) for name in part] if isinstance(part, dict) else []
+        elif isinstance(part, str):
+            if not is_unicode(part):
+                raise ReadableError(f"the text {shown(part)} holds half of a surrogate pair")
+        elif isinstance(part, float) and not math.isfinite(part):
+            raise ReadableError(f"the number {part} is not finite")
+        elif isinstance(part, int) and abs(part) > MAX_INT:
+            raise ReadableError(f"the number {shown(part)} is too large")
+    return value
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written in UTF-8: one with half of a surrogate pair in it cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def name_problem(name: object) -> str:
+    """Why a text can be the name of no file, folder, revision or repository; "" where it can be one."""
+    if not isinstance(name, str):
+        return f"it is a {type(name).__name__}, not a text"
+    if len(name) > MAX_NAME:
+        return f"it has {len(name)} characters, and at most {MAX_NAME} can be looked up"
+    if "\0" in name:
+        return "it holds a NUL character"
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return "it holds half of a surrogate pair"
+    return ""
+
+
+def checked(kind: Any, value: Any, name: str = "it") -> Any:
+    """A JSON value as the type that a hint names, dataclasses made from objects; whole numbers are numbers as well.
+
+    Understood are None, bool, int, float, str, Any, dict, list, tuple, Literal, unions of these and dataclasses, whose
+    fields may be left out where they have a default.
+
+    Raises:
+        ValueError: another type, or an object with fields missing or unknown; `name` says where it stands.
+    """
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    if origin is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if type(value) in arguments:
+            return value
+        for one in arguments:
+            if _is_of(one, value):
+                return checked(one, value, name)
+        raise _mistyped(name, value, arguments)
+    if origin is Literal:
+        if not any(value == one and type(value) is type(one) for one in arguments):
+            raise ReadableError(f"{name}={shown(value)}, expected one of {', '.join(map(repr, arguments))}")
+        return value
+    if not _is_of(kind, value):
+        raise _mistyped(name, value, (kind,))
+    if is_dataclass(origin):
+        return _checked_object(origin, value, name)
+    if origin in (list, tuple) and arguments:
+        if origin is tuple and arguments[-1] is not Ellipsis:
+            if len(arguments) != len(value):
+                raise ReadableError(f"{name} holds {len(value)} values, expected {len(arguments)}")
+            return tuple(checked(*pair, f"{name}[{i}]") for i, pair in enumerate(zip(arguments, value, strict=True)))
+        return origin(checked(arguments[0], entry, f"{name}[{index}]") for index, entry in enumerate(value))
+    if origin is dict and arguments:
+        return {key: checked(arguments[1], entry, f"{name}[{shown(key, 40)}]") for key, entry in value.items()}
+    return value
+
+
+def checked_fields(kinds: Mapping[str, Any], value: Any, name: str = "it") -> dict[str, Any]:
+    """An object that has these fields, each as its type hint says; it may have others. Raises ValueError."""
+    checked(dict, value, name)
+    prefix = "" if name == "it" else f"{name}."
+    for field, kind in kinds.items():
+        if field not in value:
+            raise ReadableError(f"{prefix + field!r} is missing")
+        checked(kind, value[field], prefix + field)
+    return value
+
+
+def _checked_object(kind: Any, value: dict[str, Any], name: str) -> Any:
+    hints, made = get_type_hints(kind), [field for field in fields(kind) if field.init]
+    known = {field.name for field in made}
+    needed = {field.name for field in made if field.default is MISSING and field.default_factory is MISSING}
+    prefix = "" if name == "it" else f"{name}."
+    if missing := [field.name for field in made if field.name in needed - value.keys()]:
+        raise ReadableError(f"{prefix + missing[0]!r} is missing")
+    if unknown := sorted(value.keys() - known):
+        raise ReadableError(f"{name} has {shown(unknown[0])}, which means nothing here")
+    return kind(**{field: checked(hints[field], entry, prefix + field) for field, entry in value.items()})
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether the type of a JSON value, by itself, is that of a hint."""
+    origin = get_origin(kind) or kind
+    if origin is Literal:
+        return any(type(value) is type(one) for one in get_args(kind))
+    wanted = dict if is_dataclass(origin) else {tuple: list, None: type(None)}.get(origin, origin)
+    return wanted is Any or type(value) is wanted or (wanted is float and type(value) is int)
+
+
+def _mistyped(name: str, value: Any, kinds: tuple[Any, ...]) -> ReadableError:
+    origins = [get_origin(kind) or kind for kind in kinds]
+    wanted = [dict if is_dataclass(origin) else list if origin is tuple else origin for origin in origins]
+    names = dict.fromkeys("None" if kind is type(None) else kind.__name__ for kind in wanted)
+    return ReadableError(f"{name}={shown(value)}, expected {' or '.join(names)}")
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """The header's texts and the tensors of a safetensors file, numbers finite.
+
+    Raises:
+        ValueError: another file, a damaged one, or one with NaN or infinite numbers.
+        OSError: it cannot be opened.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, since it is no dict
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ReadableError(f"the tensor {shown(name)} holds NaN or infinite numbers")
+    except (OSError, ReadableError):
+        raise
+    except Exception as error:  # its parser raises SafetensorError, KeyError, RuntimeError and others
+        kind = "" if isinstance(error, SafetensorError) else f"{type(error).__name__}: "
+        raise ReadableError(f"not a whole safetensors file: {kind}{first_line(error)}") from error
+    return header, tensors
+
+
+def check_like(tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors whose names, shapes or dtypes are not those of `like`; raises ValueError."""
+    if missing := sorted(like.keys() - tensors.keys()):
+        raise ReadableError(f"the tensor {shown(missing[0])} is missing")
+    if unknown := sorted(tensors.keys() - like.keys()):
+        raise ReadableError(f"the tensor {shown(unknown[0])} means nothing here")
+    for name, wanted in like.items():
+        found = tensors[name]
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            raise ReadableError(
+                f"the tensor {name} is {found.dtype} {shown(list(found.shape))}, expected {wanted.dtype} "
+                f"{list(wanted.shape)}"
+            )
+
+
+def read_count(header: Mapping[str, str], name: str, most: int = MAX_COUNT) -> int:
+    """The whole number from 0 to `most` in a safetensors header; raises ValueError."""
+    text = header.get(name, "")
+    if not (text.isascii() and text.isdecimal() and len(text) <= 19 and int(text) <= most):
+        raise ReadableError(f"{name}={shown(text)}, expected a whole number from 0 to {most}")
+    return int(text)

@@ -1,0 +1,222 @@
+"""The Triton kernel behind `fused.py`: one program for each row of the batch and each head of a store.
+
+K and V are read once. What each token's logit was is put aside in `logits`, for the second and short loop: shares of
+the softmax are known only when all of it has been seen. This module needs Triton, so `fused.py` alone imports it, late.
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+from ssd_cache.kernels.checks import DTYPES, check
+
+TILE = 1 << 14
+"""Bytes in a tile of keys, 64 tokens of 128 numbers in bfloat16: 107 registers a thread, four programs at once on a
+multiprocessor of an H100. So says its compiler; it was not tuned on a GPU."""
+
+
+def launch(
+    query: torch.Tensor,
+    new_key: torch.Tensor,
+    new_value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scores: torch.Tensor,
+    heads: torch.Tensor,
+    mask: torch.Tensor | None,
+    step: torch.Tensor,
+    scaling: float,
+    buffer: int,
+    output: torch.Tensor,
+) -> None:
+    """Run the kernel over a store; see `fused.decode` for the shapes.
+
+    Heads and a step that are not there, which no check can see without waiting for the device, give NaN.
+
+    Raises:
+        ValueError: as `fused_checks.check`.
+    """
+    check(query, new_key, new_value, keys, values, scores, heads, mask, step, buffer, output, dtypes=DTYPES)
+    if not keys.shape[0]:
+        return
+    query, new_key, new_value = (
+        states if states.stride(-1) == 1 else states.contiguous() for states in (query, new_key, new_value)
+    )
+    batch, num_kv_heads, groups, head_dim = query.shape
+    num_heads, num_scored, num_slots = keys.shape[1], scores.shape[1], scores.shape[2]
+    # Triton launches on the current device, which need not be the one of this layer
+    device = torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext()
+    with device:
+        decode_kernel[(num_heads, batch)](
+            query,
+            new_key,
+            new_value,
+            keys,
+            values,
+            scores,
+            scores.new_empty(batch, num_scored, groups, num_slots),
+            scores if mask is None else mask,
+            heads,
+            step,
+            output,
+            *query.stride()[:3],
+            *new_key.stride()[:2],
+            *new_value.stride()[:2],
+            scaling,
+            num_kv_heads,
+            num_scored,
+            keys.shape[2] - num_slots,
+            num_slots,
+            buffer,
+            GROUPS=groups,
+            HEAD_DIM=head_dim,
+            VALUE_DIM=values.shape[3],
+            HAS_MASK=mask is not None,
+            # the interpreter, which runs where there is no GPU, multiplies no matrices of bfloat16
+            UPCAST=query.device.type != "cuda",
+            num_stages=2,
+            **block_sizes(groups, head_dim, values.shape[3], keys.itemsize),
+        )
+
+
+def block_sizes(groups: int, head_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
+    """Sizes of the kernel's tiles, all powers of two; a GPU's matrix product has 16 rows and columns at least."""
+    least = 1 if groups == 1 else 16
+    block_head = max(least, triton.next_power_of_2(head_dim))
+    return {
+        "BLOCK_GROUPS": max(least, triton.next_power_of_2(groups)),
+        "BLOCK_HEAD": block_head,
+        "BLOCK_VALUE": max(least, triton.next_power_of_2(value_dim)),
+        "BLOCK_COLUMNS": min(128, max(16, TILE // (block_head * itemsize))),
+    }
+
+
+@triton.jit
+def decode_kernel(
+    query,
+    new_key,
+    new_value,
+    keys,
+    values,
+    scores,
+    logits,
+    mask,
+    heads,
+    step,
+    output,
+    query_row,
+    query_head,
+    query_group,
+    key_row,
+    key_head,
+    value_row,
+    value_head,
+    scaling,
+    num_kv_heads,
+    num_scored,
+    num_prompt,
+    num_slots,
+    buffer,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_HEAD: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One token's step for one head of a store: write K and V, attend, add to the scores what each token received."""
+    dot_type: tl.constexpr = tl.float32 if UPCAST else keys.dtype.element_ty
+    head = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64)
+    model_head = tl.load(heads + head)
+    now = tl.load(step)
+    is_there = (model_head >= 0) & (model_head < num_kv_heads) & (now >= 0)
+    model_head = tl.where(is_there, model_head, 0)
+    now = tl.where(is_there, now, 0)
+    # slots fill in order, and from then on the last `buffer` of them again: all columns before this one are taken
+    slot = tl.where(now < num_slots, now, num_slots - buffer + (now - num_slots) % buffer).to(tl.int32)
+    end = num_prompt + slot
+    length = num_prompt + num_slots
+    first = (row * tl.num_programs(0) + head) * length
+
+    group = tl.arange(0, BLOCK_GROUPS)
+    in_group = group < GROUPS
+    dim = tl.arange(0, BLOCK_HEAD)
+    in_head = dim < HEAD_DIM
+    value_dim = tl.arange(0, BLOCK_VALUE)
+    in_value = value_dim < VALUE_DIM
+    column = tl.arange(0, BLOCK_COLUMNS)
+
+    q_at = row * query_row + model_head * query_head + group[:, None] * query_group + dim[None, :]
+    q = tl.load(query + q_at, mask=in_group[:, None] & in_head[None, :], other=0.0)
+    own_key = tl.load(new_key + row * key_row + model_head * key_head + dim, mask=in_head, other=0.0)
+    own_value = tl.load(new_value + row * value_row + model_head * value_head + value_dim, mask=in_value, other=0.0)
+    tl.store(keys + (first + end) * HEAD_DIM + dim, own_key, mask=in_head)
+    tl.store(values + (first + end) * VALUE_DIM + value_dim, own_value, mask=in_value)
+
+    # The softmax starts from the token's own weight, which is never masked, so there is always a highest logit.
+    scaled = q.to(tl.float32) * tl.where(is_there, scaling, float("nan"))
+    own = tl.sum(scaled * own_key.to(tl.float32)[None, :], 1)
+    highest = own
+    total = tl.full([BLOCK_GROUPS], 1.0, tl.float32)
+    result = tl.zeros([BLOCK_GROUPS, BLOCK_VALUE], tl.float32) + own_value.to(tl.float32)[None, :]
+    is_scored = head < num_scored
+    kept = logits + ((row * num_scored + head) * GROUPS + group[:, None]) * num_slots
+    for start in range(0, end, BLOCK_COLUMNS):
+        at = start + column
+        is_stored = at < end
+        k = tl.load(
+            keys + (first + at)[:, None] * HEAD_DIM + dim[None, :],
+            mask=is_stored[:, None] & in_head[None, :],
+            other=0.0,
+        )
+        v = tl.load(
+            values + (first + at)[:, None] * VALUE_DIM + value_dim[None, :],
+            mask=is_stored[:, None] & in_value[None, :],
+            other=0.0,
+        )
+        if GROUPS == 1:
+            weights = tl.sum(scaled * k.to(tl.float32), 1)[None, :]
+        else:
+            weights = tl.dot(q.to(dot_type), tl.trans(k.to(dot_type)), input_precision="ieee") * scaling
+        is_seen = is_stored
+        if HAS_MASK:
+            is_seen = is_seen & (tl.load(mask + row * length + at, mask=is_stored, other=0) != 0)
+        weights = tl.where(is_seen[None, :], weights, float("-inf"))
+        if is_scored:
+            is_slot = is_stored & (at >= num_prompt)
+            tl.store(kept + (at - num_prompt)[None, :], weights, mask=in_group[:, None] & is_slot[None, :])
+        higher = tl.maximum(highest, tl.max(weights, 1))
+        shrink = tl.exp(highest - higher)
+        weights = tl.exp(weights - higher[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        if GROUPS == 1:
+            sums = tl.sum(tl.trans(weights) * v.to(tl.float32), 0)[None, :]
+        else:
+            sums = tl.dot(weights.to(v.dtype).to(dot_type), v.to(dot_type), input_precision="ieee")
+        result = result * shrink[:, None] + sums
+        highest = higher
+
+    out_at = (row * num_kv_heads + model_head) * GROUPS + group
+    tl.store(
+        output + out_at[:, None] * VALUE_DIM + value_dim[None, :],
+        (result / total[:, None]).to(output.dtype.element_ty),
+        mask=in_group[:, None] & in_value[None, :],
+    )
+
+    if is_scored:
+        tl.debug_barrier()  # other threads of this program wrote some of the logits
+        mine = scores + (row * num_scored + head) * num_slots
+        for start in range(0, slot, BLOCK_COLUMNS):
+            at = start + column
+            is_slot = at < slot
+            weights = tl.load(kept + at[None, :], mask=in_group[:, None] & is_slot[None, :], other=float("-inf"))
+            received = tl.sum(tl.exp(weights - highest[:, None]) / total[:, None], 0)
+            tl.store(mine + at, tl.load(mine + at, mask=is_slot, other=0.0) + received, mask=is_slot)
+        received = tl.sum(tl.where(in_group, tl.exp(own - highest) / total, 0.0), 0)
+        tl.store(mine + slot, tl.load(mine + slot) + received)

@@ -1,0 +1,10 @@
+"""Profiling: generate images with a full cache, measure where each head looks, and label heads and share slots by it.
+
+Results are head maps. Nothing here evicts a token.
+"""
+
+from ssd_cache.profiling.allocation import allocate_budgets, fit_heads
+from ssd_cache.profiling.measuring import measure_heads
+from ssd_cache.profiling.profiling import profile_heads
+
+__all__ = ["allocate_budgets", "fit_heads", "measure_heads", "profile_heads"]

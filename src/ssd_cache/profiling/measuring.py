@@ -1,0 +1,248 @@
+"""`measure_heads`: watch a model draw some prompts with a full cache; every head's attention comes out as sums.
+
+The watching goes through the attention "ssd" (`watching.py`), so no attention matrix is ever stored. Batches can be
+shared between processes, and a run that was interrupted goes on (`profiling_state.py`). It labels nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ssd_cache.budget import Amount, check_count
+from ssd_cache.cache.sharding import check_whole
+from ssd_cache.decode.attention_switch import ssd_attention
+from ssd_cache.layout import format_rasters, previews_entry
+from ssd_cache.models import Generator, GeneratorError, generator_of
+from ssd_cache.models.settings import check_texts
+from ssd_cache.profiling.observing import HeadObserver
+from ssd_cache.profiling.state import (
+    gather_statistics,
+    load_state,
+    recorded_batch_size,
+    save_state,
+    statistics_from_main,
+)
+from ssd_cache.profiling.statistics import HeadStatistics, Level, resolve_levels
+from ssd_cache.profiling.watching import WatchingCache
+from ssd_cache.runs.batching import default_batch_size
+from ssd_cache.runs.processes import Processes
+from ssd_cache.runs.run_state import ProfilingError, check_state_place
+
+DEFAULT_BATCH_SIZE = 4
+"""Images at once where memory suffices; attention statistics take more than the full cache alone."""
+
+SAMPLED_FROM_NAN = ("probability tensor", "device-side assert")
+"""How torch says it, on a CPU and on a GPU; of the latter nothing more can be asked then."""
+
+
+def measure_heads(
+    model: PreTrainedModel | Generator,
+    prompts: Sequence[str],
+    *,
+    budget: Amount = 0.2,
+    buffer: int | None = None,
+    num_recent: Amount = 0.25,
+    num_sinks: int = 0,
+    levels: Sequence[Amount] | None = None,
+    processor: ProcessorMixin | None = None,
+    batch_size: int | None = None,
+    guidance_scale: float | None = None,
+    temperature: float | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    state_file: str | os.PathLike[str] | None = None,
+) -> HeadStatistics:
+    """What `profile_heads` labels by, for all other questions: see there for the arguments and errors.
+
+    Beside what drawing takes, a run holds for every layer, row and KV head the queries of one grid row and 4 bytes for
+    each level and cell, and for a moment a few copies of some softmax weights (see `watching.CHUNK`): with the default
+    buffer and one level under a tenth of the full cache's K and V (`watching_cost` counts it out for any model).
+
+    Started by `accelerate launch` or `torchrun`, the processes draw the batches in turn, each with the seed that it has
+    in a single process, and every process gets the sums of all; the main one alone writes the state file.
+    """
+    generator = model if isinstance(model, Generator) else generator_of(model, processor)
+    if batch_size is not None:
+        check_count("batch_size", batch_size, 1)
+    checkpoint = generator.checkpoint
+    check_whole(generator.language_model)
+    found = resolve_levels(
+        checkpoint.grid,
+        budget,
+        levels,
+        previews=checkpoint.previews,
+        buffer=buffer,
+        num_recent=num_recent,
+        num_sinks=num_sinks,
+    )
+    check_prompts(generator, prompts)
+    prompts = list(prompts)
+    batch_size = resolve_batch_size(generator, prompts, batch_size, state_file)
+    settings: dict[str, Any] = {
+        "guidance_scale": generator.guidance_scale if guidance_scale is None else guidance_scale,
+        "temperature": generator.temperature if temperature is None else temperature,
+        "seed": seed,
+    }
+    shape = checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads
+    statistics = HeadStatistics(*shape, found, previews=checkpoint.previews)
+    fingerprint = _fingerprint(generator, batch_size, statistics) | settings
+
+    def finished_prompts(num_batches: int) -> dict[str, Any]:
+        """Which prompts the first batches have: a longer list that begins with them goes on from their sums."""
+        part = prompts[: num_batches * batch_size]
+        return {"num_prompts": len(part), "prompts_sha256": prompts_sha256(part)}
+
+    path, processes, done = Path(state_file) if state_file else None, Processes(), 0
+    if path is not None and processes.is_main:
+        check_state_place(path)
+        done = load_state(path, statistics, fingerprint, finished_prompts) if path.exists() else 0
+    processes.check_agreement(fingerprint | finished_prompts(len(prompts)))
+    statistics, done = statistics_from_main(processes, statistics, done)
+    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    if done > len(batches) or statistics.num_pictures != sum(map(len, batches[:done])):
+        raise ProfilingError(
+            f"{path}: not the sums of a profiling run ({done} batches and {statistics.num_pictures} images there, "
+            f"{len(batches)} batches of {batch_size} now); give another file, or delete it to begin anew"
+        )
+    own = range(done + processes.index, len(batches), processes.count)
+    num_tokens = checkpoint.num_visual_tokens * sum(len(batches[index]) for index in own)
+    with (
+        ssd_attention(generator.language_model),
+        tqdm(total=num_tokens, unit="token", disable=not (progress and processes.is_main), desc="profiling") as bar,
+    ):
+        for first in range(done, len(batches), processes.count):
+            mine, batch = first + processes.index, statistics.empty()
+            if mine < len(batches):
+                batch = _measure_batch(generator, batches[mine], found, bar.update, **settings | {"seed": seed + mine})
+            # added in the order of the batches, so that the sums do not depend on how many processes there are
+            for part in gather_statistics(processes, batch):
+                statistics = statistics + part
+            if path is not None and processes.is_main:
+                finished = min(first + processes.count, len(batches))
+                settings_there = fingerprint | finished_prompts(finished)
+                save_state(path, statistics, finished, settings_there, is_finished=finished == len(batches))
+    return statistics
+
+
+def resolve_batch_size(
+    generator: Generator,
+    prompts: Sequence[str],
+    batch_size: int | None,
+    state_file: str | os.PathLike[str] | None,
+) -> int:
+    """The batch size of a profiling run: the one given, else that of the state file, else the default.
+
+    A run that is resumed keeps its batch size, whatever memory is free now.
+    """
+    check_texts(prompts)
+    if batch_size is not None:
+        return batch_size
+    processes = Processes()
+    kept = recorded_batch_size(Path(state_file)) if state_file else None
+    kept = processes.gather_all(kept)[0]
+    return kept or default_batch_size(generator, prompts, DEFAULT_BATCH_SIZE, processes=processes)
+
+
+def prompts_sha256(prompts: Sequence[str]) -> str:
+    """Which prompts these are, for a map's profile."""
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+
+
+def weights_sha256(model: PreTrainedModel) -> str:
+    """Which weights these are, from some numbers of every parameter: training changes them all, so a few tell."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, len(flat) // 64)].cpu().contiguous()
+        found.update(f"{name} {list(parameter.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _measure_batch(
+    generator: Generator, prompts: list[str], levels: Sequence[Level], on_tokens, **settings
+) -> HeadStatistics:
+    """The statistics of one batch."""
+    checkpoint = generator.checkpoint
+    shape, previews = (checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads), checkpoint.previews
+    observer = HeadObserver(*shape, levels, generator.is_unconditional(len(prompts)), previews=previews)
+    cache = WatchingCache(*shape, observer, previews=previews)
+    draw_watched(generator, prompts, cache, on_tokens=on_tokens, **settings)
+    return observer.finish()
+
+
+def draw_watched(generator: Generator, prompts: Sequence[str], cache: WatchingCache, **settings) -> torch.Tensor:
+    """Draw with a full cache that shows its attention, to the end; returns tokens, as `Generator.generate`.
+
+    Raises:
+        ProfilingError: numbers that are NaN or infinite, or a picture that is not of the grid's size.
+    """
+    checkpoint = generator.checkpoint
+    name = checkpoint.name
+    try:
+        tokens = generator.generate(prompts, cache, **settings)
+    except RuntimeError as error:
+        # sampling from NaN fails at once; the attention of the row so far shows where it came from
+        with suppress(RuntimeError):
+            cache.finish()
+        if any(text in str(error) for text in SAMPLED_FROM_NAN):
+            raise ProfilingError(
+                f"{name} gives NaN or infinite numbers, and its attention so far does not show where: its numbers "
+                "overflow, as they may in float16; load it in bfloat16 or float32 (temperature 0 may show the head)"
+            ) from error
+        raise
+    if tokens.shape[-1] != checkpoint.num_visual_tokens:
+        grid = format_rasters(checkpoint.previews, checkpoint.grid, " x ")
+        raise ProfilingError(
+            f"{name} drew {tokens.shape[-1]} visual tokens, but its grid is {grid}: a map would not fit; "
+            "load the model with the configuration it was trained with"
+        )
+    cache.finish()
+    return tokens
+
+
+def check_prompts(generator: Generator, prompts: Sequence[str]) -> None:
+    """Refuse, before anything is drawn, empty prompts and those that leave the picture no room.
+
+    Raises:
+        GeneratorError: what was received, and the limit.
+    """
+    check_texts(prompts)
+    checkpoint = generator.checkpoint
+    config = checkpoint.family.text_config_of(checkpoint.config)
+    limit = getattr(config, "max_position_embeddings", None)
+    room = None if limit is None else limit - checkpoint.num_visual_tokens
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again when the prompt is drawn
+        for text in dict.fromkeys(prompts):
+            length = generator.prepare([text])["attention_mask"].shape[1]
+            if room is not None and length > room:
+                raise GeneratorError(
+                    f"prompt {text[:60]!r} is {length} tokens long; {checkpoint.name} has {limit} positions, and the "
+                    f"picture leaves {room} for the prompt: shorten it"
+                )
+
+
+def _fingerprint(generator: Generator, batch_size: int, statistics: HeadStatistics) -> dict[str, Any]:
+    """What must be the same, beside the prompts, for a run to go on from another's sums."""
+    checkpoint = generator.checkpoint
+    return {
+        "model": checkpoint.name,
+        "revision": getattr(checkpoint.config, "_commit_hash", None),
+        "weights": weights_sha256(generator.model),
+        "dtype": str(generator.model.dtype),
+        "grid": list(checkpoint.grid),
+        **previews_entry(checkpoint.previews),
+        "heads": [checkpoint.num_layers, checkpoint.num_kv_heads],
+        "levels": [[level.num_slots, level.buffer, level.num_recent, level.num_sinks] for level in statistics.levels],
+        "batch_size": batch_size,
+    }

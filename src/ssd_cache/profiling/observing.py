@@ -1,0 +1,213 @@
+"""Attention in, head statistics out: the observer that profiling puts on a `WatchingCache`.
+
+It also follows on paper which tokens a semantic head would hold at every level. The sums' meaning is defined in
+`statistics.py`; nothing here evicts a token or calls a head spatial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+from ssd_cache.layout import Grid
+from ssd_cache.profiling.statistics import HeadStatistics, Level
+
+
+class HeadObserver:
+    """Takes the `HeadStatistics` of one batch; `finish` gives them.
+
+    Beside the cache it holds 4 bytes for every row, KV head, level and cell of the grid, in every layer (`nbytes`), and
+    for a moment a few copies of the weights it is shown.
+
+    Args:
+        grid, num_layers, num_kv_heads, levels, previews: as for `HeadStatistics`.
+        is_unconditional: boolean `[rows]`, which rows of the batch are guidance's unconditional ones.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        num_layers: int,
+        num_kv_heads: int,
+        levels: Sequence[Level],
+        is_unconditional: torch.Tensor,
+        *,
+        previews: Sequence[Grid] = (),
+    ):
+        self.statistics = HeadStatistics(grid, num_layers, num_kv_heads, levels, previews=previews)
+        self.statistics.num_pictures = int((~is_unconditional).sum())
+        self.branch = is_unconditional.long()
+        self.num_rows = torch.bincount(self.branch, minlength=2).double()  # conditional, unconditional
+        self.retention: dict[int, SemanticRetention] = {}
+        self._row_sums: torch.Tensor | None = None
+
+    def observe(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, rows: slice) -> None:
+        """See `watching.Observer.observe`."""
+        batch, groups = len(self.branch), weights.shape[2]
+        if not self.retention:
+            self._move_to(weights.device)  # of the first layer; a model may lie on several
+        if layer_idx not in self.retention:
+            self.retention[layer_idx] = SemanticRetention(
+                self.statistics.levels, batch, weights.shape[1], self.statistics.num_visual_tokens, weights.device
+            )
+        branch = self.branch[rows].to(weights.device)
+        prompt, visual = weights[..., :num_prompt].sum(-1), weights[..., num_prompt:]
+        first = visual.shape[4] - visual.shape[3]
+        kept = self.retention[layer_idx].follow(visual, prompt, rows)
+        self._add(layer_idx, "semantic", _by_branch(kept, branch))
+        self._add_sampled(layer_idx, weights, num_prompt, first, branch)
+        # what treats all rows alike is done once, on their sum
+        sums = _by_branch(weights.sum(2) if groups > 1 else weights[:, :, 0], branch)
+        self._row_sums = sums if self._row_sums is None else self._row_sums + sums
+        if rows.stop == batch:
+            sums, self._row_sums = self._row_sums.to(self.num_rows.device), None
+            self._add_spatial(layer_idx, sums, num_prompt, first, groups * self.num_rows)
+            self._add_shares(layer_idx, sums, num_prompt, first, groups * self.num_rows)
+
+    def finish(self) -> HeadStatistics:
+        """The statistics of the batch, on the CPU."""
+        self._move_to(torch.device("cpu"))
+        return self.statistics
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held from one grid row to the next, beside the statistics themselves."""
+        return sum(layer.scores.nbytes for layer in self.retention.values())
+
+    def _move_to(self, device: torch.device) -> None:
+        self.branch = self.branch.to(device)
+        home = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        self.num_rows = self.num_rows.to(home)
+        self.statistics.sums = {name: value.to(home) for name, value in self.statistics.sums.items()}
+
+    def _add(self, layer_idx: int, name: str, values: torch.Tensor, level: int | None = None) -> None:
+        """Add `[kv_heads, 2, ...]`, or what broadcasts to it, to a sum (to one level of it)."""
+        target = self.statistics.sums[name][layer_idx]
+        (target if level is None else target[..., level]).add_(values.to(target.device))
+
+    def _add_sampled(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, first: int, branch: torch.Tensor):
+        """Entropy and top shares, of one query of the grid row."""
+        rows, columns = self.statistics.grid
+        row, steps = (first - self.statistics.num_before) // columns, weights.shape[3]  # below 0 in a preview
+        if row < min(2, rows - 1):
+            return
+        step = row % steps
+        seen = weights[:, :, :, step, : num_prompt + first + step + 1]
+        self._add(layer_idx, "entropy", _by_branch(torch.special.entr(seen).sum((2, 3)), branch))
+        self._add(layer_idx, "sampled", _by_branch(seen.new_ones(seen.shape[:3]).sum(2), branch))
+        visual = seen[..., num_prompt:]
+        mass = _by_branch(visual.sum((2, 3)), branch)
+        late = [index for index, level in enumerate(self.statistics.levels) if level.num_slots <= first + step]
+        if late:
+            most = max(self.statistics.levels[index].num_slots for index in late)
+            best = visual.topk(most).values.sum(2).cumsum(-1)  # [rows, kv_heads, most]
+            for index in late:
+                top = best[..., self.statistics.levels[index].num_slots - 1]
+                self._add(layer_idx, "top", _by_branch(top, branch), index)
+                self._add(layer_idx, "top_visual", mass, index)
+
+    def _add_spatial(
+        self, layer_idx: int, sums: torch.Tensor, num_prompt: int, first: int, num_queries: torch.Tensor
+    ) -> None:
+        """What spatial heads retain: every row holds the same tokens, so it follows from the sum over the rows."""
+        prompt, visual = sums[..., :num_prompt].sum(-1), sums[..., num_prompt:]
+        before = F.pad(visual.cumsum(-1), (1, 0))  # [..., i]: tokens before i
+        stored = visual.shape[-1]
+        for index, level in enumerate(self.statistics.levels):
+            late = range(max(first, level.num_slots), stored)
+            if late:
+                step = torch.tensor([token - first for token in late], device=sums.device)
+                oldest = torch.tensor([level.oldest(token) for token in late], device=sums.device)
+                kept = before[:, :, step, stored] - before[:, :, step, oldest] + before[:, :, step, level.num_sinks]
+                self._add(layer_idx, "spatial", (kept + prompt[:, :, step]).sum(-1), index)
+                self._add(layer_idx, "evicting", num_queries * len(late), index)
+
+    def _add_shares(
+        self, layer_idx: int, sums: torch.Tensor, num_prompt: int, first: int, num_queries: torch.Tensor
+    ) -> None:
+        """Offsets, prompt and margins, of the counted queries; `sums` is `[kv_heads, 2, steps, prompt + stored]`."""
+        (rows, columns), before = self.statistics.grid, self.statistics.num_before
+        row, steps = (first - before) // columns, sums.shape[2]
+        if row < min(2, rows - 1):
+            return
+        self._add(layer_idx, "queries", num_queries * steps)
+        self._add(layer_idx, "prompt", sums[..., :num_prompt].sum((2, 3)))
+        visual = F.pad(sums[..., num_prompt:], (0, columns - steps))  # the last row lacks the token that is not fed
+        if before:
+            self._add(layer_idx, "previews", visual[..., :before].sum((2, 3)))
+        by_cell = visual[..., before:].unflatten(-1, (row + 1, columns))
+        by_cell = by_cell.transpose(2, 3)  # [kv_heads, 2, row above, step, column]
+        column = torch.arange(columns, device=sums.device)
+        is_margin = ((column == 0) | (column == columns - 1)).to(sums)
+        visible = row * is_margin.sum() + is_margin.cumsum(0)[:steps]
+        seen = first + 1 + column[:steps]
+        self._add(layer_idx, "margin", (by_cell * is_margin).sum((2, 3, 4)))
+        self._add(layer_idx, "margin_chance", (visual.sum(-1) * (visible / seen)).sum(-1))
+        # a product with a one-hot matrix adds up equal offsets, in the same order on every device
+        offset = column - column[:steps, None] + columns - 1
+        bins = F.one_hot(offset.flatten(), 2 * columns - 1).to(sums)
+        by_offset = by_cell.flatten(3) @ bins
+        self.statistics.sums["offsets"][layer_idx, :, :, : row + 1] += by_offset.flip(2)
+
+
+class SemanticRetention:
+    """Which tokens the semantic heads of one layer would hold, at each level, while a full cache is watched.
+
+    Attributes:
+        scores: `[batch, kv_heads, levels, cells]`, float32, attention received so far; -inf once evicted.
+    """
+
+    def __init__(self, levels: Sequence[Level], batch: int, num_kv_heads: int, num_cells: int, device: torch.device):
+        self.levels = levels
+        self.scores = torch.zeros(batch, num_kv_heads, len(levels), num_cells, device=device)
+
+    def follow(self, visual: torch.Tensor, prompt: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Take in the queries of a grid row; returns what those with `t >= num_slots` retain, summed.
+
+        Args:
+            visual: `[rows, kv_heads, groups, steps, stored]`, softmax weights on visual tokens.
+            prompt: `[rows, kv_heads, groups, steps]`, those on the prompt.
+            rows: which rows of the batch these are.
+
+        Returns:
+            `[rows, kv_heads, levels]`
+        """
+        scores, (steps, stored) = self.scores[rows], visual.shape[-2:]
+        first = stored - steps
+        retained = visual.new_zeros(scores.shape[:3])
+        cuts = {step for level in self.levels for step in range(steps) if level.evicts_at(first + step)}
+        for begin, end in pairwise(sorted(cuts | {0, steps})):  # nothing is evicted within
+            start, stop = first + begin, first + end
+            for index, level in enumerate(self.levels):
+                if level.evicts_at(start):
+                    evict(scores[:, :, index, :start], level)
+            part = visual[..., begin:end, :stop]
+            is_held = (scores[..., :stop] > -torch.inf).to(part)[:, :, None]  # [rows, kv_heads, 1, levels, stop]
+            kept = part @ is_held.mT + prompt[..., begin:end, None]  # [rows, kv_heads, groups, steps, levels]
+            # the cache's own softmax runs over what is kept; so small a sum can only be of weights that are all 0
+            share = kept.clamp(min=torch.finfo(kept.dtype).tiny).reciprocal()
+            scores[..., :stop] += (share.mT @ part).sum(2)
+            is_late = torch.tensor([start >= level.num_slots for level in self.levels]).to(kept)
+            retained += kept.sum((2, 3)) * is_late
+        return retained
+
+
+def evict(scores: torch.Tensor, level: Level) -> None:
+    """Mark the `buffer` lowest scores of each head -inf; `scores` `[rows, kv_heads, seen]`, in the order of arrival.
+
+    The `num_recent` newest and the `num_sinks` first are spared; of equal scores the older goes.
+    """
+    order = scores.masked_fill(scores == -torch.inf, torch.inf)
+    order[..., scores.shape[-1] - level.num_recent :] = torch.inf
+    order[..., : level.num_sinks] = torch.inf
+    victims = order.argsort(dim=-1, stable=True)[..., : level.buffer]
+    scores.scatter_(-1, victims, -torch.inf)
+
+
+def _by_branch(values: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """`[rows, kv_heads, ...]` summed over conditional rows and unconditional ones: `[kv_heads, 2, ...]`, float64."""
+    sums = values.new_zeros(2, *values.shape[1:]).index_add_(0, branch, values).transpose(0, 1)
+    return (sums.cpu() if sums.device.type == "mps" else sums).double()

@@ -1,0 +1,167 @@
+"""`profile_heads`: watch a model draw with a full cache, and call each head spatial or semantic by where it looks.
+
+It puts three parts together and writes down how the map was made: `measuring.py` draws and watches, `statistics.py`
+says what is measured, `labels.py` how labels come of it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ssd_cache.budget import KINDS, Amount, check_count
+from ssd_cache.head_map.head_map import HeadMap
+from ssd_cache.layout import Grid
+from ssd_cache.models import Generator, generator_of
+from ssd_cache.profiling.allocation import fit_heads
+from ssd_cache.profiling.labels import Method, check_labelling, label_heads, map_scores, resolve_window
+from ssd_cache.profiling.measuring import measure_heads, prompts_sha256, resolve_batch_size
+from ssd_cache.profiling.statistics import resolve_levels
+from ssd_cache.runs.run_state import ProfilingError
+
+
+def profile_heads(
+    model: PreTrainedModel | Generator,
+    prompts: Sequence[str],
+    *,
+    method: Method = "coverage",
+    budget: Amount = 0.2,
+    buffer: int | None = None,
+    num_recent: Amount = 0.25,
+    num_sinks: int = 0,
+    levels: Sequence[Amount] | None = None,
+    window: int | None = None,
+    threshold: float | None = None,
+    processor: ProcessorMixin | None = None,
+    batch_size: int | None = None,
+    guidance_scale: float | None = None,
+    temperature: float | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    state_file: str | os.PathLike[str] | None = None,
+) -> HeadMap:
+    """Label a model's heads from pictures that it draws with a full cache (SSD's "sparsity profiling").
+
+    The paper gives no formula. By default each head gets the kind whose rules retain more of its attention at the
+    intended budget ("coverage"); with "window" a head is spatial when the share of its attention on its newest tokens
+    is above a threshold, which the data choose. `label_heads` defines both, `HeadStatistics` what they are made of.
+
+    Args:
+        model: a loaded image model of a supported family, or a `Generator`.
+        prompts: one picture is drawn for each.
+        method: "coverage" or "window".
+        budget: of the cache that the map is meant for, as for `SSDCache`, but one number.
+        buffer: of that cache, as for `SSDCache`.
+        num_recent: of that cache, as for `SSDCache`.
+        num_sinks: of that cache, as for `SSDCache`.
+        levels: further budgets at which retained attention is measured, for `allocate_budgets`.
+        window: visual tokens that count as near; a grid row and one when not given, so that "right above" is inside.
+        threshold: between 0 and 1, for "window"; chosen from the data when not given.
+        processor: the model's; loaded from where the model came from when not given.
+        batch_size: images at once. When not given, that of the state file, else 4, or fewer where the free memory
+            holds no more (with a warning).
+        guidance_scale: as for `Generator.generate`.
+        temperature: as for `Generator.generate`.
+        seed: of the first batch; batch `i` is drawn with `seed + i`.
+        progress: show a bar over visual tokens.
+        state_file: where the sums are kept after every batch. When it exists the run goes on from there, and with
+            nothing left to draw it only labels. Further prompts extend it, when those of the run before come first
+            and filled its batches.
+
+    Returns:
+        The map with its scores, threshold, model and profile, ready for `save_pretrained`.
+
+    Raises:
+        GeneratorError: no prompts, too long ones, an unsupported model, or a drawing setting out of range.
+        ProfilingError: attention that is NaN; a state file of another run, or one that can not be written.
+        ValueError: any other setting out of range.
+    """
+    generator = model if isinstance(model, Generator) else generator_of(model, processor)
+    checkpoint = generator.checkpoint
+    check_labelling(checkpoint.grid, method, window, threshold, checkpoint.previews)
+    batch_size = resolve_batch_size(generator, prompts, batch_size, state_file)
+    statistics = measure_heads(
+        generator,
+        prompts,
+        budget=budget,
+        buffer=buffer,
+        num_recent=num_recent,
+        num_sinks=num_sinks,
+        levels=levels,
+        batch_size=batch_size,
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        seed=seed,
+        progress=progress,
+        state_file=state_file,
+    )
+    is_spatial, cut = label_heads(statistics, method=method, window=window, threshold=threshold)
+    scores = map_scores(statistics, window)
+    if bad := [name for name, score in scores.items() if not score.isfinite().all()]:
+        raise ProfilingError(
+            f"{checkpoint.name if state_file is None else state_file}: the sums give no finite {bad[0]}; profile again "
+            "without this state"
+        )
+    from_data = method == "window" and threshold is None
+    return HeadMap(
+        is_spatial,
+        checkpoint.grid,
+        previews=checkpoint.previews,
+        scores=scores,
+        threshold=cut,
+        model_id=checkpoint.name,
+        revision=getattr(checkpoint.config, "_commit_hash", None),
+        model_type=checkpoint.config.model_type,
+        method="window mass, threshold from the data" if from_data else {"window": "window mass"}.get(method, method),
+        profile={
+            "window": resolve_window(checkpoint.grid, window, checkpoint.previews),
+            "budget": budget,
+            "num_slots": [level.num_slots for level in statistics.levels],
+            "buffer": statistics.levels[0].buffer,
+            "num_recent": num_recent,
+            "num_sinks": num_sinks,
+            "num_prompts": len(prompts),
+            "prompts_sha256": prompts_sha256(prompts),
+            "batch_size": batch_size,
+            "guidance_scale": generator.guidance_scale if guidance_scale is None else guidance_scale,
+            "temperature": generator.temperature if temperature is None else temperature,
+            "seed": seed,
+        },
+    )
+
+
+def check_profiling(
+    grid: Grid,
+    *,
+    previews: Sequence[Grid] = (),
+    method: str = "coverage",
+    window: int | None = None,
+    threshold: float | None = None,
+    batch_size: int | None = None,
+    fit: tuple[int, int] | None = None,
+    **cache_settings,
+) -> None:
+    """Refuse settings out of range before a model is loaded; all as for `profile_heads`.
+
+    Args:
+        fit: the model's layers and KV heads, when `fit_heads` is to share the budget's slots out; it is then called
+            with zeros in the place of the measurements.
+
+    Raises:
+        ValueError: value, limit and remedy.
+    """
+    check_labelling(grid, method, window, threshold, previews)
+    if batch_size is not None:
+        check_count("batch_size", batch_size, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `profile_heads` gives the same warnings
+        levels = resolve_levels(grid, previews=previews, **cache_settings)
+    if fit is not None:
+        names = [f"retained_{kind}-{level.num_slots}" for level in levels for kind in KINDS]
+        zeros = {name: torch.zeros(fit) for name in names}
+        unmeasured = HeadMap(torch.zeros(fit, dtype=torch.bool), grid, previews=previews, scores=zeros)
+        fit_heads(unmeasured, cache_settings.get("budget", 0.2))

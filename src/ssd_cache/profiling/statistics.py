@@ -1,0 +1,289 @@
+"""What profiling learns about each head: sums over visual queries, and the shares that follow from them.
+
+The sums are float64 and add up over batches, processes and interrupted runs; every share is defined here, with its
+formula. It does not watch a model (`observing.py` does) and calls no head spatial or semantic (`labels.py` does).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ssd_cache.budget import Amount, check_count, resolve_amount, resolve_recent
+from ssd_cache.layout import Grid, count_cells
+
+Rows = Literal["all", "conditional", "unconditional"]
+BRANCHES = {"all": slice(0, 2), "conditional": slice(0, 1), "unconditional": slice(1, 2)}
+
+
+@dataclass(frozen=True)
+class Level:
+    """A cache whose retention is followed on paper: `SSDCache`'s settings, resolved to tokens."""
+
+    num_slots: int
+    buffer: int
+    num_recent: int
+    num_sinks: int = 0
+
+    def evicts_at(self, token: int) -> bool:
+        """Whether `buffer` tokens go when visual token `token`, counted from 0, arrives."""
+        return token >= self.num_slots and (token - self.num_slots) % self.buffer == 0
+
+    def oldest(self, token: int) -> int:
+        """The oldest token that a spatial head holds beside its sinks at the query of `token >= num_slots`."""
+        num_held = self.num_slots - self.buffer + 1 + (token - self.num_slots) % self.buffer
+        return token + 1 - (num_held - self.num_sinks)
+
+
+def resolve_levels(
+    grid: Grid,
+    budget: Amount = 0.2,
+    levels: Sequence[Amount] | None = None,
+    *,
+    previews: Sequence[Grid] = (),
+    buffer: int | None = None,
+    num_recent: Amount = 0.25,
+    num_sinks: int = 0,
+) -> tuple[Level, ...]:
+    """The level of the intended budget first, then those of `levels` by size; settings as for `SSDCache`.
+
+    A level that is a fraction, and holds fewer slots than a cache needs with these settings, is raised to the least
+    number that a cache can hold, with a warning. So the same fractions serve every grid.
+
+    Raises:
+        ValueError: a setting out of range, or a budget or count that `SSDCache` would refuse.
+    """
+    cells = count_cells(grid, previews)
+    buffer = grid[1] if buffer is None else check_count("buffer", buffer, 1)
+    check_count("num_sinks", num_sinks, 0)
+
+    def holds(slots: int) -> bool:
+        return slots >= cells or slots >= buffer + resolve_recent(num_recent, slots) + num_sinks
+
+    least = next(filter(holds, range(1, cells + 1)))
+    first = resolve_amount("budget", budget, cells)
+    others = set()
+    for amount in levels or ():
+        slots = resolve_amount("levels", amount, cells)
+        if isinstance(amount, float) and not holds(slots):
+            warnings.warn(
+                f"level {amount:g} is {slots} slots, and a cache with buffer={buffer}, num_recent={num_recent} and "
+                f"num_sinks={num_sinks} holds at least {least}: {least} slots are measured instead",
+                stacklevel=2,
+            )
+            slots = least
+        others.add(slots)
+    resolved = []
+    for slots in (first, *sorted(others - {first})):
+        recent = resolve_recent(num_recent, slots)
+        if not holds(slots):
+            raise ValueError(
+                f"{slots} slots are fewer than buffer={buffer} and num_recent={recent} and num_sinks={num_sinks} "
+                f"together: give at least {least}, or lower the others"
+            )
+        resolved.append(Level(slots, min(buffer, slots), recent, num_sinks))
+    return tuple(resolved)
+
+
+def widest_window(grid: Grid, previews: Sequence[Grid] = ()) -> int:
+    """Visual tokens of the widest window whose mass is known and not 1 by itself.
+
+    After previews it is one that ends within the picture for all counted queries: of what lies before the picture only
+    the sum is kept.
+    """
+    rows, columns = grid
+    return min(2, rows - 1) * columns + 1 if previews else rows * columns - 1
+
+
+class HeadStatistics:
+    """Sums over the visual queries of some pictures, for every layer and KV head.
+
+    `a[t, j]` is the softmax weight from the query of visual token `t` to visual token `j <= t`, both counted from 0,
+    and `p[t]` the weight on the prompt, so that `p[t] + sum(a[t, j] for j) = 1`. A sum over queries runs over the
+    query heads of the KV head, the rows of the batch that `rows=` names (guidance's conditional ones, unconditional
+    ones, or all), and over
+
+    - the *counted* queries for shares and offsets: those from the third grid row on, `t >= 2 * columns` (from the last
+      row on in a grid of fewer rows), since before everything is near. After previews they are the picture's own, from
+      its own third row on: rows of another width have other offsets, and tokens in the previews have none;
+    - the *sampled* queries for entropy and top share, which are costly: of every counted grid row `r` the query in
+      column `r % n`, with `n` the queries that the row has (one less in the last: a picture's last token is not fed);
+    - the *evicting* queries for retained attention: `t >= num_slots`, since before everything is kept.
+
+    Args:
+        grid: rows and columns of visual tokens.
+        num_layers: the model's decoder layers.
+        num_kv_heads: KV heads in each.
+        levels: caches whose retention is followed; labels are made for the first.
+        device: where the sums are.
+        previews: grids of visual tokens that are drawn before this one, whose tokens are counted in `t` and `j` too.
+
+    Attributes:
+        sums: by name, `[layers, kv_heads, 2, ...]`, float64; conditional rows, then unconditional ones.
+        num_pictures: pictures watched.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        num_layers: int,
+        num_kv_heads: int,
+        levels: Sequence[Level],
+        device: torch.device | str = "cpu",
+        *,
+        previews: Sequence[Grid] = (),
+    ):
+        self.grid, self.num_layers, self.num_kv_heads, self.levels = grid, num_layers, num_kv_heads, tuple(levels)
+        self.previews = tuple(previews)
+        self.num_pictures = 0
+        shapes: dict[str, tuple[int, ...]] = {"offsets": (grid[0], 2 * grid[1] - 1)}
+        shapes |= dict.fromkeys(("queries", "prompt", "margin", "margin_chance", "sampled", "entropy"), ())
+        shapes |= dict.fromkeys(("top", "top_visual", "evicting", "spatial", "semantic"), (len(self.levels),))
+        shapes |= {"previews": ()} if self.previews else {}
+        self.sums = {
+            name: torch.zeros(num_layers, num_kv_heads, 2, *shape, dtype=torch.float64, device=device)
+            for name, shape in shapes.items()
+        }
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Of a picture, previews included."""
+        return count_cells(self.grid, self.previews)
+
+    @property
+    def num_before(self) -> int:
+        """Visual tokens of the previews, which come before the picture's own."""
+        return self.num_visual_tokens - self.grid[0] * self.grid[1]
+
+    def offset_share(self, rows: Rows = "all") -> torch.Tensor:
+        """Visual attention by where it goes, `[layers, kv_heads, grid rows, 2 * columns - 1]`.
+
+        It adds up to 1, less what goes to previews.
+
+        Entry `[u, d + columns - 1]` is `sum(a[t, j]) / sum(a[t, :])` over the tokens `j` that lie `u` grid rows above
+        `t` and `d` columns to its right: "right above" is `[1, columns - 1]`.
+        """
+        offsets = self._sum("offsets", rows)
+        return _ratio(offsets, self._visual(rows)[..., None, None])
+
+    def window_mass(self, window: int, rows: Rows = "all") -> torch.Tensor:
+        """`sum(a[t, j] for j > t - window) / sum(a[t, :])`, the share of the last `window` tokens, t's own included.
+
+        `[layers, kv_heads]`. With a window of more than two grid rows some counted queries see nothing outside it, and
+        after previews it is refused, see `widest_window`.
+        """
+        height, columns = self.grid
+        check_count("window", window, 1)
+        if self.previews and window > (widest := widest_window(self.grid, self.previews)):
+            raise ValueError(f"window={window} reaches into the preview for some queries: give at most {widest}")
+        up, right = torch.arange(height)[:, None], torch.arange(1 - columns, columns)
+        near = up * columns - right < window  # t - j, the distance
+        return (self.offset_share(rows) * near).sum((-1, -2))
+
+    def prompt_share(self, rows: Rows = "all") -> torch.Tensor:
+        """Mean of `p[t]` over the counted queries, `[layers, kv_heads]`."""
+        return _ratio(self._sum("prompt", rows), self._sum("queries", rows))
+
+    def margin_share(self, rows: Rows = "all") -> torch.Tensor:
+        """`sum(a[t, j] for j in the grid's first or last column) / sum(a[t, :])`, `[layers, kv_heads]`."""
+        return _ratio(self._sum("margin", rows), self._visual(rows))
+
+    def margin_chance(self, rows: Rows = "all") -> torch.Tensor:
+        """The margin share if every query spread its visual attention evenly over the cells it sees.
+
+        `sum(v[t] * m[t] / (t + 1)) / sum(v[t])` with `v[t] = sum(a[t, :])` and `m[t]` the cells of the first and last
+        column of the grid among `0..t`; `[layers, kv_heads]`.
+        """
+        return _ratio(self._sum("margin_chance", rows), self._visual(rows))
+
+    def entropy(self, rows: Rows = "all") -> torch.Tensor:
+        """Mean of `-sum(w * ln(w))` over the sampled queries, in nats, `[layers, kv_heads]`.
+
+        `w` runs over the whole softmax, visual tokens and prompt.
+        """
+        return _ratio(self._sum("entropy", rows), self._sum("sampled", rows))
+
+    def top_share(self, num_slots: int | None = None, rows: Rows = "all") -> torch.Tensor:
+        """`sum(the M largest of a[t, :]) / sum(a[t, :])` over the sampled queries `t >= M`, `[layers, kv_heads]`.
+
+        `M` is the slots of a level: what the best choice of M tokens could keep. 1 where no query is that late.
+        """
+        level = self._level(num_slots)
+        return _ratio(self._sum("top", rows)[..., level], self._sum("top_visual", rows)[..., level], empty=1.0)
+
+    def retained(
+        self, kind: Literal["spatial", "semantic"], num_slots: int | None = None, rows: Rows = "all"
+    ) -> torch.Tensor:
+        """Mean of `p[t] + sum(a[t, j] for j kept)` over the evicting queries, `[layers, kv_heads]`.
+
+        `kept` are the tokens that a head of this kind would hold at `t` with a level's slots, buffer, recents and
+        sinks, followed to the token by the rules of docs/concepts.md. A semantic head's scores are made of the softmax
+        over the prompt and the tokens it still holds, as the cache itself would see it given these queries and keys.
+        1 where no query is late enough for an eviction.
+        """
+        level = self._level(num_slots)
+        return _ratio(self._sum(kind, rows)[..., level], self._sum("evicting", rows)[..., level], empty=1.0)
+
+    def _level(self, num_slots: int | None) -> int:
+        slots = [level.num_slots for level in self.levels]
+        if num_slots is None:
+            return 0
+        if num_slots not in slots:
+            raise ValueError(
+                f"num_slots={num_slots} was not measured: give one of {slots}, or measure with more levels"
+            )
+        return slots.index(num_slots)
+
+    def _sum(self, name: str, rows: Rows) -> torch.Tensor:
+        if rows not in BRANCHES:
+            raise ValueError(f"rows={rows!r}: give one of {', '.join(map(repr, BRANCHES))}")
+        if self.num_pictures and not self.sums["queries"][:, :, BRANCHES[rows]].any():
+            raise ValueError(f"rows={rows!r}: this model was drawn without such rows; give 'all'")
+        return self.sums[name][:, :, BRANCHES[rows]].sum(2)
+
+    def _visual(self, rows: Rows) -> torch.Tensor:
+        """Attention of the counted queries on all visual tokens."""
+        visual = self._sum("offsets", rows).sum((-1, -2))
+        return visual + self._sum("previews", rows) if self.previews else visual
+
+    def __add__(self, other: HeadStatistics) -> HeadStatistics:
+        """The statistics of both runs' pictures."""
+        if not isinstance(other, HeadStatistics):
+            return NotImplemented
+        if self._arguments != other._arguments:
+            raise ValueError(f"statistics of {self._arguments} and of {other._arguments} do not add up")
+        total, terms = self.empty(), other.state_dict()
+        total.load_state_dict({name: value + terms[name] for name, value in self.state_dict().items()})
+        return total
+
+    def empty(self) -> HeadStatistics:
+        """Statistics of the same arguments and of no pictures."""
+        return HeadStatistics(**self._arguments)
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        names = ("grid", "num_layers", "num_kv_heads", "levels", "previews")
+        return {name: getattr(self, name) for name in names}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All sums on the CPU, by name, with "num_pictures"."""
+        sums = {name: value.cpu() for name, value in self.sums.items()}
+        return sums | {"num_pictures": torch.tensor(self.num_pictures, dtype=torch.float64)}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `state_dict` gave, of statistics with the same arguments."""
+        shapes = {name: value.shape for name, value in self.state_dict().items()}
+        if {name: value.shape for name, value in state.items()} != shapes:
+            raise ValueError("these sums are of another model, grid or number of levels")
+        self.num_pictures = int(state["num_pictures"])
+        for name, value in self.sums.items():
+            value.copy_(state[name])
+
+
+def _ratio(part: torch.Tensor, whole: torch.Tensor, empty: float = 0.0) -> torch.Tensor:
+    """`part / whole`, and `empty` where there is no whole: a head may give visual tokens no weight at all."""
+    return torch.where(whole > 0, part / whole, empty)

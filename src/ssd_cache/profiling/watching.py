@@ -1,0 +1,137 @@
+"""A full cache that shows the attention of every step to an observer, without an attention matrix ever being stored.
+
+The queries of a grid row are held and their softmax is made once a row, a few rows of the batch at a time. Attention
+that is not finite is told here, for all observers. What an observer makes of the rest is its own: `observing.py` sums
+it up, `analysis` draws it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from transformers import Cache
+
+from ssd_cache.cache.layer import LayerPlan, SSDLayer
+from ssd_cache.cache.slots import SlotStore
+from ssd_cache.layout import Grid, count_cells
+from ssd_cache.runs.run_state import ProfilingError
+
+CHUNK = 1 << 18
+"""Weights made at once: 1 MB in float32, so that what a softmax needs beside the cache does not grow with the batch."""
+
+GPU_CHUNK = 1 << 22
+"""The same on any other device, where launching a kernel costs more than so little work: 16 MB."""
+
+
+class Observer(Protocol):
+    """Takes in attention as it is made."""
+
+    def observe(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, rows: slice) -> None:
+        """Take in the queries of a grid row (fewer in the last one), of some rows of the batch.
+
+        Previews are cut into as many queries, so that the picture's own rows come whole; their first cut may be short.
+
+        Args:
+            layer_idx: the decoder layer.
+            weights: `[rows, kv_heads, groups, steps, num_prompt + stored]`, float32, summing to 1 over the last
+                dimension. The last step is visual token `stored - 1`, counted from 0; nothing was evicted, so visual
+                token `j` is in column `num_prompt + j`, and what a step can not see yet weighs 0.
+            num_prompt: columns of the prompt, padding included (which weighs 0).
+            rows: which rows of the batch these are.
+        """
+
+
+class WatchingCache(Cache):
+    """A full cache for one batch of pictures; call `finish` after generating.
+
+    Args:
+        grid: rows and columns of visual tokens.
+        num_layers: decoder layers.
+        num_kv_heads: KV heads in each.
+        observer: told of all attention.
+        previews: grids that are drawn before this one.
+    """
+
+    def __init__(
+        self, grid: Grid, num_layers: int, num_kv_heads: int, observer: Observer, *, previews: Sequence[Grid] = ()
+    ):
+        cells = count_cells(grid, previews)
+        slots, recent = (cells,) * num_kv_heads, (0,) * num_kv_heads
+        # one cell more than the grid has, so that every head counts as one that is scored
+        plans = [
+            LayerPlan(layer, (False,) * num_kv_heads, slots, cells + 1, grid[1], recent, 0)
+            for layer in range(num_layers)
+        ]
+        super().__init__(layers=[_WatchingLayer(plan, observer) for plan in plans])
+
+    def finish(self) -> None:
+        """Show the steps of a grid row that was not completed; transformers never feeds a picture's last token.
+
+        Raises:
+            ProfilingError: attention that was NaN somewhere, with the first such layer and its KV heads.
+        """
+        for index, layer in enumerate(self.layers):
+            for store in layer.stores:
+                store.score_held()
+                heads = (~store.soundness.isfinite()).nonzero().flatten().tolist()
+                if heads:
+                    raise ProfilingError(
+                        f"the attention of layer {index}, KV head {', '.join(map(str, heads))}, is NaN: the model's "
+                        "numbers overflow, as they may in float16; load it in bfloat16 or float32"
+                    )
+
+    @property
+    def watching_nbytes(self) -> int:
+        """Bytes held beside K and V; what the observer holds is its own to tell."""
+        return sum(layer.bookkeeping_nbytes for layer in self.layers)
+
+
+class _WatchingStore(SlotStore):
+    """Slots that keep every token, and show the attention that they would have been scored by."""
+
+    def __init__(self, *args, layer_idx: int, observer: Observer, **kwargs):
+        super().__init__(*args, **kwargs)
+        # nothing is evicted, so neither scores nor a position for every head are needed
+        self.scores, self.positions = self.scores[..., :0].clone(), self.positions[:, :1].clone()
+        self.layer_idx, self.observer = layer_idx, observer
+        # a sum that a NaN never leaves again: looking at it once, at the end, does not hold a GPU up
+        self.soundness = self.keys.new_zeros(self.keys.shape[1], dtype=torch.float32)
+
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor, position: int) -> None:
+        if self.num_stored == self.num_slots:
+            raise ValueError(
+                f"a token arrives after the {self.num_slots} of the grid: the model's grid is another, or this cache "
+                "was used for a second picture; it serves one batch of pictures"
+            )
+        super().append(key_states, value_states, position)
+
+    def score_held(self) -> None:
+        if self.queries is None or self.num_held == 0:
+            return
+        batch, heads, groups = self.queries.shape[:3]
+        of_row = heads * groups * self.num_held * (self.num_prompt + self.num_stored)
+        num_rows = max(1, (CHUNK if self.keys.device.type == "cpu" else GPU_CHUNK) // of_row)
+        for start in range(0, batch, num_rows):
+            rows = slice(start, min(start + num_rows, batch))
+            weights = self.held_attention(rows)
+            self.soundness += weights[..., 0].sum((0, 2, 3))  # a softmax is NaN in all its columns or in none
+            self.observer.observe(self.layer_idx, weights, self.num_prompt, rows)
+        self.num_held, self.num_to_hold = 0, self.buffer
+
+    @property
+    def bookkeeping_nbytes(self) -> int:
+        return super().bookkeeping_nbytes + self.soundness.nbytes
+
+
+class _WatchingLayer(SSDLayer):
+    def __init__(self, plan: LayerPlan, observer: Observer):
+        self.observer = observer
+        super().__init__(plan)
+
+    def make_store(self, *args, **kwargs) -> SlotStore:
+        return _WatchingStore(*args, layer_idx=self.plan.layer_idx, observer=self.observer, **kwargs)
+
+    def use_kernel(self, can_serve: bool) -> None:
+        """Never: the kernel would keep the attention to itself."""

@@ -1,0 +1,94 @@
+"""The processes that share a long run: how many there are, and how they exchange numbers and agree on settings.
+
+They are started by `accelerate launch` or `torchrun`. What they compute is not known here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ssd_cache.runs.run_state import ProfilingError
+
+
+class Processes:
+    """The processes that share a run, as `accelerate launch` and `torchrun` start them; else this one alone.
+
+    Attributes:
+        index, count: this process's number, from 0, and how many there are.
+        device: where this process should compute, or None to choose freely.
+    """
+
+    def __init__(self) -> None:
+        self.index, self.count = 0, 1
+        self.device: torch.device | None = None
+        wanted = int(os.environ.get("WORLD_SIZE", "1"))
+        if wanted > 1:
+            try:
+                self._accelerate = importlib.import_module("accelerate")
+            except ImportError as error:
+                raise ProfilingError(
+                    f"WORLD_SIZE={wanted}: several processes need accelerate: pip install accelerate"
+                ) from error
+            has_gpus = torch.accelerator.is_available() and not torch.backends.mps.is_available()
+            use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+            self._state = state = self._accelerate.PartialState(cpu=use_cpu or not has_gpus)
+            if state.num_processes != wanted:  # each would draw everything and write over the others' files
+                raise ProfilingError(
+                    f"WORLD_SIZE={wanted}, but accelerate finds {state.num_processes} process: start them with "
+                    "`accelerate launch`, with --cpu where there is no GPU"
+                )
+            self.index, self.count, self.device = state.process_index, state.num_processes, state.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and shows a bar."""
+        return self.index == 0
+
+    def choose_device(self, device: str) -> str | torch.device:
+        """Where this process computes: as asked for, or where "auto" is asked for, on its own device if it has one."""
+        return self.device if device == "auto" and self.device is not None else device
+
+    def close(self) -> None:
+        """Leave the group; for the program whose processes these are, at its end."""
+        if self.count > 1:
+            self._state.destroy_process_group()
+
+    def check_agreement(self, facts: Mapping[str, Any]) -> None:
+        """Refuse processes that were given unlike things, such as head maps: each would draw pictures of its own kind.
+
+        All of them have to come here.
+
+        Raises:
+            ProfilingError: in every process, naming what the first that differs has, and process 0.
+        """
+        told = self.gather_all(dict(facts))
+        for number, other in enumerate(told):
+            differing = [
+                f"{name} {told[0].get(name)!r} and {other.get(name)!r}"
+                for name in sorted(told[0].keys() | other.keys())
+                if told[0].get(name) != other.get(name)
+            ]
+            if differing:
+                raise ProfilingError(
+                    f"processes 0 and {number} of {self.count} do not agree: {'; '.join(differing)}; give all of them "
+                    "the same"
+                )
+
+    def gather(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        """The vector of every process, float64 `[numbers]` on the CPU, in the order of the processes."""
+        if self.count == 1:
+            return [vector]
+        return list(self._accelerate.utils.gather(vector[None].to(self.device)).cpu())
+
+    def gather_all(self, value: Any) -> list[Any]:
+        """The value of every process, in the order of the processes; anything that can be pickled."""
+        return [value] if self.count == 1 else self._accelerate.utils.gather_object([value])
+
+    def from_main(self, vector: torch.Tensor) -> torch.Tensor:
+        """The main process's vector, float64 `[numbers]` on the CPU, in every process."""
+        return vector if self.count == 1 else self._accelerate.utils.broadcast(vector.to(self.device)).cpu()

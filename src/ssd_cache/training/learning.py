@@ -1,0 +1,305 @@
+"""`learn_score`: teach a map's semantic heads which visual tokens to keep, by what the model says without the others.
+
+Pictures are drawn with a full cache and fed to the decoder again, without what an `SSDCache` would have evicted; the
+weights of a `LearnedScore` follow the gradient of the divergence. Labels, slots and the model's weights stay.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ssd_cache.budget import Budget, check_count, is_amount
+from ssd_cache.cache.cache import SSDCache, default_buffer
+from ssd_cache.cache.layer import LayerPlan
+from ssd_cache.cache.sharding import check_whole
+from ssd_cache.head_map.checks import MAX_TEXT
+from ssd_cache.head_map.head_map import HeadMap
+from ssd_cache.models import Generator, GeneratorError, check_drawing, generator_of
+from ssd_cache.profiling.measuring import check_prompts, prompts_sha256, weights_sha256
+from ssd_cache.runs.run_state import ProfilingError, check_state_place
+from ssd_cache.training.learning_state import HELD_OUT, LearningRun, LearningState
+from ssd_cache.training.lessons import Lesson
+from ssd_cache.training.recording import check_teachable, draw_lesson, replay_lesson
+from ssd_cache.training.trainer import Trainer, mean_attention
+
+DRAWN = 4
+"""Batches drawn at once: a few pictures take hardly less time to draw than many."""
+
+NO_SAY = 0.01
+"""Guidance scales this near 1 give unconditional rows no say, and they are left out."""
+
+SAVE_SECONDS = 30
+"""Seconds of steps between two savings."""
+
+SMOOTHED = 20
+"""Steps whose mean divergence the bar shows: that of a single batch goes up and down with its images."""
+
+LEARNED = ", score learned"
+"""What a map's method says then."""
+
+
+def learn_score(
+    model: PreTrainedModel | Generator,
+    prompts: Sequence[str],
+    head_map: HeadMap,
+    *,
+    budget: Budget | None = None,
+    buffer: int | None = None,
+    num_recent: int | float = 0,
+    num_sinks: int = 0,
+    num_steps: int = 400,
+    learning_rate: float = 0.02,
+    processor: ProcessorMixin | None = None,
+    batch_size: int = 4,
+    guidance_scale: float | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    progress: bool = True,
+    state_file: str | os.PathLike[str] | None = None,
+) -> HeadMap:
+    """The map with a score that its semantic heads rank tokens by, in the place of the attention received.
+
+    A picture of each prompt is drawn with a full cache. Then, step by step, the tokens of some of them go through the
+    decoder at once, twice: with everything, and with what a cache of these settings would hold under the score so far.
+    The loss is the KL divergence of the next token's distribution, and its gradient reaches the score through the
+    choice itself: forwards the tokens kept are exactly the cache's; backwards the cut is soft, and a token that was
+    dropped is credited with what its weight would have changed. So the score learns what pictures turn on, which is not
+    what is looked at most. It begins with the attention that a place still receives from a row on, on average.
+
+    Beside the model it holds what went into the decoder for every picture, and for a step every layer's attention
+    weights a few times over.
+
+    Args:
+        model: a loaded image model of a supported family, or a `Generator`.
+        prompts: of the pictures to learn from; a few hundred, unlike each other.
+        head_map: its labels; a learned score that it carries is what learning goes on from.
+        budget: of the cache that the score is for, as for `SSDCache`; also the map's new budget.
+        buffer: of that cache; a third of a row when not given, as `SSDCache` has it with a learned score.
+        num_recent: of that cache, as for `SSDCache`.
+        num_sinks: of that cache, as for `SSDCache`.
+        num_steps: steps in all, of `batch_size` pictures each. More than a state file has extends its run: the further
+            steps follow the schedule (learning rate, softness of the cut) of the new total from where it stands, so
+            the score differs from that of a run with this total from the beginning.
+        learning_rate: of Adam, for the weights of places; a third of it for those of K and V.
+        processor: the model's; loaded from where the model came from when not given.
+        batch_size: pictures a step; four times as many are drawn at once.
+        guidance_scale: as for `Generator.generate`.
+        temperature: as for `Generator.generate`, above 0.
+        seed: of the first pictures, and of the order in which they are learned from.
+        progress: show a bar over pictures, then over steps.
+        state_file: a file that is written after every batch of images, every `SAVE_SECONDS` of steps, and when the run
+            is interrupted; when it exists, the run resumes from it, to the same score, bit for bit.
+
+    Returns:
+        The map, its `learned` the score and its `budget` the one learned for. Its `profile["learning"]["held_out"]`
+        compares the divergence before and after on `HELD_OUT` further images of the same prompts.
+
+    Raises:
+        GeneratorError: no prompts, too long ones, an unsupported model, or a drawing setting out of range.
+        HeadMapError: a map of another model's shape.
+        ProfilingError: numbers that are not finite; a state file of another run, or one that can not be written.
+        ValueError: any other setting out of range, or a map under which no head ranks its tokens.
+    """
+    generator = model if isinstance(model, Generator) else generator_of(model, processor)
+    checkpoint = generator.checkpoint
+    check_whole(generator.language_model)
+    checkpoint.check_head_map(head_map)
+    plans = check_learning(
+        head_map,
+        budget,
+        buffer=buffer,
+        num_recent=num_recent,
+        num_sinks=num_sinks,
+        num_steps=num_steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        guidance_scale=None if generator.default_guidance is None else guidance_scale,
+        temperature=temperature,
+        seed=seed,
+    )
+    check_prompts(generator, prompts)
+    check_teachable(generator)
+    settings: dict[str, Any] = {
+        "guidance_scale": generator.guidance_scale if guidance_scale is None else guidance_scale,
+        "temperature": temperature,
+    }
+    facts = {
+        "num_prompts": len(prompts),
+        "prompts_sha256": prompts_sha256(prompts),
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "buffer": plans[0].buffer,
+        "num_recent": num_recent,
+        "num_sinks": num_sinks,
+        "seed": seed,
+        **settings,
+    }
+    fingerprint = {
+        "model": checkpoint.name,
+        "weights": weights_sha256(generator.model),
+        "dtype": str(generator.model.dtype),
+        "head_map": head_map.digest,
+        "slots": [list(plan.num_slots) for plan in plans],
+        **facts,
+    }
+    result = replace(  # refuses before the first step what could not be returned after the last
+        head_map,
+        budget=_own_budget(head_map, budget, plans),
+        method=f"{(head_map.method or 'labels given').removesuffix(LEARNED)}{LEARNED}"[:MAX_TEXT],
+        profile={**head_map.profile, "learning": {"num_steps": num_steps, **facts}},
+    )
+    path, run = None if state_file is None else Path(state_file), LearningRun()
+    if path is not None:
+        check_state_place(path)
+        run = LearningRun.load(path, fingerprint, result) if path.exists() else run
+    if run.num_steps > num_steps:
+        raise ProfilingError(
+            f"{path}: {run.num_steps} steps were taken, num_steps={num_steps} are asked for: give at least "
+            f"{run.num_steps}, or another file"
+        )
+    run.begin_stage(num_steps)
+
+    def save() -> None:
+        if path is not None:
+            run.save(path, fingerprint)
+
+    if run.after is None:
+        *lessons, held_out = _lessons(
+            generator, prompts, DRAWN * batch_size, seed, settings, run.images, save, progress
+        )
+        if run.learning is None:
+            first = mean_attention(generator, lessons[0], head_map) if head_map.learned is None else head_map.learned
+            run.learning = LearningState.beginning(first)
+        trainer = Trainer(generator, plans, **settings, learning_rate=learning_rate, num_steps=num_steps)
+        if run.before is None:
+            run.before = trainer.divergences(run.learning, held_out, batch_size)
+            save()
+        steps = islice(_steps(lessons, batch_size, seed), run.num_steps, num_steps)
+        _follow(run, trainer, steps, save, progress)
+        run.after = trainer.divergences(run.learning, held_out, batch_size)
+        save()
+    assert run.learning is not None
+    learning = {**result.profile["learning"], "held_out": run.compared()}
+    if len(run.stages) > 1:
+        learning["stages"] = run.stages
+    return replace(result, learned=run.learning.score(), profile={**result.profile, "learning": learning})
+
+
+def _own_budget(head_map: HeadMap, budget: Budget | None, plans: Sequence[LayerPlan]) -> Budget | None:
+    """The budget of the new map: the one trained for, with every head's slots where one number scaled the map's own."""
+    if budget is None:
+        return head_map.budget
+    return [list(plan.num_slots) for plan in plans] if head_map.slots and is_amount(budget) else budget
+
+
+def check_learning(
+    head_map: HeadMap,
+    budget: Budget | None = None,
+    *,
+    buffer: int | None = None,
+    num_recent: int | float = 0,
+    num_sinks: int = 0,
+    num_steps: int = 400,
+    learning_rate: float = 0.02,
+    batch_size: int = 4,
+    guidance_scale: float | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[LayerPlan]:
+    """Refuse settings out of range before a model is loaded, all as for `learn_score`; returns what each layer keeps.
+
+    Raises:
+        ValueError: value, limit and remedy.
+    """
+    check_count("num_steps", num_steps, 1)
+    check_count("batch_size", batch_size, 1)
+    if isinstance(learning_rate, bool) or not 0 < learning_rate < 1:
+        raise ValueError(f"learning_rate={learning_rate!r} is out of range: give a number between 0 and 1 (0.02)")
+    check_drawing(guidance_scale, temperature, seed)
+    if temperature == 0:
+        raise GeneratorError("temperature=0 leaves one token that is certain, and nothing to learn from; 1 is usual")
+    if head_map.is_online or head_map.previews:
+        what = "finds its labels while drawing" if head_map.is_online else "has previews"
+        raise ValueError(f"this head map {what}, and a score is learned for the labels and places of a single grid")
+    buffer = default_buffer(head_map.grid, "learned") if buffer is None else buffer
+    settings: dict[str, Any] = {"buffer": buffer, "num_recent": num_recent, "num_sinks": num_sinks}
+    plans = [layer.plan for layer in SSDCache(head_map, budget, score="sum", **settings).layers]
+    heads = [head for plan in plans for head in zip(plan.is_spatial, plan.num_slots, strict=True)]
+    if all(is_spatial or num_slots >= head_map.num_visual_tokens for is_spatial, num_slots in heads):
+        raise ValueError("no head of this map ranks tokens at this budget: all are spatial, or hold everything")
+    return plans
+
+
+def _lessons(
+    generator: Generator,
+    prompts: Sequence[str],
+    num_at_once: int,
+    seed: int,
+    settings: dict[str, Any],
+    images: list[torch.Tensor],
+    save: Callable[[], None],
+    progress: bool,
+) -> list[Lesson]:
+    """A lesson of each batch, then the held-out one; images that are not in `images` yet are generated and added.
+
+    They have no unconditional rows where guidance has no effect.
+    """
+    batches = [list(prompts[start : start + num_at_once]) for start in range(0, len(prompts), num_at_once)]
+    batches.append([prompts[index * len(prompts) // HELD_OUT] for index in range(HELD_OUT)])
+    lessons = []
+    for index, batch in enumerate(tqdm(batches, unit=" batches", desc="images", disable=not progress)):
+        sampling = {**settings, "seed": seed + index}
+        if index < len(images):
+            lesson = replay_lesson(generator, batch, images[index], **sampling)
+        else:
+            lesson, tokens = draw_lesson(generator, batch, **sampling)
+            images.append(tokens)
+            save()
+        lessons.append(lesson.conditional() if abs(settings["guidance_scale"] - 1) < NO_SAY else lesson)
+    return lessons
+
+
+def _follow(
+    run: LearningRun, trainer: Trainer, lessons: Iterator[Lesson], save: Callable[[], None], progress: bool
+) -> None:
+    """Take a step on each lesson; the state is saved now and then, and at the end, however it comes."""
+    assert run.learning is not None
+    recent: deque[float] = deque(maxlen=SMOOTHED)
+    bar = tqdm(total=trainer.num_steps, initial=run.num_steps, unit=" steps", desc="learning", disable=not progress)
+    saved = time.monotonic()
+    try:
+        with bar:
+            for lesson in lessons:
+                run.learning, divergence = trainer.step(run.learning, lesson)
+                recent.append(divergence)
+                bar.set_postfix_str(f"mean of {len(recent)} steps: {sum(recent) / len(recent):.4f} nats", refresh=False)
+                bar.update()
+                if time.monotonic() - saved >= SAVE_SECONDS:
+                    save()
+                    saved = time.monotonic()
+    finally:
+        save()
+
+
+def _steps(lessons: Sequence[Lesson], batch_size: int, seed: int) -> Iterator[Lesson]:
+    """Some pictures a step for ever, in an order that only the seed decides; those of a step were drawn together."""
+    parts = [
+        lesson.part(slice(start, start + batch_size))
+        for lesson in lessons
+        for start in range(0, lesson.num_pictures, batch_size)
+    ]
+    order = torch.Generator().manual_seed(seed)
+    while True:
+        for index in torch.randperm(len(parts), generator=order).tolist():
+            yield parts[index]

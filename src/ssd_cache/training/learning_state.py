@@ -1,0 +1,177 @@
+"""How far learning a score has come: the images, the score with the optimizer's memory, and the held-out divergence.
+
+It takes optimizer steps, and is kept in a `run_state.py` state file. Gradients are computed in `trainer.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssd_cache.head_map.checks import checked_learned
+from ssd_cache.head_map.head_map import HeadMap
+from ssd_cache.head_map.learned_score import LearnedScore
+from ssd_cache.io.untrusted import check_like, checked, checked_fields
+from ssd_cache.runs.run_state import RunState, check_images, check_same_run, not_a_state, read_state, write_state
+
+FORMAT = "ssd-cache learning 2"
+"""The first format held no images."""
+
+WHAT = "the state of learning a score"
+
+PARTS = ("score", "mean", "square")
+
+HELD_OUT = 8
+"""Images that no step is taken on; the divergence before and after learning is measured on them."""
+
+BETAS, TINY = (0.9, 0.98), 1e-8
+"""Of Adam (Kingma and Ba, arXiv 1412.6980)."""
+
+OF_STATES = 1 / 3
+"""Share of the learning rate for the weights of K and V, of which each token has many."""
+
+
+@dataclass(frozen=True)
+class LearningState:
+    """The tensors of the score, means of their gradients and of the squares of these, and the steps taken."""
+
+    score_tensors: dict[str, torch.Tensor]
+    means: dict[str, torch.Tensor]
+    squares: dict[str, torch.Tensor]
+    num_steps: int
+
+    @classmethod
+    def beginning(cls, learned: LearnedScore) -> LearningState:
+        """Before the first step."""
+        tensors = {name: tensor.clone() for name, tensor in learned.tensors().items()}
+        means, squares = ({name: torch.zeros_like(tensor) for name, tensor in tensors.items()} for _ in range(2))
+        return cls(tensors, means, squares, num_steps=0)
+
+    def score(self) -> LearnedScore:
+        """What was learned so far."""
+        return LearnedScore(**self.score_tensors)
+
+    def parameters(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The tensors of the score on a device, to be asked for gradients."""
+        return {name: tensor.to(device, copy=True).requires_grad_(True) for name, tensor in self.score_tensors.items()}
+
+    def follow(self, gradients: Mapping[str, torch.Tensor], learning_rate: float) -> LearningState:
+        """The state after one more step of Adam."""
+        num_steps = self.num_steps + 1
+        tensors, means, squares = {}, {}, {}
+        for name, tensor in self.score_tensors.items():
+            gradient = gradients[name].to(tensor.device)
+            means[name] = self.means[name].lerp(gradient, 1 - BETAS[0])
+            squares[name] = self.squares[name].lerp(gradient.square(), 1 - BETAS[1])
+            mean, square = (
+                held[name] / (1 - beta**num_steps) for held, beta in zip((means, squares), BETAS, strict=True)
+            )
+            rate = learning_rate * (OF_STATES if name in ("key", "value") else 1)
+            tensors[name] = tensor - rate * mean / (square.sqrt() + TINY)
+        return LearningState(tensors, means, squares, num_steps)
+
+
+@dataclass
+class LearningRun:
+    """Everything that a run has finished so far.
+
+    Attributes:
+        images: visual tokens of the batches that were generated, int64 `[images, cells]` each; the held-out ones last.
+        learning: None before the first score.
+        before: held-out divergence of each image under the first score, float64 `[held-out images]`.
+        after: the same under the present score, once all steps are done.
+        stages: `[first step, total]` of each schedule that was followed; more than one after an extension.
+    """
+
+    images: list[torch.Tensor] = field(default_factory=list)
+    learning: LearningState | None = None
+    before: torch.Tensor | None = None
+    after: torch.Tensor | None = None
+    stages: list[list[int]] = field(default_factory=list)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken."""
+        return 0 if self.learning is None else self.learning.num_steps
+
+    def begin_stage(self, num_steps: int) -> None:
+        """Follow the schedule of a total of `num_steps` from here on."""
+        if self.stages and self.stages[-1][1] == num_steps:
+            return
+        self.after = None
+        self.stages = [stage for stage in self.stages if stage[0] < self.num_steps]  # those that took a step
+        if not self.stages or self.stages[-1][1] != num_steps:
+            self.stages.append([self.num_steps, num_steps])
+
+    def compared(self) -> dict[str, Any]:
+        """Held-out divergence before and after, in nats a token, with the standard error of the mean difference."""
+        assert self.before is not None
+        assert self.after is not None
+        difference = self.after - self.before
+        return {
+            "num_images": len(difference),
+            "before": self.before.mean().item(),
+            "after": self.after.mean().item(),
+            "standard_error": (difference.std() / len(difference) ** 0.5).item(),
+        }
+
+    def save(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Write it to a file, whole or not at all; raises ProfilingError."""
+        tensors = {f"images.{index}": tokens for index, tokens in enumerate(self.images)}
+        for name, tensor in (("before", self.before), ("after", self.after)):
+            tensors |= {} if tensor is None else {name: tensor}
+        if (state := self.learning) is not None:
+            parts = dict(zip(PARTS, (state.score_tensors, state.means, state.squares), strict=True))
+            tensors |= {f"{part}.{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
+        counts = {"num_steps": self.num_steps, "stages": self.stages}
+        write_state(path, FORMAT, RunState(tensors, settings, counts, self.after is not None), WHAT)
+
+    @classmethod
+    def load(cls, path: Path, settings: Mapping[str, Any], head_map: HeadMap) -> LearningRun:
+        """Read what `save` wrote in a run with the same settings.
+
+        Args:
+            path: the file.
+            settings: of this run.
+            head_map: the map that is to carry the score.
+
+        Raises:
+            ProfilingError: another file, or one of a run with other settings.
+        """
+        file = read_state(path, FORMAT, WHAT)
+        check_same_run(path, file.settings, settings)
+        tensors = dict(file.tensors)
+        try:
+            counts = checked_fields({"num_steps": int, "stages": list[tuple[int, int]]}, file.counts, "counts")
+            num_steps, stages = counts["num_steps"], checked(list[list[int]], counts["stages"], "stages")
+            if num_steps < 0 or any(not 0 <= first <= last for first, last in stages):
+                raise ValueError("its numbers of steps are out of order")
+            images = check_images(tensors, head_map.num_visual_tokens)
+            before, after = tensors.pop("before", None), tensors.pop("after", None)
+            for held in (before, after):
+                if held is not None:
+                    check_like({"held-out": held}, {"held-out": torch.empty(HELD_OUT, dtype=torch.float64)})
+            learning = _learning_of(tensors, num_steps, head_map)
+            if after is not None and (before is None or learning is None):
+                raise ValueError("it ends without a beginning")
+        except ValueError as error:
+            raise not_a_state(path, WHAT, error) from error
+        return cls(images, learning, before, after, stages)
+
+
+def _learning_of(tensors: Mapping[str, torch.Tensor], num_steps: int, head_map: HeadMap) -> LearningState | None:
+    """The score and Adam's moments, checked; None where there are no tensors. Raises ValueError."""
+    if not tensors:
+        return None
+    score = {name: tensors[f"score.{name}"] for name in sorted(LearnedScore.NAMES) if f"score.{name}" in tensors}
+    empty = torch.empty(0)
+    check_like(tensors, {f"{part}.{name}": score.get(name, empty) for part in PARTS for name in LearnedScore.NAMES})
+    checked_learned(LearnedScore(**score), head_map.is_spatial.shape, head_map.grid, ())
+    parts = [{name: tensors[f"{part}.{name}"] for name in score} for part in PARTS]
+    if any((square < 0).any() for square in parts[2].values()):
+        raise ValueError("squares of gradients are below 0")
+    return LearningState(parts[0], parts[1], parts[2], num_steps)

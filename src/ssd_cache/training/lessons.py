@@ -1,0 +1,114 @@
+"""Images that a model generated with a full cache, fed to its decoder again, all tokens at once and with gradients.
+
+It runs the decoder with an attention of the caller's choice. `recording.py` makes lessons; nothing is learned here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ssd_cache.decode.attention_switch import ssd_attention
+from ssd_cache.models import Generator
+from ssd_cache.training.likelihood import log_probabilities
+
+NAME = "ssd-lesson"
+
+Weigh = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From a layer's number, the logits of all tokens `[rows, kv_heads, groups, tokens, tokens]`, float32, minus infinity
+where a full cache shows nothing, and K and V of the visual ones `[rows, kv_heads, visual tokens, head_dim]`, to weights
+of the logits' shape."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The tokens of some pictures, prompts included.
+
+    Attributes:
+        inputs: what the decoder takes, `[rows, num_prompt + cells - 1, ...]` each: token ids or embeddings, positions.
+        seen: `[rows, num_prompt]`, False on padding.
+        is_unconditional: `[rows]`, the rows that guidance draws without their prompts; in the order of the others.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    seen: torch.Tensor
+    is_unconditional: torch.Tensor
+
+    @property
+    def num_pictures(self) -> int:
+        return int((~self.is_unconditional).sum())
+
+    def part(self, pictures: slice) -> Lesson:
+        """Some of the pictures, with their unconditional rows."""
+        kinds = (~self.is_unconditional, self.is_unconditional)
+        return self._of_rows(torch.cat([kind.nonzero()[:, 0][pictures] for kind in kinds]))
+
+    def conditional(self) -> Lesson:
+        """The same without unconditional rows, for a guidance that gives them no say."""
+        return self._of_rows((~self.is_unconditional).nonzero()[:, 0])
+
+    def _of_rows(self, rows: torch.Tensor) -> Lesson:
+        inputs = {name: tensor[rows.to(tensor.device)] for name, tensor in self.inputs.items()}
+        return Lesson(inputs, self.seen[rows.to(self.seen.device)], self.is_unconditional[rows])
+
+
+def attend_lesson(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """transformers' attention function for the name "ssd-lesson", inside `taught` alone."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return module.ssd_attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
+
+
+@contextmanager
+def taught(generator: Generator, lesson: Lesson, weigh: Weigh) -> Iterator[None]:
+    """Let `weigh` say what the decoder attends inside the block, whose weights take no gradients there."""
+    allowed, num_prompt = _allowed_tokens(lesson), lesson.seen.shape[1]
+
+    def attend(layer_idx: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float):
+        grouped = query.unflatten(1, (key.shape[1], -1)) * scaling
+        logits = (grouped @ key[:, :, None].mT).float().masked_fill(~allowed, -torch.inf)
+        weights = weigh(layer_idx, logits, key[:, :, num_prompt:], value[:, :, num_prompt:])
+        return (weights.to(value.dtype) @ value[:, :, None]).flatten(1, 2)
+
+    model = generator.model
+    layers = [module for module in generator.language_model.get_decoder().modules() if hasattr(module, "layer_idx")]
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with ssd_attention(generator.language_model, NAME):
+        try:
+            for parameter in learned:
+                parameter.requires_grad_(False)
+            for module in layers:
+                module.ssd_attend = attend
+            yield
+        finally:
+            for parameter in learned:
+                parameter.requires_grad_(True)
+            for module in layers:
+                del module.ssd_attend
+
+
+def _allowed_tokens(lesson: Lesson) -> torch.Tensor:
+    """What each token may look at with a full cache, `[rows, 1, 1, tokens, tokens]`; padding sees itself."""
+    length = next(tensor for name, tensor in lesson.inputs.items() if name != "position_ids").shape[1]
+    seen = torch.nn.functional.pad(lesson.seen, (0, length - lesson.seen.shape[1]), value=True)
+    causal = torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
+    itself = torch.eye(length, dtype=torch.bool, device=seen.device)
+    return (causal & seen[:, None] | itself)[:, None, None]
+
+
+def log_probabilities_of(
+    generator: Generator, lesson: Lesson, guidance_scale: float, temperature: float
+) -> torch.Tensor:
+    """What the model says of every visual token, `[pictures, cells, vocabulary]`, float32; inside `taught`."""
+    decoder, head = generator.language_model.get_decoder(), generator.visual_head
+    assert head is not None
+    states = decoder(**lesson.inputs, use_cache=False).last_hidden_state[:, lesson.seen.shape[1] - 1 :]
+    scores = head(states).float()
+    return log_probabilities(scores, lesson.is_unconditional.to(scores.device), guidance_scale, temperature)
+
+
+AttentionInterface.register(NAME, attend_lesson)
+AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)

@@ -1,0 +1,135 @@
+"""Makes lessons: generates images with a full cache and records the inputs of the decoder, or replays tokens.
+
+A replay gives the same inputs without running the decoder's layers. How a lesson is used is in `lessons.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ssd_cache._compat import CACHE, take_cache
+from ssd_cache.cache.attention import prompt_columns
+from ssd_cache.models import Generator, GeneratorError
+from ssd_cache.training.lessons import Lesson
+from ssd_cache.training.likelihood import certain_scores
+
+
+def check_teachable(generator: Generator) -> None:
+    """Refuse, before anything is generated, a model without a head that scores visual tokens; raises GeneratorError."""
+    if generator.visual_head is None:
+        raise GeneratorError(
+            f"{generator.checkpoint.name} can not be taught: it has no head that scores visual tokens (its "
+            "get_output_embeddings() is None)"
+        )
+
+
+def draw_lesson(generator: Generator, prompts: Sequence[str], **settings) -> tuple[Lesson, torch.Tensor]:
+    """Generate an image of each prompt with the model's own cache, and record the inputs of its decoder.
+
+    Args:
+        settings: as for `Generator.generate`.
+
+    Returns:
+        The lesson, and the visual tokens `[images, cells]` on the CPU, which `replay_lesson` takes.
+
+    Raises:
+        GeneratorError: a decoder that is not fed a prompt and then token by token.
+    """
+    calls, tokens = _record(generator, lambda: generator.generate(prompts, **settings))
+    return _lesson_of(generator, calls, len(prompts)), tokens
+
+
+def replay_lesson(generator: Generator, prompts: Sequence[str], tokens: torch.Tensor, **settings) -> Lesson:
+    """The lesson of images that were generated before, equal bit for bit to the one that `draw_lesson` gave.
+
+    The model's own `generate` runs again on the given tokens, and its decoder is replaced by one that returns zeros:
+    the inputs of the decoder follow from the tokens, and its layers take almost all the time.
+
+    Args:
+        tokens: as `draw_lesson` gave them.
+        settings: as for `draw_lesson`.
+
+    Raises:
+        GeneratorError: tokens of other images than the model takes.
+    """
+    shape = len(prompts), generator.checkpoint.num_visual_tokens
+    if tokens.dtype != torch.int64 or tokens.shape != shape or tokens.min() < 0:
+        raise GeneratorError(f"tokens are {tokens.dtype} {list(tokens.shape)}: give int64 {list(shape)}, all from 0 up")
+    with _empty_decoder(generator, tokens):
+        calls, taken = _record(
+            generator, lambda: generator.generate(prompts, DynamicCache(), **{**settings, "temperature": 0.0})
+        )
+    if not torch.equal(taken, tokens):
+        raise GeneratorError(f"{generator.checkpoint.name} did not take the tokens given: they are of other images")
+    return _lesson_of(generator, calls, len(prompts))
+
+
+Calls = list[dict[str, torch.Tensor]]
+
+
+def _record(generator: Generator, generate: Callable[[], torch.Tensor]) -> tuple[Calls, torch.Tensor]:
+    """The inputs of every call of the decoder, and the tokens that were generated."""
+    calls: Calls = []
+
+    def remember(decoder: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        named = {"input_ids": args[0]} if args else {}
+        named |= {name: kwargs.get(name) for name in ("input_ids", "inputs_embeds", "position_ids", "attention_mask")}
+        calls.append({name: tensor.clone() for name, tensor in named.items() if isinstance(tensor, torch.Tensor)})
+
+    handle = generator.language_model.get_decoder().register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        return calls, generate().cpu()
+    finally:
+        handle.remove()
+
+
+def _lesson_of(generator: Generator, calls: Calls, num_prompts: int) -> Lesson:
+    names = calls[0].keys() - {"attention_mask"}
+    length = {name: 1 if name != "position_ids" else -1 for name in names}
+    cells = generator.checkpoint.num_visual_tokens
+    if len(calls) != cells or any(call[name].shape[length[name]] != 1 for call in calls[1:] for name in names):
+        raise GeneratorError(
+            f"{generator.checkpoint.name} can not be taught: its decoder ran {len(calls)} times for {cells} visual "
+            "tokens, and it has to be given the prompt at once and then one token at a time"
+        )
+    inputs = {name: torch.cat([call[name] for call in calls], length[name]) for name in names}
+    rows, num_prompt = next(calls[0][name] for name in names if name != "position_ids").shape[:2]
+    mask = calls[0].get("attention_mask")
+    seen = mask.bool() if mask is not None and mask.ndim == 2 else prompt_columns(mask, num_prompt)
+    if seen is None:
+        seen = torch.ones(rows, num_prompt, dtype=torch.bool, device=generator.model.device)
+    return Lesson(inputs, seen, generator.is_unconditional(num_prompts))
+
+
+@contextmanager
+def _empty_decoder(generator: Generator, tokens: torch.Tensor) -> Iterator[None]:
+    """Inside the block the decoder only counts tokens in its cache, and the model generates the given ones."""
+    decoder, head = generator.language_model.get_decoder(), generator.visual_head
+    assert head is not None
+    weights, steps = next(decoder.parameters()), iter(tokens.unbind(1))
+
+    def forward(input_ids=None, inputs_embeds=None, **kwargs):
+        rows, new = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        cache = take_cache(kwargs)
+        states = torch.zeros(rows, 1, new, 1, dtype=weights.dtype, device=weights.device)
+        cache.update(states, states, 0)
+        hidden = weights.new_zeros(rows, new, decoder.config.hidden_size)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
+
+    def force(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        if tokens.max() >= output.shape[-1]:
+            raise GeneratorError(f"tokens hold {int(tokens.max())}; the model has {output.shape[-1]}, counted from 0")
+        return certain_scores(output, next(steps), generator.is_unconditional(len(tokens)))
+
+    handle = head.register_forward_hook(force)
+    decoder.forward = forward
+    try:
+        yield
+    finally:
+        del decoder.forward
+        handle.remove()

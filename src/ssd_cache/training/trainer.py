@@ -1,0 +1,137 @@
+"""The trainer of a learned score: one gradient step on some images, and the divergence of held-out ones.
+
+It holds no file and generates no image: `learning.py` feeds it lessons, and `learning_state.py` keeps the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ssd_cache.cache.layer import LayerPlan
+from ssd_cache.head_map.head_map import HeadMap
+from ssd_cache.head_map.learned_score import LearnedScore
+from ssd_cache.models import Generator
+from ssd_cache.runs.run_state import ProfilingError
+from ssd_cache.training.learning_state import LearningState
+from ssd_cache.training.lessons import Lesson, log_probabilities_of, taught
+from ssd_cache.training.likelihood import kl_divergence
+from ssd_cache.training.pretended import masked_softmax, retained_tokens
+
+SOFTNESS = 1.0, 0.4
+"""Temperature of the soft eviction threshold at the first step and at the last."""
+
+WARM_UP, CLIP = 10, 0.02
+"""Steps until the whole learning rate, and the norm at which gradients are clipped: a few images diverge the most."""
+
+LEAST = 1e-4
+"""Attention that counts as none, so that its logarithm is a number."""
+
+
+class Trainer:
+    """Takes gradient steps of a score.
+
+    Args:
+        generator: the model.
+        plans: for each layer, what the cache that the score is for keeps.
+        guidance_scale, temperature: of the distribution that is compared.
+        learning_rate: of Adam.
+        num_steps: the total that the schedule of learning rate and softness is made for.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        plans: Sequence[LayerPlan],
+        guidance_scale: float,
+        temperature: float,
+        learning_rate: float,
+        num_steps: int,
+    ):
+        self.generator, self.plans = generator, plans
+        self.sampling = {"guidance_scale": guidance_scale, "temperature": temperature}
+        self.learning_rate, self.num_steps = learning_rate, num_steps
+        self.softness = SOFTNESS[-1]
+        self.score: LearnedScore | None = None  # None while everything is kept
+
+    def step(self, state: LearningState, lesson: Lesson) -> tuple[LearningState, float]:
+        """The state after a step, and the divergence of a token before it, in nats: mean over images and tokens."""
+        done = state.num_steps / self.num_steps
+        first, last = SOFTNESS
+        self.softness = first * (last / first) ** done
+        parameters = state.parameters(self.generator.model.device)
+        with torch.enable_grad():
+            loss = self._divergence(lesson, LearnedScore(**parameters)).mean()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
+        rate = self.learning_rate * min(1.0, (state.num_steps + 1) / WARM_UP) * (1 - done) ** 0.5
+        return state.follow({name: _gradient(value) for name, value in parameters.items()}, rate), loss.item()
+
+    @torch.no_grad()
+    def divergences(self, state: LearningState, lesson: Lesson, batch_size: int) -> torch.Tensor:
+        """The divergence of a token in nats, mean over the tokens of each image, float64 `[images]`; no step."""
+        score = LearnedScore(**state.parameters(self.generator.model.device))
+        starts = range(0, lesson.num_pictures, batch_size)
+        parts = [self._divergence(lesson.part(slice(start, start + batch_size)), score) for start in starts]
+        return torch.cat([part.double().mean(1).cpu() for part in parts])
+
+    def _divergence(self, lesson: Lesson, score: LearnedScore) -> torch.Tensor:
+        """KL divergence of the next token, full cache against evicted, `[images, cells]`."""
+        with taught(self.generator, lesson, self._weigh):
+            with torch.no_grad():
+                full = log_probabilities_of(self.generator, lesson, **self.sampling)
+            self.score = score
+            try:
+                found = kl_divergence(full, log_probabilities_of(self.generator, lesson, **self.sampling))
+            finally:
+                self.score = None
+        if not found.isfinite().all():
+            raise ProfilingError(
+                f"{self.generator.checkpoint.name} gives NaN or infinite numbers: its numbers overflow, as they may in "
+                "float16; load it in bfloat16 or float32"
+            )
+        return found
+
+    def _weigh(self, layer_idx: int, logits: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        if self.score is None:
+            return logits.softmax(-1)
+        score = self.score.at(layer_idx)
+        return masked_softmax(logits, retained_tokens(self.plans[layer_idx], score, keys, values, self.softness))
+
+
+def _gradient(parameter: torch.Tensor) -> torch.Tensor:
+    assert parameter.grad is not None  # every tensor is part of every rank
+    return parameter.grad
+
+
+@torch.no_grad()
+def mean_attention(generator: Generator, lesson: Lesson, head_map: HeadMap) -> LearnedScore:
+    """The score to begin with: the logarithm of the attention that a place still receives from a row on.
+
+    On average over the pictures, taken apart into a part by rows and one by columns and distance; nothing of K and V.
+    """
+    rows, columns = head_map.grid
+    found: dict[int, torch.Tensor] = {}
+    dims: dict[str, int] = {}
+
+    def watch(layer_idx: int, logits: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        weights, num_visual = logits.softmax(-1), keys.shape[2]
+        received = weights[..., -num_visual:, -num_visual:].sum(2).mean(0)  # [kv_heads, tokens, tokens]
+        received = torch.nn.functional.pad(received, (0, 1, 0, 1))  # the last token of all was never fed
+        future = received.unflatten(1, (rows, columns)).sum(2).flip(1).cumsum(1).flip(1)
+        found[layer_idx] = (future + LEAST).log().unflatten(2, (rows, columns)).cpu()
+        dims.update(key=keys.shape[3], value=values.shape[3])
+        return weights
+
+    settings = {"guidance_scale": 1.0, "temperature": 1.0}
+    with taught(generator, lesson, watch):
+        log_probabilities_of(generator, lesson, **settings)
+    table = torch.stack([found[layer] for layer in sorted(found)])  # [layers, kv_heads, rows now, rows, columns]
+    row = table.mean(-1)
+    rest = table - row[..., None]
+    column = torch.stack(
+        [torch.stack([rest[:, :, now, now - far] for now in range(far, rows)]).mean(0) for far in range(rows)], 2
+    )
+    states = {name: torch.zeros(*table.shape[:2], size) for name, size in dims.items()}
+    return LearnedScore(row=row, column=column, **states)

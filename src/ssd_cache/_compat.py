@@ -1,6 +1,6 @@
-"""The versions of transformers that this package works with, refused here when another one is installed.
+"""The supported versions of transformers; importing this module with another version installed raises ImportError.
 
-Where two of them differ, the difference is dealt with in this file and nowhere else.
+Code that depends on the version of transformers is in this file and nowhere else.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import transformers
 
 OLDEST, NEXT = (5, 18), (5, 25)
-"""The first version on which the tests pass, and the first that was not tried; pyproject.toml has the same."""
+"""The first version on which the tests pass, and the first untested one; pyproject.toml has the same limits."""
 
 
 def release(version: str) -> tuple[int, int]:
@@ -44,27 +44,27 @@ CACHE_NAMES = ("past_key_values", "cache")
 """
 
 CACHE = CACHE_NAMES[release(transformers.__version__) >= (5, 24)]
-"""The name in the version that is installed."""
+"""The name in the installed version."""
 
 
 def take_cache(arguments: dict[str, Any]) -> Any:
-    """Take the cache out of a forward's keyword arguments, under whichever name it came."""
+    """Remove the cache from a forward's keyword arguments, under either name, and return it; None if there is none."""
     found = [arguments.pop(name, None) for name in CACHE_NAMES]
     return next((cache for cache in found if cache is not None), None)
 
 
 def find_cache(arguments: dict[str, Any]) -> Any:
-    """The cache among a forward's keyword arguments, under whichever name it came; None where there is none."""
+    """The cache among a forward's keyword arguments, under either name; None if there is none."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 @torch.compiler.assume_constant_result
 def in_prefill() -> bool:
-    """Whether `generate` is feeding a prompt, or a chunk of one, to the forward that calls this.
+    """Whether the current forward is `generate`'s forward over a prompt, or over a chunk of one.
 
-    A cache sees no difference between a last chunk of one token (`prefill_chunk_size`) and the first generated token:
-    the arguments of the two forwards are alike. So the call stack is read, up to the nearest frame of `generate`; by
-    `torch.compile` once, when it traces the forward.
+    The arguments of a forward do not show this: they are the same for a last chunk of one token (`prefill_chunk_size`)
+    and for the first generated token. This function therefore reads the call stack, up to the nearest frame of
+    `generate`. `torch.compile` calls it once, when it traces the forward.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -75,5 +75,5 @@ def in_prefill() -> bool:
 
 
 def uncompiled(model: Any) -> Any:
-    """The module that `torch.compile(module)` wraps, on which patches take effect; any other model itself."""
+    """The module inside a `torch.compile(module)`, on which patches take effect; any other model itself."""
     return getattr(model, "_orig_mod", model)

@@ -1,6 +1,6 @@
-"""From what a user asks for (a fraction, a count, one for each kind or layer) to slots, with every bad value refused.
+"""Resolve a budget (a fraction, a count, or one for each kind or layer) to slots, and refuse every invalid value.
 
-Also the slots that a head map was fitted to, brought to another total. Plain numbers in, plain numbers out: no tensors,
+Also scale the slots that a head map was fitted to, to another total. Plain numbers in, plain numbers out: no tensors,
 no state.
 """
 
@@ -16,15 +16,15 @@ Budget = Amount | Mapping[str, Amount] | Sequence[Amount | Mapping[str, Amount] 
 
 
 def is_amount(budget: object) -> TypeGuard[Amount]:
-    """Whether a budget is one number, in range or not; no dict, list or text."""
+    """Whether a budget is one number (in range or not), and not a dict, a list or a string."""
     return isinstance(budget, int | float) and not isinstance(budget, bool)
 
 
 def resolve_amount(name: str, amount: Amount, num_cells: int) -> int:
-    """Slots for a budget: `round(amount * num_cells)` for a float in (0, 1], the number itself for an int from 1 up.
+    """Slots for a budget: `round(amount * num_cells)` for a float in (0, 1], the number itself for an int >= 1.
 
     Raises:
-        ValueError: anything else.
+        ValueError: any other value.
     """
     if isinstance(amount, int) and not isinstance(amount, bool) and amount >= 1:
         return amount
@@ -46,7 +46,7 @@ def resolve_budget(budget: Budget, is_spatial: Sequence[Sequence[bool]], num_cel
         num_cells: visual tokens of the grid.
 
     Raises:
-        ValueError: out of range, an unknown kind, or a list of another length.
+        ValueError: a number is out of range, a kind is unknown, or a list has the wrong length.
     """
     if not _is_list(budget):
         return [_resolve_layer(budget, "budget", labels, num_cells) for labels in is_spatial]
@@ -63,19 +63,23 @@ def resolve_budget(budget: Budget, is_spatial: Sequence[Sequence[bool]], num_cel
 def scale_slots(
     slots: Sequence[Sequence[int]], num_slots: int, least: Sequence[Sequence[int]], num_cells: int
 ) -> list[tuple[int, ...]]:
-    """A map's own slots, brought to a mean of `num_slots` a head.
+    """Scale a map's own slots to a mean of `num_slots` per head.
 
-    Where the mean of `slots`, rounded, is `num_slots`, their total is kept, so that the result is `slots` itself. Else
-    the total is exactly `num_slots` times the heads. A greater total is shared in the proportions of `slots` (largest
-    remainder; of equal remainders the earlier head gets the slot). For a smaller one the largest heads are cut to a
-    common limit, and the others keep their slots: a head that was fitted few slots needs them all, while a head with
-    many loses little by the last of them (docs/results.md has the measurement). No head gets more than the grid has
-    cells, or fewer than `least`, where that can be had at this total.
+    If the mean of `slots`, rounded, is `num_slots`, the total is kept and the result is `slots` itself. Otherwise the
+    total is exactly `num_slots` times the number of heads:
+
+    - A larger total is shared in the proportions of `slots` (largest remainder; of equal remainders the earlier head
+      gets the slot).
+    - For a smaller total the largest heads are cut to a common limit, and the others keep their slots. A head that was
+      fitted few slots needs all of them; a head with many loses little when it loses the last ones (docs/results.md has
+      the measurement).
+
+    No head gets more slots than the grid has cells. No head gets fewer than `least`, unless the total is too small.
 
     Args:
-        slots: of every KV head, layer by layer.
+        slots: slots of every KV head, layer by layer.
         num_slots: the mean to reach.
-        least: what every head must hold, shaped alike.
+        least: minimum slots of every KV head, in the same shape.
         num_cells: visual tokens of the grid.
 
     Example: four heads with 60 slots on average.
@@ -97,7 +101,7 @@ def scale_slots(
 
 
 def least_slots(is_spatial: bool, buffer: int, num_recent: Amount, num_sinks: int, num_cells: int) -> int:
-    """The fewest slots that hold what a head of this kind must keep at an eviction; at most the grid's cells."""
+    """Minimum slots of a head of this kind: `buffer` and the tokens it must keep; at most the number of grid cells."""
     if is_spatial:
         return min(buffer + num_sinks, num_cells)
     slots = buffer + num_sinks
@@ -107,7 +111,7 @@ def least_slots(is_spatial: bool, buffer: int, num_recent: Amount, num_sinks: in
 
 
 def scale_counts(budget: Budget, before: int, after: int) -> Budget:
-    """The same budget for a grid of another number of cells: fractions stay, counts grow or shrink with the grid.
+    """Scale a budget to a grid with another number of cells: fractions stay, counts change in proportion.
 
     >>> scale_counts([{"spatial": 20, "semantic": 0.5}, [10, 576]], 576, 288)
     [{'spatial': 10, 'semantic': 0.5}, [5, 288]]
@@ -120,12 +124,12 @@ def scale_counts(budget: Budget, before: int, after: int) -> Budget:
 
 
 def _cut(slots: Sequence[int], total: int, least: Sequence[int], most: int) -> list[int]:
-    """Slots of at most a common limit, each at least its `least`, that add up to `total`."""
+    """Cut slots to a common limit, but none below its `least`, so that they add up to `total`."""
 
     def limited(limit: int) -> list[int]:
         return [max(bound, min(number, limit)) for number, bound in zip(slots, least, strict=True)]
 
-    low, high = 0, most  # the greatest limit that does not exceed the total is from `low` up and below `high` + 1
+    low, high = 0, most  # the greatest limit whose sum does not exceed the total is in [low, high]
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if sum(limited(middle)) <= total else (low, middle - 1)
@@ -138,15 +142,15 @@ def _cut(slots: Sequence[int], total: int, least: Sequence[int], most: int) -> l
 
 
 def _grow(weights: Sequence[int], total: int, least: Sequence[int], most: int) -> list[int]:
-    """Whole numbers in the proportions of `weights`, each from its `least` to `most`, that add up to `total`.
+    """Integers in the proportions of `weights`, each between its `least` and `most`, that add up to `total`.
 
-    Heads out of bounds are set to their bound, and the rest is shared anew, until all are inside.
+    Heads out of bounds are set to their bound and the rest is shared again, until all are within bounds.
     """
     fixed: dict[int, int] = {}
     while True:
         free = [index for index in range(len(weights)) if index not in fixed]
         room, weight = total - sum(fixed.values()), sum(weights[index] for index in free)
-        wanted = {index: weights[index] * room for index in free}  # times `weight`
+        wanted = {index: weights[index] * room for index in free}  # multiplied by `weight`, to stay in integers
         low = {index: least[index] for index in free if wanted[index] < least[index] * weight}
         high = {index: most for index in free if wanted[index] > most * weight}
         if not low and not high:
@@ -155,7 +159,7 @@ def _grow(weights: Sequence[int], total: int, least: Sequence[int], most: int) -
         over = sum(wanted[index] - most * weight for index in high)
         fixed |= (low if short >= over else {}) | (high if over >= short else {})
     shares = fixed | {index: wanted[index] // weight for index in free}
-    by_remainder = sorted(free, key=lambda index: -(wanted[index] % weight))  # stable: of equal ones the earlier
+    by_remainder = sorted(free, key=lambda index: -(wanted[index] % weight))  # stable: ties go to the earlier head
     for index in by_remainder[: total - sum(shares.values())]:
         shares[index] += 1
     return [shares[index] for index in range(len(weights))]
@@ -184,7 +188,7 @@ def resolve_recent(num_recent: Amount, num_slots: int) -> int:
     """Tokens for `num_recent`: a float in [0, 1) is a fraction of a semantic head's slots, an int counts tokens.
 
     Raises:
-        ValueError: anything else.
+        ValueError: any other value.
     """
     if isinstance(num_recent, int) and not isinstance(num_recent, bool) and num_recent >= 0:
         return num_recent
@@ -197,7 +201,7 @@ def resolve_recent(num_recent: Amount, num_slots: int) -> int:
 
 
 def check_count(name: str, value: int, least: int) -> int:
-    """The value, when it is an int of at least `least`.
+    """Return the value if it is an int of at least `least`.
 
     Raises:
         ValueError: otherwise.

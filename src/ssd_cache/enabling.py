@@ -1,7 +1,7 @@
-"""`enable`: a fresh `SSDCache` for every image that a model's `generate` makes, for code that calls generate itself.
+"""`enable`: give every `generate` call that generates images a fresh `SSDCache`, for code that calls generate itself.
 
-A context manager: what it puts on the model (a patched `generate`, the attention "ssd" in the decoder) comes off at
-the end, also after an exception. It does not touch classes or other models.
+A context manager: everything it puts on the model (a patched `generate`, the attention "ssd" in the decoder) is removed
+at the end, also after an exception. It does not touch classes or other models.
 """
 
 from __future__ import annotations
@@ -28,33 +28,35 @@ from ssd_cache.models.find import family_of
 
 
 class enable(ContextDecorator):
-    """Give every `model.generate(...)` inside the block that makes images an `SSDCache` of its own.
+    """Give every `model.generate(...)` call that generates images inside the block its own `SSDCache`.
 
-    - A call for text (Janus or Emu3 asked about an image) is left as it is, with the model's own cache.
-    - Where the call says how large the images are (GLM-Image), the map's labels are used for a grid of that size.
-    - A call with `guidance_scale` to a model that leaves guidance to transformers (Emu3) runs in one batch with its
-      unconditional rows, so that they are in the `SSDCache` too; see `batched_guidance`.
-    - `cache_implementation` and `use_cache` in a generation config give way to the block.
+    - A call that generates text (Janus or Emu3 answering a question about an image) keeps the model's own cache.
+    - If the call gives the size of the images (GLM-Image), the map's labels are used for a grid of that size.
+    - A call with `guidance_scale` to a model that leaves guidance to transformers (Emu3) runs conditional and
+      unconditional rows in one batch, so that both use the `SSDCache`; see `batched_guidance`.
+    - The block overrides `cache_implementation` and `use_cache` in a generation config.
 
-    Blocks on one model may nest and overlap, also from several threads: a thread's calls get the settings of the
-    innermost block that it entered itself, or else of the only one that is open. One object may be entered repeatedly.
+    Blocks on one model may nest and overlap, also across threads. A call uses the settings of the innermost block that
+    its own thread entered, or else of the only open block. One object may be entered repeatedly.
 
     Args:
-        model: a transformers model with `generate`: a pipeline's `pipe.model`, `pipe.vision_language_encoder`; may be a
-            `torch.compile(model)`.
+        model: a transformers model with `generate`, such as a pipeline's `pipe.model` or
+            `pipe.vision_language_encoder`; may be a `torch.compile(model)`.
         head_map: the model's head map, or its name: a folder, a Hub repository, or "shapes-janus".
-        fast: run the decoder's steps through `fast_decode`, which pays for many images.
+        fast: run the decoder's steps through `fast_decode`, which pays off when many images are generated.
         settings: as for `SSDCache`: budget, buffer, num_recent, num_sinks, kv_dtype and so on.
 
-    `with` gives the model. A call that brings its own cache keeps it, and is left as it is.
+    `with` returns the model. A call that passes its own cache keeps it and is not changed.
 
     Raises:
-        TypeError: no transformers model with `generate`, such as a whole pipeline, or one that has an encoder too.
-        HeadMapError: no map of that name, or one that does not fit the model's configuration, or the processes of a
-            tensor parallel model were given unlike maps or settings.
-        ValueError: a setting out of range, or layers that attend a sliding window; before anything is generated. Inside
-            the block, a call that asks for `cache_implementation`, `use_cache=False` or continuous batching.
-        RuntimeError: inside the block, a call from a thread that entered no block while several are open.
+        TypeError: `model` is not a transformers model with `generate` (a whole pipeline, for example), or it has an
+            encoder.
+        HeadMapError: there is no map of that name, the map does not fit the model's configuration, or the processes of
+            a tensor parallel model were given different maps or settings.
+        ValueError: a setting is out of range, or the model has layers with sliding window attention; raised before
+            anything is generated. Inside the block: a call sets `cache_implementation`, `use_cache=False` or continuous
+            batching.
+        RuntimeError: inside the block, several blocks are open and the calling thread entered none of them.
 
     Example:
         block = enable(pipe.model, head_map, budget=0.2)
@@ -97,12 +99,12 @@ class enable(ContextDecorator):
         entry[1].close()
 
     def memory_stats(self) -> MemoryStats:
-        """Bytes of the cache of the last call that ended inside the block, and of a full cache in its place.
+        """Bytes of the cache of the last finished image call inside the block, and of a full cache in its place.
 
-        The cache itself is not kept: with `return_dict_in_generate=True` the call's output has it.
+        The cache itself is not kept; with `return_dict_in_generate=True` the call's output contains it.
 
         Raises:
-            RuntimeError: no call that made images has ended yet.
+            RuntimeError: no call that generates images has finished yet.
         """
         if self._made.stats is None:
             raise RuntimeError("no generate call has made images inside this block yet, so there are no bytes to tell")
@@ -110,7 +112,7 @@ class enable(ContextDecorator):
 
 
 class _Made:
-    """What the calls inside a block share: the settings for their caches, and the last one's bytes."""
+    """State shared by the calls of a block: the settings for their caches, and the bytes of the last cache."""
 
     def __init__(self, model: PreTrainedModel, head_map: HeadMap, settings: Mapping[str, Any]):
         self.model, self.head_map, self.settings = model, head_map, settings
@@ -128,7 +130,7 @@ class _EnableBlock(Block):
 
 
 class _GenerateWithCache(Patch):
-    """A model's generate that gives calls for images a fresh cache."""
+    """Replacement for a model's `generate` that gives image calls a fresh cache."""
 
     def __call__(self, *args, **kwargs):
         block = innermost(self.owners, "enable")
@@ -136,7 +138,7 @@ class _GenerateWithCache(Patch):
             return self.inner(*args, **kwargs)
         made, call = block.made, bind_call(self.target, self.inner, args, kwargs)
         ids = call.get("inputs") if call.get("input_ids") is None else call["input_ids"]
-        seen = {**call, "input_ids": ids}  # whichever name the prompt came under
+        seen = {**call, "input_ids": ids}  # the prompt may come as `inputs` or `input_ids`
         if find_cache(call) is not None or not made.family.draws(seen):
             return self.inner(*args, **kwargs)
         check_call_keeps_cache(made.model, call)
@@ -148,7 +150,7 @@ class _GenerateWithCache(Patch):
 
 
 class _NoContinuousBatching(Patch):
-    """A model's entry to `generate_batch` that refuses it."""
+    """Replacement for the entry point of `generate_batch` that raises ValueError inside the block."""
 
     def __call__(self, *args, **kwargs):
         if not self.owners:
@@ -160,7 +162,7 @@ class _NoContinuousBatching(Patch):
 
 
 def _take_guidance(model: PreTrainedModel, call: dict[str, Any], cache: SSDCache) -> AbstractContextManager:
-    """Take transformers' guidance out of a call's arguments; what generates the same in one batch."""
+    """Remove guidance from a call's arguments; return the context that applies the same guidance in one batch."""
     scale = call_setting(model, call, "guidance_scale")
     if scale is None or scale == 1:
         return nullcontext()
@@ -173,12 +175,12 @@ def _take_guidance(model: PreTrainedModel, call: dict[str, Any], cache: SSDCache
             "leave prefill_chunk_size out"
         )
     negative = [call.pop(name, None) for name in ("negative_prompt_ids", "negative_prompt_attention_mask")]
-    call["guidance_scale"] = 1.0  # or the model's own settings would guide once more
+    call["guidance_scale"] = 1.0  # set, since the model's own settings would apply guidance again
     return batched_guidance(model, scale, *negative, cache=cache)
 
 
 def _check_generates(model: Any) -> None:
-    """Refuse what has no `generate`, and name the parts of a pipeline that have one."""
+    """Refuse a model without `generate` or with an encoder; for a pipeline, name the parts that have `generate`."""
     if isinstance(model, PreTrainedModel) and callable(getattr(model, "generate", None)):
         if model.config.is_encoder_decoder:
             raise TypeError(

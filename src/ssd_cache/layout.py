@@ -1,7 +1,7 @@
-"""The rasters of one picture: its grid of visual tokens, and before it the previews that some models draw first.
+"""The grids of one image: its grid of visual tokens, preceded by the draft grids that some models generate first.
 
-Visual tokens come raster by raster, each row by row, so a token's number and the rows of all rasters are in one order.
-Which grids a model has is in `model_grids.py`; what a grid may be is checked in `head_map_checks.py`.
+Visual tokens come grid by grid, and row by row within a grid. Token numbers follow this order. `model_grids.py` has the
+grids of each model, and `head_map/checks.py` checks that a grid is valid.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 Grid = tuple[int, int]
-"""Rows and columns in visual tokens; tokens that end a row are its last columns."""
+"""Rows and columns in visual tokens; end-of-line tokens are the last columns of a row."""
 
 
 def count_cells(grid: Grid, previews: Sequence[Grid] = ()) -> int:
-    """Visual tokens of a picture, previews included.
+    """Number of visual tokens of an image, draft grids included.
 
     >>> count_cells((36, 24), [(19, 13)])
     1111
@@ -22,7 +22,7 @@ def count_cells(grid: Grid, previews: Sequence[Grid] = ()) -> int:
 
 
 def row_lengths(grid: Grid, previews: Sequence[Grid] = ()) -> list[int]:
-    """Visual tokens in every row, in the order in which they are drawn.
+    """Number of visual tokens in every row, in the order in which they are generated.
 
     >>> row_lengths((3, 2), [(2, 5)])
     [5, 5, 2, 2, 2]
@@ -31,10 +31,10 @@ def row_lengths(grid: Grid, previews: Sequence[Grid] = ()) -> list[int]:
 
 
 def previews_entry(previews: Sequence[Grid]) -> dict[str, list[list[int]]]:
-    """What the JSON record of a run says of previews: nothing where there are none, as records did before."""
+    """Entry for draft grids in the JSON record of a run; empty without draft grids, as in older records."""
     return {"previews": [list(preview) for preview in previews]} if previews else {}
 
 
 def format_rasters(previews: Sequence[Grid], grid: Grid, times: str = "x") -> str:
-    """Grids in the order in which they are drawn: "24x24", or "19x13+36x24" with a preview."""
+    """Grids in the order in which they are generated: "24x24", or "19x13+36x24" with a draft grid."""
     return "+".join(f"{rows}{times}{columns}" for rows, columns in (*previews, grid))

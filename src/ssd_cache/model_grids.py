@@ -1,7 +1,7 @@
-"""Which grids a model's images have, by the `model_type` of its configuration.
+"""The grids of a model's images, by the `model_type` of its configuration.
 
-It lies below `cache.py`, which reads the grid for `SSDCache.online`, and `models/`, whose families take these facts
-from here. Nothing is imported from transformers' model files.
+`cache/cache.py` imports this module to find the grid for `SSDCache.online`, and so do the families in `models/`. This
+module imports nothing from transformers' model files.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class ModelGrid:
     """Grids of one family.
 
     Attributes:
-        grid_of: rows and columns of an image, from the configuration; of a resizable family those of its usual size.
+        grid_of: rows and columns of an image, from the configuration; for a resizable family those of its usual size.
         is_resizable: whether the caller chooses the size of an image.
-        previews_of: the grids that are generated before an image of this grid, in order.
+        previews_of: the draft grids that are generated before an image of this grid, in order.
     """
 
     grid_of: Callable[[Any], Grid]
@@ -40,11 +40,11 @@ def _janus_grid(config) -> Grid:
 
 
 GLM_SIDE = 16
-"""Rows of GLM-Image's square preview; 256 cells in any proportions, about."""
+"""Rows of GLM-Image's square draft grid; draft grids of other proportions also have about 256 cells."""
 
 
 def _glm_previews(grid: Grid) -> tuple[Grid, ...]:
-    """About 256 cells in the image's proportions, as the processor computes them."""
+    """One draft grid of about 256 cells in the image's proportions, as the processor computes it."""
     ratio = grid[0] / grid[1]
     return ((int(math.sqrt(ratio) * GLM_SIDE), int(math.sqrt(1 / ratio) * GLM_SIDE)),)
 
@@ -56,18 +56,19 @@ GRIDS: Mapping[str, ModelGrid] = MappingProxyType(
         # for the processor's own 1152 x 768 pixels
         "glm_image": ModelGrid(lambda config: (36, 24), is_resizable=True, previews_of=_glm_previews),
         "janus": ModelGrid(_janus_grid),
-        # 384 pixels in patches of 16: the package's configuration does not say it
+        # 384 pixels in patches of 16; the package's configuration does not contain these numbers
         "multi_modality": ModelGrid(lambda config: (24, 24)),
     }
 )
 
 
 def grids_of_model(config, grid: Grid | None = None) -> tuple[Grid, tuple[Grid, ...]]:
-    """Grid and previews of a model's images.
+    """Grid and draft grids of a model's images.
 
     Args:
         config: the model's configuration.
-        grid: for a family whose images have several sizes, or one that is unknown; it overrides what the family says.
+        grid: rows and columns; required for a family with several image sizes or an unknown family. Overrides the
+            family's own grid.
 
     Raises:
         ValueError: no grid was given, and the model does not fix one.

@@ -1,7 +1,7 @@
-"""The phenomena behind SSD, measured on a model and drawn: where heads look, what they hold, where the prompt sits.
+"""Measures and plots the phenomena behind SSD on a model: where heads look, what they hold, where the prompt acts.
 
-`analyze(model, prompt, head_map)` measures all of them and `write_report` makes a page of it; each also has a function
-that gives its numbers and one that draws them. Drawing needs `pip install 'ssd-cache[plot]'`, measuring does not.
+`analyze(model, prompt, head_map)` measures all of them, and `write_report` writes them as a page. Each phenomenon also
+has a function for its numbers and one for its figure. Figures need `pip install 'ssd-cache[plot]'`; measuring does not.
 """
 
 from ssd_cache.analysis.attention import AttentionRecorder, HeadAttention, choose_heads, draw_first_rows, draw_queries

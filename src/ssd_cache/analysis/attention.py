@@ -1,8 +1,8 @@
-"""Where a head looks: its attention at a few visual tokens over the grid, and its map over (query, key).
+"""Where a head looks: its attention over the grid at a few visual tokens, and its (query, key) map.
 
-A spatial head looks at the neighbourhood, most of all right above; a semantic head at a few far tokens, at the
-margins and the prompt. `AttentionRecorder` keeps that of a few heads of one picture; statistics over all heads are
-`profiling`'s.
+A spatial head looks at the neighbourhood, mostly at the token right above; a semantic head at a few far tokens, at the
+margins and the prompt. `AttentionRecorder` stores the attention of a few heads for one image; `profiling` has the
+statistics over all heads.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class AttentionRecorder:
         self._first_rows = {head: torch.zeros(tokens, tokens) for head in self.heads}
 
     def observe(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, rows: slice) -> None:
-        """Take in the attention of a grid row; see `watching.Observer`."""
+        """Store the attention of a grid row; see `watching.Observer`."""
         if not rows.start <= self.row < rows.stop:
             return
         for layer, head in self.heads:
@@ -148,7 +148,7 @@ def choose_heads(scores: HeadScores, wanted: tuple[int, int] | None = None) -> t
 
 
 def draw_queries(attention: HeadAttention) -> Figure:
-    """A panel a query: its weights on the visual tokens so far. An outline marks the query itself."""
+    """One panel per query: its weights on the visual tokens so far. An outline marks the query itself."""
     rows, columns = attention.grid
     number = len(attention.queries)
     figure = new_figure(0.6 + (number + 1) // 2 * 2.15 * min(1.5, rows / columns))

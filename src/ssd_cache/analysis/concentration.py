@@ -1,8 +1,8 @@
 """Semantic concentration: at which visual tokens K and V differ between the conditional and the unconditional row.
 
-Both rows hold the same picture, so what differs is what the prompt put there. The paper finds spikes at the margin
-columns; `margin_test` asks whether they are more than chance. A full cache is read, nothing is drawn anew. That
-margins stand out does not say why: a model may also treat them apart for what its pictures show there.
+Both rows hold the same image, so any difference comes from the prompt. The paper finds spikes at the margin columns;
+`margin_test` tests whether they exceed chance. It reads a full cache and generates nothing. A significant result does
+not give the cause: a model may also treat margins differently because of the image content there.
 """
 
 from __future__ import annotations

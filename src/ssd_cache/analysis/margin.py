@@ -1,6 +1,6 @@
-"""A permutation test: do the margin columns of a grid hold more of a sum than chance would give them?
+"""A permutation test: do the margin columns of a grid hold more of a sum than expected by chance?
 
-It knows sums over cells and nothing of heads, keys or pictures; what is tested is `concentration`'s matter.
+It works on sums over cells; `concentration.py` computes these sums.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def margin_test(
     picture is turned by a random number of columns, all of its rows together, `num_shifts` times. First and last
     column stay neighbours, and what is alike in neighbouring rows and columns stays so: an object in a picture does not
     pass for a finding. p = (1 + shifts with at least the true share) / (1 + num_shifts). With one picture of 24
-    columns it can not fall below about 1/24: draw several.
+    columns it cannot fall below about 1/24: draw several.
 
     Args:
         difference: `[pictures, tokens]`, not negative; a last row that is not complete is left out.

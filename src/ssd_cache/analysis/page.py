@@ -1,6 +1,6 @@
-"""The page of a report: figures and tables of an analysis, put into the template `report.html.j2`.
+"""The page of a report: figures and tables of an analysis, rendered with the template `report.html.j2`.
 
-It words and formats numbers that were measured elsewhere, and writes no file. All text is escaped by Jinja2.
+It formats numbers that were measured elsewhere, and writes no file. Jinja2 escapes all text.
 """
 
 from __future__ import annotations

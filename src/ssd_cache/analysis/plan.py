@@ -1,6 +1,6 @@
-"""What `analyze` is to measure, checked against a model's configuration before its weights are loaded.
+"""The settings of `analyze`, checked against a model's configuration before its weights are loaded.
 
-Settings in, caches and heads out. Nothing is drawn or measured here.
+It turns settings into caches and heads. Nothing is generated or measured here.
 """
 
 from __future__ import annotations

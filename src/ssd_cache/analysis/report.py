@@ -1,6 +1,6 @@
-"""The report of an analysis: one HTML page that needs nothing else, and the JSON of all its numbers beside it.
+"""The report of an analysis: one self-contained HTML page, and a JSON file with all its numbers.
 
-Pictures lie in the page itself, and nothing is loaded from a network. What the page shows is `page.py`'s matter.
+Images are embedded in the page, and nothing is loaded from a network. `page.py` defines the content of the page.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def write_report(analysis: Analysis, output: str | os.PathLike[str]) -> tuple[Pa
 
     Raises:
         ImportError: matplotlib or jinja2 is not installed.
-        OSError: it can not be written; older files are as they were.
+        OSError: it cannot be written; older files are as they were.
     """
     check_packages()
     page, numbers = report_paths(output)

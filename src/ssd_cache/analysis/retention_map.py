@@ -1,7 +1,7 @@
-"""Which visual tokens each head still holds at a step: read from a cache, and drawn on the grid and over the picture.
+"""Which visual tokens each head still holds at a step: read from a cache, and plotted on the grid and over the image.
 
-`RetentionProbe` looks into an `SSDCache` while it draws; nothing is simulated, the slots' own positions are copied.
-What should be kept is `retention.py`'s rule, not decided here.
+`RetentionProbe` reads an `SSDCache` during generation; it copies the positions in the slots and simulates nothing.
+`cache/retention.py` decides which tokens are kept.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The scores behind a head map, layers by heads, and the heat map of them with the labels marked.
+"""The scores behind a head map, layers by heads, and their heat map with the labels marked.
 
-It reads a `HeadMap` and decides nothing: the scores come from `profiling`, the labels are the map's.
+It reads a `HeadMap` and decides nothing: the scores come from `profiling`, the labels from the map.
 """
 
 from __future__ import annotations

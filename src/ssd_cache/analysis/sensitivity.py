@@ -1,7 +1,7 @@
-"""How much labels depend on what they were made with: window, threshold, slots, rows, and number of prompts.
+"""How much labels depend on the settings they were made with: window, threshold, slots, rows, and number of prompts.
 
-Arithmetic on `HeadStatistics` that were measured once, and figures of it. It measures nothing, and how well pictures
-come out under other labels is not its question.
+It computes on `HeadStatistics` that were measured before, and plots the results. It measures neither attention nor the
+quality of images under other labels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`analyze`: draws a prompt with a full cache and under every policy, and measures all phenomena of the paper on it.
+"""`analyze`: generates images with a full cache and under every policy, and measures all phenomena of the paper.
 
-The order of work and its conditions. What is measured is in the other files of this package; the page made of it is
-`report.py`'s.
+It fixes the order of work and records the conditions. The other files of this package measure; `report.py` writes the
+report.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def analyze(
     seed: int = 0,
     progress: bool = True,
 ) -> Analysis:
-    """Measure where a model's heads look, what they hold, and where the prompt sits in K and V.
+    """Measure where a model's heads look, what they hold, and at which tokens the prompt affects K and V.
 
-    Draws `4 * num_images` images of one prompt: with a full cache, with the head map's own settings (its slots and its
-    learned score, where it carries them), and under H2O and StreamingLLM.
+    It generates `4 * num_images` images of one prompt: with a full cache, with the head map's own settings (its slots
+    and its learned score, if it has them), and under H2O and StreamingLLM.
 
     Args:
         model: a loaded image model of a supported family, or a `Generator`.

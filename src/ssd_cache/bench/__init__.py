@@ -1,7 +1,7 @@
-"""Speed and memory of cache policies, side by side in one run, against transformers' own caches and the roofline.
+"""Speed and memory of cache policies, compared in one run with transformers' own caches and the roofline.
 
-`run` draws the same pictures with every cache; what comes out is a `Report` of plain numbers. It says how fast, not how
-good: that is `evaluation`.
+`run` generates the same images with every cache and returns a `Report` of plain numbers. It measures speed, not image
+quality; `evaluation` measures quality.
 """
 
 from ssd_cache.bench.cases import Case, choose, default_cases, product_cases, rivals

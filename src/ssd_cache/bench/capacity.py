@@ -1,7 +1,7 @@
-"""How many pictures can be drawn at once in so much memory: by formula, and on a GPU by trying.
+"""The number of images that can be generated at once in a given memory: by formula, and on a GPU by trial.
 
-The formula knows weights and caches. What a step needs for itself (logits, a copy while a cache grows) it does not, so
-trying finds as many or fewer.
+The formula counts weights and caches. It does not count temporary memory of a step (logits, a copy while a cache
+grows), so a trial finds the same number or fewer.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "Ti
 
 @dataclass(frozen=True)
 class Capacity:
-    """Pictures that fit beside the weights.
+    """Images that fit into memory beside the weights.
 
     Attributes:
         cache: name of the case.
-        picture_bytes: of one picture's cache, all its rows, K and V and what is beside them.
-        by_formula: pictures.
-        by_trying: pictures that were drawn, on a GPU; None where nothing was tried.
+        picture_bytes: bytes of one image's cache, with all its rows: K, V and bookkeeping.
+        by_formula: number of images by formula.
+        by_trying: number of images by trial on a GPU; None without a trial.
     """
 
     cache: str
@@ -40,7 +40,7 @@ class Capacity:
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of "24GB" (powers of 1000) or "24GiB" (of 1024).
+    """Parse an amount of memory such as "24GB" (powers of 1000) or "24GiB" (powers of 1024) into bytes.
 
     Raises:
         ValueError: anything else.
@@ -53,7 +53,7 @@ def parse_memory(text: str) -> int:
 
 
 def find_capacity(subject: Subject, case: Case, memory: int) -> Capacity | None:
-    """The formula's answer; None where a case has no formula."""
+    """The capacity by formula; None for a case without a formula."""
     of_picture = expected_bytes(subject, case)
     if of_picture is None:
         return None
@@ -62,9 +62,9 @@ def find_capacity(subject: Subject, case: Case, memory: int) -> Capacity | None:
 
 
 def try_capacity(subject: Subject, case: Case, memory: int, at_most: int) -> int:
-    """The most pictures whose last steps a GPU draws with torch held to `memory` bytes, `at_most` or fewer.
+    """The largest number of images, up to `at_most`, whose last steps a GPU can generate in `memory` bytes of torch.
 
-    The cache is filled up to the end of the picture first. What CUDA itself takes comes on top of the memory.
+    The cache is first filled up to the end of the image. CUDA's own memory is not counted in `memory`.
     """
     device = subject.model.device
     total = torch.cuda.get_device_properties(device).total_memory
@@ -87,9 +87,9 @@ def try_capacity(subject: Subject, case: Case, memory: int, at_most: int) -> int
 
 
 def most(fits: Callable[[int], bool], at_most: int) -> int:
-    """The largest number up to `at_most` that fits, 0 when none does; asks no more often than needed.
+    """The largest number up to `at_most` that fits, 0 if none does, with few calls of `fits`.
 
-    Most likely is a number a little below the limit, so the limit is asked first, then halves.
+    The limit itself is tried first, because the result is most likely close to it. Bisection follows.
     """
     if at_most < 1 or fits(at_most):
         return max(0, at_most)

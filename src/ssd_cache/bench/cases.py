@@ -1,6 +1,7 @@
-"""What is compared: transformers' full caches at their best, and cache policies by budget, compiled and not.
+"""The compared caches: transformers' full caches in their best configuration, and cache policies by budget.
 
-A case is a name and a recipe in plain values, so that it can be sent to another process; the cache it makes is fresh.
+Both run eager and compiled. A case holds a name and settings in plain values, so that it can be sent to another
+process. It makes a new cache for every use.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from ssd_cache.head_map.head_map import HeadMap
 
 FULL_CACHES = ("DynamicCache", "StaticCache", "QuantizedCache")
 RIVALS = ("DynamicCache", "StaticCache")
-"""What speeds are told against."""
+"""Caches that serve as baselines in the speed tables."""
 
 QUANTIZED_BACKENDS = {"quanto": "optimum.quanto", "hqq": "hqq"}
-"""Backends of `QuantizedCache` that pack four bits, and the module that each needs; "fp8" needs none."""
+"""Four-bit backends of `QuantizedCache`, and the module that each needs; "fp8" needs none."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class Case:
     """A cache to measure.
 
     Attributes:
-        cache: one of `FULL_CACHES`, or a policy with its settings as `evaluation.policies` writes it: `ssd:buffer=1`.
-        budget: visual tokens a head may hold, of a policy.
-        backend: of the QuantizedCache.
-        is_compiled: whether the decoder's one-token steps go through `torch.compile`.
+        cache: one of `FULL_CACHES`, or a policy with settings in the format of `evaluation.policies`: `ssd:buffer=1`.
+        budget: visual tokens per head, for a policy.
+        backend: backend of the QuantizedCache.
+        is_compiled: whether the decoder's one-token steps run through `torch.compile`.
     """
 
     cache: str
@@ -64,7 +65,7 @@ class Case:
         return self.cache in FULL_CACHES
 
     def make_cache(self, subject: Subject) -> Cache:
-        """A fresh cache, long enough for a whole picture; raises ValueError for a policy's settings out of range."""
+        """Make a new cache, long enough for a whole image; raises ValueError for policy settings out of range."""
         if self.cache == "DynamicCache":
             return DynamicCache()
         if self.cache == "StaticCache":
@@ -74,12 +75,12 @@ class Case:
         return self.make_ssd(subject.head_map)
 
     def make_ssd(self, head_map: HeadMap) -> SSDCache:
-        """The cache of a policy."""
+        """Make the cache of a policy."""
         return parse_policy(self.cache).make_cache(head_map, 1.0 if self.budget is None else self.budget)
 
     @contextmanager
     def running(self, subject: Subject) -> Iterator[None]:
-        """Give the model the attention that the cache is best with, and compiled steps; taken back at the end."""
+        """Set the best attention for this cache, and compiled steps if `is_compiled`; restore the model at the end."""
         before = subject.config._attn_implementation
         subject.set_attention("sdpa" if self.is_full else NAME)
         try:
@@ -96,7 +97,7 @@ class Case:
 def compiled_steps(model: PreTrainedModel) -> Iterator[None]:
     """Compile the decoder's one-token steps over a StaticCache, with the settings of transformers' own `generate`.
 
-    `generate` of a causal language model does so by itself on a GPU, that of Janus does not.
+    `generate` of a causal language model does this by itself on a GPU; `generate` of Janus does not.
     """
     decoder = model.get_decoder()
     eager = decoder.forward
@@ -115,7 +116,7 @@ def compiled_steps(model: PreTrainedModel) -> Iterator[None]:
 
 
 def rivals(is_compiled: bool = True) -> tuple[list[Case], list[str]]:
-    """The full caches that can be made here, and a line on each that can not."""
+    """The full caches that work in this environment, and a line on each that does not."""
     cases, left_out = [Case("DynamicCache"), Case("StaticCache")], []
     if is_compiled:
         cases.append(Case("StaticCache", is_compiled=True))
@@ -131,9 +132,9 @@ def rivals(is_compiled: bool = True) -> tuple[list[Case], list[str]]:
 
 
 def default_cases(is_compiled: bool = True, head_map: HeadMap | None = None) -> list[Case]:
-    """The head map's own settings at three budgets, compiled and without a buffer; SSD and the baselines at 20%.
+    """The head map's own policy at three budgets, compiled, and with buffer 1; SSD and the baselines at 20%.
 
-    Without a map, or with one that carries neither slots nor a learned score, these are SSD with equal slots.
+    Without a map, or with a map that has neither slots nor a learned score, the own policy is SSD with equal slots.
     """
     name, settings = ("ssd", {}) if head_map is None else own_policy(head_map)
     own = policy_label(name, settings)
@@ -150,7 +151,7 @@ def default_cases(is_compiled: bool = True, head_map: HeadMap | None = None) -> 
 
 
 def product_cases(policies: Sequence[Policy], budgets: Sequence[Amount], is_compiled: bool = True) -> list[Case]:
-    """Every policy at every budget, and compiled as well; "full" once."""
+    """Every policy at every budget, eager and, if `is_compiled`, also compiled; "full" has one budget."""
     cases = []
     for policy in policies:
         for budget in policy.budgets(budgets):
@@ -161,10 +162,10 @@ def product_cases(policies: Sequence[Policy], budgets: Sequence[Amount], is_comp
 
 
 def choose(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
-    """The cases of these names, in the order of the table.
+    """Select cases by name, in the order of `cases`.
 
     Raises:
-        ValueError: a name that is none of theirs.
+        ValueError: a name that no case has.
     """
     known = [case.name for case in cases]
     if unknown := [name for name in names if name not in known]:
@@ -175,5 +176,5 @@ def choose(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
 def _can_import(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around it is not there
+    except ModuleNotFoundError:  # the parent package is missing
         return False

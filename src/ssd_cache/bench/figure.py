@@ -1,6 +1,6 @@
-"""The plot of a run: milliseconds a step along the picture, and tokens per second against the batch size.
+"""The plot of a run: milliseconds per step along the image, and tokens per second against the batch size.
 
-Made from a report alone. Both axes of speed are logarithmic, so that equal ratios look equal.
+It uses only a report. Both axes of the speed plot are logarithmic, so that equal ratios look equal.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LEAST_RANGE = 4.0
-"""Of a logarithmic axis, from bottom to top: on a shorter one, chance looks like a difference."""
+"""Minimum ratio of top to bottom of a logarithmic axis; on a shorter axis, noise looks like a difference."""
 
 BIN = 24
-"""Steps whose mean is one point of a curve: a buffer on Janus's grid, so that each point has one eviction in it."""
+"""Steps averaged into one point of a curve: Janus's eviction interval, so that each point contains one eviction."""
 
 
 def draw_report(report: Report) -> bytes:
-    """A PNG; raises ImportError with the remedy where matplotlib is not installed."""
+    """Plot a report as PNG; raises ImportError with the remedy if matplotlib is not installed."""
     batches = list(dict.fromkeys(row.batch_size for row in report.rows))
     rows = [row for row in report.rows if row.failure is None]
     names = list(dict.fromkeys(row.cache for row in rows))
@@ -35,7 +35,7 @@ def draw_report(report: Report) -> bytes:
     panels[0].set_title(f"batch {batches[-1]}", fontsize=10)
     if len(batches) > 1:
         _draw_speeds(panels[1], rows, styles)
-        _, _, of_picture = report.conditions["guidance"].rpartition(", ")  # two rows a picture
+        _, _, of_picture = report.conditions["guidance"].rpartition(", ")  # for example "two rows a picture"
         panels[1].set_xlabel(f"pictures at once ({of_picture})")
         panels[1].set_xticks(batches, [str(batch) for batch in batches])
     handles = {handle.get_label(): handle for panel in panels for handle in panel.get_lines()}
@@ -71,7 +71,7 @@ def _draw_steps(axes: Axes, rows: list[Row], styles: dict[str, dict[str, Any]]) 
 
 
 def _parts(curve: list[tuple[int, float]]) -> list[list[tuple[int, float]]]:
-    """The curve in pieces of `BIN` steps, none of them over a gap between stretches."""
+    """Split the curve into parts of `BIN` steps; no part crosses a gap between stretches."""
     parts: list[list[tuple[int, float]]] = [curve[:1]]
     for before, point in pairwise(curve):
         if point[0] > before[0] + 1 or len(parts[-1]) == BIN:

@@ -1,7 +1,7 @@
-"""Peak memory of drawing on the CPU: each case in a process of its own, read from Linux's account of it.
+"""Peak memory of generation on the CPU, as Linux reports it; each case runs in a separate process.
 
-A process that has measured another case keeps its peak, and parts of its memory. A GPU's peak is torch's to tell
-(`running.py`).
+A process that has measured another case keeps that peak and part of that memory. On a GPU, torch reports the peak
+(`bench/running.py`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class ProcessPeak:
-    """Resident memory of a process that drew with one case.
+    """Resident memory of a process that generated with one case.
 
     Attributes:
-        peak: the most it ever had, in bytes.
-        before: what it had with the model loaded and nothing drawn.
+        peak: peak of the process, in bytes.
+        before: bytes with the model loaded, before generation.
     """
 
     peak: int
@@ -36,13 +36,13 @@ class ProcessPeak:
 
 
 def can_tell_peak() -> bool:
-    """Whether this system tells the peak of a process: Linux does."""
+    """Whether this system reports the peak memory of a process, as Linux does."""
     return STATUS.exists()
 
 
 def peak_of(name: str, dtype: torch.dtype, case: Case, batch_size: int, grid: Grid | None = None) -> ProcessPeak:
-    """Load the model in a new process, fill the cache but for the end of the picture, draw the rest, tell the peak."""
-    context = multiprocessing.get_context("forkserver")  # forks from a process that has imported, and drawn nothing
+    """Measure in a new process: load the model, fill the cache up to the image's last steps, generate these steps."""
+    context = multiprocessing.get_context("forkserver")  # the parent has imported modules but generated nothing
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_draw_last, name, dtype, case, batch_size, grid, torch.get_num_threads()).result()
@@ -60,9 +60,9 @@ def _draw_last(
 
 
 def _status(field: str) -> int:
-    """A field of Linux's account of this process, in bytes.
+    """A field of this process's status file on Linux, in bytes.
 
-    VmHWM starts anew with every program; getrusage's ru_maxrss does not: a child's starts at its parent's peak.
+    VmHWM is reset for every program. The ru_maxrss of getrusage is not: a child starts with its parent's peak.
     """
     for line in STATUS.read_text().splitlines():
         if line.startswith(f"{field}:"):

@@ -1,6 +1,6 @@
-"""The results of a run as plain numbers, to JSON and back; tables and plots are made from these alone.
+"""The results of a run as plain numbers, to JSON and back; tables and plots use only these.
 
-From seconds to what is told: tokens per second with the spread of the rounds, the mean step, how steps grow.
+Seconds become tokens per second with the spread of the rounds, the mean step, and the growth of steps along the image.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ class Row:
 
     Attributes:
         cache: name of the case.
-        batch_size: pictures at once.
-        failure: why there are no times, or None.
-        seconds: of each counted round, for the tokens drawn.
-        tokens_per_second: visual tokens of all pictures, by the median round.
+        batch_size: images at once.
+        failure: the reason if there are no times, or None.
+        seconds: seconds of each counted round, for the generated tokens.
+        tokens_per_second: visual tokens of all images per second, in the median round.
         slowest, fastest: tokens per second of the slowest and the fastest round.
-        pictures_per_second: the same in whole pictures.
+        pictures_per_second: `tokens_per_second` in whole images.
         step_ms: the mean step.
-        quarters_ms: the median step of each quarter of the picture.
-        growth_ms: what a step takes more after 100 further tokens: the slope of the line nearest to these four medians,
-            which a few slow steps (evictions, another program) do not move.
+        quarters_ms: the median step of each quarter of the image.
+        growth_ms: extra time of a step after 100 further tokens: the slope of the regression line through these four
+            medians, which a few slow steps (evictions, another program) do not affect.
         curve: [visual token, milliseconds] of every timed step, median of the rounds.
         key_value, bookkeeping: bytes that the cache held at the end.
-        peak: most memory at once: of torch on the GPU, else of a process of its own.
-        peak_before: of that process with the model loaded and nothing drawn.
-        split: where the time went, or None.
-        work: what a step has to read and compute, or None for a quantized cache.
-        least_ms: what a step can not be faster than on this machine.
+        peak: peak memory: of torch on the GPU, else of a separate process.
+        peak_before: memory of that process with the model loaded, before generation.
+        split: shares of the step time, or None.
+        work: bytes that a step must read and operations that it must make, or None for a quantized cache.
+        least_ms: lower bound of a step on this machine.
     """
 
     cache: str
@@ -70,13 +70,13 @@ class Row:
 
     @property
     def roofline_share(self) -> float | None:
-        """How near the mean step is to the least it could take."""
+        """Lower bound of the step time divided by the mean step time."""
         return None if self.least_ms is None or not self.step_ms else self.least_ms / self.step_ms
 
 
 @dataclass(frozen=True)
 class Report:
-    """A run: the command that repeats it, its conditions, and what was found."""
+    """A run: the command that repeats it, its conditions and its results."""
 
     command: str
     conditions: dict[str, Any]
@@ -86,12 +86,12 @@ class Report:
     left_out: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
-        """The report as text; `from_json` reads it."""
+        """Return the report as JSON text; `from_json` reads it."""
         return json.dumps({"format": FORMAT, **asdict(self)}, default=str)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Report:
-        """The report that `to_json` wrote.
+        """Read a report that `to_json` wrote.
 
         Raises:
             ValueError: another format, or a value of another type.
@@ -112,15 +112,15 @@ def summarize(
     split: TimeSplit | None = None,
     process: ProcessPeak | None = None,
 ) -> Row:
-    """The row of one measurement.
+    """Compute the row of one measurement.
 
     Args:
         measured: times and bytes.
-        stretches: which steps were drawn.
-        num_cells: visual tokens of a picture.
+        stretches: the steps that were generated.
+        num_cells: visual tokens of an image.
         machine, work: for the roofline.
-        split: where the time went.
-        process: the peak on a CPU.
+        split: shares of the step time.
+        process: the peak memory on a CPU.
     """
     name, batch_size = measured.case.name, measured.batch_size
     if measured.failure is not None:

@@ -1,6 +1,6 @@
-"""The roofline: how fast memory and matrix units of this machine are, and what a step can not be faster than.
+"""The roofline: speed of this machine's memory and matrix units, and the resulting lower bound of a step.
 
-Both speeds are measured here, on the device and in the dtype of the run; nothing is taken from a data sheet.
+Both speeds are measured here, on the device and in the dtype of the run; no figure comes from a data sheet.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ssd_cache.bench.subject import Subject
 from ssd_cache.cache.quantized import slot_nbytes
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
-"""Far more than any processor's caches hold."""
+"""Size of the copied tensor, far larger than the caches of any processor."""
 
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 TRIES = 7
@@ -28,8 +28,8 @@ class Machine:
     """Measured speeds.
 
     Attributes:
-        copy_speed: bytes a second of a large copy, read and written bytes both counted.
-        matrix_speed: floating-point operations a second of a large square matrix product.
+        copy_speed: bytes per second of a large copy, read and written bytes both counted.
+        matrix_speed: floating-point operations per second of a large square matrix product.
     """
 
     copy_speed: float
@@ -38,12 +38,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class StepWork:
-    """What one step has to do whatever the program: bytes to read, operations to make.
+    """Minimum work of one step in any implementation: bytes to read, operations to make.
 
     Attributes:
         weight_bytes: the decoder's and the head's weights, read once for the whole batch.
-        key_value_bytes: K and V of all rows, mean over the steps drawn.
-        operations: two a weight and row, four a row, token, query head and head dimension.
+        key_value_bytes: K and V of all rows, mean over the generated steps.
+        operations: two per weight and row; four per row, token, query head and head dimension.
     """
 
     weight_bytes: int
@@ -51,13 +51,13 @@ class StepWork:
     operations: float
 
     def least_seconds(self, machine: Machine) -> float:
-        """The longer of reading all bytes and making all operations."""
+        """The larger of the times for reading all bytes and for making all operations."""
         memory = (self.weight_bytes + self.key_value_bytes) / machine.copy_speed
         return max(memory, self.operations / machine.matrix_speed)
 
 
 def step_work(subject: Subject, case: Case, batch_size: int, positions: list[int]) -> StepWork:
-    """The work of a mean step at these positions."""
+    """The mean work of a step over these positions."""
     config, rows = subject.config, subject.rows_per_picture * batch_size
     weights = subject.step_weights()
     tokens = mean_tokens_read(subject, case, positions)
@@ -76,7 +76,7 @@ def step_work(subject: Subject, case: Case, batch_size: int, positions: list[int
 
 
 def measure_machine(dtype: torch.dtype, device: torch.device) -> Machine:
-    """Copy a large tensor and multiply large matrices, a few times each; the best try counts."""
+    """Copy a large tensor and multiply large matrices, `TRIES` times each; the best time counts."""
     return Machine(_copy_speed(dtype, device), _matrix_speed(dtype, device))
 
 
@@ -104,6 +104,6 @@ def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

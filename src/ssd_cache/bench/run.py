@@ -1,7 +1,7 @@
-"""A whole run: the model, the machine's roofline, every case at every batch size, and how many pictures fit.
+"""A whole run: the model, the machine's roofline, every case at every batch size, and the number of images that fit.
 
-What is asked for has been checked (`cases.py`, `stretches.py`); what is found goes out as a `Report` after every batch
-size, so that a run that is stopped leaves something.
+`bench/cases.py` and `bench/stretches.py` have checked the settings before. A `Report` is yielded after every batch
+size, so that an interrupted run leaves results.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from ssd_cache.layout import format_rasters
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.
+    """Settings of a run.
 
     Attributes:
         cases: caches and policies.
-        batch_sizes: pictures at once, each a part of the tables.
-        stretches: which steps of a picture are drawn.
+        batch_sizes: numbers of images at once; each has its own tables.
+        stretches: the steps of an image that are generated.
         rounds: counted rounds.
-        memory: bytes to fit pictures into, or None.
-        with_peak: measure peak memory on a CPU, which takes a process for each case.
-        command: what repeats the run.
-        left_out: lines on what could not be measured here.
+        memory: bytes for the number of images that fit, or None.
+        with_peak: measure peak memory on a CPU, which needs a process for each case.
+        command: the command that repeats the run.
+        left_out: lines on cases that could not be measured here.
     """
 
     cases: Sequence[Case]
@@ -56,7 +56,7 @@ class Plan:
 
 
 def run(subject: Subject, plan: Plan, *, progress: bool = False) -> Iterator[Report]:
-    """Measure, and give all that is known after every batch size, and at the end with the pictures that fit."""
+    """Measure. Yields a report of all results after every batch size, and at the end one with the images that fit."""
     model = subject.model
     machine = measure_machine(model.dtype, model.device)
     rows: list[Row] = []
@@ -85,7 +85,7 @@ def run(subject: Subject, plan: Plan, *, progress: bool = False) -> Iterator[Rep
 
 
 def _complete(subject: Subject, plan: Plan, machine: Machine, result: Measurement) -> Row:
-    """The row of a measurement, with what takes a pass of its own."""
+    """The row of a measurement, with the peak memory and time split, which need separate passes."""
     cells = subject.head_map.num_visual_tokens
     if result.failure is not None:
         return summarize(result, plan.stretches, cells, machine=machine)
@@ -94,11 +94,12 @@ def _complete(subject: Subject, plan: Plan, machine: Machine, result: Measuremen
     few = NUM_STRETCHES * subject.head_map.grid[1]
     is_short = sum(stretch.num_tokens for stretch in plan.stretches) <= few or few >= cells
     peak: ProcessPeak | None = None
-    # a compiler's memory would hide it
+    # the compiler's memory would hide the peak of a compiled case
     if plan.with_peak and not case.is_compiled and subject.model.device.type == "cpu" and can_tell_peak():
         peak = peak_of(subject.name, subject.model.dtype, case, batch_size, subject.head_map.grid)
     split: TimeSplit | None = None
-    if not (case.is_full and case.is_compiled):  # evicts nothing, and a second StaticCache is compiled for anew
+    # a compiled StaticCache evicts nothing, and a second one would trigger another compilation
+    if not (case.is_full and case.is_compiled):
         split = split_time(subject, case, batch_size, plan.stretches if is_short else choose_stretches(cells, few))
     return summarize(
         result,
@@ -112,7 +113,7 @@ def _complete(subject: Subject, plan: Plan, machine: Machine, result: Measuremen
 
 
 def conditions(subject: Subject, plan: Plan) -> dict[str, Any]:
-    """All that the numbers depend on, as JSON values."""
+    """All conditions that affect the numbers, as JSON values."""
     config, device = subject.config, subject.model.device
     grid, previews = subject.head_map.grid, subject.head_map.previews
     columns, is_guided = grid[1], subject.rows_per_picture == 2
@@ -146,7 +147,7 @@ def conditions(subject: Subject, plan: Plan) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's as the system tells it."""
+    """Name of the GPU, or of the processor as the system reports it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")

@@ -1,7 +1,7 @@
-"""Draw the same pictures with several caches in turn and time every step.
+"""Generate the same images with several caches in turn and time every step.
 
-Rounds are interleaved, so that a machine that slows down slows all alike; the first round warms up, and compiles, and
-is not counted. What the times mean is worked out in `results.py`.
+Rounds are interleaved, so that a slowdown of the machine affects all caches alike. The first round warms up and
+compiles; it is not counted. `bench/results.py` evaluates the times.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OUT_OF_MEMORY = "out of memory"
 
 
 class StepClock:
-    """Times steps without making a GPU wait: `tick` marks, `intervals` gives the seconds between the marks."""
+    """Times steps without GPU synchronisation: `tick` sets a mark, `intervals` returns the seconds between marks."""
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
@@ -45,16 +45,16 @@ class StepClock:
 
 @dataclass
 class Measurement:
-    """What was measured of a case.
+    """Measured times and bytes of a case.
 
     Attributes:
-        case: what was measured.
-        batch_size: pictures at once.
-        seconds: of each counted round, for the tokens drawn.
-        steps: seconds of each counted round's steps, as many as the stretches have `positions`.
+        case: the measured case.
+        batch_size: images at once.
+        seconds: seconds of each counted round, for the generated tokens.
+        steps: seconds of each step in each counted round; as many steps as the stretches have `positions`.
         held: bytes that the cache held at the end.
-        peak: on a GPU, the most that torch had allocated at once, weights included.
-        failure: why there is nothing to tell.
+        peak: on a GPU, torch's peak of allocated memory, weights included.
+        failure: the reason if there are no results.
     """
 
     case: Case
@@ -75,21 +75,21 @@ def measure(
     rounds: int,
     progress: bool = False,
 ) -> list[Measurement]:
-    """Draw with every case once a round, one uncounted round first.
+    """Generate with every case once per round, after one uncounted round.
 
-    A case that runs out of GPU memory, or can not be compiled, is left out of the further rounds and says so.
+    A case that runs out of GPU memory, or cannot be compiled, is skipped in later rounds; `failure` states the reason.
 
     Args:
-        subject: the model; its attention is set for every case and set back at the end.
-        cases: what to measure.
-        stretches: which steps of a picture to draw.
-        batch_size: pictures drawn at once; guidance doubles the rows.
+        subject: the model; its attention is set for every case and restored at the end.
+        cases: the cases to measure.
+        stretches: the steps of an image to generate.
+        batch_size: images at once; guidance doubles the rows.
         rounds: counted rounds.
-        progress: show a bar over the drawings.
+        progress: show a progress bar.
     """
     results = [Measurement(case, batch_size) for case in cases]
     kept: dict[str, Cache] = {}
-    torch.compiler.reset()  # another batch size is compiled for itself, not as one of many sizes
+    torch.compiler.reset()  # compile for this batch size alone; else torch compiles for dynamic sizes
     with tqdm(total=(rounds + 1) * len(cases), unit="drawing", disable=not progress) as bar:
         for turn in range(rounds + 1):
             for result in results:
@@ -114,7 +114,7 @@ def _measure_once(
         kept.pop(result.case.cache, None)
         result.failure = OUT_OF_MEMORY
         return
-    except Exception as error:  # the compiler's own errors have no class in common
+    except Exception as error:  # the compiler's errors have no common class
         if not result.case.is_compiled:
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -129,7 +129,7 @@ def _measure_once(
 
 
 def _cache_for(subject: Subject, case: Case, kept: dict[str, Cache]) -> Cache:
-    """A fresh cache; a StaticCache is reset and used again, as one compiled for it has to be."""
+    """A new cache; a StaticCache is reset and reused, because compiled steps are tied to one StaticCache."""
     if case.cache != "StaticCache":
         return case.make_cache(subject)
     if case.cache not in kept:
@@ -141,10 +141,10 @@ def _cache_for(subject: Subject, case: Case, kept: dict[str, Cache]) -> Cache:
 def draw_stretches(
     subject: Subject, cache: Cache, batch_size: int, stretches: Sequence[Stretch]
 ) -> tuple[float, list[float]]:
-    """Draw the stretches with one cache, filled up to the start of each; seconds of all steps, and of each timed one.
+    """Generate the stretches with one cache, filled up to the start of each; returns total seconds and step seconds.
 
-    Of a whole picture the seconds are those on the wall, prompt and the beginning of the call included. Of stretches
-    they are the mean step's, times the steps.
+    For a whole image, the total is wall time, including the prompt and the start of the call. For stretches, it is the
+    mean step time multiplied by the number of steps.
     """
     device, steps, wall = subject.model.device, [], 0.0
     for stretch in stretches:

@@ -1,7 +1,7 @@
-"""Models by shape: the real configuration classes with random weights, made on the device in the dtype they run in.
+"""Models by shape: the real configuration classes with random weights, made on their device and in their dtype.
 
-What a step costs does not depend on what the weights say, so nothing is downloaded. Who draws with them is
-`subject.py`'s business.
+The cost of a step does not depend on the values of the weights, so nothing is downloaded. `bench/subject.py` runs the
+models.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ TINY_TOWERS = {
     },
     "vq_config": {"latent_channels": 32, "base_channels": 32, "channel_multiplier": [1] * 5, "num_res_blocks": 0},
 }
-"""For a Janus that is to be small: the parts that no step of the generation runs."""
+"""Settings for a small Janus: minimal sizes of the parts that no generation step runs."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model to be made up.
+    """Description of a model with random weights.
 
     Attributes:
         model_class: the transformers class.
-        make_config: its configuration.
-        grid: rows and columns of visual tokens; a token that ends a line is a column too.
-        num_prompt: tokens of the prompts that are drawn.
+        make_config: function that makes its configuration.
+        grid: rows and columns of visual tokens; an end-of-line token counts as a column.
+        num_prompt: tokens of the prompts.
     """
 
     model_class: type[PreTrainedModel]
@@ -65,7 +65,7 @@ def janus_config(
     length=16384,
     **towers,
 ) -> JanusConfig:
-    """A Janus-Pro whose decoder has these sizes; the towers and the 16384 codes are Janus-Pro's unless given."""
+    """Configuration of a Janus-Pro with these decoder sizes; default towers and 16384 codes are those of Janus-Pro."""
     wide = {"projection_dim": hidden_size}
     return JanusConfig(
         text_config={
@@ -85,10 +85,10 @@ def janus_config(
 
 
 def llamagen_config() -> LlamaConfig:
-    """LlamaGen's GPT-XL as a Llama: the same layers, with positions along one axis instead of two.
+    """Configuration of LlamaGen's GPT-XL as a Llama: the same layers, with positions along one axis instead of two.
 
-    36 layers, 20 heads of 64, and 2/3 of 4 x 1280 rounded up to a multiple of 256 inside the MLP (FoundationVision's
-    `autoregressive/models/gpt.py`). The class token is one of the vocabulary here.
+    36 layers, 20 heads of size 64, and an MLP size of 2/3 of 4 x 1280 rounded up to a multiple of 256
+    (FoundationVision's `autoregressive/models/gpt.py`). Here the class token is part of the vocabulary.
     """
     return LlamaConfig(
         vocab_size=16384,
@@ -113,13 +113,14 @@ SHAPES = {
     "llamagen-xl": Shape(LlamaForCausalLM, llamagen_config, (24, 24), 1),
     "emu3": Shape(Emu3ForCausalLM, Emu3TextConfig, (90, 91), 16),
 }
-"""By name. Janus-Pro's sizes are those of its checkpoints, Emu3's the defaults of its configuration class."""
+"""Shapes by name. Janus-Pro has the sizes of its checkpoints, Emu3 the defaults of its configuration class."""
 
 
 def make_model(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> PreTrainedModel:
-    """The model with random weights; torch's own generators are left as they were.
+    """Make the model with random weights; the state of torch's global generators is restored.
 
-    Weights are made where and as they stay: 7 billion in bfloat16 take 14 GB on a GPU and nothing on the CPU.
+    Weights are made on their final device in their final dtype: 7 billion in bfloat16 take 14 GB on a GPU and no memory
+    of the CPU.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(seed)

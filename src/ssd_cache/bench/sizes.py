@@ -1,6 +1,6 @@
-"""Bytes of caches: of the tensors that one holds, and by formula before any is made.
+"""Bytes of caches: measured from the tensors of a cache, and predicted by formula before a cache is made.
 
-The formulas are held to the tensors by tests. Weights and what a step needs for itself are not in them.
+Tests compare the formulas with the tensors. The formulas exclude weights and temporary memory of a step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ssd_cache.kernels.dispatch import is_wanted, passes_trial
 
 @dataclass(frozen=True)
 class CacheBytes:
-    """Bytes of K and V, and of all that is kept beside them."""
+    """Bytes of K and V, and of the bookkeeping beside them."""
 
     key_value: int
     bookkeeping: int
@@ -33,7 +33,7 @@ class CacheBytes:
 
 
 def held_bytes(cache: Cache) -> CacheBytes:
-    """What a cache holds now; of a quantized one, scales and all."""
+    """Bytes that a cache holds now; for a quantized cache, scales included."""
     if isinstance(cache, SSDCache):
         stats = cache.memory_stats()
         return CacheBytes(stats.key_value, stats.bookkeeping)
@@ -42,9 +42,9 @@ def held_bytes(cache: Cache) -> CacheBytes:
 
 
 def _nbytes(value: Any) -> int:
-    """Bytes of K or V somewhere in an attribute of a cache layer; counters have no dimensions."""
+    """Bytes of K and V in an attribute of a cache layer; tensors without dimensions are counters and do not count."""
     if isinstance(value, torch.Tensor):
-        if hasattr(value, "__tensor_flatten__"):  # optimum-quanto's, a tensor around others
+        if hasattr(value, "__tensor_flatten__"):  # a tensor of optimum-quanto, which wraps others
             return sum(_nbytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
         return value.nbytes if value.dim() else 0
     if isinstance(value, dict):
@@ -53,19 +53,19 @@ def _nbytes(value: Any) -> int:
 
 
 def expected_bytes(subject: Subject, case: Case, num_pictures: int = 1) -> CacheBytes | None:
-    """What a case holds at the end of a picture; None for a quantized cache, whose layout is its backend's.
+    """Bytes that a case holds at the end of an image; None for a quantized cache, whose backend chooses the layout.
 
-    A full cache holds every token. A policy holds the prompt and all its slots, used or not, and beside them, of each
-    slot, a position (int32) in every head and a score (float32) in the heads that are scored, whose queries of a buffer
-    wait as well, but for where the kernel of `fused.py` makes the scores.
+    A full cache holds every token. A policy holds the prompt and all its slots, used or not. Its bookkeeping is a
+    position (int32) for every slot and, in scored heads, a score (float32) for every slot. Scored heads also hold the
+    queries of one eviction interval, unless the kernel of `kernels/dispatch.py` computes the scores.
     """
     rows, itemsize = subject.rows_per_picture * num_pictures, subject.model.dtype.itemsize
-    of_token = rows * slot_nbytes(subject.head_dim, itemsize, None)  # in the model's dtype, as the prompt always is
+    of_token = rows * slot_nbytes(subject.head_dim, itemsize, None)  # the prompt is always stored in the model's dtype
     if case.cache == "QuantizedCache":
         return None
     if case.is_full:
         heads = subject.config.num_hidden_layers * subject.config.num_key_value_heads
-        seen = subject.length - (case.cache == "DynamicCache")  # the last token drawn is never fed back
+        seen = subject.length - (case.cache == "DynamicCache")  # the last generated token is never fed back
         return CacheBytes(heads * seen * of_token, 0)
     cache = case.make_ssd(subject.head_map)
     plans = [layer.plan for layer in cache.layers]
@@ -85,7 +85,7 @@ def expected_bytes(subject: Subject, case: Case, num_pictures: int = 1) -> Cache
 
 
 def scored_heads(plan: LayerPlan) -> list[int]:
-    """Slots of the heads of a layer whose tokens are ranked by attention."""
+    """Numbers of slots of a layer's scored heads: those that rank tokens by attention."""
     if plan.score in WITHOUT_QUERIES:
         return []
     kinds = zip(plan.kinds, plan.num_slots, strict=True)
@@ -93,15 +93,15 @@ def scored_heads(plan: LayerPlan) -> list[int]:
 
 
 def weight_bytes(subject: Subject) -> int:
-    """Bytes of all weights of the model, towers included; tied ones once."""
+    """Bytes of all weights of the model, towers included; tied weights count once."""
     return sum(weight.nbytes for weight in subject.model.parameters())
 
 
 def mean_tokens_read(subject: Subject, case: Case, positions: list[int]) -> float:
-    """Tokens whose K and V a step has to read, prompt and own token included: mean over heads and steps.
+    """Tokens whose K and V a step must read, prompt and own token included: mean over heads and steps.
 
-    A full cache has seen `position + 1` visual tokens. A head with fewer slots than that has between `slots - buffer`
-    and `slots` older ones. What is read beyond this, free places under a mask say, is the implementation's loss.
+    A full cache has seen `position + 1` visual tokens. A head with fewer slots than that holds between `slots - buffer`
+    and `slots` older ones. Further reads, for example of masked free slots, are overhead and do not count.
     """
     if case.is_full:
         stored = [position + 1.0 for position in positions]
@@ -113,7 +113,7 @@ def mean_tokens_read(subject: Subject, case: Case, positions: list[int]) -> floa
 
 
 def _stored(position: int, num_slots: int, buffer: int) -> int:
-    """Visual tokens in a head once token number `position`, counted from 0, has arrived."""
+    """Visual tokens in a head after token number `position`, counted from 0, has arrived."""
     if position < num_slots:
         return position + 1
     return num_slots - buffer + (position - num_slots) % buffer + 1

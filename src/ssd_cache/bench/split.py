@@ -1,7 +1,7 @@
-"""Where the time of a step goes: attention, storing K and V, evicting, elsewhere; in a pass of its own.
+"""Shares of the step time: attention, storing K and V, eviction, everything else; measured in a separate pass.
 
-Timers around the calls cost time themselves, so nothing here is counted as speed. Compiled steps hide their inside: of
-these only evictions can be told, which are done outside of them.
+Timers around the calls cost time themselves, so this pass does not count for speed. Inside a compiled step nothing can
+be timed; only evictions can, because they run outside of it.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from ssd_cache.cache.attention import NAME
 from ssd_cache.cache.slots import SlotStore
 
 EVICTING = ("score_held", "_evict")
-"""What `SlotStore` does to score and to evict."""
+"""Methods of `SlotStore` that score and evict."""
 
 
 @dataclass(frozen=True)
 class TimeSplit:
-    """Shares of the time between the first and the last step, adding up to 1.
+    """Shares of the time between the first and the last step; they sum to 1.
 
     Attributes:
-        attention: in the attention function; None where steps are compiled.
-        storing: in the cache's `update`, evictions not counted: a DynamicCache concatenates here; None as above.
-        evicting: scoring held queries, choosing victims, moving survivors.
-        elsewhere: all else: matrix products, norms, sampling, and Python; with the two above where they are None.
+        attention: share of the attention function; None for compiled steps.
+        storing: share of the cache's `update` without evictions; a DynamicCache concatenates here. None for compiled
+            steps.
+        evicting: share of scoring held queries, choosing victims and moving survivors.
+        elsewhere: the rest: matrix products, norms, sampling and Python; for compiled steps also attention and storing.
     """
 
     attention: float | None
@@ -45,14 +46,14 @@ class TimeSplit:
 
 
 class Stopwatch:
-    """Adds up the time of calls, on a GPU by events between its kernels; a call within a call counts once."""
+    """Adds up the time of calls, on a GPU with CUDA events; nested calls count once."""
 
     def __init__(self, device: torch.device):
         self.device, self.depth = device, 0
         self.spans: list[tuple[Any, Any]] = []
 
     def around(self, call: Callable) -> Callable:
-        """The call, timed."""
+        """Wrap a call so that its time is added."""
 
         def timed(*args, **kwargs):
             self.depth += 1
@@ -82,7 +83,7 @@ class Stopwatch:
 
 
 def split_time(subject: Subject, case: Case, batch_size: int, stretches: Sequence[Stretch]) -> TimeSplit:
-    """Draw once more with timers around the attention, the cache's `update` and the evictions."""
+    """Generate once more with timers around the attention, the cache's `update` and the evictions."""
     cache = case.make_cache(subject)
     device = subject.model.device
     attention, update, evicting, inside = (Stopwatch(device) for _ in range(4))
@@ -127,7 +128,7 @@ def _timed_update(watch: Stopwatch, cache: Cache) -> Iterator[None]:
 
 @contextmanager
 def _timed_evictions(watch: Stopwatch, inside: Stopwatch, update: Stopwatch) -> Iterator[None]:
-    """Time `EVICTING` of every store; what falls into an `update` is added up in `inside` too."""
+    """Time the `EVICTING` methods of every store; calls during an `update` also count in `inside`."""
     plain = {name: getattr(SlotStore, name) for name in EVICTING}
 
     def timed(call):

@@ -1,6 +1,7 @@
-"""Which steps of a picture are drawn: all of them, or stretches around the middles of its four quarters.
+"""The steps of an image that are timed: all, or one stretch (range of steps) around the middle of each quarter.
 
-Steps of a full cache grow, so a few early ones would flatter it; a stretch of each quarter has the mean of the picture.
+Steps of a full cache become slower along the image, so timing only early steps would favour it. One stretch per quarter
+gives the mean of the image.
 """
 
 from __future__ import annotations
@@ -12,30 +13,30 @@ NUM_STRETCHES = 4
 
 @dataclass(frozen=True)
 class Stretch:
-    """Visual tokens `start` to `start + num_tokens - 1` of a picture; nothing is drawn before `start`."""
+    """Visual tokens `start` to `start + num_tokens - 1` of an image; tokens before `start` are not generated."""
 
     start: int
     num_tokens: int
 
     @property
     def positions(self) -> range:
-        """Visual tokens that the timed steps feed; the first step is not timed, a call's beginning is in it.
+        """Visual tokens that the timed steps feed. The first step is not timed: it contains the start of the call.
 
-        The first step of a whole picture is the prompt's, so that the first one timed feeds visual token 0.
+        The first step of a whole image feeds the prompt, so the first timed step feeds visual token 0.
         """
         first = self.start + 1 if self.start else 0
         return range(first, first + self.num_tokens - 1)
 
 
 def choose_stretches(num_cells: int, num_tokens: int | None) -> list[Stretch]:
-    """One stretch for a whole picture, or four that have `num_tokens` steps together.
+    """Choose one stretch for a whole image, or four stretches with `num_tokens` steps in total.
 
     Args:
-        num_cells: visual tokens of the picture.
-        num_tokens: steps to draw; None for all. A multiple of 4 grid rows has evictions in their true proportion.
+        num_cells: visual tokens of the image.
+        num_tokens: steps to generate; None for all. A multiple of 4 grid rows has evictions in their true proportion.
 
     Raises:
-        ValueError: fewer than 8 tokens, or as many as the picture has.
+        ValueError: fewer than 8 tokens, or as many as the image has.
     """
     if num_tokens is None:
         return [Stretch(0, num_cells)]
@@ -51,5 +52,5 @@ def choose_stretches(num_cells: int, num_tokens: int | None) -> list[Stretch]:
 
 
 def last_steps(num_cells: int) -> list[Stretch]:
-    """The last two steps of a picture, when a cache is at its largest."""
+    """The last two steps of an image, when a cache is at its largest."""
     return [Stretch(num_cells - 2, 2)]

@@ -1,7 +1,7 @@
-"""The model that is measured, and how it draws: Janus by its own `generate`, others step by step, most with guidance.
+"""The measured model and its generation loop: Janus with its own `generate`, others step by step, most with guidance.
 
-`draw` can go on from a cache that `fill` brought to any point of a picture, so that late steps can be timed without
-drawing the early ones. Nothing is timed here.
+`fill` fills a cache up to any point of an image, and `draw` continues from there, so that late steps can be timed
+without generating the early ones. Nothing is timed here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ssd_cache.models import GeneratorError, find_generator
 
 GUIDANCE_SCALE = 5.0
 NUM_PROMPT = 16
-"""Tokens of a checkpoint's prompts."""
+"""Prompt length in tokens for a checkpoint."""
 
 RANDOM_LABELS = "half of the heads spatial, drawn at random"
 
@@ -40,10 +40,10 @@ OnStep = Callable[[], object]
 
 @dataclass
 class Subject(ABC):
-    """A model with the head map and the prompt length that it is measured with.
+    """The model to measure, with its head map and prompt length.
 
     Attributes:
-        name: as its user named it.
+        name: the model name that the user gave.
         model: a transformers model in evaluation mode.
         head_map: labels of its heads, and the grid.
         num_prompt: tokens of a prompt.
@@ -55,7 +55,7 @@ class Subject(ABC):
     num_prompt: int
 
     rows_per_picture: ClassVar[int] = 2
-    """Rows of the batch that a picture takes; guidance makes two."""
+    """Batch rows per image; two with guidance."""
 
     @property
     def config(self):
@@ -64,38 +64,38 @@ class Subject(ABC):
 
     @property
     def head_dim(self) -> int:
-        """Numbers in a key of one head."""
+        """Dimension of a key of one head."""
         return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
 
     @property
     def length(self) -> int:
-        """Tokens of a whole picture, prompt included."""
+        """Tokens of a whole image, prompt included."""
         return self.num_prompt + self.head_map.num_visual_tokens
 
     @abstractmethod
     def step_weights(self) -> list[torch.Tensor]:
-        """Weights that every step reads whole; tables of embeddings are not, since a few rows of them are read."""
+        """Weights that every step reads completely; no embedding tables, since a step reads only a few rows of them."""
 
     @abstractmethod
     def set_attention(self, name: str) -> None:
-        """Choose the decoder's attention."""
+        """Set the decoder's attention."""
 
     @abstractmethod
     def draw(self, cache: Cache, batch_size: int, num_tokens: int, on_step: OnStep) -> None:
-        """Draw visual tokens of `batch_size` pictures, from the prompt on or from where the cache stands.
+        """Generate visual tokens of `batch_size` images, from the prompt or from the current end of the cache.
 
         Args:
-            cache: an empty one, or one that `fill` filled.
-            batch_size: pictures, of `rows_per_picture` rows each.
+            cache: an empty cache, or one that `fill` filled.
+            batch_size: images, with `rows_per_picture` rows each.
             num_tokens: steps.
             on_step: called at every step, between the decoder and the sampling.
         """
 
     @torch.no_grad()
     def fill(self, cache: Cache, batch_size: int, length: int) -> None:
-        """Bring a cache to `length` tokens, prompt included, with random keys, values and queries, as a model would.
+        """Fill a cache up to `length` tokens, prompt included, with random keys, values and queries.
 
-        A full cache takes them at once. `SSDCache` takes visual tokens one by one, and meets their queries.
+        A full cache receives all tokens in one update. `SSDCache` receives visual tokens one by one, with queries.
         """
         decoder, config = self.model.get_decoder(), self.config
         shape = self.rows_per_picture * batch_size, config.num_key_value_heads
@@ -103,7 +103,8 @@ class Subject(ABC):
         options = {"device": self.model.device, "dtype": self.model.dtype}
         seen = int(cache.get_seq_length())
         one_by_one = isinstance(cache, SSDCache)
-        if one_by_one and seen == 0:  # the prompt says how the picture's steps will run, so it goes through the model
+        # the prompt runs through the model, because the cache decides at the prompt how later steps run
+        if one_by_one and seen == 0:
             embeds = torch.randn(shape[0], self.num_prompt, config.hidden_size, **options)
             decoder(inputs_embeds=embeds, **{CACHE: cache}, use_cache=True)
             seen = self.num_prompt
@@ -119,7 +120,7 @@ class Subject(ABC):
 
 
 class JanusSubject(Subject):
-    """Janus, drawn by its own `generate`: sampling, guidance, masks and all."""
+    """Janus with its own `generate`, including sampling, guidance and masks."""
 
     def step_weights(self) -> list[torch.Tensor]:
         inner = self.model.model
@@ -141,7 +142,7 @@ class JanusSubject(Subject):
         prompt[:, 0], prompt[:, -1] = ids.bos_token_id, ids.generation_kwargs["boi_token_id"]
         prompt = prompt.clamp(max=self.config.vocab_size - 1).to(model.device)
         if seen:
-            prompt = prompt[:, -1:]  # the last token before the next step; what came before is in the cache
+            prompt = prompt[:, -1:]  # the last token before the next step; all earlier tokens are in the cache
         config = model.model.vision_model.config
         whole, config.num_image_tokens = config.num_image_tokens, num_tokens
         try:
@@ -159,7 +160,7 @@ class JanusSubject(Subject):
 
 
 class CausalSubject(Subject):
-    """A causal language model, drawn step by step: both rows of a picture get the token that guidance draws."""
+    """A causal language model, run step by step: both rows of an image get the token sampled with guidance."""
 
     def step_weights(self) -> list[torch.Tensor]:
         decoder = self.model.get_decoder()
@@ -181,16 +182,16 @@ class CausalSubject(Subject):
             ids = torch.multinomial(scores.softmax(-1), num_samples=1).repeat(self.rows_per_picture, 1)
 
     def guided(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores that tokens are drawn by, `[pictures, vocabulary]`, of all rows' scores."""
+        """Combine the logits of all rows into the logits for sampling, `[images, vocabulary]`."""
         conditional, unconditional = scores.chunk(2)
         return unconditional + GUIDANCE_SCALE * (conditional - unconditional)
 
 
 class GlmImageSubject(CausalSubject):
-    """GLM-Image's autoregressive part, which is not guided.
+    """GLM-Image's autoregressive part, without guidance.
 
-    It is not told its grids, and so takes text positions, which cost what M-RoPE's cost: a step that begins in the
-    middle of a picture has no prompt to count from.
+    It gets no grid arguments and therefore uses text positions, because a step that starts in the middle of an image
+    has no prompt from which M-RoPE positions could be counted. Text positions cost the same as M-RoPE's.
     """
 
     rows_per_picture = 1
@@ -206,18 +207,18 @@ SUBJECTS: dict[type[PreTrainedModel], type[Subject]] = {
     GlmImageForConditionalGeneration: GlmImageSubject,
     JanusForConditionalGeneration: JanusSubject,
 }
-"""Models that are not drawn as a causal language model is."""
+"""Models that do not run as a `CausalSubject`."""
 
 
 def find_head_map(name: str, grid: tuple[int, int] | None = None) -> HeadMap:
-    """The head map that a model is measured with, before its weights are there: its own, or labels at random.
+    """Find the head map for a measurement, without loading weights: the model's own map, or random labels.
 
     Args:
-        name: a shape of `SHAPES`, or a checkpoint as `find_generator` takes it.
-        grid: rows and columns, of a checkpoint, as `find_generator` takes them.
+        name: a shape of `SHAPES`, or a checkpoint as for `find_generator`.
+        grid: rows and columns for a checkpoint, as for `find_generator`.
 
     Raises:
-        GeneratorError: neither, or a grid that it does not draw.
+        GeneratorError: an unknown name, or a grid that the model does not generate.
     """
     if name in SHAPES:
         config, own = SHAPES[name].make_config().get_text_config(decoder=True), SHAPES[name].grid
@@ -233,7 +234,7 @@ def find_head_map(name: str, grid: tuple[int, int] | None = None) -> HeadMap:
 
 
 def load_subject(name: str, dtype: torch.dtype, device: torch.device, grid: tuple[int, int] | None = None) -> Subject:
-    """The model of a name, with the head map of `find_head_map`; raises GeneratorError as that does."""
+    """Load a model by name, with the head map of `find_head_map`; raises GeneratorError as that function does."""
     if name in SHAPES:
         model, num_prompt = make_model(SHAPES[name], dtype, device), SHAPES[name].num_prompt
     else:
@@ -247,13 +248,13 @@ def load_subject(name: str, dtype: torch.dtype, device: torch.device, grid: tupl
 
 
 def random_map(num_layers: int, num_kv_heads: int, grid: tuple[int, int]) -> HeadMap:
-    """Labels for a model that has none: how fast a cache is hardly depends on which heads are which."""
+    """Random labels for a model without a map; the speed of a cache hardly depends on the labels."""
     labels = torch.rand(num_layers, num_kv_heads, generator=torch.Generator().manual_seed(0)) < 0.5
     return HeadMap(labels, grid, method=RANDOM_LABELS)
 
 
 class _Ticker(LogitsProcessor):
-    """Reports every step and changes nothing."""
+    """Calls `on_step` at every step; does not change the logits."""
 
     def __init__(self, on_step: OnStep):
         self.on_step = on_step

@@ -1,6 +1,6 @@
-"""A report as tables, for the terminal and as Markdown: the same cells in both.
+"""A report as tables, for the terminal and as Markdown, with the same cells in both.
 
-Numbers come from `results.py` alone.
+All numbers come from `bench/results.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MISSING = "-"
 
 @dataclass(frozen=True)
 class Cells:
-    """A table in words: a title, the columns' heads, and rows whose first cell is a name."""
+    """A table as text: a title, the column heads, and rows whose first cell is a name."""
 
     title: str
     heads: list[str]
@@ -41,7 +41,7 @@ class Cells:
 
 
 def all_tables(report: Report) -> list[Cells]:
-    """Speed, steps, bytes and time for each batch size, then pictures that fit; each within 80 columns or so."""
+    """Tables of speed, steps, and memory and time for each batch size, then images that fit; about 80 columns wide."""
     found = []
     for batch_size in dict.fromkeys(row.batch_size for row in report.rows):
         rows = [row for row in report.rows if row.batch_size == batch_size]
@@ -50,7 +50,7 @@ def all_tables(report: Report) -> list[Cells]:
 
 
 def speed_table(rows: Sequence[Row]) -> Cells:
-    """How fast, how steady, and against whom."""
+    """Table of speed, its spread over the rounds, and its ratio to the baselines."""
     speeds = {row.cache: row.tokens_per_second for row in rows}
 
     def against(rival: str) -> Callable[[Row], str]:
@@ -67,7 +67,7 @@ def speed_table(rows: Sequence[Row]) -> Cells:
 
 
 def step_table(rows: Sequence[Row]) -> Cells:
-    """How long a step takes along the picture, and how near it is to the roofline."""
+    """Table of step times along the image, and their ratio to the roofline."""
     columns: dict[str, Callable[[Row], str]] = {
         "ms a step": lambda row: number(row.step_ms),
         "median of each quarter": lambda row: ", ".join(map(number, row.quarters_ms)),
@@ -79,7 +79,7 @@ def step_table(rows: Sequence[Row]) -> Cells:
 
 
 def cost_table(rows: Sequence[Row]) -> Cells:
-    """Bytes, and where the time goes."""
+    """Table of bytes and of shares of the step time."""
 
     def part(name: str) -> Callable[[Row], str]:
         return lambda row: share(None if row.split is None else getattr(row.split, name))
@@ -94,7 +94,7 @@ def cost_table(rows: Sequence[Row]) -> Cells:
 
 
 def capacity_table(report: Report) -> Cells:
-    """Pictures at once in a given memory."""
+    """Table of the number of images at once in a given memory."""
     rows = [
         [
             entry.cache,
@@ -117,7 +117,7 @@ def _cells(title: str, columns: dict[str, Callable[[Row], str]], rows: Sequence[
 
 
 def condition_lines(report: Report) -> list[str]:
-    """The conditions, a few to a line."""
+    """The conditions as lines, several per line."""
     told = {name: size(value) if name == "weights" else value for name, value in report.conditions.items()}
     machine = report.machine
     return [
@@ -132,7 +132,7 @@ def condition_lines(report: Report) -> list[str]:
 
 
 def to_markdown(report: Report) -> str:
-    """The whole report as a page."""
+    """Return the whole report as a Markdown page."""
     conditions = "\n".join(f"- {escape(line)}" for line in condition_lines(report)[:-1])
     tables = "\n\n".join(f"## {cells.to_markdown()}" for cells in all_tables(report))
     command = code_block(report.command, "bash")
@@ -140,18 +140,18 @@ def to_markdown(report: Report) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits, or all before the point: 0.123, 12.3, 1234."""
+    """Format with three digits, or with all digits before the point: 0.123, 12.3, 1234."""
     digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:.{digits}f}"
 
 
 def share(value: float | None) -> str:
-    """Per cent, with a decimal where they are few."""
+    """Format as per cent, with one decimal below 10%."""
     if value is None:
         return MISSING
     return f"{100 * value:.1f}%" if value < 0.1 else f"{100 * value:.0f}%"
 
 
 def size(num_bytes: float) -> str:
-    """Bytes with three digits, powers of 1000."""
+    """Format bytes with three digits, in powers of 1000."""
     return tqdm.format_sizeof(num_bytes, "B") if num_bytes >= 1000 else f"{num_bytes:.0f}B"

@@ -1,6 +1,6 @@
-"""`SSDCache` and the attention "ssd": what each KV head keeps of the visual tokens, and how attention reads it.
+"""`SSDCache` and the attention "ssd": which visual tokens each KV head keeps, and attention over them.
 
-From `SSDCache` (settings, a list of layers) down to layers, slot stores and the eviction rule.
+Contains `SSDCache` (settings, a list of layers), the layers, their slot stores and the eviction rule.
 """
 
 import ssd_cache._compat

@@ -1,7 +1,8 @@
-"""The attention "ssd": brings each step's query to the cache, then runs sdpa or a kernel over what every head holds.
+"""The attention "ssd": pass each step's query to the cache, then run sdpa or a kernel over the tokens of every head.
 
-Importing it registers the name with transformers, attention and mask both. With any cache but `SSDCache`, or none, it
-is sdpa itself, so a model may keep it for good. It computes attention; what is kept was decided before it is called.
+Importing this module registers the name with transformers, for attention and for masks. With any other cache than
+`SSDCache`, or without a cache, it is sdpa itself, so a model may keep it permanently. It computes attention only: the
+cache has already chosen the tokens.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ def ssd_attention_forward(
 
     Args:
         query: `[batch, heads, new, head_dim]`.
-        key, value: what the cache's `update` returned, the very objects.
-        attention_mask: transformers' own for this forward. For one-token steps it is not read: it is made for the
-            first layer's length, and which columns of the prompt are padding is known since the prompt.
+        key, value: the same objects that the cache's `update` returned.
+        attention_mask: transformers' mask for this forward. One-token steps do not read it: it has the first layer's
+            length, and the padding columns are known from the prompt.
 
     Returns:
         `[batch, new, heads, head_dim]`, and None for the weights.
@@ -72,9 +73,9 @@ def ssd_attention_forward(
 
 
 def _is_faster_by_products(layer: SSDLayer, query: torch.Tensor, dropout: float) -> bool:
-    """For one query a head torch's sdpa on a CPU is no match for two products, in bfloat16 least of all.
+    """Whether two matrix products beat torch's sdpa: for one query per head on a CPU, above all in bfloat16.
 
-    Steps that are not counted keep sdpa, since with it the tokens are those of a full cache to the last bit.
+    Eager steps keep sdpa, because their tokens then equal those of a full cache bit for bit.
     """
     return layer.step is not None and query.device.type == "cpu" and not dropout
 
@@ -87,7 +88,7 @@ def _attend_by_products(
     dropout: float,
     scale: float,
 ) -> torch.Tensor:
-    """What `scaled_dot_product_attention` computes, written out."""
+    """Compute `scaled_dot_product_attention` as two matrix products."""
     weights = (query * scale) @ keys.mT
     if mask is not None:
         weights = weights.masked_fill(~mask, -torch.inf)
@@ -97,9 +98,9 @@ def _attend_by_products(
 def _attend_fused(
     layer: SSDLayer, query: torch.Tensor, new_key: torch.Tensor, new_value: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """One kernel a store, which writes K and V and scores as well; see `fused.decode` for the shapes."""
+    """Run one kernel per store: write K and V, attend, accumulate scores; `kernels.dispatch.decode` has the shapes."""
     if query.dtype != new_key.dtype and torch.is_autocast_enabled(query.device.type):
-        query = query.to(new_key.dtype)  # as sdpa would
+        query = query.to(new_key.dtype)  # as sdpa does under autocast
     step, output = layer.step_at(), query.new_empty(*query.shape[:3], new_value.shape[3])
     for store, heads in zip(layer.stores, layer.heads, strict=True):
         fused.decode(
@@ -120,7 +121,7 @@ def _attend_fused(
 
 
 def _check_window(layer: SSDLayer, window: int | None) -> None:
-    """Refuse a layer of sliding attention, at its prompt, unless its window holds a whole picture."""
+    """At the prompt, refuse a layer with sliding window attention unless its window holds prompt and image."""
     length = layer.num_prompt + layer.plan.num_cells
     if window is not None and window < length:
         raise ValueError(
@@ -130,7 +131,7 @@ def _check_window(layer: SSDLayer, window: int | None) -> None:
 
 
 def _check_not_paged(arguments: dict[str, Any]) -> None:
-    """Refuse continuous batching: transformers makes the mask that its packed rows need for "sdpa" alone."""
+    """Refuse continuous batching: transformers makes the mask for its packed rows only for "sdpa"."""
     if arguments.get("read_index") is not None or arguments.get("block_table") is not None:
         raise ValueError(
             "generate_batch works on a paged cache of its own, which the attention 'ssd' does not read: call "
@@ -139,7 +140,7 @@ def _check_not_paged(arguments: dict[str, Any]) -> None:
 
 
 def prompt_columns(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """`[batch, length]`, False on padding, from a mask `[batch, 1, new, length]`: the last token sees all else."""
+    """`[batch, length]`, False on padding: the last token's row of a mask `[batch, 1, new, length]`."""
     if attention_mask is None:
         return None
     last = attention_mask[:, 0, -1, :length]

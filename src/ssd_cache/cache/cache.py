@@ -1,7 +1,7 @@
 """`SSDCache`: a transformers `Cache` of fixed size for autoregressive image generators.
 
-A list of `SSDLayer`s and the settings they were made from. It checks what a user asks for before anything is
-generated; what a head keeps is the layers' work, and which head is which the head map's.
+A list of `SSDLayer`s and the settings that they were made from. It checks the settings before anything is generated.
+The layers store and evict tokens; the head map labels the heads.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from ssd_cache.model_grids import grids_of_model
 __all__ = ["POLICIES", "MemoryStats", "SSDCache", "decoder_shape", "default_buffer"]
 
 DEFAULT_RECENT = 0.25
-"""What semantic heads keep of newest tokens, whatever their score, of their slots; measured in docs/results.md."""
+"""Fraction of a semantic head's slots that keeps the newest tokens, whatever their score; see docs/results.md."""
 
 CLOSING_TOKENS = 3
-"""Tokens after the grid that need no warning: some models close a picture with a few, as Emu3 does."""
+"""Tokens after the grid that cause no warning: some models, such as Emu3, end an image with a few."""
 
 
 @dataclass(frozen=True)
 class MemoryStats:
-    """Bytes of one cache: K and V, what is kept beside them, and K and V of a full cache that saw the same tokens."""
+    """Bytes of one cache: K and V, bookkeeping, and K and V of a full cache that has seen the same tokens."""
 
     key_value: int
     bookkeeping: int
@@ -46,46 +46,47 @@ class MemoryStats:
 
 
 class SSDCache(Cache):
-    """KV cache that keeps the prompt whole and a budget of visual tokens in every head (SSD, arXiv 2510.18716).
+    """KV cache that keeps the whole prompt and a budget of visual tokens in every head (SSD, arXiv 2510.18716).
 
-    Spatial heads keep their newest tokens, semantic heads those that received the most attention (or what else `score`
-    says). Pass it to a model whose attention is "ssd": `model.generate(**inputs, **cache.as_kwargs())`. One cache
-    serves one batch of images.
+    Spatial heads keep their newest tokens. Semantic heads keep the tokens that received the most attention, or the best
+    tokens by another `score`. Pass it to a model whose attention is "ssd":
+    `model.generate(**inputs, **cache.as_kwargs())`. One cache serves one batch of images.
 
     Args:
         head_map: which KV head is spatial and which semantic, and the grid of visual tokens.
-        budget: visual tokens that a head may hold at any moment: a float in (0, 1], the fraction of the grid, or an
-            int, the tokens; or one for each kind, `{"spatial": 0.1, "semantic": 0.3}`; or a list with an entry for each
-            layer, which is one of these or a list with a number for each KV head.
-            When not given, the budget that the map was fitted to, or 0.2.
-        slots: how one number is shared among the heads. "fitted", the default of a map that carries slots
-            (`head_map.slots`), brings these to that number on average: a greater one is shared in proportion, for a
+        budget: visual tokens that a head may hold at any moment. A float in (0, 1] is a fraction of the grid, an int is
+            a number of tokens. Give one number; or one for each kind, `{"spatial": 0.1, "semantic": 0.3}`; or a list
+            with an entry for each layer, which is one of these or a list with a number for each KV head.
+            Default: the budget that the map was fitted to, or 0.2.
+        slots: how one number is shared among the heads. "fitted", the default for a map that carries slots
+            (`head_map.slots`), scales these to that number on average: a larger number is shared in proportion; for a
             smaller one the largest heads are cut to a common limit. Each head keeps room for `buffer`, `num_recent` and
-            `num_sinks`. "uniform", the default of any other map, gives every head that number. A dict or a list is
-            taken as it is.
-        buffer: tokens evicted at once, when a token arrives and all slots are taken. A grid row when not given, and a
-            third of one with a learned score, which takes little to ask. 1 evicts at every step.
-        num_recent: newest tokens that a semantic head always keeps; a float in [0, 1) is a fraction of its slots. A
-            quarter when not given, and none with a learned score.
-        num_sinks: the picture's first tokens, which every head always keeps.
-        score: what a semantic head ranks its tokens by: "sum", the attention received since a token arrived; "mean",
-            that over the number of queries since; "last", the attention of the last `buffer` queries; "margin", the
-            grid's first and last column before all else; "learned", what the map's learned score foretells. The last
-            two need no queries: where all heads of a layer are of one kind and hold equally many tokens, they work with
-            any attention. When not given, "learned" where the map carries such a score, else "sum".
-        kv_dtype: "int8" or "fp8" stores K and V of visual tokens in 8 bits a number, with a scale for each row, head
-            and token, at any budget; the prompt keeps the model's dtype. None stores all in the model's dtype.
-        shard: for a tensor parallel model, the number of this process and how many there are: of map and budget, the
-            cache then takes the heads that this process holds. `enable` and `online` find out from the model.
+            `num_sinks`. "uniform", the default for any other map, gives every head that number. A budget that is a dict
+            or a list is used unchanged.
+        buffer: eviction interval: the number of tokens evicted at once, when a token arrives and all slots are taken.
+            Default: a grid row, or a third of a row with a learned score, which is cheap to compute. 1 evicts at every
+            step.
+        num_recent: newest tokens that a semantic head always keeps; a float in [0, 1) is a fraction of its slots.
+            Default: a quarter of the slots, or none with a learned score.
+        num_sinks: first tokens of the image that every head always keeps.
+        score: how a semantic head ranks its tokens. "sum": the attention received since a token arrived. "mean": that
+            sum divided by the number of queries since. "last": the attention of the last `buffer` queries. "margin":
+            the grid's first and last column rank above all other columns. "learned": the map's learned score. The last
+            two need no queries: they work with any attention if all heads of a layer are of one kind and hold equally
+            many tokens. Default: "learned" if the map carries such a score, else "sum".
+        kv_dtype: "int8" or "fp8" stores K and V of visual tokens in 8 bits per number, with a scale for each row, head
+            and token, at any budget; the prompt keeps the model's dtype. None stores everything in the model's dtype.
+        shard: for a tensor parallel model, the index of this process and the number of processes. The cache then uses
+            only the part of map and budget for this process's heads. `enable` and `online` read it from the model.
 
     Raises:
-        ValueError: a setting out of range, an unknown name, a budget that does not hold `buffer` and what must be kept,
-            "margin" with an online map, "learned" with a map that carries no such score, or slots="fitted" with a map
-            that carries no slots.
-        HeadMapError: at the first update, when the map does not fit the model.
+        ValueError: a setting is out of range, a name is unknown, a budget is too small for `buffer` and the tokens that
+            must be kept; "margin" with an online map, "learned" with a map that carries no such score, or
+            slots="fitted" with a map that carries no slots.
+        HeadMapError: at the first update, if the map does not fit the model.
 
     Attributes:
-        slots: how the slots came about: "fitted", "uniform", or "given" for a dict or a list.
+        slots: how the slots were chosen: "fitted", "uniform", or "given" for a dict or a list.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class SSDCache(Cache):
         self.buffer = check_count("buffer", buffer, 1)
         self.num_recent, self.num_sinks = num_recent, check_count("num_sinks", num_sinks, 0)
         self._warned = self._is_counted = False
-        self._steps: dict[torch.device, torch.Tensor] = {}  # the number of the token that `counted_step` counted
+        self._steps: dict[torch.device, torch.Tensor] = {}  # by device: number of the static step's token
         labels = head_map.is_spatial.tolist()
         cells = head_map.num_visual_tokens
         if self.slots == "fitted" and is_amount(budget):
@@ -159,17 +160,17 @@ class SSDCache(Cache):
         grid: tuple[int, int] | None = None,
         **settings,
     ) -> SSDCache:
-        """A cache for a model without a head map: it labels the heads itself, from the first rows of each batch.
+        """Make a cache for a model without a head map; it labels the heads from the first grid rows of each batch.
 
         Args:
-            model: the generator; its decoder's numbers of layers and KV heads are read.
-            budget: as for `SSDCache`, the same for both kinds; 0.2 when not given.
-            grid: rows and columns of the model's visual tokens. Read from the configuration of Janus when not given;
-                models whose images have several sizes (Emu3, GLM-Image), and models of unknown families, need it.
+            model: the generator, from whose decoder the numbers of layers and KV heads are read.
+            budget: as for `SSDCache`, but the same for both kinds. Default: 0.2.
+            grid: rows and columns of the model's visual tokens. Default: read from the configuration of Janus. Required
+                for models with several image sizes (Emu3, GLM-Image) and for models of unknown families.
             settings: as for `SSDCache`.
 
         Raises:
-            ValueError: as `SSDCache`, or no grid for a model that does not fix one.
+            ValueError: as for `SSDCache`, or no grid was given for a model that does not fix one.
         """
         settings.setdefault("shard", shard_of(model))
         grid, previews = grids_of_model(model.config, grid)
@@ -181,26 +182,26 @@ class SSDCache(Cache):
     def from_policy(
         cls, policy: str, head_map: HeadMap, budget: Budget | None = None, *, buffer: int | None = None, **settings
     ) -> SSDCache:
-        """A cache by a policy's name; the map's labels matter to "ssd", "learned" and "margin".
+        """Make a cache from a policy's name. Only "ssd", "learned" and "margin" use the map's labels.
 
-        - "full": every token is kept, whatever the budget.
-        - "ssd": the paper's: the map's labels, equal slots, ranked by the sum of attention. `slots="fitted"` takes the
-          slots of the map instead.
-        - "learned": the map's labels and slots (equal ones where it carries none), ranked by its learned score: what
-          `SSDCache(head_map)` does with such a map.
-        - "h2o": every head semantic, half its slots for the newest tokens (Zhang et al., arXiv 2306.14048).
-        - "streaming-llm": every head spatial, with 4 sinks (Xiao et al., arXiv 2309.17453). The prompt is kept
-          whole here too, so the sinks are the first visual tokens.
-        - "linear": every head semantic, with score="last": at the end of a line of the picture, the tokens that its
-          queries attended least are dropped; first tokens and most recent lines stay (LineAR, arXiv 2512.04857). How
-          many of these is not public: 4 tokens and one line are our choice, and the prompt is kept whole here too.
+        - "full": keep every token, whatever the budget.
+        - "ssd": the paper's policy: the map's labels, equal slots, tokens ranked by the sum of attention.
+          `slots="fitted"` uses the map's slots instead.
+        - "learned": the map's labels and slots (equal slots if it carries none), tokens ranked by its learned score.
+          `SSDCache(head_map)` does the same with such a map.
+        - "h2o": every head semantic, half of its slots for the newest tokens (Zhang et al., arXiv 2306.14048).
+        - "streaming-llm": every head spatial, with 4 sinks (Xiao et al., arXiv 2309.17453). The whole prompt is kept
+          here too, so the sinks are the first visual tokens.
+        - "linear": every head semantic, with score="last": at the end of an image row, drop the tokens that its
+          queries attended to least; keep the first tokens and the most recent rows (LineAR, arXiv 2512.04857). Their
+          numbers are not public: 4 tokens and one row are our choice. The whole prompt is kept here too.
         - "margin": the map's labels, equal slots, and score="margin": semantic heads keep the margin columns by
-          position alone.
+          position only.
 
-        Without a budget every policy holds as many tokens as the map's own slots, or 0.2 of the grid.
+        Without a budget, every policy holds as many tokens as the map's own slots, or 0.2 of the grid.
 
         Raises:
-            ValueError: an unknown policy, or as `SSDCache`.
+            ValueError: an unknown policy, or as for `SSDCache`.
         """
         head_map, budget, preset_settings = preset(policy, head_map, budget)
         return cls(head_map, budget, buffer=buffer, **{**preset_settings, **settings})
@@ -215,7 +216,7 @@ class SSDCache(Cache):
         return states
 
     def _misfit(self, layer_idx: int, num_heads: int) -> HeadMapError:
-        """The error for a layer that the map has not, or that has another number of heads."""
+        """The error for a layer that is missing in the map or has another number of heads."""
         expected = self.head_map.num_kv_heads
         part = "" if self.shard[1] == 1 else f", of which process {self.shard[0]} of {self.shard[1]} holds its part"
         remedy = "use the map that was made for this model"
@@ -229,24 +230,24 @@ class SSDCache(Cache):
         )
 
     def be_fast(self) -> None:
-        """Take what is fastest for the picture whose prompt comes next, though the last bits differ (`fast_decode`)."""
+        """Allow CPU kernels that are not bit-exact for the next image; `fast_decode` calls this."""
         for layer in self.layers:
             layer.is_fast = True
 
     @property
     def can_count_step(self) -> bool:
-        """Whether the next token can be a `counted_step`: from a picture's second visual token on."""
+        """Whether the next token can be a static step (`counted_step`): from an image's second visual token on."""
         return all(layer.can_begin_step for layer in self.layers)
 
     @contextmanager
     def counted_step(self) -> Iterator[None]:
-        """Count one visual token in ahead of the model's forward over it, which then touches tensors alone.
+        """Run the model's forward over one visual token as a static step, after its host-side work.
 
-        Inside the block `update` and the attention "ssd" work on all slots under a mask, at places worked out from one
-        tensor, so that shapes and Python's numbers are the same at every step and the forward can be compiled once
-        (`fast_decode` does). Scores, labels and evictions that are due are dealt with on entering.
+        On entering, due scores, labels and evictions are computed. Inside the block, `update` and the attention "ssd"
+        work on all slots under a mask and compute slot indices from one tensor. Shapes and Python numbers are then the
+        same at every step, so the forward can be compiled once (`fast_decode` does this).
         """
-        # the same tensors at every step, and filled, not copied: a copy from the host would wait for the device
+        # reuse the same tensors at every step; fill them, since a copy from the host waits for the device
         for device in {layer.device for layer in self.layers}:
             if device not in self._steps:
                 with normal_tensors():
@@ -265,11 +266,11 @@ class SSDCache(Cache):
 
     @property
     def places(self) -> tuple[int, ...]:
-        """Addresses of all tensors that a counted step reads or writes; what a recorded CUDA graph holds good for."""
+        """Addresses of all tensors that a static step uses; a recorded CUDA graph is valid while they stay the same."""
         return tuple(tensor.data_ptr() for layer in self.layers for tensor in layer.tensors())
 
     def _check_progress(self) -> None:
-        """What shows only as tokens arrive: a map with layers the model lacks, and more tokens than the grid has."""
+        """Refuse a map with more layers than the model, and warn once there are more tokens than the grid has cells."""
         num_visual = self.layers[0].num_visual
         if num_visual == 1:
             used = sum(layer.is_initialized for layer in self.layers)
@@ -289,7 +290,7 @@ class SSDCache(Cache):
             )
 
     def reset(self) -> None:
-        """Forget everything held; ready for the next picture, of any batch size and prompt length."""
+        """Clear the cache for the next image, which may have any batch size and prompt length."""
         super().reset()
         self._warned = False
 
@@ -305,7 +306,7 @@ class SSDCache(Cache):
 
     @property
     def num_slots(self) -> list[tuple[int, ...]]:
-        """Visual tokens that every KV head may hold, layer by layer; of a shard, of the heads of this process."""
+        """Visual tokens that every KV head may hold, layer by layer; for a shard, only the heads of this process."""
         return [layer.plan.num_slots for layer in self.layers]
 
     @property
@@ -316,9 +317,9 @@ class SSDCache(Cache):
 
     @property
     def labels(self) -> HeadMap | None:
-        """The labels in force: the map's, or what an online cache found for this batch; None until it has.
+        """The labels in use: the map's, or those that an online cache found for this batch (None until then).
 
-        In a tensor parallel model an online cache knows of the heads of its own process alone.
+        In a tensor parallel model, an online cache labels only the heads of its own process.
         """
         if not self.head_map.is_online:
             return self.head_map
@@ -329,11 +330,11 @@ class SSDCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of K and V really held, over all layers; of quantised ones, scales included."""
+        """Bytes of K and V held in memory, over all layers; for quantised ones, scales included."""
         return sum(layer.nbytes for layer in self.layers)
 
     def memory_stats(self) -> MemoryStats:
-        """Bytes held now, and what a full cache would hold that had seen the same tokens."""
+        """Bytes held now, and bytes of a full cache that has seen the same tokens."""
         return MemoryStats(
             key_value=self.nbytes,
             bookkeeping=sum(layer.bookkeeping_nbytes for layer in self.layers),
@@ -350,12 +351,12 @@ class SSDCache(Cache):
 
 
 def default_buffer(grid: tuple[int, int], score: str) -> int:
-    """Tokens evicted at once: a row where a score has to be made of queries, a third of one where it is learned."""
+    """Default eviction interval: a row for a score computed from queries, a third of a row for a learned score."""
     return max(1, grid[1] // 3) if score == "learned" else grid[1]
 
 
 def decoder_shape(config: PreTrainedConfig) -> tuple[int, int]:
-    """Layers, and KV heads in each, of a decoder; one that names no KV heads has one for every query head."""
+    """Numbers of a decoder's layers and of KV heads per layer; by default every query head is a KV head."""
     return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
@@ -394,7 +395,7 @@ def _check_kv_dtype(kv_dtype: str | None) -> str | None:
 
 
 def _check_online(budget: Budget, head_map: HeadMap, slots: list[tuple[int, ...]]) -> None:
-    """Refuse budgets by kind or by head, when no head has a kind yet."""
+    """Refuse budgets by kind or by head for an online map, whose heads have no kind yet."""
     swapped = resolve_budget(budget, (~head_map.is_spatial).tolist(), head_map.num_visual_tokens)
     if swapped != slots or any(len(set(layer)) > 1 for layer in slots):
         raise ValueError(
@@ -415,12 +416,12 @@ def _part(plan: LayerPlan, heads: slice) -> LayerPlan:
 
 
 def _check_plans(plans: list[LayerPlan], columns: int) -> None:
-    """Refuse budgets that do not hold what must be kept; warn where a window is too short to see straight up."""
+    """Refuse budgets too small for the tokens that must be kept; warn if a window misses the token right above."""
     short = None
     for plan in plans:
         for kind, num_slots, num_recent in sorted(set(zip(plan.kinds, plan.num_slots, plan.num_recent, strict=True))):
             if num_slots >= plan.num_cells:
-                continue  # nothing is evicted within a picture
+                continue  # nothing is evicted within an image
             room = {"buffer": plan.buffer, "num_recent": num_recent, "num_sinks": plan.num_sinks}
             if kind == "spatial":
                 del room["num_recent"]

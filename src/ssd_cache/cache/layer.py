@@ -1,7 +1,7 @@
-"""`SSDLayer`: what `SSDCache` holds for one layer of the model, every head by its own kind.
+"""`SSDLayer`: the part of `SSDCache` for one layer of the model, where each head keeps tokens by its kind.
 
-It answers transformers' questions about lengths (tokens seen and tokens stored are two numbers here), hands K and V to
-slot stores, and meets the queries that the attention "ssd" brings. How attention is computed is `attention.py`'s work.
+It implements transformers' length methods (tokens seen and tokens stored are different numbers here), passes K and V to
+slot stores, and takes the queries from the attention "ssd". It does not compute attention; `attention.py` does.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ USE_SSD_ATTENTION = (
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer keeps, with all settings resolved to tokens.
+    """Settings of one layer, all resolved to tokens.
 
-    `is_spatial`, `num_slots` and `num_recent` have one entry a KV head (`num_recent` says nothing of spatial ones). An
-    online layer starts with semantic heads and finds out which are spatial when its slots are first full (see
-    `retention.prefers_window`); its heads have equally many slots. `columns`, of the grid, is what the score "margin"
-    asks for; `learned`, of the layer's heads, is the score "learned". Slots are stored in the model's dtype, or
-    quantised to `kv_dtype`.
+    `is_spatial`, `num_slots` and `num_recent` have one entry per KV head (`num_recent` has no effect on spatial heads).
+    An online layer starts with semantic heads and finds the spatial ones when its slots are first full (see
+    `retention.prefers_window`); its heads have equally many slots. `columns` is the number of grid columns, for the
+    score "margin". `learned` is the learned score of the layer's heads, for the score "learned". Slots are stored in
+    the model's dtype, or quantised to `kv_dtype`.
     """
 
     layer_idx: int
@@ -56,19 +56,19 @@ class LayerPlan:
 
     @property
     def takes_kernel(self) -> bool:
-        """Whether the kernel of `fused.py` may do the steps, which then holds no queries.
+        """Whether the fused kernel of `kernels/dispatch.py` may run the steps; the layer then holds no queries.
 
-        An online layer needs the queries of a whole stretch when it finds its labels, and the kernel can not read
-        quantised slots.
+        It may not in an online layer, which needs all queries of a query window to find its labels, nor with quantised
+        slots, which the kernel cannot read.
         """
         return not self.is_online and self.kv_dtype is None
 
 
 class GroupedStates(list):
-    """Keys (or values) of a layer that are not one tensor: one for each group of heads that hold equally many tokens.
+    """Keys (or values) of a layer as a list: one tensor for each group of heads that hold equally many tokens.
 
-    Or the new token's alone, where the kernel is to write them (see `SSDLayer.use_kernel`). Only the attention "ssd"
-    can read it; anything else that takes it for a tensor is told so.
+    If the kernel writes K and V, the list holds only the new token's keys or values (see `SSDLayer.use_kernel`). Only
+    the attention "ssd" can read it; code that uses it as a tensor gets an AttributeError with the remedy.
     """
 
     ssd_layer: SSDLayer
@@ -81,9 +81,9 @@ class GroupedStates(list):
 
 
 class SSDLayer(CacheLayerMixin):
-    """K and V of one layer: the prompt whole, and of the visual tokens what each head's kind keeps.
+    """K and V of one layer: the whole prompt, and the visual tokens that each head keeps.
 
-    Stored as `[batch, heads, prompt + slots, head_dim]` a store, with one store for each number of slots.
+    Stored as `[batch, heads, prompt + slots, head_dim]` per store, with one store for each number of slots.
     """
 
     is_sliding = False
@@ -95,13 +95,13 @@ class SSDLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything; ready for the next picture."""
+        """Clear the layer for the next image."""
         self.is_initialized = False
         self.keys: torch.Tensor | None = None  # of the prompt, until the first visual token arrives
         self.values: torch.Tensor | None = None
         self.prompt_mask: torch.Tensor | None = None
         self.is_fused = False  # see `use_kernel`
-        self.is_fast = False  # whether a kernel may serve on a CPU too; see `SSDCache.be_fast`
+        self.is_fast = False  # whether the kernel may also run on a CPU; see `SSDCache.be_fast`
         self.num_prompt = self.num_visual = 0
         self._query_missing = False
         self.step: torch.Tensor | None = None
@@ -109,7 +109,7 @@ class SSDLayer(CacheLayerMixin):
         self.labels: tuple[bool, ...] | None = None if self.plan.is_online else self.plan.is_spatial
         self.order: torch.Tensor | None = None
         self.head_indices: list[list[int]] = []
-        self.heads: list[torch.Tensor] = []  # the same, on the device, where the kernel reads them
+        self.heads: list[torch.Tensor] = []  # `head_indices` on the device, where the kernel reads them
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -119,9 +119,9 @@ class SSDLayer(CacheLayerMixin):
 
     @property
     def needs_queries(self) -> bool:
-        """Whether this layer works with the attention "ssd" alone.
+        """Whether this layer works only with the attention "ssd".
 
-        That is so when attention scores its tokens, and when its heads differ in length or are stored in another order.
+        True if its tokens are scored by attention, or if its heads differ in length or are stored in another order.
         """
         plan = self.plan
         kinds, slots = plan.kinds, set(plan.num_slots)
@@ -132,18 +132,19 @@ class SSDLayer(CacheLayerMixin):
         return is_ranked and (plan.score not in WITHOUT_QUERIES or is_reordered)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Take in new tokens and return what their queries may look at.
+        """Store new tokens and return the keys and values that their queries attend to.
 
         Args:
             key_states: `[batch, kv_heads, new, head_dim]`, after RoPE.
-            value_states: the same shape but for the last dimension.
+            value_states: the same shape except for the last dimension.
 
         Returns:
-            Keys and values `[batch, kv_heads, stored, head_dim]`, or a `GroupedStates` where heads differ in length or
-            the kernel is to write the token.
+            Keys and values `[batch, kv_heads, stored, head_dim]`, or a `GroupedStates` each if heads differ in length
+            or the kernel writes the token.
 
         Raises:
-            ValueError: several tokens at once after visual tokens, another batch size, or queries that do not arrive.
+            ValueError: several tokens at once after visual tokens, another batch size, device or dtype, or missing
+                queries (the model's attention is not "ssd").
         """
         if self.step is not None:
             key_states, value_states = self._check_visual(key_states, value_states)
@@ -156,7 +157,7 @@ class SSDLayer(CacheLayerMixin):
             return self._show([store.states() for store in self.stores])
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        # The cache holds values, not graphs: no gradient flows into the past.
+        # Detach: no gradient flows through the cache into earlier steps.
         key_states, value_states = key_states.detach(), value_states.detach()
         if self._query_missing and self.needs_queries:
             raise ValueError(
@@ -184,7 +185,7 @@ class SSDLayer(CacheLayerMixin):
         return self._show([store.states(store.num_stored) for store in self.stores])
 
     def _settle(self) -> None:
-        """Score what is due and find labels, before the next token."""
+        """Compute due scores and find labels, before the next token."""
         for store in self.stores:
             store.score_due()
         if self.labels is None:
@@ -192,14 +193,14 @@ class SSDLayer(CacheLayerMixin):
 
     @property
     def can_begin_step(self) -> bool:
-        """Whether the first visual token has set everything up, so that the next ones can be counted ahead."""
+        """Whether the next token can be a static step: the first visual token must have created the stores."""
         return self.num_visual > 0
 
     def begin_step(self, step: torch.Tensor) -> None:
-        """Count the next visual token in, and do all that changes numbers, shapes or places of older tokens.
+        """Host-side work before a static step: score, evict, reserve a slot.
 
-        Until `end_step`, `update` and the attention write at places worked out from `step`, the token's number as a
-        tensor without dimensions, and show all slots under a mask: the forward touches tensors of fixed shape alone.
+        Until `end_step`, `update` and the attention write to the slot computed from `step`, the token's number as a 0-d
+        tensor, and return all slots under a mask. The forward then uses only tensors of fixed shape.
         """
         self._settle()
         for store in self.stores:
@@ -209,7 +210,7 @@ class SSDLayer(CacheLayerMixin):
         self.step = step
 
     def end_step(self) -> None:
-        """Back to steps that count for themselves."""
+        """Return to eager steps."""
         self.step = None
 
     def _update_prompt(self, key_states: torch.Tensor, value_states: torch.Tensor):
@@ -218,15 +219,15 @@ class SSDLayer(CacheLayerMixin):
             value_states = torch.cat([self.values, value_states], dim=2)
         self.keys, self.values = key_states, value_states = _own(key_states), _own(value_states)
         self.num_prompt = key_states.shape[2]
-        seen = key_states[:]  # an alias, since the layer must not hold the tensor that holds the layer
+        seen = key_states[:]  # an alias: `self.keys` with a reference to `self` would be a cycle
         seen.ssd_layer = self  # type: ignore[attr-defined]
         return seen, value_states
 
     def _check_visual(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Refuse a visual token that does not fit what is held; in compiled static steps, the checks become guards.
+        """Refuse a visual token that does not fit the stored ones; in compiled static steps, the checks become guards.
 
         Returns:
-            The states, under autocast in the dtype held: what a model's prompt and steps give may differ there.
+            The states. Under autocast they are converted to the stored dtype, since prompt and steps may differ there.
         """
         if key_states.shape[2] != 1:
             raise ValueError(
@@ -270,14 +271,14 @@ class SSDLayer(CacheLayerMixin):
         return self._held_states[0].shape[0]
 
     def _open_stores(self, prompt_keys: torch.Tensor, prompt_values: torch.Tensor) -> None:
-        """Move the prompt into stores, one for each number of slots, the semantic heads of a store first."""
+        """Move the prompt into stores, one for each number of slots; semantic heads come first in a store."""
         plan = self.plan
         by_slots: dict[int, list[int]] = {}
         kinds = plan.kinds
         for head in sorted(range(len(kinds)), key=lambda head: kinds[head]):  # "semantic" < "spatial"
             by_slots.setdefault(plan.num_slots[head], []).append(head)
         for num_slots, heads in by_slots.items():
-            # with room for the whole grid nothing is evicted within a picture, so nothing is scored
+            # with room for the whole grid nothing is evicted within an image, so nothing is scored
             scored = num_slots < plan.num_cells
             heads = heads if scored else sorted(heads)
             num_semantic = sum(kinds[head] == "semantic" for head in heads) if scored else 0
@@ -308,7 +309,7 @@ class SSDLayer(CacheLayerMixin):
             self.inverse_order = self.order.argsort()
 
     def _find_labels(self) -> None:
-        """Once an online layer's store has found its spatial heads, sort its heads by kind; before the next token."""
+        """Sort an online layer's heads by kind, once its store has found the spatial ones; before the next token."""
         (store,) = self.stores
         if store.found is None:
             return
@@ -319,19 +320,19 @@ class SSDLayer(CacheLayerMixin):
         self._set_order()
 
     def _split(self, states: torch.Tensor) -> Sequence[torch.Tensor]:
-        """`[batch, kv_heads, ...]` in the model's order of heads, split over the stores in theirs."""
+        """Split `[batch, kv_heads, ...]`, in the model's order of heads, over the stores, in their order of heads."""
         if self.order is not None:
             states = states.index_select(1, self.order)
         return states.split([len(heads) for heads in self.head_indices], dim=1)
 
     def make_store(self, *args, **kwargs) -> SlotStore:
-        """The store for a group of heads; profiling puts in one that watches."""
+        """Make the store for a group of heads; profiling overrides this to record attention."""
         if self.plan.kv_dtype is not None:
             return QuantizedStore(*args, kv_dtype=self.plan.kv_dtype, **kwargs)
         return SlotStore(*args, **kwargs)
 
     def _show(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], as_groups: bool = False):
-        """What the stores show, each keys and values, as the model and the attention "ssd" take it."""
+        """Convert the stores' keys and values to the return values of `update`, with a reference to this layer."""
         is_one = len(pairs) == 1 and not as_groups
         states: Any = pairs[0] if is_one else [GroupedStates(group) for group in zip(*pairs, strict=True)]
         keys, values = states
@@ -339,19 +340,19 @@ class SSDLayer(CacheLayerMixin):
         return keys, values
 
     def receive_mask(self, allowed: torch.Tensor | None) -> None:
-        """Learn from the prompt's attention which columns are padding, `[batch, num_prompt]`, False on padding."""
+        """Take the padding mask, `[batch, num_prompt]`, False on padding, from the attention over the prompt."""
         self._query_missing = False
         self.prompt_mask = None if allowed is None else _own(allowed)
 
     def use_kernel(self, can_serve: bool) -> None:
-        """Let the kernel of `fused.py` do the steps, if it can; before the first visual token.
+        """Run the steps with the fused kernel of `kernels/dispatch.py`, if it can; before the first visual token.
 
-        It writes K and V where `update` otherwise would, so `update` returns the new token's states alone.
+        The kernel writes K and V in place of `update`, so `update` returns only the new token's states.
         """
         self.is_fused = can_serve and self.plan.takes_kernel
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Every tensor that a counted step reads or writes."""
+        """Every tensor that a static step reads or writes."""
         found = [self.step, self.order, *self.heads]
         found += [self.inverse_order] if self.order is not None else []
         yield from (tensor for tensor in found if tensor is not None)
@@ -359,14 +360,14 @@ class SSDLayer(CacheLayerMixin):
             yield from store.tensors()
 
     def step_at(self) -> torch.Tensor:
-        """The newest token's number as a tensor without dimensions; its query has then been asked for."""
+        """The newest token's number as a 0-d tensor; also note that the attention "ssd" has its query."""
         if self.step is not None:
             return self.step
         self._query_missing = False
         return torch.full((), self.num_visual - 1, device=self.device)
 
     def receive_query(self, query_states: torch.Tensor, scaling: float) -> Sequence[torch.Tensor]:
-        """Take the newest token's query, `[batch, kv_heads, groups, head_dim]`; returns it split over the stores."""
+        """Hold the newest token's query, `[batch, kv_heads, groups, head_dim]`; return it split over the stores."""
         parts = self._split(query_states)
         for store, part in zip(self.stores, parts, strict=True):
             if self.step is None:
@@ -380,7 +381,7 @@ class SSDLayer(CacheLayerMixin):
     def visible(
         self, keys: torch.Tensor | GroupedStates, values: torch.Tensor | GroupedStates
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """Keys, values and mask of each store for the newest token's query, from what `update` returned."""
+        """Keys, values and mask of each store for the newest token's query, from the return values of `update`."""
         groups = zip(keys, values, strict=True) if isinstance(keys, GroupedStates) else [(keys, values)]
         for store, (store_keys, store_values) in zip(self.stores, groups, strict=True):
             mask = store.visible() if self.step is None else store.visible_at(self.step)
@@ -392,7 +393,7 @@ class SSDLayer(CacheLayerMixin):
         return output if self.order is None else output.index_select(1, self.inverse_order)
 
     def get_seq_length(self) -> int:
-        """Tokens seen, prompt included; positions count from here. Not the tokens stored."""
+        """Number of tokens seen, prompt included, from which positions follow; not the number of tokens stored."""
         return self.num_prompt + self.num_visual
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -404,11 +405,11 @@ class SSDLayer(CacheLayerMixin):
         return self.num_prompt + self.stores[0].num_after_append, 0
 
     def get_max_length(self) -> int:
-        """-1: any number of tokens may go by."""
+        """-1: there is no limit on the number of tokens seen."""
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused, unless nothing is to be removed: evicted tokens can not come back."""
+        """Raise ValueError unless nothing is to be removed: evicted tokens cannot be restored."""
         if tokens_to_remove != 0:
             raise ValueError(
                 "SSDCache can not be cropped, since tokens once evicted can not come back; assisted and speculative "
@@ -430,11 +431,11 @@ class SSDLayer(CacheLayerMixin):
             store.select_rows(select)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Let row `i` go on from row `beam_idx[i]`, with all its state."""
+        """Replace row `i` by row `beam_idx[i]`, with all its state."""
         self._select_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, which may be numbers or a boolean mask."""
+        """Keep only the rows `indices`, given as numbers or as a boolean mask."""
         self._select_rows(lambda tensor: tensor[indices.to(tensor.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -443,13 +444,13 @@ class SSDLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of K and V really held."""
+        """Bytes of K and V held in memory."""
         prompt = sum(states.nbytes for states in (self.keys, self.values) if states is not None)
         return prompt + sum(store.nbytes for store in self.stores)
 
     @property
     def full_nbytes(self) -> int:
-        """Bytes of K and V of a full cache that had seen the same tokens."""
+        """Bytes of K and V of a full cache that has seen the same tokens."""
         if not self.is_initialized:
             return 0
         return self.num_rows * self.token_nbytes * self.get_seq_length()
@@ -470,8 +471,8 @@ class SSDLayer(CacheLayerMixin):
 
 
 def _own(states: torch.Tensor) -> torch.Tensor:
-    """A tensor that holds no memory but its own: a copy of a view of a larger one, such as fused queries, K and V."""
-    if torch.compiler.is_compiling():  # which cannot trace storages
+    """The tensor, or a copy if it is a view of a larger one (fused queries, K and V), to free the larger one."""
+    if torch.compiler.is_compiling():  # the compiler cannot trace storages
         return states
     is_view = states.untyped_storage().nbytes() > states.nbytes
     return states.clone(memory_format=torch.contiguous_format) if is_view else states

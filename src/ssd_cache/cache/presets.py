@@ -1,8 +1,8 @@
-"""Settings that a head map brings along, and the policies that have a name.
+"""Default settings that come with a head map, and the named policies.
 
-What `SSDCache(head_map)` does when nothing else is asked for follows from the map: its slots, and its learned score. A
-named policy is a map and some settings. Caches are made in `cache.py`; names with settings in them (`ssd:buffer=8`) are
-read in `evaluation/policies.py`.
+By default, `SSDCache(head_map)` uses the map's slots and its learned score. A named policy is a map and some settings.
+This module makes no caches (`cache.py` does) and parses no names with settings in them, such as `ssd:buffer=8`
+(`evaluation/policies.py` does).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ DEFAULT_BUDGET = 0.2
 """The paper's budget: a fifth of the visual tokens."""
 
 SLOTS = ("fitted", "uniform")
-"""How one number is shared among the heads: in the proportions that the map was fitted to, or equally."""
+"""How one number is shared among the heads: in the fitted proportions of the map, or equally."""
 
 POLICIES = ("full", "ssd", "learned", "h2o", "streaming-llm", "linear", "margin")
-"""Names that `SSDCache.from_policy` knows."""
+"""Names that `SSDCache.from_policy` accepts."""
 
 SCORE_WORDS = {
     "sum": "attention sum",
@@ -33,16 +33,16 @@ SCORE_WORDS = {
 
 
 def equal_budget(head_map: HeadMap) -> Amount:
-    """The number that gives every head equally many of the map's own slots; 0.2 for a map that carries none."""
+    """The mean of the map's own slots, as an equal budget for every head; 0.2 for a map that carries none."""
     slots = [number for layer in head_map.slots or () for number in layer]
     return max(1, round(sum(slots) / len(slots))) if slots else DEFAULT_BUDGET
 
 
 def choose_slots(slots: str | None, budget: Budget | None, head_map: HeadMap) -> str:
-    """How the slots come about: one of `SLOTS`, or "given" for a dict or a list.
+    """How the slots are chosen: one of `SLOTS`, or "given" for a dict or a list.
 
     Raises:
-        ValueError: an unknown name, "fitted" for a map without slots, or a name beside a dict or a list.
+        ValueError: an unknown name, "fitted" for a map without slots, or a name together with a dict or a list.
     """
     if slots is not None and slots not in SLOTS:
         near = get_close_matches(str(slots), SLOTS, n=1)
@@ -66,7 +66,7 @@ def choose_slots(slots: str | None, budget: Budget | None, head_map: HeadMap) ->
 def fitted_slots(
     head_map: HeadMap, budget: Amount, buffer: int, num_recent: int | float, num_sinks: int
 ) -> list[tuple[int, ...]]:
-    """The map's own slots brought to this mean, with room in every head for what it must keep."""
+    """The map's own slots scaled to this mean, with room in every head for the tokens that it must keep."""
     cells = head_map.num_visual_tokens
     least = {kind: least_slots(kind, buffer, num_recent, num_sinks, cells) for kind in (True, False)}
     least_of = [[least[is_spatial] for is_spatial in layer] for layer in head_map.is_spatial.tolist()]
@@ -75,7 +75,7 @@ def fitted_slots(
 
 
 def preset(policy: str, head_map: HeadMap, budget: Budget | None) -> tuple[HeadMap, Budget | None, dict[str, Any]]:
-    """Map, budget and settings of a named policy, as `SSDCache` takes them; see `SSDCache.from_policy`.
+    """Map, budget and settings of a named policy, as arguments of `SSDCache`; see `SSDCache.from_policy`.
 
     Raises:
         ValueError: an unknown name.
@@ -105,12 +105,12 @@ def preset(policy: str, head_map: HeadMap, budget: Budget | None) -> tuple[HeadM
 
 
 def own_policy(head_map: HeadMap, *, slots: str | None = None, score: str | None = None) -> tuple[str, dict[str, str]]:
-    """The name, and the settings beside it, of the policy that `SSDCache(head_map)` is.
+    """Name of the policy that `SSDCache(head_map)` applies, and the settings to add to it.
 
     Args:
         head_map: any map.
-        slots: where other slots than the map's own are asked for.
-        score: where another score than the map's own is asked for; its name is the caller's to pass on.
+        slots: slots to use instead of the map's own.
+        score: score to use instead of the map's own; the returned settings do not contain it.
 
     Example: a map that was fitted, and carries no learned score.
 
@@ -126,11 +126,11 @@ def own_policy(head_map: HeadMap, *, slots: str | None = None, score: str | None
 
 
 def policy_label(name: str, settings: Mapping[str, Any]) -> str:
-    """A policy's name with its settings, in one spelling: `ssd:buffer=8,slots=fitted`."""
+    """Format a policy's name and its settings, sorted by name: `ssd:buffer=8,slots=fitted`."""
     text = ",".join(f"{key}={settings[key]}" for key in sorted(settings))
     return f"{name}:{text}" if text else name
 
 
 def words_of(slots: str, score: str) -> str:
-    """How the heads of a map are served, in words: "fitted slots, learned score"."""
+    """Describe slots and score in words: "fitted slots, learned score"."""
     return f"{'equal' if slots == 'uniform' else slots} slots, {SCORE_WORDS[score]}"

@@ -1,8 +1,7 @@
-"""Slots in 8 bits: the visual tokens of a store as codes, with a scale for each row, KV head and token of K and of V.
+"""Slots in 8 bits: visual tokens stored as codes, with a scale for each row, KV head and token of K and of V.
 
-A code times its scale is what attention, and scoring, see; the prompt stays whole in the model's dtype. Which tokens
-stay is decided as ever, and codes and scales move together. Nothing is learned or calibrated, and nothing is packed
-below a byte.
+Attention and scoring use code times scale; the prompt stays in the model's dtype. Eviction is the same as without
+quantisation, and moves codes and scales together. Nothing is learned or calibrated, and nothing is packed below a byte.
 """
 
 from __future__ import annotations
@@ -12,28 +11,28 @@ import torch
 from ssd_cache.cache.slots import SlotStore
 
 LIMITS = {"int8": 127.0, "fp8": 448.0}
-"""The largest number of each `kv_dtype`: whole numbers, or float8_e4m3fn (3 bits of mantissa, 4 of exponent)."""
+"""The largest number of each `kv_dtype`: an integer, or a float8_e4m3fn (3 mantissa bits, 4 exponent bits)."""
 
 KV_DTYPES = tuple(LIMITS)
 """Names that `kv_dtype` may have."""
 
 SMALLEST = torch.finfo(torch.float32).tiny
-"""The least scale: a token of zeros needs one that can be divided by."""
+"""The smallest scale, which prevents division by zero for a token of zeros."""
 
 
 def quantize(states: torch.Tensor, kv_dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of K or V; the largest number of each token is met by the largest code.
+    """Codes and scales of K or V; the scale maps each token's largest absolute value to the largest code.
 
-    Scales are float32 at any dtype of the model: float16 can not hold those of small values, and in bfloat16 they would
-    be 2 bytes of a token's `head_dim` + 4 less.
+    Scales are float32 for any dtype of the model: float16 cannot represent the scales of small values, and bfloat16
+    would save only 2 of a token's `head_dim` + 4 bytes.
 
     Args:
-        states: `[..., head_dim]`, finite; what is not shows as NaN or infinity once dequantised.
+        states: `[..., head_dim]`, finite; other values become NaN or infinity when dequantised.
         kv_dtype: one of `KV_DTYPES`.
 
     Returns:
-        Codes `[..., head_dim]`, int8: the number itself, or the bits of a float8_e4m3fn, since few of torch's
-        operations move those. Scales `[...]`, float32.
+        Codes `[..., head_dim]`, int8: the integer itself, or the bits of a float8_e4m3fn, since few torch operations
+        can move float8. Scales `[...]`, float32.
 
     Example:
 
@@ -54,27 +53,28 @@ def quantize(states: torch.Tensor, kv_dtype: str) -> tuple[torch.Tensor, torch.T
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, kv_dtype: str, dtype: torch.dtype) -> torch.Tensor:
-    """Codes `[..., head_dim]` times scales `[...]`, in float32 and then in `dtype`."""
+    """Multiply codes `[..., head_dim]` by scales `[...]` in float32, and convert the result to `dtype`."""
     if kv_dtype == "fp8":
-        # Seven bits further up they are a float16 of a 256th, but for the sign, which stays; and 480 is no code. A CPU
-        # does that for many numbers at a time, where it turns float8 into float32 one by one: six times slower.
+        # Exponent and mantissa shifted up by seven bits are a float16 of 1/256 of the value; the sign bit stays on top.
+        # The bits that would read as 480 are NaN in float8, so no finite number has them. A CPU does this for many
+        # numbers at a time, but converts float8 to float32 one by one, which is six times slower.
         codes, scales = (codes.to(torch.int16) << 7 & ~(1 << 14)).view(torch.float16), 256 * scales
     return codes.float().mul_(scales[..., None]).to(dtype)
 
 
 def slot_nbytes(head_dim: int, itemsize: int, kv_dtype: str | None) -> int:
-    """Bytes of K and V of one visual token in one head; `itemsize` is that of the model's dtype."""
+    """Bytes of K and V of one visual token in one head; `itemsize` is the size of the model's dtype in bytes."""
     return 2 * (head_dim * itemsize if kv_dtype is None else head_dim + torch.float32.itemsize)
 
 
 class QuantizedStore(SlotStore):
-    """A `SlotStore` whose slots hold codes.
+    """A `SlotStore` whose slots hold 8-bit codes.
 
     Args:
-        kv_dtype: one of `KV_DTYPES`; all else as for `SlotStore`.
+        kv_dtype: one of `KV_DTYPES`; all other arguments as for `SlotStore`.
 
     Attributes:
-        keys, values: the prompt alone, `[batch, heads, num_prompt, head_dim]`.
+        keys, values: the prompt only, `[batch, heads, num_prompt, head_dim]`.
         key_codes, value_codes: `[batch, heads, num_slots, head_dim]`, int8; slots from `num_stored` on are free.
         key_scales, value_scales: `[batch, heads, num_slots]`, float32.
     """
@@ -119,7 +119,7 @@ class QuantizedStore(SlotStore):
         return self._join(self.keys[first], codes, scales)
 
     def _join(self, prompt: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """The prompt and the slots of these codes, `[batch, heads, num_prompt + slots, head_dim]`, a new tensor."""
+        """Prompt and dequantised slots, `[batch, heads, num_prompt + slots, head_dim]`, as a new tensor."""
         return torch.cat([prompt, dequantize(codes, scales, self.kv_dtype, prompt.dtype)], dim=2)
 
     def _slots(self) -> list[torch.Tensor]:

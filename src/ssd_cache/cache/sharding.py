@@ -1,7 +1,7 @@
-"""Tensor parallel models: which KV heads of every layer this process holds, and whether all were given the same map.
+"""Tensor parallel models: the KV heads of every layer that this process holds, and a check that all have the same map.
 
-transformers splits a layer's heads over the processes in equal runs, in order. It splits nothing here: the cache does,
-and the model was split when it was loaded (`DistributedConfig(tp_plan="auto")`).
+transformers splits a layer's heads over the processes into equal parts, in order, when it loads the model
+(`DistributedConfig(tp_plan="auto")`). This module splits nothing; the cache takes its own heads of map and budget.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:  # torch may be built without its distributed part
 
 
 def shard_of(model: PreTrainedModel) -> tuple[int, int]:
-    """The number of this process among those that share the model's heads, from 0, and how many they are."""
+    """Index of this process (from 0) among those that share the model's heads, and the number of these processes."""
     mesh = _mesh(model)
     return (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
 
 
 def is_distributed() -> bool:
-    """Whether this process is one of a group; never where torch was built without its distributed part."""
+    """Whether this process is one of a group; False if torch was built without its distributed part."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -33,8 +33,8 @@ def own_heads(head_map: HeadMap, shard: tuple[int, int]) -> slice:
     """The KV heads of every layer that process `index` of `count` holds.
 
     Raises:
-        ValueError: no such process.
-        HeadMapError: heads that can not be shared out evenly.
+        ValueError: there is no such process.
+        HeadMapError: the heads cannot be split evenly.
     """
     index, count = shard
     if not 0 <= index < count:
@@ -49,10 +49,10 @@ def own_heads(head_map: HeadMap, shard: tuple[int, int]) -> slice:
 
 
 def check_whole(model: PreTrainedModel) -> None:
-    """Refuse a tensor parallel model where all heads are looked at together.
+    """Refuse a tensor parallel model, for work that needs all heads in one process.
 
     Raises:
-        ValueError: naming other ways to use several devices.
+        ValueError: the model is tensor parallel; the message names other ways to use several devices.
     """
     index, count = shard_of(model)
     if count > 1:
@@ -64,12 +64,12 @@ def check_whole(model: PreTrainedModel) -> None:
 
 
 def check_agreement(model: PreTrainedModel, head_map: HeadMap, settings: Mapping[str, Any]) -> None:
-    """Refuse processes of one tensor parallel model with unlike maps or settings: each would hold other tokens.
+    """Refuse different maps or settings in the processes of one tensor parallel model: they would keep other tokens.
 
-    All of them have to come here; one alone need not talk to anybody.
+    Every process must call this. A model in one process needs no communication.
 
     Raises:
-        HeadMapError: in every process, naming the first that differs from process 0.
+        HeadMapError: in every process; the message names the first process that differs from process 0.
     """
     mesh = _mesh(model)
     if mesh is None:
@@ -87,7 +87,7 @@ def check_agreement(model: PreTrainedModel, head_map: HeadMap, settings: Mapping
 
 
 def _mesh(model: PreTrainedModel) -> DeviceMesh | None:
-    """The processes among which the model's heads are split; None for a model in one process."""
+    """The processes over which the model's heads are split; None for a model in one process."""
     if (getattr(model, "tp_size", None) or 1) == 1:
         return None
     mesh = model._device_mesh

@@ -1,7 +1,7 @@
-"""The memory of some heads of one layer: prompt and slots in one tensor, scores beside it.
+"""Storage for some heads of one layer: prompt and slots in one tensor, and their scores.
 
 All heads of a store have equally many slots. Tokens are written into free slots, nothing is concatenated per step, and
-eviction moves rows in place. It does not know heads of other stores, models, or how attention is computed.
+eviction moves rows in place. A store does not depend on other stores, on models, or on how attention is computed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ssd_cache.kernels import huge_pages
 
 
 def normal_tensors() -> AbstractContextManager:
-    """Make tensors that may be written in place later on, also by code outside of `torch.inference_mode`."""
+    """Inside the block, make tensors that can be written in place later, also outside of `torch.inference_mode`."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return nullcontext()
     return torch.inference_mode(False)
@@ -35,25 +35,25 @@ class SlotStore:
 
     Args:
         key_states, value_states: the whole prompt, `[batch, heads, num_prompt, head_dim]`.
-        prompt_mask: `[batch, num_prompt]`, False on padding, or None where there is none.
-        num_slots: places for visual tokens in each head.
-        num_semantic: how many of the heads, counted from the first, keep by score; the others keep by age.
-        buffer: tokens evicted at once, when one arrives and all slots are taken.
+        prompt_mask: `[batch, num_prompt]`, False on padding, or None if there is none.
+        num_slots: slots for visual tokens in each head.
+        num_semantic: number of semantic heads, which come first and keep tokens by score; the others keep them by age.
+        buffer: eviction interval: tokens evicted at once, when a token arrives and all slots are taken.
         num_recent: newest tokens that a semantic head never drops.
         num_sinks: first tokens that no head drops.
-        score: what semantic heads rank tokens by (see `retention.form_scores`).
-        columns: of the grid; only the score "margin" asks.
-        learned: of the semantic heads, for the score "learned".
-        is_online: find out which heads are spatial when the slots are first full, instead of being told.
-        is_fused: every step is written, attended and scored by the kernel of `fused.py`, so no query is held.
+        score: how semantic heads rank tokens (see `retention.form_scores`).
+        columns: number of grid columns, for the score "margin".
+        learned: learned score of the semantic heads, for the score "learned".
+        is_online: find the spatial heads when the slots are first full, since they are not known yet.
+        is_fused: the kernel of `kernels/dispatch.py` writes, attends and scores every step, so no query is held.
 
     Attributes:
         keys, values: `[batch, heads, num_prompt + num_slots, head_dim]`; slots from `num_stored` on are free.
-        positions: `[batch, heads, num_slots]`, int32, the visual token in each slot, counted from 0.
-        scores: `[batch, num_semantic, num_slots]`, float32, attention received so far, for "last" from the last stretch
-            of queries alone; no heads for "margin" and "learned", which need neither it nor queries.
-        queries: `[batch, num_semantic, groups, buffer, head_dim]`, steps whose attention is not yet in `scores`.
-        found: `[heads]`, which heads turned out spatial, until `take_order` makes it so; None before.
+        positions: `[batch, heads, num_slots]`, int32, number of the visual token in each slot, counted from 0.
+        scores: `[batch, num_semantic, num_slots]`, float32, attention received so far; for "last", only from the last
+            query window. For "margin" and "learned" it has no heads, since they need neither attention nor queries.
+        queries: `[batch, num_semantic, groups, buffer, head_dim]`, queries whose attention is not yet in `scores`.
+        found: `[heads]`, True for the heads found to be spatial, until `take_order` sorts them; otherwise None.
     """
 
     STATES: tuple[str, ...] = ("keys", "values")
@@ -80,7 +80,7 @@ class SlotStore:
         self.buffer, self.num_recent, self.num_sinks = buffer, num_recent, num_sinks
         self.score, self.columns, self.learned = score, columns, learned
         self.num_stored = self.num_held = 0
-        # the first scoring is early, so that the last before an eviction always covers a whole buffer
+        # the first scoring is early, so that the scoring before an eviction always covers a whole buffer
         self.num_to_hold = num_slots % buffer or buffer
         self.is_online, self.is_fused = is_online, is_fused
         self.found: torch.Tensor | None = None
@@ -97,7 +97,7 @@ class SlotStore:
             self.mask[:, : self.num_prompt] = prompt_mask
 
     def _open(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make room for K and V, and take in the prompt's."""
+        """Allocate K and V, and copy the prompt into them."""
         self.keys, self.values = (
             huge_pages.zeros(
                 (*states.shape[:2], self.num_prompt + self.num_slots, states.shape[3]), states.dtype, states.device
@@ -108,35 +108,35 @@ class SlotStore:
         self.values[:, :, : self.num_prompt] = value_states
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, position: int) -> None:
-        """Store visual token number `position`, `[batch, heads, 1, head_dim]`; evict first when all slots are taken."""
+        """Store visual token number `position`, `[batch, heads, 1, head_dim]`; evict first if all slots are taken."""
         self.count(position)
         column = self.num_prompt + self.num_stored - 1
         self.keys[:, :, column] = key_states[:, :, 0]
         self.values[:, :, column] = value_states[:, :, 0]
 
     def count(self, position: int) -> None:
-        """Take token number `position` into account before it is written; evict first when all slots are taken."""
+        """Reserve a slot for token number `position` before it is written; evict first if all slots are taken."""
         if self.num_stored == self.num_slots:
             self._evict(position)
         if self.is_fused and self.score == "last" and (position - self.num_slots) % self.buffer == 0:
-            self.scores.zero_()  # a stretch of queries begins
+            self.scores.zero_()  # a query window begins
         self.positions[:, :, self.num_stored] = position
         self.num_stored += 1
 
     def write_at(self, step: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Write a token that was counted; `step` is its number as a tensor without dimensions, so no shape changes."""
+        """Write the token of a static step; `step` is its number as a 0-d tensor, so that no shape changes."""
         column = (self.num_prompt + self._slot_at(step)).view(1)
         self.keys.index_copy_(2, column, key_states)
         self.values.index_copy_(2, column, value_states)
 
     def _slot_at(self, step: torch.Tensor) -> torch.Tensor:
-        """The slot of token number `step`: slots fill in order, and from then on the last `buffer` of them again."""
+        """The slot of token number `step`: slots fill in order; then the last `buffer` slots are refilled in order."""
         after = self.num_slots - self.buffer + (step - self.num_slots) % self.buffer
         return torch.where(step < self.num_slots, step, after)
 
     @property
     def num_after_append(self) -> int:
-        """How many visual tokens will be stored once the next one has arrived."""
+        """Number of visual tokens stored after the next one has arrived."""
         left = self.num_slots - self.buffer if self.num_stored == self.num_slots else self.num_stored
         return left + 1
 
@@ -146,11 +146,11 @@ class SlotStore:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def visible(self) -> torch.Tensor | None:
-        """Which of the stored columns may be looked at, `[batch, 1, 1, num_prompt + num_stored]`; None: all."""
+        """Mask of the stored columns, `[batch, 1, 1, num_prompt + num_stored]`, False on padding; None if none."""
         return None if self.mask is None else self.mask[:, None, None, : self.num_prompt + self.num_stored]
 
     def hold_query(self, query_states: torch.Tensor, scaling: float) -> None:
-        """Keep the newest token's query, `[batch, heads, groups, head_dim]`, until it is scored with its neighbours."""
+        """Hold the newest token's query, `[batch, heads, groups, head_dim]`, until its query window is scored."""
         if not self.scores.shape[1]:
             return
         query_states = query_states[:, : self.num_semantic]
@@ -163,12 +163,12 @@ class SlotStore:
         self.num_held += 1
 
     def count_query(self) -> None:
-        """Take a query into account before `hold_query_at` keeps it; one at least was held by `hold_query` before."""
+        """Count a query before `hold_query_at` holds it; `hold_query` must have held at least one before."""
         if self.scores.shape[1] and not self.is_fused:
             self.num_held += 1
 
     def hold_query_at(self, step: torch.Tensor, query_states: torch.Tensor) -> None:
-        """The same for a token that was counted, see `write_at`; its query was counted by `count_query`."""
+        """Hold the query of a static step (see `write_at`), which `count_query` has already counted."""
         if self.queries is None:
             return
         first = self.num_slots % self.buffer
@@ -176,25 +176,25 @@ class SlotStore:
         self.queries.index_copy_(3, index, query_states[:, : self.num_semantic].unsqueeze(3))
 
     def score_due(self) -> None:
-        """Score the held queries once there are as many as belong together; before the next token is counted."""
+        """Score the held queries if their query window is complete; call before the next token is counted."""
         if self.num_held == self.num_to_hold:
             self.score_held()
 
     def visible_at(self, step: torch.Tensor) -> torch.Tensor:
-        """Which columns a counted token may look at, `[batch or 1, 1, 1, num_prompt + num_slots]`."""
+        """Mask of the columns that a static step's token attends to, `[batch or 1, 1, 1, num_prompt + num_slots]`."""
         columns = torch.arange(self._num_columns, device=self.keys.device)
         mask = (columns <= self.num_prompt + self._slot_at(step))[None, None, None]
         return mask if self.mask is None else mask & self.mask[:, None, None]
 
     @property
     def _num_columns(self) -> int:
-        """Prompt and slots, as the tensors have it: while steps are compiled, sizes may be left open."""
+        """Number of prompt tokens and slots, read from the tensors, because compiled steps may have dynamic sizes."""
         return self.keys.shape[2]
 
     def held_attention(self, rows: slice = slice(None)) -> torch.Tensor:
         """Softmax weights of the held queries, float32, `[rows, num_semantic, groups, held, num_prompt + num_stored]`.
 
-        Exact, since nothing was evicted since the first of them; the last query is the newest token's.
+        Exact, because nothing was evicted after the first of them. The last query is the newest token's.
         """
         assert self.queries is not None
         return attention_weights(
@@ -207,11 +207,11 @@ class SlotStore:
         )
 
     def _scored_keys(self, rows: slice) -> torch.Tensor:
-        """What the held queries saw, `[rows, num_semantic, num_prompt + num_stored, head_dim]`."""
+        """Keys that the held queries saw, `[rows, num_semantic, num_prompt + num_stored, head_dim]`."""
         return self.keys[rows, : self.num_semantic, : self.num_prompt + self.num_stored]
 
     def score_held(self) -> None:
-        """Add the attention of the held queries, a stretch, to the scores, and let them go."""
+        """Add the attention of the held queries, one query window, to the scores, and discard the queries."""
         if self.num_held == 0:
             return
         weights = self.held_attention()
@@ -226,7 +226,7 @@ class SlotStore:
         self.num_held, self.num_to_hold = 0, self.buffer
 
     def take_order(self, order: torch.Tensor, num_semantic: int) -> None:
-        """Put the heads into the order that the labels found ask for, the semantic ones first."""
+        """Reorder the heads after their labels are found, the semantic ones first."""
         with normal_tensors():
             for name in self.STATES:
                 setattr(self, name, getattr(self, name)[:, order])
@@ -259,7 +259,7 @@ class SlotStore:
         self.scores[:, :, self.num_stored :] = 0
 
     def _slots(self) -> list[torch.Tensor]:
-        """What is held for each visual token, `[batch, heads, num_slots]`, with or without `head_dim`."""
+        """Tensors with K and V of the visual tokens, `[batch, heads, num_slots]`, with or without `head_dim`."""
         return [self.keys[:, :, self.num_prompt :], self.values[:, :, self.num_prompt :]]
 
     def select_rows(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -270,7 +270,7 @@ class SlotStore:
                     setattr(self, name, select(tensor))
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Every tensor that a counted step reads or writes."""
+        """Every tensor that a static step reads or writes."""
         found = [*(getattr(self, name) for name in self.STATES), self.scores, self.queries, self.mask]
         return (tensor for tensor in found if tensor is not None)
 

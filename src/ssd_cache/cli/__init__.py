@@ -1,6 +1,6 @@
-"""The command line `ssd-cache`: a thin shell over the library, and no logic that the library lacks.
+"""The command line `ssd-cache`: a thin layer over the library, with no logic of its own.
 
-Exit codes: 0 done, 2 wrong use, 1 anything else, an interruption too. A mistake is one line on stderr.
+Exit codes: 0 done, 2 wrong use, 1 any other failure, including an interruption. Errors are one line on stderr.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def root(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Draw pictures with autoregressive image generators and a KV cache of fixed size (SSD, arXiv 2510.18716)."""
+    """Generate images with autoregressive models and a KV cache of fixed size (SSD, arXiv 2510.18716)."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit(2)

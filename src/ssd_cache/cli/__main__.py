@@ -1,6 +1,6 @@
-"""`python -m ssd_cache.cli`: the same as the console script, for where no script is installed.
+"""`python -m ssd_cache.cli`: the same as the console script, for environments without the script.
 
-Nothing else is decided here.
+It only calls the app of `ssd_cache.cli`.
 """
 
 from ssd_cache.cli import app

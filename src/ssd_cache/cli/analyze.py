@@ -1,6 +1,6 @@
-"""`ssd-cache analyze`: where a model's heads look and what they hold, as one HTML page with the numbers beside it.
+"""`ssd-cache analyze`: show where a model's heads attend and which tokens they hold, as an HTML page and JSON.
 
-Options only; measuring and drawing are `ssd_cache.analysis`'s.
+Options only. Measuring and plotting are in `ssd_cache.analysis`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ MEASURING = "Measuring"
 
 
 def analyze(
-    prompt: Annotated[str, typer.Argument(help="What to draw.", metavar="PROMPT")] = PROMPT,
+    prompt: Annotated[str, typer.Argument(help="Prompt of the images.", metavar="PROMPT")] = PROMPT,
     output: Annotated[
         Path,
         typer.Option(
             "--output",
             "-o",
-            help="A folder for report.html and report.json, or the page's name, ending in .html.",
+            help="A folder for report.html and report.json, or the name of the page, ending in .html.",
             metavar="PLACE",
         ),
     ] = Path("analysis"),
@@ -51,7 +51,7 @@ def analyze(
     layer: Annotated[
         int | None,
         typer.Option(
-            help="With --head: a head to draw, from 0.",
+            help="With --head: the head to show, from 0.",
             metavar="N",
             show_default="the clearest of each kind",
             rich_help_panel=MEASURING,
@@ -59,7 +59,9 @@ def analyze(
     ] = None,
     head: Annotated[
         int | None,
-        typer.Option(help="With --layer; it takes its kind's place.", metavar="N", rich_help_panel=MEASURING),
+        typer.Option(
+            help="With --layer: this head replaces the default of its kind.", metavar="N", rich_help_panel=MEASURING
+        ),
     ] = None,
     budget: Annotated[
         str | None,
@@ -73,7 +75,7 @@ def analyze(
     slots: Annotated[
         str | None,
         typer.Option(
-            help="How the head map's own policy shares --budget: fitted (scales the map's slots) or uniform.",
+            help="Slots of each head under the map's own policy: fitted (scales the map's slots) or uniform.",
             metavar="NAME",
             show_default="fitted where the map has slots",
             rich_help_panel=MEASURING,
@@ -82,7 +84,7 @@ def analyze(
     buffer: Annotated[
         int | None,
         typer.Option(
-            help="Visual tokens evicted at once.",
+            help="Eviction interval: visual tokens evicted at once.",
             metavar="N",
             show_default="a row of the grid; with a learned score a third",
             rich_help_panel=MEASURING,
@@ -91,7 +93,7 @@ def analyze(
     step: Annotated[
         int | None,
         typer.Option(
-            help="Visual tokens gone by when it is read what heads hold.",
+            help="Visual tokens seen when the tokens that heads hold are read.",
             metavar="N",
             show_default="3/4 of the grid",
             rich_help_panel=MEASURING,
@@ -99,17 +101,17 @@ def analyze(
     ] = None,
     num_images: Annotated[
         int,
-        typer.Option(help="Pictures at once; the margin test needs several.", metavar="N", rich_help_panel=MEASURING),
+        typer.Option(help="Images at once; the margin test needs several.", metavar="N", rich_help_panel=MEASURING),
     ] = NUM_IMAGES,
     guidance: Guidance = None,
     temperature: Temperature = None,
-    seed: Annotated[int, typer.Option(help="Of the pictures.", metavar="N", rich_help_panel=SAMPLING)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the images.", metavar="N", rich_help_panel=SAMPLING)] = 0,
 ) -> None:
-    """Measure where a model's heads look, what they hold, and where the prompt sits in K and V.
+    """Measure where a model's heads attend, what they hold, and where K and V carry the prompt.
 
     Generates the prompt with a full cache, with the head map's own settings, and
-    under H2O and StreamingLLM, and writes one HTML page with all figures, and the
-    JSON behind it.
+    under H2O and StreamingLLM. Writes one HTML page with all figures, and their
+    data as JSON.
     """
     [text] = read_prompts([prompt], None)
     _check_place(output)
@@ -138,7 +140,7 @@ def analyze(
     generator = load_generator(checkpoint, kind, where)
     try:
         analysis = run_plan(generator, text, plan, guidance_scale=guidance, temperature=temperature, seed=seed)
-    except ValueError as error:  # NaN, or a prompt that does not fit: each says what to do
+    except ValueError as error:  # NaN, or a prompt that does not fit: the message names the remedy
         raise Failure(str(error)) from error
     page, numbers = write_report(analysis, output)
     Console(highlight=False, markup=False).print(
@@ -147,7 +149,7 @@ def analyze(
 
 
 def _check_place(output: Path) -> None:
-    """Refuse a place that can not be written; raises WrongUse."""
+    """Raise WrongUse if `output` cannot be written."""
     page, numbers = report_paths(output)
     folder = page.parent
     for path in (page, numbers):

@@ -1,6 +1,6 @@
-"""`ssd-cache bench`: caches and policies side by side, as tables of speed, bytes and time, and as files.
+"""`ssd-cache bench`: compare caches and policies in tables of speed, bytes and time, and write files.
 
-Options, checks and files; what is timed, and how, is in `ssd_cache.bench`.
+Holds options, checks and files. The measurements are in `ssd_cache.bench`.
 """
 
 from __future__ import annotations
@@ -54,16 +54,14 @@ def bench(
     grid: Grid = None,
     batch_size: Annotated[
         str,
-        typer.Option(
-            help="Pictures at once, one number or several (1,8,32); guidance doubles the rows.", metavar="N,N"
-        ),
+        typer.Option(help="Images at once, one number or several (1,8,32); guidance doubles the rows.", metavar="N,N"),
     ] = "8",
     dtype: Dtype = "auto",
     device: Device = "auto",
     policies: Annotated[
         str | None,
         typer.Option(
-            help="Policies to measure beside the full caches, settings behind a colon: ssd,ssd:buffer=1,h2o.",
+            help="Policies to compare with the full caches. Settings follow a colon: ssd,ssd:buffer=1,h2o.",
             metavar="NAME,NAME",
             show_default="a choice",
             rich_help_panel=CACHES,
@@ -72,7 +70,7 @@ def bench(
     budgets: Annotated[
         str | None,
         typer.Option(
-            help="Visual tokens a head may hold, for each of the policies: 0.5,0.2.",
+            help="Visual tokens a head may hold, for every policy: 0.5,0.2.",
             metavar="X,X",
             show_default="a choice",
             rich_help_panel=CACHES,
@@ -81,20 +79,20 @@ def bench(
     caches: Annotated[
         str | None,
         typer.Option(
-            help="Rows of the table to measure, by name and separated by semicolons: DynamicCache;ssd 20%.",
+            help="Rows of the table to measure: names separated by semicolons: DynamicCache;ssd 20%.",
             metavar="NAME;NAME",
             show_default="all",
             rich_help_panel=CACHES,
         ),
     ] = None,
-    compiled: Annotated[bool, typer.Option(help="Measure compiled steps as well.", rich_help_panel=CACHES)] = True,
+    compiled: Annotated[bool, typer.Option(help="Also measure compiled decode steps.", rich_help_panel=CACHES)] = True,
     rounds: Annotated[
-        int, typer.Option(help="Counted rounds, after one to warm up.", metavar="N", rich_help_panel=MEASURING)
+        int, typer.Option(help="Measured rounds, after one warm-up round.", metavar="N", rich_help_panel=MEASURING)
     ] = 2,
     tokens: Annotated[
         int | None,
         typer.Option(
-            help="Draw that many tokens, around the middles of the picture's quarters, over caches filled up to there.",
+            help="Generate only N tokens, around the middles of the image's quarters, with caches filled to there.",
             metavar="N",
             show_default="whole pictures",
             rich_help_panel=MEASURING,
@@ -102,12 +100,12 @@ def bench(
     ] = None,
     peak: Annotated[
         bool,
-        typer.Option(help="Measure peak memory on a CPU: a process for each cache.", rich_help_panel=MEASURING),
+        typer.Option(help="Measure peak memory on a CPU, with one process for each cache.", rich_help_panel=MEASURING),
     ] = True,
     memory: Annotated[
         str | None,
         typer.Option(
-            help="Tell how many pictures fit into so much memory: 24GB.",
+            help="Print how many images fit into this much memory: 24GB.",
             metavar="SIZE",
             show_default="not told",
             rich_help_panel=MEASURING,
@@ -126,9 +124,9 @@ def bench(
 ) -> None:
     """Measure speed and memory of caches and policies side by side.
 
-    Every cache draws the same pictures through transformers, with guidance, in
-    interleaved rounds; transformers' own full caches and what this machine's
-    memory allows are the yardsticks. Random models have random head maps.
+    Every cache generates the same images through transformers, with guidance,
+    in interleaved rounds. The baselines are transformers' own full caches and
+    this machine's roofline. Random models have random head maps.
     """
     batch_sizes = _parse_batch_sizes(batch_size)
     if rounds < 1:
@@ -190,7 +188,7 @@ def _parse_batch_sizes(text: str) -> list[int]:
 def _choose_cases(
     policies: str | None, budgets: str | None, caches: str | None, compiled: bool, head_map: HeadMap
 ) -> tuple[list[Case], list[str]]:
-    """The cases to measure, each tried on the head map; a line for each that can not be. Raises ValueError."""
+    """The cases to measure, each checked on the head map, and a line for each case left out. Raises ValueError."""
     cases, left_out = rivals(compiled)
     if policies is None and budgets is None:
         cases += default_cases(compiled, head_map)
@@ -221,7 +219,7 @@ def _check_output(output: Path) -> None:
 
 
 def _command(**options) -> str:
-    """A command line that measures the same again."""
+    """A command line that repeats the measurement."""
     words = ["ssd-cache", "bench"]
     for name, value in options.items():
         option = name.replace("_", "-")

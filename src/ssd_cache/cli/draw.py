@@ -1,7 +1,7 @@
-"""Draws one set of prompts under one policy and keeps count: tokens, bytes, seconds.
+"""Generate images of a list of prompts under one policy, and measure tokens, bytes and seconds.
 
-The loop over batches with its progress bar; several processes share the batches. It neither reads options nor writes
-files.
+Holds the loop over batches with its progress bar. Several processes share the batches. It neither reads options nor
+writes files.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ssd_cache.runs.processes import Processes
 
 @dataclass(frozen=True)
 class Drawing:
-    """Visual tokens `[pictures, cells]` of one policy and what they cost.
+    """Visual tokens `[images, cells]` of one policy, with their memory and time.
 
-    `memory` is that of the batch that held most, `seconds` those of the process that drew longest.
+    `memory` is the maximum over batches. `seconds` is the maximum over processes.
     """
 
     policy: str
@@ -34,7 +34,7 @@ class Drawing:
 
     @property
     def tokens_per_second(self) -> float:
-        """Visual tokens of all pictures over wall time; prompts and sampling are in it, decoding pictures is not."""
+        """Visual tokens of all images over wall time. The time includes prompts and sampling, not image decoding."""
         return self.tokens.numel() / self.seconds
 
 
@@ -50,9 +50,9 @@ def draw(
     seed: int,
     processes: Processes,
 ) -> Drawing:
-    """Draw a picture a prompt in batches of `batch_size`; batch number i has the seed `seed + i` in any process.
+    """Generate one image a prompt in batches of `batch_size`. Batch number i has the seed `seed + i` in any process.
 
-    The processes draw the batches in turn, and each gets the tokens of all.
+    The processes take turns with the batches, and each process returns the tokens of all batches.
     """
     batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     own = range(processes.index, len(batches), processes.count)
@@ -64,7 +64,7 @@ def draw(
         total=generator.checkpoint.num_visual_tokens * sum(len(batches[number]) for number in own),
         desc=policy,
         unit=" visual tokens",
-        mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file gets a line now and then
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # print fewer lines into a log file
         disable=not processes.is_main,
     ) as progress:
         for number in own:

@@ -1,6 +1,6 @@
-"""How the command line ends: one line on stderr for what went wrong, and the exit code.
+"""Errors of the command line: each becomes one line on stderr and an exit code.
 
-What can go wrong is known by the library's own errors. Anything else is a bug, and shows its traceback.
+This covers the library's own errors and those of the system. Any other exception is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ssd_cache.io.showing import printable
 from ssd_cache.io.untrusted import WrongFileError
 
 TYPER_INTERRUPTED = 130
-"""What typer returns after Ctrl-C."""
+"""Exit code that typer returns after Ctrl-C."""
 
 
 class Failure(Exception):
-    """A run that ends here, with a message for its user."""
+    """Ends the run with a message for the user."""
 
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
@@ -33,20 +33,20 @@ class Failure(Exception):
 
 
 class WrongUse(Failure):
-    """What was asked for can not be done; nothing was started."""
+    """The options cannot be used; no work was started."""
 
     def __init__(self, message: str):
         super().__init__(message, exit_code=2)
 
 
 def failure(error: ValueError) -> Failure:
-    """How a run ends that the library stopped: a file that it cannot resume from is wrong use."""
+    """The Failure for an error of the library. A file that the run cannot resume from is wrong use."""
     return WrongUse(str(error)) if isinstance(error, WrongFileError) else Failure(str(error))
 
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Where the library checks what a user asked for: its refusal is wrong use, unless the Hub is out of reach."""
+    """Turn ValueErrors of the library into WrongUse, except when the Hub cannot be reached."""
     try:
         yield
     except ConnectionError:  # HeadMapHubError is a ValueError as well
@@ -59,7 +59,7 @@ class OneLineGroup(TyperGroup):
     """A group of commands that prints mistakes, warnings and an interruption as one line each."""
 
     def main(self, args=None, prog_name=None, complete_var=None, standalone_mode=True, **extra):  # type: ignore[override]
-        for stream in (sys.stdout, sys.stderr):  # a name or prompt may hold what the terminal's encoding lacks
+        for stream in (sys.stdout, sys.stderr):  # the encoding may lack characters of a name
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         with warnings.catch_warnings():
@@ -67,7 +67,7 @@ class OneLineGroup(TyperGroup):
             try:
                 code = self._run(args, prog_name, complete_var, **extra)
             finally:
-                # However a command ends: of a group that is still open when Python exits, gloo may abort the process.
+                # Always close the process group: gloo may abort the process if it is still open when Python exits.
                 if is_distributed():
                     torch.distributed.destroy_process_group()
         if standalone_mode:
@@ -90,7 +90,7 @@ class OneLineGroup(TyperGroup):
         except OSError as error:
             _say(str(error))
         except Exception as error:
-            if not hasattr(error, "format_message"):  # what typer finds wrong has it: options, numbers, choices
+            if not hasattr(error, "format_message"):  # only typer's own errors have it: options, numbers, choices
                 raise
             _say(error.format_message())
             return error.exit_code  # type: ignore[attr-defined]
@@ -102,5 +102,5 @@ def _say(message: str) -> None:
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    # a progress bar may stand on the line; it is drawn again below
+    # tqdm.write redraws a progress bar that is on the line
     tqdm.write(f"ssd-cache: warning: {' '.join(printable(str(message)).split())}", file=sys.stderr)

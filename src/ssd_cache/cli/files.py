@@ -1,7 +1,7 @@
-"""Files that the command line reads and writes: prompts in, pictures out.
+"""Files of the command line: read prompts, check output paths, write images.
 
-What can be refused is refused before any work. A picture is written under a temporary name beside its place and then
-renamed, so that an interrupted run leaves the older file, or none.
+Checks run before any work. An image is written under a temporary name in the same folder and then renamed. An
+interrupted run therefore leaves the older file, or none.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from ssd_cache.cli.errors import WrongUse
 from ssd_cache.io.untrusted import parse_json
 
 TOKENS = ".safetensors"
-"""For the visual tokens themselves: integers `[pictures, cells]` under the name of each policy."""
+"""Suffix of a file of visual tokens: integers `[images, cells]` under the name of each policy."""
 
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def read_prompts(prompts: Sequence[str], prompts_file: Path | None) -> list[str]:
-    """Prompts of the command line, then one a line of the file; empty lines of the file are left out.
+    """The prompts of the command line, then those of the file, one a line. Empty lines are skipped.
 
     A line of a `.jsonl` file is an object with the text under "prompt", as in GenEval's evaluation_metadata.jsonl.
 
     Raises:
-        WrongUse: no prompt at all, an empty one, or a file that can not be read.
+        WrongUse: no prompt at all, an empty one, or a file that cannot be read.
     """
     found = [prompt.strip() for prompt in prompts]
     if not all(found):
         raise WrongUse(f"prompt {found.index('') + 1} is empty; write what the picture is to show")
     if prompts_file is not None:
         try:
-            lines = prompts_file.read_text(encoding="utf-8-sig").split("\n")  # a prompt may hold other separators
+            lines = prompts_file.read_text(encoding="utf-8-sig").split("\n")  # prompts may hold other separators
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise WrongUse(f"can not read --prompts-file {prompts_file}: {reason}") from error
@@ -67,10 +67,10 @@ def _prompt_of(line: str, number: int, prompts_file: Path) -> str:
 
 
 def check_output(output: Path, formats: Sequence[str] = tuple(PICTURE_FORMATS)) -> Path:
-    """The place of a picture, or of what else `formats` allow, made absolute.
+    """The path of an image, or of another format in `formats`, made absolute.
 
     Raises:
-        WrongUse: another format, a missing folder, or a place that can not be written.
+        WrongUse: another format, a missing folder, or a path that cannot be written.
     """
     output = output.expanduser().absolute()
     if output.suffix.lower() not in formats:
@@ -84,7 +84,7 @@ def check_output(output: Path, formats: Sequence[str] = tuple(PICTURE_FORMATS)) 
 
 
 def check_writable(option: str, place: Path, folder: Path) -> None:
-    """Refuse the `place` that an option names when nothing can be written into `folder`; raises WrongUse."""
+    """Raise WrongUse, naming the option and its `place`, if `folder` is not writable."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -93,12 +93,12 @@ def check_writable(option: str, place: Path, folder: Path) -> None:
 
 
 def check_place(option: str, place: Path, is_folder: bool) -> None:
-    """Refuse, before anything is drawn, a place that can not be written."""
+    """Raise WrongUse, before any image is generated, if `place` cannot be written."""
     if place.exists() and place.is_dir() != is_folder:
         wanted, found = ("folder", "file") if is_folder else ("file", "folder")
         raise WrongUse(f"{option} {place} is a {found}; give a {wanted}")
     folder = place if is_folder else place.parent
-    while not folder.exists() and is_folder:  # it is made with those above it
+    while not folder.exists() and is_folder:  # missing parent folders are created later
         folder = folder.parent
     if not folder.is_dir():
         raise WrongUse(f"{option} {place}: can not write into {folder}, which is no folder; give another place")
@@ -106,7 +106,7 @@ def check_place(option: str, place: Path, is_folder: bool) -> None:
 
 
 def save_picture(image: Image.Image, output: Path) -> None:
-    """Write a picture whole or not at all."""
+    """Write an image completely or not at all."""
     temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
         image.save(temporary, format=PICTURE_FORMATS[output.suffix.lower()])

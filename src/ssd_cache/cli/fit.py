@@ -1,6 +1,6 @@
-"""`ssd-cache fit`: share slots out head by head, by what each head's compression does to the model.
+"""`ssd-cache fit`: choose the slots of each head by how much compressing that head changes the model's output.
 
-Options only; the measuring is `evaluation.fidelity`'s, the sharing `allocation`'s.
+Options only. `ssd_cache.evaluation.fidelity` measures, and `ssd_cache.profiling.allocation` distributes the slots.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def fit(
     head_map: Annotated[
         str | None,
         typer.Option(
-            help="A map that `profile --levels` made: a folder, or a Hub id.",
+            help="A map made by `profile --levels`: a folder, or a Hub id.",
             metavar="NAME",
             show_default="the model's own",
         ),
@@ -40,16 +40,18 @@ def fit(
         Path, typer.Option("--output", "-o", help="The folder of the fitted map.", metavar="FOLDER")
     ] = Path("fitted-map"),
     budget: Annotated[
-        str, typer.Option(help="What heads hold on average: 0.2 of the grid, or 115 tokens.", metavar="N")
+        str, typer.Option(help="Average budget of the heads: 0.2 of the grid, or 115 tokens.", metavar="N")
     ] = "0.2",
     levels: Annotated[
         str | None,
         typer.Option(
-            help="Slots to ask every head at, each a level of the map: 32,86,173.", metavar="N,N", show_default="all"
+            help="Slots to measure every head at, each a level of the map: 32,86,173.",
+            metavar="N,N",
+            show_default="all",
         ),
     ] = None,
     resume: Resume = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures at once.", metavar="N")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Images at once.", metavar="N")] = 4,
     model: ModelName = BUNDLED,
     grid: Grid = None,
     guidance: Guidance = None,
@@ -58,12 +60,13 @@ def fit(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Share slots out head by head, by what each head is worth to the model.
+    """Choose the slots of each head by how much the head matters to the model.
 
-    A picture of each prompt is drawn with a full cache. Then each head alone is
-    compressed, to every level, and the same tokens show how far the model moves.
-    A few prompts are enough; it takes a pass over the pictures a head and level.
-    Stop it at any point: the same command resumes it.
+    Generates an image of each prompt with a full cache. Then it compresses one
+    head at a time, to every level, and measures with the same tokens how far the
+    model's output moves. This takes one pass over the images for each head and
+    level, so use a few prompts. You can stop it at any point: the same command
+    resumes it.
     """
     texts = read_prompts(prompts or [], prompts_file)
     check_place("--output", output, is_folder=True)

@@ -1,6 +1,6 @@
-"""`ssd-cache generate`: prompts in, pictures and a table of what they cost out.
+"""`ssd-cache generate`: generate images of prompts, and print a table of memory and speed.
 
-Options and the order of work: everything that can be refused is refused before weights are loaded.
+Holds the options and the order of work. All checks run before weights are loaded.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ from ssd_cache.runs.processes import Processes
 
 CACHE = "Cache"
 MAX_COLUMNS = 8
-"""Pictures side by side on a contact sheet."""
+"""Maximum number of images side by side on a contact sheet."""
 
 
 def generate(
     prompts: Prompts = None,
     prompts_file: PromptsFile = None,
-    num_images: Annotated[int, typer.Option(help="Pictures of each prompt.", metavar="N")] = 1,
+    num_images: Annotated[int, typer.Option(help="Images of each prompt.", metavar="N")] = 1,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="The picture, or the contact sheet: .png, .jpg, .webp; the visual tokens: .safetensors.",
+            help="Image or contact sheet: .png, .jpg, .webp; or visual tokens: .safetensors.",
             metavar="FILE",
             show_default="picture.png",
         ),
@@ -67,20 +67,20 @@ def generate(
     output_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Instead of --output: a folder for one file per image. Called again, it generates what is missing.",
+            help="Instead of --output: a folder for one file per image. A second call generates the missing images.",
             metavar="FOLDER",
             show_default=False,
         ),
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Use every policy on the same seeds, a row or folder each.")
+        bool, typer.Option("--compare", help="Use every policy with the same seeds, in one row or folder each.")
     ] = False,
     model: ModelName = BUNDLED,
     grid: Grid = None,
     head_map: Annotated[
         str | None,
         typer.Option(
-            help="A folder, a Hub id, or online: heads are labelled while drawing.",
+            help="A folder, a Hub id, or online to label heads during generation.",
             metavar="NAME",
             show_default="in the model's folder",
             rich_help_panel=MODEL,
@@ -91,7 +91,7 @@ def generate(
     policy: Annotated[
         str | None,
         typer.Option(
-            help=f"What is kept: {', '.join(POLICIES)}.",
+            help=f"Cache policy: {', '.join(POLICIES)}.",
             metavar="NAME",
             show_default="the head map's own settings",
             rich_help_panel=CACHE,
@@ -109,7 +109,7 @@ def generate(
     buffer: Annotated[
         int | None,
         typer.Option(
-            help="Visual tokens evicted at once.",
+            help="Eviction interval: visual tokens evicted at once.",
             metavar="N",
             show_default="a row of the grid; learned: a third",
             rich_help_panel=CACHE,
@@ -118,7 +118,7 @@ def generate(
     slots: Annotated[
         str | None,
         typer.Option(
-            help="How --budget is shared: fitted (scales the map's slots) or uniform (equal slots).",
+            help="Slots of each head: fitted (scales the map's slots to --budget) or uniform (equal slots).",
             metavar="NAME",
             show_default="fitted where the map has slots",
             rich_help_panel=CACHE,
@@ -137,7 +137,7 @@ def generate(
         bool,
         typer.Option(
             "--fast",
-            help="Compile the steps first: 5 to 20 seconds or more, which many pictures win back.",
+            help="Compile the decode steps first: takes 5 to 20 seconds or more, pays off over many images.",
             rich_help_panel=CACHE,
         ),
     ] = False,
@@ -247,7 +247,7 @@ def generate(
 
 
 def _save(generator: Generator, drawings: list[Drawing], captions: list[str], num_images: int, place: Path) -> str:
-    """Write what the name of the place asks for; returns its measures."""
+    """Write tokens or images, depending on the suffix of `place`; returns the size as text."""
     if place.suffix.lower() == TOKENS:
         write_files({place: safetensors.torch.save({drawing.policy: drawing.tokens for drawing in drawings})})
         return f"{' x '.join(map(str, drawings[0].tokens.shape))} tokens"
@@ -257,7 +257,7 @@ def _save(generator: Generator, drawings: list[Drawing], captions: list[str], nu
 
 
 def _sheet(drawings: list[tuple[Drawing, list[Image.Image]]], captions: list[str], num_images: int) -> Image.Image:
-    """The picture itself when there is but one, else a contact sheet with a row a policy."""
+    """The image itself if there is only one, else a contact sheet with one row a policy."""
     compare = len(drawings) > 1
     if len(captions) == 1 and not compare:
         return drawings[0][1][0]

@@ -1,7 +1,7 @@
-"""`ssd-cache generate --output-dir`: one file per image, in a folder that a second call completes.
+"""`ssd-cache generate --output-dir`: write one file per image into a folder. A second call adds the missing images.
 
-Which settings a folder has, and what is said at the end. Claiming, resuming and sharing a folder is
-`ssd_cache.evaluation.export`, the files are `ssd_cache.evaluation.image_files`.
+Holds the settings of a folder and the closing message. Claiming, resuming and sharing a folder is in
+`ssd_cache.evaluation.export`. The files are written by `ssd_cache.evaluation.image_files`.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ CACHE_SETTINGS = ("buffer", "num_recent", "num_sinks", "score", "kv_dtype")
 
 @dataclass(frozen=True)
 class Run:
-    """What `generate` was asked for, checked and not started.
+    """The checked options of a `generate` call that has not started.
 
     Attributes:
         checkpoint, dtype, device: the model.
         texts: the prompt of every image.
         num_images: images of each prompt.
-        guidance_scale, temperature: the checkpoint's own when None.
-        seed: of the first batch.
-        fast: whether steps are compiled.
-        processes: those that share the batches.
+        guidance_scale, temperature: None means the checkpoint's own.
+        seed: seed of the first batch.
+        fast: whether to compile the decode steps.
+        processes: the processes that share the batches.
     """
 
     checkpoint: Checkpoint
@@ -67,10 +67,10 @@ class Run:
 
 
 def find_folders(output_dir: Path, policies: Sequence[str], compare: bool) -> dict[str, Path]:
-    """The folder of each policy: the named one, or a folder in it for each policy that is compared.
+    """The folder of each policy: `output_dir`, or with `compare` a subfolder for each policy.
 
     Raises:
-        WrongUse: it cannot be written, or holds the images of a single policy and several are compared.
+        WrongUse: the folder cannot be written, or holds the images of a single policy although several are compared.
     """
     check_place("--output-dir", output_dir, is_folder=True)
     if compare and (output_dir / SETTINGS_FILE).exists():
@@ -83,22 +83,22 @@ def find_folders(output_dir: Path, policies: Sequence[str], compare: bool) -> di
 def generate_into(
     folders: Mapping[str, Path], caches: Mapping[str, SSDCache], run: Run, batch_size: int | None
 ) -> None:
-    """Generate the images that the folders lack, and say how many there are.
+    """Generate the missing images of the folders, and print how many there are.
 
     Args:
-        folders: of each policy.
-        caches: likewise.
-        run: the rest.
-        batch_size: when None, the one that the folders were begun with, else the default.
+        folders: the folder of each policy.
+        caches: the cache of each policy.
+        run: the other options.
+        batch_size: None means the batch size recorded in the folders, else the default.
 
     Raises:
-        WrongUse: a folder with other settings or other files.
-        Failure: interrupted, a full disk, a map that does not fit.
+        WrongUse: a folder has other settings or other files.
+        Failure: an interruption, a full disk, or a map that does not fit.
     """
     processes, first = run.processes, next(iter(folders.values()))
     with refusing():
         size = batch_size or processes.gather_all(recorded_batch_size(first))[0]
-        if size is None:  # it depends on the memory that the weights leave
+        if size is None:  # the default depends on the memory left beside the weights
             for root in folders.values():
                 check_unclaimed(root)
             generator = load_generator(run.checkpoint, run.dtype, run.device)
@@ -130,14 +130,14 @@ def generate_into(
                     f"interrupted; {images.root} keeps {kept} of {len(run.texts)} images: run the same command again "
                     "to go on"
                 ) from error
-            except ValueError as error:  # a full disk, a map that does not fit: each says what to do
+            except ValueError as error:  # a full disk, a map that does not fit: the message names the remedy
                 raise Failure(str(error)) from error
             if processes.is_main:
                 _finish(images, made, processes)
 
 
 def _fresh(cache: SSDCache) -> Callable[[], SSDCache]:
-    """The cache that was checked, reset for each batch, so that its warnings come once."""
+    """Reset and reuse the checked cache for each batch, so its warnings are shown only once."""
 
     def make() -> SSDCache:
         cache.reset()
@@ -149,7 +149,7 @@ def _fresh(cache: SSDCache) -> Callable[[], SSDCache]:
 def _claim(
     folders: Mapping[str, Path], caches: Mapping[str, SSDCache], run: Run, batch_size: int
 ) -> dict[str, ImageFiles]:
-    """Enter the settings into the folders, or compare them with those that are there."""
+    """Write the settings into the folders, or compare them with the recorded settings."""
     prompts = "".join(json.dumps({"prompt": text}) + "\n" for text in run.texts)
     tagged = [(str(number), json.dumps(text)) for number, text in enumerate(run.texts)]
     found = {}
@@ -194,12 +194,12 @@ def _policy_facts(name: str, cache: SSDCache) -> dict[str, Any]:
 
 
 def _slots_sha256(cache: SSDCache) -> str:
-    """The slots of every head, which a fitted map has."""
+    """Digest of the slots of every head. Only a fitted map makes them differ."""
     return hashlib.sha256(json.dumps([layer.plan.num_slots for layer in cache.layers]).encode()).hexdigest()
 
 
 def _finish(images: ImageFiles, made: int, processes: Processes) -> None:
-    """Write the list of the images, and say how many there are."""
+    """Write the list of the images, and print how many there are."""
     there, facts = images.write_list(), images.facts
     share = f"{made} generated now" if processes.count == 1 else f"{processes.count} processes"
     Console(highlight=False, markup=False).print(

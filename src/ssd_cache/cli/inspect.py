@@ -1,6 +1,6 @@
-"""`ssd-cache inspect`: what a head map says and how it is used by default, as a table, and as an image.
+"""`ssd-cache inspect`: print a head map and its default settings as a table, or save it as an image.
 
-It reads a map and shows it; making maps is `profile`'s work, and measuring heads `analyze`'s.
+It only shows an existing map. `profile` makes maps, and `analyze` measures heads.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from ssd_cache.models.base import find_head_map
 
 def inspect(
     source: Annotated[
-        str, typer.Argument(help=f"Folder or Hub id of a head map, a folder of a model with one, or {BUNDLED}.")
+        str, typer.Argument(help=f"Folder or Hub id of a head map, folder of a model with a map, or {BUNDLED}.")
     ] = BUNDLED,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="Draw the map too: .png, .jpg, .webp.",
+            help="Also save the map as an image: .png, .jpg, .webp.",
             metavar="FILE",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Print a head map: its origin, how it is used by default, and every head's kind
-    and slots.
+    """Print a head map: its origin, its default settings, and every head's kind and
+    slots.
     """
     place = None if output is None else check_output(output)
     with refusing():
@@ -71,7 +71,7 @@ def inspect(
     layers, caption = _layers(head_map, scores)
     wide = max(
         console.width, console.measure(layers, options=console.options.update(width=10_000)).maximum
-    )  # many heads: longer lines, rather than folded ones
+    )  # with many heads, print longer lines instead of folded ones
     Console(highlight=False, markup=False, width=wide).print(layers)
     console.print(caption, soft_wrap=True)
     if place is not None:
@@ -81,7 +81,7 @@ def inspect(
 
 
 def _words(scores: HeadScores) -> str | None:
-    """The statistic that the labels go back to."""
+    """The statistic that the labels are based on, in words."""
     if scores.name is None:
         return None
     from_ = "" if scores.threshold is None else f", spatial above {scores.threshold:g}"
@@ -89,13 +89,13 @@ def _words(scores: HeadScores) -> str | None:
 
 
 def _use(head_map: HeadMap) -> dict[str, str]:
-    """What `SSDCache(head_map)` does with this map."""
+    """The settings that `SSDCache(head_map)` uses for this map, in words."""
     name, settings = own_policy(head_map)
     learned = "carried by this map" if head_map.learned is not None else "this map carries no learned score"
     found = {"score": f"{SCORE_WORDS['sum' if head_map.learned is None else 'learned']} ({learned})"}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of short windows, which is for those who generate
+            warnings.simplefilter("ignore")  # warnings about short windows matter only for generation
             cache = SSDCache(head_map)
     except ValueError as error:
         return {**found, "by default": f"refused: {error}"}
@@ -111,7 +111,7 @@ def _use(head_map: HeadMap) -> dict[str, str]:
 
 
 def _layers(head_map: HeadMap, scores: HeadScores) -> tuple[Table, str]:
-    """Every layer's labels and slots and the statistic behind the labels, and what the signs mean."""
+    """Table of every layer's labels, slots and statistic, and a caption that explains the symbols."""
     caption = "# spatial, . semantic"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("layer", "spatial", "semantic"):

@@ -1,6 +1,6 @@
-"""`ssd-cache learn`: teach a head map's semantic heads which tokens to keep, and save it with that score.
+"""`ssd-cache learn`: train token scores for a head map's semantic heads, and save the map with these scores.
 
-Options only; the learning is `ssd_cache.learning`'s.
+Options only. Training is in `ssd_cache.training.learning`.
 """
 
 from __future__ import annotations
@@ -29,39 +29,40 @@ def learn(
     head_map: Annotated[
         str | None,
         typer.Option(
-            help="The map to begin with: a folder, or a Hub id.", metavar="NAME", show_default="the model's own"
+            help="The map to start from: a folder, or a Hub id.", metavar="NAME", show_default="the model's own"
         ),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The folder of the map with its score.", metavar="FOLDER")
+        Path, typer.Option("--output", "-o", help="Output folder: the map with the learned score.", metavar="FOLDER")
     ] = Path("learned-map"),
     budget: Annotated[
         str | None,
         typer.Option(
-            help="What a head holds: 0.2 of the grid, or 115 tokens.",
+            help="Budget of a head: 0.2 of the grid, or 115 tokens.",
             metavar="N",
             show_default="what the map was fitted to",
         ),
     ] = None,
     fit: Annotated[
         bool,
-        typer.Option("--fit", help="Share the slots of --budget out head by head first, as the map's levels tell."),
+        typer.Option("--fit", help="First choose the slots of each head for --budget, from the map's levels."),
     ] = False,
     buffer: Annotated[
-        int | None, typer.Option(help="Tokens evicted at once.", metavar="N", show_default="a third of a row")
+        int | None,
+        typer.Option(help="Eviction interval: tokens evicted at once.", metavar="N", show_default="a third of a row"),
     ] = None,
     steps: Annotated[
         int,
         typer.Option(
-            help="Steps in all. More than a finished run had extends it: the further steps follow the schedule of the "
-            "new total, so the score differs from a run of that total in one go.",
+            help="Total number of steps. A larger number extends a finished run. The further steps follow the schedule "
+            "of the new total, so the score differs from an uninterrupted run of that total.",
             metavar="N",
         ),
     ] = 400,
-    rate: Annotated[float, typer.Option(help="Learning rate at the first of them.", metavar="X")] = 0.02,
+    rate: Annotated[float, typer.Option(help="Learning rate at the first step.", metavar="X")] = 0.02,
     resume: Resume = None,
     batch_size: Annotated[
-        int, typer.Option(help="Pictures a step; four times as many are drawn at once.", metavar="N")
+        int, typer.Option(help="Images a step; four times as many are generated at once.", metavar="N")
     ] = 4,
     model: ModelName = BUNDLED,
     grid: Grid = None,
@@ -71,12 +72,12 @@ def learn(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Teach semantic heads which tokens to keep, and save the map with that score.
+    """Train the score by which semantic heads keep tokens, and save it in the map.
 
-    A picture of each prompt is drawn with a full cache. Its tokens then show how
-    far the model moves when heads let tokens go, and a score of few numbers a
-    head follows the gradient. Give a few hundred prompts, unlike each other.
-    Stop it at any point: the same command resumes it.
+    Generates an image of each prompt with a full cache. Gradient descent on a
+    few parameters a head then minimises how far eviction moves the model's
+    output on these tokens. Give a few hundred different prompts.
+    You can stop it at any point: the same command resumes it.
     """
     texts = read_prompts(prompts or [], prompts_file)
     check_place("--output", output, is_folder=True)

@@ -1,6 +1,6 @@
-"""How commands find a model and load it: `--model` and `--grid`, and transformers' bar only where one has to wait.
+"""Find and load the model of `--model` and `--grid`. transformers' progress bar is shown only for downloads.
 
-What a model is, and which grids it draws, is the library's to say.
+Which models and grids are supported is defined in `ssd_cache.models`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ssd_cache.models import Checkpoint, Generator, find_generator
 
 
 def parse_grid(text: str | None) -> tuple[int, int] | None:
-    """Rows and columns, if any were given; raises WrongUse."""
+    """Parse rows and columns, or return None if none are given; raises WrongUse."""
     if text is None:
         return None
     if (match := re.fullmatch(r"\s*(\d+)\s*[xX]\s*(\d+)\s*", text)) is None:
@@ -25,12 +25,12 @@ def parse_grid(text: str | None) -> tuple[int, int] | None:
 
 
 def find_model(name: str, grid: str | None) -> Checkpoint:
-    """The checkpoint that `--model` and `--grid` mean; raises WrongUse, or as `find_generator`."""
+    """The checkpoint for `--model` and `--grid`; raises WrongUse, or errors of `find_generator`."""
     return find_generator(name, parse_grid(grid))
 
 
 def load_generator(checkpoint: Checkpoint, dtype: str | torch.dtype, device: str | torch.device) -> Generator:
-    """As `Checkpoint.load`, without the bar for a folder on this machine."""
+    """Call `Checkpoint.load`, without a progress bar if the model is a local folder."""
     quiet = Path(checkpoint.source).is_dir() and transformers_logging.is_progress_bar_enabled()
     if quiet:
         transformers_logging.disable_progress_bar()

@@ -1,6 +1,6 @@
-"""Options that several commands share: one wording, one place in the help.
+"""Options that several commands share, with one help text and one help panel each.
 
-Types for the commands' signatures; defaults stay with the commands, and nothing is checked here.
+Only types for the commands' signatures. Defaults and checks are in the commands.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ MODEL, SAMPLING = "Model", "Sampling"
 
 Prompts = Annotated[
     list[str] | None,
-    typer.Argument(help="What to draw; several prompts as several arguments.", metavar="PROMPT", show_default=False),
+    typer.Argument(
+        help="Prompt of an image; give several prompts as several arguments.", metavar="PROMPT", show_default=False
+    ),
 ]
 PromptsFile = Annotated[
     Path | None,
     typer.Option(
-        help='Further prompts, one a line; of a .jsonl file, the text under "prompt".',
+        help='Further prompts, one a line. In a .jsonl file, each line has a "prompt".',
         metavar="FILE",
         show_default=False,
     ),
@@ -35,8 +37,8 @@ ModelName = Annotated[
 Grid = Annotated[
     str | None,
     typer.Option(
-        help="Rows and columns of visual tokens, a token that ends a row included: 45x46. For models that draw in "
-        "several sizes, and for any other causal language model, drawn with as plain tokens.",
+        help="Rows and columns of visual tokens, including a token that ends a row: 45x46. For models that generate "
+        "several sizes, and for other causal language models, which generate plain tokens.",
         metavar="ROWSxCOLUMNS",
         show_default="the model's own",
         rich_help_panel=MODEL,
@@ -67,9 +69,9 @@ Temperature = Annotated[
     ),
 ]
 OfDistribution = Annotated[
-    float, typer.Option(help="Of the distribution, above 0.", metavar="X", rich_help_panel=SAMPLING)
+    float, typer.Option(help="Temperature of the distribution, above 0.", metavar="X", rich_help_panel=SAMPLING)
 ]
-"""A temperature where distributions are compared, which need more than the likeliest token."""
+"""Temperature for commands that compare distributions: above 0, as the likeliest token alone is not enough."""
 Seed = Annotated[
-    int, typer.Option(help="Of the first batch; the next batch adds 1.", metavar="N", rich_help_panel=SAMPLING)
+    int, typer.Option(help="Seed of the first batch; each further batch adds 1.", metavar="N", rich_help_panel=SAMPLING)
 ]

@@ -1,6 +1,6 @@
-"""From the words of the command line to caches: which policies, which budget, which head map.
+"""Turn command-line arguments into caches: policies, budget and head map.
 
-All of it is checked on the model's configuration, before its weights are loaded.
+All checks use only the model's configuration and run before its weights are loaded.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from ssd_cache.layout import format_rasters
 from ssd_cache.models import Checkpoint
 
 COMPARED = ("full", "ssd", "h2o", "streaming-llm")
-"""Rows of the sheet of `--compare`: the policies of the paper's tables, and the head map's own settings."""
+"""Policies of `--compare`, as in the paper's tables. The head map's own settings are added to them."""
 
 LABELLED = ("ssd", "learned", "margin")
-"""Policies that need to know which head is which."""
+"""Policies that need a head map's labels."""
 
 ONLINE = "online"
-"""In place of a head map: no map; the cache labels the heads."""
+"""Value of `--head-map` for no map: the cache labels the heads during generation."""
 
 
 def parse_budget(text: str, option: str = "--budget", least: int = 2) -> int | float:
-    """A count of tokens from digits alone, `least` or more, else a fraction of the grid: `1` is the whole grid.
+    """Parse a whole number from `least` up as tokens, any other number as a fraction of the grid (`1` is all).
 
     Raises:
-        WrongUse: neither.
+        WrongUse: the text is neither.
     """
     try:
         amount = float(text)
@@ -47,7 +47,7 @@ def parse_budget(text: str, option: str = "--budget", least: int = 2) -> int | f
 
 
 def choose_policies(policy: str | None, compare: bool) -> tuple[str, ...]:
-    """The policies to draw with, in the order of the rows; none: by the head map. Raises WrongUse."""
+    """The policies in the order of the rows; empty means the head map's own settings. Raises WrongUse."""
     if compare and policy is not None:
         raise WrongUse(f"--compare draws with {', '.join(COMPARED)}: leave --policy out")
     if policy is not None and policy not in POLICIES:
@@ -64,11 +64,11 @@ def make_caches(
     kv_dtype: str | None = None,
     slots: str | None = None,
 ) -> dict[str, SSDCache]:
-    """A cache for every policy, by its exact name, which checks budget and map; raises ValueError or WrongUse.
+    """Create a cache for every policy, by its exact name, and check budget and map; raises ValueError or WrongUse.
 
-    When no policy was asked for, the map's own settings are used; `--compare` shows them too. `slots` is for the
-    policies that take a map's slots. The full cache that others are compared with stays in the model's dtype; alone it
-    is quantised as asked.
+    Without policies, the map's own settings are used; `--compare` also includes them. `slots` applies only to policies
+    that use a map's slots. A full cache beside other policies keeps the model's dtype. A full cache alone is quantised
+    by `kv_dtype`.
     """
     if slots is not None and slots not in SLOTS:
         raise WrongUse(f"--slots {slots}: give {' or '.join(SLOTS)}")
@@ -93,7 +93,7 @@ def make_caches(
             f"policy {needy} needs a head map, and {checkpoint.name} has none in its folder: give --head-map "
             f"(a map{online}), or another --policy: {others}"
         )
-    if labels is None:  # the other policies need the shape alone
+    if labels is None:  # the other policies need only the shape
         uniform = HeadMap.uniform("semantic", num_layers=num_layers, num_kv_heads=num_kv_heads)
         labels = uniform.with_grid(*rasters)
     checkpoint.check_head_map(labels)
@@ -111,17 +111,17 @@ def make_caches(
 
 
 def described(caches: Mapping[str, SSDCache]) -> str:
-    """The policies that take a map's labels, in words, each after a semicolon."""
+    """Slots and score of the policies that use a map's labels, in words, each after a semicolon."""
     own = {label: cache for label, cache in caches.items() if label.partition(":")[0] in LABELLED}
     return "".join(f"; {label}: {words_of(cache.slots, cache.score)}" for label, cache in own.items())
 
 
 def _named(policies: tuple[str, ...], labels: HeadMap, slots: str | None) -> list[Policy]:
-    """The policies by their exact names, each once; `--slots` is for the one asked for, not for those beside it."""
+    """The policies by their exact names, each once. `slots` applies to the chosen policy, not to those beside it."""
     asked = MappingProxyType({} if slots is None else {"slots": slots})
     nothing: MappingProxyType = MappingProxyType({})
     if len(policies) == 1:
-        usual = slots == "uniform" and policies[0] in ("ssd", "margin")  # the name says it
+        usual = slots == "uniform" and policies[0] in ("ssd", "margin")  # the name already implies equal slots
         return [Policy(policies[0], nothing if usual else asked)]
     default = Policy(DEFAULT, asked)
     chosen = [Policy(name, nothing) for name in policies]

@@ -1,6 +1,6 @@
-"""`ssd-cache profile`: label the heads of a model from pictures it draws with a full cache, and save the map.
+"""`ssd-cache profile`: label a model's heads from images that it generates with a full cache, and save the map.
 
-Options only; the watching and labelling is `ssd_cache.profiling`'s.
+Options only. Recording and labelling are in `ssd_cache.profiling`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ssd_cache.runs.processes import Processes
 def profile(
     prompts: Prompts = None,
     prompts_file: PromptsFile = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder of the map.", metavar="FOLDER")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output folder of the map.", metavar="FOLDER")] = Path(
         "head-map"
     ),
     model: ModelName = BUNDLED,
@@ -35,28 +35,30 @@ def profile(
     method: Annotated[
         str,
         typer.Option(
-            help="coverage: the kind that keeps more of a head's attention. window: attention on the newest tokens, "
-            "held against a threshold.",
+            help="coverage: the kind that retains more of a head's attention. window: attention on the newest tokens "
+            "above a threshold.",
             metavar="NAME",
         ),
     ] = "coverage",
     budget: Annotated[
-        str, typer.Option(help="The budget that the map is for: 0.2 of the grid, or 115 tokens.", metavar="N")
+        str, typer.Option(help="Budget to make the map for: 0.2 of the grid, or 115 tokens.", metavar="N")
     ] = "0.2",
     levels: Annotated[
         str | None,
         typer.Option(
-            help="Further budgets to measure, for sharing slots out: 0.1,0.3,0.5. Fractions that are too small for "
-            "--buffer and --num-recent are raised.",
+            help="Further budgets to measure, for choosing slots: 0.1,0.3,0.5. Fractions too small for --buffer and "
+            "--num-recent are raised.",
             metavar="N,N",
             show_default=False,
         ),
     ] = None,
     fit: Annotated[
-        bool, typer.Option("--fit", help="Share slots out head by head, by what --levels tells; labels follow.")
+        bool,
+        typer.Option("--fit", help="Choose the slots and the label of each head from the measurements of --levels."),
     ] = False,
     buffer: Annotated[
-        int | None, typer.Option(help="Tokens evicted at once.", metavar="N", show_default="a row of the grid")
+        int | None,
+        typer.Option(help="Eviction interval: tokens evicted at once.", metavar="N", show_default="a row of the grid"),
     ] = None,
     num_recent: Annotated[
         str, typer.Option(help="Newest tokens that a semantic head keeps: tokens, or a fraction.", metavar="N")
@@ -69,7 +71,7 @@ def profile(
     threshold: Annotated[
         float | None,
         typer.Option(
-            help="With window: share of attention from which a head is spatial.",
+            help="With window: minimum share of attention of a spatial head.",
             metavar="X",
             show_default="chosen from the data",
         ),
@@ -87,10 +89,11 @@ def profile(
 ) -> None:
     """Label the heads of a model as spatial or semantic, and save the head map.
 
-    A picture of each prompt is drawn with a full cache, and each head is
-    labelled by where its attention goes. Several processes share the pictures
-    under `accelerate launch --multi_gpu -m ssd_cache.cli profile ...`.
-    Stop it at any point: the same command resumes it, also with more prompts.
+    Generates an image of each prompt with a full cache, and labels each head by
+    where it attends. Several processes share the images under
+    `accelerate launch --multi_gpu -m ssd_cache.cli profile ...`.
+    You can stop it at any point: the same command resumes it, also with more
+    prompts.
     """
     texts = read_prompts(prompts or [], prompts_file)
     if fit and not levels:

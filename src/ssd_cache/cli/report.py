@@ -1,6 +1,6 @@
-"""The closing table of a drawing, and how bytes are written.
+"""The table that `generate` prints at the end, and the text form of byte counts.
 
-Numbers in, a rich table out.
+It formats numbers and measures only the peak memory of this process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ssd_cache.cli.draw import Drawing
 
 
 def size(num_bytes: float) -> str:
-    """Bytes with three digits or so: 512 B, 4.3 MB, 60.4 GB (powers of 1000)."""
+    """Format a byte count with about three digits: 512 B, 4.3 MB, 60.4 GB (powers of 1000)."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000 or unit == "GB":
             break
@@ -24,7 +24,7 @@ def size(num_bytes: float) -> str:
 
 
 def table(drawings: Sequence[Drawing], conditions: str) -> Table:
-    """One row a policy; `conditions` says below what the numbers were measured on."""
+    """Table with one row a policy. `conditions` is the caption: the settings of the measurement."""
     report = Table(box=box.SIMPLE_HEAD, caption=conditions, caption_justify="left", padding=(0, 1, 0, 0))
     report.add_column("policy", no_wrap=True)
     on_gpu = any(drawing.peak_device_bytes is not None for drawing in drawings)
@@ -56,7 +56,7 @@ def table(drawings: Sequence[Drawing], conditions: str) -> Table:
 
 
 def process_peak() -> str:
-    """Peak memory of this process so far, or nothing where the system does not tell."""
+    """Peak memory of this process so far as text, or an empty string if the system does not report it."""
     try:
         import resource  # not on Windows
     except ImportError:

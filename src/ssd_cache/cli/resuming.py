@@ -1,6 +1,6 @@
-"""Runs that can be interrupted and resumed: where their state file lies, and the line that says how to go on.
+"""Runs that can be interrupted and resumed: the path of their state file, and the message on how to resume.
 
-Used by the commands that measure or learn. What a state file holds is in `ssd_cache.run_state`.
+Used by the commands that measure or train. The content of a state file is defined in `ssd_cache.runs.run_state`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ssd_cache.runs.run_state import OtherRunError, is_finished
 Resume = Annotated[
     Path | None,
     typer.Option(
-        help="The state file: finished parts are saved there, and the same command resumes from it.",
+        help="State file: the run saves finished parts there, and the same command resumes from it.",
         metavar="FILE",
         show_default="OUTPUT.state",
     ),
@@ -31,10 +31,10 @@ Result = TypeVar("Result")
 
 
 class StateFile:
-    """The state file of a command, which lies beside the output unless `--resume` names another place.
+    """The state file of a command. It is beside the output unless `--resume` gives another path.
 
     Raises:
-        WrongUse: a place that cannot be written.
+        WrongUse: the path cannot be written.
     """
 
     def __init__(self, resume: Path | None, output: Path):
@@ -44,14 +44,14 @@ class StateFile:
         self.path = Path(f"{output.expanduser().absolute()}.state") if resume is None else resume
 
     def run(self, work: Callable[[Path], Result]) -> Result:
-        """The result of `work`, which is given the path of the file, saves its state there and resumes from it.
+        """Run `work` and return its result. `work` gets the path of the file, saves its state there, resumes from it.
 
-        A finished state of other settings is replaced when it lies in the default place: it belongs to an older run
-        with the same output.
+        A finished state with other settings is replaced if it is at the default path, because it belongs to an older
+        run with the same output.
 
         Raises:
             Failure: the run was interrupted, or it cannot start or finish; the message names the remedy.
-            WrongUse: the state file is of another run.
+            WrongUse: the state file belongs to another run.
         """
         with _interruptible(self.path):
             try:
@@ -68,13 +68,13 @@ class StateFile:
 
 @contextmanager
 def _interruptible(path: Path) -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C, so that the run can save its state, and end both with one line."""
+    """Handle SIGTERM like Ctrl-C, so the run can save its state. Turn both into a Failure with one line."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     before = None
-    if threading.current_thread() is threading.main_thread():  # no other thread may set a handler
+    if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
         before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield

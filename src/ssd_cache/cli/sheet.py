@@ -1,6 +1,6 @@
-"""A contact sheet: pictures in rows, prompts above them, and what each row is at its left.
+"""A contact sheet: images in rows, with prompts above the images and a label to the left of each row.
 
-Plain Pillow. It knows nothing of models and caches.
+Uses only Pillow and is independent of models and caches.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LINE_HEIGHT = 1.3
 
 @dataclass(frozen=True)
 class Row:
-    """One row: what it is, a few words about it, and its pictures, all of one size. Without a title it has no label."""
+    """One row: title, notes, and images, all of one size. A row without a title has no label."""
 
     images: Sequence[Image.Image]
     title: str = ""
@@ -32,16 +32,16 @@ class Row:
 
 
 def contact_sheet(rows: Sequence[Row], captions: Sequence[str], columns: int) -> Image.Image:
-    """Lay pictures out, `columns` side by side; what does not fit goes on below, in another block of the same rows.
+    """Arrange images in rows of `columns`. Further images go into another block of the same rows below.
 
     Args:
-        rows: as many pictures in each as there are captions.
-        captions: one a picture; neighbours with the same caption share it.
-        columns: pictures side by side, at most.
+        rows: rows with one image for each caption.
+        captions: one for each image. Neighbours with the same caption share it.
+        columns: maximum number of images side by side.
     """
     columns = min(columns, len(captions))
     width, height = rows[0].images[0].size
-    shrink = max(1, ceil(columns * width / MAX_WIDTH))  # a whole number, so that pixel art stays even
+    shrink = max(1, ceil(columns * width / MAX_WIDTH))  # a whole number, so that all cells of pixel art keep equal size
     sheet = _Sheet(width // shrink, height // shrink, rows)
     blocks = [range(start, min(start + columns, len(captions))) for start in range(0, len(captions), columns)]
     headings = [list(sheet.headings(captions, block)) for block in blocks]
@@ -53,7 +53,7 @@ def contact_sheet(rows: Sequence[Row], captions: Sequence[str], columns: int) ->
 
 
 class _Sheet:
-    """The measures of one sheet, all from the size of a cell."""
+    """Sizes of one sheet, all derived from the size of a cell."""
 
     def __init__(self, cell_width: int, cell_height: int, rows: Sequence[Row]):
         self.cell_width, self.cell_height, self.rows = cell_width, cell_height, rows
@@ -71,7 +71,7 @@ class _Sheet:
         return 2 * self.margin + self.label_width + self.span(columns)
 
     def span(self, columns: int) -> int:
-        """Width of neighbouring cells, the gaps between them included."""
+        """Width of neighbouring cells, including the gaps between them."""
         return columns * (self.cell_width + self.gap) - self.gap
 
     def height(self, headings: Sequence[Sequence[tuple[int, list[str]]]], num_rows: int) -> int:
@@ -82,7 +82,7 @@ class _Sheet:
         return max(len(lines) for _, lines in heading) * self.line + self.gap
 
     def headings(self, captions: Sequence[str], block: range) -> Iterator[tuple[int, list[str]]]:
-        """(cells that it spans, lines) of every caption of a block."""
+        """Yield (number of cells, lines) for every caption of a block."""
         for caption, cells in groupby(block, key=lambda index: captions[index]):
             number = len(list(cells))
             yield number, _wrap(caption, self.font, self.span(number))
@@ -92,7 +92,7 @@ class _Sheet:
         first = self.margin + self.label_width
         left, bottom = first, top + self.heading_height(heading) - self.gap
         for number, lines in heading:
-            for index, line in enumerate(lines):  # the last line stands right above the picture
+            for index, line in enumerate(lines):  # the last line is right above the image
                 draw.text((left, bottom - (len(lines) - index) * self.line), line, INK, self.font)
             left += self.span(number) + self.gap
         top = bottom + self.gap
@@ -114,7 +114,7 @@ class _Sheet:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Lines no wider than `width`, at most `MAX_LINES`; what is cut off ends in dots."""
+    """Split text into at most `MAX_LINES` lines no wider than `width`. Cut text ends in dots."""
 
     def length(part: str) -> float:
         return float(font.getlength(part))
@@ -122,7 +122,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
     lines = [""]
     for word in printable(text, MAX_TEXT).split():
         pieces = [word]
-        while font.getlength(pieces[-1]) > width and len(pieces[-1]) > 1:  # a word wider than a line is broken
+        while font.getlength(pieces[-1]) > width and len(pieces[-1]) > 1:  # split a word that is wider than a line
             rest = pieces.pop()
             fit = bisect_right([*accumulate(rest)], float(width), 1, len(rest) - 1, key=length)
             pieces += [rest[:fit], rest[fit:]]

@@ -1,6 +1,6 @@
-"""Ways to run the decoder's steps over an `SSDCache`: compiled, recorded as a CUDA graph, and with batched guidance.
+"""Run the decoder's steps over an `SSDCache`: compiled, recorded as a CUDA graph, and with batched guidance.
 
-What the cache keeps is not decided here. Everything that is put on a model comes off again.
+These modules do not decide which tokens the cache keeps. Everything that they put on a model is removed again.
 """
 
 from ssd_cache.decode.fast_decode import fast_decode

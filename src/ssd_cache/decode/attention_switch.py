@@ -1,6 +1,6 @@
-"""`ssd_attention`: the attention "ssd" in a model's decoder, for as long as blocks are open that ask for it.
+"""`ssd_attention`: use the attention "ssd" in a model's decoder while blocks that need it are open.
 
-It switches which attention runs. What that attention computes is in `attention.py`.
+This module only switches the attention; `cache/attention.py` computes it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ssd_cache.decode.patching import Block, Patch, patched
 
 @contextmanager
 def ssd_attention(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
-    """Set the decoder's attention to `name` inside the block, by transformers' own switch; other towers keep theirs.
+    """Set the decoder's attention to `name` inside the block, with transformers' own switch; other towers keep theirs.
 
     Raises:
-        ValueError: layers whose keys and values a cache of the "ssd" kind cannot hold.
-        RuntimeError: another thread holds the attention at another name.
+        ValueError: the model has layers whose keys and values an `SSDCache` cannot hold.
+        RuntimeError: another thread has set the attention to another name.
     """
     model = uncompiled(model)
     _check_layers(type(model).__name__, model.config.get_text_config(decoder=True))
@@ -36,7 +36,7 @@ class _AttentionBlock(Block):
 
 
 class _AttentionInForce(Patch):
-    """No attribute of the model's: holds which attention its decoder had, and which ones open blocks ask for."""
+    """An extra attribute of the decoder that holds its original attention, and those that open blocks need."""
 
     def __init__(self, decoder: PreTrainedModel, name: str):
         super().__init__(decoder, name)
@@ -56,7 +56,7 @@ class _AttentionInForce(Patch):
 
 
 def _check_layers(name: str, config: PreTrainedConfig) -> None:
-    """Refuse layers of another kind than full attention, told by transformers' own `layer_types`."""
+    """Refuse layers of another kind than full attention, according to transformers' own `layer_types`."""
     others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
     if others:
         raise ValueError(

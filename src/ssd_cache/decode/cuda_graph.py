@@ -1,8 +1,8 @@
-"""A decoder's step over one `SSDCache`, recorded as a CUDA graph and replayed: no Python, one launch for all layers.
+"""Record a decoder's step over one `SSDCache` as a CUDA graph and replay it: no Python, one launch for all layers.
 
-Addresses are recorded, so a graph serves one cache while its tensors stay where they are: for an image, as a rule. The
-host-side work of a step is done before (`SSDCache.counted_step`). It chooses no steps and catches no errors. It was
-written without a GPU at hand and not run yet.
+A graph contains addresses, so it serves one cache while the cache's tensors stay in place: usually for one image. The
+host-side work of a step comes before (`SSDCache.counted_step`). This module does not choose the steps and catches no
+errors. It was written without a GPU and has not been run yet.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from ssd_cache.cache.slots import normal_tensors
 _RECORDING = threading.Lock()
 
 WARM_UP = 2
-"""Steps of a cache that run before one is recorded: the first compiles, the second shows that nothing is left to do."""
+"""Steps of a cache before one is recorded: the first compiles, the second confirms that nothing is left to compile."""
 
 
 def can_record(cache: SSDCache, device: torch.device) -> bool:
-    """Whether a CUDA graph can hold the steps of a cache: the input and all layers on one GPU."""
+    """Whether a CUDA graph can record the steps of a cache: the input and all layers must be on one GPU."""
     return device.type == "cuda" and all(layer.device == device for layer in cache.layers)
 
 
 class RecordedStep:
-    """The steps of one cache: counts the first ones, then records a step as a graph and replays it.
+    """The steps of one cache: count the first ones, then record a step as a graph and replay it.
 
-    Recording executes nothing, so every token is written, and scored, once. The cache is not held on to.
+    Recording executes nothing, so every token is written and scored once. This object keeps no reference to the cache.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class RecordedStep:
         self.output_class: type = dict
 
     def is_ready(self, cache: SSDCache, arguments: dict[str, Any]) -> bool:
-        """Count a step; whether `WARM_UP` steps ran before it with the same addresses and shapes."""
+        """Count a step; return whether `WARM_UP` steps ran before it with the same addresses and shapes."""
         state = (cache.places, *((name, new.shape, new.dtype) for name, new in _tensors(arguments).items()))
         if state != self.state:
             self.state, self.num_run, self.graph = state, 0, None
@@ -51,7 +51,7 @@ class RecordedStep:
         return self.num_run > WARM_UP
 
     def __call__(self, run: Callable[..., Any], cache: SSDCache, arguments: dict[str, Any]) -> Any:
-        """The outputs of `run(**arguments)`; tensors of a graph are copied, since its next run writes over them."""
+        """The outputs of `run(**arguments)`; tensors are copies, since the next replay overwrites the graph's own."""
         inputs = _tensors(arguments)
         if self.graph is None:
             self._record(run, arguments, inputs)
@@ -66,8 +66,8 @@ class RecordedStep:
         with normal_tensors():
             self.inputs = {name: value.clone() for name, value in inputs.items()}
         graph = torch.cuda.CUDAGraph()
-        # torch.cuda.graph leaves its own stream current when ending the capture fails, so the outer block restores it.
-        # Other threads may use the GPU meanwhile, but there is one stream to record on.
+        # If ending the capture fails, torch.cuda.graph leaves its own stream current; the outer block restores ours.
+        # Other threads may use the GPU meanwhile, but there is only one stream to record on, hence the lock.
         with (
             _RECORDING,
             torch.cuda.stream(torch.cuda.current_stream()),

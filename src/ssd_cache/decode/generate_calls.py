@@ -1,6 +1,6 @@
-"""The arguments of a call of `generate`, by name however they were given, and with what generation configs add.
+"""The arguments of a `generate` call by name, whether given by position or by name, and settings from its configs.
 
-It reads calls and refuses some; what is made of them is up to `enable`.
+This module reads calls and refuses some. It does not run them; `enable` does.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from transformers import PreTrainedModel
 def bind_call(
     model: PreTrainedModel, generate: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """All arguments of a call of `generate`, the model's own or what stands in its place, by name.
+    """All arguments of a `generate` call by name; `generate` is the model's own or its replacement.
 
     Raises:
-        TypeError: arguments that its signature does not take, as the call itself would raise.
+        TypeError: the signature does not take the arguments; the call itself would raise the same error.
     """
     if not args:
         return dict(kwargs)
     signature = inspect.signature(generate)
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in signature.parameters.values()):
-        signature = inspect.signature(MethodType(type(model).generate, model))  # a wrapper that passes all on
+        signature = inspect.signature(MethodType(type(model).generate, model))  # a wrapper that passes all arguments on
     call = dict(signature.bind(*args, **kwargs).arguments)
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -34,7 +34,7 @@ def bind_call(
 
 
 def call_setting(model: PreTrainedModel, call: Mapping[str, Any], name: str) -> Any:
-    """A generation setting as transformers resolves it: the call's, its generation config's, the model's."""
+    """A generation setting as transformers resolves it: from the call, its generation config, then the model."""
     if name in call:
         return call[name]
     for config in (call.get("generation_config"), model.generation_config):
@@ -44,7 +44,7 @@ def call_setting(model: PreTrainedModel, call: Mapping[str, Any], name: str) -> 
 
 
 def check_call_keeps_cache(model: PreTrainedModel, call: dict[str, Any]) -> None:
-    """Let the cache of a call stand against its settings: generation configs give way, arguments are refused.
+    """Make a call use the given cache: override its generation configs, and refuse conflicting arguments.
 
     Raises:
         ValueError: `cache_implementation`, or `use_cache=False`, among the arguments.

@@ -1,8 +1,8 @@
 """`batched_guidance`: transformers' classifier-free guidance with both branches in one batch, over one cache.
 
-transformers' own runs the unconditional branch in a logits processor, with a `DynamicCache` that nobody can replace.
-Here the model's forward doubles its rows, `[conditional; unconditional]`, and hands back guided scores; `generate`
-itself (sampling, grammar, stopping) stays as it is. Models that guide themselves, as Janus does, need none of this.
+transformers runs the unconditional branch in a logits processor, with a `DynamicCache` that cannot be replaced. Here
+the model's forward doubles its rows, `[conditional; unconditional]`, and returns guided logits. `generate` itself
+(sampling, grammar, stopping) is not changed. Models with their own guidance, such as Janus, do not need this module.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ssd_cache._compat import CACHE, find_cache, in_prefill, take_cache, uncompi
 from ssd_cache.decode.patching import Block, Patch, innermost, patched
 
 BY_ROW = {"input_ids", "attention_mask", "position_ids", "cache_position"}
-"""What may hold rows of the batch; all else that is a tensor would have to be doubled in a way of its own."""
+"""Arguments that may hold rows of the batch; other tensors are refused, since doubling their rows is not defined."""
 
 
 @contextmanager
@@ -33,29 +33,29 @@ def batched_guidance(
     *,
     cache: Cache | None = None,
 ) -> Iterator[PreTrainedModel]:
-    """Guide every `model.generate(...)` inside the block, which must not be given a `guidance_scale` of its own.
+    """Guide every `model.generate(...)` call inside the block; the calls must not set `guidance_scale` themselves.
 
-    The scores are those of transformers' `guidance_scale=`, `log p_u + scale * (log p_c - log p_u)`, to rounding: a
-    batch of twice the rows, and padding before the shorter of the prompts, add up numbers in another order.
+    The logits equal those of transformers' `guidance_scale=`, `log p_u + scale * (log p_c - log p_u)`, to rounding: a
+    batch of twice the rows, and padding before the shorter prompt, change the order of summation.
 
-    Blocks may nest and overlap, also from several threads: a thread's calls are guided by the innermost block that it
-    entered itself, or else by the only one that is open.
+    Blocks may nest and overlap, also across threads. A call is guided by the innermost block that its own thread
+    entered, or else by the only open block.
 
     Args:
-        model: a causal language model; a call brings token ids, not embeddings or images.
-        guidance_scale: 1 is no guidance, more is stronger.
-        negative_prompt_ids: `[batch or 1, length]`, what the unconditional rows read; the prompt's last token when not
-            given, as in transformers. A row may stand for several of the batch.
-        negative_prompt_attention_mask: the same shape, 0 on padding, which stands on the left.
-        cache: guide the calls over this cache alone, in whatever thread; any cache when not given.
+        model: a causal language model; calls must pass token ids, not embeddings or images.
+        guidance_scale: 1 is no guidance; larger values are stronger.
+        negative_prompt_ids: `[batch or 1, length]`, prompt of the unconditional rows. Default: the prompt's last token,
+            as in transformers. One row may serve several rows of the batch.
+        negative_prompt_attention_mask: the same shape, 0 on padding, which is on the left.
+        cache: guide only the calls over this cache, in any thread. Default: any cache.
 
     Yields:
-        The model. Its `forward` is the old one after the block, also after an exception.
+        The model. Its `forward` is restored after the block, also after an exception.
 
     Raises:
-        ValueError: inside the block, a batch that the negative prompts do not divide, other inputs than token ids, no
-            cache, or a prompt in chunks.
-        RuntimeError: a call from a thread that entered no block while several are open.
+        ValueError: inside the block, the batch is not a multiple of the rows of negative prompts, or a call has other
+            inputs than token ids, no cache, or a prompt in chunks.
+        RuntimeError: several blocks are open and the calling thread entered none of them.
     """
     guidance = _Guidance(
         scale=guidance_scale,
@@ -69,7 +69,7 @@ def batched_guidance(
 
 @dataclass(eq=False, kw_only=True)
 class _Guidance(Block):
-    """One block's guidance, and the rows of every cache that it is generating into."""
+    """Guidance of one block, and the rows of every cache that it generates into."""
 
     scale: float
     negative_ids: torch.Tensor | None
@@ -79,7 +79,7 @@ class _Guidance(Block):
 
 
 class _GuidedForward(Patch):
-    """A forward over `batch` rows that runs the model's own over twice as many, for the calls that a block guides."""
+    """Replacement for `forward` over `batch` rows that runs the model's own over twice as many, for guided calls."""
 
     def __call__(self, *args, **kwargs):
         guidance = self._guidance_of(find_cache(kwargs))
@@ -150,7 +150,7 @@ class _Rows:
         self.is_padded = bool(self.num_padding or mask is not None or (self.negative_mask == 0).any())
 
     def mask(self, mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-        """The mask of both branches, `[2 * batch, length]`, from that of the conditional one; None without padding."""
+        """Mask of both branches, `[2 * batch, length]`, from the conditional branch's mask; None without padding."""
         if not self.is_padded:
             return None
         batch = self.negative_mask.shape[0]
@@ -164,7 +164,7 @@ class _Rows:
 
 
 def _check(input_ids, cache, position_ids, kwargs) -> None:
-    """Refuse a call whose rows this module does not know how to double."""
+    """Refuse a call whose rows this module cannot double."""
     if input_ids is None or cache is None:
         missing = "token ids" if input_ids is None else "a cache"
         raise ValueError(f"batched guidance needs {missing} in every step: call generate(input_ids, use_cache=True)")

@@ -1,7 +1,7 @@
 """Patches on attributes of objects, such as `model.generate`, that blocks share and leave in any order.
 
-The first block that enters installs the patch, the last one that leaves restores what was there. All state lives in
-the patch itself, which is the attribute. What a patch does is up to its subclass; this module knows no models.
+The first block that enters installs the patch; the last one that leaves restores the original. The patch object is the
+attribute and holds all state. A subclass defines what the patch does. This module does not depend on models.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LOCK = threading.RLock()  # re-entrant, since the garbage collector may close a
 
 
 def current_flow() -> object:
-    """The running asyncio task, or else the thread: blocks of one nest, those of two overlap in any order."""
+    """The running asyncio task, or else the thread. Blocks of one flow nest; blocks of two overlap in any order."""
     try:
         task = asyncio.current_task()
     except RuntimeError:  # no event loop runs in this thread
@@ -27,7 +27,7 @@ def current_flow() -> object:
 
 @dataclass(eq=False)
 class Block:
-    """A block that is open: one owner of a patch, and the flow that entered it."""
+    """An open block: an owner of a patch, with the flow that entered it."""
 
     flow: object = field(default_factory=current_flow)
 
@@ -37,13 +37,13 @@ P = TypeVar("P", bound="Patch")
 
 
 class Patch:
-    """What stands in place of `getattr(target, name)` while blocks are open.
+    """Replacement for `getattr(target, name)` while blocks are open.
 
-    A copy or a pickle of the target made inside a block gets the original attribute, since no block would ever remove
-    the patch from it.
+    A copy or a pickle of the target made inside a block gets the original attribute, because no block would remove the
+    patch from the copy.
 
     Attributes:
-        inner: the value before, which may be another patch.
+        inner: the original value, which may be another patch.
         owners: the open blocks, in the order in which they were entered.
     """
 
@@ -57,10 +57,10 @@ class Patch:
         self.__wrapped__ = inner  # transformers reads the signatures of forward and generate
 
     def entered(self, owner: Any) -> None:
-        """Set up what a new owner needs."""
+        """Called when a new owner has entered; does nothing by default."""
 
     def left(self) -> None:
-        """Undo what no owner needs any more."""
+        """Called when an owner has left; does nothing by default."""
 
     def __reduce__(self):
         return (_same, (self.inner,)) if self.is_own else (getattr, (self.target, self.name, None))
@@ -72,7 +72,7 @@ def _same(value: Any) -> Any:
 
 @contextmanager
 def patched(target: Any, name: str, kind: type[P], owner: Block) -> Iterator[P]:
-    """Have a patch of this kind on `target.name` inside the block, the one that is there already if there is one."""
+    """Keep a patch of this kind on `target.name` inside the block; an existing one is shared."""
     patch = _enter(target, name, kind, owner)
     try:
         with _LOCK:
@@ -100,7 +100,7 @@ def _enter(target: Any, name: str, kind: type[P], owner: Block) -> P:
             patch.owners.append(owner)
             if any(found is patch for found in _chain(target, name)):
                 return patch
-            patch.owners.remove(owner)  # the garbage collector has closed its last other block meanwhile
+            patch.owners.remove(owner)  # meanwhile the garbage collector closed its last other block
 
 
 def _leave(patch: Patch, owner: Block) -> None:
@@ -114,7 +114,7 @@ def _leave(patch: Patch, owner: Block) -> None:
 
 
 def _remove(patch: Patch) -> None:
-    """Take a patch out of its chain; one that foreign code has wrapped stays inside it, and passes calls on."""
+    """Remove a patch from its chain; if foreign code has wrapped it, it stays in the wrapper and passes calls on."""
     attributes = vars(patch.target)
     if attributes.get(patch.name) is not patch:
         for outer in _chain(patch.target, patch.name):
@@ -127,10 +127,10 @@ def _remove(patch: Patch) -> None:
 
 
 def innermost(owners: Sequence[B], what: str) -> B | None:
-    """The block that serves a call: the innermost of this flow, or else the only one that is open.
+    """The block that serves a call: the innermost one of this flow, or else the only open one.
 
     Raises:
-        RuntimeError: this flow entered none, and several are open.
+        RuntimeError: several blocks are open and this flow entered none of them.
     """
     owners, flow = list(owners), current_flow()
     for block in reversed(owners):

@@ -1,5 +1,5 @@
-"""How good pictures are that were drawn with a cache policy.
+"""Measures the quality of images that were generated with a cache policy.
 
-`shapes` is the exact benchmark on the bundled model, its results lines in a folder that `tables` and `plots` read;
-`geneval` and `dpg` are public benchmarks by their rules. How fast a policy is, is `bench`.
+`shapes` is the exact benchmark on the bundled model; it writes result lines to a folder, and `tables` and `plots` read
+them. `geneval` and `dpg` are public benchmarks, scored by their own rules. Speed is measured in `bench`.
 """

@@ -1,7 +1,7 @@
-"""Shares of correct pictures, their standard errors, and the paired bootstrap over prompts for what two differ by.
+"""Shares of correct images, their standard errors, and a paired bootstrap over prompts for differences.
 
-Numbers in, numbers out: it knows nothing of policies or files. All samples of a prompt stay together, since they are
-not independent, and every kind counts the same. The bootstrap is Efron's, with percentile intervals (Efron and
+It works on numbers only, without policies or files. All samples of a prompt stay together, since they are not
+independent, and every kind has the same weight. The bootstrap is Efron's, with percentile intervals (Efron and
 Tibshirani, An Introduction to the Bootstrap, 1993, chapters 6 and 13).
 """
 
@@ -84,9 +84,9 @@ def score(verdicts: Verdicts, kinds: Sequence[str]) -> Score:
 def compare(
     first: Verdicts, second: Verdicts, kinds: Sequence[str], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> Difference:
-    """What `first` is above `second`, by paired bootstrap: prompts are drawn anew within each kind, with replacement.
+    """`first` minus `second`, by paired bootstrap: prompts are resampled within each kind, with replacement.
 
-    Pictures that one of the two lacks are left out.
+    Images that one of the two lacks are left out.
 
     Example: six prompts of one kind, and `first` better at all of them; p is 2^-5.
 

@@ -1,6 +1,6 @@
-"""Loads a CLIP whole: model, tokenizer and an image processor that resizes with PIL on every machine.
+"""Loads CLIP: model, tokenizer and an image processor that resizes with PIL on every machine.
 
-What is compared with it is told elsewhere: colours in `geneval/colors.py`, whole pictures in `metrics.py`.
+`geneval/colors.py` uses it for colours, `clip_score.py` for whole images.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ CLIP = "openai/clip-vit-large-patch14"
 
 
 def load_clip(source: str | Path = CLIP, *, device: str | torch.device = "auto") -> tuple[CLIPModel, CLIPProcessor]:
-    """A CLIP in float32 and evaluation mode from a folder or the Hub, with its processor.
+    """Load a CLIP in float32 and evaluation mode, with its processor, from a folder or the Hub.
 
     Raises:
-        ValueError: another kind of model, or one whose weights are not all there.
-        OSError: it can not be found.
+        ValueError: another kind of model, or weights are missing.
+        OSError: it cannot be found.
     """
     kind = AutoConfig.from_pretrained(source).model_type
     if kind != "clip":

@@ -1,6 +1,6 @@
-"""CLIPScore of pictures and their prompts: torchmetrics' own class, over a CLIP of transformers 5.
+"""CLIPScore of images and their prompts: torchmetrics' own class, with a CLIP model of transformers 5.
 
-It draws nothing. Reading in batches and the result are `metrics.py`'s.
+It generates nothing. `metrics.py` has the batched reading and the result class.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def clip_score(
     Raises:
         MetricsError: no picture that can be read, or torchmetrics is missing.
         ValueError: another kind of model, or one whose weights are not all there.
-        OSError: the model can not be found.
+        OSError: the model cannot be found.
     """
     check_count("batch_size", batch_size, 1)
     where, score = resolve_device(device), torchmetrics_module("multimodal.clip_score").CLIPScore

@@ -1,7 +1,7 @@
-"""What results of GenEval or DPG-Bench differ by, and whether that is more than chance: every file against the first.
+"""Compares results of GenEval or DPG-Bench: every file against the first, with a test of each difference.
 
-It refuses files that do not belong together, and says nothing of why they differ: which policy drew which pictures is
-known to those who name the files. Reading is `prompt_scores.py`'s, the statistics are `bootstrap.py`'s.
+It refuses files that are not comparable. It does not know which policy generated which images; the user who names the
+files does. `prompt_scores.py` reads the files, `bootstrap.py` has the statistics.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def compare_results(paths: Sequence[str | Path]) -> Comparison:
     resample holds the same prompts of both files, so what makes a prompt hard for both takes no part in a difference.
 
     Raises:
-        ValueError: fewer than two files, one that can not be read (see `read_prompt_scores`) or was given twice, files
+        ValueError: fewer than two files, one that cannot be read (see `read_prompt_scores`) or was given twice, files
             of other benchmarks, judges, prompts or numbers of pictures, or a tag of a single prompt.
     """
     if len(paths) < 2:
@@ -129,7 +129,7 @@ def _row(task: str, name: str, strata: Sequence[str], file: PromptScores, first:
 
 
 def _check_alike(first: PromptScores, other: PromptScores) -> None:
-    """Refuse a file that can not be held against the first."""
+    """Refuse a file that cannot be held against the first."""
     if first.benchmark != other.benchmark:
         raise ValueError(
             f"{other.path}: results of {other.benchmark}, but {first.path} is of {first.benchmark}; compare like"

@@ -1,6 +1,6 @@
-"""What results depend on beside policy, budget and seed: versions, weights, device, prompts, settings of the drawing.
+"""The conditions of a result besides policy, budget and seed: versions, weights, device, prompts, generation settings.
 
-Results that are compared share them, field by field. They are known before the weights are loaded.
+Results may be compared only if all these fields are equal. They are known before the weights are loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SEEDS = "first 63 bits of sha256('seed batch')"
 
 
 def draw_seed(seed: int, batch: int) -> int:
-    """torch's seed for a batch of a sample: by these two alone, so that every policy gets the same draws of chance."""
+    """torch's seed for a batch; it depends only on these two numbers, so every policy uses the same random numbers."""
     return int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:8], "big") >> 1
 
 
@@ -42,13 +42,13 @@ def drawing_conditions(
 
     Args:
         checkpoint: the model.
-        prompts: (kind, caption), in the order in which they are drawn.
-        dtype: of the decoder.
-        device: where it runs.
-        batch_size: pictures drawn at once.
+        prompts: (kind, caption), in the order of generation.
+        dtype: dtype of the decoder.
+        device: device of the decoder.
+        batch_size: images generated at once.
         guidance_scale: the checkpoint's own when not given.
         temperature: the checkpoint's own when not given.
-        settings: of every policy's cache, as far as its name does not carry others.
+        settings: settings of every policy's cache; settings in a policy's name take precedence.
     """
     own = _own_sampling(checkpoint)
     texts = "\n".join(f"{kind}\t{caption}" for kind, caption in prompts)
@@ -72,7 +72,7 @@ def drawing_conditions(
 
 
 def model_sha256(checkpoint: Checkpoint) -> str:
-    """Which model this is: of a folder, its weights and JSON files; of the Hub, repository and commit."""
+    """Checksum of the model: over weights and JSON files for a folder, over repository and commit for the Hub."""
     folder, found = Path(checkpoint.source), hashlib.sha256()
     if not folder.is_dir():
         found.update(f"{checkpoint.source}@{getattr(checkpoint.config, '_commit_hash', None)}".encode())
@@ -84,7 +84,7 @@ def model_sha256(checkpoint: Checkpoint) -> str:
 
 
 def _own_sampling(checkpoint: Checkpoint) -> dict[str, float]:
-    """What `Generator.guidance_scale` and `.temperature` will say once the weights are loaded."""
+    """The values that `Generator.guidance_scale` and `.temperature` will have once the weights are loaded."""
     try:
         config = GenerationConfig.from_pretrained(checkpoint.source)
     except OSError:  # a checkpoint without generation_config.json

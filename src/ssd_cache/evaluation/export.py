@@ -1,7 +1,7 @@
-"""Draws a benchmark's pictures into a folder: in fixed batches, shared by several processes, resumable at the picture.
+"""Generates a benchmark's images into a folder: in fixed batches, shared by several processes, resumable per image.
 
-The folder remembers what its pictures were drawn with, and refuses a run with other settings. How pictures are named
-and laid out is the benchmark's business (`geneval`, `dpg`), what they are worth their scorers'.
+The folder records the settings of its images, and a run with other settings is refused. The benchmarks (`geneval`,
+`dpg`) define names and layout of the images, and their scorers score them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROMPTS_FILE = "prompts.jsonl"
 
 
 class ExportError(ReadableError):
-    """A folder that a run can not draw into, or can no longer write to."""
+    """A folder that a run cannot draw into, or can no longer write to."""
 
 
 class PictureSet(Protocol):
@@ -67,7 +67,7 @@ def claim_folder(root: Path, settings: Mapping[str, Any], prompts: str, *, write
 
     Raises:
         ExportError: other settings, each field with both values; or files of which nobody knows what they are.
-        OSError: it can not be written.
+        OSError: it cannot be written.
     """
     if (root / SETTINGS_FILE).exists():
         if differing := differences(read_settings(root), json.loads(json.dumps(settings))):
@@ -97,7 +97,7 @@ def read_settings(root: Path) -> dict[str, Any]:
     """What the pictures of a folder were drawn with; empty for a folder that some other program wrote.
 
     Raises:
-        ExportError: the file can not be read.
+        ExportError: the file cannot be read.
     """
     path = root / SETTINGS_FILE
     if not path.exists():
@@ -159,7 +159,7 @@ def draw_pictures(
         title: of the bar.
 
     Raises:
-        ExportError: a picture can not be written; those before it are kept.
+        ExportError: a picture cannot be written; those before it are kept.
         ValueError: a batch size that does not fit.
     """
     check_count("batch_size", batch_size, 1)

@@ -1,7 +1,7 @@
-"""FID of a folder of pictures against a folder of references: torchmetrics' own class, fed with what is on the disk.
+"""FID between a folder of images and a folder of references, with torchmetrics' own class.
 
-It draws nothing, and what can not be computed for want of a package or of weights is said, not replaced. Reading in
-batches and the result are shared with `clip_score.py`.
+It generates nothing. A missing package or missing weights are reported, not replaced. `clip_score.py` shares the
+batched reading and the result class.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ USUAL_FID = 10_000
 
 
 class MetricsError(ReadableError):
-    """Pictures that can not be measured, or a package or weights that are missing; says what would help."""
+    """Pictures that cannot be measured, or a package or weights that are missing; says what would help."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def fid(
         on_picture: called with the name of every picture that was looked at.
 
     Raises:
-        MetricsError: fewer than two pictures in a set, a missing package, or weights that can not be had.
+        MetricsError: fewer than two pictures in a set, a missing package, or weights that cannot be had.
     """
     check_count("batch_size", batch_size, 1)
     where, network = resolve_device(device), torchmetrics_module("image.fid").FrechetInceptionDistance
@@ -105,7 +105,7 @@ def load_inception(path: str | Path, *, device: str | torch.device = "auto") -> 
     Its `forward(pictures, return_features=True)` takes uint8 pictures and gives the features before the classes.
 
     Raises:
-        MetricsError: the file can not be read as TorchScript.
+        MetricsError: the file cannot be read as TorchScript.
     """
     where = resolve_device(device)
     try:
@@ -164,7 +164,7 @@ def read_batches(
     unreadable: dict[str, str],
     on_picture: Callable[[str], object] | None,
 ) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
-    """Names and uint8 pictures `[3, height, width]`, neighbours of one size together; what can not be read is noted."""
+    """Names and uint8 pictures `[3, height, width]`, neighbours of one size together; what cannot be read is noted."""
     names: list[str] = []
     batch: list[torch.Tensor] = []
     for picture in pictures:

@@ -1,6 +1,6 @@
-"""Finds the pictures of a folder, and what they are of: GenEval's layout, DPG-Bench's sheets, or files and a list.
+"""Finds the images of a folder and their captions: GenEval's layout, DPG-Bench's sheets, or files and a list.
 
-It opens none of them. Names and order are the same on every machine.
+It opens no image. Names and order are the same on every machine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CAPTIONS_FILE = "metadata.jsonl"
 
 
 class PictureFolderError(ReadableError):
-    """A folder whose pictures, or what they are of, can not be found."""
+    """A folder whose pictures, or what they are of, cannot be found."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def find_captioned(folder: str | Path) -> list[Captioned]:
 
     Raises:
         PictureFolderError: none of these; a line of the list without a picture, or a picture twice.
-        ValueError: a file that can not be read, with its line.
+        ValueError: a file that cannot be read, with its line.
     """
     folder = Path(folder)
     _check_folder(folder)

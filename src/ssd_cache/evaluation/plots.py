@@ -1,6 +1,6 @@
-"""The score against the budget, one line a policy, with what chance allows around it.
+"""Plots the result against the budget, one line per policy, with 95% bands.
 
-A figure and its PNG. The numbers come from `tables.py`.
+The output is a figure as PNG. The numbers come from `tables.py`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#332288")
-"""Told apart with any colour vision, most of them Okabe and Ito's (2008)."""
+"""Distinguishable with any colour vision; most are from Okabe and Ito (2008)."""
 
 MARKERS, LINES = "osD^vPX*p", ("-", ":", "-.")
-"""Nine markers against eight colours, and another line for each eight, so that many policies can be told apart."""
+"""Nine markers against eight colours, and a new line style for every eight policies, keep many policies distinct."""
 
 BAND = 1.96
-"""Standard errors on either side: 95%."""
+"""Half-width of the band in standard errors: 95%."""
 
 
 def draw_score_by_budget(summary: Summary) -> bytes:
-    """A PNG; raises ImportError with the remedy where matplotlib is not installed."""
+    """The plot as PNG; raises ImportError with the remedy where matplotlib is not installed."""
     policies = list(dict.fromkeys(row.policy for row in summary.rows if row.policy != FULL))
     figure = new_figure(height=3.6 + 0.11 * len(policies), width=7.0)
     axes = figure.add_subplot()
@@ -39,7 +39,7 @@ def draw_score_by_budget(summary: Summary) -> bytes:
         style["linestyle"] = LINES[number // len(COLORS) % len(LINES)]
         _draw_policy(axes, [row for row in summary.rows if row.policy == policy], style)
     shares = sorted({100 * row.share for row in summary.rows if row.policy != FULL}) or [100.0]
-    axes.set_xscale("log")  # budgets lie closer at the small end, where policies differ
+    axes.set_xscale("log")  # small budgets lie close together, and policies differ most there
     axes.minorticks_off()
     if len(shares) <= 10:
         axes.set_xticks(shares, [f"{share:.3g}" for share in shares])
@@ -65,6 +65,6 @@ def _draw_policy(axes: Axes, rows: list[Row], style: dict[str, Any]) -> None:
 
 
 def _band(row: Row) -> tuple[float, float]:
-    error = 0.0 if math.isnan(row.score.standard_error) else row.score.standard_error  # of one prompt a kind: no band
+    error = 0.0 if math.isnan(row.score.standard_error) else row.score.standard_error  # one prompt per kind: no band
     middle, half = row.score.overall, BAND * error
     return max(0.0, middle - half), min(1.0, middle + half)

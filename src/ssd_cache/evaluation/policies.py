@@ -1,7 +1,7 @@
-"""From a policy's name to fresh caches: the cache's own policies, controls, head maps in folders, settings in names.
+"""Turns policy names such as `ssd`, `random-1` or `ssd:buffer=8,num_recent=0.5` into fresh caches.
 
-`ssd`, `random-1` or `ssd:buffer=8,num_recent=0.5`: one place for everything that is compared. What a policy keeps is
-the cache's business; nothing is drawn here.
+It covers the cache's own policies, the controls, head maps in folders, and settings in names. The rules of retention
+are in `cache/`; nothing is generated here.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ssd_cache.profiling.allocation import fit_heads
 
 RANDOM = re.compile(r"random-(\d{1,9})")
 DEFAULT = "default"
-"""The head map's own settings; `resolve_policies` puts the policy in its place that they come to."""
+"""The head map's own settings; `resolve_policies` replaces it by the policy that they amount to."""
 
 OWN = (DEFAULT, "online", "fitted", "inverted", "random-N")
-"""Compared beside `POLICIES`: the map's own settings, labels found while drawing, kinds and slots of each head by
-`fit_heads` at every budget anew, two controls."""
+"""Policies in addition to `POLICIES`: the map's own settings, labels found during generation, kinds and slots of each
+head from `fit_heads` at every budget, and two controls."""
 
 WITHOUT_LABELS = ("full", "h2o", "streaming-llm", "linear", "online")
-"""Policies that look at the shape of a head map alone, or bring their labels."""
+"""Policies that use only the shape of a head map, or find their own labels."""
 
 
 def _count(text: str) -> int:
@@ -58,16 +58,16 @@ def _word(text: str) -> str:
 SETTINGS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
     {"buffer": _count, "num_recent": _amount, "num_sinks": _count, "score": _word, "slots": _word, "kv_dtype": _word}
 )
-"""Settings of `SSDCache` that a policy's name may carry, and how each is read."""
+"""Settings of `SSDCache` that a policy name may contain, and the parser of each."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What is compared: a name, and the settings that its name carries.
+    """One of the policies to compare: a name and the settings in it.
 
     Attributes:
-        name: one of `POLICIES`, of `OWN`, or a folder with a head map, which is used with its own settings.
-        settings: settings of `SSDCache` that belong to this policy; they go before those of the whole run.
+        name: one of `POLICIES`, one of `OWN`, or a folder with a head map, which is used with its own settings.
+        settings: settings of `SSDCache` for this policy; they take precedence over those of the whole run.
     """
 
     name: str
@@ -75,28 +75,28 @@ class Policy:
 
     @property
     def label(self) -> str:
-        """The name with its settings, in one spelling: how the policy is called in results."""
+        """The name with its settings in canonical spelling, used in results."""
         return policy_label(self.name, self.settings)
 
     @property
     def needs_labels(self) -> bool:
-        """Whether the head map of the run says which heads are which; a folder brings a map of its own."""
+        """Whether the policy uses the labels of the run's head map; a folder has its own map."""
         return self.name not in WITHOUT_LABELS and _is_known(self.name)
 
     def budgets(self, budgets: Sequence[Amount]) -> list[Amount]:
-        """Those of the run, each once; the full cache has one, everything."""
+        """The budgets of the run without duplicates; for the full cache, only 1.0."""
         return [1.0] if self.name == "full" else list(dict.fromkeys(budgets))
 
     def make_cache(self, head_map: HeadMap, budget: Amount, **settings) -> SSDCache:
         """A fresh cache.
 
         Args:
-            head_map: the run's, whose labels `needs_labels` asks for and whose shape all need.
-            budget: visual tokens a head may hold, as for `SSDCache`; `fitted` shares its bytes out.
-            settings: of the whole run, as for `SSDCache`; the full cache takes none.
+            head_map: the run's map; every policy uses its shape, and those with `needs_labels` its labels.
+            budget: visual tokens a head may hold, as for `SSDCache`; `fitted` distributes its bytes over the heads.
+            settings: settings of the whole run, as for `SSDCache`; the full cache ignores them.
 
         Raises:
-            ValueError: a setting or budget out of range, or a map that does not fit.
+            ValueError: a setting or budget is out of range, or a map does not fit.
         """
         if self.name == DEFAULT:
             return _resolved(self, head_map, settings).make_cache(head_map, budget, **settings)
@@ -121,7 +121,7 @@ class Policy:
 
 
 def random_map(head_map: HeadMap, seed: int) -> HeadMap:
-    """A map of the same shape with as many spatial heads, drawn at random: what labels are worth, as a control."""
+    """A control for the value of labels: a map with the same shape and number of spatial heads, placed at random."""
     labels = head_map.is_spatial.flatten()
     order = torch.randperm(labels.numel(), generator=torch.Generator().manual_seed(seed))
     labels = labels[order].view_as(head_map.is_spatial)
@@ -131,14 +131,14 @@ def random_map(head_map: HeadMap, seed: int) -> HeadMap:
 def resolve_policies(
     policies: Sequence[Policy], head_map: HeadMap, settings: Mapping[str, Any] = MappingProxyType({})
 ) -> list[Policy]:
-    """The policies, each once, with the one that a head map is used with by itself in place of `default`.
+    """The policies without duplicates, with `default` replaced by the policy that the head map uses by default.
 
-    So a name in a table says what ran: `learned`, `ssd:slots=fitted` or `ssd`.
+    The name in a table then says which policy ran: `learned`, `ssd:slots=fitted` or `ssd`.
 
     Args:
-        policies: as `parse_policies` gives them.
-        head_map: of the run.
-        settings: of the whole run; a score among them goes before the map's own.
+        policies: as `parse_policies` returns them.
+        head_map: the head map of the run.
+        settings: settings of the whole run; a score among them takes precedence over the map's own.
     """
     resolved = [_resolved(policy, head_map, settings) for policy in policies]
     return list({policy.label: policy for policy in resolved}.values())
@@ -150,16 +150,16 @@ def _resolved(policy: Policy, head_map: HeadMap, run: Mapping[str, Any]) -> Poli
     own = {name: value for name, value in policy.settings.items() if name != "slots"}
     score = own.get("score", run.get("score"))
     name, settings = own_policy(head_map, slots=policy.settings.get("slots"), score=score)
-    if own.get("score") == {"learned": "learned", "ssd": "sum"}[name]:  # the name says it
+    if own.get("score") == {"learned": "learned", "ssd": "sum"}[name]:  # the policy name already implies this score
         del own["score"]
     return Policy(name, MappingProxyType(own | settings))
 
 
 def choose_head_map(checkpoint: Checkpoint, name: str | None, policies: Sequence[Policy]) -> HeadMap:
-    """The head map of a run: the one that is named, or the checkpoint's own, or its shape where that is enough.
+    """The head map of a run: the named one, else the checkpoint's own, else just its shape where that is enough.
 
     Raises:
-        ValueError: no map for a policy that needs labels, one that can not be read, or one of another model's shape.
+        ValueError: a policy needs labels and there is no map, the map cannot be read, or its shape does not fit.
     """
     if name == "online":
         raise ValueError("--head-map online: labels found while drawing are a policy here; give the policy online")
@@ -179,19 +179,19 @@ def choose_head_map(checkpoint: Checkpoint, name: str | None, policies: Sequence
 
 
 def mean_slots(cache: SSDCache) -> float:
-    """Visual tokens that a head of the cache may hold, on average over its heads."""
+    """Visual tokens that a head of the cache may hold, averaged over the heads."""
     return cache.mean_slots
 
 
 def parse_policies(text: str) -> list[Policy]:
-    """Policies of a list with commas, each once: `full,ssd:score=mean,num_recent=0.5,h2o` is three of them.
+    """The policies of a comma-separated list, without duplicates: `full,ssd:score=mean,num_recent=0.5,h2o` has three.
 
     Raises:
-        ValueError: an empty list, an unknown name (with the nearest), or a setting that can not be read.
+        ValueError: the list is empty, a name is unknown (the nearest one is suggested), or a setting cannot be read.
     """
     parts: list[str] = []
     for part in (part.strip() for part in text.split(",")):
-        if re.match(r"\w+\s*=", part) and not Path(part).is_dir():  # a further setting of the policy before
+        if re.match(r"\w+\s*=", part) and not Path(part).is_dir():  # another setting of the previous policy
             if not parts or ":" not in parts[-1]:
                 raise ValueError(f"{part!r} is a setting without a policy: write it as ssd:{part}")
             parts[-1] += f",{part}"
@@ -202,9 +202,9 @@ def parse_policies(text: str) -> list[Policy]:
 
 
 def parse_policy(text: str) -> Policy:
-    """One policy: a name, or a name, a colon and settings; raises ValueError as `parse_policies`."""
+    """One policy: a name, or a name, a colon and settings; raises ValueError as `parse_policies` does."""
     name, colon, rest = text.strip().rpartition(":")
-    if not colon or "=" not in rest:  # no settings; a colon may be part of a folder's name
+    if not colon or "=" not in rest:  # no settings; the name of a folder may contain a colon
         name, rest = text.strip(), ""
     if not name or (not _is_known(name) and not Path(name).expanduser().is_dir()):
         known = [*POLICIES, *OWN]

@@ -1,7 +1,7 @@
-"""The score of every prompt, read back from what `eval geneval score` and `eval dpg score` wrote.
+"""Reads the score of every prompt from the files of `eval geneval score` and `eval dpg score`.
 
-A file is taken whole or refused with its line, since a difference is only worth something over whole sets. Nothing is
-judged anew, and no two files are held against each other: that is `comparing.py`'s.
+A file is read completely or refused with the line at fault, since a difference is meaningful only over complete sets.
+Nothing is judged again; `comparing.py` compares the files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class PromptScores:
     Attributes:
         path: the file.
         benchmark: `GENEVAL` or `DPG`.
-        judge: who judged, and with which settings, by field; scores of other judges can not be compared.
+        judge: who judged, and with which settings, by field; scores of other judges cannot be compared.
         strata: scores by prompt, by stratum: the tags of GenEval in its order, 0 to 1; "prompts" of DPG-Bench, 0 to
             100. A prompt is named by all that was asked of its pictures.
         num_pictures: of each prompt.

@@ -1,7 +1,7 @@
-"""Results as lines: one JSON object a picture, in `results-<process>.jsonl`, and how such files are read back.
+"""Result lines: one JSON object per image in `results-<process>.jsonl`, and the code that reads these files.
 
-A line says which picture it is of and what the judge said. A last line without its end is what a killed run was
-writing, and counts for nothing; any other line that can not be read is named. Who writes them is `results_folder.py`.
+A line identifies its image and holds the judge's verdict. An incomplete last line was being written when a run was
+killed, and is ignored. Any other unreadable line is reported. `results_folder.py` writes the lines.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from ssd_cache.shapes import KINDS
 PATTERN = "results-*.jsonl"
 
 Key = tuple[str, Amount, int, int]
-"""Policy, budget, seed, prompt: what names a picture in a folder of results."""
+"""Policy, budget, seed and prompt: the identity of an image in a results folder."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One judged picture.
+    """One judged image.
 
     Attributes:
-        policy: the policy's label, its own settings included.
-        settings: all settings that its cache was made with, those of the whole run among them.
-        budget: as the user gave it: a fraction of the grid, or visual tokens.
-        num_slots: visual tokens that a head held at most, on average over the heads.
-        head_map: digest of the labels in force; "online" where they are found while drawing.
-        seed: of the sample; with the batch's number it gives torch's seed.
+        policy: the policy's label, including its own settings.
+        settings: all settings of its cache, including those of the whole run.
+        budget: as the user gave it: a fraction of the grid, or a number of visual tokens.
+        num_slots: maximum number of visual tokens that a head held, averaged over the heads.
+        head_map: digest of the labels used; "online" where they are found during generation.
+        seed: seed of the sample; torch's seed is derived from it and the batch number.
         prompt: index of the prompt.
         kind: one of `KINDS`.
-        caption: what was to be drawn.
+        caption: the text of the prompt.
         correct: the judge's verdict.
-        reason: why it is not correct, else empty.
+        reason: why the image is not correct, else empty.
     """
 
     policy: str
@@ -58,13 +58,13 @@ class Record:
         return self.policy, self.budget, self.seed, self.prompt
 
     def line(self) -> str:
-        """The record as a line, its end included."""
+        """The record as one line, including the line end."""
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A line that can not be used: where it stands, and why."""
+    """A line that cannot be used, with its location and the reason."""
 
     path: Path
     number: int
@@ -75,7 +75,7 @@ class Problem:
 
 
 def parse_record(line: str | bytes) -> Record:
-    """The record of a line; raises ValueError with the reason."""
+    """Parse a line; raises ValueError with the reason."""
     try:
         entry = parse_json(line)
     except ValueError as error:
@@ -90,21 +90,21 @@ def parse_record(line: str | bytes) -> Record:
 
 
 def read_records(folders: Iterable[Path]) -> tuple[list[Record], list[Problem]]:
-    """All records of some folders, each picture once, in the order of the files; and what could not be read.
+    """All records of some folders, each image once, in the order of the files; and the lines that cannot be read.
 
     Raises:
-        OSError: a file can not be opened.
+        OSError: a file cannot be opened.
     """
     records: dict[Key, Record] = {}
     problems = []
     for path in (path for folder in folders for path in sorted(folder.glob(PATTERN))):
         lines = path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines[:-1], 1):  # what comes after the last line's end was never finished
+        for number, line in enumerate(lines[:-1], 1):  # text after the last line end is an unfinished line
             try:
                 record = parse_record(line)
                 first = records.setdefault(record.key, record)
                 if first != record:
                     raise ValueError("it contradicts an earlier line about the same picture")
-            except ValueError as error:  # UnicodeDecodeError among them
+            except ValueError as error:  # includes UnicodeDecodeError
                 problems.append(Problem(path, number, str(error)))
     return list(records.values()), problems

@@ -1,6 +1,6 @@
-"""A report on folders of results: they are read, held against each other, and tables and plot are written.
+"""Reports on results folders: reads them, checks that they are comparable, and writes tables and a plot.
 
-All from the lines alone, whole or not at all. What the files say is `tables.py`'s and `plots.py`'s.
+It uses only the result lines. All files are written, or none. `tables.py` and `plots.py` define their content.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ TABLE, NUMBERS, PLOT = "results.md", "results.json", "score-by-budget.png"
 
 
 def read_summary(folders: Sequence[Path]) -> tuple[Summary, list[Problem]]:
-    """What the lines of one or several folders come to, and the lines that could not be read.
+    """The summary of one or several folders, and the lines that cannot be read.
 
     Raises:
-        ResultsError: no results, or folders whose conditions differ.
-        OSError: a file can not be opened.
+        ResultsError: there are no results, or the conditions of the folders differ.
+        OSError: a file cannot be opened.
     """
     run = reduce(
         lambda merged, folder: merge_runs(f"{folder} beside {folders[0]}", merged, read_reported_run(folder)),
@@ -41,10 +41,10 @@ def read_summary(folders: Sequence[Path]) -> tuple[Summary, list[Problem]]:
 
 
 def write_report(summary: Summary, folder: Path) -> tuple[list[Path], str]:
-    """Write results.md, results.json and the plot; returns their paths, and what to install where the plot can not be.
+    """Write results.md, results.json and the plot; returns their paths, and a remedy if the plot cannot be made.
 
     Raises:
-        OSError: they can not be written; older files are as they were.
+        OSError: they cannot be written; older files are unchanged.
     """
     contents = {
         folder / TABLE: to_markdown(summary).encode(),

@@ -1,7 +1,7 @@
-"""A folder of results while it is written: `run.json` with the conditions, and one file of lines a process.
+"""Writes a results folder: `run.json` with the conditions, and one file of result lines per process.
 
-Lines are appended and forced to the disk batch by batch, so a run that ends at any point leaves whole lines and at most
-one half. A folder of other conditions is refused, field by field. What a line holds is `records.py`'s.
+Lines are appended and synced to disk after every batch. A run that is killed leaves complete lines and at most one
+incomplete one. A folder with other conditions is refused, and the error lists the fields. `records.py` defines a line.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ CONDITIONS = {
 }
 POLICY = {"settings": dict, "slots": dict, "head_map": str}
 COMMAND = {"model": str, "head_map": str | None}
-"""Fields of `run.json` and its parts; the parts may have others."""
+"""Required fields of `run.json` and its parts; the parts may have others."""
 
 
 class ResultsError(ReadableError):
-    """A folder of results that can not be used, or no longer be written."""
+    """A results folder that cannot be used or written."""
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What `run.json` says: "conditions", "policies" and "command".
+    """The content of `run.json`: "conditions", "policies" and "command".
 
     Raises:
-        ResultsError: it is missing, or not of this format.
+        ResultsError: it is missing, or has another format.
     """
     path = folder / RUN_FILE
     try:
@@ -73,10 +73,10 @@ def recorded_batch_size(folder: Path) -> int | None:
 
 
 def read_reported_run(folder: Path) -> dict[str, Any]:
-    """As `read_run`, with everything that a report says of a run.
+    """Like `read_run`, but also checks the fields that a report needs.
 
     Raises:
-        ResultsError: as `read_run`, or a part of it is missing or of another type.
+        ResultsError: as `read_run`, or a field is missing or has another type.
     """
     run = read_run(folder)
     try:
@@ -90,7 +90,7 @@ def read_reported_run(folder: Path) -> dict[str, Any]:
 
 
 def check_same(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse conditions that differ; raises ResultsError with every field and both values."""
+    """Refuse conditions that differ; raises ResultsError with every such field and both values."""
     if differing := differences(found, wanted):
         raise ResultsError(
             f"{place}: results of other conditions ({differing}), not to be compared: give another folder"
@@ -98,10 +98,10 @@ def check_same(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) 
 
 
 def merge_runs(place: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """The first run with the second's policies and budgets added.
+    """The first run with the policies and budgets of the second added.
 
     Raises:
-        ResultsError: other conditions, or other caches behind the same name of a policy.
+        ResultsError: the conditions differ, or a policy of the same name has different caches.
     """
     check_same(place, first["conditions"], second["conditions"])
     policies = {label: {**entry, "slots": dict(entry["slots"])} for label, entry in first["policies"].items()}
@@ -118,7 +118,7 @@ def merge_runs(place: str, first: Mapping[str, Any], second: Mapping[str, Any]) 
 
 
 class ResultsFolder:
-    """One process's hand on a folder of results; a context manager, which closes its file.
+    """A results folder as one process writes it; a context manager that closes the file.
 
     Args:
         folder: made when missing.
@@ -126,10 +126,10 @@ class ResultsFolder:
         process: this process's number, from 0; process 0 writes `run.json`.
 
     Attributes:
-        done: pictures that have a line already, whoever wrote it.
+        done: images that already have a line, from any process.
 
     Raises:
-        ResultsError: results of other conditions, a damaged line, or a run that is still writing here.
+        ResultsError: results of other conditions, a damaged line, or another run that is writing to this folder.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any], process: int = 0):
@@ -160,10 +160,10 @@ class ResultsFolder:
         self.close()
 
     def append(self, records: Iterable[Record]) -> None:
-        """Write those records that have no line yet, and wait until they are on the disk.
+        """Write the records that have no line yet, and wait until they are on the disk.
 
         Raises:
-            ResultsError: they can not be written; the file is as it was before.
+            ResultsError: they cannot be written; the file is restored.
         """
         new = [record for record in records if record.key not in self.done]
         assert self._file is not None
@@ -183,10 +183,10 @@ class ResultsFolder:
         self.done.update(record.key for record in new)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._file is not None:
             file, self._file = self._file, None
-            with suppress(OSError):  # what could not be written was told by `append`
+            with suppress(OSError):  # `append` has already reported a failed write
                 file.close()
 
     def _drop_half_line(self) -> None:
@@ -196,7 +196,7 @@ class ResultsFolder:
 
 
 def check_folder(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
-    """What `run.json` will say when this run goes on in the folder; nothing is written.
+    """The content of `run.json` if this run continues in the folder; writes nothing.
 
     Raises:
         ResultsError: as `ResultsFolder`.
@@ -213,7 +213,7 @@ def check_folder(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lock(file: IO[bytes], path: Path) -> None:
-    """Keep a second run out, which would draw everything twice; where the system has no such lock, trust the user."""
+    """Refuse a second run, which would generate everything twice; without file locks there is no such check."""
     try:
         import fcntl  # not on Windows
     except ImportError:

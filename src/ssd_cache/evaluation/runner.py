@@ -1,7 +1,7 @@
-"""What an evaluation draws: every prompt with every policy, budget and seed, as a list of batches in a fixed order.
+"""The images of an evaluation: every prompt with every policy, budget and seed, as a list of batches in a fixed order.
 
-Each of several processes takes its share of that list and skips what is done, so a run that was stopped goes on where
-it stood, with any number of processes. Drawing and judging is a benchmark's own (`shapes.py`).
+Each process takes its share of the list and skips finished batches. A stopped run therefore resumes where it stopped,
+with any number of processes. Generating and judging belong to the benchmark (`shapes.py`).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from ssd_cache.head_map.head_map import HeadMap
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be drawn.
+    """The images to generate.
 
     Attributes:
-        policies: as `parse_policies` gives them.
-        budgets: of every policy but `full`.
-        seeds: one sample of every prompt each.
+        policies: as `parse_policies` returns them.
+        budgets: budgets of every policy except `full`.
+        seeds: each seed gives one sample of every prompt.
         prompts: (kind, caption).
-        batch_size: pictures drawn at once.
-        head_map: of the run.
-        settings: of every cache, as far as a policy has none of its own.
+        batch_size: images generated at once.
+        head_map: the head map of the run.
+        settings: settings of every cache; a policy's own settings take precedence.
     """
 
     policies: Sequence[Policy]
@@ -40,11 +40,11 @@ class Plan:
     settings: Mapping[str, Any]
 
     def make_cache(self, policy: Policy, budget: Amount) -> SSDCache:
-        """A fresh cache of one run; raises ValueError for settings out of range."""
+        """A fresh cache for one run; raises ValueError for settings out of range."""
         return policy.make_cache(self.head_map, budget, **self.settings)
 
     def batches(self) -> list[Batch]:
-        """All batches, in the order in which processes share them out: number n belongs to process n modulo count."""
+        """All batches, in a fixed order; batch number n belongs to process n modulo the number of processes."""
         starts = range(0, len(self.prompts), self.batch_size)
         return [
             Batch(policy, budget, seed, number, range(start, min(start + self.batch_size, len(self.prompts))))
@@ -55,22 +55,22 @@ class Plan:
         ]
 
     def share(self, process: int, num_processes: int, done: set[Key]) -> tuple[list[Batch], list[Batch]]:
-        """One process's batches, and those of them with pictures that are not done."""
+        """The batches of one process, and those among them with unfinished images."""
         own = self.batches()[process::num_processes]
         return own, [batch for batch in own if not done.issuperset(batch.pictures())]
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Every policy's settings, labels and slots for each budget, as `run.json` keeps them.
+        """The settings, labels and slots per budget of every policy, as stored in `run.json`.
 
         Raises:
-            ValueError: a setting or budget out of range, or a map that does not fit.
+            ValueError: a setting or budget is out of range, or a head map does not fit.
         """
         described: dict[str, dict[str, Any]] = {}
         for policy in self.policies:
             entry: dict[str, Any] = {"settings": self.settings_of(policy), "slots": {}}
             for budget in policy.budgets(self.budgets):
                 cache = self.make_cache(policy, budget)
-                # what is fitted differs from budget to budget, and follows from the run's own map
+                # fitted labels depend on the budget but are derived from the run's map, so its digest identifies them
                 entry["head_map"] = digest_of(self.head_map if policy.name == "fitted" else cache.head_map)
                 by_head = [list(layer) for layer in cache.num_slots]
                 entry["slots"][str(budget)] = int(mean_slots(cache)) if cache.slots == "uniform" else by_head
@@ -78,13 +78,13 @@ class Plan:
         return described
 
     def settings_of(self, policy: Policy) -> dict[str, Any]:
-        """What a policy's cache is made with."""
+        """The settings that a policy's cache is made with."""
         return {} if policy.name == "full" else {**self.settings, **policy.settings}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures that are drawn at once; `number` counts a seed's batches, `prompts` are indices."""
+    """Images that are generated at once; `number` counts the batches of a seed, `prompts` are prompt indices."""
 
     policy: Policy
     budget: Amount
@@ -93,7 +93,7 @@ class Batch:
     prompts: range
 
     def pictures(self) -> list[Key]:
-        """Its pictures' names in a folder of results."""
+        """The keys of its images in a results folder."""
         return [(self.policy.label, self.budget, self.seed, prompt) for prompt in self.prompts]
 
 
@@ -103,5 +103,5 @@ def budget_name(budget: Amount) -> str:
 
 
 def digest_of(head_map: HeadMap) -> str:
-    """The name of a map's labels in results."""
+    """The identifier of a map's labels in results: its digest, or "online"."""
     return "online" if head_map.is_online else head_map.digest

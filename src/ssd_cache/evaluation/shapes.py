@@ -1,7 +1,7 @@
-"""The exact benchmark: shapes-janus draws captions of six kinds, the judge reads the pictures back.
+"""The exact benchmark: shapes-janus generates images of six kinds of captions, and the judge checks them.
 
-It draws what has no line of results yet, and writes a line a picture. What counts as correct is decided in
-`ssd_cache.shapes.judge`; the share of correct pictures, kind by kind as GenEval counts, is `bootstrap.py`'s.
+It generates the images that have no result line yet, and writes one line per image. `ssd_cache.shapes.judge` decides
+whether an image is correct. `bootstrap.py` computes the share of correct images, for each kind as in GenEval.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ssd_cache.shapes import GRID, KINDS, PALETTE, judge, make_prompts
 
 
 def check_model(checkpoint: Checkpoint) -> None:
-    """Refuse a model whose pictures the judge can not read.
+    """Refuse a model whose images the judge cannot read.
 
     Raises:
-        GeneratorError: another grid, or other visual tokens than the palette's.
+        GeneratorError: the grid or the number of visual tokens differs from the judge's.
     """
     num_tokens = checkpoint.config.vq_config.num_embeddings
     if checkpoint.grid != GRID or num_tokens != len(PALETTE):
@@ -35,7 +35,7 @@ def check_model(checkpoint: Checkpoint) -> None:
 
 
 def shapes_prompts(num_per_kind: int, seed: int) -> list[tuple[str, str]]:
-    """Captions of `make_prompts`, the kinds in turn, so that a batch has all of them, and a run before its end too."""
+    """Captions of `make_prompts`, in an order that alternates the kinds, so that each batch contains all of them."""
     prompts = make_prompts(num_per_kind, seed)
     return [prompts[kind * num_per_kind + number] for number in range(num_per_kind) for kind in range(len(KINDS))]
 
@@ -51,20 +51,20 @@ def run_shapes(
     num_processes: int = 1,
     progress: bool = True,
 ) -> None:
-    """Draw and judge this process's share of what has no line yet, one line a picture.
+    """Generate and judge this process's share of the images that have no line yet, one line per image.
 
     Args:
-        generator: shapes-janus, or a model that draws the same world.
-        plan: what to draw.
-        folder: where the lines go.
+        generator: shapes-janus, or another model with the same grid and palette.
+        plan: the images to generate.
+        folder: the folder to write the lines to.
         guidance_scale: the checkpoint's own when not given.
         temperature: the checkpoint's own when not given.
         process: this process's number, from 0.
-        num_processes: how many share the plan.
+        num_processes: number of processes that share the plan.
         progress: show a bar over visual tokens.
 
     Raises:
-        ResultsError: a line can not be written.
+        ResultsError: a line cannot be written.
     """
     own, missing = plan.share(process, num_processes, folder.done)
     num_cells = plan.head_map.num_visual_tokens
@@ -90,7 +90,7 @@ def _draw(
     temperature: float | None,
     on_tokens: Callable[[int], object],
 ) -> list[Record]:
-    """A batch drawn and judged."""
+    """Generate one batch and judge it."""
     cache = plan.make_cache(batch.policy, batch.budget)
     pictures = generator.generate(
         [plan.prompts[index][1] for index in batch.prompts],

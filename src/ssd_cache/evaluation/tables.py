@@ -1,6 +1,6 @@
-"""From lines of results to what is claimed of them: a row for every policy and budget, and the paired differences.
+"""Turns result lines into a summary: a row for every policy and budget, and paired differences.
 
-As Markdown and as JSON. The statistics are `bootstrap.py`'s, and the picture is drawn by `plots.py`.
+The summary is written as Markdown and as JSON. `bootstrap.py` has the statistics, `plots.py` the figure.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FULL, OURS = "full", ("fitted:score=learned", "learned", "ssd:slots=fitted", "ss
 
 @dataclass(frozen=True)
 class Row:
-    """One policy at one budget; `share` is the budget as a part of the grid, `num_slots` what a head held at most."""
+    """One policy at one budget; `share` is the budget as a fraction of the grid, `num_slots` the slots of a head."""
 
     policy: str
     budget: Amount
@@ -34,7 +34,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`policy` less `against`; both at `budget`, but the full cache."""
+    """The result of `policy` minus that of `against`; both at `budget`, unless one is the full cache."""
 
     policy: str
     against: str
@@ -44,7 +44,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Summary:
-    """Everything that a report says; `run` is what `run.json` holds, `seeds` those that were drawn."""
+    """The content of a report; `run` is the content of `run.json`, `seeds` are the seeds with results."""
 
     rows: list[Row]
     comparisons: list[Comparison]
@@ -53,7 +53,7 @@ class Summary:
 
 
 def summarize(records: Iterable[Record], run: Mapping[str, Any]) -> Summary:
-    """Scores of all policies and budgets in the order of the run, every one against `full`, ours against all."""
+    """Scores of all policies and budgets in the order of the run; each compared with `full`, ours with all others."""
     verdicts: dict[tuple[str, Amount], dict[str, dict[int, dict[int, bool]]]] = {}
     slots, seeds = {}, set()
     for record in records:
@@ -80,7 +80,7 @@ def summarize(records: Iterable[Record], run: Mapping[str, Any]) -> Summary:
 
 
 def score_table(summary: Summary) -> str:
-    """Markdown: policy and budget down, the six kinds and their mean across."""
+    """Markdown table: policies and budgets in rows, the six kinds and their mean in columns."""
     lines = [f"| policy | budget | {' | '.join(KINDS)} | overall | s.e. | pictures |", _rule(len(KINDS) + 5, 2)]
     for row in summary.rows:
         kinds = " | ".join(_number(row.score.kinds[kind], 2) for kind in KINDS)
@@ -93,7 +93,7 @@ def score_table(summary: Summary) -> str:
 
 
 def difference_table(summary: Summary) -> str:
-    """Markdown: one paired difference a line."""
+    """Markdown table with one paired difference per row."""
     lines = ["| policy | against | budget | difference | 95% interval | p | pairs |", _rule(7, 3)]
     for entry in summary.comparisons:
         found = entry.difference
@@ -106,7 +106,7 @@ def difference_table(summary: Summary) -> str:
 
 
 def to_markdown(summary: Summary) -> str:
-    """The whole report as a page of text."""
+    """The whole report as Markdown."""
     facts = summary.run["conditions"].items()
     conditions = "\n".join(f"- {escape(name)}: {escape(_plain(value))}" for name, value in facts)
     policies = "\n".join(
@@ -129,7 +129,7 @@ def to_markdown(summary: Summary) -> str:
 
 
 def to_json(summary: Summary) -> dict[str, Any]:
-    """The numbers of the report, floats to seven digits, null where there is none."""
+    """The numbers of the report; floats have seven digits, missing values are null."""
     return {
         "rows": [_finite(asdict(row)) for row in summary.rows],
         "differences": [_finite(asdict(entry)) for entry in summary.comparisons],
@@ -141,7 +141,7 @@ def to_json(summary: Summary) -> dict[str, Any]:
 
 
 def commands(summary: Summary) -> list[str]:
-    """Command lines that draw the same pictures once more; one for all policies with the same budgets."""
+    """Command lines that generate the same images again; policies with the same budgets share one line."""
     conditions, given = summary.run["conditions"], summary.run["command"]
     budgets: dict[str, list[str]] = {}
     for row in summary.rows:
@@ -149,7 +149,7 @@ def commands(summary: Summary) -> list[str]:
     groups: dict[tuple[str, ...], list[str]] = {}
     for label, of_label in budgets.items():
         groups.setdefault(tuple(of_label), []).append(label)
-    if () in groups and len(groups) > 1:  # the full cache goes with whatever comes first
+    if () in groups and len(groups) > 1:  # the full cache joins the first group
         full = groups.pop(())
         groups[next(iter(groups))][:0] = full
     options = {
@@ -179,16 +179,16 @@ def commands(summary: Summary) -> list[str]:
 
 
 TOO_FEW = f"- where there are fewer than {MIN_PAIRS} prompts, or one in a kind: too few to tell"
-"""What tables say of an interval and p that are not there."""
+"""Explanation in tables of a missing interval and p."""
 
 
 def interval_text(found: Difference, digits: int) -> str:
-    """An interval as tables show it: "-" where there are too few pairs for one."""
+    """An interval for a table; "-" where there are too few pairs."""
     return "-" if math.isnan(found.low) else f"{found.low:+.{digits}f} to {found.high:+.{digits}f}"
 
 
 def p_text(value: float) -> str:
-    """A p as tables show it: three digits, and below them no more than that; "-" where there are too few pairs."""
+    """A p value for a table, with three digits, or "< 0.001"; "-" where there are too few pairs."""
     if math.isnan(value):
         return "-"
     return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,6 +1,6 @@
-"""Head maps: which KV head is spatial and which semantic, the scores behind that, and the files they are saved in.
+"""Head maps: the label of each KV head (spatial or semantic), the scores behind the labels, and the map's files.
 
-A map is data. What a cache keeps because of it is decided in `ssd_cache.cache`.
+A map is data. `ssd_cache.cache` decides what a cache keeps for each label.
 """
 
 from ssd_cache.head_map.checks import HeadMapError

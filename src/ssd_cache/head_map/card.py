@@ -1,6 +1,6 @@
-"""What a person sees of a head map on the Hub: the model card, and the picture in it.
+"""The model card of a head map on the Hub, and the plot in it.
 
-It only reads a `HeadMap`; it neither saves nor sends anything.
+This module only reads a `HeadMap`; it neither saves nor uploads anything.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PICTURE_NAME = "head_map.png"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
-# Blue and orange of Okabe and Ito: told apart with any colour vision, and in grey.
+# Blue and orange of Okabe and Ito: distinguishable with any colour vision, and in grey.
 SPATIAL, SEMANTIC = "#0072B2", "#E69F00"
 INK, FAINT = "#222222", "#666666"
 CARD = """\
@@ -112,7 +112,7 @@ def card(head_map: HeadMap, repo_id: str) -> str:
 
 
 def picture(head_map: HeadMap) -> Image.Image:
-    """Layers (rows) by KV heads (columns), spatial in blue, semantic in orange; at least 520 pixels wide."""
+    """A plot of layers (rows) by KV heads (columns), spatial blue, semantic orange; at least 520 pixels wide."""
     rows, columns = head_map.num_layers, head_map.num_kv_heads
     cell = max(2, min(26, 1400 // max(rows, columns)))
     gap = 2 if cell >= 12 else 1 if cell >= 6 else 0
@@ -153,7 +153,7 @@ def picture(head_map: HeadMap) -> Image.Image:
 
 
 def png(head_map: HeadMap) -> bytes:
-    """[`picture`] as the bytes of a PNG file."""
+    """The plot of [`picture`] as the bytes of a PNG file."""
     buffer = io.BytesIO()
     picture(head_map).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

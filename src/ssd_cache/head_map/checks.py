@@ -1,6 +1,6 @@
-"""What a head map may hold: each value is checked here once, when a `HeadMap` is born, from a file or from memory.
+"""Checks of a head map's values, made once when a `HeadMap` is created, from a file or from memory.
 
-Every refusal is a `HeadMapError` that says what was received, the limit, and the remedy.
+Each check raises a `HeadMapError` that names the value received, the limit, and the remedy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SCORE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 class HeadMapError(ReadableError):
-    """A head map that cannot be made, read, written, found or trusted: what was received, the limit, and the remedy."""
+    """A head map that cannot be made, read, written, found or trusted; names the value, the limit and the remedy."""
 
 
 def check_shape(shape: tuple[int, ...]) -> None:
@@ -47,7 +47,7 @@ def checked_labels(is_spatial: torch.Tensor) -> torch.Tensor:
 
 
 def checked_grid(grid: tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) in visual tokens."""
+    """The grid (rows, columns) in visual tokens, as a tuple."""
     sides = tuple(grid) if isinstance(grid, (tuple, list)) else ()
     if len(sides) != 2 or not all(type(side) is int and 1 <= side <= MAX_GRID_SIDE for side in sides):
         raise HeadMapError(
@@ -57,7 +57,7 @@ def checked_grid(grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def checked_previews(previews: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Grids, each (rows, columns), of what is drawn before the picture."""
+    """Draft grids that are generated before the image, each (rows, columns)."""
     if not isinstance(previews, (tuple, list)) or len(previews) > MAX_PREVIEWS:
         raise HeadMapError(f"previews={shown(previews)}; give at most {MAX_PREVIEWS} grids, like [(19, 13)]")
     return tuple(map(checked_grid, previews))
@@ -66,7 +66,7 @@ def checked_previews(previews: Sequence[tuple[int, int]]) -> tuple[tuple[int, in
 def checked_scores(
     scores: torch.Tensor | Mapping[str, torch.Tensor] | None, shape: torch.Size
 ) -> dict[str, torch.Tensor]:
-    """Float32 copies by name, each of `shape`; a lone tensor is named "score"."""
+    """Float32 copies by name, each of `shape`; a single tensor is named "score"."""
     named = {"score": scores} if isinstance(scores, torch.Tensor) else {} if scores is None else scores
     if not isinstance(named, Mapping) or len(named) > MAX_SCORES:
         raise HeadMapError(f"scores: give a tensor, or a dict from name to tensor of at most {MAX_SCORES}")
@@ -90,7 +90,7 @@ def checked_learned(
     grid: tuple[int, int],
     previews: tuple[tuple[int, int], ...],
 ) -> LearnedScore | None:
-    """A float32 copy whose tensors begin with `shape` and go by the places of `grid`."""
+    """A float32 copy; the tensors' first dimensions must be `shape`, and their positions must be those of `grid`."""
     if learned is None:
         return None
     if not isinstance(learned, LearnedScore):
@@ -115,7 +115,7 @@ def checked_learned(
 
 
 def checked_threshold(threshold: float | None) -> float | None:
-    """A finite number."""
+    """The threshold as a finite float, or None."""
     if threshold is None:
         return None
     try:
@@ -128,7 +128,7 @@ def checked_threshold(threshold: float | None) -> float | None:
 
 
 def checked_budget(budget: Budget | None, is_spatial: torch.Tensor, cells: int) -> Budget | None:
-    """A copy of a budget that fits the map, as JSON holds it: a number, or a list with an entry for each layer."""
+    """A copy of a budget that fits the map, as JSON values: a number, or a list with an entry for each layer."""
     if budget is None:
         return None
     try:
@@ -142,14 +142,14 @@ def checked_budget(budget: Budget | None, is_spatial: torch.Tensor, cells: int) 
 
 
 def checked_text(name: str, text: str | None) -> str | None:
-    """One printable line."""
+    """The text, which must be one printable line; or None."""
     if text is not None and not (isinstance(text, str) and 1 <= len(text) <= MAX_TEXT and text.isprintable()):
         raise HeadMapError(f"{name}={shown(text)}; give 1 to {MAX_TEXT} printable characters, or None")
     return text
 
 
 def checked_profile(profile: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A copy of `profile` that reads back from JSON as it is."""
+    """A copy of `profile` that JSON can write and read back unchanged."""
     try:
         if profile is not None and not isinstance(profile, Mapping):
             raise TypeError(f"{type(profile).__name__} is not a dict")

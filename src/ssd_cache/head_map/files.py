@@ -1,8 +1,8 @@
-"""The two files of a head map, `config.json` and `head_map.safetensors`: their bytes, written and read.
+"""Reads and writes the two files of a head map, `config.json` and `head_map.safetensors`.
 
-A file that is read here may come from anyone. Its size is checked on the disk before a byte is read, its path must not
-leave its folder, and nothing in it is run: JSON and safetensors only. One `sha256` in the config covers both files, so
-that a damaged or half-written pair never loads. What a label or a score means is the business of `head_map.py`.
+Files may come from anyone. The size on disk is checked before a byte is read, the path must not leave the folder, and
+the formats (JSON and safetensors) run no code. One `sha256` in the config covers both files, so damaged or half-written
+files never load. The meaning of labels and scores is defined in `head_map.py`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ MAX_HEADER_BYTES = 64 << 10
 
 FACTS = frozenset({"grid", "model_id", "revision", "model_type", "method", "threshold", "budget", "profile"})
 OPTIONAL = frozenset({"previews"})
-"""Facts that few models have: left out where there are none, so that older versions read all other maps."""
+"""Facts that few models have. They are omitted when absent, so older versions can read all other maps."""
 CONFIG_FIELDS = FACTS | {"format_version", "num_layers", "num_kv_heads", "sha256"}
 
 
 def encode(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
-    """File name -> content, the tensors first. `facts` are the fields of the config but `format_version`, `sha256`."""
+    """File name -> content, the tensors first. `facts`: fields of the config except `format_version` and `sha256`."""
     tensor_bytes = safetensors.torch.save(tensors, metadata={"format": "pt"})
     if len(tensor_bytes) > MAX_TENSORS_BYTES:
         raise HeadMapError(
@@ -59,7 +59,8 @@ def decode(
 ) -> tuple[dict[str, Any], torch.Tensor, dict[str, torch.Tensor], LearnedScore | None]:
     """The facts, `is_spatial` `[layers, kv_heads]`, the named scores of the same shape, and the learned score, if any.
 
-    Raises [`HeadMapError`] that names `place` for anything but an undamaged pair of files of format version 1.
+    Raises:
+        HeadMapError: not an undamaged pair of files of format version 1; the message names `place`.
     """
     config = _parse_config(config_bytes, f"{place}/{CONFIG_NAME}")
     if _sha256(config, tensor_bytes) != config["sha256"]:
@@ -78,7 +79,7 @@ def decode(
 
 
 def find_local(source: str | os.PathLike[str]) -> Path | None:
-    """The folder that `source` means, or its own if it is one of the two files; None for the id of a repository."""
+    """The folder `source`, or the folder of `source` if it is one of the two files; None for a repository id."""
     if not source or not isinstance(source, (str, os.PathLike)) or not isinstance(os.fspath(source), str):
         raise HeadMapError(f"source={shown(source)}: give a folder, a file, or a repository id like 'user/name'")
     check_name("source", os.fspath(source))
@@ -99,7 +100,7 @@ def find_local(source: str | os.PathLike[str]) -> Path | None:
 
 
 def read_file(path: Path, limit: int, root: Path | None = None) -> bytes:
-    """The content of a regular file of at most `limit` bytes that lies, links followed, inside `root`."""
+    """The content of a regular file of at most `limit` bytes; after following links it must be inside `root`."""
     try:
         real = path.resolve(strict=True)
         if root is not None and not _is_inside(real, root):
@@ -118,7 +119,7 @@ def read_file(path: Path, limit: int, root: Path | None = None) -> bytes:
         raise HeadMapError(
             f"{path}: no such file; a head map is a folder with {CONFIG_NAME} and {TENSORS_NAME}"
         ) from error
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+    except (OSError, RuntimeError) as error:  # before Python 3.13, a loop of links raises RuntimeError
         raise HeadMapError(f"{path}: cannot be read ({error}); check the file and its permissions") from error
     if size > limit:
         raise HeadMapError(f"{path}: holds more than {limit} bytes, the limit of this file; it is not a head map")
@@ -126,7 +127,7 @@ def read_file(path: Path, limit: int, root: Path | None = None) -> bytes:
 
 
 def read_folder(folder: Path, subfolder: str | None = None) -> tuple[bytes, bytes]:
-    """The bytes of both files in `folder`/`subfolder`; a link may lead anywhere inside `folder`."""
+    """The bytes of both files in `folder`/`subfolder`; a link may point anywhere inside `folder`."""
     root = folder.resolve()
     inside = folder / (subfolder or "")
     config = read_file(inside / CONFIG_NAME, MAX_CONFIG_BYTES, root)
@@ -134,7 +135,7 @@ def read_folder(folder: Path, subfolder: str | None = None) -> tuple[bytes, byte
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Writes each file beside its place, then moves them there in order: a reader sees whole files only."""
+    """Writes each file under a temporary name, then renames them in order, so a reader sees only whole files."""
     check_name("folder", str(folder))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,13 +145,13 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def check_name(what: str, name: str | None) -> None:
-    """Refuses a text that no file system and no server could look up."""
+    """Refuses a text that cannot be the name of a file or repository."""
     if name is not None and (problem := name_problem(name)):
         raise HeadMapError(f"{what}={shown(name)}: {problem}; give the name of a folder, or of a repository of the Hub")
 
 
 def check_subfolder(subfolder: str | None) -> None:
-    """Refuses a subfolder that could lead out of its folder or repository, by any system's rules."""
+    """Refuses a subfolder that could leave its folder or repository, under POSIX or Windows rules."""
     if subfolder is None:
         return
     check_name("subfolder", subfolder)
@@ -160,7 +161,7 @@ def check_subfolder(subfolder: str | None) -> None:
 
 
 def _is_inside(real: Path, root: Path) -> bool:
-    # huggingface_hub's own cache keeps the files of snapshots/<commit>/ as links into the blobs/ beside snapshots/.
+    # In huggingface_hub's cache, the files of snapshots/<commit>/ are links into the blobs/ folder next to snapshots/.
     blobs = next((up.parent / "blobs" for up in (root, *root.parents) if up.name == "snapshots"), root)
     return real.is_relative_to(root) or real.is_relative_to(blobs)
 
@@ -200,7 +201,7 @@ def _parse_tensors(content: bytes, place: str) -> tuple[torch.Tensor, dict[str, 
         raise HeadMapError(f"{place}: not a safetensors file, or a truncated one; {AGAIN}")
     try:
         tensors = safetensors.torch.load(content)
-    except Exception as error:  # its parser raises what it likes: SafetensorError, KeyError, RuntimeError, ...
+    except Exception as error:  # the parser raises SafetensorError, KeyError, RuntimeError and others
         raise HeadMapError(f"{place}: not a whole safetensors file ({first_line(error)}); {AGAIN}") from error
     is_spatial = tensors.pop("is_spatial", None)
     if is_spatial is None:

@@ -1,8 +1,8 @@
 """HeadMap: which KV heads of a generator are spatial and which semantic, with the scores behind the labels.
 
-It is a checked, immutable value that can be saved, loaded and shared. It does not label heads (`profiling.py` does) and
-does not know what a cache does with a label (`layer.py` does). The files are in `head_map_files.py`, the Hub in
-`head_map_hub.py`, the model card in `head_map_card.py`.
+A map is a checked, immutable value that can be saved, loaded and shared. This module does not label heads (`profiling/`
+does) and does not apply labels in a cache (`cache/layer.py` does). `files.py` reads and writes the files, `hub.py`
+exchanges them with the Hub, and `card.py` makes the model card.
 """
 
 from __future__ import annotations
@@ -39,21 +39,24 @@ class HeadMap:
 
     Args:
         is_spatial: boolean tensor `[layers, kv_heads]`; True is spatial, False semantic. At most 1024 x 4096.
-        grid: rows and columns of the picture in visual tokens; tokens that end a row count as its last columns.
-        previews: grids of smaller pictures that are drawn before it, in order, as GLM-Image does; none as a rule.
-        scores: what the labels were decided on: one floating-point tensor `[layers, kv_heads]` (kept as "score"), or
+        grid: rows and columns of the image in visual tokens; tokens that end a row count as its last columns.
+        previews: draft grids that the model generates before the image, in order, as GLM-Image does; none by default.
+        scores: the evidence behind the labels: one floating-point tensor `[layers, kv_heads]` (kept as "score"), or
             several by name. Finite; kept in float32.
-        threshold: the score above which a head was called spatial.
+        threshold: the score above which a head was labelled spatial.
         model_id: the model that was profiled, as given to its `from_pretrained`.
         revision: the commit of that model.
         model_type: `config.model_type` of that model.
         method: how the labels were made, in a few words.
         budget: the budget that the map was fitted to, as for [`SSDCache`], which uses it when none is given.
-        learned: what semantic heads may rank their tokens by, made by [`learn_score`] for this grid; [`SSDCache`] does
-            when it is there. Its tensors begin with the labels' shape.
-        profile: further facts that repeat the making (prompts, seeds, window, ...), a small dict of JSON values.
+        learned: a score by which semantic heads rank their tokens, made by [`learn_score`] for this grid. [`SSDCache`]
+            uses it by default when the map has one. The first dimensions of its tensors are the shape of the labels.
+        profile: further facts needed to make the map again (prompts, seeds, window, ...), a small dict of JSON values.
 
-    Tensors are copied to the CPU; treat them as read-only. Raises [`HeadMapError`] for anything out of these limits.
+    Tensors are copied to the CPU; treat them as read-only.
+
+    Raises:
+        HeadMapError: a value is outside these limits.
 
     Example:
         >>> head_map = HeadMap(torch.tensor([[True, False], [False, False]]), grid=(24, 24))
@@ -74,7 +77,7 @@ class HeadMap:
     profile: dict[str, Any]
     previews: tuple[tuple[int, int], ...]
     is_online: bool = field(init=False)
-    """Whether the labels are still to be found, in every run anew; see [`HeadMap.online`]."""
+    """Whether a cache finds the labels at run time, again in every run; see [`HeadMap.online`]."""
     origin: str = field(init=False)
     """Where this map comes from: a path, a Hub repository with its commit, or "made in memory"."""
 
@@ -123,8 +126,7 @@ class HeadMap:
         num_kv_heads: int,
         grid: tuple[int, int] = (24, 24),
     ) -> HeadMap:
-        """A map whose heads are all of one `kind`, as the baselines have it: StreamingLLM is all spatial, H2O all
-        semantic."""
+        """A map whose heads are all of one `kind`, for baselines: StreamingLLM is all spatial, H2O all semantic."""
         if kind not in ("spatial", "semantic"):
             raise HeadMapError(f"kind={shown(kind)} is neither 'spatial' nor 'semantic'; give one of the two")
         head_map_checks.check_shape((num_layers, num_kv_heads))
@@ -133,10 +135,10 @@ class HeadMap:
 
     @classmethod
     def online(cls, *, num_layers: int, num_kv_heads: int, grid: tuple[int, int] = (24, 24)) -> HeadMap:
-        """A map without labels: an `SSDCache` finds them for itself, from the first rows of each batch of pictures.
+        """A map without labels: an `SSDCache` finds the labels itself, from the first rows of each batch of images.
 
-        For a model that nobody has profiled. What a layer decides by is told in `SSDLayer`; `cache.labels` tells what
-        was decided. There is nothing in it to save or to invert.
+        Use it for a model that nobody has profiled. `SSDLayer` describes the rule, and `cache.labels` holds the labels
+        found. An online map cannot be saved or inverted.
         """
         head_map = cls.uniform("semantic", num_layers=num_layers, num_kv_heads=num_kv_heads, grid=grid)
         for name, value in {"is_online": True, "method": "online", "origin": "labels found at run time"}.items():
@@ -155,14 +157,15 @@ class HeadMap:
         force_download: bool = False,
         subfolder: str | None = None,
     ) -> HeadMap:
-        """Loads a map from a folder, from either of its two files, or from a repository of the Hub.
+        """Loads a map from a folder, from either of its two files, or from a repository on the Hub.
 
-        A folder or file that exists goes before a repository of the same name. The files may come from anyone: no code
-        is run, sizes are checked before reading, and links that leave the folder are refused. `revision` (branch, tag
-        or commit), `token`, `cache_dir`, `local_files_only` and `force_download` mean what they mean in
-        `huggingface_hub.hf_hub_download`; when the Hub cannot be reached, its cached copy is used.
+        A folder or file that exists takes precedence over a repository of the same name. The files may come from
+        anyone: no code is run, sizes are checked before reading, and links that leave the folder are refused.
+        `revision` (branch, tag or commit), `token`, `cache_dir`, `local_files_only` and `force_download` are those of
+        `huggingface_hub.hf_hub_download`. When the Hub cannot be reached, its cached copy is used.
 
-        Raises [`HeadMapError`], naming the place and the remedy, for everything that cannot be found or trusted.
+        Raises:
+            HeadMapError: the map cannot be found or trusted; the message names the place and the remedy.
         """
         head_map_files.check_subfolder(subfolder)
         head_map_files.check_name("revision", revision)
@@ -194,8 +197,11 @@ class HeadMap:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Writes `config.json` and `head_map.safetensors` into `folder`, made if missing, and returns its path.
 
-        A crash in between leaves either the old map or a pair that [`from_pretrained`] refuses, never a wrong map.
-        Raises [`HeadMapError`] when the folder cannot be written.
+        A crash during the write leaves either the old map or two files that [`from_pretrained`] refuses, never a wrong
+        map.
+
+        Raises:
+            HeadMapError: the folder cannot be written, or the map is online.
         """
         self._check_labelled("saved")
         path = Path(os.path.expanduser(folder))
@@ -211,10 +217,15 @@ class HeadMap:
         revision: str | None = None,
         commit_message: str = "Upload head map",
     ) -> CommitInfo:
-        """Puts both files, a model card and a picture of the map into a repository of the Hub, in one commit.
+        """Uploads both files, a model card and a plot of the map to a repository on the Hub, in one commit.
 
-        The repository, and the branch `revision`, are made when they are missing; a card that is there is replaced.
-        Returns huggingface_hub's `CommitInfo` (`.oid` is the commit, `.commit_url` its page). Raises [`HeadMapError`].
+        Creates the repository and the branch `revision` when they are missing, and replaces an existing model card.
+
+        Returns:
+            huggingface_hub's `CommitInfo` (`.oid` is the commit, `.commit_url` its page).
+
+        Raises:
+            HeadMapError: the map is online, or the upload fails.
         """
         self._check_labelled("pushed to the Hub")
         files = self._files() | {head_map_card.PICTURE_NAME: head_map_card.png(self)}
@@ -234,19 +245,19 @@ class HeadMap:
 
     @property
     def num_visual_tokens(self) -> int:
-        """Cells of the grid, rows x columns, and of the previews before it."""
+        """Cells of the grid, rows x columns, plus those of the draft grids."""
         return count_cells(self.grid, self.previews)
 
     @property
     def slots(self) -> list[tuple[int, ...]] | None:
-        """The slots that the map was fitted to, of every KV head, layer by layer; None for a map without a budget."""
+        """Slots of every KV head, layer by layer, under the map's budget; None for a map without a budget."""
         if self.budget is None:
             return None
         return resolve_budget(self.budget, self.is_spatial.tolist(), self.num_visual_tokens)
 
     @property
     def digest(self) -> str:
-        """Twelve hex digits of the sha256 of labels, grid and learned score: this map's name in a table of results."""
+        """Twelve hex digits of the sha256 of labels, grid and learned score; they identify the map in result tables."""
         shape = f"{self.num_layers}x{self.num_kv_heads} {format_rasters(self.previews, self.grid)} "
         found = hashlib.sha256(shape.encode() + bytes(self.is_spatial.flatten().tolist()))
         if self.learned is not None:
@@ -257,8 +268,8 @@ class HeadMap:
     def with_grid(self, grid: tuple[int, int], previews: Sequence[tuple[int, int]] = ()) -> HeadMap:
         """The same labels for images of another size.
 
-        A budget keeps its share of the grid: fractions stay, and counts grow or shrink with the number of cells. A
-        learned score belongs to the positions of its own grid, and is left out.
+        A budget keeps its share of the grid: fractions stay, and counts scale with the number of cells. A learned score
+        is left out, since it holds weights for the positions of its own grid.
         """
         previews = tuple(previews)
         if (tuple(grid), previews) == (self.grid, self.previews):
@@ -279,16 +290,17 @@ class HeadMap:
         grid: tuple[int, int] | None = None,
         previews: tuple[tuple[int, int], ...] = (),
     ) -> None:
-        """Refuse to be used with a model of another shape.
+        """Refuse a model of another shape.
 
         Args:
             model: the model's name, for the message.
             num_layers: the model's decoder layers.
-            num_kv_heads: KV heads in each.
-            grid: its rows and columns of visual tokens, where they are known.
-            previews: the grids that it draws before this one.
+            num_kv_heads: KV heads in each layer.
+            grid: rows and columns of the model's visual tokens; None when unknown.
+            previews: the draft grids that the model generates before the image.
 
-        Raises [`HeadMapError`] with both shapes and this map's origin.
+        Raises:
+            HeadMapError: the shapes differ; the message names both and this map's origin.
         """
         same_grid = grid is None or (grid, previews) == (self.grid, self.previews)
         if (num_layers, num_kv_heads) != (self.num_layers, self.num_kv_heads) or not same_grid:
@@ -302,10 +314,10 @@ class HeadMap:
             )
 
     def check_made_for(self, model_id: str) -> None:
-        """Warn when this map names another model than this one: shapes can not tell whose labels they are.
+        """Warn when this map was made for another model, which equal shapes do not rule out.
 
-        A warning and no error, since a model goes by several names: it is the same one when the last part of
-        `self.model_id` occurs in `model_id` (a Hub id, a folder of that name, the Hub's cache).
+        This is a warning, not an error, because a model can have several names. The models count as the same when the
+        last part of `self.model_id` occurs in `model_id` (a Hub id, a folder of that name, the Hub's cache).
         """
         made_for = (self.model_id or "").rstrip("/").rpartition("/")[2]
         if model_id and made_for.lower() not in model_id.lower():
@@ -316,10 +328,10 @@ class HeadMap:
             )
 
     def __invert__(self) -> HeadMap:
-        """The same heads with each label turned round; scores stay, `method` says so, twice gives this map again.
+        """The map with every label inverted; `method` records it, and inverting twice gives this map again.
 
-        The budget stays as well: slots given head by head stay with the head. A learned score is one of the labels that
-        were, and is left out.
+        Scores and budget stay: slots given for each head stay with the head. A learned score is left out, since it was
+        trained for the original labels.
         """
         self._check_labelled("inverted")
         if self.method is None or self.method == INVERTED:
@@ -333,7 +345,7 @@ class HeadMap:
         return inverted
 
     def __eq__(self, other: object) -> bool:
-        """Equal labels, scores and facts; the origin does not count."""
+        """Whether labels, scores and facts are equal; the origin is ignored."""
         if not isinstance(other, HeadMap):
             return NotImplemented
         return (
@@ -342,7 +354,7 @@ class HeadMap:
             and torch.equal(self.is_spatial, other.is_spatial)
             and self.scores.keys() == other.scores.keys()
             and all(torch.equal(score, other.scores[name]) for name, score in self.scores.items())
-            and self.digest == other.digest  # which holds the learned score
+            and self.digest == other.digest  # the digest covers the learned score
         )
 
     def __hash__(self) -> int:
@@ -367,7 +379,7 @@ class HeadMap:
             )
 
     def _facts(self) -> dict[str, Any]:
-        """What config.json holds beside its version and checksum."""
+        """The fields of config.json, without version and checksum."""
         return {
             "grid": list(self.grid),
             "num_layers": self.num_layers,

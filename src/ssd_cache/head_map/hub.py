@@ -1,7 +1,7 @@
-"""The road between a head map and the Hugging Face Hub: two files come down, four go up.
+"""Downloads a head map's two files from the Hugging Face Hub, and uploads them with a model card and a plot.
 
-Everything that can go wrong on it becomes a `HeadMapError` that names the place and the remedy. The road itself is
-huggingface_hub's: its cache, its offline mode (`HF_HUB_OFFLINE`), its server (`HF_ENDPOINT`), its tokens.
+Every failure becomes a `HeadMapError` that names the place and the remedy. Transfers use huggingface_hub, with its
+cache, offline mode (`HF_HUB_OFFLINE`), server (`HF_ENDPOINT`) and tokens. This module does not interpret the files.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LIBRARY_NAME = "ssd-cache"
 
 
 class HeadMapHubError(HeadMapError, HubError):
-    """A map that is not on this machine, while the Hub cannot be asked."""
+    """A map that is not on this machine, while the Hub cannot be reached."""
 
 
 def download(
@@ -50,10 +50,10 @@ def download(
     local_files_only: bool,
     force_download: bool,
 ) -> tuple[bytes, bytes, str]:
-    """The bytes of config and tensors, and the commit both were taken from.
+    """The bytes of config and tensors, and the commit that both come from.
 
-    The size of each file is asked for, and checked, before it is downloaded. The tensors are fetched at the very commit
-    that the config came from, so that a push between the two cannot mix them.
+    The size of each file is checked before the download. The tensors are downloaded at the commit of the config, so a
+    push between the two downloads cannot mix two versions.
     """
 
     def fetch(name: str, limit: int, at: str | None) -> tuple[bytes, str]:
@@ -85,7 +85,7 @@ def download(
 
 
 def create(repo_id: str, *, token: bool | str | None, private: bool | None, revision: str | None) -> str:
-    """Makes the repository, and the branch `revision`, where they are missing; "map" comes back as "user/map"."""
+    """Creates the repository and the branch `revision` if missing; returns the full id, "user/map" for "map"."""
     api = HfApi(token=token, library_name=LIBRARY_NAME)
     with _refusing(repo_id, revision):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -97,7 +97,7 @@ def create(repo_id: str, *, token: bool | str | None, private: bool | None, revi
 def upload(
     repo_id: str, files: dict[str, bytes], *, token: bool | str | None, revision: str | None, commit_message: str
 ) -> CommitInfo:
-    """Commits all files at once."""
+    """Uploads all files in one commit."""
     api = HfApi(token=token, library_name=LIBRARY_NAME)
     with _refusing(repo_id, revision):
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
@@ -110,9 +110,9 @@ def _place(repo_id: str, revision: str | None) -> str:
 
 @contextmanager
 def _refusing(repo_id: str, revision: str | None, *, is_read: bool = False) -> Iterator[None]:
-    """Every failure on the road is a `HeadMapError`, whatever huggingface_hub or its HTTP client raised.
+    """Turn every exception of huggingface_hub or its HTTP client into a `HeadMapError`.
 
-    Where a repository is read, the message ends with the nearest name that is known here.
+    When a repository is read, the message ends with the nearest known name on this machine.
     """
     try:
         yield
@@ -127,10 +127,10 @@ def _refusing(repo_id: str, revision: str | None, *, is_read: bool = False) -> I
 
 
 def _reason(error: BaseException) -> tuple[bool, str]:
-    """Whether the Hub gave an answer; what happened and what to do, in the caller's terms."""
+    """Whether the Hub answered, and the failure with its remedy, in the caller's terms."""
     not_cached = isinstance(error, LocalEntryNotFoundError)
     if isinstance(error, (LocalEntryNotFoundError, RuntimeError, ValueError)) and error.__cause__ is not None:
-        error = error.__cause__  # huggingface_hub wraps what the server said in one of these
+        error = error.__cause__  # huggingface_hub wraps the server's answer in one of these
     login = "pass token=, or run `hf auth login`"
     for kind, reason in (
         (GatedRepoError, f"access to this repository is restricted; ask for it on its page, then {login}"),

@@ -1,7 +1,7 @@
-"""`LearnedScore`: how much a visual token will still be worth to a head, told from where it stands and what it holds.
+"""`LearnedScore`: predicts a visual token's future use to a head from the token's position, K and V.
 
-A head map may carry one; semantic heads then rank their tokens by it (`score="learned"`), and ask for no query. It is
-tensors and the formula over them; `learning.py` finds their numbers, and what is evicted is `retention.py`'s.
+A head map may hold one. Semantic heads then rank their tokens by it (`score="learned"`), without queries. This module
+holds the tensors and the formula. `training/learning.py` trains them, and `cache/retention.py` decides what is evicted.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class LearnedScore:
-    """Weights of the score of every head of a model, or of some heads of one layer (then without the first dimension).
+    """Score weights for every head of a model, or for some heads of one layer (then without the first dimension).
 
-    The score of a visual token, when the next one to come stands in row `r` of a grid of `rows` x `columns`:
+    The score of a visual token, when the next token is in row `r` of a grid of `rows` x `columns`:
 
         key . K + value . V + row[r, row of the token] + column[r - row of the token, column of the token]
 
-    K and V are those that the cache holds, K after RoPE. Only differences between tokens of one head matter.
+    K and V are the tensors in the cache, K after RoPE. Only differences between tokens of one head matter.
 
     Attributes:
         key: `[layers, kv_heads, head_dim]`, float32.
@@ -37,23 +37,23 @@ class LearnedScore:
     column: torch.Tensor
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Its tensors by name."""
+        """The tensors by name."""
         return {name: getattr(self, name) for name in sorted(self.NAMES)}
 
     def at(self, index) -> LearnedScore:
-        """The same for some layers or heads: each tensor at `index`, as a tensor takes it."""
+        """The score of some layers or heads: every tensor indexed by `index`."""
         return LearnedScore(**{name: tensor[index] for name, tensor in self.tensors().items()})
 
     def to(self, device: torch.device) -> LearnedScore:
-        """The same on a device."""
+        """The score on a device."""
         return LearnedScore(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def of_places(self, positions: torch.Tensor, num_seen: int) -> torch.Tensor:
-        """What tokens are worth by where they stand; of heads of one layer.
+        """The part of the score that depends on positions, for heads of one layer.
 
         Args:
-            positions: `[batch, heads, tokens]`, which visual tokens they are, counted from 0, all below `num_seen`.
-            num_seen: visual tokens seen; past the grid's end, its last row counts.
+            positions: `[batch, heads, tokens]`, indices of the visual tokens, from 0, all below `num_seen`.
+            num_seen: visual tokens seen; past the end of the grid, the last row is used.
 
         Returns:
             `[batch, heads, tokens]`, float32.
@@ -66,5 +66,5 @@ class LearnedScore:
         return table.flatten(1).expand(len(positions), -1, -1).gather(2, (row * columns + positions % columns).long())
 
     def of_states(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """What tokens are worth by what they hold: K and V `[batch, heads, tokens, head_dim]` to `[..., tokens]`."""
+        """The part of the score that depends on K and V: `[batch, heads, tokens, head_dim]` to `[..., tokens]`."""
         return (keys.float() @ self.key[:, :, None] + values.float() @ self.value[:, :, None]).squeeze(-1)

@@ -1,4 +1,4 @@
-"""Files and text that anyone may have written: checked while read, shown in messages, escaped, written whole or not.
+"""Input and output for untrusted files and text: checked readers, printable messages, escaping, atomic writes.
 
-It does not know what the files mean.
+This package does not interpret the contents of files.
 """

@@ -1,7 +1,7 @@
-"""A file of a Hub repository: from the cache, or downloaded, with one short attempt when the Hub cannot be reached.
+"""Gets a file of a Hub repository from the cache or by download, with one short attempt if the Hub is unreachable.
 
-huggingface_hub itself retries for half a minute before it reports an unreachable server, also for a misspelt name. What
-went wrong is reported by the callers, with its errors.
+huggingface_hub itself retries for half a minute before it reports an unreachable server, also for a misspelt name. The
+errors are those of huggingface_hub; callers turn them into messages.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from huggingface_hub.errors import (
 from ssd_cache.io.showing import printable
 
 ATTEMPT_SECONDS = 5
-"""Longest wait for an answer about a file; HF_HUB_ETAG_TIMEOUT overrides it."""
+"""Timeout of a request for a file's metadata; HF_HUB_ETAG_TIMEOUT overrides it."""
 
 
 class HubError(ConnectionError):
-    """A name that is not on this machine, while the Hub cannot be asked; the message is safe to print."""
+    """A name that is not on this machine, while the Hub cannot be reached; the message is safe to print."""
 
     def __init__(self, message: object = ""):
         super().__init__(printable(str(message)))
 
 
 def hub_download(repo_id: str, name: str, **options: Any) -> Any:
-    """As `hf_hub_download` with keyword `options`, but an unreachable Hub is asked once, and not for long.
+    """Call `hf_hub_download` with keyword `options`, but make only one short attempt to reach the Hub.
 
     Raises:
-        LocalEntryNotFoundError: there is no cached copy, and the Hub cannot be reached; its cause says why.
-        Exception: as `hf_hub_download`.
+        LocalEntryNotFoundError: there is no cached copy, and the Hub cannot be reached; `__cause__` is the reason.
+        Exception: as for `hf_hub_download`.
     """
     problem = _unreachable(repo_id, name, **options)
     try:
@@ -63,7 +63,7 @@ def _unreachable(
     force_download: bool = False,
     **_: Any,
 ) -> Exception | None:
-    """Why the Hub does not answer for a file without a cached copy; None where it does, or need not be asked."""
+    """The error when the Hub cannot be reached for a file without a cached copy; None if it can or is not needed."""
     path = f"{subfolder}/{name}" if subfolder else name
     if local_files_only or force_download or constants.is_offline_mode():
         return None
@@ -77,7 +77,7 @@ def _unreachable(
         return None  # hf_hub_download raises them again
     except HfHubHTTPError as error:
         return error if error.response.status_code >= 500 else None
-    except Exception as error:  # of the HTTP client: no connection, no answer in time, a proxy, certificates
+    except Exception as error:  # from the HTTP client: no connection, timeout, proxy, certificates
         return error
     return None
 

@@ -1,7 +1,7 @@
-"""Foreign values in messages: short, on one line, and safe to print on any terminal.
+"""Formats untrusted values for messages: short, on one line, and safe to print on any terminal.
 
-A value is foreign when it comes from a file, from the Hub or from an argument: it may be huge, hold control sequences,
-or hold characters that no encoding knows. It says nothing about whether a value is right.
+A value is untrusted if it comes from a file, from the Hub or from an argument. It may be huge, or hold control
+sequences or characters that cannot be encoded. This module does not check whether a value is valid.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 MAX_VALUE, MAX_MESSAGE = 80, 2000
-"""Characters of a value in a message, and of a whole message."""
+"""Maximum number of characters of a value in a message, and of a whole message."""
 
 
 def shown(value: object, limit: int = MAX_VALUE) -> str:
-    """The value as Python writes it, in at most `limit` printable characters; the middle is left out.
+    """The `repr` of the value in at most `limit` printable characters; if it is longer, the middle is left out.
 
     Example:
         >>> shown("a\\nb")
@@ -31,7 +31,7 @@ def shown(value: object, limit: int = MAX_VALUE) -> str:
 
 
 def printable(text: str, limit: int = MAX_MESSAGE) -> str:
-    """The text in at most `limit` characters, the middle left out and unprintable characters escaped; lines stay."""
+    """The text in at most `limit` characters: the middle is cut, unprintable characters escaped, line breaks kept."""
     if len(text) > limit:
         text = f"{text[: limit // 2 - 3]} ... {text[len(text) - (limit - limit // 2 - 2) :]}"
     if text.isascii() and text.isprintable():
@@ -43,12 +43,12 @@ def printable(text: str, limit: int = MAX_MESSAGE) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class where it has none."""
+    """The first line of an error's message, or the name of its class if there is no message."""
     return printable(next(iter(str(error).strip().splitlines()), type(error).__name__), 4 * MAX_VALUE)
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any], words: tuple[str, str] = ("there", "now")) -> str:
-    """The entries in which two mappings differ, each with both values; "" where they are the same."""
+    """The entries in which two mappings differ, each with both values; "" if the mappings are equal."""
     return "; ".join(
         f"{printable(str(name), MAX_VALUE)} {shown(first.get(name))} {words[0]}, {shown(second.get(name))} {words[1]}"
         for name in dict.fromkeys([*second, *first])
@@ -57,7 +57,7 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any], words: tupl
 
 
 class ReadableError(ValueError):
-    """An error for the library's users whose message may hold foreign values: it is bounded and safe to print."""
+    """An error whose message may hold untrusted values: its length is limited, and it is safe to print."""
 
     def __init__(self, message: object = ""):
         super().__init__(printable(str(message)))

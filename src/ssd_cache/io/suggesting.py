@@ -1,6 +1,6 @@
-"""Nearest names for a misspelt one: of what is known, of folders nearby, and of repositories in the Hub's cache.
+"""Suggests the closest name for a misspelt one: from known names, nearby folders, or repositories in the Hub's cache.
 
-A suggestion ends a message; nothing is looked up anywhere else, and no name is corrected.
+A suggestion is appended to an error message. This module makes no network requests and corrects no names.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from huggingface_hub import constants
 from ssd_cache.io.showing import printable
 
 CLOSE = 0.75
-"""Least likeness of two names, as difflib measures it."""
+"""Minimum similarity of two names, as measured by difflib."""
 
 MAX_NAME, MAX_ENTRIES = 200, 1000
-"""Longest name that is compared, and entries of a folder that are looked at."""
+"""Maximum length of a name that is compared, and maximum number of folder entries that are read."""
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'x'?)" for the nearest of the known names, or "" where none is near."""
+    """ " (did you mean 'x'?)" with the closest known name, or "" if none is close."""
     if not isinstance(name, str) or len(name) > MAX_NAME:
         return ""
     spellings: dict[str, str] = {}
@@ -38,7 +38,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def nearby_folders(name: str, file: str = "config.json") -> list[str]:
-    """Folders beside the one that a name means, written as the name is, that hold a file."""
+    """Folders next to the folder `name` that contain `file`, with the same prefix as in `name`."""
     try:
         above = Path(name).expanduser().parent
         prefix = name.rstrip("/").rpartition("/")[0] + "/" if "/" in name.rstrip("/") else ""

@@ -1,7 +1,7 @@
-"""Readers for files that anyone may have written: JSON and safetensors, checked before a value is used.
+"""Readers for untrusted files: JSON and safetensors, checked before a value is used.
 
-Every refusal is a ValueError that says what is wrong, without the name of the file: callers add it in their own error.
-It does not know what the files mean.
+Each check raises a ValueError that describes the problem without the file's name; callers add the name in their own
+error. This module does not interpret the contents.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from safetensors import SafetensorError, safe_open
 from ssd_cache.io.showing import ReadableError, first_line, shown
 
 MAX_DEPTH = 16
-"""Levels of lists and objects in JSON."""
+"""Maximum nesting depth of lists and objects in JSON."""
 
 MAX_NAME = 4096
-"""Characters of a name or path, as Linux has it."""
+"""Maximum number of characters of a name or path, the limit of Linux."""
 
 MAX_INT = 10**300
-"""Bound of whole numbers in JSON, so that each of them has a float."""
+"""Bound of the absolute value of integers in JSON, so that each can be converted to float."""
 
 MAX_COUNT = 2**53
 
 
 class WrongFileError(ReadableError):
-    """A file that a run cannot resume from: of a run with other settings, or of another kind."""
+    """A file that a run cannot resume from: it belongs to a run with other settings, or is of another kind."""
 
 
 def parse_json(content: str | bytes, max_depth: int = MAX_DEPTH) -> Any:
     """The value of a JSON text: UTF-8, finite numbers of at most `MAX_INT`, nested at most `max_depth` levels.
 
     Raises:
-        ValueError: anything else, half of a surrogate pair in a text included, since no file could hold it.
+        ValueError: anything else; also half of a surrogate pair in a text, since no file could hold it.
     """
     try:
         value = json.loads(content.decode() if isinstance(content, bytes) else content)
     except UnicodeDecodeError as error:
         raise ReadableError(f"it is not UTF-8 text (byte {error.start})") from error
-    except ValueError as error:  # of json itself, or of int for thousands of digits
+    except ValueError as error:  # raised by json, or by int for thousands of digits
         raise ReadableError(error) from error
     except RecursionError as error:
         raise ReadableError(f"it nests deeper than {max_depth} levels") from error
@@ -69,7 +69,7 @@ def parse_json(content: str | bytes, max_depth: int = MAX_DEPTH) -> Any:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written in UTF-8: one with half of a surrogate pair in it cannot."""
+    """Whether a text can be encoded in UTF-8; a text with half of a surrogate pair cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -78,7 +78,7 @@ def is_unicode(text: str) -> bool:
 
 
 def name_problem(name: object) -> str:
-    """Why a text can be the name of no file, folder, revision or repository; "" where it can be one."""
+    """Why a text cannot be the name of a file, folder, revision or repository; "" if it can."""
     if not isinstance(name, str):
         return f"it is a {type(name).__name__}, not a text"
     if len(name) > MAX_NAME:
@@ -93,13 +93,13 @@ def name_problem(name: object) -> str:
 
 
 def checked(kind: Any, value: Any, name: str = "it") -> Any:
-    """A JSON value as the type that a hint names, dataclasses made from objects; whole numbers are numbers as well.
+    """Check a JSON value against a type hint and convert objects to dataclasses; an integer is also a valid float.
 
-    Understood are None, bool, int, float, str, Any, dict, list, tuple, Literal, unions of these and dataclasses, whose
-    fields may be left out where they have a default.
+    Supported hints are None, bool, int, float, str, Any, dict, list, tuple, Literal, unions of these, and dataclasses.
+    Fields of a dataclass may be missing if they have a default.
 
     Raises:
-        ValueError: another type, or an object with fields missing or unknown; `name` says where it stands.
+        ValueError: another type, or an object with missing or unknown fields; the message gives `name` as the place.
     """
     origin, arguments = get_origin(kind) or kind, get_args(kind)
     if origin is Any:
@@ -131,7 +131,7 @@ def checked(kind: Any, value: Any, name: str = "it") -> Any:
 
 
 def checked_fields(kinds: Mapping[str, Any], value: Any, name: str = "it") -> dict[str, Any]:
-    """An object that has these fields, each as its type hint says; it may have others. Raises ValueError."""
+    """Check that an object has these fields with these types; other fields are allowed. Raises ValueError."""
     checked(dict, value, name)
     prefix = "" if name == "it" else f"{name}."
     for field, kind in kinds.items():
@@ -154,7 +154,7 @@ def _checked_object(kind: Any, value: dict[str, Any], name: str) -> Any:
 
 
 def _is_of(kind: Any, value: Any) -> bool:
-    """Whether the type of a JSON value, by itself, is that of a hint."""
+    """Whether the type of a JSON value matches a hint; the contents are not checked."""
     origin = get_origin(kind) or kind
     if origin is Literal:
         return any(type(value) is type(one) for one in get_args(kind))
@@ -170,29 +170,29 @@ def _mistyped(name: str, value: Any, kinds: tuple[Any, ...]) -> ReadableError:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """The header's texts and the tensors of a safetensors file, numbers finite.
+    """The header's texts and the tensors of a safetensors file; all numbers must be finite.
 
     Raises:
-        ValueError: another file, a damaged one, or one with NaN or infinite numbers.
-        OSError: it cannot be opened.
+        ValueError: not a safetensors file, a damaged one, or one with NaN or infinite numbers.
+        OSError: the file cannot be opened.
     """
     try:
         with safe_open(path, framework="pt") as file:
             header = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, since it is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, since it is not a dict
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ReadableError(f"the tensor {shown(name)} holds NaN or infinite numbers")
     except (OSError, ReadableError):
         raise
-    except Exception as error:  # its parser raises SafetensorError, KeyError, RuntimeError and others
+    except Exception as error:  # the parser raises SafetensorError, KeyError, RuntimeError and others
         kind = "" if isinstance(error, SafetensorError) else f"{type(error).__name__}: "
         raise ReadableError(f"not a whole safetensors file: {kind}{first_line(error)}") from error
     return header, tensors
 
 
 def check_like(tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Tensor]) -> None:
-    """Refuse tensors whose names, shapes or dtypes are not those of `like`; raises ValueError."""
+    """Refuse tensors whose names, shapes or dtypes differ from those of `like`; raises ValueError."""
     if missing := sorted(like.keys() - tensors.keys()):
         raise ReadableError(f"the tensor {shown(missing[0])} is missing")
     if unknown := sorted(tensors.keys() - like.keys()):
@@ -207,7 +207,7 @@ def check_like(tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Ten
 
 
 def read_count(header: Mapping[str, str], name: str, most: int = MAX_COUNT) -> int:
-    """The whole number from 0 to `most` in a safetensors header; raises ValueError."""
+    """The integer from 0 to `most` in the field `name` of a safetensors header; raises ValueError."""
     text = header.get(name, "")
     if not (text.isascii() and text.isdecimal() and len(text) <= 19 and int(text) <= most):
         raise ReadableError(f"{name}={shown(text)}, expected a whole number from 0 to {most}")

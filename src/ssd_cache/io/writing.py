@@ -1,6 +1,6 @@
-"""Files written whole or not at all: each beside its place under a temporary name, then renamed.
+"""Writes files completely or not at all: each first under a temporary name in the same folder, then renamed.
 
-What is in them, and how a failure is told, is the caller's business.
+Callers provide the contents and turn an OSError into their own error.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 
 
 def write_files(contents: Mapping[Path, bytes]) -> None:
-    """Write every file under a temporary name, then move them to their places in order: a reader sees whole files only.
+    """Write every file under a temporary name, then rename them in order, so a reader sees only whole files.
 
     Raises:
-        OSError: a file can not be written; when none was moved yet, all older files are as they were.
+        OSError: a file cannot be written; if none was renamed yet, all older files are unchanged.
     """
     parts = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}.part") for path in contents}
     try:

@@ -1,7 +1,7 @@
-"""Checks of what a fused decode step is given, made before every launch: the kernels read and write raw memory.
+"""Checks the arguments of a fused decode step before every launch, because the kernels access raw memory.
 
-Both kernels call it, so no way to them leads around it. What only the numbers tell (which heads, which step) is checked
-by the kernels themselves. Reading and computing nothing, it waits for no device.
+Both kernels call `check`, so it cannot be bypassed. It checks shapes, dtypes, devices and layouts. It reads no tensor
+data, so it never waits for a device. The kernels themselves check the data (heads and step).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Container
 import torch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Dtypes of K and V that the Triton kernel takes; the loop for the CPU takes `cpu_kernels.DECODERS`."""
+"""Dtypes of K and V that the Triton kernel takes; the CPU loop takes those of `cpu_loops.DECODERS`."""
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-"""Types whose `data_ptr` is the address of their numbers; a subclass may hold none, or other ones."""
+"""Types whose `data_ptr` is the address of the tensor's data; this need not hold for a subclass."""
 
 
 def check(
@@ -31,13 +31,13 @@ def check(
     output: torch.Tensor,
     dtypes: Container[torch.dtype],
 ) -> tuple[int, ...]:
-    """Refuse arguments of `fused.decode` that do not fit together.
+    """Refuse arguments of `dispatch.decode` that do not fit together.
 
     Returns:
         batch, kv_heads, groups, head_dim, value_dim, heads of the store, heads that are scored, num_prompt, num_slots.
 
     Raises:
-        ValueError: a shape, dtype, device or layout that the kernel cannot take; says which and what is expected.
+        ValueError: the kernel cannot take a shape, dtype, device or layout; the message names it and what is expected.
     """
     dtype, device = query.dtype, query.device
     if dtype not in dtypes or type(query) not in PLAIN:

@@ -1,9 +1,9 @@
 """Builds and loads a C++ source of this package as a library, with the compiler and flags that `torch.compile` uses.
 
-Libraries are kept in this user's cache folder (see `private_cache.py`) under a hash of the source, the command and the
-processor, so a changed source or another machine with the same home folder builds its own, and a hash of the library,
-so a damaged one is found out. Any process may build at any time: a library is built in a folder of its own, loaded from
-there, and moved into place whole.
+Libraries are kept in this user's cache folder (see `private_cache.py`). The file name holds two hashes. One covers the
+source, the command and the processor, so a changed source, or another machine with the same home folder, gets its own
+library. The other covers the library itself and detects damage. Several processes may build at the same time: each
+builds in a temporary folder, loads the library from there, and moves it into place in one step.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from ssd_cache.kernels import private_cache
 
 
 def load(source: Path, functions: Sequence[str]) -> ctypes.CDLL | None:
-    """The library of a C++ source, built where it is not in the cache folder; None where there is no compiler.
+    """The library of a C++ source, built if it is not in the cache folder; None where there is no compiler.
 
     Args:
-        source: the file.
+        source: the C++ file.
         functions: names that the library must export; a cached library that lacks one is built again.
 
     Raises:
-        Exception: of many kinds, where the compiler or the loader fails.
+        Exception: the compiler or the loader failed; exceptions of many classes.
 
     Warns:
-        UserWarning: no cache folder passes the checks, so every process builds for itself.
+        UserWarning: no cache folder passes the checks, so every process builds its own library.
     """
     if os.name != "posix":
         raise OSError("they are built on POSIX systems alone")
@@ -54,9 +54,9 @@ def load(source: Path, functions: Sequence[str]) -> ctypes.CDLL | None:
         return _build(command, text, functions)
     name = f"{source.stem}-{key}"
     for place in folder.glob(f"{name}-*.so"):
-        with contextlib.suppress(OSError, AttributeError):  # not to be trusted, or another library
+        with contextlib.suppress(OSError, AttributeError):  # an untrusted file, or a library without the functions
             private_cache.check(place)
-            if place.stem == f"{name}-{_digest(place.read_bytes())}":  # the loader dies of a file cut short
+            if place.stem == f"{name}-{_digest(place.read_bytes())}":  # a truncated file crashes the loader
                 return _open(place, functions)
         with contextlib.suppress(OSError):
             place.unlink()
@@ -68,13 +68,13 @@ def _digest(content: bytes) -> str:
 
 
 def _command(source: Path) -> list[str] | None:
-    """The compiler call, with file names relative to the folder that it runs in."""
-    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions  # take two seconds to import, and few need them
+    """The compiler command, with file names relative to its working folder."""
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions  # imported here: it takes two seconds
     from torch._inductor.cpu_vec_isa import invalid_vec_isa
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
-        # -march=native is among the flags, so no vector instruction set has to be named
+        # the flags include -march=native, so no vector instruction set needs to be named
         options = CppTorchOptions(vec_isa=invalid_vec_isa)
         builder = CppBuilder(name=source.stem, sources=f"{source.stem}.cpp", BuildOption=options)
     except InvalidCxxCompiler:
@@ -83,7 +83,7 @@ def _command(source: Path) -> list[str] | None:
 
 
 def _processor() -> str:
-    """What tells processors with other instructions apart: -march=native builds for one of them."""
+    """A description of the processor and its instruction sets, since -march=native builds for this processor only."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
@@ -95,7 +95,7 @@ def _processor() -> str:
 def _build(
     command: list[str], text: str, functions: Sequence[str], folder: Path | None = None, name: str = ""
 ) -> ctypes.CDLL:
-    """Build and load a library; where there is a folder, move it there, under the name and its own digest."""
+    """Build and load a library; move it to `folder`, if given, under `name` and the library's digest."""
     with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as temporary:
         private_cache.check(Path(temporary))
         library = Path(temporary, command[command.index("-o") + 1])
@@ -105,11 +105,11 @@ def _build(
             lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
             reason = next((line for line in lines if "error" in line), *lines[:1] or [f"exit code {done.returncode}"])
             raise RuntimeError(f"the compiler failed: {reason}")
-        # from here and not from its place: the loader knows a place by name, and would find a wrong library again there
+        # Load before the move: the loader caches libraries by path, and could return a wrong one from the final path.
         found = _open(library, functions)
         if folder is not None:
-            library.chmod(0o700)  # the compiler followed the umask, which may let a group write
-            with contextlib.suppress(OSError):  # it is loaded all the same; the next process builds it again
+            library.chmod(0o700)  # the umask may have let the group write to it
+            with contextlib.suppress(OSError):  # the library is already loaded; the next process builds it again
                 os.replace(library, folder / f"{name}-{_digest(library.read_bytes())}.so")
     return found
 

@@ -1,5 +1,5 @@
-// The two loops in which a step's time on a CPU goes: attention over a store of slots, and linear layers for few rows.
-// Plain C++ with the vector types of GCC and Clang; cpu_kernels.py builds it for the processor at hand and has the shapes.
+// The two loops that take most of a step's time on a CPU: attention over a store of slots, and linear layers for few
+// rows. Plain C++ with the vector types of GCC and Clang. cpu_loops.py builds it and documents the shapes.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace {
 
-// Numbers in a register, and rows whose sums fit into the registers beside a panel's weights.
+// LANES: floats in a vector register. ROWS: rows whose sums fit into registers together with a panel's weights.
 #if defined(__AVX512F__)
 constexpr int LANES = 16, ROWS = 16;
 #elif defined(__AVX__)
@@ -17,8 +17,8 @@ constexpr int LANES = 8, ROWS = 6;
 #else
 constexpr int LANES = 4, ROWS = 6;
 #endif
-constexpr int PANEL = 16;  // outputs of a linear layer made at once
-constexpr int64_t AHEAD = 2048;  // numbers; see `multiply`
+constexpr int PANEL = 16;  // outputs of a linear layer computed together
+constexpr int64_t AHEAD = 2048;  // prefetch distance in floats; see `multiply`
 constexpr int64_t SAMPLES = 32;  // numbers of a weight that each product compares with the packed ones
 
 enum Status : int { DONE = 0, NO_MEMORY = 1, NO_SUCH_HEAD = 2, WEIGHT_CHANGED = 3 };
@@ -44,7 +44,7 @@ inline float load(const BFloat16* at) {
 inline Lanes load_lanes(const BFloat16* at) {
   return (Lanes)(__builtin_convertvector(*(const Halves*)at, Bits) << 16);
 }
-inline void store(BFloat16* at, float value) {  // to the nearest, ties to even
+inline void store(BFloat16* at, float value) {  // round to nearest, ties to even
   uint32_t bits;
   __builtin_memcpy(&bits, &value, 4);
   at->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -73,10 +73,10 @@ int decode(const T* query, const T* new_key, const T* new_value, T* keys, T* val
             const int64_t* heads, const bool* mask, float scaling, T* output, const int64_t* sizes) {
   const int64_t batch = sizes[0], kv_heads = sizes[1], groups = sizes[2], head_dim = sizes[3], value_dim = sizes[4],
                 num_heads = sizes[5], num_scored = sizes[6], num_prompt = sizes[7], num_slots = sizes[8], slot = sizes[9];
-  const int64_t length = num_prompt + num_slots, end = num_prompt + slot;  // columns before `end` were taken before
+  const int64_t length = num_prompt + num_slots, end = num_prompt + slot;  // columns before `end` hold earlier tokens
   for (int64_t head = 0; head < num_heads; head++)
     if (heads[head] < 0 || heads[head] >= kv_heads) return NO_SUCH_HEAD;
-  if (batch == 0) return DONE;  // nothing bounds the number of columns then
+  if (batch == 0) return DONE;  // without rows, the number of columns is unbounded
 #pragma omp parallel
   {
     std::vector<float> scaled(head_dim), weights(end + 1), sums(value_dim);
@@ -126,7 +126,7 @@ inline uint32_t bits_of(const float* at) {
   return bits;
 }
 
-// Whether numbers spread over all of a weight, `[out, in]`, are those that were packed.
+// Whether a sample of numbers spread over a weight `[out, in]` equals the packed ones.
 bool is_sample_same(const float* weight, const float* packed, int64_t in, int64_t out) {
   for (int64_t sample = 0; sample < SAMPLES; sample++) {
     const int64_t row = sample * out / SAMPLES, column = (sample * 40503 + 17) % in;
@@ -136,8 +136,8 @@ bool is_sample_same(const float* weight, const float* packed, int64_t in, int64_
   return true;
 }
 
-// Weights come from memory, and a processor's own guesses end with each page. So they are asked for far ahead, into the
-// second level of cache: the states fill the first.
+// Weights come from memory, and hardware prefetching stops at the end of each page. So weights are prefetched far ahead
+// into the L2 cache; the states fill L1.
 template <int rows>
 void multiply(const float* states, const float* panel, const float* bias, float* output, int64_t in, int64_t out) {
   constexpr int vectors = PANEL / LANES;
@@ -155,7 +155,7 @@ void multiply(const float* states, const float* panel, const float* bias, float*
     for (int at = 0; at < vectors; at++) *(Lanes*)(output + row * out + at * LANES) = sums[row][at];
 }
 
-// The last rows, fewer than ROWS: as many as are left.
+// `multiply` for the last `left` rows, fewer than ROWS.
 template <int rows>
 void multiply_last(int64_t left, const float* states, const float* panel, const float* bias, float* output,
                    int64_t in, int64_t out) {
@@ -165,7 +165,7 @@ void multiply_last(int64_t left, const float* states, const float* panel, const 
 
 }  // namespace
 
-// Sizes, dtypes and devices are checked in Python before each call; what only the numbers tell is checked here.
+// Python checks sizes, dtypes and devices before each call; this file checks the data (heads, changed weights).
 extern "C" {
 
 int decode_float32(const float* query, const float* new_key, const float* new_value, float* keys, float* values,
@@ -180,12 +180,12 @@ int decode_bfloat16(const BFloat16* query, const BFloat16* new_key, const BFloat
   return decode(query, new_key, new_value, keys, values, scores, heads, mask, scaling, output, sizes);
 }
 
-// Whether a weight `[out, in]` is, bit for bit, what was packed.
+// Whether a weight `[out, in]` equals the packed copy, bit for bit.
 bool is_packed(const float* weight, const float* packed, int64_t in, int64_t out) {
   uint32_t different = 0;
 #pragma omp parallel for schedule(static) reduction(| : different)
   for (int64_t at = 0; at < out; at += PANEL)
-    for (int64_t first = 0; first < in; first += 64)  // so many columns of a panel fit into the first level of cache
+    for (int64_t first = 0; first < in; first += 64)  // 64 columns of a panel fit into the L1 cache
       for (int64_t row = at; row < at + PANEL; row++)
         for (int64_t column = first; column < std::min(first + 64, in); column++)
           different |= bits_of(weight + row * in + column) ^ bits_of(packed + at * in + column * PANEL + row - at);
@@ -195,7 +195,7 @@ bool is_packed(const float* weight, const float* packed, int64_t in, int64_t out
 int linear(const float* states, const float* weight, const float* packed, const float* bias, float* output,
            int64_t num_rows, int64_t in, int64_t out) {
   if (!is_sample_same(weight, packed, in, out)) return WEIGHT_CHANGED;
-  // ROWS rows after ROWS rows, each block by columns
+  // copy of the states in blocks of ROWS rows, each block stored column by column
   std::unique_ptr<float[]> turned(new (std::nothrow) float[num_rows * in]);
   if (!turned) return NO_MEMORY;
   for (int64_t first = 0; first < num_rows; first += ROWS) {

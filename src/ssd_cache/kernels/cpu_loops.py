@@ -1,7 +1,8 @@
-"""The loops of `cpu_kernels.cpp`, built for the processor at hand with the compiler that `torch.compile` uses.
+"""The loops of `cpu_loops.cpp`, built for this machine's processor with the compiler that `torch.compile` uses.
 
-`fast_decode` works with them on a CPU. Where they can not be built, torch's own attention and products run. What is
-kept and when they serve is decided elsewhere (`slots.py`, `fused.py`, `packed_linears.py`).
+`fast_decode` uses them on a CPU. Where they cannot be built, torch's own attention and matrix products run. This module
+does not decide which tokens are kept (`cache/slots.py` does) or when the loops run (`dispatch.py` and
+`packed_linears.py` do).
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ from ssd_cache.kernels import cpu_library
 from ssd_cache.kernels.checks import PLAIN, check
 
 PANEL = 16
-"""Outputs that a linear layer makes at once; `PANEL` of the C++ as well."""
+"""Outputs of a linear layer computed together; must equal `PANEL` in the C++ source."""
 
 DECODERS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
-"""The loop over a store, by the dtype of its K and V."""
+"""Name of the decode loop for each dtype of K and V."""
 
 _Sizes = ctypes.c_int64 * 10
-_DONE, _NO_MEMORY, _NO_SUCH_HEAD, _WEIGHT_CHANGED = range(4)  # `Status` of the C++
+_DONE, _NO_MEMORY, _NO_SUCH_HEAD, _WEIGHT_CHANGED = range(4)  # `Status` in the C++ source
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The loops as a library, built within seconds at most once on a machine; None where they cannot be.
+    """The loops as a library; None where they cannot be built. A build takes seconds, at most once on a machine.
 
     Warns:
-        UserWarning: once, with the reason, where the compiler fails. That there is none, `torch.compile` says itself.
+        UserWarning: once, with the reason, when the compiler fails. `torch.compile` itself reports a missing compiler.
     """
     try:
         found = cpu_library.load(
             Path(__file__).with_suffix(".cpp"), functions=("linear", "is_packed", *DECODERS.values())
         )
-    except Exception as error:  # what compilers, loaders and torch's private modules raise has no class in common
+    except Exception as error:  # compilers, loaders and torch's private modules raise many unrelated classes
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         warnings.warn(f"fast_decode goes on without ssd-cache's own loops for the CPU: {reason}", stacklevel=2)
         return None
@@ -64,7 +65,7 @@ def _is_float32(tensor: torch.Tensor) -> bool:
 
 
 def takes_weight(weight: torch.Tensor) -> bool:
-    """Whether a weight `[out, in]` can be packed: plain, contiguous, float32, on the CPU, and `out` fills panels."""
+    """Whether a weight `[out, in]` can be packed: plain, contiguous, float32, on the CPU, `out` a multiple of PANEL."""
     return (
         _is_float32(weight)
         and weight.dim() == 2
@@ -84,10 +85,10 @@ def _check_weight(weight: torch.Tensor, place: torch.Tensor) -> None:
 
 
 def pack(weight: torch.Tensor, place: torch.Tensor) -> None:
-    """Write a weight `[out, in]` to a place of as many numbers, laid out `[out / PANEL, in, PANEL]` for `linear`.
+    """Copy a weight `[out, in]` to `place`, which has as many numbers, in the layout `[out / PANEL, in, PANEL]`.
 
     Raises:
-        ValueError: a weight that cannot be packed, see `takes_weight`, or a place that does not fit.
+        ValueError: the weight cannot be packed (see `takes_weight`), or `place` does not fit.
     """
     _check_weight(weight, place)
     turned = weight.reshape(-1, PANEL, weight.shape[1]).transpose(1, 2)
@@ -95,7 +96,7 @@ def pack(weight: torch.Tensor, place: torch.Tensor) -> None:
 
 
 def is_packed(weight: torch.Tensor, place: torch.Tensor) -> bool:
-    """Whether a place holds exactly the numbers of a weight; raises as `pack` does."""
+    """Whether `place` holds exactly the numbers of a weight; raises the same errors as `pack`."""
     _check_weight(weight, place)
     out_features, in_features = weight.shape
     return _loops().is_packed(weight.data_ptr(), place.data_ptr(), in_features, out_features)
@@ -104,7 +105,7 @@ def is_packed(weight: torch.Tensor, place: torch.Tensor) -> bool:
 def linear(
     states: torch.Tensor, weight: torch.Tensor, place: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """`torch.nn.functional.linear` by a packed weight, in float32.
+    """`torch.nn.functional.linear` on a packed weight, in float32.
 
     Args:
         states: `[..., in]`.
@@ -113,10 +114,11 @@ def linear(
         bias: `[out]`, or None.
 
     Returns:
-        `[..., out]`; None where the weight is not what was packed.
+        `[..., out]`; None when the weight has changed since it was packed.
 
     Raises:
-        ValueError: tensors that the loop cannot take; those that fit together are torch's to multiply.
+        ValueError: the loop cannot take these tensors; torch may still be able to multiply them.
+        MemoryError: no memory for the product.
     """
     _check_weight(weight, place)
     out_features, in_features = weight.shape
@@ -161,10 +163,10 @@ def launch(
     buffer: int,
     output: torch.Tensor,
 ) -> None:
-    """Run the loop over a store; see `fused.decode` for the shapes.
+    """Run the decode loop over a store; see `dispatch.decode` for the shapes.
 
     Raises:
-        ValueError: as `fused_checks.check`, or heads or a step that are not there.
+        ValueError: as for `checks.check`; also for a negative step, or for heads that the layer does not have.
     """
     sizes = check(query, new_key, new_value, keys, values, scores, heads, mask, step, buffer, output, dtypes=DECODERS)
     if not query.is_cpu:
@@ -173,7 +175,7 @@ def launch(
     number, num_slots = int(step), sizes[-1]
     if number < 0:
         raise ValueError(f"step is {number}: visual tokens are counted from 0")
-    # slots fill in order, and from then on the last `buffer` of them again
+    # slots fill in order; when all are full, the last `buffer` of them are reused
     slot = number if number < num_slots else num_slots - buffer + (number - num_slots) % buffer
     status = getattr(_loops(), DECODERS[query.dtype])(
         query.data_ptr(),

@@ -1,8 +1,8 @@
-"""One launch instead of five: a step's K and V written, attention made, and what each token received scored.
+"""Fused decode step: write K and V, attend, and add the received attention to the scores; one launch instead of five.
 
-A Triton kernel on CUDA, a loop in C++ on a CPU inside `fast_decode`; chosen where it agrees with torch on a small
-trial. It then holds no queries, since a step's attention is added to the scores at once. It knows tensors alone;
-`attention.py` calls it, and where it does not serve, torch's own attention runs.
+It runs a Triton kernel on CUDA, and a C++ loop on a CPU inside `fast_decode`, if that kernel passes a small trial
+against torch. A step's attention is added to the scores at once, so no queries are stored. This module handles only
+tensors. `cache/attention.py` calls it; where no kernel can run, torch's own attention does.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ssd_cache.kernels.checks import DTYPES, PLAIN
 
 
 def can_serve(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, on_cpu: bool = False) -> bool:
-    """Whether steps with such tensors, `[batch, heads, new, head_dim]`, can run through the kernel.
+    """Whether the kernel can run steps with tensors of these sizes, `[batch, heads, new, head_dim]`.
 
-    Not where a gradient is asked for, since the kernel has none, and on a CPU only where that is wanted, and not under
-    autocast: sums in another order give other last bits than a full cache has.
+    It cannot run when gradients are enabled, since it has no backward pass. On a CPU it runs only if `on_cpu` is set,
+    since it sums in another order than a full cache and its last bits differ; under CPU autocast it never runs.
 
     Warns:
-        UserWarning: once for such sizes, where a kernel is there and fails, or errs, on a small trial.
+        UserWarning: once for each set of sizes, when an available kernel fails or is inaccurate in a small trial.
     """
     if torch.is_grad_enabled() or not query.dtype == key.dtype == value.dtype:
         return False
@@ -35,17 +35,17 @@ def can_serve(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, on_cp
         return False
     try:
         return passes_trial(query.device, query.dtype, query.shape[1] // key.shape[1], query.shape[3], value.shape[3])
-    except torch.OutOfMemoryError:  # of this moment: the next image may find room
+    except torch.OutOfMemoryError:  # memory is full now; it may be free for the next image
         return False
 
 
 def is_wanted(device: torch.device, on_cpu: bool) -> bool:
-    """Whether to look for a kernel at all; `on_cpu` says what is wanted on a CPU."""
+    """Whether to look for a kernel: always on other devices, on a CPU only with `on_cpu` or Triton's interpreter."""
     return on_cpu or not _takes_loops(device)
 
 
 def _takes_loops(device: torch.device) -> bool:
-    """Whether the loops for the CPU serve, and not Triton's kernel, which its interpreter runs there when asked."""
+    """Whether to use the CPU loops: on a CPU, unless TRITON_INTERPRET=1 requests Triton's interpreter."""
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
 
 
@@ -57,13 +57,13 @@ def _is_there(device: torch.device, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def passes_trial(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, value_dim: int) -> bool:
-    """Whether the kernel runs with such sizes and agrees with a reference in float64 on the CPU.
+    """Whether the kernel runs with these sizes and agrees with a float64 reference on the CPU.
 
-    Two steps of two rows over 145 columns, more than a tile: without and with a mask, one of two heads scored. Outputs,
-    scores, and K and V written are compared.
+    The trial runs two steps, without and with a mask, of two rows over 145 columns (more than a tile); one of two heads
+    is scored. It compares the output, the scores, and the K and V written.
 
     Raises:
-        torch.OutOfMemoryError: the device is full now; nothing is concluded from that, and the next call tries again.
+        torch.OutOfMemoryError: the device is full now; no result is cached, and the next call tries again.
     """
     if not _is_there(device, dtype):
         return False
@@ -72,7 +72,7 @@ def passes_trial(device: torch.device, dtype: torch.dtype, groups: int, head_dim
         failed = next(filter(None, found), "")
     except torch.OutOfMemoryError:
         raise
-    except Exception as failure:  # what a compiler or a driver raises has no class in common
+    except Exception as failure:  # compilers and drivers raise many unrelated classes
         failed = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
     if failed:
         warnings.warn(
@@ -82,7 +82,7 @@ def passes_trial(device: torch.device, dtype: torch.dtype, groups: int, head_dim
 
 
 def _try(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, value_dim: int, has_mask: bool) -> str:
-    """What is wrong with a step of the kernel; empty where nothing is."""
+    """The error found in one step of the kernel, or "" if there is none."""
     num_prompt, num_slots, number, buffer, scaling = 5, 150, 139, 8, head_dim**-0.5
     end, generator = num_prompt + number, torch.Generator().manual_seed(0)
 
@@ -105,7 +105,7 @@ def _try(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, v
     attended = (weights @ values[:, :, stored].double())[:, heads.argsort()]
     received = torch.zeros(2, num_slots, dtype=torch.float64)
     received[:, : number + 1] = weights[:, 0, :, num_prompt:].sum(1)
-    # a few roundings of the output's dtype; scores are float32 sums of at most `groups` shares below 1
+    # limits: a few roundings of the output's dtype; scores are float32 sums of at most `groups` weights below 1
     for name, found, expected, limit in (
         ("", output, attended, 8 * torch.finfo(dtype).eps * float(values.abs().max())),
         (" in the scores", given[5][:, 0], received, 1e-5 * groups),
@@ -131,19 +131,20 @@ def decode(
     buffer: int,
     output: torch.Tensor,
 ) -> None:
-    """One token's step over a store (see `SlotStore`), in place; nothing waits for the device.
+    """Run one token's decode step over a store (see `SlotStore`), in place, without waiting for the device.
 
     Args:
         query: `[batch, kv_heads, groups, head_dim]`, all heads of the layer in the model's order.
-        new_key, new_value: the token's, `[batch, kv_heads, 1, head_dim]`.
+        new_key, new_value: K and V of the new token, `[batch, kv_heads, 1, head_dim]`.
         keys, values: `[batch, heads, num_prompt + num_slots, head_dim]`; the token's column is written.
-        scores: `[batch, num_scored, num_slots]`, float32; what tokens of the first `num_scored` heads receive is added.
-        heads: `[heads]`, which of the layer's heads these are.
+        scores: `[batch, num_scored, num_slots]`, float32; the attention received in the first `num_scored` heads is
+            added.
+        heads: `[heads]`, the layer's KV head of each head in the store.
         mask: `[batch, num_prompt + num_slots]`, False on the prompt's padding, or None.
-        step: the token's number, counted from 0, without dimensions.
-        scaling: factor on the products.
-        buffer: slots that are written anew after each eviction.
-        output: `[batch, kv_heads, groups, value_dim]`; these heads' rows are written.
+        step: index of the visual token, from 0, a tensor without dimensions.
+        scaling: factor applied to the dot products of query and keys.
+        buffer: the eviction interval, the number of slots that are reused after each eviction.
+        output: `[batch, kv_heads, groups, value_dim]`; the rows of the store's heads are written.
     """
     run = torch.ops.ssd_cache.decode if torch.compiler.is_compiling() else _launch
     run(query, new_key, new_value, keys, values, scores, heads, mask, step, scaling, buffer, output)
@@ -158,13 +159,14 @@ def _launch(query: torch.Tensor, *arguments) -> None:
 
 
 def _trace(query: torch.Tensor, *arguments) -> None:
-    """What the launch does to shapes: nothing. A tensor without numbers among others would choose this, though."""
+    """Fake implementation for tracing: no output shapes. torch also runs it when any argument is a meta tensor."""
     if any(isinstance(other, torch.Tensor) and other.device != query.device for other in arguments):
         raise ValueError("the decode kernel got tensors on several devices, and takes those of one")
 
 
-# As an operator of torch the launch is one node of a compiled graph; called by itself, that would only cost time.
-# Defined at the lowest level, since the wrapper of torch.library.custom_op takes half as long as a layer's attention.
+# As a torch operator, the launch is one node in a compiled graph. Outside of compiled graphs, the operator would only
+# add overhead. It is defined with torch.library.Library, since the wrapper of torch.library.custom_op takes half as
+# long as a layer's attention.
 _library = torch.library.Library("ssd_cache", "FRAGMENT")
 _library.define(
     "decode(Tensor query, Tensor new_key, Tensor new_value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scores, "

@@ -1,8 +1,8 @@
-"""Zeros in huge pages of a CPU's memory, where the system has them: what every step reads whole is read faster so.
+"""Zero tensors in CPU memory backed by huge pages where available, so that a step reads large tensors faster.
 
-The processor looks up an address for each page that it enters, and prefetches within one. With 4 KB pages the weights
-and the K and V of a step are tens of thousands of them. Linux gives pages of 2 MB to those who ask; elsewhere, and for
-little memory, these are torch's own zeros.
+The processor translates addresses page by page and prefetches only within a page. With 4 KB pages, a step's weights, K
+and V span tens of thousands of pages. Linux provides 2 MB pages on request (`madvise`). On other systems, and for small
+tensors, `torch.zeros` is used.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import mmap
 import torch
 
 PAGE = 2 << 20
-"""Bytes of a huge page on x86-64, and on ARM with base pages of 4 KB; where pages are larger, nothing is lost."""
+"""Bytes of a huge page on x86-64, and on ARM with base pages of 4 KB. Larger huge pages do no harm."""
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`torch.zeros`; on a CPU from huge pages, as far as whole ones fit in, so that no byte more is held."""
+    """`torch.zeros`; on a CPU, the whole huge pages that fit are requested, so no additional memory is used."""
     nbytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or nbytes < PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -25,6 +25,6 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
         memory = mmap.mmap(-1, nbytes + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         start = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % PAGE
         memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // PAGE * PAGE)
-    except (OSError, OverflowError):  # a kernel built without huge pages, or more memory than there is
+    except (OSError, OverflowError):  # a kernel without huge pages, or not enough memory
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=start).view(shape)

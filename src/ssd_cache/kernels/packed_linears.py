@@ -1,8 +1,8 @@
-"""Linear layers on weights laid out anew, which `cpu_kernels` multiplies by few rows much faster than torch does.
+"""Linear layers on packed weights: `cpu_loops.py` multiplies them by few rows much faster than torch does.
 
-For CPUs, where a step's time is the reading of weights. The layers of a model are of another class inside the block,
-and of their own after it. Results are equal to rounding, also when weights change inside the block. `fast_decode` uses
-it; it knows no caches.
+This is for CPUs, where reading weights dominates the time of a step. Inside the block, the model's linear layers have
+another class; afterwards they have their own class again. Results agree with torch's up to rounding, also when weights
+change inside the block. `fast_decode` uses this module; it does not depend on caches.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from ssd_cache.kernels import huge_pages
 from ssd_cache.kernels.checks import PLAIN
 
 MAX_ROWS = 512
-"""Products of more rows, as of a long prompt, are not limited by reading weights, and take torch's way."""
+"""Products with more rows, such as a long prompt's, use torch: reading weights does not limit their speed."""
 
 COPY = "_ssd_packed"
-"""Attribute of a weight inside the block: its `PackedWeight`."""
+"""Name of the attribute that holds a weight's `PackedWeight` inside the block."""
 
-_lock = threading.RLock()  # while layers enter and leave blocks; a block may be collected, and so end, meanwhile
+_lock = threading.RLock()  # reentrant: garbage collection may end a block while another is entered or left
 
 
 @contextmanager
 def packed_linears(model: torch.nn.Module) -> Iterator[None]:
     """Run the linear layers of a model on packed weights inside the block: float32 on the CPU.
 
-    A weight is packed when it is first used in a small product, so the copy is of what steps use: the decoder's layers
-    and the head, and not the other towers. It is freed at the end of the block; blocks on one model may nest and
-    overlap, and the last one that ends frees it.
+    A weight is packed when it is first used in a small product. So only weights that decode steps use are copied: those
+    of the decoder's layers and of the head, not those of the other towers. The copy is freed at the end of the block.
+    Blocks on one model may nest and overlap; the last one that ends frees the copy.
 
     A weight that changes inside the block is packed again at its next use. Changes that torch counts (`mul_`,
-    `load_state_dict`, `.data =`) are always seen. Writes that it does not count (`.data.mul_(2)`, as some libraries
-    merge adapters) are seen at the next product if they change one of 32 numbers spread over the weight, else at the
-    first step after the next prompt.
+    `load_state_dict`, `.data =`) are always detected. Writes that torch does not count (`.data.mul_(2)`, which some
+    libraries use to merge adapters) are detected at the next product if they change one of 32 numbers spread over the
+    weight, otherwise at the first step after the next prompt.
 
-    torch's own product runs for weights of a tensor subclass, parametrized ones, those of inference mode (torch does
-    not count their changes), layers with hooks or with a `forward` of their own, outputs that are no multiple of
-    `cpu_kernels.PANEL`, prompts, gradients, autocast, and everything where the loops cannot be built.
+    torch's own product runs for weights of a tensor subclass, parametrized weights, weights created in inference mode
+    (torch does not count their changes), layers with hooks or an overridden `forward`, output sizes that are not a
+    multiple of `cpu_loops.PANEL`, prompts, gradients and autocast, and for all layers where the loops cannot be built.
     """
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and _can_be_packed(module)]
     if linears and cpu_kernels.library() is None:
@@ -72,11 +72,11 @@ def _can_be_packed(module: torch.nn.Linear) -> bool:
 
 
 def _enter(linears: list[torch.nn.Linear]) -> list[tuple[torch.nn.Linear, torch.Tensor, PackedWeight]]:
-    """Give each weight its `PackedWeight` and each layer its class; returns these three for each layer."""
+    """Attach a `PackedWeight` to each weight and set each layer's class; returns (layer, weight, packed) for each."""
     weights = [linear.weight for linear in linears]
     new = {id(weight): weight for weight in weights if getattr(weight, COPY, None) is None}
     sizes = [weight.numel() for weight in new.values()]
-    room = huge_pages.zeros((sum(sizes),), torch.float32, torch.device("cpu"))  # none of it is held before it is used
+    room = huge_pages.zeros((sum(sizes),), torch.float32, torch.device("cpu"))  # takes no memory until it is written
     prompts = _Prompts()
     for weight, place in zip(new.values(), room.split(sizes), strict=True):
         setattr(weight, COPY, PackedWeight(place, prompts))
@@ -88,7 +88,7 @@ def _enter(linears: list[torch.nn.Linear]) -> list[tuple[torch.nn.Linear, torch.
 
 
 def _leave(entered: list[tuple[torch.nn.Linear, torch.Tensor, PackedWeight]]) -> None:
-    """Give layers and weights that are in no other block back as they were."""
+    """Restore the layers and weights that are in no other block."""
     for linear, weight, packed in entered:
         packed.users[linear] -= 1
         if not packed.users[linear]:
@@ -100,35 +100,35 @@ def _leave(entered: list[tuple[torch.nn.Linear, torch.Tensor, PackedWeight]]) ->
 
 
 class _Prompts:
-    """How many products with several tokens a row there were: each may begin an image."""
+    """Count of products with several tokens per row: each may be the prompt of a new image."""
 
     num_seen = 0
 
 
 class PackedWeight:
-    """A weight's copy in the layout of `cpu_kernels.linear`, and what it was made of.
+    """A weight's copy in the layout of `cpu_loops.linear`, and the state of the weight when it was copied.
 
     Args:
-        place: as many numbers as the weight has, for the copy.
-        prompts: shared by the weights of a block.
+        place: memory for the copy, with as many numbers as the weight.
+        prompts: the prompt count, shared by the weights of a block.
 
     Attributes:
-        users: layers with this weight, and how many blocks each is in.
+        users: layers with this weight, and the number of blocks that each is in.
     """
 
     def __init__(self, place: torch.Tensor, prompts: _Prompts):
         self.place, self.prompts = place, prompts
         self.users: Counter[torch.nn.Module] = Counter()
         self.made_of: tuple | None = None
-        self.storage: torch.UntypedStorage | None = None  # held, so that no other tensor gets its address
+        self.storage: torch.UntypedStorage | None = None  # kept alive, so that no other tensor reuses its address
         self.lock = threading.Lock()
 
     def __reduce__(self):
-        """A copy or pickle of the weight, made inside the block, is a plain weight."""
+        """Copies and pickles made inside the block hold None instead, so they contain a plain weight."""
         return (type(None), ())
 
     def multiply(self, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-        """`F.linear`, or None where that has to run itself."""
+        """The result of `F.linear`, or None where the caller must run `F.linear` itself."""
         shape = states.shape
         if len(shape) == 3 and shape[1] > 1:
             self.prompts.num_seen += 1
@@ -142,7 +142,7 @@ class PackedWeight:
             if product is None:
                 self._renew(weight)
                 product = cpu_kernels.linear(states, weight, self.place, bias)
-        except (ValueError, IndexError):  # torch has other products for these, or an error of its own
+        except (ValueError, IndexError):  # torch multiplies these, or raises its own error
             return None
         return product
 
@@ -150,7 +150,7 @@ class PackedWeight:
         return weight.data_ptr(), weight._version, weight.shape, self.prompts.num_seen
 
     def _renew(self, weight: torch.Tensor) -> None:
-        """Compare all of the copy with the weight, and make it again where they differ."""
+        """Compare the whole copy with the weight, and pack the weight again if they differ."""
         with self.lock:
             state, is_new = self._state_of(weight), self.made_of is None
             self.made_of = self.storage = None
@@ -164,7 +164,7 @@ class PackedWeight:
 class _PackedLinear(torch.nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight, self.bias
-        # a subclass decides about its products itself, which it can for `F.linear` alone
+        # a tensor subclass may override `F.linear`, but not the operator below
         is_plain = type(input) in PLAIN and type(weight) in PLAIN and (bias is None or type(bias) in PLAIN)
         if torch.is_grad_enabled() or not is_plain:
             return super().forward(input)
@@ -174,7 +174,7 @@ class _PackedLinear(torch.nn.Linear):
 def _multiply(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     packed: PackedWeight | None = getattr(weight, COPY, None)
     product = None if packed is None else packed.multiply(states, weight, bias)
-    # torch's own product, or its own error; contiguous, as `_shape` says
+    # torch's own product, or its own error; contiguous, to match `_shape`
     return F.linear(states, weight, bias).contiguous() if product is None else product
 
 
@@ -183,12 +183,12 @@ def _shape(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return product.new_empty(product.shape)
 
 
-# An operator of its own, since a packed weight is made once, and outside of a compiled graph. Defined at the lowest
-# level, since the wrapper of torch.library.custom_op costs more than the product of a narrow layer. It finds the copy
-# at the weight, which arrives in compiled graphs as the same object.
+# This is a torch operator, because a weight is packed once, outside of a compiled graph. It is defined with
+# torch.library.Library, since the wrapper of torch.library.custom_op costs more than the product of a narrow layer. The
+# copy is an attribute of the weight; compiled graphs pass the same weight object.
 _library = torch.library.Library("ssd_cache", "FRAGMENT")
 _library.define("packed_linear(Tensor states, Tensor weight, Tensor? bias) -> Tensor")
 _library.impl("packed_linear", _multiply, "CompositeExplicitAutograd")
 for _key in ("AutocastCPU", "AutocastCUDA"):
-    _library.impl("packed_linear", F.linear, _key)  # which casts
+    _library.impl("packed_linear", F.linear, _key)  # F.linear casts under autocast
 torch.library.register_fake("ssd_cache::packed_linear", _shape, lib=_library)

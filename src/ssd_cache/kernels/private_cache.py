@@ -18,8 +18,8 @@ NAME = "ssd-cache"
 def find_folder() -> Path:
     """The folder for compiled code, created with mode 0700 where it does not exist.
 
-    The first one that passes `check` of: `$TORCHINDUCTOR_CACHE_DIR/ssd-cache` where that variable is set to a folder of
-    the user's choice, and `$XDG_CACHE_HOME/ssd-cache`, or `~/.cache/ssd-cache` where this one is not set.
+    It is the first of these folders that passes `check`: `$TORCHINDUCTOR_CACHE_DIR/ssd-cache`, if the user set that
+    variable; then `$XDG_CACHE_HOME/ssd-cache`, or `~/.cache/ssd-cache` if XDG_CACHE_HOME is not set.
 
     Raises:
         OSError: none of them can be created or passes, with the reason for each.
@@ -62,7 +62,7 @@ def check(path: Path) -> None:
 def _parents() -> list[Path]:
     found = []
     inductor = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
-    # torch sets the variable itself, to torchinductor_<user> in the shared temporary folder
+    # ignore torch's own default for the variable: torchinductor_<user> in the shared temporary folder
     if inductor.is_absolute() and inductor.parent != Path(tempfile.gettempdir()):
         found.append(inductor)
     cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))

@@ -1,7 +1,8 @@
-"""The Triton kernel behind `fused.py`: one program for each row of the batch and each head of a store.
+"""The Triton kernel behind `dispatch.py`: one program for each row of the batch and each head of a store.
 
-K and V are read once. What each token's logit was is put aside in `logits`, for the second and short loop: shares of
-the softmax are known only when all of it has been seen. This module needs Triton, so `fused.py` alone imports it, late.
+The first loop reads K and V once and stores each token's logit in `logits`. A short second loop computes the softmax
+weights from the logits, since they depend on all tokens. This module needs Triton, so only `dispatch.py` imports it, on
+first use.
 """
 
 import contextlib
@@ -13,8 +14,8 @@ import triton.language as tl
 from ssd_cache.kernels.checks import DTYPES, check
 
 TILE = 1 << 14
-"""Bytes in a tile of keys, 64 tokens of 128 numbers in bfloat16: 107 registers a thread, four programs at once on a
-multiprocessor of an H100. So says its compiler; it was not tuned on a GPU."""
+"""Bytes in a tile of keys: 64 tokens of 128 numbers in bfloat16. The compiler reports 107 registers per thread, so that
+four programs run at once on a multiprocessor of an H100. It was not tuned on a GPU."""
 
 
 def launch(
@@ -31,12 +32,12 @@ def launch(
     buffer: int,
     output: torch.Tensor,
 ) -> None:
-    """Run the kernel over a store; see `fused.decode` for the shapes.
+    """Run the kernel over a store; see `dispatch.decode` for the shapes.
 
-    Heads and a step that are not there, which no check can see without waiting for the device, give NaN.
+    Invalid heads or an invalid step give NaN, since checking them would mean waiting for the device.
 
     Raises:
-        ValueError: as `fused_checks.check`.
+        ValueError: as for `checks.check`.
     """
     check(query, new_key, new_value, keys, values, scores, heads, mask, step, buffer, output, dtypes=DTYPES)
     if not keys.shape[0]:
@@ -46,7 +47,7 @@ def launch(
     )
     batch, num_kv_heads, groups, head_dim = query.shape
     num_heads, num_scored, num_slots = keys.shape[1], scores.shape[1], scores.shape[2]
-    # Triton launches on the current device, which need not be the one of this layer
+    # Triton launches on the current device, which may not be the device of this layer
     device = torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext()
     with device:
         decode_kernel[(num_heads, batch)](
@@ -74,7 +75,7 @@ def launch(
             HEAD_DIM=head_dim,
             VALUE_DIM=values.shape[3],
             HAS_MASK=mask is not None,
-            # the interpreter, which runs where there is no GPU, multiplies no matrices of bfloat16
+            # Triton's interpreter, used without a GPU, does not support bfloat16 matrix products
             UPCAST=query.device.type != "cuda",
             num_stages=2,
             **block_sizes(groups, head_dim, values.shape[3], keys.itemsize),
@@ -82,7 +83,7 @@ def launch(
 
 
 def block_sizes(groups: int, head_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
-    """Sizes of the kernel's tiles, all powers of two; a GPU's matrix product has 16 rows and columns at least."""
+    """Sizes of the kernel's tiles, all powers of two; `tl.dot` on a GPU needs at least 16 rows and columns."""
     least = 1 if groups == 1 else 16
     block_head = max(least, triton.next_power_of_2(head_dim))
     return {
@@ -129,7 +130,7 @@ def decode_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One token's step for one head of a store: write K and V, attend, add to the scores what each token received."""
+    """One token's step for one head of a store: write K and V, attend, add each token's attention to its score."""
     dot_type: tl.constexpr = tl.float32 if UPCAST else keys.dtype.element_ty
     head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
@@ -138,7 +139,7 @@ def decode_kernel(
     is_there = (model_head >= 0) & (model_head < num_kv_heads) & (now >= 0)
     model_head = tl.where(is_there, model_head, 0)
     now = tl.where(is_there, now, 0)
-    # slots fill in order, and from then on the last `buffer` of them again: all columns before this one are taken
+    # slots fill in order; when all are full, the last `buffer` are reused, so all columns before this one are taken
     slot = tl.where(now < num_slots, now, num_slots - buffer + (now - num_slots) % buffer).to(tl.int32)
     end = num_prompt + slot
     length = num_prompt + num_slots
@@ -210,7 +211,7 @@ def decode_kernel(
     )
 
     if is_scored:
-        tl.debug_barrier()  # other threads of this program wrote some of the logits
+        tl.debug_barrier()  # wait for the logits that other threads of this program wrote
         mine = scores + (row * num_scored + head) * num_slots
         for start in range(0, slot, BLOCK_COLUMNS):
             at = start + column

@@ -1,7 +1,7 @@
-"""Generators: the image models that ssd-cache knows how to prompt, draw with and decode.
+"""Generators: the image models that ssd-cache can prompt, run and decode.
 
-`find_generator("shapes-janus" | folder | Hub id)` reads a checkpoint's configuration alone, so that mistakes show
-before gigabytes are loaded; `.load()` gives the `Generator`. One small file a model family; no caching happens here.
+`find_generator("shapes-janus" | folder | Hub id)` reads only a checkpoint's configuration, so mistakes show before
+gigabytes are loaded. `.load()` returns the `Generator`. Each model family has one small file. No caching happens here.
 """
 
 from ssd_cache.models.base import BUNDLED, Checkpoint, Generator

@@ -1,7 +1,7 @@
-"""What every generator offers: prompts to visual tokens, visual tokens to pictures, and the facts a cache needs.
+"""The generator interface: prompts to visual tokens, visual tokens to images, and the facts a cache needs.
 
-A model family subclasses `Generator`, states its facts and fills in five short methods (see `janus.py`). Which
-checkpoint a name means is `find.py`'s business; what is kept of the visual tokens is the cache's.
+A model family subclasses `Generator`, states its facts and implements five short methods (see `models/janus.py`).
+`models/find.py` finds the checkpoint that a name means. The cache decides which visual tokens are kept.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from ssd_cache.layout import count_cells
 from ssd_cache.models.settings import GeneratorError, check_drawing, check_texts, resolve_device, resolve_dtype
 
 BUNDLED = "shapes-janus"
-"""The small trained model that travels with the package."""
+"""Name of the small trained model that is bundled with the package."""
 
 BUNDLED_FOLDER = Path(__file__).parents[1] / "shapes" / "checkpoint"
 
 HEAD_MAP_FOLDER = "head_map"
-"""A checkpoint's own head map, inside its folder."""
+"""Subfolder of a checkpoint that holds its own head map."""
 
 
 def find_head_map(name: str) -> HeadMap:
-    """The head map of a name: a map's folder or Hub id, the folder of a model that carries one, or `BUNDLED`.
+    """Load a head map by name: a map's folder or Hub id, a model folder that contains a map, or `BUNDLED`.
 
     Raises:
-        HeadMapError: there is none, or it can not be read.
+        HeadMapError: there is none, or it cannot be read.
     """
     carried = (BUNDLED_FOLDER if name == BUNDLED else Path(os.path.expanduser(name))) / HEAD_MAP_FOLDER
     try:
@@ -56,19 +56,19 @@ def find_head_map(name: str) -> HeadMap:
 
 
 class Generator(ABC):
-    """A loaded image model with its processor; made by `Checkpoint.load`, or by `generator_of` around a model.
+    """A loaded image model with its processor. `Checkpoint.load` makes it, or `generator_of` wraps a loaded model.
 
     Attributes:
-        checkpoint: where it comes from, its grid and numbers of layers and heads.
-        model: the transformers model; from `Checkpoint.load` in evaluation mode, with the attention "ssd".
+        checkpoint: its source, grid, and numbers of layers and heads.
+        model: the transformers model; from `Checkpoint.load` it is in evaluation mode and uses the attention "ssd".
         processor: the transformers processor.
 
-    A family's facts, for the class as a whole:
-        own_guidance: whether the model's `generate` draws guidance's rows itself, in one batch. If not, `enable` does
-            it for a call with `guidance_scale` (see `guidance.py`).
-        default_guidance: the scale for a checkpoint that names none; None for a family that is not guided.
-        is_resizable: whether pictures of another size than `grid_of` says can be asked for.
-        no_pictures: what becomes of the tokens of a family that `to_images` makes no pictures of; None for the others.
+    Class attributes that state facts of the family:
+        own_guidance: whether the model's `generate` runs the guidance rows itself, in one batch. If not, `enable`
+            adds them for a call with `guidance_scale` (see `decode/guidance.py`).
+        default_guidance: the scale for a checkpoint that names none; None for a family without guidance.
+        is_resizable: whether a caller can choose another grid than `grid_of` returns.
+        no_pictures: how to decode the tokens of a family that `to_images` cannot decode; None for the others.
     """
 
     own_guidance: bool = False
@@ -82,21 +82,21 @@ class Generator(ABC):
     @staticmethod
     @abstractmethod
     def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
-        """Rows and columns of visual tokens in a picture; tokens that end a row are its last columns."""
+        """Rows and columns of visual tokens in an image; end-of-row tokens count as the last columns."""
 
     @staticmethod
     def previews_of(grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-        """Grids that are drawn before a picture of this one, in order; none as a rule."""
+        """Draft grids that are generated before this grid, in order; usually none."""
         return ()
 
     @staticmethod
     def draws(call: Mapping[str, Any]) -> bool:
-        """Whether a call of the model's `generate` with these keyword arguments draws a picture, not text."""
+        """Whether a call of the model's `generate` with these keyword arguments generates an image, not text."""
         return True
 
     @staticmethod
     def rasters_of_call(call: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]] | None:
-        """Grid and previews of the pictures that such a call draws, where its arguments tell; None where not."""
+        """Grid and draft grids of the images that such a call generates; None if the arguments do not state them."""
         return None
 
     @staticmethod
@@ -106,46 +106,46 @@ class Generator(ABC):
 
     @classmethod
     def read_config(cls, folder: str | Path) -> PreTrainedConfig:
-        """The configuration in a folder.
+        """Read the configuration in a folder.
 
         Raises:
             GeneratorError: a package that the family needs is missing.
-            OSError, ValueError, KeyError, TypeError: as transformers has it, for a file that can not be read.
+            OSError, ValueError, KeyError, TypeError: from transformers, for a file that cannot be read.
         """
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
     @classmethod
     @abstractmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Generator:
-        """The model and processor of a checkpoint."""
+        """Load the model and processor of a checkpoint."""
 
     @property
     def language_model(self) -> PreTrainedModel:
-        """The transformers model whose attention has to be "ssd"; a part of `model` where that is no such model."""
+        """The transformers model whose attention must be "ssd"; a part of `model` if `model` has no such setting."""
         return self.model
 
     @property
     def visual_head(self) -> torch.nn.Module | None:
-        """What scores visual tokens; the head for all tokens unless the family has one of its own for pictures."""
+        """The module that computes logits of visual tokens; the output head unless the family has a separate one."""
         return self.model.get_output_embeddings()
 
     @abstractmethod
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Inputs for the model's own `generate`, left-padded `[batch, prompt length]`, on the model's device."""
+        """Make inputs for the model's own `generate`, left-padded `[batch, prompt length]`, on the model's device."""
 
     @abstractmethod
     def draw(self, prompts, cache, guidance_scale, temperature, on_tokens) -> torch.Tensor:
-        """Visual tokens `[batch, cells]` with settings that were checked; see `generate`."""
+        """Generate visual tokens `[batch, cells]` with settings that are already checked; see `generate`."""
 
     def is_unconditional(self, num_prompts: int) -> torch.Tensor:
-        """Which of the decoder's rows for that many prompts guidance draws without them, boolean `[rows]`."""
+        """Which decoder rows are unconditional guidance rows, for this number of prompts; boolean `[rows]`."""
         return torch.zeros(num_prompts, dtype=torch.bool)
 
     def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:
-        """Pictures of visual tokens `[batch, cells]`, decoded a few at a time, in float32 after `load`.
+        """Decode visual tokens `[batch, cells]` to images, a few at a time, in float32 after `load`.
 
         Raises:
-            GeneratorError: a model whose tokens something else makes pictures of.
+            GeneratorError: a model whose tokens ssd-cache cannot decode.
         """
         self.checkpoint.check_pictures()
         raise NotImplementedError(f"{type(self).__name__} states no_pictures, or has to_images of its own")
@@ -160,21 +160,21 @@ class Generator(ABC):
         seed: int = 0,
         on_tokens: Callable[[int], object] | None = None,
     ) -> torch.Tensor:
-        """Draw one picture a prompt, all in one batch; returns visual tokens `[batch, cells]`, previews first.
+        """Generate one image per prompt, all in one batch; returns visual tokens `[batch, cells]`, draft grids first.
 
-        The seed belongs to the batch: the same prompts in the same order give the same pictures, a prompt alone or in
-        another batch does not. torch's own generators are left as they were.
+        The seed applies to the batch: the same prompts in the same order give the same images. A prompt alone or in
+        another batch gives another image. The state of torch's global generators is restored.
 
         Args:
-            prompts: one text a picture; repeat a prompt to draw it several times.
-            cache: a cache fresh from its constructor or `reset()`; the model's own default when not given.
-            guidance_scale: above 1, for a model that is guided; the checkpoint's own when not given.
+            prompts: one text per image; repeat a prompt to generate several images of it.
+            cache: a new cache, or one after `reset()`; the model's own default when not given.
+            guidance_scale: above 1, for a model with guidance; the checkpoint's own when not given.
             temperature: 0 always takes the likeliest token; the checkpoint's own when not given.
-            seed: of the batch.
-            on_tokens: called at every step with the number of visual tokens drawn in it.
+            seed: seed of the batch.
+            on_tokens: called at every step with the number of visual tokens that the step generated.
 
         Raises:
-            GeneratorError: no list of prompts, none in it, an empty one, or a setting out of range.
+            GeneratorError: `prompts` is not a list, is empty, or contains an empty text; or a setting is out of range.
         """
         check_texts(prompts)
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
@@ -191,7 +191,7 @@ class Generator(ABC):
 
     @property
     def guidance_scale(self) -> float:
-        """The checkpoint's own guidance scale, or its family's; 1 where there is no guidance."""
+        """The checkpoint's own guidance scale, or the family's default; 1 for a family without guidance."""
         return 1.0 if self.default_guidance is None else self._setting("guidance_scale", self.default_guidance)
 
     @property
@@ -206,14 +206,14 @@ class Generator(ABC):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A generator that was found and not loaded yet: what its configuration alone tells.
+    """A generator that is found but not loaded yet: the facts that its configuration states.
 
     Attributes:
-        name: the model as its user named it.
+        name: the model name that the user gave.
         source: the folder, or the Hub id, for `from_pretrained`.
         config: its configuration.
         family: the class that loads it.
-        asked_grid: the grid that was asked for, if one was.
+        asked_grid: the grid that the caller asked for, or None.
     """
 
     name: str
@@ -224,17 +224,17 @@ class Checkpoint:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of visual tokens in a picture; tokens that end a row are its last columns."""
+        """Rows and columns of visual tokens in an image; end-of-row tokens count as the last columns."""
         return self.asked_grid or self.family.grid_of(self.config)
 
     @property
     def previews(self) -> tuple[tuple[int, int], ...]:
-        """Grids that are drawn before the picture, in order; none as a rule."""
+        """Draft grids that are generated before the image, in order; usually none."""
         return self.family.previews_of(self.grid)
 
     @property
     def num_visual_tokens(self) -> int:
-        """Tokens of a picture, previews and tokens that end rows included."""
+        """Visual tokens of an image, including draft grids and end-of-row tokens."""
         return count_cells(self.grid, self.previews)
 
     @property
@@ -246,14 +246,14 @@ class Checkpoint:
         return decoder_shape(self.family.text_config_of(self.config))[1]
 
     def head_map(self, name: str | None = None) -> HeadMap | None:
-        """A head map for this model; for the grid that was asked for, if one was.
+        """Load a head map for this model, converted to `asked_grid` if that is set.
 
         Args:
-            name: as for `find_head_map`; when not given, the map that travels in the checkpoint's folder, if there is
-                one. A map that names another model is warned of.
+            name: as for `find_head_map`; when not given, the map in the checkpoint's folder, if there is one. A map
+                made for another model gives a warning.
 
         Raises:
-            HeadMapError: a map that can not be read.
+            HeadMapError: a map that cannot be read.
         """
         if name is None:
             folder = Path(self.source) / HEAD_MAP_FOLDER
@@ -266,7 +266,7 @@ class Checkpoint:
         return found.with_grid(self.grid, self.previews)
 
     def check_head_map(self, head_map: HeadMap) -> None:
-        """Refuse a map of another model's shape.
+        """Refuse a map whose shape does not fit this model.
 
         Raises:
             HeadMapError: layers, KV heads or grid differ.
@@ -274,26 +274,26 @@ class Checkpoint:
         head_map.check_fits(self.name, self.num_layers, self.num_kv_heads, self.grid, self.previews)
 
     def check_pictures(self) -> None:
-        """Refuse, before anything is drawn, a model whose tokens become no pictures here; raises GeneratorError."""
+        """Raise GeneratorError, before any generation, for a model whose tokens ssd-cache cannot decode to images."""
         if self.family.no_pictures is not None:
             raise GeneratorError(
                 f"{self.name} draws tokens, and ssd-cache can not decode them: {self.family.no_pictures}"
             )
 
     def load(self, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto") -> Generator:
-        """The model itself, in evaluation mode; see `resolve_dtype` and `resolve_device` for "auto"."""
+        """Load the model in evaluation mode; see `resolve_dtype` and `resolve_device` for "auto"."""
         device = resolve_device(device)
         return self.family.load(self, resolve_dtype(dtype, device), device)
 
 
 def call_settings(temperature: float, on_tokens: Callable[[int], object] | None, **sampling) -> dict[str, Any]:
-    """What a model's own `generate` is told of temperature and progress; `sampling` where tokens are sampled at all."""
+    """Arguments for a model's own `generate`: temperature, progress and, if tokens are sampled, `sampling`."""
     settings = {"do_sample": True, "temperature": temperature, **sampling} if temperature > 0 else {"do_sample": False}
     return settings | {"logits_processor": LogitsProcessorList([] if on_tokens is None else [_Ticker(on_tokens)])}
 
 
 class _Ticker(LogitsProcessor):
-    """Reports every step of a generation and changes nothing."""
+    """Calls `on_tokens` at every generation step; does not change the logits."""
 
     def __init__(self, on_tokens: Callable[[int], object]):
         self.on_tokens = on_tokens

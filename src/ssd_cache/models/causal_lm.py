@@ -1,7 +1,7 @@
-"""Any causal language model of transformers, drawn with as plain tokens in a grid that its user states.
+"""A generator for any causal language model of transformers: plain tokens in a grid that the user states.
 
-For generators that ssd-cache has no file for: it knows nothing of their prompts, guidance, grammar or picture decoder.
-Heads can be profiled and caches compared; `to_images` refuses. Code that comes with a checkpoint is not run.
+It serves models that have no file of their own here. It does not know their prompt format, guidance, grammar or image
+decoder. Users can profile heads and compare caches; `to_images` raises. Code in a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ssd_cache.models.settings import GeneratorError
 
 
 class CausalLMGenerator(Generator):
-    """An `AutoModelForCausalLM` with its tokenizer as a generator; its rows are the prompts'."""
+    """Generator around an `AutoModelForCausalLM` and its tokenizer; one row per prompt, no guidance."""
 
     default_guidance = None
     is_resizable = True
@@ -47,7 +47,7 @@ class CausalLMGenerator(Generator):
         return cls(checkpoint, model.to(device).eval(), tokenizer)
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The texts as they are, without a chat template."""
+        """Tokenize the texts unchanged, without a chat template."""
         if self.processor.pad_token is None:
             self.processor.pad_token = self.processor.eos_token
         inputs = self.processor(list(prompts), padding=True, padding_side="left", return_tensors="pt")
@@ -65,7 +65,7 @@ class CausalLMGenerator(Generator):
         sequences = self.model.generate(
             **inputs,
             **{CACHE: cache},
-            min_new_tokens=number,  # no end of text before the grid is full
+            min_new_tokens=number,  # no end-of-text token before the grid is full
             max_new_tokens=number,
             **call_settings(temperature, on_tokens, top_k=0),
         )

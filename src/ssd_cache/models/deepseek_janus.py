@@ -1,8 +1,8 @@
 """Janus and Janus-Pro as DeepSeek publishes them: for the `janus` package of github.com/deepseek-ai/Janus.
 
-That package has no `generate`: its script `generation_inference.py` holds the loop. `generate` here is that loop over
-any cache, with the rows as theirs are, conditional and unconditional in turn. The package is imported when it is needed
-and not before, and nothing in it is changed; docs/models.md says what it takes to have it beside transformers 5.
+That package has no `generate`; the loop is in its script `generation_inference.py`. `generate` here is that loop over
+any cache, with the same row order: conditional and unconditional rows alternate. The package is imported only when it
+is needed, and nothing in it is patched. docs/models.md explains how to install it beside transformers 5.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ssd_cache.models.base import Checkpoint, Generator
 from ssd_cache.models.settings import GeneratorError
 
 IMAGE_SIZE, PATCH_SIZE, CODE_CHANNELS, DECODE_BATCH = 384, 16, 8, 4
-"""As in DeepSeek's script; the configuration does not name them. Pictures are decoded a few at a time."""
+"""Values from DeepSeek's script; the configuration does not state them. `DECODE_BATCH` images are decoded at once."""
 
 
 @torch.no_grad()
@@ -38,20 +38,20 @@ def generate(
     temperature: float = 1.0,
     on_tokens: Callable[[int], object] | None = None,
 ) -> torch.Tensor:
-    """Draw a picture a prompt, in one batch, by DeepSeek's loop; returns visual tokens `[batch, 576]`.
+    """Generate one image per prompt, in one batch, with DeepSeek's loop; returns visual tokens `[batch, 576]`.
 
-    With one text in `prompts`, given several times, the tokens are those of DeepSeek's script after the same
-    `torch.manual_seed`. Texts of different length are padded on the left, which the script can not do.
+    If `prompts` repeats one text, the tokens equal those of DeepSeek's script after the same `torch.manual_seed`.
+    Texts of different length are padded on the left; the script does not support them.
 
     Args:
-        model: a `MultiModalityCausalLM`; for an `SSDCache`, after
+        model: a `MultiModalityCausalLM`. An `SSDCache` also needs
             `model.language_model.set_attn_implementation("ssd")`.
         processor: its `VLChatProcessor`.
-        prompts: what is to be seen, without the chat's words, which are added here.
-        cache: a fresh cache; a `DynamicCache` when not given.
+        prompts: image descriptions; this function adds the chat template.
+        cache: a new cache; a `DynamicCache` when not given.
         guidance_scale: `cfg_weight` in the script.
         temperature: 0 always takes the likeliest token.
-        on_tokens: called at every step with the number of visual tokens drawn in it.
+        on_tokens: called at every step with the number of visual tokens that the step generated.
     """
     ids, mask = prepare(model, processor, prompts)
     cache = DynamicCache() if cache is None else cache
@@ -76,7 +76,7 @@ def generate(
 
 
 def prepare(model: PreTrainedModel, processor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Token ids `[2 * batch, length]`, two rows a prompt as in DeepSeek's script, and a mask where rows are padded."""
+    """Token ids `[2 * batch, length]`, two rows per prompt as in DeepSeek's script, and a mask or None."""
     rows = []
     for prompt in prompts:
         chat = [{"role": "User", "content": prompt}, {"role": "Assistant", "content": ""}]
@@ -85,7 +85,7 @@ def prepare(model: PreTrainedModel, processor, prompts: Sequence[str]) -> tuple[
         )
         given = torch.tensor(processor.tokenizer.encode(text + processor.image_start_tag))
         free = given.clone()
-        free[1:-1] = processor.pad_id  # seen, not masked
+        free[1:-1] = processor.pad_id  # attended to, not masked
         rows += [given, free]
     width = max(map(len, rows))
     ids = torch.stack([F.pad(row, (width - len(row), 0), value=processor.pad_id) for row in rows])
@@ -95,7 +95,7 @@ def prepare(model: PreTrainedModel, processor, prompts: Sequence[str]) -> tuple[
 
 
 class DeepSeekJanusGenerator(Generator):
-    """`MultiModalityCausalLM` as a generator; two rows a prompt, conditional and unconditional in turn."""
+    """Generator around `MultiModalityCausalLM`; two rows per prompt, conditional and unconditional rows alternate."""
 
     own_guidance = True
 
@@ -118,7 +118,7 @@ class DeepSeekJanusGenerator(Generator):
         published: Any = janus.MultiModalityCausalLM
 
         class Model(published):
-            """Theirs, finished as transformers 5 asks of a model before it loads weights."""
+            """DeepSeek's class plus the `post_init` call that transformers 5 requires before it loads weights."""
 
             def __init__(self, config):
                 super().__init__(config)
@@ -127,7 +127,7 @@ class DeepSeekJanusGenerator(Generator):
         processor = janus.VLChatProcessor.from_pretrained(checkpoint.source)
         model = Model.from_pretrained(checkpoint.source, dtype=dtype)
         model.language_model.set_attn_implementation(NAME)
-        model.gen_vision_model.float()  # pictures are decoded in float32 at any dtype
+        model.gen_vision_model.float()  # images are decoded in float32 at any dtype
         return cls(checkpoint, model.to(device).eval(), processor)
 
     @property
@@ -139,7 +139,7 @@ class DeepSeekJanusGenerator(Generator):
         return self.model.gen_head
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The conditional rows alone; drawing puts an unconditional one after each."""
+        """Make the conditional rows only; `draw` adds an unconditional row after each."""
         ids, mask = prepare(self.model, self.processor, prompts)
         mask = torch.ones_like(ids) if mask is None else mask
         return {"input_ids": ids[::2], "attention_mask": mask[::2]}
@@ -177,10 +177,10 @@ class DeepSeekJanusGenerator(Generator):
 
 
 def _import_janus() -> Any:
-    """`janus.models` of DeepSeek's package, which registers its classes with transformers."""
+    """Import `janus.models` of DeepSeek's package, which registers its classes with transformers."""
     try:
         return importlib.import_module("janus.models")
-    except Exception as error:  # whatever old imports end in beside today's packages
+    except Exception as error:  # old code beside current packages can fail with any exception class
         raise GeneratorError(
             f"this is a checkpoint for DeepSeek's janus package, which can not be imported here ({error!r}): install "
             "it as docs/models.md says, or use the checkpoint for transformers (deepseek-community/...)"

@@ -1,7 +1,7 @@
 """Emu3 in transformers: rows of visual tokens that each end in an end-of-line token, guidance, VQ decoder.
 
-The model's own `generate` draws, held to the picture's grammar by `prefix_allowed_tokens_fn`, as transformers'
-documentation does it; guidance runs in the same batch (`guidance.py`) and is transformers' own to rounding.
+The model's own `generate` generates; `prefix_allowed_tokens_fn` enforces the image grammar, as in transformers'
+documentation. Guidance runs in the same batch (`decode/guidance.py`) and equals transformers' own up to rounding.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.base import Checkpoint, Generator, call_settings
 
 CLOSING = ("eof_token", "eoi_token", "eos_token")
-"""What follows the last row, a token each; the cache need not see them."""
+"""Tokens that follow the last row, one each; the cache does not need them."""
 
 NEGATIVE_PROMPT = (
     "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
     "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
 )
-"""What the unconditional rows read: the one of the model's authors."""
+"""Prompt of the unconditional rows, from the model's authors."""
 
 
 class Emu3Generator(Generator):
-    """`Emu3ForConditionalGeneration` as a generator; guidance doubles its rows, [conditional; unconditional]."""
+    """Generator around `Emu3ForConditionalGeneration`; guidance doubles its rows, [conditional; unconditional]."""
 
     default_guidance = 3.0
     is_resizable = GRIDS["emu3"].is_resizable
@@ -49,7 +49,7 @@ class Emu3Generator(Generator):
 
     @staticmethod
     def draws(call: Mapping[str, Any]) -> bool:
-        """A picture needs its grammar; what goes without is text."""
+        """An image needs its grammar function; a call without one generates text."""
         return call.get("prefix_allowed_tokens_fn") is not None
 
     @classmethod
@@ -57,11 +57,11 @@ class Emu3Generator(Generator):
         processor = Emu3Processor.from_pretrained(checkpoint.source)
         model = Emu3ForConditionalGeneration.from_pretrained(checkpoint.source, dtype=dtype)
         model.set_attn_implementation({"text_config": NAME})
-        model.model.vqmodel.float()  # pictures are decoded in float32 at any dtype
+        model.model.vqmodel.float()  # images are decoded in float32 at any dtype
         return cls(checkpoint, model.to(device).eval(), processor)
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The texts, then begin-of-image and the picture's size in tokens."""
+        """Tokenize the texts, followed by begin-of-image and the image size in tokens."""
         rows, columns = self.checkpoint.grid
         width, side = columns - 1, self.processor.downsample_ratio
         inputs = self.processor(
@@ -90,7 +90,7 @@ class Emu3Generator(Generator):
             sequences = self.model.generate(
                 **inputs,
                 **{CACHE: cache},
-                guidance_scale=1.0,  # not a second time, if the checkpoint names a scale
+                guidance_scale=1.0,  # batched_guidance applies it; a scale in the checkpoint must not apply it again
                 max_new_tokens=rows * columns,
                 prefix_allowed_tokens_fn=self.grammar(inputs["input_ids"].shape[1]),
                 **call_settings(temperature, on_tokens, top_k=2048 if top_k is None else top_k),
@@ -98,7 +98,7 @@ class Emu3Generator(Generator):
         return sequences[:, inputs["input_ids"].shape[1] :]
 
     def grammar(self, num_prompt: int) -> Callable[[int, torch.Tensor], list[int]]:
-        """`prefix_allowed_tokens_fn`: visual tokens, an end-of-line after each row, and what closes the picture.
+        """Make `prefix_allowed_tokens_fn`: visual tokens, an end-of-line after each row, then the `CLOSING` tokens.
 
         Args:
             num_prompt: length of the prompts, padding included.
@@ -124,8 +124,8 @@ class Emu3Generator(Generator):
     def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:
         rows, columns = self.checkpoint.grid
         images: list[Image.Image] = []
-        for picture in tokens.to(self.model.device).split(1):  # 720 x 720 pixels take a GB in the decoder
-            closed = F.pad(picture, (0, len(CLOSING)))  # which the decoder cuts off unread
+        for picture in tokens.to(self.model.device).split(1):  # the decoder needs 1 GB for 720 x 720 pixels
+            closed = F.pad(picture, (0, len(CLOSING)))  # the decoder removes this padding without reading it
             pixels = self.model.decode_image_tokens(image_tokens=closed, height=rows, width=columns - 1)
             images += self.processor.postprocess(list(pixels.float().cpu()), return_tensors="PIL.Image.Image")[
                 "pixel_values"

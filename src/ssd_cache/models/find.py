@@ -1,6 +1,6 @@
-"""From a model's name to its checkpoint: the bundled model, a local folder, or a repository of the Hub.
+"""Find the checkpoint that a name means: the bundled model, a local folder, or a Hub repository.
 
-Only `config.json` is read, or downloaded, here. Weights are `Checkpoint.load`'s business.
+This module reads or downloads only `config.json`. `Checkpoint.load` loads the weights.
 """
 
 from __future__ import annotations
@@ -46,31 +46,31 @@ FAMILIES: dict[str, type[Generator]] = {
     "janus": JanusGenerator,
     "multi_modality": DeepSeekJanusGenerator,
 }
-"""The class for every `config.model_type` that is supported; a new model is one file and one entry."""
+"""The class for every supported `config.model_type`. A new model needs one file and one entry here."""
 
 KNOWN = (
     *("deepseek-community/Janus-Pro-1B", "deepseek-community/Janus-Pro-7B", "deepseek-ai/Janus-Pro-1B"),
     *("deepseek-ai/Janus-Pro-7B", "BAAI/Emu3-Gen-hf", "zai-org/GLM-Image"),
 )
-"""Hub ids of the families in `FAMILIES`, suggested for misspelt names."""
+"""Hub ids of the families in `FAMILIES`. Error messages suggest them for misspelt names."""
 
 PIPELINE_FILE = "model_index.json"
-"""What diffusers writes in place of a config.json: the classes of a pipeline's parts, by name."""
+"""The file that diffusers writes instead of config.json. It maps names of pipeline parts to their classes."""
 
 
 def find_generator(name: str, grid: tuple[int, int] | None = None) -> Checkpoint:
-    """The checkpoint that a name means; a folder that exists goes before a Hub repository of the same name.
+    """Find the checkpoint that a name means. An existing folder has priority over a Hub repository of the same name.
 
     Args:
         name: "shapes-janus", a folder with a transformers checkpoint, or a Hub id such as
             "deepseek-community/Janus-Pro-1B".
-        grid: rows and columns, for a model that draws in several sizes, and for any other causal language model, which
-            is then drawn with as plain tokens (see `causal_lm.py`); tokens that end a row are its last columns.
+        grid: rows and columns, for a model that generates several sizes, and for any other causal language model,
+            which then generates plain tokens (see `models/causal_lm.py`). End-of-row tokens count as the last columns.
 
     Raises:
-        GeneratorError: nothing of that name, a folder without a readable checkpoint, a model that is not supported, or
-            a grid that it can not draw.
-        HubError: a `ConnectionError`: the Hub could not be asked, and the name is not in its cache.
+        GeneratorError: an unknown name, a folder without a readable checkpoint, a model that is not supported, or a
+            grid that the model cannot generate.
+        HubError: a `ConnectionError`: the Hub is out of reach, and the name is not in its local cache.
     """
     folder = BUNDLED_FOLDER if name == BUNDLED else find_folder(name, f"model {shown(name)}")
     if not (folder / "config.json").is_file():
@@ -97,7 +97,7 @@ def find_generator(name: str, grid: tuple[int, int] | None = None) -> Checkpoint
                 "grid=(rows, columns)), or the model to enable"
             ) from error
         raise GeneratorError(f"model {shown(name)}: its config.json can not be read: {first_line(error)}") from error
-    if hasattr(config, "format_version"):  # of a map, which names the type of its model too
+    if hasattr(config, "format_version"):  # only a head map has it; a map's config.json states a model_type too
         raise GeneratorError(f"model {shown(name)} is a head map, not a model; give it as --head-map, or to HeadMap")
     is_local = name == BUNDLED or os.path.exists(os.path.expanduser(name))
     family, grid = _choose_family(f"model {shown(name)}", config, grid)
@@ -110,15 +110,15 @@ def find_generator(name: str, grid: tuple[int, int] | None = None) -> Checkpoint
 
 
 def find_folder(name: str, what: str) -> Path:
-    """The folder of a checkpoint: the name itself where it is or could only be a path, else in the Hub's cache.
+    """Find the folder of a checkpoint: the name itself if it is or can only be a path, else in the Hub cache.
 
     Args:
-        name: a folder or a Hub id, of which config.json is downloaded when needed.
-        what: the name and what it is for, in messages.
+        name: a folder, or a Hub id whose config.json is downloaded when needed.
+        what: the name and its purpose, for error messages.
 
     Raises:
-        GeneratorError: no name, or nothing of that name on the Hub.
-        HubError: the Hub could not be asked, and the name is not in its cache.
+        GeneratorError: an invalid name, or a name that the Hub does not have.
+        HubError: the Hub is out of reach, and the name is not in its local cache.
     """
     if problem := name_problem(name) or ("" if name.strip() else "it is empty"):
         raise GeneratorError(f"{what} is no name ({problem}); give {BUNDLED}, a checkpoint folder, or a Hub id")
@@ -129,15 +129,15 @@ def find_folder(name: str, what: str) -> Path:
 def generator_of(
     model: PreTrainedModel, processor: ProcessorMixin | None = None, grid: tuple[int, int] | None = None
 ) -> Generator:
-    """The generator around a model that is loaded already; its processor is loaded from where the model came from.
+    """Wrap a model that is already loaded. When no processor is given, it is loaded from the model's source.
 
     Args:
-        model: a transformers model, of DeepSeek's package too.
+        model: a transformers model, or one of DeepSeek's package.
         processor: its processor, or the tokenizer of a causal language model.
         grid: as for `find_generator`.
 
     Raises:
-        GeneratorError: a model that is not supported, a grid that it can not draw, or a processor that can not be
+        GeneratorError: a model that is not supported, a grid that it cannot generate, or a processor that cannot be
             loaded.
     """
     family, grid = _choose_family("this model", model.config, grid)
@@ -155,14 +155,14 @@ def generator_of(
 
 
 def family_of(config: PreTrainedConfig) -> type[Generator]:
-    """The class for a model's configuration, that of any causal language model where it is not in `FAMILIES`."""
+    """The class for a model's configuration; `CausalLMGenerator` if `FAMILIES` has none."""
     return FAMILIES.get(config.model_type, CausalLMGenerator)
 
 
 def _choose_family(
     what: str, config: PreTrainedConfig, grid: tuple[int, int] | None
 ) -> tuple[type[Generator], tuple[int, int] | None]:
-    """The class for a model, and the grid that was asked for, checked."""
+    """The class for a model, and the requested grid after a check."""
     family = family_of(config)
     if family is CausalLMGenerator and grid is None:
         raise GeneratorError(
@@ -183,7 +183,7 @@ def _choose_family(
 
 
 def _described_pipeline(index: Path) -> str:
-    """What a folder of diffusers holds, and what to do with it."""
+    """Describe a diffusers folder for an error message: the pipeline, and how to use it with ssd-cache."""
     try:
         parts = parse_json(index.read_bytes())
         names = {name: part[1] for name, part in parts.items() if isinstance(part, list)}
@@ -200,12 +200,12 @@ def _described_pipeline(index: Path) -> str:
 
 
 def _draws(model_class: type | None) -> bool:
-    """Whether a class of transformers is that of a family."""
+    """Whether a transformers class belongs to a family in `FAMILIES`."""
     return getattr(getattr(model_class, "config_class", None), "model_type", None) in FAMILIES
 
 
 def _must_be_path(name: str) -> bool:
-    """Whether a name that does not exist here can not be a Hub id either."""
+    """Whether a name that does not exist locally cannot be a Hub id either."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
 
 
@@ -241,10 +241,10 @@ def _config_from_hub(name: str, what: str) -> Path:
 
 
 def _download(name: str) -> Path:
-    """config.json of a repository, or what diffusers has in its place; raises as `hf_hub_download`."""
+    """Download a repository's config.json, or `PIPELINE_FILE` if it has none; raises as `hf_hub_download`."""
     try:
         return Path(hub_download(name, "config.json"))
-    except LocalEntryNotFoundError:  # offline: nobody knows what is there
+    except LocalEntryNotFoundError:  # offline: unknown whether the repository has a config.json
         raise
     except EntryNotFoundError:
         with suppress(EntryNotFoundError):

@@ -1,7 +1,7 @@
-"""GLM-Image's autoregressive part in transformers: a small preview of the picture, then the picture, with M-RoPE.
+"""GLM-Image's autoregressive part in transformers: a small draft grid, then the image, with M-RoPE.
 
-It draws tokens; pictures are made of them by the diffusion part, in diffusers' `GlmImagePipeline`, which calls
-`generate` itself: put `enable(pipe.vision_language_encoder, head_map, ...)` around `pipe(...)`. It is not guided.
+It generates tokens. The diffusion part in diffusers' `GlmImagePipeline` makes images from them and calls `generate`
+itself: put `enable(pipe.vision_language_encoder, head_map, ...)` around `pipe(...)`. There is no guidance.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.base import Checkpoint, Generator, call_settings
 
 PATCH = 32
-"""Pixels of a picture's side to a token."""
+"""Side of one token in pixels."""
 
 
 class GlmImageGenerator(Generator):
-    """`GlmImageForConditionalGeneration` as a generator of tokens, the preview's first; its rows are the prompts'."""
+    """Token generator around `GlmImageForConditionalGeneration`; draft grid tokens come first; one row per prompt."""
 
     default_guidance = None
     is_resizable = GRIDS["glm_image"].is_resizable
@@ -43,17 +43,18 @@ class GlmImageGenerator(Generator):
 
     @staticmethod
     def previews_of(grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-        """About 256 cells in the picture's proportions, as the processor works them out."""
+        """One draft grid of about 256 cells in the image's proportions, as the processor computes it."""
         return GRIDS["glm_image"].previews_of(grid)
 
     @staticmethod
     def rasters_of_call(call: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]] | None:
-        """Of a row's grids, pictures in the prompt come first; then what is drawn, the last of them first."""
+        """Read the generated grids of a row. Input images come first; then the generated grids, in reverse order."""
         grids, counts, ids = (call.get(name) for name in ("image_grid_thw", "images_per_sample", "input_ids"))
         if grids is None or ids is None:
             return None
         of_row = grids[: int(counts[0])] if counts is not None else grids
-        pictures = 0 if call.get("pixel_values") is None else len(of_row) - 1  # then no preview is drawn
+        # with input images, the model generates no draft grid
+        pictures = 0 if call.get("pixel_values") is None else len(of_row) - 1
         *previews, (rows, columns) = reversed(of_row[pictures:, 1:].tolist())
         return (rows, columns), tuple(map(tuple, previews))
 
@@ -65,7 +66,7 @@ class GlmImageGenerator(Generator):
         return cls(checkpoint, model.to(device).eval(), processor)
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """As diffusers' pipeline does it for text to image."""
+        """Make inputs in the same way as diffusers' pipeline for text to image."""
         rows, columns = self.checkpoint.grid
         chats = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in prompts]
         inputs = self.processor.apply_chat_template(
@@ -91,7 +92,7 @@ class GlmImageGenerator(Generator):
         sequences = self.model.generate(
             **inputs,
             **{CACHE: cache},
-            min_new_tokens=number,  # no end of picture before its last cell
+            min_new_tokens=number,  # no end-of-image token before the last cell
             max_new_tokens=number,
             **call_settings(temperature, on_tokens),
         )

@@ -1,7 +1,7 @@
 """Janus and Janus-Pro in transformers: chat prompt, 576 visual tokens under guidance, VQ decoder.
 
-Everything goes through the model's own `generate`, `decode_image_tokens` and its processor's `postprocess`; no step of
-the generation is written anew here.
+Everything goes through the model's own `generate` and `decode_image_tokens` and its processor's `postprocess`. No
+generation step is reimplemented here.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.base import Checkpoint, Generator, call_settings
 
 DECODE_BATCH = 4
-"""Pictures decoded at once: the decoder's last layers hold a few hundred MB for each."""
+"""Images decoded at once; the decoder's last layers need a few hundred MB for each."""
 
 
 class JanusGenerator(Generator):
-    """`JanusForConditionalGeneration` as a generator; guidance doubles its rows, [conditional; unconditional]."""
+    """Generator around `JanusForConditionalGeneration`; guidance doubles its rows, [conditional; unconditional]."""
 
     own_guidance = True
 
@@ -39,7 +39,7 @@ class JanusGenerator(Generator):
 
     @staticmethod
     def draws(call: Mapping[str, Any]) -> bool:
-        """Text, about a picture or not, is what Janus generates unless a picture is asked for."""
+        """Janus generates text unless the call sets `generation_mode="image"`."""
         return call.get("generation_mode", "text") == "image"
 
     @classmethod
@@ -47,7 +47,7 @@ class JanusGenerator(Generator):
         processor = JanusProcessor.from_pretrained(checkpoint.source)
         model = JanusForConditionalGeneration.from_pretrained(checkpoint.source, dtype="auto", attn_implementation=NAME)
         for name, part in (*model.model.named_children(), ("lm_head", model.lm_head)):
-            part.to(torch.float32 if name == "vqmodel" else dtype)  # pictures are decoded in float32 at any dtype
+            part.to(torch.float32 if name == "vqmodel" else dtype)  # images are decoded in float32 at any dtype
         return cls(checkpoint, model.to(device).eval(), processor)
 
     @property
@@ -55,7 +55,7 @@ class JanusGenerator(Generator):
         return self.model.model.generation_head
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """As transformers' documentation does it: the chat template, if the processor has one, and begin-of-image."""
+        """Make inputs as in transformers' documentation: the chat template, if there is one, and begin-of-image."""
         texts = list(prompts)
         if self.processor.chat_template is not None:
             chats = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in texts]
@@ -65,7 +65,7 @@ class JanusGenerator(Generator):
             generation_mode="image",
             padding=True,
             padding_side="left",
-            max_length=None,  # a tokenizer saved with a fixed length else warns that it is not used
+            max_length=None,  # else a tokenizer saved with a fixed length warns that the length is not used
             return_tensors="pt",
         )
         self._warn_of_unknown_words(prompts)
@@ -79,7 +79,7 @@ class JanusGenerator(Generator):
         temperature: float,
         on_tokens: Callable[[int], object] | None,
     ) -> torch.Tensor:
-        # transformers samples from the 50 likeliest when a checkpoint does not say; Janus's authors from all
+        # without a checkpoint setting, transformers samples from the 50 likeliest tokens, Janus's authors from all
         top_k = self.model.generation_config.top_k or 0
         return self.model.generate(
             **self.prepare(prompts),
@@ -91,7 +91,7 @@ class JanusGenerator(Generator):
         )
 
     def is_unconditional(self, num_prompts: int) -> torch.Tensor:
-        """Guidance is always on in transformers' Janus: [conditional; unconditional]."""
+        """transformers' Janus always uses guidance: [conditional; unconditional]."""
         return torch.arange(2 * num_prompts) >= num_prompts
 
     @torch.no_grad()
@@ -99,14 +99,13 @@ class JanusGenerator(Generator):
         images: list[Image.Image] = []
         for part in tokens.to(self.model.device).split(DECODE_BATCH):
             pixels = self.model.decode_image_tokens(part).float().cpu()  # [batch, height, width, 3]
-            pixels = pixels.permute(
-                0, 3, 1, 2
-            )  # transformers' image processor without torchvision reads no other order
+            # without torchvision, transformers' image processor reads no other order
+            pixels = pixels.permute(0, 3, 1, 2)
             images += self.processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["pixel_values"]
         return images
 
     def _warn_of_unknown_words(self, prompts: Sequence[str]) -> None:
-        """A word-level tokenizer, as shapes-janus has it, knows few words; say which ones the model will not see."""
+        """Warn of words that a small word-level tokenizer, as in shapes-janus, does not know."""
         tokenizer = self.processor.tokenizer
         if tokenizer.unk_token_id is None:
             return

@@ -1,6 +1,6 @@
-"""Settings of a drawing that are the same for every generator: guidance, temperature, seed, device, dtype.
+"""Checks of the generation settings that all generators share: guidance, temperature, seed, device, dtype.
 
-They are checked here, before anything is loaded; what they do is the generators' business.
+The checks run before any model is loaded. The generators apply the settings.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class GeneratorError(ReadableError):
-    """A model that can not be found or used, or a setting of a drawing out of range."""
+    """A model that cannot be found or used, or a generation setting out of range."""
 
 
 def check_texts(prompts: Sequence[str]) -> None:
-    """Refuse what is no list of prompts.
+    """Check that `prompts` is a list of texts that are not empty.
 
     Raises:
-        GeneratorError: one text instead of a list, no prompt in it, or an empty one.
+        GeneratorError: one text instead of a list, an empty list, an empty prompt, or a text that is not Unicode.
     """
     if isinstance(prompts, str):
         raise GeneratorError(f"prompts={prompts!r:.80} is one text: give a list of texts, one a picture")
@@ -35,10 +35,10 @@ def check_texts(prompts: Sequence[str]) -> None:
 
 
 def check_drawing(guidance_scale: float | None = None, temperature: float | None = None, seed: int = 0) -> None:
-    """Refuse settings that no drawing can be made with; None stands for the checkpoint's own and passes.
+    """Check generation settings. None means the checkpoint's own setting and is always valid.
 
     Raises:
-        GeneratorError: a guidance scale up to 1, a temperature below 0, a seed that is no whole number from 0 up.
+        GeneratorError: a guidance scale up to 1, a temperature below 0, a seed that is not a whole number from 0 up.
     """
     if guidance_scale is not None and not (math.isfinite(guidance_scale) and guidance_scale > 1):
         raise GeneratorError(
@@ -53,16 +53,16 @@ def check_drawing(guidance_scale: float | None = None, temperature: float | None
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """A device that is there; "auto" is the first GPU, or the CPU without one.
+    """Return a device that this machine has; "auto" is the first GPU, or the CPU if there is none.
 
     Raises:
-        GeneratorError: no such device on this machine.
+        GeneratorError: this machine has no such device.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-        torch.empty(0, device=resolved)  # asks the device itself
+        torch.empty(0, device=resolved)  # fails if the device is absent
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise GeneratorError(
             f"device {str(device)!r} can not be used on this machine: give 'auto', 'cpu', or a GPU that is there"
@@ -71,7 +71,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype = "auto", device: torch.device | None = None) -> torch.dtype:
-    """A floating-point type; "auto" is float32 on the CPU and bfloat16 elsewhere.
+    """Return a floating-point type; "auto" is float32 on the CPU and bfloat16 elsewhere.
 
     Raises:
         GeneratorError: an unknown name.

@@ -1,6 +1,6 @@
-"""Profiling: generate images with a full cache, measure where each head looks, and label heads and share slots by it.
+"""Profiling: generate images with a full cache, measure where each head attends, then label heads and allocate slots.
 
-Results are head maps. Nothing here evicts a token.
+The results are head maps. Nothing here evicts a token.
 """
 
 from ssd_cache.profiling.allocation import allocate_budgets, fit_heads

@@ -1,7 +1,7 @@
-"""A fixed total of slots, shared out: `fit_heads` head by head, `allocate_budgets` by layer and kind.
+"""Allocate a fixed total of slots: `fit_heads` per head, `allocate_budgets` per layer and kind.
 
-Both read what profiling measured at several levels and give what `SSDCache` takes; they measure nothing. `fit_heads`
-chooses labels as well, `allocate_budgets` leaves them.
+Both read profiling results at several levels and return input for `SSDCache`; they measure nothing. `fit_heads` also
+chooses labels; `allocate_budgets` keeps them.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from ssd_cache.profiling.statistics import HeadStatistics
 SCORE = re.compile(r"retained_(spatial|semantic)-(\d+)")
 DIVERGENCE = re.compile(r"divergence-(\d+)")
 MAX_CELLS = 1 << 30
-"""Of the table that the exact search fills."""
+"""Maximum number of cells in the table of the exact search."""
 
 
 def allocate_budgets(
     source: HeadMap | HeadStatistics, budget: Amount = 0.2, *, step: int | None = None
 ) -> list[dict[str, int]]:
-    """Slots for every layer and kind, together at most what a uniform budget takes, that retain the most attention.
+    """Choose slots per layer and kind that retain the most attention, with at most the total of a uniform budget.
 
-    The sum over the heads of `retained_attention`'s terms is greatest among all choices of one measured level for each
-    layer and kind: exact, by dynamic programming (a multiple-choice knapsack). Where the uniform budget is a level
-    itself, as it is when the map was made for it, the result retains at least as much.
+    The result maximises the sum over heads of the terms in `retained_attention`, among all choices of one measured
+    level per layer and kind. The search is exact: dynamic programming (a multiple-choice knapsack). If the uniform
+    budget is one of the levels, as it is when the map was made for it, the result retains at least as much attention.
 
     Args:
         source: a map that `profile_heads(..., levels=...)` made, or statistics, which are labelled by coverage.
-        budget: the uniform budget whose bytes are shared: a fraction of the grid, or slots a head.
-        step: also try slots between the levels, this far apart; what they retain is interpolated linearly.
+        budget: the uniform budget that sets the total: a fraction of the grid, or slots per head.
+        step: also try slots between the levels, at this spacing; their retained attention is interpolated linearly.
 
     Returns:
         `{"spatial": slots, "semantic": slots}` for each layer, for `SSDCache(head_map, budget=...)` with the buffer,
-        recents and sinks of the profile. A kind that a layer lacks is given the uniform budget, and takes nothing.
+        recents and sinks of the profile. A kind without heads in a layer gets the uniform budget and costs nothing.
 
     Raises:
         ValueError: fewer than two levels, or a budget below the lowest.
@@ -76,27 +76,27 @@ def allocate_budgets(
 
 
 def fit_heads(source: HeadMap | HeadStatistics, budget: Amount = 0.2, *, step: int | None = None) -> HeadMap:
-    """A map with a kind and slots for every head, together at most what a uniform budget takes, that spoil least.
+    """Choose a kind and slots for every head that minimise the total loss, with at most the total of a uniform budget.
 
-    At each measured level a head takes the kind that retains more of its attention there. Slots are then shared out so
-    that a sum of losses over the heads is least: exact, by dynamic programming. Where the map has what
-    `measure_divergence` measured, a head's loss is that: what the model says differently when this head alone is
-    compressed. Else it is (1 - retained attention) squared; the square is there because one head that loses most of
-    what it looks at spoils a picture more than many that lose a little (docs/head-maps.md has the measurements).
+    At each measured level a head takes the kind that retains more of its attention there. Dynamic programming then
+    finds the slots with the smallest sum of losses over the heads; the search is exact. If the map has results of
+    `measure_divergence`, a head's loss is its divergence: how much the model's output changes when only this head is
+    compressed. Otherwise the loss is (1 - retained attention) squared, because one head that loses most of its
+    attention damages an image more than many heads that lose a little (docs/head-maps.md has the measurements).
 
     Args:
         source: a map that `profile_heads(..., levels=...)` made, with or without divergences, or statistics.
-        budget: the uniform budget whose bytes are shared: a fraction of the grid, or slots a head.
-        step: also try slots between the levels, this far apart; what they retain is interpolated linearly.
+        budget: the uniform budget that sets the total: a fraction of the grid, or slots per head.
+        step: also try slots between the levels, at this spacing; their retained attention is interpolated linearly.
 
     Returns:
-        The map, its `budget` a number for every head: `SSDCache(fit_heads(head_map))` uses it with the buffer, recents
-        and sinks of the profile. Scores, a learned one too, and origin of the source stay.
+        The map, with one number for every head in `budget`: `SSDCache(fit_heads(head_map))` uses it with the buffer,
+        recents and sinks of the profile. The map keeps the scores of the source, its learned score and its origin.
 
     Raises:
         ValueError: fewer than two levels, or a budget below the lowest.
 
-    Example: the first head sees what it needs in a short window, the second wants more than its share.
+    Example: the first head needs only a short window, the second needs more slots than the uniform budget.
 
         >>> kept = {"spatial-20": [1.0, 0.2], "spatial-40": [1.0, 0.3], "spatial-60": [1.0, 0.4]}
         >>> kept |= {"semantic-20": [0.5, 0.5], "semantic-40": [0.6, 0.6], "semantic-60": [0.8, 0.9]}
@@ -132,7 +132,7 @@ def fit_heads(source: HeadMap | HeadStatistics, budget: Amount = 0.2, *, step: i
 
 
 def measured_levels(head_map: HeadMap) -> list[int]:
-    """The numbers of slots at which a map knows what every head retains, as both kinds.
+    """The numbers of slots at which a map has the retained attention of every head as both kinds.
 
     Raises:
         ValueError: fewer than two.
@@ -141,27 +141,28 @@ def measured_levels(head_map: HeadMap) -> list[int]:
 
 
 def best_kinds(head_map: HeadMap, level: int) -> torch.Tensor:
-    """Whether a head retains more as a spatial one at a measured level, boolean `[layers, kv_heads]`."""
+    """Whether a head retains more attention as a spatial head at a measured level, boolean `[layers, kv_heads]`."""
     return head_map.scores[f"retained_spatial-{level}"] > head_map.scores[f"retained_semantic-{level}"]
 
 
 def divergence_name(level: int) -> str:
-    """What the score of a map is called that says how much every head costs at that level."""
+    """Name of the map score that holds every head's divergence at a level."""
     return f"divergence-{level}"
 
 
 def retained_attention(
     source: HeadMap | HeadStatistics, budget: Budget = 0.2, is_spatial: torch.Tensor | None = None
 ) -> float:
-    """Mean over the heads of the attention that they retain over a whole picture, at levels that were measured.
+    """Mean over the heads of the attention that they retain over a whole image, at measured levels.
 
-    A head's term is `(n * r + (T - n) * 1) / T` with `r` its `HeadStatistics.retained`, `T` the queries of a picture
-    (one less than the grid has cells, since the last token is not fed) and `n = T - slots` the evicting ones.
+    A head's term is `(n * r + (T - n) * 1) / T`. `r` is its `HeadStatistics.retained`. `T` is the number of queries of
+    an image: one less than the grid has cells, since the last token is not fed back. `n = T - slots` of them are
+    evicting queries.
 
     Args:
         source: as for `allocate_budgets`.
-        budget: as for `SSDCache`; every number of slots must be a level.
-        is_spatial: other labels than the source's, boolean `[layers, kv_heads]`.
+        budget: as for `SSDCache`; every number of slots must be a measured level.
+        is_spatial: labels that replace those of the source, boolean `[layers, kv_heads]`.
 
     Raises:
         ValueError: slots that were not measured.
@@ -179,15 +180,15 @@ def retained_attention(
 
 
 def best_choices(costs: list[np.ndarray], values: list[np.ndarray], capacity: int) -> list[int]:
-    """One choice for each group, of greatest summed value at a summed cost of at most `capacity`.
+    """Choose one option per group, with the greatest total value at a total cost of at most `capacity`.
 
     Args:
-        costs: whole numbers from 0, one array `[choices]` a group.
-        values: the same shapes.
-        capacity: at least the sum of each group's least cost.
+        costs: whole numbers from 0, one array `[choices]` per group.
+        values: value of each option, in the same shapes.
+        capacity: at least the sum of each group's lowest cost.
 
     Raises:
-        ValueError: groups too many and costs too fine for an exact search.
+        ValueError: too many groups and too fine costs for an exact search.
     """
     unit = max(1, int(np.gcd.reduce(np.concatenate(costs))))
     room = capacity // unit
@@ -219,7 +220,7 @@ def _read(source: HeadMap | HeadStatistics) -> tuple[np.ndarray, Mapping[str, to
 
 
 def _curves(scores: Mapping[str, torch.Tensor], num_cells: int) -> dict[str, dict[int, np.ndarray]]:
-    """Kind -> slots -> attention retained over a whole picture, float64 `[layers, kv_heads]`."""
+    """Kind -> slots -> attention retained over a whole image, float64 `[layers, kv_heads]`."""
     num_queries = num_cells - 1
     curves: dict[str, dict[int, np.ndarray]] = {kind: {} for kind in KINDS}
     for name, score in scores.items():
@@ -231,13 +232,13 @@ def _curves(scores: Mapping[str, torch.Tensor], num_cells: int) -> dict[str, dic
 
 
 def _along(choices: list[int], values: Mapping[int, np.ndarray]) -> np.ndarray:
-    """Values known at some levels, `[layers, kv_heads]` each, interpolated linearly: `[heads, choices]`."""
+    """Interpolate values at some levels, `[layers, kv_heads]` each, linearly: `[heads, choices]`."""
     levels = sorted(values)
     return np.array([np.interp(choices, levels, head) for head in np.array([values[n].ravel() for n in levels]).T])
 
 
 def _levels(curves: Mapping[str, Collection[int]], uniform: int | None = None) -> list[int]:
-    """The numbers of slots that both kinds were measured at; refuses too few of them, and a budget below them all."""
+    """The numbers of slots at which both kinds were measured; raises for fewer than two, or a budget below them all."""
     levels = sorted(set(curves["spatial"]) & set(curves["semantic"]))
     if len(levels) < 2:
         raise ValueError(

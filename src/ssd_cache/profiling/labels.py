@@ -1,7 +1,8 @@
-"""From statistics to labels: which head is spatial, which semantic, and how sure that is.
+"""Labels from statistics: which heads are spatial, which are semantic, and how reliable the labels are.
 
-Everything here is arithmetic on `HeadStatistics` that were measured once, so that other methods, windows, thresholds,
-budgets or halves of the prompts cost no further pictures. Nothing here draws, or shares out slots (`allocation.py`).
+Everything here is arithmetic on `HeadStatistics` that were measured once. Other methods, windows, thresholds, budgets
+or halves of the prompts need no further images. Nothing here generates images; `profiling/allocation.py` allocates
+slots.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Method = Literal["coverage", "window"]
 METHODS: tuple[Method, ...] = ("coverage", "window")
 
 TOLERANCE = 1e-6
-"""Retained attention that differs by less is equal: the softmax it is made of is float32."""
+"""Smaller differences of retained attention count as equal, because the softmax weights are float32."""
 
 
 def label_heads(
@@ -34,22 +35,22 @@ def label_heads(
 ) -> tuple[torch.Tensor, float | None]:
     """Label every head.
 
-    - "coverage": a head is spatial where `retained("spatial")` is more than `retained("semantic")`; a tie, to rounding,
-      is semantic. It asks what the cache does to the head, and has nothing to set but the cache's own budget.
-    - "window": a head is spatial where `window_mass(window)` is at least `threshold`. When not given, it is the one
-      whose labels retain most attention, summed over the heads: midway between the two neighbours in the order of
-      window mass that have the greatest sum of `retained("spatial") - retained("semantic")` above them.
+    - "coverage": a head is spatial if `retained("spatial")` is more than `retained("semantic")`; a tie, up to rounding,
+      is semantic. This measures the effect of the cache on the head; its only setting is the cache's own budget.
+    - "window": a head is spatial if `window_mass(window)` is at least `threshold`. The default threshold is the one
+      whose labels retain the most attention, summed over the heads: in the order of window mass, it lies midway between
+      the two neighbours that have the greatest sum of `retained("spatial") - retained("semantic")` above them.
 
     Args:
         statistics: measured by `measure_heads`.
         method: "coverage" or "window".
-        num_slots: the level that attention is retained at; the first, which is the intended budget, when not given.
-        window: visual tokens that count as near; a grid row and one when not given, so that "right above" is inside.
+        num_slots: the level of the retained attention; the first, which is the intended budget, when not given.
+        window: visual tokens that count as near. The default is one grid row plus one, which includes "right above".
         threshold: between 0 and 1, for "window".
-        rows: "all", or guidance's "conditional" or "unconditional" rows alone.
+        rows: "all", or only guidance's "conditional" or "unconditional" rows.
 
     Returns:
-        Boolean `[layers, kv_heads]`, True is spatial; and the threshold, None for "coverage".
+        Labels, boolean `[layers, kv_heads]`, True means spatial; and the threshold, None for "coverage".
 
     Raises:
         ValueError: an unknown method, a level that was not measured, a window or threshold out of range.
@@ -59,7 +60,7 @@ def label_heads(
     gain = torch.where(gain.abs() > TOLERANCE, gain, 0.0)
     if method == "coverage":
         return gain > 0, None
-    # in float32, as a head map keeps it, so that the map's own score and threshold give its labels
+    # float32, as in a head map, so that the map's score and threshold reproduce its labels
     window = resolve_window(statistics.grid, window, statistics.previews)
     mass = statistics.window_mass(window, rows).float()
     threshold = choose_threshold(mass, gain) if threshold is None else threshold
@@ -69,7 +70,7 @@ def label_heads(
 def check_labelling(
     grid: Grid, method: str, window: int | None, threshold: float | None, previews: Sequence[Grid] = ()
 ) -> None:
-    """Refuse settings that no labels can be made with.
+    """Check the settings of `label_heads`.
 
     Raises:
         ValueError: see `label_heads`.
@@ -84,10 +85,10 @@ def check_labelling(
 
 
 def resolve_window(grid: Grid, window: int | None, previews: Sequence[Grid] = ()) -> int:
-    """A grid row and one, when no window is given.
+    """Check the window; the default is one grid row plus one.
 
     Raises:
-        ValueError: a window that no head could look out of, or one that reaches from the picture into a preview.
+        ValueError: a window that contains all visual tokens, or one that reaches from the image into a draft grid.
     """
     widest = widest_window(grid, previews)
     window = min(grid[1] + 1, widest) if window is None else window
@@ -97,13 +98,13 @@ def resolve_window(grid: Grid, window: int | None, previews: Sequence[Grid] = ()
 
 
 def choose_threshold(mass: torch.Tensor, gain: torch.Tensor) -> float:
-    """The cut through the heads' window mass that gathers most gain above it.
+    """Choose the threshold of window mass with the largest total gain above it.
 
     Args:
-        mass: float32, any shape.
-        gain: what a head retains more as a spatial head than as a semantic one; the same shape.
+        mass: window mass per head, float32, any shape.
+        gain: retained attention as a spatial head minus that as a semantic head, the same shape.
 
-    Example: heads of mass .9, .7 and .2 gain +.3, +.1 and -.2 by being spatial. The cut between .7 and .2 gathers most.
+    Example: heads of mass .9, .7 and .2 gain +.3, +.1 and -.2 as spatial heads. The cut between .7 and .2 is best.
 
         >>> round(choose_threshold(torch.tensor([0.9, 0.2, 0.7]), torch.tensor([0.3, -0.2, 0.1])), 6)
         0.45
@@ -113,18 +114,18 @@ def choose_threshold(mass: torch.Tensor, gain: torch.Tensor) -> float:
     high, low = ranked[:-1], ranked[1:]
     middle = (high + low) / 2
     cuts = torch.cat([mass.new_ones(1), torch.where(middle > low, middle, high), mass.new_zeros(1)])
-    worth = torch.cat([sums.new_zeros(1), sums])  # of the cut that has the first 0, 1, 2, ... heads above it
-    worth[1:-1][high == low] = -torch.inf  # equal heads are not parted
+    worth = torch.cat([sums.new_zeros(1), sums])  # total gain of the cut above which the first 0, 1, 2, ... heads lie
+    worth[1:-1][high == low] = -torch.inf  # no cut between heads of equal mass
     if ranked[0] >= 1:
         worth[0] = -torch.inf
     return float(cuts[worth.argmax()])
 
 
 def map_scores(statistics: HeadStatistics, window: int | None = None) -> dict[str, torch.Tensor]:
-    """What a head map keeps of the statistics, float32 `[layers, kv_heads]` by name.
+    """The statistics that a head map stores, float32 `[layers, kv_heads]` by name.
 
-    "coverage" is `retained("spatial") - retained("semantic")` at the first level; "retained_spatial-115" and the like
-    are the two at each level.
+    "coverage" is `retained("spatial") - retained("semantic")` at the first level. "retained_spatial-115" and similar
+    names hold the two terms at each level.
     """
     levels = [level.num_slots for level in statistics.levels]
     scores = {
@@ -143,7 +144,7 @@ def map_scores(statistics: HeadStatistics, window: int | None = None) -> dict[st
 
 
 def label_agreement(first: HeadMap | torch.Tensor, second: HeadMap | torch.Tensor) -> float:
-    """Share of the heads that two maps, or two boolean tensors of one shape, label alike.
+    """Share of the heads that have the same label in two maps, or in two boolean tensors of one shape.
 
     Raises:
         ValueError: shapes differ.
@@ -157,19 +158,18 @@ def label_agreement(first: HeadMap | torch.Tensor, second: HeadMap | torch.Tenso
 def split_half_agreement(
     parts: Sequence[HeadStatistics], *, num_draws: int = 50, seed: int = 0, **labelling
 ) -> Mapping[int, tuple[float, float]]:
-    """How far two halves of the prompts agree on the labels, against the number of prompts.
+    """Agreement of labels between two halves of the prompts, by number of prompts.
 
-    For each number of parts 2, 4, 8, ... two halves without a part in common are drawn at random, `num_draws` times,
-    and labelled apart.
+    For each number of parts 2, 4, 8, ... two disjoint halves are sampled `num_draws` times and labelled separately.
 
     Args:
         parts: statistics of equally many prompts each, for example `measure_heads(model, prompts[i : i + 8])`.
-        num_draws: halves drawn for each number.
-        seed: of the drawing.
+        num_draws: random splits for each number of parts.
+        seed: seed of the random splits.
         labelling: as for `label_heads`.
 
     Returns:
-        Number of pictures in both halves together -> mean of the agreement, and its lowest value.
+        Number of images in both halves together -> mean agreement and lowest agreement.
     """
     if len(parts) < 2:
         raise ValueError(f"{len(parts)} part can not be halved: measure two or more batches")
@@ -188,7 +188,7 @@ def split_half_agreement(
 
 
 def total(parts: Sequence[HeadStatistics]) -> HeadStatistics:
-    """The statistics of all parts' pictures, added up in order."""
+    """Add the statistics of all parts, in order."""
     first, *others = parts
     for other in others:
         first = first + other

@@ -1,7 +1,7 @@
-"""`measure_heads`: watch a model draw some prompts with a full cache; every head's attention comes out as sums.
+"""`measure_heads`: generate images with a full cache and sum up the attention of every head.
 
-The watching goes through the attention "ssd" (`watching.py`), so no attention matrix is ever stored. Batches can be
-shared between processes, and a run that was interrupted goes on (`profiling_state.py`). It labels nothing.
+The recorder uses the attention "ssd" (`profiling/watching.py`), so no attention matrix is ever stored. Processes can
+share the batches, and an interrupted run can resume (`profiling/state.py`). Nothing here labels heads.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from ssd_cache.runs.processes import Processes
 from ssd_cache.runs.run_state import ProfilingError, check_state_place
 
 DEFAULT_BATCH_SIZE = 4
-"""Images at once where memory suffices; attention statistics take more than the full cache alone."""
+"""Images at once if memory suffices; attention statistics need memory in addition to the full cache."""
 
 SAMPLED_FROM_NAN = ("probability tensor", "device-side assert")
-"""How torch says it, on a CPU and on a GPU; of the latter nothing more can be asked then."""
+"""Parts of torch's error messages on a CPU and on a GPU. After the error on a GPU, all further GPU calls fail."""
 
 
 def measure_heads(
@@ -62,14 +62,15 @@ def measure_heads(
     progress: bool = True,
     state_file: str | os.PathLike[str] | None = None,
 ) -> HeadStatistics:
-    """What `profile_heads` labels by, for all other questions: see there for the arguments and errors.
+    """Measure the statistics that `profile_heads` uses for labels; arguments and errors as there.
 
-    Beside what drawing takes, a run holds for every layer, row and KV head the queries of one grid row and 4 bytes for
-    each level and cell, and for a moment a few copies of some softmax weights (see `watching.CHUNK`): with the default
-    buffer and one level under a tenth of the full cache's K and V (`watching_cost` counts it out for any model).
+    In addition to the memory of generation, a run holds the queries of one grid row for every layer, row and KV head,
+    and 4 bytes for each of their levels and cells. For short times it also holds a few copies of some softmax weights
+    (see `watching.CHUNK`). With the default buffer and one level, the total is under a tenth of the full cache's K and
+    V; `watching_cost` computes it for any model.
 
-    Started by `accelerate launch` or `torchrun`, the processes draw the batches in turn, each with the seed that it has
-    in a single process, and every process gets the sums of all; the main one alone writes the state file.
+    Under `accelerate launch` or `torchrun`, the processes take the batches in turn. Each batch has the same seed as in
+    a single process. Every process gets the sums of all batches; only the main process writes the state file.
     """
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
     if batch_size is not None:
@@ -98,7 +99,7 @@ def measure_heads(
     fingerprint = _fingerprint(generator, batch_size, statistics) | settings
 
     def finished_prompts(num_batches: int) -> dict[str, Any]:
-        """Which prompts the first batches have: a longer list that begins with them goes on from their sums."""
+        """Fingerprint of the prompts in the first batches, so that a longer list that begins with them can resume."""
         part = prompts[: num_batches * batch_size]
         return {"num_prompts": len(part), "prompts_sha256": prompts_sha256(part)}
 
@@ -124,7 +125,7 @@ def measure_heads(
             mine, batch = first + processes.index, statistics.empty()
             if mine < len(batches):
                 batch = _measure_batch(generator, batches[mine], found, bar.update, **settings | {"seed": seed + mine})
-            # added in the order of the batches, so that the sums do not depend on how many processes there are
+            # added in batch order, so that the sums do not depend on the number of processes
             for part in gather_statistics(processes, batch):
                 statistics = statistics + part
             if path is not None and processes.is_main:
@@ -140,9 +141,9 @@ def resolve_batch_size(
     batch_size: int | None,
     state_file: str | os.PathLike[str] | None,
 ) -> int:
-    """The batch size of a profiling run: the one given, else that of the state file, else the default.
+    """The batch size of a profiling run: the given one, else that of the state file, else the default.
 
-    A run that is resumed keeps its batch size, whatever memory is free now.
+    A resumed run keeps its batch size, even if less memory is free now.
     """
     check_texts(prompts)
     if batch_size is not None:
@@ -154,12 +155,12 @@ def resolve_batch_size(
 
 
 def prompts_sha256(prompts: Sequence[str]) -> str:
-    """Which prompts these are, for a map's profile."""
+    """Hash of the prompts, for a map's profile."""
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
 
 
 def weights_sha256(model: PreTrainedModel) -> str:
-    """Which weights these are, from some numbers of every parameter: training changes them all, so a few tell."""
+    """Hash of a sample of every parameter's numbers; a few suffice, because training changes all of them."""
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
@@ -171,7 +172,7 @@ def weights_sha256(model: PreTrainedModel) -> str:
 def _measure_batch(
     generator: Generator, prompts: list[str], levels: Sequence[Level], on_tokens, **settings
 ) -> HeadStatistics:
-    """The statistics of one batch."""
+    """Generate one batch and return its statistics."""
     checkpoint = generator.checkpoint
     shape, previews = (checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads), checkpoint.previews
     observer = HeadObserver(*shape, levels, generator.is_unconditional(len(prompts)), previews=previews)
@@ -181,17 +182,17 @@ def _measure_batch(
 
 
 def draw_watched(generator: Generator, prompts: Sequence[str], cache: WatchingCache, **settings) -> torch.Tensor:
-    """Draw with a full cache that shows its attention, to the end; returns tokens, as `Generator.generate`.
+    """Generate with a recording full cache and call its `finish`; returns tokens, as `Generator.generate`.
 
     Raises:
-        ProfilingError: numbers that are NaN or infinite, or a picture that is not of the grid's size.
+        ProfilingError: numbers that are NaN or infinite, or an image that does not have the grid's size.
     """
     checkpoint = generator.checkpoint
     name = checkpoint.name
     try:
         tokens = generator.generate(prompts, cache, **settings)
     except RuntimeError as error:
-        # sampling from NaN fails at once; the attention of the row so far shows where it came from
+        # sampling from NaN fails at once; the attention recorded so far shows the layer and head with the first NaN
         with suppress(RuntimeError):
             cache.finish()
         if any(text in str(error) for text in SAMPLED_FROM_NAN):
@@ -211,10 +212,10 @@ def draw_watched(generator: Generator, prompts: Sequence[str], cache: WatchingCa
 
 
 def check_prompts(generator: Generator, prompts: Sequence[str]) -> None:
-    """Refuse, before anything is drawn, empty prompts and those that leave the picture no room.
+    """Check, before any generation, that no prompt is empty and that each leaves enough positions for the image.
 
     Raises:
-        GeneratorError: what was received, and the limit.
+        GeneratorError: an empty or too long prompt; the message gives the value and the limit.
     """
     check_texts(prompts)
     checkpoint = generator.checkpoint
@@ -222,7 +223,7 @@ def check_prompts(generator: Generator, prompts: Sequence[str]) -> None:
     limit = getattr(config, "max_position_embeddings", None)
     room = None if limit is None else limit - checkpoint.num_visual_tokens
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they come again when the prompt is drawn
+        warnings.simplefilter("ignore")  # generation repeats these warnings
         for text in dict.fromkeys(prompts):
             length = generator.prepare([text])["attention_mask"].shape[1]
             if room is not None and length > room:
@@ -233,7 +234,7 @@ def check_prompts(generator: Generator, prompts: Sequence[str]) -> None:
 
 
 def _fingerprint(generator: Generator, batch_size: int, statistics: HeadStatistics) -> dict[str, Any]:
-    """What must be the same, beside the prompts, for a run to go on from another's sums."""
+    """The settings, besides the prompts, that must be equal for a run to resume from stored sums."""
     checkpoint = generator.checkpoint
     return {
         "model": checkpoint.name,

@@ -1,7 +1,7 @@
-"""Attention in, head statistics out: the observer that profiling puts on a `WatchingCache`.
+"""The observer that computes head statistics from the attention of a `WatchingCache`.
 
-It also follows on paper which tokens a semantic head would hold at every level. The sums' meaning is defined in
-`statistics.py`; nothing here evicts a token or calls a head spatial.
+It also simulates which tokens a semantic head would hold at every level. `profiling/statistics.py` defines the sums.
+Nothing here evicts a token from a cache or labels a head.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ssd_cache.profiling.statistics import HeadStatistics, Level
 
 
 class HeadObserver:
-    """Takes the `HeadStatistics` of one batch; `finish` gives them.
+    """Computes the `HeadStatistics` of one batch; `finish` returns them.
 
-    Beside the cache it holds 4 bytes for every row, KV head, level and cell of the grid, in every layer (`nbytes`), and
-    for a moment a few copies of the weights it is shown.
+    In addition to the cache, it holds 4 bytes for every row, KV head, level and cell of the grid, in every layer
+    (`nbytes`), and for short times a few copies of the weights that it receives.
 
     Args:
         grid, num_layers, num_kv_heads, levels, previews: as for `HeadStatistics`.
-        is_unconditional: boolean `[rows]`, which rows of the batch are guidance's unconditional ones.
+        is_unconditional: boolean `[rows]`, True for guidance's unconditional rows of the batch.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class HeadObserver:
         """See `watching.Observer.observe`."""
         batch, groups = len(self.branch), weights.shape[2]
         if not self.retention:
-            self._move_to(weights.device)  # of the first layer; a model may lie on several
+            self._move_to(weights.device)  # device of the first layer; a model can use several devices
         if layer_idx not in self.retention:
             self.retention[layer_idx] = SemanticRetention(
                 self.statistics.levels, batch, weights.shape[1], self.statistics.num_visual_tokens, weights.device
@@ -59,7 +59,7 @@ class HeadObserver:
         kept = self.retention[layer_idx].follow(visual, prompt, rows)
         self._add(layer_idx, "semantic", _by_branch(kept, branch))
         self._add_sampled(layer_idx, weights, num_prompt, first, branch)
-        # what treats all rows alike is done once, on their sum
+        # statistics that treat all rows alike are computed once, from the sum over rows
         sums = _by_branch(weights.sum(2) if groups > 1 else weights[:, :, 0], branch)
         self._row_sums = sums if self._row_sums is None else self._row_sums + sums
         if rows.stop == batch:
@@ -68,30 +68,30 @@ class HeadObserver:
             self._add_shares(layer_idx, sums, num_prompt, first, groups * self.num_rows)
 
     def finish(self) -> HeadStatistics:
-        """The statistics of the batch, on the CPU."""
+        """Return the statistics of the batch, on the CPU."""
         self._move_to(torch.device("cpu"))
         return self.statistics
 
     @property
     def nbytes(self) -> int:
-        """Bytes held from one grid row to the next, beside the statistics themselves."""
+        """Bytes held from one grid row to the next, without the statistics themselves."""
         return sum(layer.scores.nbytes for layer in self.retention.values())
 
     def _move_to(self, device: torch.device) -> None:
         self.branch = self.branch.to(device)
-        home = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         self.num_rows = self.num_rows.to(home)
         self.statistics.sums = {name: value.to(home) for name, value in self.statistics.sums.items()}
 
     def _add(self, layer_idx: int, name: str, values: torch.Tensor, level: int | None = None) -> None:
-        """Add `[kv_heads, 2, ...]`, or what broadcasts to it, to a sum (to one level of it)."""
+        """Add `[kv_heads, 2, ...]`, or a tensor that broadcasts to it, to a sum or to one level of a sum."""
         target = self.statistics.sums[name][layer_idx]
         (target if level is None else target[..., level]).add_(values.to(target.device))
 
     def _add_sampled(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, first: int, branch: torch.Tensor):
-        """Entropy and top shares, of one query of the grid row."""
+        """Add entropy and top shares of one query of the grid row."""
         rows, columns = self.statistics.grid
-        row, steps = (first - self.statistics.num_before) // columns, weights.shape[3]  # below 0 in a preview
+        row, steps = (first - self.statistics.num_before) // columns, weights.shape[3]  # below 0 in a draft grid
         if row < min(2, rows - 1):
             return
         step = row % steps
@@ -112,7 +112,7 @@ class HeadObserver:
     def _add_spatial(
         self, layer_idx: int, sums: torch.Tensor, num_prompt: int, first: int, num_queries: torch.Tensor
     ) -> None:
-        """What spatial heads retain: every row holds the same tokens, so it follows from the sum over the rows."""
+        """Add the attention that spatial heads retain. All rows hold the same tokens, so the sum over rows suffices."""
         prompt, visual = sums[..., :num_prompt].sum(-1), sums[..., num_prompt:]
         before = F.pad(visual.cumsum(-1), (1, 0))  # [..., i]: tokens before i
         stored = visual.shape[-1]
@@ -128,14 +128,15 @@ class HeadObserver:
     def _add_shares(
         self, layer_idx: int, sums: torch.Tensor, num_prompt: int, first: int, num_queries: torch.Tensor
     ) -> None:
-        """Offsets, prompt and margins, of the counted queries; `sums` is `[kv_heads, 2, steps, prompt + stored]`."""
+        """Add offsets, prompt and margins of the counted queries; `sums` is `[kv_heads, 2, steps, prompt + stored]`."""
         (rows, columns), before = self.statistics.grid, self.statistics.num_before
         row, steps = (first - before) // columns, sums.shape[2]
         if row < min(2, rows - 1):
             return
         self._add(layer_idx, "queries", num_queries * steps)
         self._add(layer_idx, "prompt", sums[..., :num_prompt].sum((2, 3)))
-        visual = F.pad(sums[..., num_prompt:], (0, columns - steps))  # the last row lacks the token that is not fed
+        # the last row is one short, because the last token is not fed back
+        visual = F.pad(sums[..., num_prompt:], (0, columns - steps))
         if before:
             self._add(layer_idx, "previews", visual[..., :before].sum((2, 3)))
         by_cell = visual[..., before:].unflatten(-1, (row + 1, columns))
@@ -146,7 +147,7 @@ class HeadObserver:
         seen = first + 1 + column[:steps]
         self._add(layer_idx, "margin", (by_cell * is_margin).sum((2, 3, 4)))
         self._add(layer_idx, "margin_chance", (visual.sum(-1) * (visible / seen)).sum(-1))
-        # a product with a one-hot matrix adds up equal offsets, in the same order on every device
+        # a product with a one-hot matrix sums equal offsets in the same order on every device
         offset = column - column[:steps, None] + columns - 1
         bins = F.one_hot(offset.flatten(), 2 * columns - 1).to(sums)
         by_offset = by_cell.flatten(3) @ bins
@@ -154,7 +155,7 @@ class HeadObserver:
 
 
 class SemanticRetention:
-    """Which tokens the semantic heads of one layer would hold, at each level, while a full cache is watched.
+    """Simulates which tokens the semantic heads of one layer would hold at each level, from a full cache's attention.
 
     Attributes:
         scores: `[batch, kv_heads, levels, cells]`, float32, attention received so far; -inf once evicted.
@@ -165,12 +166,12 @@ class SemanticRetention:
         self.scores = torch.zeros(batch, num_kv_heads, len(levels), num_cells, device=device)
 
     def follow(self, visual: torch.Tensor, prompt: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Take in the queries of a grid row; returns what those with `t >= num_slots` retain, summed.
+        """Process the queries of a grid row; returns the attention that queries `t >= num_slots` retain, summed.
 
         Args:
             visual: `[rows, kv_heads, groups, steps, stored]`, softmax weights on visual tokens.
-            prompt: `[rows, kv_heads, groups, steps]`, those on the prompt.
-            rows: which rows of the batch these are.
+            prompt: `[rows, kv_heads, groups, steps]`, softmax weights on the prompt.
+            rows: the rows of the batch that the weights belong to.
 
         Returns:
             `[rows, kv_heads, levels]`
@@ -179,7 +180,7 @@ class SemanticRetention:
         first = stored - steps
         retained = visual.new_zeros(scores.shape[:3])
         cuts = {step for level in self.levels for step in range(steps) if level.evicts_at(first + step)}
-        for begin, end in pairwise(sorted(cuts | {0, steps})):  # nothing is evicted within
+        for begin, end in pairwise(sorted(cuts | {0, steps})):  # no level evicts between begin and end
             start, stop = first + begin, first + end
             for index, level in enumerate(self.levels):
                 if level.evicts_at(start):
@@ -187,7 +188,7 @@ class SemanticRetention:
             part = visual[..., begin:end, :stop]
             is_held = (scores[..., :stop] > -torch.inf).to(part)[:, :, None]  # [rows, kv_heads, 1, levels, stop]
             kept = part @ is_held.mT + prompt[..., begin:end, None]  # [rows, kv_heads, groups, steps, levels]
-            # the cache's own softmax runs over what is kept; so small a sum can only be of weights that are all 0
+            # renormalise, as the cache's softmax runs over kept tokens only; a sum below tiny means all weights are 0
             share = kept.clamp(min=torch.finfo(kept.dtype).tiny).reciprocal()
             scores[..., :stop] += (share.mT @ part).sum(2)
             is_late = torch.tensor([start >= level.num_slots for level in self.levels]).to(kept)
@@ -196,9 +197,9 @@ class SemanticRetention:
 
 
 def evict(scores: torch.Tensor, level: Level) -> None:
-    """Mark the `buffer` lowest scores of each head -inf; `scores` `[rows, kv_heads, seen]`, in the order of arrival.
+    """Set the `buffer` lowest scores of each head to -inf; `scores` `[rows, kv_heads, seen]`, in the order of arrival.
 
-    The `num_recent` newest and the `num_sinks` first are spared; of equal scores the older goes.
+    The `num_recent` newest and the `num_sinks` first tokens are kept. Of two equal scores the older token is evicted.
     """
     order = scores.masked_fill(scores == -torch.inf, torch.inf)
     order[..., scores.shape[-1] - level.num_recent :] = torch.inf
@@ -208,6 +209,6 @@ def evict(scores: torch.Tensor, level: Level) -> None:
 
 
 def _by_branch(values: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-    """`[rows, kv_heads, ...]` summed over conditional rows and unconditional ones: `[kv_heads, 2, ...]`, float64."""
+    """Sum `[rows, kv_heads, ...]` over conditional and over unconditional rows: `[kv_heads, 2, ...]`, float64."""
     sums = values.new_zeros(2, *values.shape[1:]).index_add_(0, branch, values).transpose(0, 1)
     return (sums.cpu() if sums.device.type == "mps" else sums).double()

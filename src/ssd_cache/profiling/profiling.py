@@ -1,7 +1,7 @@
-"""`profile_heads`: watch a model draw with a full cache, and call each head spatial or semantic by where it looks.
+"""`profile_heads`: generate images with a full cache, record attention, and label each head spatial or semantic.
 
-It puts three parts together and writes down how the map was made: `measuring.py` draws and watches, `statistics.py`
-says what is measured, `labels.py` how labels come of it.
+It combines three modules and records the settings in the map: `profiling/measuring.py` generates and records
+attention, `profiling/statistics.py` defines the statistics, `profiling/labels.py` derives labels from them.
 """
 
 from __future__ import annotations
@@ -44,40 +44,42 @@ def profile_heads(
     progress: bool = True,
     state_file: str | os.PathLike[str] | None = None,
 ) -> HeadMap:
-    """Label a model's heads from pictures that it draws with a full cache (SSD's "sparsity profiling").
+    """Label a model's heads from images that it generates with a full cache (SSD's "sparsity profiling").
 
-    The paper gives no formula. By default each head gets the kind whose rules retain more of its attention at the
-    intended budget ("coverage"); with "window" a head is spatial when the share of its attention on its newest tokens
-    is above a threshold, which the data choose. `label_heads` defines both, `HeadStatistics` what they are made of.
+    The paper gives no formula. With "coverage", the default, each head gets the kind whose rules retain more of its
+    attention at the intended budget. With "window", a head is spatial if the share of its attention on its newest
+    tokens is above a threshold, which is chosen from the data. `label_heads` defines both methods; `HeadStatistics`
+    defines the statistics that they use.
 
     Args:
         model: a loaded image model of a supported family, or a `Generator`.
-        prompts: one picture is drawn for each.
+        prompts: one image is generated for each.
         method: "coverage" or "window".
-        budget: of the cache that the map is meant for, as for `SSDCache`, but one number.
-        buffer: of that cache, as for `SSDCache`.
+        budget: budget of the cache that will use the map, as for `SSDCache`, but one number.
+        buffer: eviction interval of that cache, as for `SSDCache`.
         num_recent: of that cache, as for `SSDCache`.
         num_sinks: of that cache, as for `SSDCache`.
         levels: further budgets at which retained attention is measured, for `allocate_budgets`.
-        window: visual tokens that count as near; a grid row and one when not given, so that "right above" is inside.
+        window: visual tokens that count as near. The default is one grid row plus one, which includes "right above".
         threshold: between 0 and 1, for "window"; chosen from the data when not given.
-        processor: the model's; loaded from where the model came from when not given.
-        batch_size: images at once. When not given, that of the state file, else 4, or fewer where the free memory
-            holds no more (with a warning).
+        processor: the model's processor; loaded from the model's source when not given.
+        batch_size: images at once. When not given, the batch size of the state file, else 4, or fewer if free memory
+            is too small for 4 (with a warning).
         guidance_scale: as for `Generator.generate`.
         temperature: as for `Generator.generate`.
-        seed: of the first batch; batch `i` is drawn with `seed + i`.
-        progress: show a bar over visual tokens.
-        state_file: where the sums are kept after every batch. When it exists the run goes on from there, and with
-            nothing left to draw it only labels. Further prompts extend it, when those of the run before come first
-            and filled its batches.
+        seed: seed of the first batch; batch `i` uses `seed + i`.
+        progress: show a progress bar over visual tokens.
+        state_file: file that stores the sums after every batch. If it exists, the run resumes from it; a finished run
+            only computes labels. A longer list of prompts extends a finished run if it begins with that run's prompts
+            and those filled all batches.
 
     Returns:
         The map with its scores, threshold, model and profile, ready for `save_pretrained`.
 
     Raises:
-        GeneratorError: no prompts, too long ones, an unsupported model, or a drawing setting out of range.
-        ProfilingError: attention that is NaN; a state file of another run, or one that can not be written.
+        GeneratorError: no prompts, prompts that are too long, an unsupported model, or a generation setting out of
+            range.
+        ProfilingError: attention that is NaN; a state file of another run, or one that cannot be written.
         ValueError: any other setting out of range.
     """
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
@@ -145,20 +147,20 @@ def check_profiling(
     fit: tuple[int, int] | None = None,
     **cache_settings,
 ) -> None:
-    """Refuse settings out of range before a model is loaded; all as for `profile_heads`.
+    """Check settings before a model is loaded; arguments as for `profile_heads`.
 
     Args:
-        fit: the model's layers and KV heads, when `fit_heads` is to share the budget's slots out; it is then called
-            with zeros in the place of the measurements.
+        fit: the model's layers and KV heads, if `fit_heads` will allocate the slots. It is then called with zeros
+            instead of measurements.
 
     Raises:
-        ValueError: value, limit and remedy.
+        ValueError: a setting out of range; the message gives value, limit and remedy.
     """
     check_labelling(grid, method, window, threshold, previews)
     if batch_size is not None:
         check_count("batch_size", batch_size, 1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `profile_heads` gives the same warnings
+        warnings.simplefilter("ignore")  # `profile_heads` emits the same warnings
         levels = resolve_levels(grid, previews=previews, **cache_settings)
     if fit is not None:
         names = [f"retained_{kind}-{level.num_slots}" for level in levels for kind in KINDS]

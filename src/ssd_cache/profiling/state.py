@@ -1,7 +1,7 @@
-"""What a profiling run keeps on disk and shares between processes: its sums after every batch.
+"""Save, load and gather the sums of a profiling run: on disk after every batch, and between processes.
 
-The file is a `run_state.py` state file, so an interruption leaves the sums of whole batches. It does not draw, and
-what the sums mean is `statistics.py`'s.
+The file is a state file of `runs/run_state.py`, so an interruption leaves the sums of whole batches. Nothing here
+generates images. `profiling/statistics.py` defines the sums.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from ssd_cache.runs.processes import Processes
 from ssd_cache.runs.run_state import ProfilingError, RunState, check_same_run, not_a_state, read_state, write_state
 
 FORMAT = "ssd-cache profile 2"
-"""The 2 since the settings name the prompts of the finished batches instead of all prompts."""
+"""Version 2: the settings name the prompts of the finished batches instead of all prompts."""
 
 ROUNDING, LARGEST = 1e-3, 2.0**53
-"""How far below 0 rounding may take a sum of positive terms, and a bound for counts of queries."""
+"""How far below 0 rounding may push a sum of positive terms, and an upper bound for counts of queries."""
 
 
 def save_state(
     path: Path, statistics: HeadStatistics, num_batches: int, settings: Mapping[str, Any], is_finished: bool = False
 ) -> None:
-    """Write the sums of the first `num_batches` batches, whole or not at all.
+    """Write the sums of the first `num_batches` batches atomically.
 
     Raises:
-        ProfilingError: it can not be written; an older file is as it was.
+        ProfilingError: the file cannot be written; an older file is unchanged.
     """
     state = RunState(statistics.state_dict(), settings, {"num_batches": num_batches}, is_finished)
     write_state(path, FORMAT, state, f"the sums of the first {num_batches} batches")
@@ -43,13 +43,13 @@ def load_state(
     settings: Mapping[str, Any],
     of_batches: Callable[[int], Mapping[str, Any]] = lambda num_batches: {},
 ) -> int:
-    """Fill empty statistics with the sums in a file that `save_state` wrote; returns how many batches they are of.
+    """Fill empty statistics with the sums in a file that `save_state` wrote; returns their number of batches.
 
     Args:
         path: the file.
-        statistics: filled.
-        settings: of this run.
-        of_batches: from the number of finished batches to further settings of this run.
+        statistics: empty statistics, changed in place.
+        settings: settings of this run.
+        of_batches: function from the number of finished batches to further settings of this run.
 
     Raises:
         ProfilingError: another file, or sums of a run with other settings.
@@ -74,7 +74,7 @@ def load_state(
 
 
 def recorded_batch_size(path: Path) -> int | None:
-    """The batch size of the run that wrote a file of sums; None where there is none. `load_state` refuses bad files."""
+    """The batch size of the run that wrote a state file; None without a valid file (`load_state` refuses bad files)."""
     try:
         found = read_state(path, FORMAT, "the sums of a profiling run").settings.get("batch_size")
     except ProfilingError:
@@ -83,14 +83,14 @@ def recorded_batch_size(path: Path) -> int | None:
 
 
 def gather_statistics(processes: Processes, statistics: HeadStatistics) -> list[HeadStatistics]:
-    """The sums of every process, in the order of the processes."""
+    """Gather the sums of every process, in the order of the processes."""
     return [_unflatten(vector, statistics) for vector in processes.gather(_flatten(statistics))]
 
 
 def statistics_from_main(
     processes: Processes, statistics: HeadStatistics, num_batches: int
 ) -> tuple[HeadStatistics, int]:
-    """The main process's sums and number of batches, in every process."""
+    """Send the main process's sums and number of batches to every process."""
     vector = torch.cat([_flatten(statistics), torch.tensor([num_batches], dtype=torch.float64)])
     vector = processes.from_main(vector)
     return _unflatten(vector[:-1], statistics), int(vector[-1])

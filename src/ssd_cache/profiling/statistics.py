@@ -1,7 +1,7 @@
-"""What profiling learns about each head: sums over visual queries, and the shares that follow from them.
+"""Profiling statistics of each head: sums over visual queries, and shares that are computed from the sums.
 
-The sums are float64 and add up over batches, processes and interrupted runs; every share is defined here, with its
-formula. It does not watch a model (`observing.py` does) and calls no head spatial or semantic (`labels.py` does).
+The sums are float64 and add up over batches, processes and interrupted runs. Every share is defined here, with its
+formula. `profiling/observing.py` collects the sums from a model; `profiling/labels.py` labels heads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BRANCHES = {"all": slice(0, 2), "conditional": slice(0, 1), "unconditional": sli
 
 @dataclass(frozen=True)
 class Level:
-    """A cache whose retention is followed on paper: `SSDCache`'s settings, resolved to tokens."""
+    """A cache whose retention is simulated: `SSDCache`'s settings, resolved to tokens."""
 
     num_slots: int
     buffer: int
@@ -30,11 +30,11 @@ class Level:
     num_sinks: int = 0
 
     def evicts_at(self, token: int) -> bool:
-        """Whether `buffer` tokens go when visual token `token`, counted from 0, arrives."""
+        """Whether `buffer` tokens are evicted when visual token `token`, counted from 0, arrives."""
         return token >= self.num_slots and (token - self.num_slots) % self.buffer == 0
 
     def oldest(self, token: int) -> int:
-        """The oldest token that a spatial head holds beside its sinks at the query of `token >= num_slots`."""
+        """The oldest token, sinks excepted, that a spatial head holds at the query of `token >= num_slots`."""
         num_held = self.num_slots - self.buffer + 1 + (token - self.num_slots) % self.buffer
         return token + 1 - (num_held - self.num_sinks)
 
@@ -49,10 +49,10 @@ def resolve_levels(
     num_recent: Amount = 0.25,
     num_sinks: int = 0,
 ) -> tuple[Level, ...]:
-    """The level of the intended budget first, then those of `levels` by size; settings as for `SSDCache`.
+    """Resolve levels: the intended budget first, then those of `levels` by size; settings as for `SSDCache`.
 
-    A level that is a fraction, and holds fewer slots than a cache needs with these settings, is raised to the least
-    number that a cache can hold, with a warning. So the same fractions serve every grid.
+    If a level is a fraction and gives fewer slots than a cache needs with these settings, it is raised to the minimum
+    of a cache, with a warning. The same fractions therefore work for every grid.
 
     Raises:
         ValueError: a setting out of range, or a budget or count that `SSDCache` would refuse.
@@ -90,41 +90,42 @@ def resolve_levels(
 
 
 def widest_window(grid: Grid, previews: Sequence[Grid] = ()) -> int:
-    """Visual tokens of the widest window whose mass is known and not 1 by itself.
+    """The widest window, in visual tokens, whose mass can be computed and is not always 1.
 
-    After previews it is one that ends within the picture for all counted queries: of what lies before the picture only
-    the sum is kept.
+    After draft grids, the window must stay inside the image for all counted queries, because only the total attention
+    on draft grids is stored.
     """
     rows, columns = grid
     return min(2, rows - 1) * columns + 1 if previews else rows * columns - 1
 
 
 class HeadStatistics:
-    """Sums over the visual queries of some pictures, for every layer and KV head.
+    """Sums over the visual queries of generated images, for every layer and KV head.
 
-    `a[t, j]` is the softmax weight from the query of visual token `t` to visual token `j <= t`, both counted from 0,
-    and `p[t]` the weight on the prompt, so that `p[t] + sum(a[t, j] for j) = 1`. A sum over queries runs over the
-    query heads of the KV head, the rows of the batch that `rows=` names (guidance's conditional ones, unconditional
-    ones, or all), and over
+    `a[t, j]` is the softmax weight from the query of visual token `t` to visual token `j <= t`, both counted from 0.
+    `p[t]` is the weight on the prompt, so `p[t] + sum(a[t, j] for j) = 1`. A sum over queries runs over the query heads
+    of the KV head, over the batch rows that `rows=` names (guidance's conditional or unconditional rows, or all), and
+    over one of these sets of queries:
 
-    - the *counted* queries for shares and offsets: those from the third grid row on, `t >= 2 * columns` (from the last
-      row on in a grid of fewer rows), since before everything is near. After previews they are the picture's own, from
-      its own third row on: rows of another width have other offsets, and tokens in the previews have none;
-    - the *sampled* queries for entropy and top share, which are costly: of every counted grid row `r` the query in
-      column `r % n`, with `n` the queries that the row has (one less in the last: a picture's last token is not fed);
-    - the *evicting* queries for retained attention: `t >= num_slots`, since before everything is kept.
+    - the *counted* queries, for shares and offsets: from the third grid row on, `t >= 2 * columns` (from the last row
+      on in a grid of fewer rows), because in earlier rows every token is near. With draft grids, only the image's own
+      queries count, from its own third row on: rows of another width have other offsets, and draft tokens have none;
+    - the *sampled* queries, for entropy and top share, which are costly: the query in column `r % n` of every counted
+      grid row `r`. `n` is the number of queries in the row; the last row has one less, because an image's last token is
+      not fed back;
+    - the *evicting* queries, for retained attention: `t >= num_slots`, because earlier queries see every token.
 
     Args:
         grid: rows and columns of visual tokens.
         num_layers: the model's decoder layers.
-        num_kv_heads: KV heads in each.
-        levels: caches whose retention is followed; labels are made for the first.
-        device: where the sums are.
-        previews: grids of visual tokens that are drawn before this one, whose tokens are counted in `t` and `j` too.
+        num_kv_heads: KV heads in each layer.
+        levels: caches whose retention is simulated; labels are made for the first.
+        device: device of the sums.
+        previews: draft grids that are generated before this grid; `t` and `j` count their tokens too.
 
     Attributes:
-        sums: by name, `[layers, kv_heads, 2, ...]`, float64; conditional rows, then unconditional ones.
-        num_pictures: pictures watched.
+        sums: by name, `[layers, kv_heads, 2, ...]`, float64; conditional rows, then unconditional rows.
+        num_pictures: number of images observed.
     """
 
     def __init__(
@@ -151,18 +152,18 @@ class HeadStatistics:
 
     @property
     def num_visual_tokens(self) -> int:
-        """Of a picture, previews included."""
+        """Visual tokens of an image, draft grids included."""
         return count_cells(self.grid, self.previews)
 
     @property
     def num_before(self) -> int:
-        """Visual tokens of the previews, which come before the picture's own."""
+        """Visual tokens of the draft grids, which come before the image's own tokens."""
         return self.num_visual_tokens - self.grid[0] * self.grid[1]
 
     def offset_share(self, rows: Rows = "all") -> torch.Tensor:
-        """Visual attention by where it goes, `[layers, kv_heads, grid rows, 2 * columns - 1]`.
+        """Visual attention by relative position, `[layers, kv_heads, grid rows, 2 * columns - 1]`.
 
-        It adds up to 1, less what goes to previews.
+        It adds up to 1 minus the share of attention on draft grids.
 
         Entry `[u, d + columns - 1]` is `sum(a[t, j]) / sum(a[t, :])` over the tokens `j` that lie `u` grid rows above
         `t` and `d` columns to its right: "right above" is `[1, columns - 1]`.
@@ -171,10 +172,10 @@ class HeadStatistics:
         return _ratio(offsets, self._visual(rows)[..., None, None])
 
     def window_mass(self, window: int, rows: Rows = "all") -> torch.Tensor:
-        """`sum(a[t, j] for j > t - window) / sum(a[t, :])`, the share of the last `window` tokens, t's own included.
+        """`sum(a[t, j] for j > t - window) / sum(a[t, :])`, the share of the last `window` tokens, `t` included.
 
-        `[layers, kv_heads]`. With a window of more than two grid rows some counted queries see nothing outside it, and
-        after previews it is refused, see `widest_window`.
+        `[layers, kv_heads]`. If the window is wider than two grid rows, some counted queries see nothing outside it.
+        With draft grids, a window above `widest_window` raises ValueError.
         """
         height, columns = self.grid
         check_count("window", window, 1)
@@ -193,10 +194,10 @@ class HeadStatistics:
         return _ratio(self._sum("margin", rows), self._visual(rows))
 
     def margin_chance(self, rows: Rows = "all") -> torch.Tensor:
-        """The margin share if every query spread its visual attention evenly over the cells it sees.
+        """The margin share that would result if every query spread its visual attention evenly over the cells it sees.
 
-        `sum(v[t] * m[t] / (t + 1)) / sum(v[t])` with `v[t] = sum(a[t, :])` and `m[t]` the cells of the first and last
-        column of the grid among `0..t`; `[layers, kv_heads]`.
+        `sum(v[t] * m[t] / (t + 1)) / sum(v[t])`, `[layers, kv_heads]`. `v[t] = sum(a[t, :])`; `m[t]` is the number of
+        cells of the grid's first and last column among `0..t`.
         """
         return _ratio(self._sum("margin_chance", rows), self._visual(rows))
 
@@ -210,7 +211,8 @@ class HeadStatistics:
     def top_share(self, num_slots: int | None = None, rows: Rows = "all") -> torch.Tensor:
         """`sum(the M largest of a[t, :]) / sum(a[t, :])` over the sampled queries `t >= M`, `[layers, kv_heads]`.
 
-        `M` is the slots of a level: what the best choice of M tokens could keep. 1 where no query is that late.
+        `M` is the number of slots of a level. The share is the upper bound for any choice of `M` tokens. It is 1 if no
+        query is that late.
         """
         level = self._level(num_slots)
         return _ratio(self._sum("top", rows)[..., level], self._sum("top_visual", rows)[..., level], empty=1.0)
@@ -221,9 +223,9 @@ class HeadStatistics:
         """Mean of `p[t] + sum(a[t, j] for j kept)` over the evicting queries, `[layers, kv_heads]`.
 
         `kept` are the tokens that a head of this kind would hold at `t` with a level's slots, buffer, recents and
-        sinks, followed to the token by the rules of docs/concepts.md. A semantic head's scores are made of the softmax
-        over the prompt and the tokens it still holds, as the cache itself would see it given these queries and keys.
-        1 where no query is late enough for an eviction.
+        sinks. The simulation follows the rules of docs/concepts.md exactly, token by token. A semantic head's scores
+        use the softmax over the prompt and the tokens it still holds, as the cache would compute it from these queries
+        and keys. The result is 1 if no query is late enough for an eviction.
         """
         level = self._level(num_slots)
         return _ratio(self._sum(kind, rows)[..., level], self._sum("evicting", rows)[..., level], empty=1.0)
@@ -246,12 +248,12 @@ class HeadStatistics:
         return self.sums[name][:, :, BRANCHES[rows]].sum(2)
 
     def _visual(self, rows: Rows) -> torch.Tensor:
-        """Attention of the counted queries on all visual tokens."""
+        """Total attention of the counted queries on visual tokens, draft grids included."""
         visual = self._sum("offsets", rows).sum((-1, -2))
         return visual + self._sum("previews", rows) if self.previews else visual
 
     def __add__(self, other: HeadStatistics) -> HeadStatistics:
-        """The statistics of both runs' pictures."""
+        """The combined statistics of two runs."""
         if not isinstance(other, HeadStatistics):
             return NotImplemented
         if self._arguments != other._arguments:
@@ -261,7 +263,7 @@ class HeadStatistics:
         return total
 
     def empty(self) -> HeadStatistics:
-        """Statistics of the same arguments and of no pictures."""
+        """New statistics with the same arguments and no images."""
         return HeadStatistics(**self._arguments)
 
     @property
@@ -275,7 +277,7 @@ class HeadStatistics:
         return sums | {"num_pictures": torch.tensor(self.num_pictures, dtype=torch.float64)}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take over what `state_dict` gave, of statistics with the same arguments."""
+        """Load the result of `state_dict` from statistics with the same arguments."""
         shapes = {name: value.shape for name, value in self.state_dict().items()}
         if {name: value.shape for name, value in state.items()} != shapes:
             raise ValueError("these sums are of another model, grid or number of levels")
@@ -285,5 +287,5 @@ class HeadStatistics:
 
 
 def _ratio(part: torch.Tensor, whole: torch.Tensor, empty: float = 0.0) -> torch.Tensor:
-    """`part / whole`, and `empty` where there is no whole: a head may give visual tokens no weight at all."""
+    """`part / whole`, or `empty` where `whole` is 0: a head may put no weight on visual tokens."""
     return torch.where(whole > 0, part / whole, empty)

@@ -1,8 +1,8 @@
-"""A full cache that shows the attention of every step to an observer, without an attention matrix ever being stored.
+"""A full cache that passes the attention of every step to an observer and never stores an attention matrix.
 
-The queries of a grid row are held and their softmax is made once a row, a few rows of the batch at a time. Attention
-that is not finite is told here, for all observers. What an observer makes of the rest is its own: `observing.py` sums
-it up, `analysis` draws it.
+It holds the queries of a grid row and computes their softmax once per grid row, for a few batch rows at a time. It
+reports attention that is not finite, for all observers. Observers process the attention: `profiling/observing.py` sums
+it up, `analysis` plots it.
 """
 
 from __future__ import annotations
@@ -19,39 +19,40 @@ from ssd_cache.layout import Grid, count_cells
 from ssd_cache.runs.run_state import ProfilingError
 
 CHUNK = 1 << 18
-"""Weights made at once: 1 MB in float32, so that what a softmax needs beside the cache does not grow with the batch."""
+"""Softmax weights computed at once: 1 MB in float32, so that the extra memory does not grow with the batch."""
 
 GPU_CHUNK = 1 << 22
-"""The same on any other device, where launching a kernel costs more than so little work: 16 MB."""
+"""The same on any other device: 16 MB, because on less work the kernel launch would dominate."""
 
 
 class Observer(Protocol):
-    """Takes in attention as it is made."""
+    """Receives attention during generation."""
 
     def observe(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, rows: slice) -> None:
-        """Take in the queries of a grid row (fewer in the last one), of some rows of the batch.
+        """Receive the attention of one grid row of queries (the last row is one short), for some rows of the batch.
 
-        Previews are cut into as many queries, so that the picture's own rows come whole; their first cut may be short.
+        Draft grids are split into parts of the same number of queries, so that the image's own grid rows arrive whole;
+        the first part may be shorter.
 
         Args:
             layer_idx: the decoder layer.
             weights: `[rows, kv_heads, groups, steps, num_prompt + stored]`, float32, summing to 1 over the last
-                dimension. The last step is visual token `stored - 1`, counted from 0; nothing was evicted, so visual
-                token `j` is in column `num_prompt + j`, and what a step can not see yet weighs 0.
-            num_prompt: columns of the prompt, padding included (which weighs 0).
-            rows: which rows of the batch these are.
+                dimension. The last step is visual token `stored - 1`, counted from 0. Nothing was evicted, so visual
+                token `j` is in column `num_prompt + j`. Tokens that a step cannot see yet have weight 0.
+            num_prompt: columns of the prompt, padding included; padding has weight 0.
+            rows: the rows of the batch that the weights belong to.
         """
 
 
 class WatchingCache(Cache):
-    """A full cache for one batch of pictures; call `finish` after generating.
+    """A full cache for one batch of images that records attention; call `finish` after generation.
 
     Args:
         grid: rows and columns of visual tokens.
         num_layers: decoder layers.
-        num_kv_heads: KV heads in each.
-        observer: told of all attention.
-        previews: grids that are drawn before this one.
+        num_kv_heads: KV heads in each layer.
+        observer: receives all attention.
+        previews: draft grids that are generated before this grid.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class WatchingCache(Cache):
     ):
         cells = count_cells(grid, previews)
         slots, recent = (cells,) * num_kv_heads, (0,) * num_kv_heads
-        # one cell more than the grid has, so that every head counts as one that is scored
+        # one cell more than the grid has, so that the layer treats every head as scored
         plans = [
             LayerPlan(layer, (False,) * num_kv_heads, slots, cells + 1, grid[1], recent, 0)
             for layer in range(num_layers)
@@ -67,10 +68,10 @@ class WatchingCache(Cache):
         super().__init__(layers=[_WatchingLayer(plan, observer) for plan in plans])
 
     def finish(self) -> None:
-        """Show the steps of a grid row that was not completed; transformers never feeds a picture's last token.
+        """Pass the last, incomplete grid row to the observer; transformers never feeds back an image's last token.
 
         Raises:
-            ProfilingError: attention that was NaN somewhere, with the first such layer and its KV heads.
+            ProfilingError: some attention was NaN; the message names the first such layer and its KV heads.
         """
         for index, layer in enumerate(self.layers):
             for store in layer.stores:
@@ -84,19 +85,19 @@ class WatchingCache(Cache):
 
     @property
     def watching_nbytes(self) -> int:
-        """Bytes held beside K and V; what the observer holds is its own to tell."""
+        """Bytes held in addition to K and V, without those of the observer."""
         return sum(layer.bookkeeping_nbytes for layer in self.layers)
 
 
 class _WatchingStore(SlotStore):
-    """Slots that keep every token, and show the attention that they would have been scored by."""
+    """Slots that keep every token and pass its attention to the observer instead of to scores."""
 
     def __init__(self, *args, layer_idx: int, observer: Observer, **kwargs):
         super().__init__(*args, **kwargs)
-        # nothing is evicted, so neither scores nor a position for every head are needed
+        # nothing is evicted, so no scores are needed, and all heads can share one row of positions
         self.scores, self.positions = self.scores[..., :0].clone(), self.positions[:, :1].clone()
         self.layer_idx, self.observer = layer_idx, observer
-        # a sum that a NaN never leaves again: looking at it once, at the end, does not hold a GPU up
+        # a NaN stays in this sum, so one check at the end suffices and no GPU synchronisation is needed before
         self.soundness = self.keys.new_zeros(self.keys.shape[1], dtype=torch.float32)
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, position: int) -> None:
@@ -116,7 +117,7 @@ class _WatchingStore(SlotStore):
         for start in range(0, batch, num_rows):
             rows = slice(start, min(start + num_rows, batch))
             weights = self.held_attention(rows)
-            self.soundness += weights[..., 0].sum((0, 2, 3))  # a softmax is NaN in all its columns or in none
+            self.soundness += weights[..., 0].sum((0, 2, 3))  # one column suffices: a softmax is NaN in all or in none
             self.observer.observe(self.layer_idx, weights, self.num_prompt, rows)
         self.num_held, self.num_to_hold = 0, self.buffer
 
@@ -134,4 +135,4 @@ class _WatchingLayer(SSDLayer):
         return _WatchingStore(*args, layer_idx=self.plan.layer_idx, observer=self.observer, **kwargs)
 
     def use_kernel(self, can_serve: bool) -> None:
-        """Never: the kernel would keep the attention to itself."""
+        """Never use the kernel: it does not return the attention weights."""

@@ -1,7 +1,7 @@
-"""What watching a full cache takes in memory, counted out from a model's sizes before anything is drawn.
+"""Memory cost of recording attention from a full cache, computed from a model's sizes before generation.
 
-The formulas of what `watching.py` and `observing.py` hold; the tests hold them to the real tensors. Nothing is measured
-here.
+The formulas describe the tensors of `profiling/watching.py` and `profiling/observing.py`; tests compare them with the
+real tensors. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class WatchingCost:
     """Bytes of one profiling run with batches of one size.
 
     Attributes:
-        full_cache: K and V of the pictures, which plain generation holds too.
-        held: from one grid row to the next: queries of a grid row, scores of the levels, positions.
-        sums: the statistics of a batch, of the run, and both added up; they do not grow with the batch.
-        moment: at most, while the softmax of a grid row is made and summed up, a few rows of the batch at a time.
+        full_cache: K and V of the images, which plain generation holds too.
+        held: bytes held from one grid row to the next: queries of a grid row, scores of the levels, positions.
+        sums: the statistics of a batch, those of the run, and their sum; independent of the batch size.
+        moment: peak while the softmax of a grid row is computed and summed, for a few rows of the batch at a time.
     """
 
     full_cache: int
@@ -33,7 +33,7 @@ class WatchingCost:
 
     @property
     def share(self) -> float:
-        """All of it together, as a share of the full cache."""
+        """All extra bytes together, as a share of the full cache."""
         return (self.held + self.sums + self.moment) / self.full_cache
 
 
@@ -48,17 +48,17 @@ def watching_cost(
     itemsize: int = 4,
     on_gpu: bool = False,
 ) -> WatchingCost:
-    """The bytes for a model.
+    """Compute the bytes for a model.
 
     Args:
-        config: the model's.
+        config: the model's configuration.
         grid: rows and columns of visual tokens.
-        previews: grids that are drawn before this one.
-        num_rows: of the batch; guidance makes two of a picture.
+        previews: draft grids that are generated before this grid.
+        num_rows: rows of the batch; guidance needs two per image.
         num_prompt: tokens of the longest prompt.
-        num_levels: budgets whose retention is followed.
+        num_levels: budgets whose retention is simulated.
         itemsize: bytes of a number in K and V.
-        on_gpu: where it runs; a GPU takes more rows at a time.
+        on_gpu: whether it runs on a GPU, which processes more rows at a time.
     """
     text = config.get_text_config(decoder=True)
     layers, kv_heads, heads = text.num_hidden_layers, text.num_key_value_heads, text.num_attention_heads
@@ -73,6 +73,6 @@ def watching_cost(
         full_cache=layers * num_rows * kv_heads * 2 * head_dim * length * itemsize,
         held=layers * (num_rows * (queries + scores + 4 * cells) + 4 * kv_heads),
         sums=3 * layers * kv_heads * 2 * 8 * (rows * (2 * columns - 1) + 6 + bool(previews) + 5 * num_levels),
-        # three copies of a chunk in the softmax; then one, and float64 sums over rows, a dozen times a row of it
+        # the softmax needs three copies of a chunk; later one chunk, and float64 sums over rows of a dozen rows' size
         moment=chunk + max(5 * chunk // 2, 13 * of_row),
     )

@@ -1,4 +1,4 @@
-"""Long runs: state files that a run resumes from, files that are written whole or not at all, several processes.
+"""Long runs: state files that a run resumes from, the default batch size, and runs shared by several processes.
 
-It does not know what a run computes.
+This package is independent of what a run computes.
 """

@@ -1,7 +1,7 @@
-"""The batch size when the caller names none: a fixed number of images, halved until the batch fits into free memory.
+"""The default batch size: a fixed number of images, halved until the batch fits into free memory.
 
-Images depend on the batch size, since the images of a batch share a seed. So the number is fixed for as long as memory
-suffices, and halving makes small changes of free memory change nothing. An explicit batch size is never changed.
+Images depend on the batch size, since the images of a batch share a seed. So the number is fixed while memory suffices,
+and because it is halved, small changes of free memory do not change it. An explicit batch size is never changed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ssd_cache.models import Generator
 from ssd_cache.runs.processes import Processes
 
 MAX_IMAGES = 32
-"""Images in one batch of `ssd-cache generate`, at most, when no batch size is given."""
+"""Maximum number of images in one batch of `ssd-cache generate` when no batch size is given."""
 
 USABLE = 0.7
-"""Share of the free memory that a batch's keys and values may take; the rest is for activations and copies."""
+"""Fraction of the free memory that a batch's K and V may take; the rest is for activations and copies."""
 
 
 def default_batch_size(
@@ -35,15 +35,18 @@ def default_batch_size(
     unit: int = 1,
     processes: Processes | None = None,
 ) -> int:
-    """Images at once: `most`, or a half of it, a quarter and so on, where free memory holds no more.
+    """Images per batch: `most`, halved until the batch fits into free memory.
 
     Args:
-        generator: loaded, so that its weights are no longer part of the free memory.
-        prompts: all prompts; the longest one counts.
-        most: the number to begin with.
+        generator: a loaded generator, so that its weights are no longer part of the free memory.
+        prompts: all prompts; the longest one determines the memory.
+        most: the number to start from.
         cache: the cache that is used, with its budget; a full cache when not given.
-        unit: the result is a multiple of it.
-        processes: those that share the run, which all call this; every one gets the smallest of their numbers.
+        unit: the result is a multiple of this number.
+        processes: the processes that share the run. All must call this function, and all get the smallest result.
+
+    Warns:
+        UserWarning: the number was reduced.
     """
     processes = Processes() if processes is None else processes
     device, size = generator.model.device, most
@@ -63,9 +66,9 @@ def default_batch_size(
 
 
 def fitting_batch_size(most: int, of_image: int, free: int, unit: int = 1) -> int:
-    """`most` halved until so many images of `of_image` bytes take at most `USABLE` of `free` bytes.
+    """`most`, halved until that many images of `of_image` bytes take at most `USABLE` of `free` bytes.
 
-    It is a multiple of `unit`, and at least `unit`.
+    A reduced number is a multiple of `unit`, and at least `unit`.
     """
     size = most
     while size > unit and size * of_image > USABLE * free:
@@ -74,10 +77,10 @@ def fitting_batch_size(most: int, of_image: int, free: int, unit: int = 1) -> in
 
 
 def image_nbytes(generator: Generator, num_prompt: int, cache: SSDCache | None = None) -> int:
-    """Bytes of keys and values of one image at its last token, in all rows that guidance makes of it.
+    """Bytes of K and V of one image at its last token, in all batch rows that guidance uses for it.
 
     Args:
-        generator: its configuration is read.
+        generator: the generator; only its configuration is read.
         num_prompt: tokens of the prompt.
         cache: the cache that is used; a full cache when not given.
     """
@@ -96,7 +99,7 @@ def image_nbytes(generator: Generator, num_prompt: int, cache: SSDCache | None =
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that new tensors on a device can take; None where the system does not say."""
+    """Bytes that new tensors on a device can take; None where the system does not report it."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -107,7 +110,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def _available() -> int | None:
-    """What Linux gives without swapping; elsewhere free pages, where the system counts them."""
+    """Bytes available without swapping on Linux; elsewhere the free pages, if the system reports them."""
     with suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()
         [line] = [line for line in lines if line.startswith("MemAvailable:")]
@@ -118,10 +121,10 @@ def _available() -> int | None:
 
 
 def _left_in_group() -> int | None:
-    """What the limit of a container leaves (cgroup v2); page cache that can be dropped counts as free."""
+    """Bytes left under a container's limit (cgroup v2); page cache that can be dropped counts as free."""
     with suppress(OSError, ValueError, IndexError):
         group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text("ascii"))  # "max" where there is no limit: a ValueError
+        limit = int((group / "memory.max").read_text("ascii"))  # without a limit this is "max", a ValueError
         used = int((group / "memory.current").read_text("ascii"))
         lines = (group / "memory.stat").read_text("ascii").splitlines()
         [dropped] = [int(line.split()[1]) for line in lines if line.startswith("inactive_file ")]
@@ -130,5 +133,5 @@ def _left_in_group() -> int | None:
 
 
 def _num_tokens(prompt: str) -> int:
-    """An upper estimate of a prompt's tokens, the chat template included, without the tokenizer."""
+    """A high estimate of a prompt's tokens, including the chat template, made without the tokenizer."""
     return len(prompt.encode()) // 3 + 64

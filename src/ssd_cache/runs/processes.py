@@ -1,6 +1,6 @@
-"""The processes that share a long run: how many there are, and how they exchange numbers and agree on settings.
+"""The processes that share a long run: their count, their communication, and a check that their settings agree.
 
-They are started by `accelerate launch` or `torchrun`. What they compute is not known here.
+`accelerate launch` or `torchrun` starts them. This module is independent of what they compute.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from ssd_cache.runs.run_state import ProfilingError
 
 
 class Processes:
-    """The processes that share a run, as `accelerate launch` and `torchrun` start them; else this one alone.
+    """The processes of a run started by `accelerate launch` or `torchrun`; otherwise only this process.
 
     Attributes:
-        index, count: this process's number, from 0, and how many there are.
-        device: where this process should compute, or None to choose freely.
+        index, count: the index of this process, from 0, and the number of processes.
+        device: the device of this process, or None for a free choice.
+
+    Raises:
+        ProfilingError: WORLD_SIZE is above 1, but accelerate is not installed or finds another number of processes.
     """
 
     def __init__(self) -> None:
@@ -37,7 +40,7 @@ class Processes:
             has_gpus = torch.accelerator.is_available() and not torch.backends.mps.is_available()
             use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
             self._state = state = self._accelerate.PartialState(cpu=use_cpu or not has_gpus)
-            if state.num_processes != wanted:  # each would draw everything and write over the others' files
+            if state.num_processes != wanted:  # each would generate all images and overwrite the others' files
                 raise ProfilingError(
                     f"WORLD_SIZE={wanted}, but accelerate finds {state.num_processes} process: start them with "
                     "`accelerate launch`, with --cpu where there is no GPU"
@@ -46,25 +49,26 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and shows a bar."""
+        """Whether this is the process that writes files and shows a progress bar."""
         return self.index == 0
 
     def choose_device(self, device: str) -> str | torch.device:
-        """Where this process computes: as asked for, or where "auto" is asked for, on its own device if it has one."""
+        """The device to compute on: `device`, but for "auto" the device of this process, if it has one."""
         return self.device if device == "auto" and self.device is not None else device
 
     def close(self) -> None:
-        """Leave the group; for the program whose processes these are, at its end."""
+        """Leave the process group; call this at the end of the program."""
         if self.count > 1:
             self._state.destroy_process_group()
 
     def check_agreement(self, facts: Mapping[str, Any]) -> None:
-        """Refuse processes that were given unlike things, such as head maps: each would draw pictures of its own kind.
+        """Refuse processes with different settings, such as head maps, since their images would not be comparable.
 
-        All of them have to come here.
+        Every process must call this method.
 
         Raises:
-            ProfilingError: in every process, naming what the first that differs has, and process 0.
+            ProfilingError: settings differ; raised in every process, with the values of process 0 and of the first
+                process that differs.
         """
         told = self.gather_all(dict(facts))
         for number, other in enumerate(told):
@@ -80,13 +84,13 @@ class Processes:
                 )
 
     def gather(self, vector: torch.Tensor) -> list[torch.Tensor]:
-        """The vector of every process, float64 `[numbers]` on the CPU, in the order of the processes."""
+        """The vectors of all processes, float64 `[numbers]` on the CPU, in the order of the processes."""
         if self.count == 1:
             return [vector]
         return list(self._accelerate.utils.gather(vector[None].to(self.device)).cpu())
 
     def gather_all(self, value: Any) -> list[Any]:
-        """The value of every process, in the order of the processes; anything that can be pickled."""
+        """The values of all processes, in the order of the processes; a value may be anything that can be pickled."""
         return [value] if self.count == 1 else self._accelerate.utils.gather_object([value])
 
     def from_main(self, vector: torch.Tensor) -> torch.Tensor:

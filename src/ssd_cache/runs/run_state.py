@@ -1,7 +1,7 @@
-"""The state file of a long run: the results that are finished so far, and the settings that they depend on.
+"""The state file of a long run: the results completed so far, and the settings that they depend on.
 
-A safetensors file with JSON in its header, replaced in one step, so that a process killed at any moment leaves the last
-whole state. What the tensors mean, and whether their shapes are right, is for the callers.
+It is a safetensors file with JSON in its header. It is replaced in one step, so a process killed at any moment leaves
+the last complete state. Callers interpret the tensors and check their shapes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REMEDY = "give another file, or delete it to begin anew"
 
 
 class ProfilingError(ReadableError):
-    """A profiling run that can not begin, go on, or be trusted: what was found, and the remedy."""
+    """A run that cannot start, continue or give valid results; the message names the problem and the remedy."""
 
 
 class OtherRunError(ProfilingError, WrongFileError):
@@ -33,7 +33,7 @@ class OtherRunError(ProfilingError, WrongFileError):
 
 
 class NotAStateError(ProfilingError, WrongFileError):
-    """A file with other contents than a state of this kind of run."""
+    """A file that is not a state of this kind of run."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class RunState:
 
     Attributes:
         tensors: the results.
-        settings: everything that the results depend on, as JSON.
-        counts: how far the run has come, as JSON.
+        settings: everything that the results depend on, as JSON values.
+        counts: the progress of the run, as JSON values.
         is_finished: whether the run has nothing left to do.
     """
 
@@ -54,16 +54,16 @@ class RunState:
 
 
 def write_state(path: Path, kind: str, state: RunState, what: str) -> None:
-    """Write the file, whole or not at all.
+    """Write the file, completely or not at all.
 
     Args:
-        path: the file; its folder is made when missing.
-        kind: name and version of the format, "ssd-cache profile 2".
+        path: the file; its folder is created when missing.
+        kind: name and version of the format, such as "ssd-cache profile 2".
         state: the contents.
-        what: the contents in words, for the error.
+        what: a description of the contents, for the error message.
 
     Raises:
-        ProfilingError: the file cannot be written; an older file is left as it was.
+        ProfilingError: the file cannot be written; an older file is unchanged.
     """
     header = {
         "format": kind,
@@ -85,7 +85,7 @@ def read_state(path: Path, kind: str, what: str) -> RunState:
     """Read a file that `write_state` wrote with the same `kind`.
 
     Raises:
-        ProfilingError: anything else; `what` names the expected contents.
+        ProfilingError: the file has other contents; the message describes the expected contents with `what`.
     """
     try:
         header, tensors = read_tensors(path)
@@ -99,10 +99,10 @@ def read_state(path: Path, kind: str, what: str) -> RunState:
 
 
 def check_images(tensors: dict[str, torch.Tensor], cells: int) -> list[torch.Tensor]:
-    """Take the tensors `images.0`, `images.1`, ... out of a state: visual tokens, int64 `[images, cells]` each.
+    """Remove and return the tensors `images.0`, `images.1`, ... of a state: visual tokens, int64 `[images, cells]`.
 
     Raises:
-        ValueError: one has another shape or dtype, or holds negative numbers.
+        ValueError: a tensor has another shape or dtype, is empty, or holds negative numbers.
     """
     images: list[torch.Tensor] = []
     while (tokens := tensors.pop(f"images.{len(images)}", None)) is not None:
@@ -115,18 +115,18 @@ def check_images(tensors: dict[str, torch.Tensor], cells: int) -> list[torch.Ten
 
 
 def not_a_state(path: Path, what: str, reason: object) -> NotAStateError:
-    """The error for a file with other contents than expected."""
+    """The error for a file with unexpected contents."""
     return NotAStateError(f"{path}: not {what} ({reason}); {REMEDY}")
 
 
 def check_same_run(path: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Refuse to resume a run with other settings; raises OtherRunError, which names every setting that differs."""
+    """Refuse to resume a run with other settings; raises OtherRunError, which lists every setting that differs."""
     if differing := differences(found, settings):
         raise OtherRunError(f"{path}: the sums of another run ({differing}); {REMEDY}")
 
 
 def check_state_place(path: Path) -> None:
-    """Refuse, before a run starts, a state file that could not be written; raises ProfilingError."""
+    """Refuse a state file that cannot be written, before the run starts; raises ProfilingError."""
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
@@ -142,7 +142,7 @@ def check_state_place(path: Path) -> None:
 
 
 def is_finished(path: Path) -> bool:
-    """Whether a file is the state of a run, of any kind, that has nothing left to do."""
+    """Whether a file is the state of a finished run of any kind."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("is_finished") == "true"

@@ -1,6 +1,7 @@
-"""A little world of pixel-art shapes: scenes with captions, and a judge that reads pictures back exactly.
+"""A data set of pixel-art shapes: scenes with captions, and a judge that reads objects from images exactly.
 
-shapes-janus, the small trained Janus in `checkpoint/`, draws it; `ssd_cache.models` loads that. No model is used here.
+shapes-janus, the small trained Janus in `checkpoint/`, generates such images; `ssd_cache.models` loads it. No model is
+used here.
 """
 
 from ssd_cache.shapes.judge import FoundObject, Requirement, Verdict, judge, parse_caption, read_objects, to_tokens

@@ -1,7 +1,7 @@
-"""Reads a picture of shapes back into objects and decides whether it meets its caption.
+"""The judge: reads the objects from an image of shapes and decides whether the image meets its caption.
 
-Exact where GenEval needs a detector: every cell is a known colour. Stricter than GenEval in one point:
-whatever the caption does not name (another object, stray cells) fails the picture.
+It is exact and needs no detector, unlike GenEval, because every cell has a known colour. It is stricter than GenEval
+in one point: anything that the caption does not name (another object, stray cells) fails the image.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from ssd_cache.shapes.scenes import (
 )
 
 MIN_CELLS = 4
-"""Connected cells fewer than these are noise and are ignored."""
+"""Groups of fewer connected cells are noise and are ignored."""
 
 MIN_OBJECT_CELLS = 9
-"""Smaller blots than these are junk: no object, and they fail the picture."""
+"""Smaller blots are junk: they are not objects, and they fail the image."""
 
 MIN_OVERLAP = 0.8
-"""Intersection over union with the best bitmap, below which a blot is junk."""
+"""Minimum intersection over union with the best bitmap; a blot with less is junk."""
 
 
 @dataclass(frozen=True)
 class FoundObject:
-    """An object read from a picture; `box` is (left, top, right, bottom) in cells, ends excluded."""
+    """An object read from an image; `box` is (left, top, right, bottom) in cells, ends excluded."""
 
     shape: str
     color: str
@@ -49,7 +49,7 @@ class FoundObject:
 
 @dataclass(frozen=True)
 class Requirement:
-    """What a caption asks for: (shape, colour or None) of every object, and how the first lies to the second."""
+    """Content that a caption requires: (shape, colour or None) of each object; relation of the first to the second."""
 
     objects: tuple[tuple[str, str | None], ...]
     relation: str | None = None
@@ -57,7 +57,7 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judgement on one picture; `reason` is empty when it is correct."""
+    """The judgement on one image; `reason` is empty when it is correct."""
 
     correct: bool
     reason: str
@@ -71,10 +71,10 @@ _MANY = re.compile(rf"a photo of ({'|'.join(NUMBERS)}) ({'|'.join(SHAPES)})s")
 
 
 def parse_caption(caption: str) -> Requirement:
-    """What a caption asks for.
+    """Parse a caption into a `Requirement`.
 
     Raises:
-        ValueError: not a caption of this little world.
+        ValueError: not a caption that the judge knows.
     """
     text = " ".join(caption.lower().split())
     if match := _ONE.fullmatch(text):
@@ -92,10 +92,10 @@ def parse_caption(caption: str) -> Requirement:
 
 
 def to_tokens(picture: np.ndarray | Image.Image | Sequence[int]) -> np.ndarray:
-    """Tokens `[24, 24]` of a picture: tokens in any shape of 576, or an image whose cells are read at their middle.
+    """Convert an image to tokens `[24, 24]`: from 576 tokens in any shape, or from the middle pixel of every cell.
 
     Raises:
-        ValueError: a picture of another size.
+        ValueError: an image of another size.
     """
     if isinstance(picture, Image.Image):
         pixels = np.asarray(picture.convert("RGB"), dtype=np.int64)
@@ -113,11 +113,11 @@ def to_tokens(picture: np.ndarray | Image.Image | Sequence[int]) -> np.ndarray:
 
 
 def _blots(picture: np.ndarray):
-    """Connected cells (4 neighbours) of one colour, whatever their shade: (colour, cells `[n, 2]`)."""
+    """Yield groups of connected cells (4 neighbours) of one colour in any shade: (colour, cells `[n, 2]`)."""
     family = np.where(picture < NUM_BACKGROUNDS, -1, (picture - NUM_BACKGROUNDS) // SHADES)
     todo = {(int(row), int(column)) for row, column in zip(*np.nonzero(family >= 0), strict=True)}
     while todo:
-        start = min(todo)  # raster order, so that the same picture always reads the same
+        start = min(todo)  # raster order makes the result deterministic
         todo.remove(start)
         cells, edge = [start], [start]
         while edge:
@@ -131,7 +131,7 @@ def _blots(picture: np.ndarray):
 
 
 def _shape_of(cells: np.ndarray) -> str | None:
-    """The shape whose bitmap covers the cells best, or None when even the best is poor."""
+    """The shape whose bitmap overlaps the cells best, or None if no overlap is above `MIN_OVERLAP`."""
     (top, left), (bottom, right) = cells.min(0), cells.max(0) + 1
     side = max(bottom - top, right - left, OBJECT_SIZE)
     blot = np.zeros((side, side), dtype=bool)
@@ -147,7 +147,7 @@ def _shape_of(cells: np.ndarray) -> str | None:
 
 
 def read_objects(picture) -> tuple[tuple[FoundObject, ...], int]:
-    """Objects of a picture in raster order, and the number of blots that are no object."""
+    """Read the objects of an image in raster order, and count the blots that are not objects."""
     objects, junk = [], 0
     for color, cells in _blots(to_tokens(picture)):
         if len(cells) < MIN_CELLS:
@@ -162,14 +162,14 @@ def read_objects(picture) -> tuple[tuple[FoundObject, ...], int]:
 
 
 def judge(picture, caption: str) -> Verdict:
-    """Decide whether a picture shows what its caption says, and nothing else.
+    """Decide whether an image shows the content of its caption, and nothing else.
 
     Args:
-        picture: tokens (576 of them, any shape) or a PIL image of at least 24 x 24 pixels.
-        caption: a caption of this little world (see `parse_caption`).
+        picture: 576 tokens in any shape, or a PIL image of at least 24 x 24 pixels.
+        caption: a caption that `parse_caption` accepts.
 
     Raises:
-        ValueError: a caption that can not be read, or a picture of another size.
+        ValueError: a caption that cannot be read, or an image of another size.
     """
     requirement = parse_caption(caption)
     objects, junk = read_objects(picture)

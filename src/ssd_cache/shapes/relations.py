@@ -1,7 +1,7 @@
-"""Where one box lies relative to another: GenEval's rule, for its own scorer and for the judge of shapes.
+"""Relative position of two boxes by GenEval's rule, for the GenEval scorer and for the judge of shapes.
 
-Geometry of two boxes and nothing else. Source: github.com/djghosh13/geneval, evaluation/evaluate_images.py, written
-anew from its rules.
+This module contains only geometry. Source: github.com/djghosh13/geneval, evaluation/evaluate_images.py, reimplemented
+from its rules.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ Box = tuple[float, float, float, float]
 
 
 def relations(first: Box, second: Box, threshold: float = 0.1) -> set[str]:
-    """Where the first box lies relative to the second: up to two of "left of", "right of", "above", "below".
+    """Position of the first box relative to the second: up to two of "left of", "right of", "above", "below".
 
-    The offset of the centres is shrunk on each axis by `threshold` times both sizes, and must then be more than half
-    of the whole, unshrunk distance. Two boxes 100 wide, side by side and 40 apart at their centres: 40 - 20 = 20 is not
-    more than 40 / 2, so neither is left of the other; 41 apart, one is.
+    On each axis, the offset of the centres is reduced by `threshold` times the sum of both sizes. A relation holds if
+    the reduced offset is more than half of the full distance between the centres. Example: two boxes are 100 wide, and
+    their centres are 40 apart, side by side. 40 - 20 = 20 is not more than 40 / 2, so neither is left of the other. If
+    the centres are 41 apart, one is.
     """
     offset, shrunk = [], []
     for axis in (0, 1):

@@ -1,8 +1,8 @@
-"""Pixel-art scenes and their captions: the little world that shapes-janus was trained to draw.
+"""Pixel-art scenes and their captions: the data set that shapes-janus was trained on.
 
-A scene is a 24 x 24 grid of palette entries, one visual token a cell: a light background and one to four
+A scene is a 24 x 24 grid of palette entries, one visual token per cell. It has a light background and one to four
 objects (circle, square, triangle; six colours, each in three shades). Captions follow the six kinds of GenEval
-(Ghosh et al. 2023). Nothing here looks at a model; reading pictures back is `judge.py`'s work.
+(Ghosh et al. 2023). No model is used here; `shapes/judge.py` reads objects from images.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 GRID = (24, 24)
-"""Rows and columns of visual tokens, Janus-Pro's own."""
+"""Rows and columns of visual tokens, as in Janus-Pro."""
 
 TILE = 8
-"""Every object stands inside a tile of this side, away from one edge of it, so that neighbours never touch."""
+"""Side of a tile in cells. Every object lies inside one tile, away from one edge, so that neighbours never touch."""
 
 SHAPES = ("circle", "square", "triangle")
 COLORS = ("red", "green", "blue", "yellow", "purple", "black")
@@ -27,7 +27,7 @@ KINDS = ("single_object", "two_object", "counting", "colors", "position", "color
 
 NUM_BACKGROUNDS = 3
 SHADES = 3
-"""Light, middle and dark of every colour: tokens that follow one another in `PALETTE`."""
+"""Light, middle and dark shade of every colour: consecutive tokens in `PALETTE`."""
 
 PALETTE = (
     # three light backgrounds
@@ -56,8 +56,8 @@ PALETTE = (
 )
 """RGB of every token."""
 
-# Lit from the upper left. No two rows are alike in all three shapes, so that a row tells what stands under it, as it
-# does in most natural pictures: a cache that keeps little more than a row can still finish an object.
+# Lit from the upper left. All rows of the three shapes differ, so a row determines the rows below it, as in most
+# natural images. A cache that keeps little more than a row can therefore still complete an object.
 _SHADING = {
     "circle": (" +++ ", "++###", "+###-", "###--", " --- "),
     "square": ("+++++", "++##-", "+#+#-", "+##+-", "+----"),
@@ -72,7 +72,7 @@ OBJECT_SIZE = 5
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: what it is and the cell (row, column) of its bounding box's upper left corner."""
+    """One object: its shape, its colour, and the cell (row, column) of its bounding box's upper left corner."""
 
     shape: str
     color: str
@@ -82,7 +82,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A caption and a picture that meets it; `tokens` is `[rows * 24]`, raster order."""
+    """A caption and an image that meets it; `tokens` is `[rows * 24]`, in raster order."""
 
     kind: str
     caption: str
@@ -103,7 +103,7 @@ def draw(objects: tuple[SceneObject, ...], background: int = 0, rows: int = GRID
 
 
 def _caption(kind: str, rng: random.Random, max_count: int, relations: tuple[str, ...]):
-    """Draw a caption; returns its text, the objects' (shape, colour) and the relation of the first to the second."""
+    """Sample a caption; returns its text, the objects' (shape, colour) and the relation of the first to the second."""
     first, second = rng.sample(SHAPES, 2)
     color, other = rng.choice(COLORS), rng.choice(COLORS)
     if kind == "single_object":
@@ -125,10 +125,10 @@ def _caption(kind: str, rng: random.Random, max_count: int, relations: tuple[str
 
 
 def _tiles(kind: str, number: int, relation: str | None, tile_rows: int, rng: random.Random) -> list[tuple[int, int]]:
-    """Tiles (row, column) of the objects, in the order in which the caption names them.
+    """Choose tiles (row, column) for the objects, in the order in which the caption names them.
 
-    Things counted stand in a row, four of them in two rows of two; a relation holds along one row or column; other
-    objects stand anywhere, the first named being the first drawn.
+    Counted objects lie in one row, or in two rows of two for four objects. Objects with a relation share a row or a
+    column of tiles. Other objects lie anywhere, in raster order of their names in the caption.
     """
     columns = range(GRID[1] // TILE)
     if kind == "counting":
@@ -145,13 +145,13 @@ def _tiles(kind: str, number: int, relation: str | None, tile_rows: int, rng: ra
 
 
 def make_scene(rng: random.Random, kind: str | None = None, rows: int = GRID[0]) -> Scene:
-    """A random scene with a caption that it meets.
+    """Make a random scene with a caption that it meets.
 
     Args:
-        rng: the source of chance; the same state gives the same scene.
-        kind: one of `KINDS`; drawn evenly when not given.
-        rows: height in cells, a multiple of 8. Training begins on lower pictures, whose captions leave out
-            what does not fit (four objects, above and below).
+        rng: the random generator; the same state gives the same scene.
+        kind: one of `KINDS`; chosen uniformly when not given.
+        rows: height in cells, a multiple of 8. Training begins with images of fewer rows, whose captions omit content
+            that does not fit (four objects, above and below).
 
     Raises:
         ValueError: unknown kind, or a height that is no multiple of 8 up to 24.
@@ -164,7 +164,8 @@ def make_scene(rng: random.Random, kind: str | None = None, rows: int = GRID[0])
         kind, rng, max_count=3 if tile_rows == 1 else 4, relations=RELATIONS if tile_rows > 1 else RELATIONS[:2]
     )
     tiles = _tiles(kind, len(things), relation, tile_rows, rng)
-    spare = TILE - OBJECT_SIZE  # objects of one row of tiles start on one row of cells, or raster order would mix them
+    spare = TILE - OBJECT_SIZE
+    # objects of one row of tiles start on the same row of cells, so that raster order keeps the order of the tiles
     down = [rng.randrange(spare) for _ in range(tile_rows)]
     objects = tuple(
         SceneObject(shape, color, row * TILE + down[row], column * TILE + rng.randrange(spare))
@@ -175,6 +176,6 @@ def make_scene(rng: random.Random, kind: str | None = None, rows: int = GRID[0])
 
 
 def make_prompts(num_per_kind: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Captions to draw from, `num_per_kind` of every kind, as (kind, caption), the same for the same seed."""
+    """Make prompts, `num_per_kind` of every kind, as (kind, caption); the same seed gives the same prompts."""
     rng = random.Random(f"prompts-{seed}")
     return [(kind, _caption(kind, rng, 4, RELATIONS)[0]) for kind in KINDS for _ in range(num_per_kind)]

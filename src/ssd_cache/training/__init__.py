@@ -1,6 +1,6 @@
-"""Training of learned scores: teacher forcing through soft evictions, so that a score learns which tokens to keep.
+"""Training of learned scores: teacher forcing with soft evictions, by which a score learns which tokens to keep.
 
-It uses the cache's eviction rule and changes no weights of the model.
+It uses the cache's eviction rule and does not change the model's weights.
 """
 
 from ssd_cache.training.learning import learn_score

@@ -1,7 +1,8 @@
-"""`learn_score`: teach a map's semantic heads which visual tokens to keep, by what the model says without the others.
+"""`learn_score`: train token scores by minimising the KL divergence between full-cache and evicted-cache outputs.
 
-Pictures are drawn with a full cache and fed to the decoder again, without what an `SSDCache` would have evicted; the
-weights of a `LearnedScore` follow the gradient of the divergence. Labels, slots and the model's weights stay.
+Images are generated with a full cache. Their tokens go through the decoder again, without the tokens that an `SSDCache`
+would have evicted, and a `LearnedScore` is trained by gradient descent on the divergence. Labels, slots and the model's
+weights do not change.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ from ssd_cache.training.recording import check_teachable, draw_lesson, replay_le
 from ssd_cache.training.trainer import Trainer, mean_attention
 
 DRAWN = 4
-"""Batches drawn at once: a few pictures take hardly less time to draw than many."""
+"""Batches generated together, since a few images take almost as long to generate as many."""
 
 NO_SAY = 0.01
-"""Guidance scales this near 1 give unconditional rows no say, and they are left out."""
+"""Within this distance of 1, guidance has no effect and the unconditional rows are skipped."""
 
 SAVE_SECONDS = 30
-"""Seconds of steps between two savings."""
+"""Seconds between two writes of the state file during the steps."""
 
 SMOOTHED = 20
-"""Steps whose mean divergence the bar shows: that of a single batch goes up and down with its images."""
+"""Steps whose mean divergence the progress bar shows; the divergence of one batch varies with its images."""
 
 LEARNED = ", score learned"
-"""What a map's method says then."""
+"""Suffix of the `method` of a map with a learned score."""
 
 
 def learn_score(
@@ -68,47 +69,51 @@ def learn_score(
     progress: bool = True,
     state_file: str | os.PathLike[str] | None = None,
 ) -> HeadMap:
-    """The map with a score that its semantic heads rank tokens by, in the place of the attention received.
+    """Train a score for a map; its semantic heads then rank tokens by this score instead of the attention received.
 
-    A picture of each prompt is drawn with a full cache. Then, step by step, the tokens of some of them go through the
-    decoder at once, twice: with everything, and with what a cache of these settings would hold under the score so far.
-    The loss is the KL divergence of the next token's distribution, and its gradient reaches the score through the
-    choice itself: forwards the tokens kept are exactly the cache's; backwards the cut is soft, and a token that was
-    dropped is credited with what its weight would have changed. So the score learns what pictures turn on, which is not
-    what is looked at most. It begins with the attention that a place still receives from a row on, on average.
+    First, an image is generated for each prompt with a full cache. Each step then feeds the tokens of some images
+    through the decoder twice, all tokens at once: with all tokens, and with the tokens that a cache of these settings
+    would hold under the current score. The loss is the KL divergence of the next-token distributions.
 
-    Beside the model it holds what went into the decoder for every picture, and for a step every layer's attention
-    weights a few times over.
+    The gradient reaches the score with a straight-through estimator. In the forward pass, the kept tokens are exactly
+    those of the cache. In the backward pass, the eviction threshold is soft, and a dropped token receives the change
+    of the loss that its attention weight would have caused. So the score learns which tokens the outputs depend on;
+    these are not always the tokens that receive the most attention. The initial score is the mean attention that each
+    position still receives from a given row on.
+
+    Memory, in addition to the model: the decoder inputs of every image, and during a step, several copies of every
+    layer's attention weights.
 
     Args:
         model: a loaded image model of a supported family, or a `Generator`.
-        prompts: of the pictures to learn from; a few hundred, unlike each other.
-        head_map: its labels; a learned score that it carries is what learning goes on from.
-        budget: of the cache that the score is for, as for `SSDCache`; also the map's new budget.
-        buffer: of that cache; a third of a row when not given, as `SSDCache` has it with a learned score.
-        num_recent: of that cache, as for `SSDCache`.
-        num_sinks: of that cache, as for `SSDCache`.
-        num_steps: steps in all, of `batch_size` pictures each. More than a state file has extends its run: the further
-            steps follow the schedule (learning rate, softness of the cut) of the new total from where it stands, so
-            the score differs from that of a run with this total from the beginning.
-        learning_rate: of Adam, for the weights of places; a third of it for those of K and V.
-        processor: the model's; loaded from where the model came from when not given.
-        batch_size: pictures a step; four times as many are drawn at once.
+        prompts: prompts of the training images; a few hundred different ones.
+        head_map: gives the labels; if it has a learned score, training continues from it.
+        budget: budget of the cache that the score is for, as for `SSDCache`; also the map's new budget.
+        buffer: eviction interval of that cache; by default a third of a row, as in `SSDCache` with a learned score.
+        num_recent: newest tokens that semantic heads of that cache always keep, as for `SSDCache`.
+        num_sinks: first visual tokens that every head of that cache keeps, as for `SSDCache`.
+        num_steps: total number of steps, of `batch_size` images each. A larger number than in the state file extends
+            its run: from its last step on, the schedule (learning rate, softness of the threshold) is that of the new
+            total, so the score differs from that of a run with this total from the beginning.
+        learning_rate: learning rate of Adam for the position weights; those of K and V use a third of it.
+        processor: the model's processor; by default loaded from the same source as the model.
+        batch_size: images per step; four times as many are generated together.
         guidance_scale: as for `Generator.generate`.
         temperature: as for `Generator.generate`, above 0.
-        seed: of the first pictures, and of the order in which they are learned from.
-        progress: show a bar over pictures, then over steps.
+        seed: seed of the first images, and of the order of the training batches.
+        progress: show a progress bar over images, then over steps.
         state_file: a file that is written after every batch of images, every `SAVE_SECONDS` of steps, and when the run
-            is interrupted; when it exists, the run resumes from it, to the same score, bit for bit.
+            is interrupted. If it exists, the run resumes from it and gives the same score, bit for bit.
 
     Returns:
-        The map, its `learned` the score and its `budget` the one learned for. Its `profile["learning"]["held_out"]`
-        compares the divergence before and after on `HELD_OUT` further images of the same prompts.
+        The map with the score as `learned` and the budget that it was trained for as `budget`. Its
+        `profile["learning"]["held_out"]` compares the divergence before and after on `HELD_OUT` additional images of
+        the same prompts.
 
     Raises:
-        GeneratorError: no prompts, too long ones, an unsupported model, or a drawing setting out of range.
-        HeadMapError: a map of another model's shape.
-        ProfilingError: numbers that are not finite; a state file of another run, or one that can not be written.
+        GeneratorError: no prompts, too long prompts, an unsupported model, or a generation setting out of range.
+        HeadMapError: the map was made for a model of another shape.
+        ProfilingError: numbers that are not finite, a state file of another run, or one that cannot be written.
         ValueError: any other setting out of range, or a map under which no head ranks its tokens.
     """
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
@@ -153,7 +158,7 @@ def learn_score(
         "slots": [list(plan.num_slots) for plan in plans],
         **facts,
     }
-    result = replace(  # refuses before the first step what could not be returned after the last
+    result = replace(  # made before the first step, so that an invalid result fails early
         head_map,
         budget=_own_budget(head_map, budget, plans),
         method=f"{(head_map.method or 'labels given').removesuffix(LEARNED)}{LEARNED}"[:MAX_TEXT],
@@ -197,7 +202,7 @@ def learn_score(
 
 
 def _own_budget(head_map: HeadMap, budget: Budget | None, plans: Sequence[LayerPlan]) -> Budget | None:
-    """The budget of the new map: the one trained for, with every head's slots where one number scaled the map's own."""
+    """The budget of the new map; the slots of every head where `budget` is one number and scaled the map's own."""
     if budget is None:
         return head_map.budget
     return [list(plan.num_slots) for plan in plans] if head_map.slots and is_amount(budget) else budget
@@ -217,10 +222,10 @@ def check_learning(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> list[LayerPlan]:
-    """Refuse settings out of range before a model is loaded, all as for `learn_score`; returns what each layer keeps.
+    """Check the settings of `learn_score` before a model is loaded; returns the plan of each layer.
 
     Raises:
-        ValueError: value, limit and remedy.
+        ValueError: a setting is out of range; the message names the value, the limit and the remedy.
     """
     check_count("num_steps", num_steps, 1)
     check_count("batch_size", batch_size, 1)
@@ -251,9 +256,9 @@ def _lessons(
     save: Callable[[], None],
     progress: bool,
 ) -> list[Lesson]:
-    """A lesson of each batch, then the held-out one; images that are not in `images` yet are generated and added.
+    """A lesson for each batch, then the held-out one; images that are not in `images` yet are generated and added.
 
-    They have no unconditional rows where guidance has no effect.
+    Where guidance has no effect, lessons have no unconditional rows.
     """
     batches = [list(prompts[start : start + num_at_once]) for start in range(0, len(prompts), num_at_once)]
     batches.append([prompts[index * len(prompts) // HELD_OUT] for index in range(HELD_OUT)])
@@ -273,7 +278,7 @@ def _lessons(
 def _follow(
     run: LearningRun, trainer: Trainer, lessons: Iterator[Lesson], save: Callable[[], None], progress: bool
 ) -> None:
-    """Take a step on each lesson; the state is saved now and then, and at the end, however it comes."""
+    """Take a step on each lesson; the state is saved every `SAVE_SECONDS` and at the end, also after an exception."""
     assert run.learning is not None
     recent: deque[float] = deque(maxlen=SMOOTHED)
     bar = tqdm(total=trainer.num_steps, initial=run.num_steps, unit=" steps", desc="learning", disable=not progress)
@@ -293,7 +298,7 @@ def _follow(
 
 
 def _steps(lessons: Sequence[Lesson], batch_size: int, seed: int) -> Iterator[Lesson]:
-    """Some pictures a step for ever, in an order that only the seed decides; those of a step were drawn together."""
+    """Endless training batches; their order depends only on the seed. Images of a batch were generated together."""
     parts = [
         lesson.part(slice(start, start + batch_size))
         for lesson in lessons

@@ -1,6 +1,7 @@
-"""How far learning a score has come: the images, the score with the optimizer's memory, and the held-out divergence.
+"""The state of a training run: images, the score with the optimizer's moments, and the held-out divergence.
 
-It takes optimizer steps, and is kept in a `run_state.py` state file. Gradients are computed in `trainer.py`.
+This module takes optimizer steps, and saves the state in a file of `runs/run_state.py`. `trainer.py` computes the
+gradients.
 """
 
 from __future__ import annotations
@@ -19,25 +20,25 @@ from ssd_cache.io.untrusted import check_like, checked, checked_fields
 from ssd_cache.runs.run_state import RunState, check_images, check_same_run, not_a_state, read_state, write_state
 
 FORMAT = "ssd-cache learning 2"
-"""The first format held no images."""
+"""Format 1 held no images."""
 
 WHAT = "the state of learning a score"
 
 PARTS = ("score", "mean", "square")
 
 HELD_OUT = 8
-"""Images that no step is taken on; the divergence before and after learning is measured on them."""
+"""Images that are not trained on; the divergence before and after training is measured on them."""
 
 BETAS, TINY = (0.9, 0.98), 1e-8
-"""Of Adam (Kingma and Ba, arXiv 1412.6980)."""
+"""Decay rates and epsilon of Adam (Kingma and Ba, arXiv 1412.6980)."""
 
 OF_STATES = 1 / 3
-"""Share of the learning rate for the weights of K and V, of which each token has many."""
+"""Factor on the learning rate for the weights of K and V, since many of them act on each token."""
 
 
 @dataclass(frozen=True)
 class LearningState:
-    """The tensors of the score, means of their gradients and of the squares of these, and the steps taken."""
+    """The score's tensors, the running means of their gradients and squared gradients, and the number of steps."""
 
     score_tensors: dict[str, torch.Tensor]
     means: dict[str, torch.Tensor]
@@ -46,17 +47,17 @@ class LearningState:
 
     @classmethod
     def beginning(cls, learned: LearnedScore) -> LearningState:
-        """Before the first step."""
+        """The state before the first step, with the score `learned`."""
         tensors = {name: tensor.clone() for name, tensor in learned.tensors().items()}
         means, squares = ({name: torch.zeros_like(tensor) for name, tensor in tensors.items()} for _ in range(2))
         return cls(tensors, means, squares, num_steps=0)
 
     def score(self) -> LearnedScore:
-        """What was learned so far."""
+        """The current score."""
         return LearnedScore(**self.score_tensors)
 
     def parameters(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The tensors of the score on a device, to be asked for gradients."""
+        """Copies of the score's tensors on a device, which require gradients."""
         return {name: tensor.to(device, copy=True).requires_grad_(True) for name, tensor in self.score_tensors.items()}
 
     def follow(self, gradients: Mapping[str, torch.Tensor], learning_rate: float) -> LearningState:
@@ -77,14 +78,14 @@ class LearningState:
 
 @dataclass
 class LearningRun:
-    """Everything that a run has finished so far.
+    """Everything that a run has completed so far.
 
     Attributes:
-        images: visual tokens of the batches that were generated, int64 `[images, cells]` each; the held-out ones last.
-        learning: None before the first score.
-        before: held-out divergence of each image under the first score, float64 `[held-out images]`.
-        after: the same under the present score, once all steps are done.
-        stages: `[first step, total]` of each schedule that was followed; more than one after an extension.
+        images: visual tokens of the generated batches, int64 `[images, cells]` each; the held-out batch last.
+        learning: score and optimizer state; None before the first score.
+        before: divergence of each held-out image under the initial score, float64 `[held-out images]`.
+        after: the same under the current score, once all steps are done.
+        stages: `[first step, total]` of each schedule used; more than one after an extension.
     """
 
     images: list[torch.Tensor] = field(default_factory=list)
@@ -95,20 +96,20 @@ class LearningRun:
 
     @property
     def num_steps(self) -> int:
-        """Steps taken."""
+        """Number of steps taken."""
         return 0 if self.learning is None else self.learning.num_steps
 
     def begin_stage(self, num_steps: int) -> None:
-        """Follow the schedule of a total of `num_steps` from here on."""
+        """Follow the schedule for `num_steps` total steps from the current step on."""
         if self.stages and self.stages[-1][1] == num_steps:
             return
         self.after = None
-        self.stages = [stage for stage in self.stages if stage[0] < self.num_steps]  # those that took a step
+        self.stages = [stage for stage in self.stages if stage[0] < self.num_steps]  # drop stages without a step
         if not self.stages or self.stages[-1][1] != num_steps:
             self.stages.append([self.num_steps, num_steps])
 
     def compared(self) -> dict[str, Any]:
-        """Held-out divergence before and after, in nats a token, with the standard error of the mean difference."""
+        """Held-out divergence before and after, in nats per token, with the standard error of the mean difference."""
         assert self.before is not None
         assert self.after is not None
         difference = self.after - self.before
@@ -120,7 +121,7 @@ class LearningRun:
         }
 
     def save(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Write it to a file, whole or not at all; raises ProfilingError."""
+        """Write the run to a file, completely or not at all; raises ProfilingError."""
         tensors = {f"images.{index}": tokens for index, tokens in enumerate(self.images)}
         for name, tensor in (("before", self.before), ("after", self.after)):
             tensors |= {} if tensor is None else {name: tensor}
@@ -132,15 +133,15 @@ class LearningRun:
 
     @classmethod
     def load(cls, path: Path, settings: Mapping[str, Any], head_map: HeadMap) -> LearningRun:
-        """Read what `save` wrote in a run with the same settings.
+        """Read a file that `save` wrote in a run with the same settings.
 
         Args:
             path: the file.
-            settings: of this run.
-            head_map: the map that is to carry the score.
+            settings: the settings of this run.
+            head_map: the map that will get the score.
 
         Raises:
-            ProfilingError: another file, or one of a run with other settings.
+            ProfilingError: the file has other contents, or belongs to a run with other settings.
         """
         file = read_state(path, FORMAT, WHAT)
         check_same_run(path, file.settings, settings)

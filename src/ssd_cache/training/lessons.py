@@ -1,6 +1,7 @@
-"""Images that a model generated with a full cache, fed to its decoder again, all tokens at once and with gradients.
+"""Lessons: images generated with a full cache, fed to the decoder again, all tokens at once and with gradients.
 
-It runs the decoder with an attention of the caller's choice. `recording.py` makes lessons; nothing is learned here.
+This module runs the decoder with an attention function given by the caller. `recording.py` makes lessons; nothing is
+trained here.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ from ssd_cache.training.likelihood import log_probabilities
 NAME = "ssd-lesson"
 
 Weigh = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""From a layer's number, the logits of all tokens `[rows, kv_heads, groups, tokens, tokens]`, float32, minus infinity
-where a full cache shows nothing, and K and V of the visual ones `[rows, kv_heads, visual tokens, head_dim]`, to weights
-of the logits' shape."""
+"""A function that computes attention weights, of the shape of the logits.
+
+Its arguments are a layer's index; the logits of all tokens `[rows, kv_heads, groups, tokens, tokens]`, float32, minus
+infinity where a full cache masks a token; and K and V of the visual tokens `[rows, kv_heads, visual tokens, head_dim]`.
+"""
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """The tokens of some pictures, prompts included.
+    """The decoder inputs of some images, prompts included.
 
     Attributes:
-        inputs: what the decoder takes, `[rows, num_prompt + cells - 1, ...]` each: token ids or embeddings, positions.
+        inputs: the decoder's inputs, `[rows, num_prompt + cells - 1, ...]` each: token ids or embeddings, positions.
         seen: `[rows, num_prompt]`, False on padding.
-        is_unconditional: `[rows]`, the rows that guidance draws without their prompts; in the order of the others.
+        is_unconditional: `[rows]`, True for guidance's rows without a prompt, which are in the order of the others.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -43,12 +46,12 @@ class Lesson:
         return int((~self.is_unconditional).sum())
 
     def part(self, pictures: slice) -> Lesson:
-        """Some of the pictures, with their unconditional rows."""
+        """Some of the images, with their unconditional rows."""
         kinds = (~self.is_unconditional, self.is_unconditional)
         return self._of_rows(torch.cat([kind.nonzero()[:, 0][pictures] for kind in kinds]))
 
     def conditional(self) -> Lesson:
-        """The same without unconditional rows, for a guidance that gives them no say."""
+        """The lesson without unconditional rows, for a guidance scale at which they have no effect."""
         return self._of_rows((~self.is_unconditional).nonzero()[:, 0])
 
     def _of_rows(self, rows: torch.Tensor) -> Lesson:
@@ -57,14 +60,14 @@ class Lesson:
 
 
 def attend_lesson(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """transformers' attention function for the name "ssd-lesson", inside `taught` alone."""
+    """transformers' attention function for the name "ssd-lesson"; works only inside `taught`."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return module.ssd_attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
 
 
 @contextmanager
 def taught(generator: Generator, lesson: Lesson, weigh: Weigh) -> Iterator[None]:
-    """Let `weigh` say what the decoder attends inside the block, whose weights take no gradients there."""
+    """Inside the block, the decoder uses the attention weights of `weigh`; model parameters require no gradients."""
     allowed, num_prompt = _allowed_tokens(lesson), lesson.seen.shape[1]
 
     def attend(layer_idx: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float):
@@ -91,7 +94,7 @@ def taught(generator: Generator, lesson: Lesson, weigh: Weigh) -> Iterator[None]
 
 
 def _allowed_tokens(lesson: Lesson) -> torch.Tensor:
-    """What each token may look at with a full cache, `[rows, 1, 1, tokens, tokens]`; padding sees itself."""
+    """The attention mask of a full cache, `[rows, 1, 1, tokens, tokens]`; padding attends to itself."""
     length = next(tensor for name, tensor in lesson.inputs.items() if name != "position_ids").shape[1]
     seen = torch.nn.functional.pad(lesson.seen, (0, length - lesson.seen.shape[1]), value=True)
     causal = torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
@@ -102,7 +105,7 @@ def _allowed_tokens(lesson: Lesson) -> torch.Tensor:
 def log_probabilities_of(
     generator: Generator, lesson: Lesson, guidance_scale: float, temperature: float
 ) -> torch.Tensor:
-    """What the model says of every visual token, `[pictures, cells, vocabulary]`, float32; inside `taught`."""
+    """Log-probabilities of every visual token, `[images, cells, vocabulary]`, float32; call it inside `taught`."""
     decoder, head = generator.language_model.get_decoder(), generator.visual_head
     assert head is not None
     states = decoder(**lesson.inputs, use_cache=False).last_hidden_state[:, lesson.seen.shape[1] - 1 :]

@@ -1,6 +1,6 @@
-"""What a model says of the next visual token: log-probabilities under guidance, and how far two of them are apart.
+"""Log-probabilities of the next visual token under guidance, and the KL divergence of two distributions.
 
-Tensor functions alone; whose scores they are, and why they are compared, is the callers' business.
+This module has only tensor functions; it runs no model.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import torch
 def log_probabilities(
     scores: torch.Tensor, is_unconditional: torch.Tensor, guidance_scale: float, temperature: float
 ) -> torch.Tensor:
-    """What tokens are sampled by, of the head's scores.
+    """The log-probabilities from which tokens are sampled.
 
     Args:
-        scores: `[rows, ..., vocabulary]`.
-        is_unconditional: `[rows]`, the rows that guidance draws without their prompts; none of them: no guidance.
+        scores: logits of the head, `[rows, ..., vocabulary]`.
+        is_unconditional: `[rows]`, True for guidance's rows without a prompt; without such rows, there is no guidance.
         guidance_scale, temperature: as for `Generator.generate`, the temperature above 0.
 
     Returns:
-        `[pictures, ..., vocabulary]`.
+        `[images, ..., vocabulary]`.
     """
     if is_unconditional.any():
         without = scores[is_unconditional]
@@ -28,17 +28,17 @@ def log_probabilities(
 
 
 def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) in nats, `[...]`, of log-probabilities `[..., vocabulary]`; what p rules out counts nothing."""
+    """KL(p || q) in nats, `[...]`, of log-probabilities `[..., vocabulary]`; terms with p = 0 are 0."""
     p = log_p.exp()
     terms = (p * (log_p - log_q)).masked_fill(p == 0, 0.0)
-    return terms.sum(-1).clamp_min(0)  # below 0 by rounding alone
+    return terms.sum(-1).clamp_min(0)  # rounding can make it negative
 
 
 def certain_scores(scores: torch.Tensor, tokens: torch.Tensor, is_unconditional: torch.Tensor) -> torch.Tensor:
-    """Scores under which a given token is the likeliest one, with guidance or without.
+    """Logits under which a given token is the most likely one, with or without guidance.
 
     Args:
-        scores: of the head, `[rows, ..., vocabulary]`, for their shape, dtype and device.
+        scores: logits of the head, `[rows, ..., vocabulary]`; only shape, dtype and device are used.
         tokens: `[images]`, the given token of each image.
         is_unconditional: as for `log_probabilities`.
     """

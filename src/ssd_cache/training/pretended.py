@@ -1,7 +1,8 @@
-"""Evictions pretended over a whole picture at once, in a way that a gradient passes through.
+"""Simulated evictions over a whole image at once, differentiable by a straight-through estimator.
 
-What an `SSDCache` would hold at every step comes out as zeros and ones, the same tokens to the last; backwards, the cut
-between those that stay and those that go is taken as soft, and a token left out tells what it would have changed.
+In the forward pass, zeros and ones mark exactly the tokens that an `SSDCache` would hold at every step. In the backward
+pass, the eviction threshold is soft, and an evicted token receives the change of the loss that it would have caused.
+This module runs no model and takes no optimizer steps.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from ssd_cache.head_map.learned_score import LearnedScore
 def retained_tokens(
     plan: LayerPlan, learned: LearnedScore, keys: torch.Tensor, values: torch.Tensor, softness: float
 ) -> torch.Tensor:
-    """Which visual tokens the heads of a layer hold when each of them arrives.
+    """Which visual tokens the heads of a layer hold when each visual token arrives.
 
     Args:
-        plan: of the layer; semantic heads rank by `learned`, spatial ones by age.
-        learned: of the layer's heads.
-        keys, values: of the visual tokens, `[rows, kv_heads, tokens, head_dim]`.
-        softness: of the cut, in units of the score, for the gradient alone.
+        plan: plan of the layer; semantic heads rank tokens by `learned`, spatial heads by age.
+        learned: score of the layer's heads.
+        keys, values: K and V of the visual tokens, `[rows, kv_heads, tokens, head_dim]`.
+        softness: temperature of the soft threshold, in units of the score; affects only the gradient.
 
     Returns:
-        `[rows, kv_heads, tokens that arrive, tokens]`, float32 ones and zeros; ones beyond the token that arrives.
+        `[rows, kv_heads, arriving token, tokens]`, float32 ones and zeros; ones for tokens after the arriving one.
     """
     rows, heads, length, _ = keys.shape
     worth = learned.of_states(keys, values)
@@ -46,30 +47,30 @@ def retained_tokens(
                 recent = ages[:num_seen] >= num_seen - plan.num_recent[mine[0]]
                 ranks = ranks.masked_fill(recent, torch.inf)
             held.evict(ranks.masked_fill(ages[:num_seen] < plan.num_sinks, torch.inf))
-        # how many evictions there were before each token arrived
+        # number of evictions before each token arrived
         number = torch.div(ages - num_slots, buffer, rounding_mode="floor").add(1).clamp(0, len(evictions))
         parts |= dict(zip(mine, torch.stack(held.after, 2).index_select(2, number).unbind(1), strict=True))
     return torch.stack([parts[head] for head in range(heads)], 1)
 
 
 class _Held:
-    """What heads with equally many slots hold after each eviction, `after`, `[rows, heads, tokens]` each."""
+    """The tokens held by heads with equal slot counts; `after` has `[rows, heads, tokens]` for each eviction."""
 
     def __init__(self, everything: torch.Tensor, num_kept: int, softness: float):
         self.num_kept, self.softness = num_kept, softness
         self.alive, self.soft, self.after = everything > 0, everything, [everything]
 
     def evict(self, ranks: torch.Tensor) -> None:
-        """Drop all but the highest of the tokens that are held, `ranks` `[rows, heads, seen]`; for good."""
+        """Permanently drop all held tokens except the `num_kept` with the highest `ranks`, `[rows, heads, seen]`."""
         seen = ranks.shape[2]
         alive = self.alive[..., :seen]
-        # of equal ranks the older goes, so the newer comes first here
+        # of equal ranks the older token is dropped, so the stable sort sees newer tokens first
         newest_first = ranks.detach().masked_fill(~alive, -torch.inf).flip(-1)
         values, indices = newest_first.sort(dim=-1, descending=True, stable=True)
         kept = torch.zeros_like(alive).scatter_(2, seen - 1 - indices[..., : self.num_kept], True)
         self.alive = torch.cat([kept, self.alive[..., seen:]], 2)
-        # the cut lies between the last that stays and the first that goes, and moves with the tokens near it
-        between = F.pad(values, (1, 0), value=torch.inf)  # where nothing stays, the cut is above all that goes
+        # the threshold lies between the lowest kept and the highest dropped rank, and moves with the tokens near it
+        between = F.pad(values, (1, 0), value=torch.inf)  # if nothing is kept, the threshold is above all ranks
         high, low = between[..., self.num_kept : self.num_kept + 2].split(1, -1)
         cut = torch.where(high.isinf(), low, (low + high) / 2)
         soft = torch.sigmoid((ranks.detach() - cut) / self.softness)
@@ -78,7 +79,7 @@ class _Held:
         shift = (near * (ranks - ranks.detach())).sum(-1, keepdim=True) / near.sum(-1, keepdim=True).clamp(min=0.01)
         moved = soft + soft * (1 - soft) / self.softness * (ranks - ranks.detach() - shift)
         before = self.soft[..., :seen]
-        # a token that went before can not come back: what it is short of now counts only where that was more
+        # a dropped token cannot return: its soft value is the minimum over all evictions so far
         self.soft = torch.cat([torch.where(moved < before, moved, before), self.soft[..., seen:]], 2)
         self.after.append(self.alive.float() + (self.soft - self.soft.detach()))
 
@@ -99,7 +100,7 @@ class _MaskedSoftmax(torch.autograd.Function):
         logits, weights, total, held = ctx.saved_tensors
         start = logits.shape[-1] - held.shape[-1]
         change = gradient - (weights * gradient).sum(-1, keepdim=True)
-        # the weight that a token left out would have, were it let in alone
+        # the weight that an evicted token would have if it alone were added
         visual = (..., slice(start, None), slice(start, None))
         let_in = torch.sigmoid(logits[visual] - total[..., start:, :])
         share = torch.where(held[:, :, None] < 0.5, let_in, weights[visual])
@@ -107,14 +108,14 @@ class _MaskedSoftmax(torch.autograd.Function):
 
 
 def masked_softmax(logits: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-    """Softmax over what is held, with a gradient for what is not.
+    """Softmax over the held tokens, with a gradient also for tokens that are not held.
 
     Args:
-        logits: `[rows, kv_heads, groups, prompt + tokens, prompt + tokens]`, minus infinity where nothing may be seen.
-        held: `[rows, kv_heads, tokens, tokens]`, ones and zeros, of the visual tokens.
+        logits: `[rows, kv_heads, groups, prompt + tokens, prompt + tokens]`, minus infinity for masked tokens.
+        held: `[rows, kv_heads, tokens, tokens]`, ones and zeros for the visual tokens.
 
     Returns:
-        The weights, of the logits' shape. Backwards, `held` gets the change of the loss that a token would make by its
-        weight, also where it is zero.
+        The weights, of the logits' shape. In the backward pass, the gradient of `held` is the change of the loss that
+        each token's weight would cause, also where `held` is zero.
     """
     return _MaskedSoftmax.apply(logits, held)

@@ -1,6 +1,6 @@
 """Makes lessons: generates images with a full cache and records the inputs of the decoder, or replays tokens.
 
-A replay gives the same inputs without running the decoder's layers. How a lesson is used is in `lessons.py`.
+A replay gives the same inputs without running the decoder's layers. `lessons.py` uses the lessons.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_teachable(generator: Generator) -> None:
 
 
 def draw_lesson(generator: Generator, prompts: Sequence[str], **settings) -> tuple[Lesson, torch.Tensor]:
-    """Generate an image of each prompt with the model's own cache, and record the inputs of its decoder.
+    """Generate an image for each prompt with the model's own cache, and record the inputs of its decoder.
 
     Args:
         settings: as for `Generator.generate`.
@@ -38,24 +38,24 @@ def draw_lesson(generator: Generator, prompts: Sequence[str], **settings) -> tup
         The lesson, and the visual tokens `[images, cells]` on the CPU, which `replay_lesson` takes.
 
     Raises:
-        GeneratorError: a decoder that is not fed a prompt and then token by token.
+        GeneratorError: the decoder does not get the prompt at once and then one token at a time.
     """
     calls, tokens = _record(generator, lambda: generator.generate(prompts, **settings))
     return _lesson_of(generator, calls, len(prompts)), tokens
 
 
 def replay_lesson(generator: Generator, prompts: Sequence[str], tokens: torch.Tensor, **settings) -> Lesson:
-    """The lesson of images that were generated before, equal bit for bit to the one that `draw_lesson` gave.
+    """The lesson of images that were generated before, bit for bit equal to the lesson from `draw_lesson`.
 
-    The model's own `generate` runs again on the given tokens, and its decoder is replaced by one that returns zeros:
-    the inputs of the decoder follow from the tokens, and its layers take almost all the time.
+    The model's own `generate` runs again on the given tokens, with a decoder that returns zeros. The inputs of the
+    decoder depend only on the tokens, and its layers would take almost all the time.
 
     Args:
-        tokens: as `draw_lesson` gave them.
+        tokens: visual tokens from `draw_lesson`.
         settings: as for `draw_lesson`.
 
     Raises:
-        GeneratorError: tokens of other images than the model takes.
+        GeneratorError: the tokens do not fit the model.
     """
     shape = len(prompts), generator.checkpoint.num_visual_tokens
     if tokens.dtype != torch.int64 or tokens.shape != shape or tokens.min() < 0:
@@ -108,7 +108,7 @@ def _lesson_of(generator: Generator, calls: Calls, num_prompts: int) -> Lesson:
 
 @contextmanager
 def _empty_decoder(generator: Generator, tokens: torch.Tensor) -> Iterator[None]:
-    """Inside the block the decoder only counts tokens in its cache, and the model generates the given ones."""
+    """Inside the block, the decoder only counts tokens in its cache, and the model generates the given tokens."""
     decoder, head = generator.language_model.get_decoder(), generator.visual_head
     assert head is not None
     weights, steps = next(decoder.parameters()), iter(tokens.unbind(1))

@@ -1,6 +1,6 @@
-"""The trainer of a learned score: one gradient step on some images, and the divergence of held-out ones.
+"""The trainer of a learned score: takes gradient steps on images, and measures the divergence of held-out images.
 
-It holds no file and generates no image: `learning.py` feeds it lessons, and `learning_state.py` keeps the results.
+It accesses no files and generates no images: `learning.py` provides lessons, and `learning_state.py` stores results.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ssd_cache.training.likelihood import kl_divergence
 from ssd_cache.training.pretended import masked_softmax, retained_tokens
 
 SOFTNESS = 1.0, 0.4
-"""Temperature of the soft eviction threshold at the first step and at the last."""
+"""Initial and final temperature of the soft eviction threshold."""
 
 WARM_UP, CLIP = 10, 0.02
-"""Steps until the whole learning rate, and the norm at which gradients are clipped: a few images diverge the most."""
+"""Steps of learning-rate warm-up, and the norm at which gradients are clipped: a few images have large divergences."""
 
 LEAST = 1e-4
-"""Attention that counts as none, so that its logarithm is a number."""
+"""Added to the attention before the logarithm, so that zero attention gives a finite number."""
 
 
 class Trainer:
@@ -34,10 +34,10 @@ class Trainer:
 
     Args:
         generator: the model.
-        plans: for each layer, what the cache that the score is for keeps.
-        guidance_scale, temperature: of the distribution that is compared.
-        learning_rate: of Adam.
-        num_steps: the total that the schedule of learning rate and softness is made for.
+        plans: for each layer, the plan of the cache that the score is for.
+        guidance_scale, temperature: settings of the distributions that are compared.
+        learning_rate: learning rate of Adam.
+        num_steps: total number of steps in the schedule of learning rate and softness.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Trainer:
         self.score: LearnedScore | None = None  # None while everything is kept
 
     def step(self, state: LearningState, lesson: Lesson) -> tuple[LearningState, float]:
-        """The state after a step, and the divergence of a token before it, in nats: mean over images and tokens."""
+        """The state after a step, and the mean divergence per token before it, in nats, over images and tokens."""
         done = state.num_steps / self.num_steps
         first, last = SOFTNESS
         self.softness = first * (last / first) ** done
@@ -70,14 +70,14 @@ class Trainer:
 
     @torch.no_grad()
     def divergences(self, state: LearningState, lesson: Lesson, batch_size: int) -> torch.Tensor:
-        """The divergence of a token in nats, mean over the tokens of each image, float64 `[images]`; no step."""
+        """The mean divergence per token of each image, in nats, float64 `[images]`; takes no step."""
         score = LearnedScore(**state.parameters(self.generator.model.device))
         starts = range(0, lesson.num_pictures, batch_size)
         parts = [self._divergence(lesson.part(slice(start, start + batch_size)), score) for start in starts]
         return torch.cat([part.double().mean(1).cpu() for part in parts])
 
     def _divergence(self, lesson: Lesson, score: LearnedScore) -> torch.Tensor:
-        """KL divergence of the next token, full cache against evicted, `[images, cells]`."""
+        """KL divergence of the next token, full cache against evicted cache, `[images, cells]`."""
         with taught(self.generator, lesson, self._weigh):
             with torch.no_grad():
                 full = log_probabilities_of(self.generator, lesson, **self.sampling)
@@ -101,15 +101,16 @@ class Trainer:
 
 
 def _gradient(parameter: torch.Tensor) -> torch.Tensor:
-    assert parameter.grad is not None  # every tensor is part of every rank
+    assert parameter.grad is not None  # every tensor contributes to every rank
     return parameter.grad
 
 
 @torch.no_grad()
 def mean_attention(generator: Generator, lesson: Lesson, head_map: HeadMap) -> LearnedScore:
-    """The score to begin with: the logarithm of the attention that a place still receives from a row on.
+    """The initial score: the logarithm of the attention that each position still receives from a given row on.
 
-    On average over the pictures, taken apart into a part by rows and one by columns and distance; nothing of K and V.
+    The attention is averaged over images. The logarithm is split into a row part and a part by column and row distance.
+    The weights of K and V are zero.
     """
     rows, columns = head_map.grid
     found: dict[int, torch.Tensor] = {}
@@ -118,7 +119,7 @@ def mean_attention(generator: Generator, lesson: Lesson, head_map: HeadMap) -> L
     def watch(layer_idx: int, logits: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         weights, num_visual = logits.softmax(-1), keys.shape[2]
         received = weights[..., -num_visual:, -num_visual:].sum(2).mean(0)  # [kv_heads, tokens, tokens]
-        received = torch.nn.functional.pad(received, (0, 1, 0, 1))  # the last token of all was never fed
+        received = torch.nn.functional.pad(received, (0, 1, 0, 1))  # the last token is never fed to the decoder
         future = received.unflatten(1, (rows, columns)).sum(2).flip(1).cumsum(1).flip(1)
         found[layer_idx] = (future + LEAST).log().unflatten(2, (rows, columns)).cpu()
         dims.update(key=keys.shape[3], value=values.shape[3])

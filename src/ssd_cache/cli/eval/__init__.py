@@ -1,7 +1,7 @@
-"""`ssd-cache eval`: how good pictures are that were drawn with a cache policy, one command a benchmark.
+"""`ssd-cache eval`: measure the quality of images generated with a cache policy, one command a benchmark.
 
-Commands are entered here, one line each; options and the order of work are in the modules beside, the measuring is
-`ssd_cache.evaluation`'s.
+Only registers the commands. Options and the order of work are in the other modules of this package. Measuring is in
+`ssd_cache.evaluation`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ app.command("clipscore")(metrics.clipscore)
 
 @app.callback(invoke_without_command=True)
 def root(context: typer.Context) -> None:
-    """Measure how good the pictures of cache policies are, against the full cache and against each other."""
+    """Measure image quality under cache policies, compared with the full cache and each other."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit(2)

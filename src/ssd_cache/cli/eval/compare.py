@@ -1,6 +1,6 @@
-"""`ssd-cache eval compare`: what scored folders of GenEval or DPG-Bench differ by, with an interval and p.
+"""`ssd-cache eval compare`: differences between scored folders of GenEval or DPG-Bench, with an interval and p.
 
-Options and the table. What may be compared, and the statistics, are `ssd_cache.evaluation.comparing`'s.
+Options and the table. `ssd_cache.evaluation.comparing` holds the statistics and checks that files are comparable.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def compare(
     results: Annotated[
         list[Path],
         typer.Argument(
-            help="Two or more results.jsonl, or their folders; the first is what the others are held against.",
+            help="Two or more results.jsonl, or their folders; the others are compared with the first.",
             metavar="RESULTS",
             show_default=False,
         ),
@@ -32,15 +32,19 @@ def compare(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Also write comparison.md and .json there.", metavar="FOLDER", show_default=False
+            "--output",
+            "-o",
+            help="Also write comparison.md and .json into this folder.",
+            metavar="FOLDER",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Tell differences between scored folders from chance, of GenEval or DPG-Bench.
+    """Test differences between scored folders of GenEval or DPG-Bench.
 
-    Takes what `eval geneval score` or `eval dpg score` wrote. Prints every score
-    with its standard error, and what it is above the first one's with a 95%
-    interval and p, by a paired bootstrap over prompts.
+    Reads the results of `eval geneval score` or `eval dpg score`. Prints every
+    score with its standard error, and its difference from the first score with a
+    95% interval and p, by a paired bootstrap over prompts.
     """
     with refusing():
         if output is not None:

@@ -1,6 +1,6 @@
-"""`ssd-cache eval dpg`: draw DPG-Bench's sheets, and score a folder of them by its rules with a VQA model.
+"""`ssd-cache eval dpg`: generate DPG-Bench's sheets, and score a folder of sheets by its rules with a VQA model.
 
-Options, progress and tables. Rules, models and files are `ssd_cache.evaluation.dpg`'s.
+Options, progress and tables. Rules, models and files are in `ssd_cache.evaluation.dpg`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ app = typer.Typer()
 
 @app.callback(invoke_without_command=True)
 def root(context: typer.Context) -> None:
-    """DPG-Bench: draw its sheets, and score them by its rules."""
+    """DPG-Bench: generate its sheets, and score them by its rules."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit(2)
@@ -60,7 +60,7 @@ def export_dpg(
     output: Output,
     prompts_file: Annotated[
         Path,
-        typer.Option(help="JSON lines with item_id and prompt, or the folder of <item_id>.txt.", metavar="PATH"),
+        typer.Option(help="JSON lines with item_id and prompt, or a folder of files <item_id>.txt.", metavar="PATH"),
     ] = Path("prompts.jsonl"),
     model: ModelName = BUNDLED,
     grid: Grid = None,
@@ -74,10 +74,10 @@ def export_dpg(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Draw the pictures of DPG-Bench: a sheet of 2 x 2 for each prompt, named by its item id.
+    """Generate the images of DPG-Bench: a sheet of 2 x 2 for each prompt, named by its item id.
 
-    A run that was interrupted goes on where it was when the same command comes
-    again. Several processes share the pictures under
+    After an interruption the same command resumes the run. Several processes
+    share the images under
     `accelerate launch -m ssd_cache.cli eval dpg export ...`.
     """
     with refusing():
@@ -98,7 +98,7 @@ def score_dpg(
     questions: Annotated[
         Path,
         typer.Option(
-            help="DPG-Bench's questions: dpg_bench.csv, or a re-pack as .jsonl, .json, .parquet.",
+            help="DPG-Bench's questions: dpg_bench.csv, or a copy as .jsonl, .json, .parquet.",
             metavar="FILE",
             show_default=False,
         ),
@@ -106,7 +106,7 @@ def score_dpg(
     vqa: Annotated[
         str,
         typer.Option(
-            help="Who answers: a BLIP for VQA, or any chat model of images; a folder or a Hub id.",
+            help="Model that answers: a BLIP for VQA, or any chat model for images; a folder or a Hub id.",
             metavar="NAME",
             show_default=False,
         ),
@@ -114,25 +114,27 @@ def score_dpg(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="The folder of the results.", metavar="FOLDER", show_default="results in FOLDER"
+            "--output", "-o", help="Output folder of the results.", metavar="FOLDER", show_default="results in FOLDER"
         ),
     ] = None,
     official: Annotated[
-        bool, typer.Option("--official", help="With the official script's quirks: what is missing is left out.")
+        bool, typer.Option("--official", help="Reproduce the official script's quirks: missing answers are left out.")
     ] = False,
     side: Annotated[
         int | None,
-        typer.Option(help="Pixels of one picture's side.", metavar="N", show_default="half a sheet that was exported"),
+        typer.Option(help="Side of one image in pixels.", metavar="N", show_default="half a sheet that was exported"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions asked at once.", metavar="N", rich_help_panel=MODEL)] = 8,
+    batch_size: Annotated[
+        int, typer.Option(help="Questions answered at once.", metavar="N", rich_help_panel=MODEL)
+    ] = 8,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Score a whole folder of DPG-Bench's sheets ("DPG rules (VQA = ...)").
 
-    Not the papers' numbers: their VQA model is mPLUG. A missing sheet is an
-    error. One that can not be read is left out, is named, and the exit code is
-    then 1.
+    The numbers differ from those of papers, whose VQA model is mPLUG. A missing
+    sheet is an error. A sheet that cannot be read is skipped and named, and the
+    exit code is then 1.
     """
     with refusing():
         if not folder.is_dir():
@@ -181,7 +183,7 @@ def score_dpg(
 
 
 def _side(folder: Path, *, exported: bool) -> int:
-    """The side of one picture: half the first sheet that can be read. Only an exported folder surely holds sheets."""
+    """The side of one image: half the first readable sheet. Only an exported folder is known to hold sheets."""
     if not exported:
         raise WrongUse(
             f"{folder}: another program drew it; give the pixels of one picture's side, --side 384 for Janus"
@@ -190,13 +192,13 @@ def _side(folder: Path, *, exported: bool) -> int:
         try:
             with Image.open(path) as sheet:
                 return sheet.width // 2
-        except OSError:  # named when it is its turn
+        except OSError:  # scoring names this sheet later
             continue
     raise WrongUse(f"{folder} has no sheet that can be read; draw them (ssd-cache eval dpg export)")
 
 
 def _report(result: DPGResult, drawn: str, settings: dict) -> Report:
-    """Overall, the broad categories, the finer ones."""
+    """Table of the overall score, the broad categories and the finer categories."""
     score, error = result.score, result.score.standard_error
     rows = [("overall", f"{score.overall:.2f}", "-" if error is None else f"{error:.2f}")]
     rows += [(name, f"{value:.2f}", "") for level in (score.level1, score.level2) for name, value in level.items()]

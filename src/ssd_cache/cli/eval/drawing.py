@@ -1,7 +1,7 @@
-"""What `eval geneval export` and `eval dpg export` share: their options, and the way from options to pictures.
+"""Shared code of `eval geneval export` and `eval dpg export`: options, checks, and the export itself.
 
-All that can be refused is refused before weights are loaded. How a batch is drawn and a folder resumed is
-`ssd_cache.evaluation.export`'s.
+All checks run before weights are loaded. Generating batches and resuming a folder are in
+`ssd_cache.evaluation.export`.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from ssd_cache.runs.batching import default_batch_size
 from ssd_cache.runs.processes import Processes
 
 EXPORT_BATCH_SIZE = 16
-"""Images at once where memory suffices; a multiple of the units of both benchmarks."""
+"""Default batch size if memory suffices; a multiple of the units of both benchmarks."""
 
 Output = Annotated[
-    Path, typer.Option("--output", "-o", help="The folder of the pictures.", metavar="FOLDER", show_default=False)
+    Path, typer.Option("--output", "-o", help="Output folder of the images.", metavar="FOLDER", show_default=False)
 ]
 PolicyName = Annotated[
     str,
     typer.Option(
-        help="What is kept: full, ssd, h2o, streaming-llm, ..., with settings as in ssd:buffer=8; default is what the "
-        "head map is used with by itself, and is recorded under its exact name.",
+        help="Cache policy: full, ssd, h2o, streaming-llm, ..., with settings as in ssd:buffer=8. default is the head "
+        "map's own settings, recorded under their exact name.",
         metavar="NAME",
         rich_help_panel=CACHE,
     ),
@@ -68,13 +68,18 @@ BatchSize = Annotated[
     ),
 ]
 ExportSeed = Annotated[
-    int, typer.Option(help="With a batch's number it gives the batch's seed.", metavar="N", rich_help_panel=SAMPLING)
+    int,
+    typer.Option(
+        help="Combined with the number of a batch, it gives the seed of the batch.",
+        metavar="N",
+        rich_help_panel=SAMPLING,
+    ),
 ]
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of an export, as they were given."""
+    """The options of an export, as given on the command line."""
 
     model: str
     grid: str | None
@@ -98,15 +103,15 @@ def export(
     num_samples: int,
     options: Options,
 ) -> None:
-    """Draw what a folder lacks of a benchmark's pictures, and say how many there are.
+    """Generate the missing images of a benchmark's folder, and print how many there are.
 
     Args:
-        bench: what the folder is called in its settings.
-        pictures: what is to be drawn.
+        bench: name of the benchmark in the folder's settings.
+        pictures: the images to generate.
         prompts: the text of the folder's own prompt file.
         tagged: tag or id, and text of every prompt, for the settings.
-        num_samples: pictures of a prompt.
-        options: the rest.
+        num_samples: images of each prompt.
+        options: the other options.
     """
     budget = None if options.budget is None else parse_budget(options.budget)
     with refusing():
@@ -129,10 +134,10 @@ def export(
         cache = policy.make_cache(labels, amount)
         generator: Generator | None = None
         batch_size = wanted or processes.gather_all(recorded_batch_size(pictures.root))[0]
-        if batch_size is None:  # it depends on the memory that the weights leave
+        if batch_size is None:  # the default depends on the memory left beside the weights
             check_unclaimed(pictures.root)
             generator = load_generator(checkpoint, kind, where)
-            # reckoned with a full cache, so that the folders of all policies have one batch size
+            # computed for a full cache, so that the folders of all policies have the same batch size
             batch_size = default_batch_size(
                 generator, pictures.texts, EXPORT_BATCH_SIZE, unit=pictures.unit, processes=processes
             )
@@ -174,7 +179,7 @@ def export(
         )
     except (
         ValueError
-    ) as error:  # a full disk, a map that does not fit, a picture of another prompt: each says what to do
+    ) as error:  # a full disk, a map that does not fit, an image of another prompt: the message names the remedy
         raise Failure(str(error)) from error
     if processes.is_main:
         total = len(pictures.texts)
@@ -186,7 +191,7 @@ def export(
 
 
 def _slots_entry(cache: SSDCache) -> dict[str, Any]:
-    """Which slots each head has, where they are not equal: nothing for equal ones, as folders had it before."""
+    """Digest of the slots if they are not equal. Equal slots have no entry, to match folders of older versions."""
     if cache.slots == "uniform":
         return {}
     digest = hashlib.sha256(json.dumps(cache.num_slots).encode()).hexdigest()[:12]
@@ -194,7 +199,7 @@ def _slots_entry(cache: SSDCache) -> dict[str, Any]:
 
 
 def described(settings: Mapping[str, Any]) -> str:
-    """The settings of an export in one line, for tables; what an unknown program drew is said to be unknown."""
+    """The settings of an export in one line, for tables. Without settings, the line says that they are unknown."""
     if not settings:
         return "drawn by another program, settings unknown"
     budget, slots = settings["budget"], settings["num_slots"]
@@ -209,11 +214,12 @@ def described(settings: Mapping[str, Any]) -> str:
 
 @contextmanager
 def judge(option: str, name: str) -> Iterator[None]:
-    """Where the model that an option names is loaded.
+    """Context in which the model of `option` is loaded; turns its errors into messages that name the option.
 
     Raises:
         WrongUse: there is no such model.
-        HubError, Failure: it cannot be looked for, or not be loaded.
+        HubError: the Hub cannot be searched for it.
+        Failure: the model cannot be loaded.
     """
     with refusing():
         find_folder(name, f"{option} {name}")

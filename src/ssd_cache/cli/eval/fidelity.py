@@ -1,6 +1,6 @@
-"""`ssd-cache eval fidelity`: how far cache policies move a model from its full cache, step by step, without a judge.
+"""`ssd-cache eval fidelity`: how far cache policies move a model's output from its full cache, without a judge.
 
-Options, the order of work and a table: everything that can be refused is refused before weights are loaded.
+Holds the options, the order of work and a table. All checks run before weights are loaded.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ PROMPTS = (
     "a photo of a circle left of a square",
     "a photo of a yellow triangle",
 )
-"""Drawn when none are given; words that shapes-janus knows, and every larger model."""
+"""Default prompts. Their words are known to shapes-janus and to every larger model."""
 
 Case = tuple[Policy, Amount]
 
@@ -77,10 +77,11 @@ def fidelity(
     prompts: Prompts = None,
     prompts_file: PromptsFile = None,
     num_images: Annotated[
-        int, typer.Option(help="Pictures in all, at once: the first prompts, and then round again.", metavar="N")
+        int,
+        typer.Option(help="Total images, generated at once: the prompts in order, repeated as needed.", metavar="N"),
     ] = 4,
     batch_size: Annotated[
-        int, typer.Option(help="Images compared at once; each part is saved when it is finished.", metavar="N")
+        int, typer.Option(help="Images compared at once; each finished part is saved.", metavar="N")
     ] = 4,
     resume: Resume = None,
     policies: Policies = f"{DEFAULT},h2o,streaming-llm",
@@ -99,14 +100,15 @@ def fidelity(
     score: ScoreName = None,
     guidance: Guidance = None,
     temperature: OfDistribution = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the pictures.", metavar="N", rich_help_panel=SAMPLING)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the images.", metavar="N", rich_help_panel=SAMPLING)] = 0,
 ) -> None:
     """Compare cache policies with the full cache at every step, on any model.
 
-    Draws a few pictures with a full cache and feeds the same tokens to every
-    policy. Tells how far the next token's distribution moves, how wrong the
-    attention's output gets, and how much attention fell on what heads hold.
-    Stop it at any point: the same command resumes it.
+    Generates a few images with a full cache and feeds the same tokens to every
+    policy (teacher forcing). Measures how far the next token's distribution
+    moves, the error of the attention's output, and the share of attention on
+    tokens that heads hold. You can stop it at any point: the same command
+    resumes it.
     """
     texts = read_prompts(prompts or [], prompts_file) if prompts or prompts_file else list(PROMPTS)
     check_place("--output", output, is_folder=True)
@@ -183,13 +185,13 @@ def fidelity(
 
 
 def _reset(cache: SSDCache) -> SSDCache:
-    """The cache that was checked, ready for the next part, so that its warnings are shown once."""
+    """Reset and reuse the checked cache for the next part, so its warnings are shown only once."""
     cache.reset()
     return cache
 
 
 def _command(context: typer.Context) -> str:
-    """What repeats the run: every option, those left out too."""
+    """Command line that repeats the run, with every option and the defaults."""
     options = {name: value for name, value in context.params.items() if name != "prompts" and value is not None}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     return shlex.join(["ssd-cache", "eval", "fidelity", *(context.params["prompts"] or []), *words])
@@ -225,7 +227,7 @@ def _caption(conditions: Mapping[str, Any]) -> str:
 
 
 def _table(cases: Mapping[str, Case], results: Mapping[str, Fidelity], conditions: str) -> Table:
-    """One row a policy and budget; `conditions` says below what the numbers were measured on."""
+    """Table with one row a policy and budget. `conditions` is the caption: the settings of the measurement."""
     table = Table(box=box.SIMPLE_HEAD, caption=conditions, caption_justify="left", padding=(0, 1, 0, 0))
     table.add_column("policy")
     for title in ("budget", "mean KL,\nnats", "same\ntop-1", "attention\nerror", "retained\nmass"):

@@ -1,6 +1,6 @@
-"""`ssd-cache eval geneval`: draw GenEval's pictures into its folder layout, and score such a folder by its rules.
+"""`ssd-cache eval geneval`: generate GenEval's images into its folder layout, and score such a folder by its rules.
 
-Options, progress and tables. Rules, models and files are `ssd_cache.evaluation.geneval`'s.
+Options, progress and tables. Rules, models and files are in `ssd_cache.evaluation.geneval`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ app = typer.Typer()
 
 @app.callback(invoke_without_command=True)
 def root(context: typer.Context) -> None:
-    """GenEval: draw its pictures, and score them by its rules."""
+    """GenEval: generate its images, and score them by its rules."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit(2)
@@ -63,7 +63,7 @@ def export_geneval(
         Path,
         typer.Option(help="GenEval's evaluation_metadata.jsonl, or some of its lines.", metavar="FILE"),
     ] = Path("evaluation_metadata.jsonl"),
-    samples: Annotated[int, typer.Option(help="Pictures of each prompt.", metavar="N")] = NUM_SAMPLES,
+    samples: Annotated[int, typer.Option(help="Images of each prompt.", metavar="N")] = NUM_SAMPLES,
     model: ModelName = BUNDLED,
     grid: Grid = None,
     head_map: HeadMapName = None,
@@ -76,10 +76,10 @@ def export_geneval(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Draw the pictures of GenEval into its official folder layout.
+    """Generate the images of GenEval into its official folder layout.
 
-    A run that was interrupted goes on where it was when the same command comes
-    again. Several processes share the pictures under
+    After an interruption the same command resumes the run. Several processes
+    share the images under
     `accelerate launch -m ssd_cache.cli eval geneval export ...`.
     """
     with refusing():
@@ -94,35 +94,40 @@ def export_geneval(
 
 @app.command("score")
 def score_geneval(
-    folder: Annotated[Path, typer.Argument(help="The folder of the pictures.", metavar="FOLDER", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="The folder of the images.", metavar="FOLDER", show_default=False)],
     detector: Annotated[
-        str, typer.Option(help="A Mask2Former of COCO's 80 classes: a folder or a Hub id.", metavar="NAME")
+        str, typer.Option(help="A Mask2Former for COCO's 80 classes: a folder or a Hub id.", metavar="NAME")
     ] = DETECTOR,
-    clip: Annotated[str, typer.Option(help="A CLIP: a folder or a Hub id.", metavar="NAME")] = CLIP,
+    clip: Annotated[str, typer.Option(help="A CLIP model: a folder or a Hub id.", metavar="NAME")] = CLIP,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="The folder of the results.", metavar="FOLDER", show_default="results in FOLDER"
+            "--output", "-o", help="Output folder of the results.", metavar="FOLDER", show_default="results in FOLDER"
         ),
     ] = None,
     prompts_file: Annotated[
         Path | None,
-        typer.Option(help="What the pictures are of.", metavar="FILE", show_default=f"{PROMPTS_FILE} in FOLDER"),
+        typer.Option(
+            help="File of the prompts of the images.", metavar="FILE", show_default=f"{PROMPTS_FILE} in FOLDER"
+        ),
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(help="Pictures of each prompt.", metavar="N", show_default="as drawn, or 4"),
+        typer.Option(help="Images of each prompt.", metavar="N", show_default="as drawn, or 4"),
     ] = None,
     short_side: Annotated[
-        int, typer.Option(help="Pixels that the detector's picture is brought to.", metavar="N", rich_help_panel=MODEL)
+        int,
+        typer.Option(
+            help="Short side in pixels to which the detector resizes an image.", metavar="N", rich_help_panel=MODEL
+        ),
     ] = 800,
     device: Device = "auto",
 ) -> None:
-    """Score a whole folder of GenEval's pictures ("GenEval rules, HF detector").
+    """Score a whole folder of GenEval's images ("GenEval rules, HF detector").
 
-    Not official GenEval's numbers: the detector has other weights. A missing
-    picture is an error. One that can not be read counts as wrong, is named, and
-    the exit code is then 1.
+    The numbers differ from official GenEval's, because the detector has other
+    weights. A missing image is an error. An image that cannot be read counts as
+    wrong and is named, and the exit code is then 1.
     """
     with refusing():
         if not folder.is_dir():
@@ -165,7 +170,7 @@ def score_geneval(
 
 
 def _report(score: GenEvalScore, drawn: str, settings: dict) -> Report:
-    """The six tags, the mean over them, and what it is worth."""
+    """Table of the six tags and their mean, with standard errors and notes."""
     rows = [
         (tag, f"{value:.4f}", _error(score.tag_errors[tag]), score.num_images[tag], score.num_prompts[tag])
         for tag, value in score.tags.items()

@@ -1,6 +1,6 @@
-"""`ssd-cache eval fid` and `ssd-cache eval clipscore`: folders of pictures against references, or against prompts.
+"""`ssd-cache eval fid` and `ssd-cache eval clipscore`: compare a folder of images with references or prompts.
 
-Options and a table; the measuring is `ssd_cache.evaluation`'s (`metrics.py`, `clip_score.py`).
+Options and a table. Measuring is in `ssd_cache.evaluation` (`metrics.py`, `clip_score.py`).
 """
 
 from __future__ import annotations
@@ -24,23 +24,25 @@ from ssd_cache.evaluation.metrics import USUAL_FID, MetricResult, load_inception
 from ssd_cache.evaluation.metrics import fid as frechet_distance
 from ssd_cache.evaluation.picture_folders import find_captioned, find_pictures
 
-Folder = Annotated[Path, typer.Argument(help="The folder of the pictures.", metavar="FOLDER", show_default=False)]
+Folder = Annotated[Path, typer.Argument(help="The folder of the images.", metavar="FOLDER", show_default=False)]
 Results = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="A folder for the result as a file.", metavar="FOLDER", show_default=False),
+    typer.Option(
+        "--output", "-o", help="Also write the result into this folder.", metavar="FOLDER", show_default=False
+    ),
 ]
-BatchSize = Annotated[int, typer.Option(help="Pictures looked at at once.", metavar="N")]
+BatchSize = Annotated[int, typer.Option(help="Images processed at once.", metavar="N")]
 
 
 def fid(
     folder: Folder,
     reference: Annotated[
-        Path, typer.Option(help="The folder of the pictures to compare with.", metavar="FOLDER", show_default=False)
+        Path, typer.Option(help="The folder of the reference images.", metavar="FOLDER", show_default=False)
     ],
     inception: Annotated[
         Path | None,
         typer.Option(
-            help="A TorchScript Inception-V3, as StyleGAN's inception-2015-12-05.pt.",
+            help="A TorchScript Inception-V3, such as StyleGAN's inception-2015-12-05.pt.",
             metavar="FILE",
             show_default="torch-fidelity's",
         ),
@@ -49,10 +51,10 @@ def fid(
     batch_size: BatchSize = 16,
     device: Device = "auto",
 ) -> None:
-    """Measure the FID of a folder of pictures against a folder of references.
+    """Measure the FID of a folder of images against a folder of references.
 
-    GenEval's layout and DPG-Bench's sheets are read as such; of any other
-    folder, all pictures in it and below it.
+    Recognises GenEval's layout and DPG-Bench's sheets. From any other folder it
+    reads all images in it and in its subfolders.
     """
     with refusing():
         pictures, references = find_pictures(folder), find_pictures(reference)
@@ -80,15 +82,15 @@ def fid(
 
 def clipscore(
     folder: Folder,
-    clip: Annotated[str, typer.Option(help="A CLIP: a folder or a Hub id.", metavar="NAME")] = CLIP,
+    clip: Annotated[str, typer.Option(help="A CLIP model: a folder or a Hub id.", metavar="NAME")] = CLIP,
     output: Results = None,
     batch_size: BatchSize = 16,
     device: Device = "auto",
 ) -> None:
-    """Measure the CLIPScore of pictures and their prompts.
+    """Measure the CLIPScore of images and their prompts.
 
-    The folder is GenEval's layout, or one of `eval dpg export`, or has a
-    metadata.jsonl with file_name and prompt a line.
+    The folder has GenEval's layout, or was written by `eval dpg export`, or has a
+    metadata.jsonl whose lines have file_name and prompt.
     """
     with refusing():
         captioned = find_captioned(folder)

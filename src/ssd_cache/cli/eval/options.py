@@ -1,6 +1,6 @@
-"""Options that the evaluations share, and how their lists are read.
+"""Options that the `eval` commands share, and parsers for their lists.
 
-Types for the signatures; defaults stay with the commands. What a policy's name means is `evaluation.policies`'s.
+Types for the signatures. Defaults are in the commands. Policy names are parsed in `ssd_cache.evaluation.policies`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ DEFAULT_POLICIES = ",".join(["full", DEFAULT, *(name for name in POLICIES if nam
 Policies = Annotated[
     str,
     typer.Option(
-        help=f"What to compare: {', '.join((*POLICIES, *OWN))}, a folder with a head map. default is what the head map "
-        "is used with by itself, and is shown under its exact name. Settings of a policy's own go behind a colon: "
+        help=f"Policies to compare: {', '.join((*POLICIES, *OWN))}, a folder with a head map. default is the head "
+        "map's own settings, shown under their exact name. Settings of one policy follow a colon: "
         "ssd:num_recent=0.5,buffer=8.",
         metavar="NAME,NAME",
         rich_help_panel=CACHE,
@@ -57,7 +57,10 @@ HeadMapName = Annotated[
 Buffer = Annotated[
     int | None,
     typer.Option(
-        help="Visual tokens evicted at once.", metavar="N", show_default="a row of the grid", rich_help_panel=CACHE
+        help="Eviction interval: visual tokens evicted at once.",
+        metavar="N",
+        show_default="a row of the grid",
+        rich_help_panel=CACHE,
     ),
 ]
 NumRecent = Annotated[
@@ -81,7 +84,7 @@ NumSinks = Annotated[
 ScoreName = Annotated[
     str | None,
     typer.Option(
-        help=f"What semantic heads rank tokens by: {', '.join(SCORES)}.",
+        help=f"Score by which semantic heads keep tokens: {', '.join(SCORES)}.",
         metavar="NAME",
         show_default="the policy's own",
         rich_help_panel=CACHE,
@@ -90,12 +93,12 @@ ScoreName = Annotated[
 
 
 def parse_budgets(text: str) -> list[Amount]:
-    """Budgets of a list with commas, each once; raises WrongUse."""
+    """Parse a comma-separated list of budgets, without duplicates; raises WrongUse."""
     return list(dict.fromkeys(parse_budget(part.strip()) for part in text.split(",")))
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Seeds of a list with commas, each once; raises WrongUse."""
+    """Parse a comma-separated list of seeds, without duplicates; raises WrongUse."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
         raise WrongUse(f"--seeds {text}: give whole numbers from 0 up, with commas between (0,1,2)")
@@ -105,7 +108,7 @@ def parse_seeds(text: str) -> list[int]:
 def cache_settings(
     buffer: int | None, num_recent: str | None, num_sinks: int | None, score: str | None
 ) -> dict[str, Any]:
-    """Settings of every cache that were given, by their names in `SSDCache`; raises WrongUse."""
+    """The given settings for all caches, by their names in `SSDCache`; raises WrongUse."""
     texts = {"buffer": buffer, "num_recent": num_recent, "num_sinks": num_sinks, "score": score}
     settings = {}
     for name, text in texts.items():

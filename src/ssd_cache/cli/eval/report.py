@@ -1,6 +1,6 @@
-"""`ssd-cache eval report`: tables and plot of results, anew from their lines.
+"""`ssd-cache eval report`: recreate tables and plot from the lines of results.
 
-Options only; reading and writing are `ssd_cache.evaluation.reporting`'s.
+Options only. Reading and writing are in `ssd_cache.evaluation.reporting`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from ssd_cache.evaluation.tables import difference_table, score_table
 def report(
     folders: Annotated[
         list[Path],
-        typer.Argument(help="Folders of results, of the same conditions.", metavar="DIR", show_default=False),
+        typer.Argument(help="Folders of results with the same conditions.", metavar="DIR", show_default=False),
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="A folder for the report.", metavar="FOLDER", show_default="the first DIR"),
+        typer.Option(
+            "--output", "-o", help="Output folder of the report.", metavar="FOLDER", show_default="the first DIR"
+        ),
     ] = None,
 ) -> None:
-    """Make tables and plot from the lines of one or several runs.
+    """Make tables and a plot from the lines of one or several runs.
 
     Writes results.md, results.json and score-by-budget.png, and prints the
     tables.
@@ -47,7 +49,7 @@ def report(
 
 
 def finish(folders: Sequence[Path], output: Path) -> None:
-    """Write a report and print its tables; a line that can not be used is named, and the exit code 1 in the end."""
+    """Write a report and print its tables; lines that cannot be used are named, and the exit code is then 1."""
     with refusing():
         summary, problems = read_summary(folders)
     for problem in problems:

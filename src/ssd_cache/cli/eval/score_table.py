@@ -1,6 +1,6 @@
-"""A table of scores: on the terminal, as Markdown, and as JSON with all that stands behind it.
+"""A table of scores: print it on the terminal, and write it as Markdown and as JSON with its data.
 
-It lays out what it is given. Numbers and words come from the commands.
+It only formats. Numbers and text come from the commands.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ssd_cache.io.writing import write_files
 
 @dataclass(frozen=True)
 class Report:
-    """A table, its name above it, notes below it, and the data of its JSON file."""
+    """A table with a title above it, notes below it, and the data of its JSON file."""
 
     title: str
     columns: Sequence[str]
@@ -30,13 +30,13 @@ class Report:
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def markdown(self) -> str:
-        """The same as Markdown."""
+        """Return the report as Markdown."""
         rows = [list(map(str, row)) for row in self.rows]
         lines = [f"## {escape(self.title)}", "", table(list(self.columns), rows, num_left=len(self.columns)), ""]
         return "\n".join([*lines, *(f"- {escape(note)}" for note in self.notes)]) + "\n"
 
     def show(self, console: Console) -> None:
-        """The same on a terminal."""
+        """Print the report on a terminal."""
         grid = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
         for index, name in enumerate(self.columns):
             grid.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
@@ -51,7 +51,7 @@ def print_and_save(report: Report, folder: Path, console: Console, name: str = "
     """Print a report, and write it into a folder as `<name>.json` and `<name>.md`.
 
     Raises:
-        OSError: they can not be written.
+        OSError: the files cannot be written.
     """
     data = json.dumps(report.data, indent=1, ensure_ascii=False) + "\n"
     write_files({folder / f"{name}.json": data.encode(), folder / f"{name}.md": report.markdown().encode()})

@@ -1,6 +1,6 @@
-"""`ssd-cache eval shapes`: score policies on shapes-janus, exactly, and go on where an earlier run stopped.
+"""`ssd-cache eval shapes`: measure the exact accuracy of policies on shapes-janus, and resume earlier runs.
 
-Options and the order of work: everything that can be refused is refused before weights are loaded.
+Holds the options and the order of work. All checks run before weights are loaded.
 """
 
 from __future__ import annotations
@@ -40,18 +40,23 @@ from ssd_cache.runs.batching import default_batch_size
 from ssd_cache.runs.processes import Processes
 
 BATCH_SIZE = 60
-"""Images at once where memory suffices."""
+"""Default batch size if memory suffices."""
 
 
 def shapes(
     policies: Policies = DEFAULT_POLICIES,
     budgets: Budgets = "0.2,0.5",
     num_per_kind: Annotated[int, typer.Option(help="Captions of each of the six kinds.", metavar="N")] = 100,
-    seeds: Annotated[str, typer.Option(help="One picture of every caption for each.", metavar="N,N")] = "0",
-    prompt_seed: Annotated[int, typer.Option(help="Which captions: those of this seed.", metavar="N")] = 1,
+    seeds: Annotated[str, typer.Option(help="Seeds: one image of every caption for each seed.", metavar="N,N")] = "0",
+    prompt_seed: Annotated[int, typer.Option(help="Seed that determines the captions.", metavar="N")] = 1,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="A folder of results; what it has is not drawn again.", metavar="FOLDER"),
+        typer.Option(
+            "--output",
+            "-o",
+            help="A folder of results; images it already has are not generated again.",
+            metavar="FOLDER",
+        ),
     ] = Path("results"),
     model: ModelName = BUNDLED,
     head_map: HeadMapName = None,
@@ -73,11 +78,12 @@ def shapes(
         ),
     ] = None,
 ) -> None:
-    """Score cache policies on shapes-janus: captions drawn with the same seeds, judged exactly.
+    """Score cache policies on shapes-janus with the same seeds and an exact judge.
 
-    Every policy draws the same captions; the share of correct pictures is told
-    kind by kind, with paired differences. Stop it at any point: the same command
-    goes on. Several processes share the work under
+    Every policy generates images of the same captions. Prints the share of
+    correct images for each kind of caption, and paired differences. You can stop
+    it at any point: the same command resumes it. Several processes share the
+    work under
     `accelerate launch -m ssd_cache.cli eval shapes ...`.
     """
     for option, number in (("--num-per-kind", num_per_kind), ("--batch-size", batch_size)):
@@ -107,7 +113,7 @@ def shapes(
         described = plan.describe()
         generator: Generator | None = None
         size = batch_size or processes.gather_all(recorded_batch_size(output))[0]
-        if size is None:  # it depends on the memory that the weights leave
+        if size is None:  # the default depends on the memory left beside the weights
             check_folder(output, {})
             generator = load_generator(checkpoint, kind, where)
             texts = [text for _, text in plan.prompts]
@@ -165,7 +171,7 @@ def _budgets(text: str, grid: tuple[int, int]) -> list[int | float]:
 
 
 def _tell(plan: Plan, output: Path, processes: Processes) -> None:
-    """Write and print the tables, once the last of several processes is at its end."""
+    """Write and print the tables after the last of several processes has finished."""
     wanted = {key for batch in plan.batches() for key in batch.pictures()}
     if wanted <= {record.key for record in read_records([output])[0]}:
         finish([output], output)

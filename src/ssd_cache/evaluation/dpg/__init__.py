@@ -1,8 +1,8 @@
-"""DPG-Bench: 1065 long prompts, four pictures each, scored by yes/no questions to a VQA model.
+"""DPG-Bench: 1065 long prompts, four images each, scored by yes/no questions to a VQA model.
 
-The rules are those of the official script (TencentQQGYLab/ELLA, `dpg_bench/compute_dpg_bench.py`); the VQA models are
-not its mPLUG, so results are named "DPG rules (VQA = ...)" and compare cache policies with each other, not with papers.
-Prompts and questions are read by path; none travels with the package.
+The rules are those of the official script (TencentQQGYLab/ELLA, `dpg_bench/compute_dpg_bench.py`). The VQA models are
+not its mPLUG, so results are named "DPG rules (VQA = ...)". Use them to compare cache policies, not with papers.
+Prompts and questions are read from given paths; the package contains none.
 """
 
 from ssd_cache.evaluation.dpg.export import DPGPictures

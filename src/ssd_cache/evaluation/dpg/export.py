@@ -1,6 +1,6 @@
-"""DPG-Bench's pictures as a set to draw: four of each prompt, which are written as one sheet.
+"""DPG-Bench's images as a set to generate: four of each prompt, written as one sheet.
 
-The drawing is `evaluation.export`'s; what a sheet looks like is `sheet`'s.
+`evaluation/export.py` generates them; `sheet.py` defines the sheet.
 """
 
 from __future__ import annotations

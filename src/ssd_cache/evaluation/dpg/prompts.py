@@ -22,7 +22,7 @@ def read_prompts(path: str | Path) -> dict[str, str]:
     Raises:
         DPGError: a line that is not JSON, an empty prompt, an id twice or no file name, or nothing at all; says which
             file and line.
-        OSError: the file can not be read.
+        OSError: the file cannot be read.
     """
     path = Path(path)
     prompts: dict[str, str] = {}

@@ -1,6 +1,6 @@
-"""Questions of DPG-Bench by item id, from the official CSV or from a re-pack on the Hub, by path.
+"""Reads questions of DPG-Bench by item id, from the official CSV or from a re-packed file of the Hub, by path.
 
-Both shapes give the same `Question`s. What follows from the answers is `rules`' business.
+Both formats give the same `Question`s. `rules.py` scores the answers.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def read_questions(path: str | Path, *, official: bool = False) -> dict[str, tup
     Raises:
         DPGError: a missing column, an empty field, a (item_id, proposition_id) twice, or, unless `official`, a parent
             that the item lacks; says which file and line.
-        OSError: the file can not be read.
+        OSError: the file cannot be read.
     """
     path = Path(path)
     rows = list(_rows(path))

@@ -14,7 +14,7 @@ from ssd_cache.io.untrusted import parse_json
 
 
 class DPGError(ReadableError):
-    """A file, a picture or a setting that DPG-Bench can not be run with; says where, and what would help."""
+    """A file, a picture or a setting that DPG-Bench cannot be run with; says where, and what would help."""
 
 
 def read_text(path: Path) -> str:
@@ -22,7 +22,7 @@ def read_text(path: Path) -> str:
 
     Raises:
         DPGError: it is not UTF-8.
-        OSError: it can not be read.
+        OSError: it cannot be read.
     """
     try:
         return path.read_bytes().decode("utf-8-sig")

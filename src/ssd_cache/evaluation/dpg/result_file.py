@@ -1,6 +1,6 @@
-"""JSON lines of a DPG-Bench run: first its settings, then a row a prompt, appended as they come.
+"""JSON lines of a DPG-Bench run: first its settings, then one row per prompt, appended as they are computed.
 
-What an earlier run of the same settings left there is kept and used. What the rows mean is `score`'s business.
+Rows of an earlier run with the same settings are kept and used. `score.py` defines the content of the rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ResultFile:
 
     Raises:
         DPGError: the file holds something else, or a run of other settings.
-        OSError: it can not be read or written.
+        OSError: it cannot be read or written.
     """
 
     def __init__(self, path: str | Path | None, settings: dict[str, Any]):

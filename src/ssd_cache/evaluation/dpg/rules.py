@@ -1,7 +1,7 @@
-"""From yes/no answers to DPG scores: pure functions, no picture and no model.
+"""Computes DPG scores from yes/no answers, with pure functions: no image and no model.
 
-The rules are the official script's (ELLA, `compute_dpg_bench.py`), told in the project's own words; its quirks only
-with `official=True`. Answers come `[crops][questions]`, questions in the order of the file.
+The rules are the official script's (ELLA, `compute_dpg_bench.py`), reimplemented; its quirks apply only with
+`official=True`. Answers have the form `[crops][questions]`, with questions in the order of the file.
 """
 
 from __future__ import annotations

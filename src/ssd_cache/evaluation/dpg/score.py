@@ -1,7 +1,7 @@
-"""Score a folder of sheets: every question about every picture to a VQA model, then the rules.
+"""Scores a folder of sheets: asks a VQA model every question about every image, then applies the rules.
 
-Raw answers are kept a prompt a line, so an interrupted run goes on where it stopped. It draws nothing; how the scores
-come from the answers is `rules`' business.
+Raw answers are stored, one prompt per line, so an interrupted run continues where it stopped. It generates nothing;
+`rules.py` computes the scores from the answers.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def score_sheets(
     Raises:
         DPGError: a missing picture, one without questions or of the wrong size, results of other settings, or no
             prompt that can be scored.
-        OSError: results can not be written.
+        OSError: results cannot be written.
     """
     name = f"DPG rules (VQA = {vqa.name})" + (", official quirks" if official else "")
     sheets = find_sheets(folder)

@@ -1,6 +1,6 @@
-"""One 2 x 2 sheet of pictures a prompt, as the official DPG-Bench script reads them: TL, TR, BL, BR, no gutter.
+"""One 2 x 2 sheet of images per prompt, as the official DPG-Bench script reads it: TL, TR, BL, BR, no gutter.
 
-It writes, finds, checks and cuts sheets; drawing the pictures and questioning them is done elsewhere.
+It writes, finds, checks and cuts sheets. Generating the images and asking the questions are done elsewhere.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def write_sheet(folder: str | Path, item_id: str, pictures: Sequence[Image.Image
 
     Raises:
         DPGError: see `make_sheet`; or an item id that is no plain file name.
-        OSError: the file can not be written.
+        OSError: the file cannot be written.
     """
     if not item_id or Path(item_id).name != item_id or "." in item_id:
         raise DPGError(f"item id {item_id!r} can not name a picture; give one without dots and slashes")

@@ -1,6 +1,6 @@
-"""Models that answer yes or no about a picture: BLIP, tuned for VQA, and any chat model of images and text.
+"""Models that answer yes/no questions about an image: BLIP, tuned for VQA, and any chat model of images and text.
 
-They stand in for the official script's mPLUG, so levels differ from papers'. What follows from the answers is `rules`'.
+They replace the official script's mPLUG, so scores differ from papers'. `rules.py` computes the scores.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def load_vqa(source: str | Path, **settings) -> BlipVQA | ChatVQA:
 
     Raises:
         DPGError: a model that is neither, or one whose weights are not all there.
-        OSError: it can not be found.
+        OSError: it cannot be found.
     """
     family = BlipVQA if AutoConfig.from_pretrained(source).model_type == "blip" else ChatVQA
     try:

@@ -1,7 +1,7 @@
-"""Fidelity to the full cache: how far a compressed cache moves what the model says next, on any model, without a judge.
+"""Fidelity to the full cache: how much a compressed cache changes the next-token distribution, on any model.
 
-`measure_fidelity` measures, `draw_fidelity` draws, `write_fidelity` writes both down; `measure_divergence` asks what
-each head alone is worth. How good pictures are is the other benchmarks' matter.
+`measure_fidelity` measures it, `draw_fidelity` plots it, `write_fidelity` writes both to files. `measure_divergence`
+measures the effect of each head alone. No judge is needed; image quality is measured by the other benchmarks.
 """
 
 from ssd_cache.evaluation.fidelity.divergence import measure_divergence

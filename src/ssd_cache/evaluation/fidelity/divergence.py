@@ -1,7 +1,7 @@
-"""`measure_divergence`: what a picture loses when one head alone is compressed, for every head at several budgets.
+"""`measure_divergence`: how much the output changes when one head alone is compressed, for every head and budget.
 
-Attention that a head no longer sees may matter or not; this asks the model itself, by teacher forcing. `fit_heads`
-shares slots out by it. It chooses nothing, and draws nothing but a few pictures with the full cache.
+It uses teacher forcing, because lost attention need not change the output. `fit_heads` distributes slots by these
+scores. This module chooses no slots; it generates only a few images with the full cache.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from ssd_cache.profiling.measuring import check_prompts, prompts_sha256, weights
 from ssd_cache.runs.run_state import check_state_place
 
 NEGLIGIBLE = 0.005
-"""Nats a picture: a head that costs less is not asked again at a greater budget, which could cost no more."""
+"""Nats per image: a head below this is not measured at larger budgets, where it would cost no more."""
 
 CACHES = 8
-"""Compressed caches that run beside the full one at once, at most; each holds almost as much as that does."""
+"""Maximum number of compressed caches beside the full one; each needs almost as much memory as the full cache."""
 
 PASS_SECONDS = 20
-"""Time that a pass should take at most, so that little is lost when a run is killed."""
+"""Target maximum duration of a pass, to limit the work lost when a run is killed."""
 
 
 def measure_divergence(
@@ -54,35 +54,36 @@ def measure_divergence(
     state_file: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> HeadMap:
-    """The map, with scores that say how far each head, compressed alone, moves the model from its full cache.
+    """Add scores to the map that measure how much each head, compressed alone, changes the model's output.
 
-    Pictures are drawn with the full cache. Then, for every level and head, the same tokens go through a cache in which
-    this head has that many slots and all others keep everything. The score `divergence-<slots>` `[layers, kv_heads]` is
-    the KL divergence of the next token's distribution, summed over a picture's steps and averaged over the pictures:
-    by the chain rule, the divergence between the two distributions over whole pictures, in nats. The head keeps tokens
-    as the kind that retains more of its attention at that level, with the buffer, recents and sinks of the profile.
+    Images are generated with the full cache. Then, for every level and head, the same tokens go through a cache in
+    which this head has that many slots and all other heads keep everything. The score `divergence-<slots>`
+    `[layers, kv_heads]` is the KL divergence of the next-token distribution, summed over the steps of an image and
+    averaged over the images. By the chain rule, this is the divergence between the two distributions over whole
+    images, in nats. The head uses the retention rule of the kind that retains more of its attention at that level,
+    with the profile's eviction interval, recents and sinks.
 
-    It takes a pass over the pictures for every head and level, up to `CACHES` of them at once, less those of heads that
-    cost less than `NEGLIGIBLE` at a lower level, whose score is repeated.
+    The cost is one pass over the images for every head and level, with up to `CACHES` of them at once. Heads below
+    `NEGLIGIBLE` at a lower level are skipped, and their score is repeated.
 
     Args:
         generator: the model.
-        prompts: one picture is drawn of each.
-        head_map: as `profile_heads(..., levels=...)` made it.
-        levels: slots a head, each a level of the map; all of them when not given.
-        batch_size: pictures at once.
-        seed: of the first batch; batch `i` is drawn with `seed + i`.
+        prompts: one image is generated for each.
+        head_map: a map from `profile_heads(..., levels=...)`.
+        levels: slots per head, each a level of the map; all levels when not given.
+        batch_size: images at once.
+        seed: seed of the first batch; batch `i` uses `seed + i`.
         guidance_scale: as for `Generator.generate`.
-        temperature: of the distribution, above 0.
+        temperature: temperature of the distribution, above 0.
         state_file: a file that is written after every batch of images and every pass of a batch; when it exists, the
             run resumes from it.
         progress: show a bar over batches, then over passes: one for every level, head and batch.
 
     Raises:
-        GeneratorError: no prompts, too long ones, or a drawing setting out of range.
-        HeadMapError: a map of another model's shape.
-        ProfilingError: a state file of another run, or one that can not be written.
-        ValueError: a map without levels, a level that was not measured, or numbers that are not finite.
+        GeneratorError: there are no prompts, a prompt is too long, or a generation setting is out of range.
+        HeadMapError: the map has another model's shape.
+        ProfilingError: the state file is of another run, or cannot be written.
+        ValueError: the map has no levels, a level was not measured, or numbers are not finite.
     """
     checkpoint = generator.checkpoint
     check_whole(generator.language_model)
@@ -132,9 +133,9 @@ def measure_divergence(
         save()
     bar = tqdm(total=len(wanted) * head_map.is_spatial.numel() * len(batches), unit=" passes", disable=not progress)
     bar.update(sum(int(count.sum()) for count in state.num_done.values()))
-    num_caches = 1  # until the time of a pass is known
+    num_caches = 1  # until the duration of a pass is known
     with bar, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a window shorter than a row is what is being measured
+        warnings.simplefilter("ignore")  # windows shorter than a row are intended here
         for number, level in enumerate(wanted):
             kinds, below = best_kinds(head_map, level), wanted[number - 1] if number else None
             for layer in range(head_map.num_layers):
@@ -161,10 +162,10 @@ def measure_divergence(
 
 
 def check_levels(head_map: HeadMap, levels: Sequence[int] | None = None) -> list[int]:
-    """The levels to measure, in order, each of them known to the map and possible for its caches.
+    """The levels to measure, in ascending order; each is checked against the map and the limits of its caches.
 
     Raises:
-        ValueError: a map without levels, no level, one that was not measured, or one that `SSDCache` refuses.
+        ValueError: the map or `levels` is empty, a level was not measured, or `SSDCache` refuses it.
     """
     known = measured_levels(head_map)
     wanted = sorted(known if levels is None else set(levels))
@@ -180,9 +181,9 @@ def check_levels(head_map: HeadMap, levels: Sequence[int] | None = None) -> list
 
 
 def check_fitting(head_map: HeadMap, budget: Amount, levels: Sequence[int] | None = None) -> None:
-    """Refuse, before anything is measured, a budget that `fit_heads` would refuse after `measure_divergence`.
+    """Refuse, before any measurement, a budget that `fit_heads` would refuse after `measure_divergence`.
 
-    It calls `fit_heads` itself, on the map with zeros in the place of the scores to be measured.
+    It calls `fit_heads` on the map with zeros in place of the scores to be measured.
 
     Raises:
         ValueError: as for `check_levels` and `fit_heads`.
@@ -192,29 +193,29 @@ def check_fitting(head_map: HeadMap, budget: Amount, levels: Sequence[int] | Non
 
 
 def _lone(head_map: HeadMap, kinds: torch.Tensor, layer: int, head: int, slots: int) -> SSDCache:
-    """A cache in which one head has few slots and all others keep everything."""
+    """A cache in which one head has `slots` slots and all others keep everything."""
     budget = [[head_map.num_visual_tokens] * head_map.num_kv_heads for _ in range(head_map.num_layers)]
     budget[layer][head] = slots
     return _cache(head_map, kinds, budget)
 
 
 def _cache(head_map: HeadMap, kinds: torch.Tensor, budget: Budget) -> SSDCache:
-    """A cache with the map's settings and other labels."""
+    """A cache with the map's settings and the given labels."""
     return SSDCache(HeadMap(kinds, head_map.grid, previews=head_map.previews), budget, **_profiled(head_map))
 
 
 def _caches_in(seconds: float, num_caches: int, took: float) -> int:
-    """How many caches run beside the full one in `seconds`, when `num_caches` of them took another time."""
+    """How many caches can run beside the full one in `seconds`, given that `num_caches` of them took `took` seconds."""
     each = took / (num_caches + 1)
     return max(1, min(CACHES, int(seconds / each) - 1 if each > 0 else CACHES))
 
 
 def _profiled(head_map: HeadMap) -> dict[str, Any]:
-    """The settings of the cache that the map was profiled for."""
+    """The cache settings that the map was profiled for."""
     return {name: head_map.profile[name] for name in ("buffer", "num_recent", "num_sinks") if name in head_map.profile}
 
 
 def _digest(head_map: HeadMap, levels: Sequence[int]) -> str:
-    """A checksum over the kind of every head at every level; with the profiled settings it stands for the map."""
+    """A checksum over the kind of every head at every level; with the profiled settings it identifies the map."""
     kinds = torch.stack([best_kinds(head_map, level) for level in levels])
     return hashlib.sha256(bytes(kinds.flatten().tolist())).hexdigest()[:12]

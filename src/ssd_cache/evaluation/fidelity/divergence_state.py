@@ -21,12 +21,12 @@ FORMAT = "ssd-cache fit 2"
 WHAT = "the measurements of ssd-cache fit"
 
 ROUNDING = 1e-6
-"""How far below 0 rounding may take a divergence."""
+"""How far below 0 rounding errors may move a divergence."""
 
 
 @dataclass
 class DivergenceState:
-    """How far the measuring has come.
+    """The progress of `measure_divergence`.
 
     Attributes:
         images: visual tokens of the first batches, int64 `[images, cells]` each.
@@ -41,12 +41,12 @@ class DivergenceState:
 
     @classmethod
     def empty(cls, levels: Sequence[int], shape: tuple[int, int]) -> DivergenceState:
-        """Before the first image."""
+        """The state before the first image."""
         sums = {level: torch.zeros(shape, dtype=torch.float64) for level in levels}
         return cls([], sums, {level: torch.zeros(shape, dtype=torch.int64) for level in levels})
 
     def save(self, path: Path, settings: Mapping[str, Any], num_batches: int) -> None:
-        """Write it to a file, whole or not at all; raises ProfilingError."""
+        """Write it to a file, completely or not at all; raises ProfilingError."""
         tensors = {f"images.{index}": tokens for index, tokens in enumerate(self.images)}
         tensors |= {f"sum.{level}": total for level, total in self.sums.items()}
         tensors |= {f"done.{level}": count for level, count in self.num_done.items()}
@@ -57,10 +57,10 @@ class DivergenceState:
     def load(
         cls, path: Path, settings: Mapping[str, Any], levels: Sequence[int], shape: tuple[int, int], num_cells: int
     ) -> DivergenceState:
-        """Read what `save` wrote in a run with the same settings.
+        """Read a file that `save` wrote in a run with the same settings.
 
         Raises:
-            ProfilingError: another file, or one of a run with other settings.
+            ProfilingError: it is another kind of file, or of a run with other settings.
         """
         file = read_state(path, FORMAT, WHAT)
         check_same_run(path, file.settings, settings)

@@ -1,6 +1,6 @@
-"""Fidelity as one figure: divergence and agreement over the picture, divergence over the budget, heads as a heat map.
+"""Plots fidelity in one figure: divergence and agreement by grid row, divergence by budget, a heat map of the heads.
 
-It draws what was measured. Colours tell policies apart, dashes the budgets of one policy.
+It measures nothing. Colours distinguish policies, line styles the budgets of one policy.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 DASHES = ("-", "--", ":", "-.")
 LOWEST_KL = 1e-8
-"""Nats; what lies below on an axis is nearly nothing, yet would take most of it."""
+"""Lower limit of the KL axis, in nats: smaller values are negligible and would take most of the axis."""
 
 
 def draw_fidelity(results: Mapping[str, Fidelity]) -> Figure:
-    """Curves over grid rows, over the budget where there are several, and the first cache's retained mass by head.
+    """Plot curves over grid rows, over the budget where there are several, and the first cache's retained mass by head.
 
     Args:
-        results: by name; what stands before a name's last space is the policy, "ssd 20%" and "ssd 50%" are two budgets
-            of one.
+        results: by name; the text before the last space of a name is the policy: "ssd 20%" and "ssd 50%" are two
+            budgets of one policy.
     """
     policies: dict[str, list[str]] = {}
     for name in results:
@@ -56,7 +56,7 @@ def draw_fidelity(results: Mapping[str, Fidelity]) -> Figure:
         agreement = result.by_grid_row(result.agrees.T).mean(1)
         lowest = min(lowest, agreement.min().item())
         width = 1.5 if len(results) <= 8 else 1.0
-        style = {**styles[name], "linewidth": width, "zorder": 3 - order / len(results)}  # the first lies on top
+        style = {**styles[name], "linewidth": width, "zorder": 3 - order / len(results)}  # the first is drawn on top
         panels[0].plot(positive(result.by_grid_row(result.kl.T).mean(1)), label=plain_label(name), **style)
         panels[1].plot(agreement, **style)
     panels[0].set_yscale("log")
@@ -75,7 +75,7 @@ def draw_fidelity(results: Mapping[str, Fidelity]) -> Figure:
 
 
 def positive(values: torch.Tensor) -> torch.Tensor:
-    """What a logarithmic axis can show: nothing where nothing was lost."""
+    """Values for a logarithmic axis: NaN in place of zeros."""
     return torch.where(values > 0, values, torch.nan)
 
 
@@ -100,7 +100,7 @@ def _draw_by_budget(axes: Axes, results: Mapping[str, Fidelity], policies: Mappi
 
 
 def _draw_heads(figure: Figure, axes: Axes, name: str, result: Fidelity) -> None:
-    """Layers by KV heads; a dot marks a head kept as spatial."""
+    """Layers by KV heads; a dot marks a head with the spatial rule."""
     retained = result.retained_by_head
     low = min(0.95, int(retained.min() * 20) / 20)
     image = axes.imshow(retained.numpy(), cmap=color_map(), vmin=low, vmax=1, aspect="auto")

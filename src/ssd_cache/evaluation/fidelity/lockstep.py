@@ -1,7 +1,7 @@
-"""A full cache and compressed ones side by side: what the model feeds to the first goes through the others as well.
+"""Runs a full cache and compressed caches in lockstep: each input of the full cache also goes through the others.
 
-Hooks on the decoder, on its attention's output and on the head that scores visual tokens; the model's own `generate`
-runs the loop, so no step of the generation is written anew. A few numbers a step are kept, never a step's attention.
+It puts hooks on the decoder, on its attention outputs and on the head that scores visual tokens. The model's own
+`generate` runs the loop. Only a few numbers per step are stored, not the attention weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ssd_cache.training.likelihood import certain_scores, kl_divergence, log_pro
 
 
 class Trace:
-    """What is measured of one compressed cache; the tensors are those of `Fidelity`, not yet on the CPU."""
+    """The measurements of one compressed cache; the tensors are those of `Fidelity`, not yet on the CPU."""
 
     def __init__(self, cache: SSDCache, pictures: int, steps: int, device: torch.device, home: torch.device):
         shape = steps, cache.head_map.num_layers
@@ -37,16 +37,16 @@ class Lockstep:
     """Runs compressed caches beside a full one, inside `with lockstep.hooked():`; the caller generates with `full`.
 
     Args:
-        generator: with the attention "ssd" in force.
-        caches: fresh ones.
-        num_pictures: prompts that will be drawn.
-        guidance_scale, temperature: of the distribution that is compared.
-        tokens: `[pictures, cells]`, what the model is made to draw; its own choice when None.
+        generator: its attention implementation must be "ssd".
+        caches: fresh caches.
+        num_pictures: number of prompts that will be generated.
+        guidance_scale, temperature: settings of the compared distribution.
+        tokens: `[images, cells]`, the tokens that the model is forced to generate; None to let it sample.
 
     Attributes:
         full: the cache to generate with.
-        traces: one a cache, in order.
-        num_compared: steps whose distributions were compared.
+        traces: one per cache, in order.
+        num_compared: number of steps whose distributions were compared.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class Lockstep:
         cells = checkpoint.num_visual_tokens
         self.generator, self.guidance_scale, self.temperature = generator, guidance_scale, temperature
         device = generator.model.device
-        self.home = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        self.home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         self.is_unconditional = generator.is_unconditional(num_pictures).to(self.home)
         self.tokens = tokens
-        # a grid of one column: no more than one query is held
+        # declared as a grid with one column, so that it holds at most one query
         self.full = WatchingCache((cells, 1), checkpoint.num_layers, checkpoint.num_kv_heads, self)
         self.traces = [Trace(cache, num_pictures, cells - 1, device, self.home) for cache in caches]
         self.num_compared = 0
@@ -75,7 +75,7 @@ class Lockstep:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Put the hooks on the model; they come off at the end, also after an exception."""
+        """Put the hooks on the model; they are removed at the end, also after an exception."""
         decoder, head, projections = parts_of(self.generator)
         handles = []
         try:
@@ -89,30 +89,30 @@ class Lockstep:
                 handle.remove()
 
     def release(self) -> None:
-        """Let all K and V go now: the full cache and its observer hold each other until Python looks for circles."""
+        """Free all K and V now; the full cache and its observer form a reference cycle, which Python frees late."""
         self.full.reset()
         self.traces.clear()
 
     @property
     def step(self) -> int:
-        """Which visual token was fed last; -1 after the prompt."""
+        """Index of the visual token that was fed last; -1 after the prompt."""
         return self.full.layers[0].num_visual - 1
 
     def observe(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, rows: slice) -> None:
-        """See `watching.Observer.observe`; one step comes at a time. Kept until the next one."""
+        """See `watching.Observer.observe`. One step arrives at a time; its weights are kept until the next step."""
         parts = self._weights.setdefault(layer_idx, [])
         if rows.start == 0:
             parts.clear()
         parts.append(weights[:, :, :, 0].mean(2))
 
     def _after_decoder(self, decoder: torch.nn.Module, args: tuple, kwargs: dict, output) -> None:
-        """The full cache has seen a token: show it to the others, and read what they hold."""
+        """After a step of the full cache: run the same step with the other caches and read which tokens they hold."""
         others = dict(kwargs)
         if take_cache(others) is not self.full:
             return
         for layer in self.full.layers:
             for store in layer.stores:
-                store.score_held()  # what was not shown yet, now and not before the next token
+                store.score_held()  # passes pending queries to the observer now instead of at the next token
         for trace in self.traces:
             self._running = trace
             try:
@@ -127,7 +127,7 @@ class Lockstep:
                 trace.retained[self.step, layer_idx] = share.mean(0)
 
     def _before_projection(self, layer_idx: int, projection: torch.nn.Module, args: tuple) -> None:
-        """The attention's output, `[rows, new, heads * head_dim]`, goes by."""
+        """Receive an attention output, `[rows, new, heads * head_dim]`, and compare it with the full cache's."""
         if self.step < 0:
             return
         output = args[0].float()
@@ -139,7 +139,7 @@ class Lockstep:
         self._running.attention_error[self.step, layer_idx] = error.mean()
 
     def _after_head(self, head: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        """The full cache's scores of the next token are there: make the others', and compare."""
+        """After the full cache's token scores: compute those of the other caches, and compare."""
         if self.step >= 0:
             log_p = self._log_probabilities(output)
             for trace in self.traces:
@@ -151,12 +151,12 @@ class Lockstep:
         return None if self.tokens is None else self._forced(output, self.tokens)
 
     def _log_probabilities(self, scores: torch.Tensor) -> torch.Tensor:
-        """What tokens are sampled by, float64 `[pictures, vocabulary]`, of the head's scores of one token a row."""
+        """Log-probabilities of sampling, float64 `[images, vocabulary]`, from the head's scores, one token per row."""
         scores = scores.reshape(len(scores), -1).to(self.home, torch.float64)
         return log_probabilities(scores, self.is_unconditional, self.guidance_scale, self.temperature)
 
     def _forced(self, output: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Scores shaped as the head's under which the likeliest token is the given one, guidance or not."""
+        """Scores in the shape of `output` that make the given token the most likely one, with or without guidance."""
         if (limit := output.shape[-1]) <= tokens.max():
             raise GeneratorError(
                 f"tokens hold {int(tokens.max())}, but {self.generator.checkpoint.name} has {limit} visual tokens, "
@@ -166,11 +166,11 @@ class Lockstep:
 
 
 def retained_share(weights: torch.Tensor, layer: SSDLayer) -> torch.Tensor:
-    """Share of a full cache's attention on what a layer of another cache holds, `[rows, kv_heads]`.
+    """Share of a full cache's attention on the tokens that a layer of another cache holds, `[rows, kv_heads]`.
 
     Args:
         weights: `[rows, kv_heads, num_prompt + seen]`, softmax of the newest query over every token in order.
-        layer: having seen the same tokens.
+        layer: a layer that has seen the same tokens.
     """
     prompt, visual = weights[..., : layer.num_prompt].sum(-1), weights[..., layer.num_prompt :]
     share = torch.empty_like(prompt)
@@ -183,10 +183,10 @@ def retained_share(weights: torch.Tensor, layer: SSDLayer) -> torch.Tensor:
 def parts_of(
     generator: Generator,
 ) -> tuple[torch.nn.Module, torch.nn.Module, dict[int, torch.nn.Module]]:
-    """The decoder, the head that scores visual tokens, and by layer what takes in the attention's output.
+    """The decoder, the head that scores visual tokens, and the output projection of each layer's attention.
 
     Raises:
-        GeneratorError: a model that is built otherwise.
+        GeneratorError: the model lacks one of these parts.
     """
     decoder, head = generator.language_model.get_decoder(), generator.visual_head
     projections = {

@@ -1,6 +1,6 @@
-"""`measure_fidelity`: draw a few pictures with a full cache, and compare compressed caches at every step.
+"""`measure_fidelity`: generate a few images with a full cache, and compare compressed caches at every step.
 
-Checks what is asked for and puts the parts together. The comparing is `lockstep.py`'s.
+It checks the settings and assembles the results. The comparison itself is in `lockstep.py`.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ def measure_fidelity(
     tokens: torch.Tensor | None = None,
     progress: bool = False,
 ) -> dict[str, Fidelity]:
-    """How far compressed caches move a model's next-token distribution and attention from the full cache's.
+    """Measure how much compressed caches change a model's next-token distribution and attention.
 
-    The pictures are drawn with a full cache, all in one batch. At every step the token that is fed to it goes through
-    every other cache as well, so all see the same tokens, and what differs is the caches' doing. The distribution is
-    the one that is sampled from, guidance and temperature applied, over all visual tokens (a checkpoint's `top_k` is
-    left out of it).
+    The images are generated with a full cache, all in one batch. At every step the same token is also fed through
+    every other cache. All caches see the same tokens, so any difference is caused by the caches. The compared
+    distribution is the one that is sampled from, with guidance and temperature, over all visual tokens (a
+    checkpoint's `top_k` is not applied).
 
-    Beside the full cache's K and V this holds those of all caches at once, one step's attention weights, and
-    `layers * (kv_heads + 1)` numbers a step and cache.
+    Memory: the K and V of the full cache and of all other caches at once, one step's attention weights, and
+    `layers * (kv_heads + 1)` numbers per step and cache.
 
     Args:
         generator: the model.
-        prompts: one picture is drawn of each.
-        caches: by name, what makes a fresh cache; called once.
-        seed: of the batch, as for `Generator.generate`, which draws the same tokens.
+        prompts: one image is generated for each.
+        caches: by name, a function that makes a fresh cache; called once.
+        seed: seed of the batch; `Generator.generate` with this seed generates the same tokens.
         guidance_scale: as for `Generator.generate`.
         temperature: above 0.
-        tokens: integers `[pictures, cells]`: the visual tokens to feed, instead of drawing them.
+        tokens: integers `[images, cells]`: visual tokens to feed instead of generated ones (teacher forcing).
         progress: show a bar over visual tokens.
 
     Raises:
-        GeneratorError: a setting out of range, no prompt, or tokens that do not fit.
-        HeadMapError: a cache's map that does not fit the model.
-        ValueError: no cache, one that is not fresh or no `SSDCache`, or a model whose numbers are not finite.
+        GeneratorError: a setting is out of range, there is no prompt, or the tokens do not fit.
+        HeadMapError: a cache's map does not fit the model.
+        ValueError: there is no cache, one is used or not an `SSDCache`, or the model's outputs are not finite.
     """
     checkpoint = generator.checkpoint
     check_whole(generator.language_model)
@@ -72,7 +72,7 @@ def measure_fidelity(
             total=len(prompts) * cells,
             unit=" visual tokens",
             desc=f"full and {len(made)} more",
-            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file gets a line now and then
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # few lines in a log file
             disable=not progress,
         ) as bar,
     ):
@@ -81,14 +81,14 @@ def measure_fidelity(
                 prompts,
                 lockstep.full,
                 guidance_scale=guidance_scale,
-                temperature=temperature if tokens is None else 0.0,  # given tokens are made the likeliest
+                temperature=temperature if tokens is None else 0.0,  # given tokens are made the most likely ones
                 seed=seed,
                 on_tokens=bar.update,
             )
         except RuntimeError as error:
             if "probability tensor" not in str(error):
                 raise
-            lockstep.full.finish()  # raises by itself where the attention shows which head it was
+            lockstep.full.finish()  # raises an error that names the head, where the attention shows it
             raise ValueError(_not_finite(checkpoint)) from error
     lockstep.full.finish()
     if lockstep.num_compared != cells - 1 or (tokens is not None and not torch.equal(drawn.cpu(), tokens.cpu().long())):
@@ -104,7 +104,7 @@ def measure_fidelity(
 
 
 def check_settings(guidance_scale: float | None = None, temperature: float = 1.0, seed: int = 0) -> None:
-    """Refuse settings that nothing can be measured with; raises GeneratorError."""
+    """Refuse settings that give no divergence to measure; raises GeneratorError."""
     check_drawing(guidance_scale, temperature, seed)
     if temperature == 0:
         raise GeneratorError(

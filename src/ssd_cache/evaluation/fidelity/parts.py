@@ -1,6 +1,6 @@
 """`measure_in_parts`: `measure_fidelity` for many images, a few at a time, with a state file to resume from.
 
-All images are generated in one batch first, so they do not depend on the size of the parts. The comparing itself is
+All images are generated in one batch first, so they do not depend on the size of the parts. The comparison itself is
 in `lockstep.py`.
 """
 
@@ -51,15 +51,15 @@ def measure_in_parts(
     temperature: float = 1.0,
     progress: bool = False,
 ) -> Results:
-    """As `measure_fidelity`, with at most `batch_size` images compared at once and finished parts saved.
+    """Like `measure_fidelity`, with at most `batch_size` images compared at once and finished parts saved.
 
-    Images that fit into one part, and caches that label their heads while they run, are measured at once: such labels
-    depend on the whole batch. No state file is written then.
+    If all images fit into one part, or a cache labels its heads online, everything is measured at once: online labels
+    depend on the whole batch. No state file is written in these cases.
 
     Args:
         generator: the model.
-        prompts: one image is generated of each.
-        caches: by name, a function that makes a fresh cache or resets one; called once for every part.
+        prompts: one image is generated for each.
+        caches: by name, a function that makes a fresh cache or resets one; called once per part.
         batch_size: images in a part.
         state_file: a file that is written after the images and after every part; when it exists, the run resumes from
             it.
@@ -69,7 +69,7 @@ def measure_in_parts(
         progress: show a bar for every part.
 
     Raises:
-        ProfilingError: a state file of another run, or one that cannot be written.
+        ProfilingError: the state file is of another run, or cannot be written.
         GeneratorError, HeadMapError, ValueError: as for `measure_fidelity`.
     """
     check_count("batch_size", batch_size, 1)
@@ -110,7 +110,7 @@ def measure_in_parts(
 
 
 def _digest(cache: SSDCache) -> str:
-    """A checksum over everything that decides what a cache keeps; "online" where labels are found while it runs."""
+    """A checksum over all settings that determine which tokens a cache keeps; "online" for online labels."""
     if cache.head_map.is_online:
         return "online"
     names = ("buffer", "num_recent", "num_sinks", "score", "kv_dtype")

@@ -1,6 +1,6 @@
-"""What `measure_fidelity` found, written down: fidelity.json with the numbers, fidelity.png with the curves.
+"""Writes the results of `measure_fidelity`: fidelity.json with the numbers, fidelity.png with the curves.
 
-Both are written whole or not at all. Which numbers there are is `result.py`'s, how they look `figure.py`'s.
+Both files are written, or neither. `result.py` defines the numbers, `figure.py` the figure.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def write_fidelity(
     """Write the numbers and the figure; returns their paths.
 
     Args:
-        results: as `measure_fidelity` gives them; for the figure, see `draw_fidelity` on names.
+        results: as `measure_fidelity` returns them; see `draw_fidelity` for how names affect the figure.
         folder: made when missing; older files of these names are replaced.
-        conditions: what the results depend on, as JSON holds it.
+        conditions: the conditions of the results, as JSON values.
 
     Raises:
-        ImportError: matplotlib is not installed, with the remedy.
-        OSError: a file can not be written; older ones are as they were.
+        ImportError: matplotlib is not installed; the message has the remedy.
+        OSError: a file cannot be written; older files are unchanged.
     """
     check_packages("matplotlib")
     folder = Path(folder)
@@ -55,10 +55,10 @@ def write_fidelity(
 
 
 def as_json(results: Mapping[str, Fidelity]) -> dict[str, Any]:
-    """The numbers in JSON's own types, floats to seven digits.
+    """The numbers as JSON types; floats have seven digits.
 
-    KL and agreement for every picture and step, attention errors for every step and layer; retained mass is a mean over
-    each grid row, since `[steps, layers, kv_heads]` is millions of numbers in a large model.
+    KL and agreement are given for every image and step, attention errors for every step and layer. Retained mass is a
+    mean over each grid row, since `[steps, layers, kv_heads]` is millions of numbers in a large model.
     """
     first = next(iter(results.values()))
     return {

@@ -1,6 +1,6 @@
-"""What was measured of one compressed cache against the full one, and the sums people compare.
+"""The measurements of one compressed cache against the full cache, and the means over them.
 
-Numbers only; `lockstep.py` measures them, `figure.py` draws them.
+It holds numbers only; `lockstep.py` measures them, `figure.py` plots them.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from ssd_cache.layout import Grid, row_lengths
 class Fidelity:
     """One cache against the full cache, on the same tokens.
 
-    A step feeds one visual token: step `s` feeds token `s`, and the model says how likely each token is to be number
-    `s + 1`. There are `cells - 1` steps, since the last token is never fed. All tensors are on the CPU.
+    A step feeds one visual token: step `s` feeds token `s`, and the model predicts token `s + 1`. There are
+    `cells - 1` steps, because the last token is never fed. All tensors are on the CPU.
 
     Attributes:
         grid: rows and columns of visual tokens.
-        tokens: int64, `[pictures, cells]`, the visual tokens that both caches were fed.
-        budget: share of the grid's cells that a head has slots for, mean over heads.
-        is_spatial: bool, `[layers, kv_heads]`, by which rule each head kept its tokens.
-        kl: float64, `[pictures, steps]`, KL(full || compressed) of the next token, in nats.
-        agrees: bool, `[pictures, steps]`, whether both find the same token likeliest.
-        attention_error: float32, `[steps, layers]`, L2 norm of the difference of the layer's attention output over that
-            of the full cache's; mean over the rows of the batch.
-        retained: float32, `[steps, layers, kv_heads]`, share of the full cache's attention that fell on the prompt and
-            on what the compressed head held; mean over the rows of the batch and the query heads of a KV head.
-        previews: the grids that were drawn before it, whose tokens and steps come first.
+        tokens: int64, `[images, cells]`, the visual tokens fed to both caches.
+        budget: slots per head as a share of the grid's cells, mean over heads.
+        is_spatial: bool, `[layers, kv_heads]`, the kind of retention rule that each head used.
+        kl: float64, `[images, steps]`, KL(full || compressed) of the next token, in nats.
+        agrees: bool, `[images, steps]`, whether the most likely token is the same with both caches.
+        attention_error: float32, `[steps, layers]`, L2 norm of the difference of the layer's attention output divided
+            by the norm of the full cache's output; mean over the rows of the batch.
+        retained: float32, `[steps, layers, kv_heads]`, share of the full cache's attention on the prompt and on the
+            tokens that the compressed head holds; mean over the rows of the batch and the query heads of a KV head.
+        previews: the draft grids generated before the image; their tokens and steps come first.
     """
 
     grid: Grid
@@ -47,18 +47,18 @@ class Fidelity:
 
     @property
     def mean_kl(self) -> float:
-        """Mean over pictures and steps, in nats."""
+        """Mean over images and steps, in nats."""
         return self.kl.mean().item()
 
     @property
     def kl_standard_error(self) -> float | None:
-        """Of `mean_kl`, from the spread over pictures; None with a single one."""
+        """Standard error of `mean_kl`, from the spread over images; None with a single image."""
         pictures = len(self.kl)
         return None if pictures < 2 else self.kl.mean(1).std().item() / math.sqrt(pictures)
 
     @property
     def agreement(self) -> float:
-        """Share of steps at which both caches find the same token likeliest."""
+        """Share of steps at which the most likely token is the same with both caches."""
         return self.agrees.double().mean().item()
 
     @property
@@ -77,14 +77,14 @@ class Fidelity:
         return self.retained.double().mean(0)
 
     def retained_by_kind(self, kind: str) -> float | None:
-        """Mean over the heads kept as "spatial", or as "semantic"; None without such heads."""
+        """Mean over the heads with rule "spatial" or "semantic"; None if there are none."""
         wanted = self.is_spatial if kind == "spatial" else ~self.is_spatial
         return self.retained_by_head[wanted].mean().item() if wanted.any() else None
 
     def by_grid_row(self, values: torch.Tensor) -> torch.Tensor:
-        """Means over the steps of each row, previews' first: `[steps, ...]` to float64 `[rows, ...]`.
+        """Means over the steps of each row, draft grids first: `[steps, ...]` to float64 `[rows, ...]`.
 
-        The last row lacks a step; where that was its only one, it has no mean.
+        The last row has one step less; if that was its only step, the row is omitted.
         """
         *lengths, last = row_lengths(self.grid, self.previews)
         parts = values.split([*lengths, last - 1])
@@ -92,7 +92,7 @@ class Fidelity:
 
 
 def merge(parts: Sequence[Fidelity]) -> Fidelity:
-    """The result over the images of all parts, which are of one cache; means over rows are weighted by images."""
+    """Merge results of one cache over several sets of images; means over rows are weighted by the number of images."""
     total = sum(len(part.tokens) for part in parts)
 
     def mean(name: str) -> torch.Tensor:

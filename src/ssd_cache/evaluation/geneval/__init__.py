@@ -1,7 +1,7 @@
-"""GenEval by its own rules with transformers' detector: prompts, the folder of pictures, and their score.
+"""GenEval by its own rules with transformers' detector: prompts, the image folder, and the score.
 
-The numbers are not official GenEval's, whose detector has other weights; results say "GenEval rules, HF detector".
-Drawing the pictures is a generator's task, the command line's words are `cli`'s.
+The results are not official GenEval scores, since the detector has other weights; they are labelled "GenEval rules, HF
+detector". Generating the images is not done here; the command line is in `cli`.
 """
 
 from ssd_cache.evaluation.geneval.colors import ColorClassifier

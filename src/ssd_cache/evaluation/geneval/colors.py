@@ -1,8 +1,8 @@
-"""Tells the colour of an object: CLIP compares its pixels with ten colours in words.
+"""Classifies the colour of an object: CLIP compares its pixels with the names of ten colours.
 
-One classifier a class, made when it is first needed. The object is cut out by its mask, on grey. The crop is resized by
-PIL on every machine, as in GenEval's own; it runs in float32, where the official script has autocast. Which objects are
-asked about is `rules.py`'s decision.
+There is one classifier per class, made at first use. The object is cut out by its mask, on a grey background. PIL
+resizes the crop on every machine, as in GenEval. CLIP runs in float32, where the official script uses autocast.
+`rules.py` decides which objects are classified.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ BACKGROUND = (0x99, 0x99, 0x99)
 
 
 class ColorClassifier:
-    """CLIP as a judge of colours.
+    """A colour classifier based on CLIP.
 
     Attributes:
         name: the checkpoint, for results.
         model: in float32 and evaluation mode.
-        processor: resizes the shortest side and cuts out the middle, so that long objects lose their ends.
+        processor: resizes the shortest side and crops the centre, so the ends of long objects are cut off.
     """
 
     def __init__(self, model, processor, name: str):
@@ -40,15 +40,15 @@ class ColorClassifier:
         """Load a CLIP from a folder or the Hub.
 
         Raises:
-            ValueError: another kind of model, or one whose weights are not all there.
-            OSError: it can not be found.
+            ValueError: another kind of model, or weights are missing.
+            OSError: it cannot be found.
         """
         model, processor = load_clip(source, device=device)
         return cls(model, processor, str(source))
 
     @torch.inference_mode()
     def weights(self, class_name: str) -> torch.Tensor:
-        """The ten colours of a class in words, `[colours, features]`, each of length 1."""
+        """Text features of the ten colours for a class, `[colours, features]`, each of length 1."""
         if class_name not in self._weights:
             texts = [template.format(color=color, name=class_name) for color in COLORS for template in TEMPLATES]
             inputs = self.processor.tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
@@ -59,24 +59,24 @@ class ColorClassifier:
 
     @torch.inference_mode()
     def logits(self, image: Image.Image, objects: Sequence[Detection], class_name: str) -> torch.Tensor:
-        """How near each object of a class is to each colour, `[objects, colours]`."""
+        """Similarity of each object of a class to each colour, `[objects, colours]`."""
         crops = [cut_out(image, item) for item in objects]
         inputs = self.processor.image_processor(images=crops, return_tensors="pt")
         features = self.model.get_image_features(inputs["pixel_values"].to(self.model.device)).pooler_output
         return 100 * F.normalize(features, dim=-1) @ self.weights(class_name).T
 
     def classify(self, image: Image.Image, objects: Sequence[Detection], class_name: str) -> list[str]:
-        """The colour of each object of a class in a picture."""
+        """The colour of each object of a class in an image."""
         if not objects:
             return []
         return [COLORS[index] for index in self.logits(image, objects, class_name).argmax(-1).tolist()]
 
 
 def cut_out(image: Image.Image, item: Detection) -> Image.Image:
-    """An object alone: its box, with all pixels outside its mask grey.
+    """Crop an image to an object's box, with all pixels outside its mask grey.
 
     Raises:
-        ValueError: a mask of another size than the picture, or a box without a pixel.
+        ValueError: the mask and the image differ in size, or the box contains no pixel.
     """
     image = image.convert("RGB")
     if item.mask is not None:

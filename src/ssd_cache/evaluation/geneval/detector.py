@@ -1,8 +1,8 @@
-"""The detector: transformers' Mask2Former, fed and read as GenEval's mmdet 2.x does it, from raw logits and in float32.
+"""The detector: transformers' Mask2Former with the pre- and post-processing of GenEval's mmdet 2.x, in float32.
 
-Neither transformers' image processor (it stretches to multiples of 32) nor its post-processing (it paints overlapping
-objects over each other) is used. The weights are transformers' own, not mmdet's, so scores are never official
-GenEval's. Which detections count is `rules.py`'s decision.
+It starts from the raw logits. transformers' image processor is not used, because it stretches images to multiples of
+32; nor is its post-processing, because it paints overlapping objects over each other. The weights are transformers',
+not mmdet's, so scores are never official GenEval scores. `rules.py` decides which detections count.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from ssd_cache.evaluation.geneval.rules import Detection
 from ssd_cache.models.settings import resolve_device
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
-"""The nearest to GenEval's own: the same architecture, trained on the same pictures, other weights."""
+"""The closest to GenEval's own: the same architecture and training images, other weights."""
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 SHORT_SIDE, LONG_SIDE, MULTIPLE = 800, 1333, 32
 MAX_DETECTIONS = 100
 
 _CHUNK = 16
-"""Masks brought to full size at once."""
+"""Number of masks resized to full size at once."""
 
 
 class Detector:
-    """Mask2Former with what GenEval does before and after it.
+    """Mask2Former with GenEval's pre- and post-processing.
 
     Attributes:
         name: the checkpoint, for results.
         model: in float32 and evaluation mode.
-        short_side, long_side: what a picture is brought to, keeping its shape: the largest size within both.
+        short_side, long_side: limits of the input; an image is resized to the largest size within both, in proportion.
     """
 
     def __init__(self, model, name: str, *, short_side: int = SHORT_SIDE, long_side: int = LONG_SIDE):
@@ -61,9 +61,9 @@ class Detector:
         """Load a Mask2Former of COCO's 80 classes from a folder or the Hub.
 
         Raises:
-            ImportError: scipy is missing; transformers' Mask2Former can not be built without it.
-            ValueError: another kind of model, or one whose weights are not all there.
-            OSError: it can not be found.
+            ImportError: scipy is missing; transformers' Mask2Former needs it.
+            ValueError: another kind of model, or weights are missing.
+            OSError: it cannot be found.
         """
         if find_spec("scipy") is None:
             raise ImportError("GenEval's detector needs scipy, not installed here: pip install 'ssd-cache[eval]'")
@@ -79,7 +79,7 @@ class Detector:
 
     @torch.inference_mode()
     def detect(self, image: Image.Image) -> list[Detection]:
-        """The 100 best pairs of query and class in a picture, the likeliest class first; nothing is cut off."""
+        """The 100 best (query, class) pairs in an image, sorted by class probability; no threshold is applied."""
         pixels, resized = prepare(image, self.short_side, self.long_side)
         outputs = self.model(pixel_values=pixels.to(self.model.device))
         return read_detections(
@@ -94,10 +94,11 @@ class Detector:
 def prepare(
     image: Image.Image, short_side: int = SHORT_SIDE, long_side: int = LONG_SIDE
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The model's input of a picture, and (height, width) of the picture in it.
+    """The model's input for an image, and (height, width) of the image in it.
 
-    Bilinear without smoothing, as OpenCV does it, to whole numbers; then normalised; then zeros to the right and below
-    up to multiples of 32. A square becomes 800 x 800; 512 wide and 384 high becomes 1067 x 800 in 1088 x 800.
+    The image is resized bilinearly without antialiasing, as in OpenCV, and rounded to whole numbers; then normalised;
+    then padded with zeros on the right and below to multiples of 32. A square becomes 800 x 800; an image 512 wide and
+    384 high becomes 1067 x 800 in 1088 x 800.
 
     Returns:
         Pixels `[1, 3, padded height, padded width]`, and the size before padding.
@@ -118,18 +119,18 @@ def read_detections(
     resized: tuple[int, int],
     original: tuple[int, int],
 ) -> list[Detection]:
-    """Detections of one picture from the model's raw outputs.
+    """Detections of one image from the model's raw outputs.
 
-    A score is the probability of the class times the mean probability of the pixels in the mask, which are those whose
-    logit is above 0 in the picture's own size. A query can stand for several classes. An empty mask has score 0.
+    A score is the probability of the class times the mean probability of the pixels in the mask. The mask contains the
+    pixels with a logit above 0 in the image's own size. One query can give several classes. An empty mask has score 0.
 
     Args:
         class_logits: `[queries, classes + 1]`, the last of them "no object".
-        mask_logits: `[queries, height / 4, width / 4]` of the padded picture.
-        padded, resized, original: (height, width) of the model's input, of the picture in it, and of the picture.
+        mask_logits: `[queries, height / 4, width / 4]` of the padded image.
+        padded, resized, original: (height, width) of the model's input, of the image in it, and of the image.
 
     Returns:
-        At most 100, masks `[height, width]` of the original.
+        At most 100 detections, with masks `[height, width]` of the original size.
     """
     probabilities = class_logits.softmax(-1)[:, :-1]
     num_classes = probabilities.shape[1]
@@ -154,7 +155,7 @@ def read_detections(
 
 
 def _box_of(mask: np.ndarray) -> tuple[float, float, float, float]:
-    """The box around a mask `[height, width]`, ends excluded; zeros around nothing."""
+    """The bounding box of a mask `[height, width]`, ends exclusive; all zeros for an empty mask."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return (0.0, 0.0, 0.0, 0.0)

@@ -1,6 +1,6 @@
-"""GenEval's pictures as a set to draw: four of each prompt, in the order of the prompt file.
+"""GenEval's images as a set to generate: four of each prompt, in the order of the prompt file.
 
-The order, and so the batches, are those of `SampleFolder`. The drawing is `evaluation.export`'s.
+The order, and therefore the batches, are those of `SampleFolder`. `evaluation/export.py` generates the images.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ssd_cache.evaluation.geneval.folder import SampleFolder
 
 
 class GenEvalPictures:
-    """The pictures of a `SampleFolder`, numbered; a `PictureSet`."""
+    """The images of a `SampleFolder`, numbered; a `PictureSet`."""
 
     unit = 1
 
@@ -23,7 +23,7 @@ class GenEvalPictures:
 
     @property
     def prompts(self) -> str:
-        """The lines of the prompt file that they are of."""
+        """The lines of the prompt file for these images."""
         return "".join(prompt.to_json() + "\n" for prompt in self.folder.prompts)
 
     def missing(self, numbers: range) -> list[int]:

@@ -1,7 +1,7 @@
-"""GenEval's folder of pictures, as its own scorer reads it: `00000/metadata.jsonl`, `00000/samples/00000.png`, ...
+"""GenEval's image folder, as the official scorer reads it: `00000/metadata.jsonl`, `00000/samples/00000.png`, ...
 
-It writes pictures, tells which are missing, and refuses a folder that is not whole: the official scorer takes the mean
-over whatever is there and says nothing. Drawing and scoring happen elsewhere.
+It writes images, lists missing ones, and refuses an incomplete folder: the official scorer silently takes the mean
+over the images it finds. Generating and scoring are done elsewhere.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from ssd_cache.io.showing import shown
 from ssd_cache.io.writing import write_files
 
 NUM_SAMPLES = 4
-"""Pictures of a prompt, by convention: 553 x 4 = 2212 in all."""
+"""Images per prompt, by convention: 553 x 4 = 2212 in all."""
 
 _PICTURE = re.compile(r"(\d+)\.png")
 _SHOWN = 5
 
 
 class SampleFolder:
-    """The pictures of some prompts under one folder; made or read by its methods, not by its constructor.
+    """The images of some prompts in one folder; the constructor reads and writes no files.
 
     Attributes:
         root: the folder.
-        prompts: those of the prompt file in its order; a prompt's number is its place in it, from 0.
-        num_samples: pictures of each.
+        prompts: those of the prompt file in its order; a prompt's number is its index, from 0.
+        num_samples: images per prompt.
     """
 
     def __init__(self, root: str | Path, prompts: Sequence[GenEvalPrompt], num_samples: int = NUM_SAMPLES):
@@ -41,11 +41,11 @@ class SampleFolder:
         self.root, self.prompts, self.num_samples = Path(root), tuple(prompts), num_samples
 
     def __len__(self) -> int:
-        """How many pictures the whole folder has."""
+        """Number of images in the complete folder."""
         return len(self.prompts) * self.num_samples
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """(prompt, sample) of every picture, in order, whether it is there or not."""
+        """(prompt, sample) of every image, in order, including missing ones."""
         return ((prompt, sample) for prompt in range(len(self.prompts)) for sample in range(self.num_samples))
 
     def prompt_folder(self, prompt: int) -> Path:
@@ -53,21 +53,21 @@ class SampleFolder:
         return self.root / f"{prompt:05d}"
 
     def picture(self, prompt: int, sample: int) -> Path:
-        """Where a picture lies: one that is there, in either of the two official spellings, or where it is written."""
+        """The path of an existing image, in either official spelling, or else the path that it is written to."""
         samples = self.prompt_folder(prompt) / "samples"
-        short = samples / f"{sample:04d}.png"  # the README's; the sample script writes five digits
+        short = samples / f"{sample:04d}.png"  # spelling of GenEval's README; its sample script writes five digits
         return short if short.is_file() else samples / f"{sample:05d}.png"
 
     def name(self, prompt: int, sample: int) -> str:
-        """A picture's path below the root, with slashes."""
+        """The path of an image below the root, with slashes."""
         return self.picture(prompt, sample).relative_to(self.root).as_posix()
 
     def write(self, prompt: int, sample: int, image: Image.Image) -> None:
-        """Write one picture, and its prompt's metadata.jsonl first; each whole or not at all.
+        """Write one image, after its prompt's metadata.jsonl; each file is written completely or not at all.
 
         Raises:
-            ValueError: a picture that is not RGB, a number out of range, or a folder that holds another prompt.
-            OSError: it can not be written.
+            ValueError: the image is not RGB, a number is out of range, or the folder holds another prompt.
+            OSError: it cannot be written.
         """
         if not 0 <= prompt < len(self.prompts) or not 0 <= sample < self.num_samples:
             raise ValueError(
@@ -88,14 +88,14 @@ class SampleFolder:
         write_files({self.picture(prompt, sample): content.getvalue()})
 
     def missing(self) -> list[tuple[int, int]]:
-        """(prompt, sample) of the pictures that are not there yet, in order: what is left to draw."""
+        """(prompt, sample) of the images that are still to be generated, in order."""
         return [place for place in self if not self.picture(*place).is_file()]
 
     def check_complete(self) -> None:
-        """Refuse a folder that the official scorer would take a wrong mean over.
+        """Refuse a folder for which the official scorer would compute a wrong mean.
 
         Raises:
-            ValueError: a missing picture or metadata.jsonl, another prompt's, or pictures that nobody asked for.
+            ValueError: an image or metadata.jsonl is missing or of another prompt, or there are unexpected images.
         """
         if not self.root.is_dir():
             raise ValueError(f"{self.root}: no such folder; draw the pictures first")
@@ -114,7 +114,7 @@ class SampleFolder:
             self._check_metadata(prompt)
 
     def _extra(self) -> list[str]:
-        """What the official scorer would read and `check_complete` does not expect."""
+        """Images that the official scorer would read and `check_complete` does not expect."""
         wanted = {self.name(*place) for place in self}
         extra = []
         for folder in sorted(path for path in self.root.iterdir() if path.name.isdigit() and path.is_dir()):

@@ -1,6 +1,6 @@
-"""The words of GenEval: its six tags, 80 object classes, ten colours and four relations.
+"""GenEval's vocabulary: its six tags, 80 object classes, ten colours and four relations.
 
-The classes are COCO's in COCO's order, three of them renamed; a detector's labels are matched by their index here,
+The classes are COCO's in COCO's order, three of them renamed. A detector's labels are matched by their index here,
 never by name. Source: github.com/djghosh13/geneval, evaluation/object_names.txt and the prompts (MIT).
 """
 

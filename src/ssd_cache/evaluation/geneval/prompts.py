@@ -1,7 +1,7 @@
-"""Reads GenEval's prompt file, evaluation_metadata.jsonl or a part of it, into prompts with what they ask for.
+"""Reads GenEval's prompt file, evaluation_metadata.jsonl or a part of it, into prompts with their requirements.
 
-Every wrong line is refused with its file and number; nothing is downloaded and nothing is judged here. The official
-file has 553 prompts; a prompt's number in an image folder is its line's, from 0.
+An invalid line is refused with its file and number. Nothing is downloaded or judged here. The official file has 553
+prompts; a prompt's number in an image folder is that of its line, counted from 0.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ssd_cache.io.showing import ReadableError, printable, shown
 from ssd_cache.io.untrusted import parse_json
 
 NUM_PROMPTS = 553
-"""Prompts of the official file."""
+"""Number of prompts in the official file."""
 
 
 @dataclass(frozen=True)
 class Include:
-    """Objects that a picture must show: `count` of a class, of a colour, and how they lie to those of another entry.
+    """Objects that an image must show: `count` of a class, optionally with a colour and a position.
 
-    `position` is (relation, index of the entry in the prompt's `include` that it is relative to).
+    `position` is (relation, index in the prompt's `include` of the entry that the position is relative to).
     """
 
     class_name: str
@@ -34,7 +34,7 @@ class Include:
 
 @dataclass(frozen=True)
 class Exclude:
-    """Objects that a picture must not show: `count` or more of a class."""
+    """Objects that an image must not show: `count` or more of a class."""
 
     class_name: str
     count: int
@@ -42,7 +42,7 @@ class Exclude:
 
 @dataclass(frozen=True)
 class GenEvalPrompt:
-    """One line of the prompt file; `str(prompt)` is the text that is drawn."""
+    """One line of the prompt file; `str(prompt)` is the text to generate from."""
 
     tag: str
     prompt: str
@@ -53,7 +53,7 @@ class GenEvalPrompt:
         return self.prompt
 
     def to_json(self) -> str:
-        """The line of the prompt file, without its end."""
+        """The line of the prompt file, without its line end."""
         include = []
         for item in self.include:
             entry: dict[str, Any] = {"class": item.class_name, "count": item.count}
@@ -69,10 +69,10 @@ class GenEvalPrompt:
 
 
 def read_prompts(path: str | Path) -> list[GenEvalPrompt]:
-    """The prompts of a file in the form of evaluation_metadata.jsonl, one JSON object a line.
+    """Read the prompts of a file in the format of evaluation_metadata.jsonl, one JSON object per line.
 
     Raises:
-        ValueError: a file that can not be read or is empty, or a wrong line, with its number from 1.
+        ValueError: the file cannot be read or is empty, or a line is invalid; the message has its number, from 1.
     """
     path = Path(path)
     try:
@@ -89,10 +89,10 @@ def read_prompts(path: str | Path) -> list[GenEvalPrompt]:
 
 
 def parse_prompt(line: str, place: str = "the prompt") -> GenEvalPrompt:
-    """The prompt of one line; `place` opens the message of an error.
+    """Parse one line; `place` is the start of an error message.
 
     Raises:
-        ValueError: no JSON object, or one that asks for something GenEval does not know.
+        ValueError: the line is not a JSON object, or has requirements unknown to GenEval.
     """
     try:
         try:

@@ -1,8 +1,8 @@
-"""GenEval's decisions: from detections to objects, from objects to a verdict on one picture.
+"""GenEval's rules: from detections to objects, and from objects to a verdict on one image.
 
-Pure rules over boxes, scores and names. Nothing is detected here and no colour is told: colours come from a function
-that is handed in. The means over pictures are `summary.py`'s. Source: github.com/djghosh13/geneval,
-evaluation/evaluate_images.py, written anew from its rules.
+They use only boxes, scores and names. Detections come from `detector.py`, colours from a function passed as argument.
+`summary.py` computes the means over images. Source: github.com/djghosh13/geneval, evaluation/evaluate_images.py,
+reimplemented from its rules.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ssd_cache.shapes.relations import Box, relations
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """An object that a detector saw.
+    """One object that a detector found.
 
     Attributes:
         label: index of its class in `names.CLASSES`.
         score: from 0 to 1.
-        box: around it.
-        mask: its pixels, boolean `[height, width]` of the picture, or None when only the box is known.
+        box: its bounding box.
+        mask: its pixels, boolean `[height, width]` of the image, or None when only the box is known.
     """
 
     label: int
@@ -35,10 +35,10 @@ class Detection:
 
 
 Objects = Mapping[str, Sequence[Detection]]
-"""Objects that count, by class name, the highest score first; a class without any is absent."""
+"""Objects that count, by class name, the highest score first; classes without objects are absent."""
 
 ColorsOf = Callable[[Sequence[Detection], str], Sequence[str]]
-"""The colour of every detection of a class, whose name is the second argument."""
+"""A function that returns the colour of every detection of a class; the second argument is the class name."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Rules:
     """GenEval's thresholds; the defaults are the official ones.
 
     Attributes:
-        threshold: a detection counts when its score is above this.
-        counting_threshold: the same for prompts of the tag "counting".
-        max_objects: of one class, at most.
-        max_overlap: a box counts when its overlap with every better one of its class is below this; 1 turns it off.
-        position_threshold: share of both boxes' sizes that an offset must exceed.
+        threshold: a detection counts if its score is above this.
+        counting_threshold: the same for prompts with the tag "counting".
+        max_objects: maximum number of objects per class.
+        max_overlap: a box counts if its overlap with every better box of its class is below this; 1 disables the rule.
+        position_threshold: share of the sizes of both boxes that an offset must exceed.
     """
 
     threshold: float = 0.3
@@ -78,17 +78,17 @@ OFFICIAL = Rules()
 
 @dataclass(frozen=True)
 class Judgement:
-    """The verdict on one picture; `reasons` is empty when it is correct."""
+    """The verdict on one image; `reasons` is empty when it is correct."""
 
     correct: bool
     reasons: tuple[str, ...]
 
 
 def objects_of(detections: Iterable[Detection], tag: str, rules: Rules = OFFICIAL) -> dict[str, list[Detection]]:
-    """The detections that count in a picture of a prompt with this tag, by class, the highest score first.
+    """The detections that count for a prompt with this tag, by class, the highest score first.
 
     Raises:
-        ValueError: a label that is no index of a class.
+        ValueError: a label is not the index of a class.
     """
     cut = rules.counting_threshold if tag == "counting" else rules.threshold
     by_label: dict[int, list[Detection]] = {}
@@ -112,7 +112,7 @@ def objects_of(detections: Iterable[Detection], tag: str, rules: Rules = OFFICIA
 
 
 def overlap(first: Box, second: Box) -> float:
-    """Intersection over union of boxes whose last row and column belong to them, so that sizes are one larger."""
+    """Intersection over union of boxes whose last row and column are included, so sizes are larger by one."""
 
     def area(left: float, top: float, right: float, bottom: float) -> float:
         return max(right - left + 1, 0) * max(bottom - top + 1, 0)
@@ -125,16 +125,16 @@ def overlap(first: Box, second: Box) -> float:
 
 
 def judge(prompt: GenEvalPrompt, objects: Objects, colors_of: ColorsOf, rules: Rules = OFFICIAL) -> Judgement:
-    """Decide whether a picture with these objects shows what the prompt asks for.
+    """Decide whether an image with these objects matches the prompt.
 
-    Only the best `count` objects of a class are asked for their colour and place. More of a class than asked for are
-    wrong only where the prompt excludes them (counting); objects of other classes never are.
+    Colour and position are checked for the best `count` objects of a class only. Additional objects of a class are
+    wrong only if the prompt excludes them (counting); objects of other classes are never wrong.
 
     Args:
-        prompt: what is asked for.
-        objects: as `objects_of` gives them.
-        colors_of: called only where a colour is asked for, with the objects it is asked of.
-        rules: only `position_threshold` matters here.
+        prompt: the requirements.
+        objects: as `objects_of` returns them.
+        colors_of: called only where the prompt requires a colour, with the objects to classify.
+        rules: only `position_threshold` is used here.
     """
     reasons: list[str] = []
     matched: list[Sequence[Detection] | None] = []

@@ -1,7 +1,7 @@
-"""Scores a whole folder of pictures: detector and colours on every picture, GenEval's rules, one result a picture.
+"""Scores a folder of images: runs detector and colour classifier on every image and applies GenEval's rules.
 
-Results go to a file line by line, and a run that was interrupted goes on after its last whole line. A picture that can
-not be read is named, counts as wrong, and the run goes on. It draws nothing, and means are `summary.py`'s.
+Each result is appended to a file, and an interrupted run continues after the last complete line. An image that cannot
+be read is reported and counts as wrong. `summary.py` computes the means; nothing is generated here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def score_image(
     filename: str = "",
     rules: Rules = OFFICIAL,
 ) -> ImageResult:
-    """Judge one picture; `filename` goes into the result as it is."""
+    """Judge one image; `filename` is copied into the result."""
     objects = objects_of(detector.detect(image), prompt.tag, rules)
     judgement = judge(prompt, objects, lambda found, name: classifier.classify(image, found, name), rules)
     return ImageResult(
@@ -53,7 +53,7 @@ def score_image(
 
 
 def settings_of(detector: Detector, classifier: ColorClassifier, rules: Rules = OFFICIAL) -> dict[str, Any]:
-    """With what pictures are judged: results with other settings are not compared or mixed."""
+    """The settings of the judge; results with different settings are not compared or mixed."""
     return {
         "detector": detector.name,
         "short_side": detector.short_side,
@@ -72,27 +72,27 @@ def score_folder(
     rules: Rules = OFFICIAL,
     on_image: Callable[[ImageResult], object] | None = None,
 ) -> GenEvalScore:
-    """Judge every picture of a folder that is complete.
+    """Judge every image of a complete folder.
 
     Args:
-        folder: the pictures and what they are of.
-        detector: sees the objects.
-        classifier: tells their colours.
-        results_file: one JSON object a picture, see `ImageResult`. When it is there already, its pictures are not
-            judged again, except those that could not be read or have changed since.
+        folder: the images and their prompts.
+        detector: finds the objects.
+        classifier: classifies their colours.
+        results_file: a file with one JSON object per image, see `ImageResult`. If it exists, its images are not judged
+            again, except those that were unreadable or have changed.
         rules: GenEval's thresholds.
-        on_image: called with every result, in order, those from the file too.
+        on_image: called with every result, in order, including those from the file.
 
     Raises:
-        ValueError: an incomplete folder, or a file with the results of another run.
-        OSError: the file can not be written.
+        ValueError: the folder is incomplete, or the file holds results of another run.
+        OSError: the file cannot be written.
     """
     folder.check_complete()
     path = None if results_file is None else Path(results_file)
     done: dict[str, ImageResult] = {}
     if path is not None:
         done = {result.filename: result for result in _read_results(path, settings_of(detector, classifier, rules))}
-        _write_results(path, done.values())  # whole lines only, in case the last was cut short
+        _write_results(path, done.values())  # drops an incomplete last line
     results: list[ImageResult] = []
     for number, sample in folder:
         name, prompt = folder.name(number, sample), folder.prompts[number]
@@ -115,13 +115,13 @@ def score_folder(
         results.append(result)
         if on_image is not None:
             on_image(result)
-    if path is not None:  # in order, each picture once
+    if path is not None:  # rewrite in order, each image once
         _write_results(path, results)
     return summarize(results)
 
 
 def _open(content: bytes) -> Image.Image | str:
-    """A picture from the bytes of its file, or why it can not be read."""
+    """An image from the bytes of its file, or the reason why it cannot be read."""
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as file:
             return file.convert("RGB")
@@ -139,7 +139,7 @@ def _write_results(path: Path, results: Iterable[ImageResult]) -> None:
 
 
 def _read_results(path: Path, settings: dict[str, Any]) -> list[ImageResult]:
-    """Results of an earlier run with the same settings, without a last line that was cut short; none without a file."""
+    """Results of an earlier run with the same settings, without an incomplete last line; empty without a file."""
     results: list[ImageResult] = []
     if not path.exists():
         return results

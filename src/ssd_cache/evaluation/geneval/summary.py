@@ -1,7 +1,7 @@
-"""GenEval's means: of each tag over its pictures, and overall over the tags, each of equal weight.
+"""GenEval's means: for each tag over its images, and overall over the tags with equal weights.
 
-Says beside them what they are worth: how many pictures and prompts, which could not be read, whose scorer. It judges
-nothing itself. Source: github.com/djghosh13/geneval, evaluation/summary_scores.py, written anew from its rules.
+It also reports the number of images and prompts, the unreadable images, and the scorer. It does not judge images.
+Source: github.com/djghosh13/geneval, evaluation/summary_scores.py, reimplemented from its rules.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Any
 from ssd_cache.evaluation.geneval.names import TAGS
 
 SCORER = "GenEval rules, HF detector"
-"""Stands in all results: the rules are GenEval's, the detector's weights are not, so the numbers are not official."""
+"""Stored in all results: the rules are GenEval's, the detector's weights are not, so scores are not official."""
 
 
 @dataclass(frozen=True)
 class ImageResult:
-    """One picture's result, with the fields of the official result file and four more.
+    """The result of one image, with the fields of the official result file and four more.
 
     Attributes:
-        filename: of the picture, below the folder's root.
-        tag, prompt: what was asked for.
+        filename: path of the image below the folder's root.
+        tag, prompt: those of the prompt.
         correct: the verdict.
-        reason: one a line, empty when it is correct.
-        metadata: the prompt's line, by which pictures of one prompt are known.
+        reason: one reason per line, empty when it is correct.
+        metadata: the prompt's line; it identifies the images of one prompt.
         details: the objects that counted: [left, top, right, bottom, score] of each, by class.
-        readable: False for a picture that could not be opened or was cut short; it counts as wrong.
-        sha256: of the picture's file.
-        scorer, settings: by whom, and with which detector, classifier and thresholds.
+        readable: False for an image that cannot be opened or is truncated; it counts as wrong.
+        sha256: checksum of the image file.
+        scorer, settings: the scorer, and its detector, classifier and thresholds.
     """
 
     filename: str
@@ -52,16 +52,16 @@ class GenEvalScore:
     """The score of a folder.
 
     Attributes:
-        tags: share of correct pictures of each tag, in GenEval's order, of the tags that were drawn.
+        tags: share of correct images of each tag that has images, in GenEval's order.
         overall: unweighted mean of `tags`.
-        images_correct: share of correct pictures, whatever their tag.
-        prompts_correct: share of prompts with at least one correct picture.
-        num_images, num_prompts: of each tag.
-        tag_errors: standard error of each tag, prompts taken as independent and a prompt's pictures not; None for a
+        images_correct: share of correct images over all tags.
+        prompts_correct: share of prompts with at least one correct image.
+        num_images, num_prompts: by tag.
+        tag_errors: standard error of each tag; prompts are independent, the images of one prompt are not. None for a
             single prompt.
-        standard_error: of `overall`, from these; None where one of them is.
-        unreadable: names of pictures that could not be read; they count as wrong, so the score is too low.
-        scorer, settings: who judged, and with what.
+        standard_error: standard error of `overall`, from `tag_errors`; None if one of them is None.
+        unreadable: names of images that could not be read; they count as wrong, so the score is too low.
+        scorer, settings: the scorer and its settings.
     """
 
     tags: dict[str, float]
@@ -77,15 +77,15 @@ class GenEvalScore:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, for a JSON file."""
+        """All fields, for a JSON file."""
         return asdict(self)
 
 
 def summarize(results: Sequence[ImageResult]) -> GenEvalScore:
-    """The score of some pictures.
+    """Compute the score of some images.
 
     Raises:
-        ValueError: no pictures, an unknown tag, or results of several scorers or settings.
+        ValueError: there are no images, a tag is unknown, or the results are of several scorers or settings.
     """
     if not results:
         raise ValueError("no results: give those of one picture or more")

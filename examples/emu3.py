@@ -1,8 +1,8 @@
-"""Draw with Emu3 and a fifth of the visual tokens: the call of transformers' documentation, inside `enable`.
+"""Generate an image with Emu3 and a fifth of the visual tokens: the call of transformers' docs, inside `enable`.
 
     python examples/emu3.py "a photo of a red circle" --head-map user/emu3-head-map --output circle.png
 
-Without --head-map the cache labels the heads itself. Guidance runs in the same batch; nothing here is special to it.
+Without --head-map the cache labels the heads itself. Guidance runs in the same batch and needs no special code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ssd_cache.models import generator_of
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the arguments, draw one picture and save it."""
+    """Parse the arguments, generate one image and save it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompt")
     parser.add_argument("--model", default="BAAI/Emu3-Gen-hf", help="a Hub id or folder in transformers' format")

@@ -1,9 +1,9 @@
-"""How long do the first pictures of a process take with a cache? `ssd-cache bench` warms up before it measures.
+"""Time the first images of a process with a cache; `ssd-cache bench` warms up before it measures.
 
-    python examples/first_pictures.py "ssd 20%"            # whole pictures, by generate
-    python examples/first_pictures.py "ssd 20%" --steps    # the decoder's steps alone, over random embeddings
+    python examples/first_pictures.py "ssd 20%"            # whole images, by generate
+    python examples/first_pictures.py "ssd 20%" --steps    # only the decoder's steps, on random embeddings
 
-Run it once for each cache, so that each has a process of its own. The compiler's time is not counted.
+Run it once for each cache, to give each its own process. The compilation time is not counted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ssd_cache.bench.subject import load_subject
 
 @torch.no_grad()
 def main(cache: str, steps: bool = False, model: str = "small-cpu", batch_size: int = 8, device: str = "cpu") -> None:
-    """Print the seconds, and the tokens per second, of BATCH_SIZE pictures with guidance."""
+    """Print the seconds, and the tokens per second, of BATCH_SIZE images with guidance."""
     subject = load_subject(model, torch.float32, torch.device(device))
     (case,) = choose([*rivals()[0], *default_cases()], [cache])
     rows, number = subject.rows_per_picture * batch_size, subject.head_map.num_visual_tokens - steps
@@ -32,7 +32,7 @@ def main(cache: str, steps: bool = False, model: str = "small-cpu", batch_size: 
         if steps:
             decoder = subject.model.get_decoder()
             prompt = torch.randn(rows, subject.num_prompt, subject.config.hidden_size, device=device)
-            step = prompt[:, :1].contiguous()  # as generate gives them, so that compiled steps are not compiled again
+            step = prompt[:, :1].contiguous()  # contiguous, as generate passes them, to avoid a recompilation
             mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=device)
             decoder(inputs_embeds=prompt, attention_mask=mask, use_cache=True, **{CACHE: held})
         synchronize(subject.model.device)

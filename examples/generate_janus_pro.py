@@ -1,8 +1,8 @@
-"""Draw pictures with Janus-Pro and a fifth of its KV cache, with transformers' own classes.
+"""Generate images with Janus-Pro and a fifth of its KV cache, with transformers' own classes.
 
     python examples/generate_janus_pro.py "a photo of a red circle" --head-map my-map
 
-It is what a script of one's own looks like; `ssd-cache generate` has more options and compares policies.
+It is a template for your own scripts; `ssd-cache generate` has more options and compares policies.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def main(
     dtype: str = "auto",
     output: Path = Path("pictures"),
 ) -> None:
-    """Draw one picture for each of PROMPTS, all at once, into the folder OUTPUT."""
+    """Generate one image for each of PROMPTS, all at once, into the folder OUTPUT."""
     where = resolve_device(device)
     processor = JanusProcessor.from_pretrained(model)
     janus = JanusForConditionalGeneration.from_pretrained(
         model, dtype=resolve_dtype(dtype, where), attn_implementation="ssd"
     )
     janus = janus.to(where).eval()
-    if head_map == "online":  # the cache labels the heads while it draws
+    if head_map == "online":  # the cache labels the heads during generation
         cache = SSDCache.online(janus, budget)
     else:  # without a budget the map's own slots, or 0.2 of the visual tokens
         cache = SSDCache(HeadMap.from_pretrained(head_map), budget)
@@ -58,7 +58,7 @@ def main(
         top_k=0,
         generation_kwargs={"boi_token_id": processor.tokenizer.boi_token_id},
     )
-    memory = cache.memory_stats()  # before the next picture: cache.reset()
+    memory = cache.memory_stats()  # call cache.reset() before the next image
     print(f"{memory.key_value / 1e6:.1f} MB of K and V; a full cache would hold {memory.full_cache / 1e6:.1f} MB")
 
     with torch.no_grad():

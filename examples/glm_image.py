@@ -1,8 +1,8 @@
-"""Draw with GLM-Image in diffusers and a fifth of the visual tokens in its autoregressive part.
+"""Generate an image with GLM-Image in diffusers and a fifth of the visual tokens in its autoregressive part.
 
     python examples/glm_image.py "a photo of a red circle" --height 1024 --width 1024 --output circle.png
 
-Without --head-map the cache labels the heads itself. The diffusion part, which follows, has no such cache.
+Without --head-map the cache labels the heads itself. The diffusion part, which runs afterwards, has no KV cache.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ssd_cache import HeadMap, enable
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the arguments, draw one picture and save it."""
+    """Parse the arguments, generate one image and save it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompt")
     parser.add_argument("--model", default="zai-org/GLM-Image", help="a Hub id or folder in diffusers' format")

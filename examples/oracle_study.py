@@ -1,11 +1,11 @@
-"""How few tokens could be enough? shapes drawn with attention that knows what no cache can know, beside everything.
+"""How few tokens could be enough? Compare cache policies on shapes with oracles that know all attention weights.
 
     python examples/oracle_study.py --budget 0.2 --policy ssd
 
-*At each step* a head looks at the tokens that this step attends most, as many as it has slots, and drops none for good.
-*In hindsight* tokens are dropped for good, a buffer at once, but those that will receive the least attention from then
-on, as a drawing of the same pictures with everything kept has told: what a score could reach if it foresaw attention.
-Neither saves memory or time, and no label is asked for: every head is served as it likes.
+*At each step* a head attends only to the tokens with the largest weights of this step, as many as it has slots. No
+token is dropped for good. *In hindsight* drops tokens for good, `buffer` at once: those that will receive the least
+attention later, as recorded while the same images were generated with all tokens. It bounds what a score could reach.
+Neither oracle saves memory or time. Neither uses labels: every head keeps the tokens that suit it best.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ from ssd_cache.shapes import KINDS, judge
 NAME = "oracle"
 Verdicts = dict[str, dict[int, dict[int, bool]]]
 Hide = Callable[[int, torch.Tensor], torch.Tensor | None]
-"""From a layer's number and the attention that a step's visual tokens receive, `[rows, kv_heads, tokens]`, the new one
-last: which of them are not to be looked at, booleans of that shape; None for none of them."""
+"""Maps a layer index and the attention that the visual tokens of a step receive to a mask of tokens to hide.
+
+The attention is `[rows, kv_heads, tokens]`, with the new token last. The mask is boolean and of that shape, or None to
+hide nothing.
+"""
 
 
 class HidingAttention:
-    """An attention function of transformers that leaves out, in one-token steps, what `hide` hides."""
+    """An attention function of transformers that masks, in one-token steps, the tokens that `hide` selects."""
 
     def __init__(self, hide: Hide):
         self.hide, self.num_prompt = hide, 0
@@ -59,10 +62,10 @@ class HidingAttention:
 
 
 class AtEachStep:
-    """Hides all but the most attended of this step.
+    """Hides all tokens except the most attended of this step.
 
     Args:
-        num_slots: `[layers, kv_heads]`, visual tokens a head may look at, the new one included.
+        num_slots: `[layers, kv_heads]`, visual tokens that a head may attend to, including the new one.
     """
 
     def __init__(self, num_slots: torch.Tensor):
@@ -73,7 +76,7 @@ class AtEachStep:
 
 
 class Recorder:
-    """Hides nothing, and remembers what every token received from every query."""
+    """Hides nothing, and records the attention that every token received from every query."""
 
     def __init__(self, num_layers: int):
         self.received: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
@@ -82,7 +85,7 @@ class Recorder:
         self.received[layer].append(received.half())
 
     def future(self, layer: int) -> torch.Tensor:
-        """What each token receives from each step on, `[steps, rows, kv_heads, tokens]`; the record is let go."""
+        """Attention that each token receives from each step on, `[steps, rows, kv_heads, tokens]`; frees the record."""
         steps = self.received[layer]
         num_tokens = steps[-1].shape[-1]
         future = torch.stack([torch.nn.functional.pad(step, (0, num_tokens - step.shape[-1])) for step in steps])
@@ -93,17 +96,17 @@ class Recorder:
 
 
 class InHindsight:
-    """Hides what was dropped for having the least attention to come.
+    """Hides the dropped tokens: those with the least attention still to come.
 
     Args:
-        recorder: of the same pictures, drawn with everything.
+        recorder: a record of the same images, generated with all tokens.
         num_slots: `[layers, kv_heads]`.
         buffer: tokens dropped at once.
     """
 
     def __init__(self, recorder: Recorder, num_slots: torch.Tensor, buffer: int):
         self.num_slots, self.buffer = num_slots, buffer
-        # of each layer: number of slots -> what is gone after each eviction in heads with so many; see `drops`
+        # for each layer: number of slots -> tokens dropped up to each eviction in heads with so many slots; see `drops`
         self.dropped: list[dict[int, list[torch.Tensor]]] = []
         for layer, slots in enumerate(num_slots):
             future = recorder.future(layer)
@@ -121,7 +124,7 @@ class InHindsight:
 
 
 def drops(future: torch.Tensor, num_slots: int, buffer: int) -> list[torch.Tensor]:
-    """What is gone after each eviction, which happens when all slots are taken and a token arrives.
+    """Tokens dropped up to each eviction; an eviction happens when all slots are taken and a token arrives.
 
     Args:
         future: `[steps, rows, heads, tokens]`, the attention still to come at each step.
@@ -140,14 +143,14 @@ def drops(future: torch.Tensor, num_slots: int, buffer: int) -> list[torch.Tenso
 
 
 def hide_least_attended(received: torch.Tensor, num_slots: torch.Tensor) -> torch.Tensor | None:
-    """All but the new token, the last, and as many as there are slots beside it.
+    """Hide all tokens except the new one, which is last, and the most attended others, as many as slots remain.
 
     Args:
         received: `[rows, kv_heads, tokens]`.
         num_slots: `[kv_heads]`.
 
     Returns:
-        Booleans as `received`, or None where all have a slot.
+        Booleans of the shape of `received`, or None if all tokens have a slot.
     """
     if received.shape[2] <= int(num_slots.min()):
         return None
@@ -166,9 +169,9 @@ def main(
     seed: int = 0,
     model: str = "shapes-janus",
 ) -> None:
-    """Print the share of correct pictures with everything, and with each oracle, given the slots of a policy.
+    """Print the share of correct images with all tokens, and with each oracle, given the slots of a policy.
 
-    The record in between takes 40 MB a picture of shapes-janus: mind the batch size.
+    The attention record takes 40 MB per image of shapes-janus: choose the batch size accordingly.
     """
     checkpoint = find_generator(model)
     check_model(checkpoint)
@@ -199,11 +202,11 @@ def main(
 
 
 def draw(generator: Generator, head_map: HeadMap, hide: Hide, captions: list[str], seed: int) -> torch.Tensor:
-    """Visual tokens `[batch, cells]`, with an attention that hides some of them."""
+    """Visual tokens `[batch, cells]`, generated with an attention that hides some of them."""
     AttentionInterface.register(NAME, HidingAttention(hide))
     AttentionMaskInterface.register(NAME, sdpa_mask)
     generator.model.set_attn_implementation({"text_config": NAME})
-    # a cache that keeps everything, and does not copy itself at every step as DynamicCache does
+    # a cache that keeps all tokens, and unlike DynamicCache does not copy itself at every step
     return generator.generate(captions, SSDCache.from_policy("full", head_map), seed=seed)
 
 

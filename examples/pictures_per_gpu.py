@@ -1,9 +1,10 @@
-"""How many pictures does a GPU hold at once, with the full cache and with an SSDCache?
+"""How many images fit on a GPU at once, with the full cache and with an SSDCache?
 
     python examples/pictures_per_gpu.py --model deepseek-community/Janus-Pro-1B --memory 24
 
-From the configuration alone: weights, and K and V of a picture's rows. Activations are not counted, nor is what torch
-keeps for itself, so these are upper bounds. With `--device cuda` it then finds out by drawing, with random weights.
+It counts, from the configuration alone, the weights and the K and V of an image's rows. It does not count activations
+or torch's own reserve. The results are therefore upper bounds. With `--device cuda` it also measures the number by
+generating with random weights.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from ssd_cache import HeadMap, SSDCache
 from ssd_cache.models import Checkpoint, find_generator, resolve_device, resolve_dtype
 
 PROMPT = 32
-"""Tokens of a prompt, the chat template's included: about a sentence."""
+"""Tokens of a prompt of about one sentence, including the chat template."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes: of the weights once, and of K and V for every picture, at its last token."""
+    """Bytes of the weights, and bytes of K and V per image, at its last token."""
 
     weights: int
     picture: int
 
     def pictures(self, memory: float) -> int:
-        """How many fit into that many bytes."""
+        """How many images fit into that many bytes."""
         return max(0, int((memory - self.weights) // self.picture))
 
 
@@ -43,7 +44,7 @@ def build(checkpoint: Checkpoint, device: str | torch.device, dtype: torch.dtype
 
 
 def need(checkpoint: Checkpoint, cache: SSDCache, dtype: torch.dtype, rows: int, num_prompt: int = PROMPT) -> Need:
-    """By the configuration; `rows` of the batch to a picture, 2 with guidance."""
+    """Compute it from the configuration; an image takes `rows` rows of the batch, 2 with guidance."""
     config = checkpoint.config.get_text_config(decoder=True)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cells = cache.head_map.num_visual_tokens
@@ -53,7 +54,7 @@ def need(checkpoint: Checkpoint, cache: SSDCache, dtype: torch.dtype, rows: int,
 
 
 def largest(draw: Callable[[int], object], start: int = 1) -> int:
-    """The most pictures that can be drawn at once, 0 for none: doubled until memory ends, then narrowed down."""
+    """Largest number of images generated at once, 0 for none: doubles until memory runs out, then bisects."""
 
     def fits(number: int) -> bool:
         try:
@@ -83,9 +84,9 @@ def main(
     dtype: str = "bfloat16",
     device: str = "cpu",
 ) -> None:
-    """Print how many pictures fit into MEMORY gigabytes (10^9 bytes), and on a GPU how many really do in all it has."""
+    """Print how many images fit into MEMORY gigabytes (10^9 bytes), and how many really fit in all memory of a GPU."""
     checkpoint, kind = find_generator(model), resolve_dtype(dtype)
-    if head_map is None:  # what is counted depends on the budget alone
+    if head_map is None:  # the counts depend only on the budget
         shape = {"num_layers": checkpoint.num_layers, "num_kv_heads": checkpoint.num_kv_heads}
         labels = HeadMap.uniform("semantic", **shape).with_grid(checkpoint.grid, checkpoint.previews)
     else:

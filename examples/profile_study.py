@@ -1,10 +1,10 @@
-"""How far can a head map be trusted, and what does it cost? Tables, figures and JSON about profiling one model.
+"""How reliable is a head map, and what does it cost? Tables, figures and JSON about profiling one model.
 
     python examples/profile_study.py --num-prompts 128 --output study
 
-One run with the model's own guidance answers all questions but two: a second one with another guidance, and one with
-caches that label heads for themselves, answer those. It measures labels, the attention they retain, seconds and bytes.
-How well pictures come out is `ssd-cache eval shapes`'s question. Interrupted, it goes on from the sums in the folder.
+One run with the model's own guidance answers most questions. A second run uses another guidance scale, and a third
+uses caches that label the heads online. The study measures labels, the attention that they retain, seconds and bytes.
+`ssd-cache eval shapes` measures image quality. An interrupted study resumes from the sums in the folder.
 """
 
 from __future__ import annotations
@@ -64,18 +64,18 @@ else:
     measure_heads(generator, prompts, batch_size=len(prompts), progress=False)
 print(peak() - before)
 """
-"""What a process of its own holds at most while it draws, since a process's peak never falls."""
+"""Code whose process measures its own peak memory during generation; the peak of a process never falls."""
 
 
 def table(title: str, columns: list[str], rows: list[list]) -> str:
-    """A Markdown table under a line that says what it is."""
+    """A Markdown table with a title line above it."""
     cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     lines = [" | ".join(row) for row in (columns, ["---"] * len(columns), *cells)]
     return f"\n{title}\n\n" + "\n".join(f"| {line} |" for line in lines)
 
 
 def seconds(generator: Generator, action: Callable[[], object]) -> float:
-    """Wall time of an action, all that the device was given included."""
+    """Wall time of an action, including all work that it queued on the device."""
     start = time.perf_counter()
     action()
     if generator.model.device.type == "cuda":
@@ -84,8 +84,8 @@ def seconds(generator: Generator, action: Callable[[], object]) -> float:
 
 
 def time_side_by_side(generator: Generator, prompts: list[str], rounds: int, **settings) -> list[dict[str, float]]:
-    """Profiling and plain generation of the same prompts in turn, so that both see the same machine."""
-    generator.generate(prompts)  # the first time pays for whatever is done once
+    """Time profiling and plain generation of the same prompts alternately, under the same machine load."""
+    generator.generate(prompts)  # warm up: the first run includes one-time costs
     found = []
     for _ in tqdm(range(rounds), desc="plain and watched"):
         plain = seconds(generator, lambda: generator.generate(prompts))
@@ -98,7 +98,7 @@ def time_side_by_side(generator: Generator, prompts: list[str], rounds: int, **s
 
 
 def peak_memory(model: str, prompts: list[str]) -> dict[str, int]:
-    """Bytes that a process grows by at its peak, drawing the prompts in one batch, plain and watched (on Linux)."""
+    """Peak growth of a process in bytes while it generates the prompts in one batch, plain and profiled (on Linux)."""
     found = {}
     for kind in ("plain", "watched"):
         done = subprocess.run([sys.executable, "-c", PEAK, kind, model, *prompts], capture_output=True, text=True)
@@ -111,7 +111,7 @@ def peak_memory(model: str, prompts: list[str]) -> dict[str, int]:
 def measure_parts(
     generator: Generator, prompts: list[str], part_size: int, folder: Path, guidance: float, seed: int, **settings
 ) -> list[HeadStatistics]:
-    """The statistics of every `part_size` prompts; their sums stay in the folder."""
+    """Head statistics of every `part_size` prompts; their sums are kept in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     return [
         measure_heads(
@@ -131,7 +131,7 @@ def measure_parts(
 def draw_online(
     generator: Generator, prompts: list[str], batch_size: int, head_map: HeadMap, slots: int, seed: int, **settings
 ) -> tuple[list[torch.Tensor], dict[str, float]]:
-    """Labels that online caches find, batch by batch; and seconds a picture, online and with a map, in turn."""
+    """Labels that online caches find, per batch; and seconds per image, online and with a map, measured alternately."""
     labels, spent = [], {"online": 0.0, "offline": 0.0}
     grid = head_map.grid
     with ssd_attention(generator.model):
@@ -150,7 +150,7 @@ def draw_online(
 
 
 def mean(values: list[float]) -> float:
-    """Of at least one number."""
+    """Mean of at least one number."""
     return sum(values) / len(values)
 
 
@@ -177,7 +177,7 @@ def main(
     generator = checkpoint.load(device=device)
     own = generator.guidance_scale
     prompts = [caption for _, caption in make_prompts(-(-num_prompts // len(KINDS)), prompt_seed)]
-    random.Random(prompt_seed).shuffle(prompts)  # they come kind by kind
+    random.Random(prompt_seed).shuffle(prompts)  # the captions are sorted by kind
     prompts = prompts[:num_prompts]
     settings: dict[str, Any] = {"budget": budget, "levels": [float(x) for x in levels.split(",")]}
     settings["num_recent"] = num_recent
@@ -186,7 +186,7 @@ def main(
     numbers |= {"temperature": generator.temperature, "threads": torch.get_num_threads(), "torch": torch.__version__}
     text = [", ".join(f"{name} {value}" for name, value in numbers.items())]
 
-    # what it costs
+    # cost of profiling
     timed = prompts[:timed_prompts]
     numbers["seconds"] = time_side_by_side(generator, timed, rounds, budget=budget, num_recent=num_recent)
     rows: list[list] = [[turn, *row.values()] for turn, row in enumerate(numbers["seconds"], 1)]
@@ -214,7 +214,7 @@ def main(
     rows.append(["by the formula at most, of the full cache", f"{cost.share:.1%}"])
     text.append(table(f"Memory for {len(timed)} pictures in one batch.", ["bytes", ""], rows))
 
-    # what labels depend on
+    # dependence of the labels on the settings
     started = time.perf_counter()
     parts = measure_parts(generator, prompts, part_size, output, own, seed, **settings)
     numbers["profiling_seconds"] = time.perf_counter() - started
@@ -248,7 +248,7 @@ def main(
     rows = [[method, *values.values()] for method, values in numbers["agreement"].items()]
     text.append(table("Heads labelled alike.", columns, rows))
 
-    # which map retains how much, and labels found while drawing
+    # attention retained by each map, and labels found during generation
     labels, scores = usual["coverage"], map_scores(statistics)
     fitted = HeadMap(labels, statistics.grid, scores=scores)
     sizes = {f"{share:.0%}": round(share * labels.new_empty(statistics.grid).numel()) for share in (budget, 0.5)}

@@ -1,8 +1,8 @@
-"""Make a model's head map from a file of prompts, look at it, and publish it on the Hub.
+"""Make a head map of a model from a file of prompts, print it, and publish it on the Hub.
 
     python examples/publish_head_map.py prompts.txt --model deepseek-community/Janus-Pro-1B --repo user/my-map
 
-Without --repo nothing leaves the machine. A run that was stopped goes on; how labels come about is docs/head-maps.md's.
+Without --repo nothing is uploaded. A stopped run resumes. docs/head-maps.md explains how heads are labelled.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(
     output: Path = Path("head-map"),
     repo: str | None = None,
 ) -> None:
-    """Draw each line of PROMPTS_FILE with the full cache, label the heads, and save the map in OUTPUT."""
+    """Generate from each line of PROMPTS_FILE with the full cache, label the heads, and save the map in OUTPUT."""
     prompts = [line.strip() for line in prompts_file.read_text("utf-8").splitlines() if line.strip()]
     generator = find_generator(model).load(device=device)
     head_map = profile_heads(
@@ -34,14 +34,14 @@ def main(
         budget=budget,
         batch_size=batch_size,
         seed=seed,
-        state_file=f"{output}.sums.safetensors",  # delete it when the map is what you wanted
+        state_file=f"{output}.sums.safetensors",  # delete it when you are satisfied with the map
     )
     head_map.save_pretrained(output)
     spatial = int(head_map.is_spatial.sum())
     print(f"{output}: {spatial} of {head_map.is_spatial.numel()} heads are spatial, from {len(prompts)} prompts")
     if repo is None:
         return
-    commit = head_map.push_to_hub(repo)  # asks `hf auth login` for the token
+    commit = head_map.push_to_hub(repo)  # uses the token of `hf auth login`
     published = HeadMap.from_pretrained(repo, revision=commit.oid)
     print(f"{commit.commit_url}: {published}")
 

@@ -1,9 +1,9 @@
-"""Draw many pictures on several GPUs: each process has the whole model and draws its share of the batches.
+"""Generate many images on several GPUs: each process holds the whole model and generates its share of the batches.
 
     accelerate launch examples/several_gpus.py prompts.txt --model deepseek-community/Janus-Pro-1B --output pictures
 
-Pictures are the same with any number of processes. Stopped and started again, it draws what is missing. A model that is
-too large for one GPU is split over several instead: docs/devices.md.
+The images are the same with any number of processes. A restarted run generates only the missing images. To split a
+model that is too large for one GPU, see docs/devices.md.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from ssd_cache.runs.processes import Processes
 
 @dataclass(frozen=True)
 class Pictures:
-    """One file a prompt, as `draw_pictures` asks for them."""
+    """One file per prompt, in the form that `draw_pictures` requires (`PictureSet`)."""
 
     root: Path
     texts: Sequence[str]
     unit: int = 1
 
     def path(self, number: int) -> Path:
-        """Of one picture; a file that is there is whole."""
+        """The file of an image; a file that exists is complete."""
         return self.root / f"{number:05}.png"
 
     def missing(self, numbers: range) -> list[int]:
-        """Those of some pictures that are not there yet."""
+        """Numbers of the images that do not exist yet."""
         return [number for number in numbers if not self.path(number).exists()]
 
     def write(self, numbers: range, images: Sequence[Image.Image]) -> None:
-        """Write those of a batch's pictures that are not there yet."""
+        """Write the images of a batch that do not exist yet."""
         for number in self.missing(numbers):
             content = io.BytesIO()
             images[number - numbers.start].save(content, format="PNG")
@@ -59,9 +59,9 @@ def main(
     device: str = "auto",
     output: Path = Path("pictures"),
 ) -> None:
-    """Draw a picture for each line of PROMPTS_FILE into OUTPUT/00000.png, 00001.png, ..."""
+    """Generate an image for each line of PROMPTS_FILE into OUTPUT/00000.png, 00001.png, ..."""
     prompts = [line.strip() for line in prompts_file.read_text("utf-8").splitlines() if line.strip()]
-    processes = Processes()  # of accelerate launch or torchrun; this one alone without them
+    processes = Processes()  # those of accelerate launch or torchrun, otherwise only this one
     where = resolve_device(processes.choose_device(device))
     kind = resolve_dtype(dtype, where)
     checkpoint = find_generator(model)
@@ -84,7 +84,7 @@ def main(
         seed=seed,
         processes=processes,
     )
-    # in one piece, so that the lines of several processes stay apart
+    # one write per line, to keep the lines of several processes separate
     print(f"process {processes.index} of {processes.count} on {where}: {drawn} pictures\n", end="")
     processes.close()
 

@@ -1,13 +1,13 @@
-"""Train shapes-janus, the small Janus that ssd-cache carries, from nothing.
+"""Train shapes-janus, the small Janus that ssd-cache includes, from random weights.
 
     python examples/train_shapes_janus.py --output shapes-janus
 
 Writes a checkpoint for `JanusForConditionalGeneration.from_pretrained` and `JanusProcessor.from_pretrained`.
-Training starts on pictures of 8 rows, then 16, then the full 24: a low picture asks as much of the prompt at a
-sixth of the cost, and a row is as wide as it will stay. Which word belongs to which object is learned late, so most
-steps are low and most captions hard. Stop it at any time and start it again with the same arguments: it goes on from
-`OUTPUT/training.pt`. A CPU without bf16 instructions wants `--dtype float32`. This is a recipe for a toy world, not a
-trainer for Janus.
+Training starts on images of 8 rows, then 16, then the full 24. A low image uses as much of the prompt at a sixth of the
+cost, and its rows have their final width. The model learns late which word belongs to which object. Most steps
+are therefore low, and most captions hard. A stopped run resumes from `OUTPUT/training.pt` if started with the same
+arguments. Use `--dtype float32` on a CPU without bf16 instructions. This is a recipe for toy data,
+not a trainer for Janus.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from transformers.models.janus.image_processing_pil_janus import JanusImageProce
 from ssd_cache.shapes.scenes import COLORS, GRID, KINDS, NUMBERS, PALETTE, SHAPES, make_scene
 
 PROMPT_LENGTH = 12
-"""Tokens of the longest caption, begin-of-sequence and begin-of-image included; shorter ones are padded on the left."""
+"""Tokens of the longest caption, with begin-of-sequence and begin-of-image; shorter ones are padded on the left."""
 
 UNCONDITIONAL_SHARE = 0.1
-"""Share of scenes whose caption is blanked as guidance blanks it (Ho and Salimans 2022)."""
+"""Share of scenes with a blank caption, as in guidance (Ho and Salimans 2022)."""
 
 EVEN = dict.fromkeys(KINDS, 1)
 BINDING = {"single_object": 1, "two_object": 1, "counting": 4, "colors": 1, "position": 4, "color_attr": 4}
 COUNTING = {"single_object": 1, "two_object": 1, "counting": 6, "colors": 1, "position": 4, "color_attr": 2}
-"""How often each kind is drawn: while drawing is learned, then the words of the caption, then numbers."""
+"""Frequency of each kind while the model learns to draw, then the words of the caption, then numbers."""
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<begin_of_image>", "<end_of_image>", "<image_placeholder>")
 WORDS = (
@@ -82,7 +82,7 @@ def build_processor() -> JanusProcessor:
 def build_model(
     processor: JanusProcessor, hidden_size: int = 192, num_layers: int = 6
 ) -> JanusForConditionalGeneration:
-    """A Janus of 2.9 M trained parameters; its vision tower is tiny, since nothing here looks at pictures."""
+    """A Janus with 2.9 M trained parameters; its vision tower is tiny, since nothing here reads images."""
     tokenizer = processor.tokenizer
     config = JanusConfig(
         text_config={
@@ -130,7 +130,7 @@ def build_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         do_sample=True,
-        guidance_scale=1.001,  # next to none: more makes this small model's pictures worse; exactly 1 fails in Janus
+        guidance_scale=1.001,  # almost none: more makes this small model's images worse; exactly 1 fails in Janus
         temperature=1.0,
         generation_kwargs={"boi_token_id": tokenizer.boi_token_id},
     )
@@ -139,11 +139,11 @@ def build_model(
 
 @torch.no_grad()
 def set_palette_decoder(model: JanusForConditionalGeneration, processor: JanusProcessor) -> None:
-    """Set the VQ decoder's weights so that a token comes out as a 16 x 16 square of its palette colour, exactly.
+    """Set the VQ decoder's weights to decode each token to a 16 x 16 square of its palette colour, exactly.
 
-    No training: channel pair (2 t, 2 t + 1) carries +-1 and its negative, saying whether the cell is token t. Such a
-    pair has mean 0 and variance 1 wherever it is, so group normalisation leaves it as it is, and
-    swish(x) - swish(-x) = x makes the last convolution a plain table of colours.
+    Nothing is trained. The channel pair (2 t, 2 t + 1) holds +-1 and its negative, and says whether the cell is token
+    t. Such a pair has mean 0 and variance 1 at every position, and group normalisation leaves it unchanged. Because
+    swish(x) - swish(-x) = x, the last convolution is a plain table of colours.
     """
     vqmodel = model.model.vqmodel
     decoder, num_tokens = vqmodel.decoder, len(PALETTE)
@@ -162,13 +162,13 @@ def set_palette_decoder(model: JanusForConditionalGeneration, processor: JanusPr
     vqmodel.post_quant_conv.bias[: 2 * num_tokens] = signs
     center(decoder.conv_in, torch.eye(64))
     for name, module in decoder.named_modules():
-        if name.endswith(("conv2", "proj_out")):  # blocks add nothing to what passes by
+        if name.endswith(("conv2", "proj_out")):  # the residual branches add zero
             center(module, torch.zeros(64, 64))
         if name.endswith("upsample.conv"):
             center(module, torch.eye(64))
     image_processor = processor.image_processor
     mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)
-    # half a level up, since the image processor cuts off decimals
+    # add half a level, since the image processor truncates decimals
     colors = ((torch.tensor(PALETTE) + 0.5) / 255 - mean) / std  # [tokens, 3]
     to_rgb = torch.zeros(3, 64)
     to_rgb[:, 0 : 2 * num_tokens : 2], to_rgb[:, 1 : 2 * num_tokens : 2] = colors.T / 2, -colors.T / 2
@@ -178,7 +178,7 @@ def set_palette_decoder(model: JanusForConditionalGeneration, processor: JanusPr
 
 @dataclass(frozen=True)
 class Step:
-    """What one step of training sees: how high the pictures are, how many, of which kinds, at which learning rate."""
+    """Settings of one training step: height, number and kinds of the images, and the learning rate."""
 
     rows: int
     batch_size: int
@@ -187,11 +187,11 @@ class Step:
 
 
 def schedule(draw: int, bind: int, middle: int, full: int, count: int, rounds: int, batch_size: int) -> list[Step]:
-    """Learn to draw, then which word belongs to which object, on low pictures; grow to the full height; learn to count.
+    """Learn to draw, then which word belongs to which object, on low images; grow to the full height; learn to count.
 
-    The learning rate rises for 100 steps, stays, and falls to zero over the last three quarters of the full pictures.
-    Low pictures do not teach counting, having no room for four objects, so it has rounds of its own, in each of which
-    the rate starts again at a half and falls to zero.
+    The learning rate rises for 100 steps, stays constant, and falls to zero over the last three quarters of the full
+    images. Low images have no room for four objects and cannot teach counting. Counting has rounds of its own; in each,
+    the rate restarts at a half and falls to zero.
     """
     low = [Step(8, 2 * batch_size, min(1.0, (step + 1) / 100), EVEN) for step in range(draw)]
     low += [Step(8, 2 * batch_size, 1.0, BINDING)] * bind
@@ -203,9 +203,9 @@ def schedule(draw: int, bind: int, middle: int, full: int, count: int, rounds: i
 
 
 def make_batch(processor: JanusProcessor, batch_size: int, rows: int, seed: str, shares: dict[str, int]):
-    """Prompts `[batch, 12]`, which of their tokens are seen `[batch, 12]`, visual tokens `[batch, rows * 24]`, kinds.
+    """Prompts `[batch, 12]`, mask of their visible tokens `[batch, 12]`, visual tokens `[batch, rows * 24]`, kinds.
 
-    The kind of a scene whose caption is blanked is "unconditional".
+    A scene whose caption is blanked has the kind "unconditional".
     """
     rng = random.Random(seed)
     tokenizer = processor.tokenizer
@@ -230,7 +230,7 @@ def make_batch(processor: JanusProcessor, batch_size: int, rows: int, seed: str,
 def blockwise_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Causal attention in three blocks of queries; `attention_mask` is an additive row `[batch, 1, 1, length]`.
 
-    On a CPU with bf16 products this trains a third faster than torch's own attention does.
+    On a CPU with bf16 products, training with it is a third faster than with torch's own attention.
     """
     length = query.shape[2]
     block = -(-length // 3)
@@ -249,7 +249,7 @@ AttentionInterface.register("blockwise", blockwise_attention)
 
 
 def attention_mask(decoder, seen: torch.Tensor, length: int) -> torch.Tensor:
-    """Which of `length` tokens are seen, in the form that the decoder's attention takes."""
+    """Mask of the visible ones of `length` tokens, in the format of the decoder's attention."""
     seen = F.pad(seen, (0, length - seen.shape[1]), value=True)
     if decoder.config._attn_implementation != "blockwise":
         return seen
@@ -257,7 +257,7 @@ def attention_mask(decoder, seen: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def loss_of(model, decoder, prompts, seen, pictures) -> torch.Tensor:
-    """Cross-entropy of every picture, in nats `[batch]`: what its caption does not settle stays."""
+    """Cross-entropy of every image, in nats `[batch]`; the part that its caption does not determine cannot vanish."""
     parts = model.model
     inputs = torch.cat(
         [
@@ -273,9 +273,9 @@ def loss_of(model, decoder, prompts, seen, pictures) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """torch's Muon (Jordan 2024), its steps as large as AdamW's (Liu et al. 2025), with products in a given `dtype`.
+    """torch's Muon (Jordan 2024), with the step size of AdamW (Liu et al. 2025) and products in a given `dtype`.
 
-    torch's own always multiplies in bf16, which a CPU without such instructions emulates at a twentieth of the speed.
+    torch's own always multiplies in bf16. A CPU without bf16 instructions emulates it at a twentieth of the speed.
     """
 
     def __init__(self, matrices, lr: float, weight_decay: float, dtype: torch.dtype, momentum: float = 0.95):
@@ -320,7 +320,7 @@ def build_optimizers(
 
 
 def write(path: Path, save) -> None:
-    """Write through a temporary name, so that an interrupted run leaves the older file whole."""
+    """Write through a temporary name; an interrupted run leaves the older file intact."""
     temporary = path.with_name(path.name + ".part")
     save(temporary)
     os.replace(temporary, path)
@@ -345,7 +345,7 @@ def main(
     hidden_size: int = 192,
     num_layers: int = 6,
 ) -> None:
-    """Train shapes-janus, anew or from the weights in START, and write it to OUTPUT."""
+    """Train shapes-janus, from random weights or from those in START, and write it to OUTPUT."""
     torch.manual_seed(seed)
     output.mkdir(parents=True, exist_ok=True)
     processor = build_processor()

@@ -1,8 +1,8 @@
-"""Draw the same captions of shapes with several cache policies, and frame what the judge calls wrong.
+"""Generate the same captions of shapes with several cache policies, and frame the images that are judged wrong.
 
     python examples/where_policies_fail.py --policies full,fitted,h2o --budget 0.2 --output failures.png
 
-Captions are the first of each kind, not chosen by what came out. One batch of each policy, the same seed for all.
+The captions are the first of each kind, not selected by result. One batch per policy, with the same seed for all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WRONG = (200, 30, 30)
 
 
 def framed(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
-    """A copy with a frame inside its edge."""
+    """A copy with a frame drawn inside its edge."""
     copy = image.convert("RGB")
     ImageDraw.Draw(copy).rectangle((0, 0, copy.width - 1, copy.height - 1), outline=color, width=copy.width // 32)
     return copy
@@ -42,7 +42,7 @@ def main(
     device: str = "auto",
     output: Path = Path("failures.png"),
 ) -> None:
-    """Write a sheet, one row a policy, and print what was wrong with each picture."""
+    """Write a sheet with one row per policy, and print the errors of each image."""
     output = check_output(output)
     chosen = parse_policies(policies)
     where = resolve_device(device)

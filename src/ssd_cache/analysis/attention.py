@@ -25,14 +25,14 @@ MAP_ROWS = 4
 
 @dataclass(frozen=True)
 class HeadAttention:
-    """The attention of one KV head while it drew one picture; the query heads of the KV head are averaged.
+    """The attention of one KV head during one image, averaged over the query heads of the KV head.
 
     Attributes:
-        layer, head: which head.
+        layer, head: the index of the layer and of the KV head.
         grid: rows and columns of visual tokens.
         queries: visual tokens, counted from 0, whose queries are shown.
-        weights: `[queries, cells]`, float32, softmax weights on the visual tokens; 0 on those to come.
-        prompt_share: `[queries]`, what the prompt gets of each query.
+        weights: `[queries, cells]`, float32, softmax weights on the visual tokens; 0 on later tokens.
+        prompt_share: `[queries]`, the share of each query's attention that the prompt receives.
         first_rows: `[tokens, tokens]`, weights by query and key, of all tokens of the first grid rows.
     """
 
@@ -45,20 +45,20 @@ class HeadAttention:
     first_rows: torch.Tensor
 
     def strongest(self, index: int) -> tuple[int, int]:
-        """Row and column of the visual token that gets most from query number `index` of `queries`."""
+        """Row and column of the visual token with the highest weight for `queries[index]`."""
         row, column = divmod(int(self.weights[index].argmax()), self.grid[1])
         return row, column
 
 
 class AttentionRecorder:
-    """An observer for `WatchingCache` that keeps the attention of a few heads of one picture.
+    """An observer for `WatchingCache` that records the attention of a few heads during one image.
 
     Args:
         heads: (layer, head) pairs.
         grid: rows and columns of visual tokens.
         queries: visual tokens to show, counted from 0; see `default_queries`.
         num_rows: grid rows of the (query, key) map.
-        row: of the batch; 0 is the first picture's conditional row.
+        row: batch row to record; 0 is the conditional row of the first image.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class AttentionRecorder:
                 self._take((layer, head), weights[self.row - rows.start, head].mean(0).cpu(), num_prompt)
 
     def _take(self, key: tuple[int, int], pooled: torch.Tensor, num_prompt: int) -> None:
-        """`pooled` is `[steps, num_prompt + stored]`; its last step is visual token `stored - 1`."""
+        """Store the needed rows of `pooled`, `[steps, num_prompt + stored]`; the last step is token `stored - 1`."""
         visual = pooled[:, num_prompt:]
         steps, stored = visual.shape
         first = stored - steps
@@ -102,10 +102,10 @@ class AttentionRecorder:
         self.num_seen = max(self.num_seen, stored)
 
     def result(self) -> tuple[HeadAttention, ...]:
-        """What was kept, a head each.
+        """The recorded attention, one entry per head.
 
         Raises:
-            ValueError: the picture ended before a query that is to be shown.
+            ValueError: the image ended before the last query to show.
         """
         if self.num_seen <= max(self.queries):
             raise ValueError(
@@ -119,18 +119,18 @@ class AttentionRecorder:
 
 
 def default_queries(grid: tuple[int, int]) -> tuple[int, ...]:
-    """Four tokens that tell the kinds apart: two in the middle column, one in the first and one in the last."""
+    """Four queries that distinguish the head kinds: two in the middle column, one in the first, one in the last."""
     rows, columns = grid
     cells = ((rows // 4, columns // 2), (rows // 2, columns // 2), (rows * 3 // 4, 0), (rows * 3 // 4, columns - 1))
-    # the picture's last token is drawn and never fed, so it has no query
+    # the last token of the image is generated but never fed to the model, so it has no query
     return tuple(sorted({max(0, min(row * columns + column, rows * columns - 2)) for row, column in cells}))
 
 
 def choose_heads(scores: HeadScores, wanted: tuple[int, int] | None = None) -> tuple[tuple[int, int], ...]:
-    """The most spatial and the most semantic head; `wanted` takes the place of the one of its own kind.
+    """The most spatial and the most semantic head; `wanted` replaces the one of its own kind.
 
-    Of a kind, heads that spend more than half of their attention on the prompt come last, where the map knows (its
-    score "prompt"): what little they see of the picture tells no kind.
+    If the map has the score "prompt", heads with more than half of their attention on the prompt come last within
+    their kind. They attend too little to the image to illustrate a kind.
     """
     prompt = scores.all.get("prompt", torch.zeros(scores.is_spatial.shape))
 
@@ -148,7 +148,7 @@ def choose_heads(scores: HeadScores, wanted: tuple[int, int] | None = None) -> t
 
 
 def draw_queries(attention: HeadAttention) -> Figure:
-    """One panel per query: its weights on the visual tokens so far. An outline marks the query itself."""
+    """One panel per query, with its weights on the visual tokens so far. An outline marks the query."""
     rows, columns = attention.grid
     number = len(attention.queries)
     figure = new_figure(0.6 + (number + 1) // 2 * 2.15 * min(1.5, rows / columns))
@@ -170,12 +170,12 @@ def draw_queries(attention: HeadAttention) -> Figure:
 
 
 def draw_first_rows(attention: HeadAttention) -> Figure:
-    """Weights by query (down) and key (across) over the first grid rows; lines part the rows."""
+    """Weights by query (down) and key (across) over the first grid rows; lines separate the rows."""
     columns, weights = attention.grid[1], attention.first_rows
     tokens = len(weights)
     to_come = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
     seen = weights[~to_come]
-    top = seen.quantile(0.995).item()  # a few weights of 1 in the first steps would darken all others
+    top = seen.quantile(0.995).item()  # a few weights of 1 in the first steps would make all others too dark to see
     figure = new_figure(4.3)
     axes = figure.add_subplot()
     image = axes.imshow(weights.masked_fill(to_come, float("nan")).numpy(), cmap=color_map(), norm=root_norm(top))

@@ -33,9 +33,9 @@ class Curve:
     Attributes:
         states: "keys" or "values".
         kind: "spatial" or "semantic".
-        num_heads: averaged over so many.
-        difference: `[pictures, tokens]`, float64; the picture's last token is never fed, so it has none.
-        margin: the test of its margin columns.
+        num_heads: the number of heads averaged.
+        difference: `[images, tokens]`, float64. The last token of an image is never fed to the model, so it is absent.
+        margin: the result of the margin test on these differences.
     """
 
     states: Literal["keys", "values"]
@@ -47,12 +47,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Concentration:
-    """Curves of K and V for either kind of head (a kind that the map lacks is left out).
+    """Curves of K and V for both kinds of heads. A kind that the map lacks is omitted.
 
     Attributes:
         grid: rows and columns of visual tokens.
-        curves: up to four.
-        head_shares: by "keys" and "values", `[layers, kv_heads]`, float64, each head's share on the margin columns.
+        curves: up to four, for K and V of each kind.
+        head_shares: by "keys" and "values", `[layers, kv_heads]`, float64: the share of each head's difference in the
+            margin columns.
     """
 
     grid: tuple[int, int]
@@ -61,11 +62,14 @@ class Concentration:
 
     @property
     def is_shown(self) -> bool:
-        """Whether K or V of semantic heads is concentrated at the margins; two tests, so each at half the level."""
+        """Whether K or V of semantic heads is concentrated at the margins.
+
+        These are two tests, so each uses half the significance level.
+        """
         return any(c.kind == "semantic" and c.margin.p_value <= SIGNIFICANT / 2 for c in self.curves)
 
     def sentence(self, model: str) -> str:
-        """What was found, in plain words and numbers."""
+        """The finding as a sentence with its numbers."""
         found = [c for c in self.curves if c.kind == "semantic"]
         if not found:
             return f"{model} has no semantic head by this map, so its concentration can not be told."
@@ -90,23 +94,23 @@ def semantic_concentration(
     is_unconditional: torch.Tensor | None = None,
     seed: int = 0,
 ) -> Concentration:
-    """Squared differences of K and of V between the rows of guidance, token by token.
+    """Squared differences of K and V between the conditional and the unconditional rows, per token.
 
-    With `k[c]` and `k[u]` the keys of one head and token in the conditional and the unconditional row of a picture:
-    `mean((k[c] - k[u]) ** 2)` over the head's dimensions, then the mean over all heads of a kind. Keys are compared
-    after RoPE, which turns both rows alike and leaves the difference's length as it is.
+    Let `k[c]` and `k[u]` be the keys of one head and token in the conditional and the unconditional row of an image.
+    The difference is `mean((k[c] - k[u]) ** 2)` over the head's dimensions, then the mean over all heads of a kind.
+    Keys are compared after RoPE. RoPE rotates both rows by the same angles, so it does not change the difference.
 
     Args:
-        cache: a cache that has drawn pictures under guidance and dropped nothing: a `WatchingCache`, an `SSDCache` at
-            budget 1.0, or a `DynamicCache`.
-        head_map: the labels.
-        num_prompt: prompt tokens; needed for caches that do not know.
-        is_unconditional: boolean `[rows]`, see `Generator.is_unconditional`; the second half, as in Janus, when not
-            given.
-        seed: of the test's shifts.
+        cache: a cache that was used to generate images with guidance and evicted nothing: a `WatchingCache`, an
+            `SSDCache` with budget 1.0, or a `DynamicCache`.
+        head_map: the map with the labels.
+        num_prompt: number of prompt tokens; required for caches that do not store it.
+        is_unconditional: boolean `[rows]`, see `Generator.is_unconditional`. Default: the second half of the rows, as
+            in Janus.
+        seed: seed of the random shifts of the margin test.
 
     Raises:
-        ValueError: tokens were dropped, no visual token is held, rows that are no pairs, or a map that does not fit.
+        ValueError: tokens were evicted, no visual token is stored, the rows do not form pairs, or the map does not fit.
     """
     differences: dict[str, list[torch.Tensor]] = {"keys": [], "values": []}
     for layer in cache.layers:
@@ -118,7 +122,7 @@ def semantic_concentration(
     if complete == 0:
         raise ValueError("the cache holds less than one grid row of visual tokens: draw a picture first")
     for name in ("keys", "values"):
-        stacked = torch.stack(differences[name], dim=1)  # [pictures, layers, kv_heads, tokens]
+        stacked = torch.stack(differences[name], dim=1)  # [images, layers, kv_heads, tokens]
         by_column = stacked[..., :complete].unflatten(-1, (-1, head_map.grid[1])).sum((0, 3))
         head_shares[name] = (by_column[..., 0] + by_column[..., -1]) / by_column.sum(-1).clamp(min=1e-300)
         for kind, labels in (("spatial", head_map.is_spatial), ("semantic", ~head_map.is_spatial)):
@@ -153,7 +157,7 @@ def _visual_states(layer: Any, num_prompt: int | None) -> Iterator[torch.Tensor]
 
 
 def _difference(states: torch.Tensor, is_unconditional: torch.Tensor | None) -> torch.Tensor:
-    """`[pictures, kv_heads, tokens]`, float64, on the CPU."""
+    """Squared difference between paired rows, `[images, kv_heads, tokens]`, float64, on the CPU."""
     rows = states.shape[0]
     unconditional = torch.arange(rows) >= rows // 2 if is_unconditional is None else is_unconditional.cpu()
     if len(unconditional) != rows or 2 * int(unconditional.sum()) != rows:
@@ -163,7 +167,10 @@ def _difference(states: torch.Tensor, is_unconditional: torch.Tensor | None) -> 
 
 
 def draw_curves(concentration: Concentration) -> Figure:
-    """Difference by visual token, mean over pictures: K above, V below, a line a kind; fine lines part grid rows."""
+    """Plot the difference by visual token, averaged over images.
+
+    K is above and V below, with one line per kind of head. Thin vertical lines separate grid rows.
+    """
     rows, columns = concentration.grid
     figure = new_figure(5.2)
     panels = figure.subplots(2, 1, sharex=True)
@@ -188,7 +195,10 @@ def draw_curves(concentration: Concentration) -> Figure:
 
 
 def draw_columns(concentration: Concentration) -> Figure:
-    """Difference by column of the grid over the mean of all columns; margins shaded, a thin line a picture."""
+    """Plot the difference by grid column, divided by the mean of all columns.
+
+    The margin columns are shaded. Each thin line is one image.
+    """
     columns = concentration.grid[1]
     figure = new_figure(5.2)
     panels = figure.subplots(2, 1, sharex=True)

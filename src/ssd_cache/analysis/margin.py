@@ -15,13 +15,13 @@ NUM_SHIFTS = 9999
 
 @dataclass(frozen=True)
 class MarginTest:
-    """Whether the margin columns hold more of a sum over the grid than chance would give them.
+    """Result of a test whether the margin columns hold more of a sum over the grid than expected by chance.
 
     Attributes:
-        share: what the first and the last column hold.
-        chance: what two of the columns hold on average.
-        p_value: share of random shifts, this picture itself counted as one, with at least this `share`.
-        num_units: pictures, or rows of pictures, that were shifted on their own.
+        share: the share of the sum in the first and the last column.
+        chance: the average share of two columns.
+        p_value: fraction of random shifts with at least this `share`; the unshifted data counts as one shift.
+        num_units: number of images, or of image rows, that were shifted independently.
     """
 
     share: float
@@ -40,22 +40,22 @@ def margin_test(
 ) -> MarginTest:
     """Test the share of the first and the last column against cyclic shifts of the columns.
 
-    If margins were columns like all others, turning a picture round by some columns would change nothing. So each
-    picture is turned by a random number of columns, all of its rows together, `num_shifts` times. First and last
-    column stay neighbours, and what is alike in neighbouring rows and columns stays so: an object in a picture does not
-    pass for a finding. p = (1 + shifts with at least the true share) / (1 + num_shifts). With one picture of 24
-    columns it cannot fall below about 1/24: draw several.
+    The null hypothesis is that margin columns are like all other columns, so a cyclic shift changes nothing. The test
+    shifts each image by a random number of columns, all rows together, and repeats this `num_shifts` times. The first
+    and the last column stay neighbours. Correlations between neighbouring rows and columns are also kept, so an object
+    in an image does not give a false positive. p = (1 + shifts with at least the true share) / (1 + num_shifts). With
+    one image of 24 columns, p cannot fall below about 1/24, so generate several images.
 
     Args:
-        difference: `[pictures, tokens]`, not negative; a last row that is not complete is left out.
-        columns: of the grid.
-        unit: what is turned on its own. "row" turns every row by itself, which takes rows of a picture for
-            independent of each other; where they are not, its p is too small.
-        num_shifts: random shifts.
-        seed: of the shifts.
+        difference: `[images, tokens]`, not negative; an incomplete last row is ignored.
+        columns: number of grid columns.
+        unit: what is shifted independently. "row" shifts every row separately. This assumes that the rows of an image
+            are independent; if they are not, p is too small.
+        num_shifts: number of random shifts.
+        seed: seed of the random shifts.
 
     Raises:
-        ValueError: fewer than three columns, or not one complete row.
+        ValueError: there are fewer than three columns, or no complete row.
     """
     if columns < 3 or difference.shape[1] < columns:
         raise ValueError(
@@ -65,11 +65,11 @@ def margin_test(
     complete = tokens // columns * columns
     units = difference[:, :complete].double().cpu().reshape(pictures, -1, columns)
     units = units.sum(1) if unit == "picture" else units.flatten(0, 1)
-    pairs = units + units.roll(1, dims=1)  # [:, s]: what the margins hold when turned by s; 0 is the truth
+    pairs = units + units.roll(1, dims=1)  # [:, s]: sum in the margins after a shift by s; s = 0 is unshifted
     total = units.sum().clamp(min=1e-300)
     share = (pairs[:, 0].sum() / total).item()
     generator = torch.Generator().manual_seed(seed)
     shifts = torch.randint(columns, (len(units), num_shifts), generator=generator)
     shifted = pairs.gather(1, shifts).sum(0) / total
-    hits = int((shifted >= share * (1 - 1e-9)).sum())  # sums in another order may differ in the last digits
+    hits = int((shifted >= share * (1 - 1e-9)).sum())  # a different order of summation may change the last digits
     return MarginTest(share, min(2, columns) / columns, (1 + hits) / (1 + num_shifts), len(units))

@@ -25,7 +25,7 @@ TITLES = {"h2o": "H2O", "streaming-llm": "StreamingLLM"}
 
 @dataclass(frozen=True)
 class Embedded:
-    """A figure as the page holds it."""
+    """A figure embedded in the page, with its alternative text and caption."""
 
     source: str
     alt: str
@@ -34,7 +34,7 @@ class Embedded:
 
 
 def render(analysis: Analysis) -> str:
-    """The page."""
+    """Render the analysis as an HTML page."""
     check_packages()
     from jinja2 import Environment, StrictUndefined
 
@@ -77,7 +77,7 @@ def render(analysis: Analysis) -> str:
 
 
 def _shown_scores(scores: HeadScores) -> list[tuple[HeadScores, str]]:
-    """The score behind the labels, and of the others those that a reader of the paper looks for."""
+    """The score behind the labels, and the other scores that the paper discusses."""
     captions = {
         "window_mass": "Share of a head's visual attention on the tokens of the last grid row and one more.",
         "margin": "Share of a head's visual attention on the first and last column.",

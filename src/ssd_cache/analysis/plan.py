@@ -17,17 +17,17 @@ from ssd_cache.head_map.head_map import HeadMap, HeadMapError
 from ssd_cache.models import Checkpoint
 
 BASELINES = ("h2o", "streaming-llm")
-"""Beside the head map's own settings."""
+"""Policies that are measured in addition to the head map's own settings."""
 
 NUM_IMAGES = 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured, with every setting checked; see `analyze` for their meaning.
+    """The checked settings of an analysis; see `analyze` for their meaning.
 
     Attributes:
-        own: the name of the policy that the head map is used with by itself; among `caches`, first.
+        own: the key in `caches` of the head map's own policy; it comes first.
     """
 
     head_map: HeadMap
@@ -49,7 +49,7 @@ def plan_analysis(
     head: tuple[int, int] | None = None,
     num_images: int = NUM_IMAGES,
 ) -> Plan:
-    """Check the settings of `analyze` against a model that need not be loaded yet; raises as `analyze`."""
+    """Check the settings of `analyze` for a model that may not be loaded yet. Raises the same errors as `analyze`."""
     if head_map.is_online:
         raise HeadMapError("an online map has no labels to analyze: give a head map, or profile the model first")
     if checkpoint.previews:
@@ -79,7 +79,7 @@ def plan_analysis(
                 raise ValueError(f"{name}={number} is out of range: {checkpoint.name} has {limit}, counted from 0")
     own, settings = own_policy(head_map, slots=slots)
     label = policy_label(own, settings)
-    if not (budget is None or is_amount(budget)):  # it says the slots itself
+    if not (budget is None or is_amount(budget)):  # this form of budget already sets the slots per head
         settings = {}
     caches = {label: SSDCache.from_policy(own, head_map, budget, buffer=buffer, **settings)}
     caches |= {policy: SSDCache.from_policy(policy, head_map, budget, buffer=buffer) for policy in BASELINES}

@@ -1,6 +1,6 @@
-"""What the figures share: matplotlib on demand, one size that a phone can read, colours, and the way to PNG.
+"""Shared helpers for figures: matplotlib on demand, a size readable on a phone, colours, and PNG output.
 
-Figures are matplotlib `Figure` objects of their own: no pyplot, no global state, no window. It knows nothing of heads.
+Figures are plain matplotlib `Figure` objects, without pyplot, global state or windows. No code here is about heads.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 REMEDY = "pip install 'ssd-cache[plot]'"
 WIDTH = 5.0
-"""Inches. Letters of 10 points on a picture this wide can be read on a phone."""
+"""Figure width in inches. At this width, 10-point text is readable on a phone."""
 
 COLOR_MAP = "cividis"
-"""Made to look the same with any colour vision (Nuñez, Anderton and Renslow 2018); bright is much."""
+"""Looks the same with any colour vision (Nuñez, Anderton and Renslow 2018). Bright means a high value."""
 
 TO_COME, MARK = "#cfcfcf", "#D55E00"
-"""Cells not drawn yet, and what a figure points at."""
+"""Colours of cells not generated yet, and of outlines that mark a cell."""
 
 
 def check_packages(*names: str) -> None:
-    """Refuse to start what would end without the optional packages.
+    """Check that optional packages are installed, before any work that needs them.
 
     Raises:
-        ImportError: one of them is not installed, with the remedy.
+        ImportError: a package is not installed; the message says how to install it.
     """
     missing = [name for name in names or ("jinja2", "matplotlib") if find_spec(name) is None]
     if missing:
@@ -38,7 +38,7 @@ def check_packages(*names: str) -> None:
 
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:
-    """An empty figure, in inches, whose parts make room for each other."""
+    """Create an empty figure with constrained layout, so that its parts do not overlap. Sizes are in inches."""
     check_packages("matplotlib")
     from matplotlib.figure import Figure
 
@@ -46,7 +46,7 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
 
 
 def color_map(bad: str = TO_COME):
-    """The colour map, with `bad` for what is masked."""
+    """The colour map, with the colour `bad` for masked cells."""
     check_packages("matplotlib")
     from matplotlib import colormaps
 
@@ -54,7 +54,7 @@ def color_map(bad: str = TO_COME):
 
 
 def draw_grid_axes(axes: Axes, grid: tuple[int, int]) -> None:
-    """Rows and columns of a picture's grid, first and last ones included in the numbers."""
+    """Label the rows and columns of an image grid, always including the first and the last."""
     rows, columns = grid
     axes.set_xticks(sorted({0, (columns - 1) // 2, columns - 1}))
     axes.set_yticks(sorted({0, (rows - 1) // 2, rows - 1}))
@@ -62,7 +62,7 @@ def draw_grid_axes(axes: Axes, grid: tuple[int, int]) -> None:
 
 
 def root_norm(top: float):
-    """A colour scale by the square root of a weight, from 0 to `top`, so that small weights show."""
+    """A square-root colour scale from 0 to `top`, which keeps small weights visible."""
     check_packages("matplotlib")
     from matplotlib.colors import PowerNorm
 
@@ -70,7 +70,7 @@ def root_norm(top: float):
 
 
 def outline_cell(axes: Axes, row: int, column: int) -> None:
-    """Point at one cell of a grid, on bright and dark colours alike."""
+    """Outline one cell of a grid, visible on bright and on dark colours."""
     from matplotlib.patches import Rectangle
 
     for color, width in (("white", 2.6), (MARK, 1.4)):
@@ -78,16 +78,16 @@ def outline_cell(axes: Axes, row: int, column: int) -> None:
 
 
 def plain_label(text: str) -> str:
-    """A foreign text as a label of a figure: short, on one line, and without math.
+    """Make untrusted text safe as a figure label: short, on one line, without math markup.
 
-    A legend leaves out names that begin with an underscore, so a space comes before it.
+    Matplotlib omits legend names that begin with an underscore, so a space is put before it.
     """
     line = " ".join(printable(text, 80).split()).replace("$", r"\$")
     return f" {line}" if line.startswith("_") else line
 
 
 def to_png(figure: Figure, dpi: int = 200) -> bytes:
-    """The figure as the bytes of a PNG file; the same figure gives the same bytes."""
+    """Encode the figure as PNG. The same figure gives the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()

@@ -21,16 +21,16 @@ from ssd_cache.io.writing import write_files
 
 
 def write_report(analysis: Analysis, output: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Write the page and its JSON, both whole or neither; returns their paths.
+    """Write the page and its JSON file, either both or neither. Returns their paths.
 
     Args:
-        analysis: what to report.
-        output: a name that ends with .html, with the JSON beside it; or else a folder, made when missing, for
-            report.html and report.json.
+        analysis: the analysis to report.
+        output: a file name that ends with .html; the JSON file is written next to it. Any other name is a folder,
+            created if missing, for report.html and report.json.
 
     Raises:
         ImportError: matplotlib or jinja2 is not installed.
-        OSError: it cannot be written; older files are as they were.
+        OSError: a file cannot be written; existing files are unchanged.
     """
     check_packages()
     page, numbers = report_paths(output)
@@ -47,14 +47,14 @@ def write_report(analysis: Analysis, output: str | os.PathLike[str]) -> tuple[Pa
 
 
 def report_paths(output: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Where `write_report` puts the page and its JSON."""
+    """The paths where `write_report` writes the page and its JSON file."""
     path = Path(output).expanduser().absolute()
     page = path if path.suffix.lower() in (".html", ".htm") else path / "report.html"
     return page, page.with_suffix(".json")
 
 
 def as_json(analysis: Analysis) -> dict[str, Any]:
-    """All numbers of an analysis in JSON's own types; floats to seven digits, pictures left out."""
+    """All numbers of an analysis as JSON types, with floats to seven digits and without images."""
     numbers = {
         field.name: plain(getattr(analysis, field.name))
         for field in dataclasses.fields(analysis)
@@ -74,7 +74,7 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, tensors, tuples and mappings as dicts, lists and numbers."""
+    """Convert dataclasses, tensors, tuples and mappings to dicts, lists and numbers."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, torch.Tensor):

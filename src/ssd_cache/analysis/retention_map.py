@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DIMMED = 0.22
-"""How much of a picture is left where its token is no longer held."""
+"""Remaining brightness of image cells whose token was evicted."""
 
 
 @dataclass(frozen=True)
 class Retention:
-    """What every head held of one picture at one step.
+    """The visual tokens of one image that every head held at one step.
 
     Attributes:
         grid: rows and columns of visual tokens.
-        num_seen: visual tokens that had gone by.
-        positions: by layer and KV head, the visual tokens held, rising, counted from 0.
-        is_spatial: bool, `[layers, kv_heads]`, by which rule each head kept them.
+        num_seen: visual tokens seen so far.
+        positions: by layer and KV head, the visual tokens held, in ascending order, counted from 0.
+        is_spatial: bool, `[layers, kv_heads]`, whether each head kept its tokens by the spatial rule.
     """
 
     grid: tuple[int, int]
@@ -42,7 +42,7 @@ class Retention:
 
     @property
     def held(self) -> torch.Tensor:
-        """Bool, `[layers, kv_heads, cells]`."""
+        """Whether each head holds each token: bool, `[layers, kv_heads, cells]`."""
         cells = self.grid[0] * self.grid[1]
         held = torch.zeros(len(self.positions), len(self.positions[0]), cells, dtype=torch.bool)
         for layer, heads in enumerate(self.positions):
@@ -52,30 +52,30 @@ class Retention:
 
     @property
     def mean_held(self) -> float:
-        """Visual tokens held by a head, mean over heads."""
+        """Number of visual tokens held by a head, averaged over heads."""
         return self.held.double().sum(-1).mean().item()
 
     @property
     def lost_share(self) -> float:
-        """Share of the tokens seen that no head holds any more."""
+        """Share of the seen tokens that no head still holds."""
         return 1 - self.held.flatten(0, 1).any(0).sum().item() / self.num_seen
 
     def margin_share(self, kind: str) -> float | None:
-        """Share of what heads of a kind hold that lies in the first and last column; None without such heads."""
+        """Share of the tokens held by heads of a kind that lie in the first or last column; None without such heads."""
         wanted = self.is_spatial if kind == "spatial" else ~self.is_spatial
         held = self.held[wanted].reshape(-1, *self.grid)
         return (held[..., [0, -1]].sum() / held.sum()).item() if held.any() else None
 
 
 def read_retention(cache: SSDCache, *, row: int = 0) -> Retention:
-    """What the heads of a cache hold now.
+    """Read which visual tokens the heads of a cache hold now.
 
     Args:
-        cache: with at least one visual token.
-        row: of the batch; under guidance the first half are the pictures' conditional rows.
+        cache: a cache with at least one visual token.
+        row: batch row to read; with guidance, the first half of the batch has the conditional rows of the images.
 
     Raises:
-        ValueError: it holds no visual token, or has no such row.
+        ValueError: the cache holds no visual token, or has no such row.
     """
     if not cache.layers[0].stores:
         raise ValueError("the cache holds no visual token: read it while or after it draws")
@@ -96,15 +96,15 @@ def read_retention(cache: SSDCache, *, row: int = 0) -> Retention:
 
 
 class RetentionProbe:
-    """Reads a cache once, when `step` visual tokens have gone by; its call is a generator's `on_tokens`.
+    """Reads a cache once, after `step` visual tokens. Pass the probe as `on_tokens` of a generator.
 
     Args:
-        cache: the one that the generator draws with.
-        step: from 1 to the cells of the grid less one (the last token is drawn and never fed).
-        row: as for `read_retention`.
+        cache: the cache that the generator uses.
+        step: from 1 to the number of grid cells minus one (the last token is generated but never fed to the model).
+        row: batch row, as for `read_retention`.
 
     Attributes:
-        result: what was read; None until then.
+        result: the retention that was read; None before that step.
     """
 
     def __init__(self, cache: SSDCache, step: int, *, row: int = 0):
@@ -112,13 +112,13 @@ class RetentionProbe:
         self.result: Retention | None = None
 
     def __call__(self, num_tokens: int) -> None:
-        # the generator calls after a forward pass: the token just fed is stored, the next one not yet drawn
+        # the generator calls this after a forward pass: the token just fed is stored, the next one is not generated yet
         if self.cache.layers[-1].num_visual == self.step:
             self.result = read_retention(self.cache, row=self.row)
 
 
 def over_picture(picture: Image.Image, retention: Retention, layer: int, head: int) -> Image.Image:
-    """The picture as one head holds it: dropped tokens dark, tokens to come grey."""
+    """Mark on the image what one head holds: cells of evicted tokens are dark, cells not generated yet are grey."""
     rows, columns = retention.grid
     cells = torch.arange(rows * columns)
     dropped = ~retention.held[layer, head] & (cells < retention.num_seen)
@@ -130,7 +130,7 @@ def over_picture(picture: Image.Image, retention: Retention, layer: int, head: i
 
 
 def draw_over_picture(retention: Retention, picture: Image.Image, heads: Sequence[tuple[int, int]]) -> Figure:
-    """The whole picture, what some heads hold of it, and how many of all heads hold each token."""
+    """Plot the whole image, the parts that some heads hold, and the share of all heads that hold each token."""
     rows, columns = retention.grid
     number = len(heads) + 2
     figure = new_figure(0.5 + (number + 1) // 2 * 2.25 * min(1.5, rows / columns))
@@ -157,7 +157,7 @@ def draw_over_picture(retention: Retention, picture: Image.Image, heads: Sequenc
 
 
 def draw_heads(retention: Retention) -> Figure:
-    """A small grid for every head, layers down and KV heads across."""
+    """Plot a small grid for every head, with layers as rows and KV heads as columns."""
     check_packages("matplotlib")
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch

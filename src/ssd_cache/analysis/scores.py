@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 
 OWN_COVERAGE = "coverage_at_own_slots"
-"""Name of the score behind the labels of a fitted map."""
+"""Name of the score that determined the labels of a fitted map."""
 
 
 @dataclass(frozen=True)
 class HeadScores:
-    """What a map says of its heads.
+    """The labels and scores of a head map.
 
     Attributes:
         is_spatial: bool, `[layers, kv_heads]`.
-        name: of the score that goes with the labels; None when the map holds no score.
+        name: name of the score that determined the labels; None if the map has no score.
         values: that score, float32, `[layers, kv_heads]`, or None.
-        threshold: from which on it calls a head spatial, where that is known.
-        others: the map's other scores by name, shaped alike.
+        threshold: heads with at least this score are spatial; None if unknown.
+        others: the map's other scores by name, with the same shape.
     """
 
     is_spatial: torch.Tensor
@@ -44,12 +44,15 @@ class HeadScores:
 
     @property
     def all(self) -> dict[str, torch.Tensor]:
-        """Every score by name, the one that goes with the labels first, then by name, numbers in them by size."""
+        """Every score by name: first the one that determined the labels, then the others sorted by name.
+
+        Numbers within names are sorted by value.
+        """
         first = {} if self.name is None or self.values is None else {self.name: self.values}
         return first | {name: self.others[name] for name in sorted(self.others, key=_by_number)}
 
     def most(self, kind: str) -> list[tuple[int, int]]:
-        """All heads as (layer, head): those called `kind` ("spatial" or "semantic") first, clear cases first."""
+        """All heads as (layer, head): first those of `kind` ("spatial" or "semantic"), the clearest scores first."""
         wanted = self.is_spatial if kind == "spatial" else ~self.is_spatial
         clear = torch.zeros(wanted.shape, dtype=torch.float64)
         if self.values is not None:
@@ -59,7 +62,7 @@ class HeadScores:
 
     @property
     def _direction(self) -> int:
-        """1 when spatial heads have the higher scores, -1 when the lower ones."""
+        """1 if spatial heads have higher scores than semantic heads, -1 if lower."""
         assert self.values is not None
         if self.is_spatial.all() or not self.is_spatial.any():
             return 1
@@ -67,7 +70,7 @@ class HeadScores:
 
 
 def _by_number(name: str) -> list[str | int]:
-    """A key that puts "retained_spatial-86" before "retained_spatial-115"."""
+    """Sort key that puts "retained_spatial-86" before "retained_spatial-115"."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
@@ -76,9 +79,10 @@ def head_scores(head_map: HeadMap, name: str | None = None) -> HeadScores:
 
     Args:
         head_map: any map that has labels.
-        name: of the score; when not given, the one behind the labels: of a fitted map what each head retains more as
-            a spatial one at its own slots, else the one that gives the labels when compared with the threshold, else
-            the one that has the method's name, else the first.
+        name: name of the score. Default: the score that determined the labels. This is the first of the following that
+            exists: for a fitted map, the attention that each head retains as spatial minus as semantic, at its own
+            slots; the score that gives the labels when compared with the threshold; the score named after the
+            method; the first score of the map.
 
     Raises:
         ValueError: the map has no score of that name.
@@ -97,9 +101,10 @@ def head_scores(head_map: HeadMap, name: str | None = None) -> HeadScores:
 
 
 def _coverage_at_own_slots(head_map: HeadMap) -> torch.Tensor | None:
-    """By what `fit_heads` chose the kinds: attention retained as spatial less as semantic, at the slots of each head.
+    """The score by which `fit_heads` chose the kinds.
 
-    None where the labels are not those, or the levels were not measured.
+    It is the attention retained as spatial minus as semantic, at the slots of each head. None if the labels do not
+    follow from it, or if those numbers of slots were not measured.
     """
     if head_map.slots is None:
         return None
@@ -114,18 +119,21 @@ def _coverage_at_own_slots(head_map: HeadMap) -> torch.Tensor | None:
 
 
 def _deciding(head_map: HeadMap) -> str | None:
-    """The score that the labels were made by: found by trying, since a map may carry many."""
+    """Name of the score that determined the labels. A map may have many scores, so each one is tried."""
     cut = 0.0 if head_map.threshold is None else head_map.threshold
     for name, values in head_map.scores.items():
         if torch.equal(values.double() >= cut, head_map.is_spatial):
             return name
-    method = (head_map.method or "").partition(",")[0]  # without ", score learned"
-    method = "coverage" if method in ("fit", "fit by divergence") else method  # which choose kinds as coverage does
+    method = (head_map.method or "").partition(",")[0]  # removes ", score learned"
+    method = "coverage" if method in ("fit", "fit by divergence") else method  # both choose kinds by coverage
     return method if method in head_map.scores else next(iter(head_map.scores), None)
 
 
 def draw_scores(scores: HeadScores) -> Figure:
-    """Layers (rows) by KV heads (columns), coloured by score; a dot marks a spatial head, a line the threshold."""
+    """Plot layers (rows) by KV heads (columns), coloured by score.
+
+    A dot marks a spatial head. A line on the colour bar marks the threshold.
+    """
     layers, heads = scores.is_spatial.shape
     width = max(WIDTH, 1.6 + 0.22 * heads)
     figure = new_figure(max(2.2, 1.5 + layers * min(0.5, (width - 1.6) / heads)), width)
@@ -155,7 +163,7 @@ def draw_scores(scores: HeadScores) -> Figure:
 
 
 def _scale(values: torch.Tensor):
-    """Ends of the colour scale, and its colours: orange to purple round 0 where there are scores below it."""
+    """Ends of the colour scale, and its colours: orange to purple around 0 if there are negative scores."""
     from matplotlib import colormaps
 
     low, high = values.min().item(), values.max().item()

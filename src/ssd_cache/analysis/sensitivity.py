@@ -24,8 +24,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "coverage": {"color": "#0072B2", "marker": "o", "linestyle": "-", "markersize": 8, "markerfacecolor": "none"},
     "window": {"color": "#D55E00", "marker": "s", "linestyle": "--", "markersize": 4},
 }
-"""How each method is drawn: colour, marker and line each tell them apart (colours of Okabe and Ito), even where they
-lie upon each other."""
+"""Plot style of each method. Colour (from Okabe and Ito), marker and line style all differ, so that methods can be
+distinguished where they overlap."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Variant:
 
     Attributes:
         setting: "window", "threshold", "num_slots" or "rows", as for `label_heads`.
-        value: of that setting.
+        value: value of that setting.
         method: "coverage" or "window".
-        threshold: that the labels were made with, None for "coverage".
-        num_spatial: heads called spatial.
-        agreement: share of the heads that the same method labels alike with its defaults.
+        threshold: threshold of the labels; None for "coverage".
+        num_spatial: number of heads labelled spatial.
+        agreement: share of heads that get the same label from the same method with its defaults.
         retained: mean retained attention of these labels at the intended budget.
     """
 
@@ -58,16 +58,17 @@ def vary_labels(
     thresholds: Sequence[float] = THRESHOLDS,
     methods: Sequence[Method] = METHODS,
 ) -> list[Variant]:
-    """Labels with one setting changed at a time, all others as `label_heads` has them when nothing is given.
+    """Label heads with one setting changed at a time and the defaults of `label_heads` for all others.
 
-    The slots (the M best tokens that a semantic head may keep) take every level that was measured; rows are guidance's
-    conditional and unconditional ones, each alone. Window and threshold are settings of "window" only.
+    The number of slots (the M best tokens that a semantic head may keep) takes every measured level. The rows are the
+    conditional rows alone and the unconditional rows alone. Window and threshold apply to the method "window" only.
 
     Args:
-        statistics: measured by `measure_heads`; with several levels, since these are the numbers of slots tried.
-        windows: visual tokens; two, and half a grid row, one, two, three and four rows, each and one, when not given.
-        thresholds: between 0 and 1.
-        methods: labelled by.
+        statistics: result of `measure_heads`, with several levels; the levels are the numbers of slots to try.
+        windows: window sizes in visual tokens. Default: two tokens; and half a grid row, one, two, three and four
+            rows, each plus one token.
+        thresholds: values between 0 and 1.
+        methods: labelling methods.
     """
     columns, widest = statistics.grid[1], widest_window(statistics.grid, statistics.previews)
     if windows is None:
@@ -94,17 +95,17 @@ def vary_labels(
 
 
 def rows_agreement(statistics: HeadStatistics, method: Method) -> float:
-    """Share of the heads that guidance's conditional rows and its unconditional ones, each alone, label alike."""
+    """Share of heads that get the same label from the conditional rows alone and from the unconditional rows alone."""
     rows: tuple[Rows, Rows] = ("conditional", "unconditional")
     return label_agreement(*(label_heads(statistics, method=method, rows=of)[0] for of in rows))
 
 
 def draw_sensitivity(variants: Sequence[Variant], usual: Mapping[str, float]) -> Figure:
-    """Agreement with the usual labels (above) and retained attention (below), by window, threshold and slots.
+    """Plot agreement with the usual labels (above) and retained attention (below), by window, threshold and slots.
 
     Args:
         variants: from `vary_labels`.
-        usual: "window", "threshold" and "num_slots" that the usual labels have; a grey line marks each.
+        usual: values of "window", "threshold" and "num_slots" for the usual labels; a grey line marks each.
     """
     titles = {"window": "window W (tokens)", "threshold": "threshold \u03c4", "num_slots": "slots M"}
     figure = new_figure(4.6, 7.5)
@@ -127,10 +128,12 @@ def draw_sensitivity(variants: Sequence[Variant], usual: Mapping[str, float]) ->
 
 
 def draw_halves(agreement: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
-    """Agreement of two halves of the prompts against their number: the mean, and the lowest draw as a dotted line.
+    """Plot the label agreement of two halves of the prompts against the number of prompts.
+
+    A line shows the mean over random splits, and a dotted line the lowest split.
 
     Args:
-        agreement: method -> what `split_half_agreement` gave.
+        agreement: method -> result of `split_half_agreement`.
     """
     figure = new_figure(3.4)
     axes = figure.add_subplot()
@@ -148,10 +151,10 @@ def draw_halves(agreement: Mapping[str, Mapping[int, tuple[float, float]]]) -> F
 
 
 def draw_maps(retained: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Retained attention of head maps, a row a map, a marker a budget.
+    """Plot the retained attention of head maps, with one row per map and one marker per budget.
 
     Args:
-        retained: name of the map -> name of the budget -> mean over the heads.
+        retained: name of the map -> name of the budget -> retained attention, averaged over heads.
     """
     budgets = list(dict.fromkeys(name for values in retained.values() for name in values))
     figure = new_figure(0.9 + 0.32 * len(retained))

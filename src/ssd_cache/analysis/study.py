@@ -35,16 +35,16 @@ from ssd_cache.profiling.watching import WatchingCache
 
 @dataclass(frozen=True)
 class Analysis:
-    """All that `analyze` measured.
+    """All measurements of `analyze`.
 
     Attributes:
-        conditions: what it was measured on and with, as JSON holds it.
-        scores: of the head map.
-        attention: of the most spatial and the most semantic head, while drawing with a full cache.
-        concentration: of all pictures of the full cache.
-        retention: by policy, what each head held of the first picture.
-        memory: by policy, bytes at the end, all pictures together.
-        pictures: the first picture by policy, "full" first.
+        conditions: the model, settings and versions of the measurement, as JSON types.
+        scores: labels and scores of the head map.
+        attention: attention of the most spatial and the most semantic head, during generation with a full cache.
+        concentration: semantic concentration over all images of the full cache.
+        retention: by policy, the tokens of the first image that each head held.
+        memory: by policy, bytes at the end, for all images together.
+        pictures: the first image by policy, "full" first.
     """
 
     conditions: dict[str, Any]
@@ -80,22 +80,22 @@ def analyze(
 
     Args:
         model: a loaded image model of a supported family, or a `Generator`.
-        prompt: what to draw.
-        head_map: the labels.
-        processor: the model's; loaded from where the model came from when not given.
-        budget: visual tokens that a head may hold, as for `SSDCache`; the map's own when not given, or 0.2.
+        prompt: the text prompt of all images.
+        head_map: the map with the labels.
+        processor: the processor of the model. Default: loaded from the same source as the model.
+        budget: visual tokens that a head may hold, as for `SSDCache`. Default: the map's own budget, or 0.2.
         slots: as for `SSDCache`, for the head map's own policy.
         buffer: as for `SSDCache`.
-        step: visual tokens gone by when the retention map is read; three quarters of the grid when not given.
-        head: a (layer, head) to draw in place of the most spatial or the most semantic one, whichever kind it is.
-        num_images: pictures at once; the margin test needs several (see `margin_test`).
+        step: number of visual tokens seen when the retention map is read. Default: three quarters of the grid.
+        head: a (layer, head) to plot. It replaces the most spatial or the most semantic head, depending on its kind.
+        num_images: images per batch; the margin test needs several (see `margin_test`).
         guidance_scale: as for `Generator.generate`.
         temperature: as for `Generator.generate`.
         seed: as for `Generator.generate`.
-        progress: show a bar over visual tokens.
+        progress: show a progress bar that counts visual tokens.
 
     Raises:
-        ValueError: a setting out of range, a model or map that does not fit, or attention that is not finite.
+        ValueError: a setting is out of range, the model or the map does not fit, or attention is not finite.
     """
     check_drawing(guidance_scale, temperature, seed)
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
@@ -124,12 +124,12 @@ def run_plan(
     seed: int = 0,
     progress: bool = True,
 ) -> Analysis:
-    """Draw and measure what was planned; see `analyze`."""
+    """Generate the images and measure them by the plan; see `analyze`."""
     check_whole(generator.language_model)
     check_prompts(generator, [prompt])
     checkpoint, head_map = generator.checkpoint, plan.head_map
     is_unconditional = generator.is_unconditional(plan.num_images)
-    row = int(is_unconditional.long().argmin())  # the first picture's conditional row
+    row = int(is_unconditional.long().argmin())  # the conditional row of the first image
     recorder = AttentionRecorder(plan.heads, checkpoint.grid, row=row)
     watching = WatchingCache(checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads, recorder)
     probes = {policy: RetentionProbe(cache, plan.step, row=row) for policy, cache in plan.caches.items()}
@@ -142,7 +142,7 @@ def run_plan(
         tqdm(
             total=total,
             unit=" visual tokens",
-            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file gets a line now and then
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # write few lines to a log file
             disable=not progress,
         ) as bar,
     ):
@@ -153,7 +153,7 @@ def run_plan(
         attention = recorder.result()
         concentration = semantic_concentration(watching, head_map, is_unconditional=is_unconditional, seed=seed)
         dtype, device = watching.layers[0].dtype, watching.layers[0].device
-        del watching  # a full cache is large
+        del watching  # free the memory of the full cache
         for policy, probe in probes.items():
             cache = plan.caches[policy]
             cache.reset()

@@ -16,21 +16,21 @@ import numpy as np
 NUM_RESAMPLES = 10_000
 
 MIN_PAIRS = 6
-"""Fewer pairs allow no two-sided test at 5%: if all n point the same way, chance does so with probability 2^(1-n)."""
+"""Minimum number of pairs for a two-sided test at 5%: by chance, all n agree with probability 2^(1-n)."""
 
 Verdicts = Mapping[str, Mapping[int, Mapping[int, bool]]]
-"""Kind -> prompt -> seed -> whether the picture is correct."""
+"""Kind -> prompt -> seed -> whether the image is correct."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of one policy at one budget; a kind without pictures is NaN, and so is `overall` then.
+    """Score of one policy at one budget; a kind without images is NaN, and `overall` is NaN too.
 
     Attributes:
-        kinds: share of correct pictures of each kind: the mean over prompts of the mean over their samples.
+        kinds: share of correct images of each kind: the mean over prompts of the mean over their samples.
         overall: mean of the kinds.
-        standard_error: of `overall`, from the spread between prompts within kinds; NaN where a kind has one prompt.
-        num_pictures: how many were judged.
+        standard_error: of `overall`, from the spread between prompts within kinds; NaN if a kind has one prompt.
+        num_pictures: number of judged images.
     """
 
     kinds: dict[str, float]
@@ -41,17 +41,17 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of `overall`, one policy's less another's, over the images that both have.
+    """Difference of `overall` between two policies, over the images that both have.
 
-    `low`, `high` and `p` are NaN where there are too few pairs to tell: fewer than `MIN_PAIRS`, or one in a kind.
+    `low`, `high` and `p` are NaN if there are too few pairs: fewer than `MIN_PAIRS`, or only one in a kind.
 
     Attributes:
-        difference: mean of the kinds' differences.
+        difference: mean of the differences of the kinds.
         low: lower end of the 95% interval, a percentile of the bootstrap.
         high: its upper end.
-        p: two-sided: twice the smaller share of resamples on the other side of zero, at most 1, and at least 2^(1-k)
-            where k pairs differ at all: the least that any paired test can give.
-        num_pictures: pairs of images.
+        p: two-sided p value: twice the smaller share of resamples on the other side of zero, at most 1. It is at least
+            2^(1-k) if k pairs differ, the smallest p that any paired test can give.
+        num_pictures: number of image pairs.
     """
 
     difference: float
@@ -62,7 +62,7 @@ class Difference:
 
 
 def score(verdicts: Verdicts, kinds: Sequence[str]) -> Score:
-    """The shares and what they are worth.
+    """Shares of correct images, with the standard error of their mean.
 
     Example: two kinds, two prompts each, one sample.
 
@@ -106,10 +106,10 @@ def compare(
 def bootstrap_difference(
     strata: Sequence[Sequence[float]], num_pictures: int, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> Difference:
-    """Mean, 95% interval and p of differences of prompts, `strata[stratum][prompt]`.
+    """Mean, 95% interval and p of the prompts' differences, given as `strata[stratum][prompt]`.
 
-    All are NaN where a stratum is empty or a difference is not finite, interval and p where there are too few prompts.
-    Every stratum counts the same, and so does every prompt within its own. `num_pictures` is handed on.
+    All are NaN if a stratum is empty or a difference is not finite. Interval and p are NaN if there are too few
+    prompts. Strata have equal weight, and so have the prompts of a stratum. `num_pictures` is copied to the result.
     """
     nan, sizes = math.nan, [len(of_prompts) for of_prompts in strata]
     if not all(sizes) or not all(np.isfinite(of_prompts).all() for of_prompts in strata):
@@ -118,7 +118,7 @@ def bootstrap_difference(
         return Difference(stratified_mean(strata), nan, nan, nan, num_pictures)
     resampled = _resample(strata, num_resamples, seed)
     low, high = np.quantile(resampled, [0.025, 0.975])
-    tiny = 1e-12  # sums of fractions that are zero in truth
+    tiny = 1e-12  # rounding error of sums that are exactly zero
     below, above = int((resampled <= tiny).sum()), int((resampled >= -tiny).sum())
     num_unequal = sum(int((np.abs(of_prompts) > tiny).sum()) for of_prompts in strata)
     p = min(1.0, max(2 * (min(below, above) + 1) / (num_resamples + 1), 2.0 ** (1 - num_unequal)))
@@ -126,10 +126,10 @@ def bootstrap_difference(
 
 
 def bootstrap_error(strata: Sequence[Sequence[float]], *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> float:
-    """Standard error of `stratified_mean`: how far the means of resamples spread.
+    """Standard error of `stratified_mean`: the standard deviation of the resampled means.
 
-    With n prompts it is sqrt((n - 1) / n) of the usual estimate, as the bootstrap's is. NaN where a stratum has one
-    prompt, which shows no spread.
+    With n prompts it is sqrt((n - 1) / n) of the usual estimate, as always with the bootstrap. It is NaN if a stratum
+    has one prompt, which shows no spread.
     """
     if min(map(len, strata)) < 2:
         return math.nan
@@ -142,10 +142,10 @@ def stratified_mean(strata: Sequence[Sequence[float]]) -> float:
 
 
 def _resample(strata: Sequence[Sequence[float]], num_resamples: int, seed: int) -> np.ndarray:
-    """The stratified mean of every resample, `[resamples]`: prompts are drawn anew within each stratum.
+    """Stratified mean of every resample, `[resamples]`: prompts are resampled within each stratum.
 
-    A prompt has one of few values, so a resample is drawn as how often each value comes up, which is the same
-    distribution as drawing the prompts one by one.
+    Prompts have few distinct values, so the code samples how often each value occurs. The distribution is the same as
+    if prompts were sampled one by one.
     """
     rng = np.random.default_rng(seed)
     resampled = np.zeros(num_resamples)
@@ -164,7 +164,7 @@ def _mean(samples: Mapping[int, bool]) -> float:
 def _differences(
     first: Mapping[int, Mapping[int, bool]], second: Mapping[int, Mapping[int, bool]]
 ) -> tuple[list[float], int]:
-    """The difference of every prompt that both have, over the samples that both have; and the number of samples."""
+    """Difference of each prompt that both have, over the samples that both have; and the number of samples."""
     differences, pairs = [], 0
     for prompt, samples in first.items():
         others = second.get(prompt, {})

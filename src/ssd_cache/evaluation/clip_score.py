@@ -27,18 +27,18 @@ def clip_score(
     device: str | torch.device = "auto",
     on_picture: Callable[[str], object] | None = None,
 ) -> MetricResult:
-    """Mean of 100 times the cosine between a picture and its prompt (Hessel et al., arXiv 2104.08718), at least 0.
+    """Mean of 100 times the cosine between an image and its prompt (Hessel et al., arXiv 2104.08718), at least 0.
 
     Args:
-        captioned: pictures and what they are of; see `find_captioned`.
-        source: a CLIP in a folder or on the Hub; it sees a picture's middle square.
-        batch_size: pictures looked at at once.
-        device: where.
-        on_picture: called with the name of every picture that was looked at.
+        captioned: images with their captions; see `find_captioned`.
+        source: a CLIP model in a folder or on the Hub; it sees the middle square of an image.
+        batch_size: images per forward pass.
+        device: device of the model.
+        on_picture: called with the name of every image after it is processed.
 
     Raises:
-        MetricsError: no picture that can be read, or torchmetrics is missing.
-        ValueError: another kind of model, or one whose weights are not all there.
+        MetricsError: no readable image, or torchmetrics is missing.
+        ValueError: the model is not a CLIP, or its weights are incomplete.
         OSError: the model cannot be found.
     """
     check_count("batch_size", batch_size, 1)
@@ -60,7 +60,7 @@ def clip_score(
 
 
 class _Tensors(torch.nn.Module):
-    """A CLIP that gives its features as tensors, which torchmetrics 1 takes; transformers 5 gives output objects."""
+    """A CLIP that returns tensors, which torchmetrics 1 expects; transformers 5 returns output objects."""
 
     def __init__(self, model):
         super().__init__()
@@ -74,9 +74,9 @@ class _Tensors(torch.nn.Module):
 
 
 class _Reader:
-    """A CLIP's processor that cuts long prompts before their end mark.
+    """A CLIP processor that truncates long prompts before their end token.
 
-    torchmetrics would cut the mark off, and CLIP, which reads a text's features there, would read them elsewhere.
+    torchmetrics would cut off the end token. CLIP reads the features of a text at that token, so they would be wrong.
     """
 
     def __init__(self, processor, longest: int):

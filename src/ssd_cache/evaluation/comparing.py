@@ -30,11 +30,11 @@ class Row:
 
     Attributes:
         task: `OVERALL`, or one of GenEval's tags.
-        results: the file, by what its path has alone: `full` and `ssd-20` of `full/results/results.jsonl` and
-            `ssd-20/results/results.jsonl`.
-        score: of GenEval the share of correct pictures, overall the mean of the tags'; of DPG-Bench 0 to 100.
-        standard_error: of it, by bootstrap over prompts.
-        difference: what it is above the first file's; None for the first itself.
+        results: short name of the file: the parts of its path that differ from the other paths. For example `full` and
+            `ssd-20` for `full/results/results.jsonl` and `ssd-20/results/results.jsonl`.
+        score: for GenEval the share of correct images, and overall the mean of the tags; for DPG-Bench 0 to 100.
+        standard_error: of the score, by bootstrap over prompts.
+        difference: score minus that of the first file; None for the first file.
     """
 
     task: str
@@ -46,13 +46,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows, overall first, and the files that they are of, in the order given."""
+    """All rows, overall first, and the compared files, in the order given."""
 
     files: tuple[PromptScores, ...]
     rows: tuple[Row, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it but the scores of single prompts, for a JSON file."""
+        """The comparison without the scores of single prompts, for a JSON file."""
         first = self.files[0]
         return {
             "benchmark": first.benchmark,
@@ -68,12 +68,12 @@ class Comparison:
 def compare_results(paths: Sequence[str | Path]) -> Comparison:
     """Scores of two or more files, and the paired differences of all against the first.
 
-    Prompts are drawn anew with replacement, with all their pictures, and within each tag of GenEval, 10,000 times. A
-    resample holds the same prompts of both files, so what makes a prompt hard for both takes no part in a difference.
+    Prompts are resampled 10,000 times with replacement, with all their images, and within each tag of GenEval. A
+    resample holds the same prompts of both files, so the difficulty of a prompt does not affect a difference.
 
     Raises:
-        ValueError: fewer than two files, one that cannot be read (see `read_prompt_scores`) or was given twice, files
-            of other benchmarks, judges, prompts or numbers of pictures, or a tag of a single prompt.
+        ValueError: fewer than two files, a file that cannot be read (see `read_prompt_scores`) or is given twice, files
+            with different benchmarks, judges, prompts or numbers of images, or a tag with a single prompt.
     """
     if len(paths) < 2:
         raise ValueError(
@@ -108,7 +108,7 @@ def compare_results(paths: Sequence[str | Path]) -> Comparison:
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for NaN, which JSON does not have."""
+    """Replace NaN, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {name: _finite(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
@@ -129,7 +129,7 @@ def _row(task: str, name: str, strata: Sequence[str], file: PromptScores, first:
 
 
 def _check_alike(first: PromptScores, other: PromptScores) -> None:
-    """Refuse a file that cannot be held against the first."""
+    """Refuse a file that is not comparable to the first."""
     if first.benchmark != other.benchmark:
         raise ValueError(
             f"{other.path}: results of {other.benchmark}, but {first.path} is of {first.benchmark}; compare like"
@@ -156,7 +156,7 @@ def _check_alike(first: PromptScores, other: PromptScores) -> None:
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
-    """Paths without the parts that all of them begin or end with, at least one part each."""
+    """Paths without the leading and trailing parts that all share; at least one part of each path remains."""
     parts = [list(path.parts) for path in paths]
     for end in (0, -1):
         while min(map(len, parts)) > 1 and len({names[end] for names in parts}) == 1:

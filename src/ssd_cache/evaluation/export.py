@@ -26,23 +26,23 @@ from ssd_cache.models import Generator
 from ssd_cache.runs.processes import Processes
 
 SETTINGS_FILE = "settings.json"
-"""In the folder's root, where neither official scorer takes it for a picture."""
+"""Lies in the folder's root, where neither official scorer takes it for an image."""
 
 PROMPTS_FILE = "prompts.jsonl"
-"""Beside it: the prompts that were drawn, so that the folder is scored without another file."""
+"""File of the prompts of the images, next to the settings; the folder can be scored without another file."""
 
 
 class ExportError(ReadableError):
-    """A folder that a run cannot draw into, or can no longer write to."""
+    """A folder that a run cannot generate into, or can no longer write to."""
 
 
 class PictureSet(Protocol):
-    """The pictures of a benchmark, numbered from 0, and where they lie.
+    """The images of a benchmark, numbered from 0, and their files.
 
     Attributes:
         root: their folder.
-        texts: what to draw, one a picture.
-        unit: pictures that are written together; a batch is a multiple of it.
+        texts: the prompt of each image.
+        unit: images that are written together; a batch size is a multiple of it.
     """
 
     root: Path
@@ -50,24 +50,25 @@ class PictureSet(Protocol):
     unit: int
 
     def missing(self, numbers: range) -> list[int]:
-        """Those of some pictures that are not there yet."""
+        """Numbers of the images that do not exist yet."""
 
     def write(self, numbers: range, images: Sequence[Image.Image]) -> None:
-        """Write those of a batch's pictures that are not there yet, each whole or not at all."""
+        """Write the images of a batch that do not exist yet, each completely or not at all."""
 
 
 def claim_folder(root: Path, settings: Mapping[str, Any], prompts: str, *, write: bool = True) -> None:
-    """Enter settings and prompts into a folder that is new or empty, or see that they are those it has.
+    """Record settings and prompts in a new or empty folder, or check that they equal the recorded ones.
 
     Args:
         root: the folder.
-        settings: all that the pictures depend on, as JSON values.
+        settings: everything that the images depend on, as JSON values.
         prompts: the text of `PROMPTS_FILE`.
-        write: make the folder; of several processes one does.
+        write: create the folder; only one of several processes does.
 
     Raises:
-        ExportError: other settings, each field with both values; or files of which nobody knows what they are.
-        OSError: it cannot be written.
+        ExportError: the settings differ (the message lists each field with both values), or the folder holds files of
+            unknown origin.
+        OSError: the folder cannot be written.
     """
     if (root / SETTINGS_FILE).exists():
         if differing := differences(read_settings(root), json.loads(json.dumps(settings))):
@@ -81,12 +82,12 @@ def claim_folder(root: Path, settings: Mapping[str, Any], prompts: str, *, write
         text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
         write_files({root / PROMPTS_FILE: prompts.encode(), root / SETTINGS_FILE: text.encode()})
     if write:
-        for part in root.rglob(".*.part"):  # of a run that was killed while it wrote
+        for part in root.rglob(".*.part"):  # left by a run that was killed while it wrote
             part.unlink(missing_ok=True)
 
 
 def check_unclaimed(root: Path) -> None:
-    """Refuse a folder that has files and no settings; raises ExportError."""
+    """Refuse a folder that has files but no settings; raises ExportError."""
     if root.exists() and (not root.is_dir() or any(path.name != PROMPTS_FILE for path in root.iterdir())):
         raise ExportError(
             f"{root}: it is not empty and has no {SETTINGS_FILE}, so what is there is unknown; give a new folder"
@@ -94,7 +95,7 @@ def check_unclaimed(root: Path) -> None:
 
 
 def read_settings(root: Path) -> dict[str, Any]:
-    """What the pictures of a folder were drawn with; empty for a folder that some other program wrote.
+    """Settings that the images of a folder were generated with; empty for a folder that another program wrote.
 
     Raises:
         ExportError: the file cannot be read.
@@ -114,7 +115,7 @@ def read_settings(root: Path) -> dict[str, Any]:
 
 
 def recorded_batch_size(root: Path) -> int | None:
-    """The batch size that a folder was begun with; None for a folder without settings.
+    """The batch size recorded in a folder; None for a folder without settings.
 
     Raises:
         ExportError: the settings cannot be read.
@@ -137,30 +138,30 @@ def draw_pictures(
     seed_of_batch: Callable[[int, int], int] = draw_seed,
     title: str = "drawing",
 ) -> int:
-    """Draw what is missing; returns how many pictures this process drew.
+    """Generate the missing images; returns how many this process generated.
 
-    Picture number n belongs to batch n // batch_size, always, and a batch's draws of chance depend on `seed` and its
-    number alone (`seed_of_batch`). A batch that is there is passed over. One of which a picture is missing is drawn
-    whole, and only what was missing is written. So a run that was killed ends with the bytes of an unbroken one,
-    every policy gets the same chance, and the first prompts of a file get the pictures that the whole file gives them,
-    except in a last batch that is not full.
+    Image number n always belongs to batch n // batch_size. The random numbers of a batch depend only on `seed` and its
+    number (`seed_of_batch`). Complete batches are skipped. If a batch lacks an image, the whole batch is generated, and
+    only the missing images are written. This has three effects. A run that was killed and resumed writes the same bytes
+    as an uninterrupted one. Every policy gets the same random numbers. The first prompts of a file give the same images
+    as in the whole file, except in an incomplete last batch.
 
     Args:
-        generator: draws.
-        pictures: what to draw, and where to.
-        make_cache: called for a fresh cache for every batch.
-        batch_size: pictures drawn at once; their prompts are padded to the longest.
-        seed: of all of it.
-        guidance_scale: the checkpoint's own when not given.
-        temperature: likewise.
-        processes: those that share the batches; this one alone when not given.
-        progress: show a bar over visual tokens, in the main process.
+        generator: generates the images.
+        pictures: prompts and files of the images.
+        make_cache: makes a fresh cache; called for every batch.
+        batch_size: images generated at once; their prompts are padded to the longest.
+        seed: seed of the whole run.
+        guidance_scale: default: the checkpoint's own.
+        temperature: default: the checkpoint's own.
+        processes: the processes that share the batches; by default only this one.
+        progress: show a progress bar over visual tokens, in the main process.
         seed_of_batch: torch's seed, from `seed` and the number of a batch.
-        title: of the bar.
+        title: title of the bar.
 
     Raises:
-        ExportError: a picture cannot be written; those before it are kept.
-        ValueError: a batch size that does not fit.
+        ExportError: an image cannot be written; earlier ones are kept.
+        ValueError: the batch size is not valid.
     """
     check_count("batch_size", batch_size, 1)
     if batch_size % pictures.unit:
@@ -171,14 +172,14 @@ def draw_pictures(
     total, cells = len(pictures.texts), generator.checkpoint.num_visual_tokens
     batches = [range(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
     todo = [index for index, numbers in enumerate(batches) if pictures.missing(numbers)]
-    wait_for_all(processes)  # before a process writes all must have looked, or they would share other lists
+    wait_for_all(processes)  # all must list what is missing before one writes, or their lists would differ
     own, drawn = todo[processes.index :: processes.count], 0
     with tqdm(
         total=cells * sum(len(batches[index]) for index in own),
         desc=title,
         unit=" visual tokens",
         disable=not (progress and processes.is_main),
-        mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file gets a line now and then
+        mininterval=0.1 if sys.stderr.isatty() else 10,  # fewer lines in a log file
     ) as bar:
         for index in own:
             numbers = batches[index]
@@ -190,7 +191,7 @@ def draw_pictures(
                 seed=seed_of_batch(seed, index),
                 on_tokens=bar.update,
             )
-            images = generator.to_images(tokens)  # all of them: alone, a picture may be decoded to other last bits
+            images = generator.to_images(tokens)  # the whole batch: another batch size may change the last bits
             try:
                 pictures.write(numbers, images)
             except OSError as error:
@@ -204,6 +205,6 @@ def draw_pictures(
 
 
 def wait_for_all(processes: Processes) -> None:
-    """Go on when every process has come here."""
+    """Wait until every process has reached this call."""
     if processes.count > 1:
         importlib.import_module("accelerate").PartialState().wait_for_everyone()

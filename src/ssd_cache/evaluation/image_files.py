@@ -23,7 +23,7 @@ CHUNK = "ssd-cache"
 
 
 def batch_seed(seed: int, batch: int) -> int:
-    """torch's seed for a batch: the one that `ssd-cache generate` has always used."""
+    """torch's seed for a batch, the same as in every version of `ssd-cache generate`."""
     return seed + batch
 
 
@@ -34,9 +34,9 @@ class ImageFiles:
     Attributes:
         root: their folder.
         texts: the prompt of every image.
-        num_images: images of each prompt, which follow each other.
-        batch_size: images at once.
-        seed: of the first batch.
+        num_images: images of each prompt; they have consecutive numbers.
+        batch_size: images generated at once.
+        seed: seed of the first batch.
         facts: metadata that all images share.
     """
 
@@ -53,11 +53,11 @@ class ImageFiles:
         return self.root / f"{number:05}.png"
 
     def missing(self, numbers: range) -> list[int]:
-        """Those of some images that are not there yet."""
+        """Numbers of the images that do not exist yet."""
         return [number for number in numbers if not self.path(number).exists()]
 
     def metadata(self, number: int) -> dict[str, Any]:
-        """What an image was generated from. The images of a batch share its seed."""
+        """The settings that an image was generated with. The images of a batch share its seed."""
         batch = number // self.batch_size
         return {
             "file_name": self.path(number).name,
@@ -71,7 +71,7 @@ class ImageFiles:
         }
 
     def write(self, numbers: range, images: Sequence[Image.Image]) -> None:
-        """Write those of a batch's images that are not there yet, each whole or not at all."""
+        """Write the images of a batch that do not exist yet, each completely or not at all."""
         for number in self.missing(numbers):
             text = PngImagePlugin.PngInfo()
             text.add_text(CHUNK, json.dumps(self.metadata(number)))
@@ -80,7 +80,7 @@ class ImageFiles:
             write_files({self.path(number): content.getvalue()})
 
     def write_list(self) -> int:
-        """Write `metadata.jsonl`, a line for each image that is there; returns their number."""
+        """Write `metadata.jsonl`, one line for each existing image; returns their number."""
         missing = set(self.missing(range(len(self.texts))))
         there = [number for number in range(len(self.texts)) if number not in missing]
         lines = "".join(json.dumps(self.metadata(number)) + "\n" for number in there)

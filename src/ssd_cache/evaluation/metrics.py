@@ -22,24 +22,24 @@ from ssd_cache.io.showing import ReadableError
 from ssd_cache.models.settings import resolve_device
 
 USUAL_FID = 10_000
-"""Pictures below which an FID is far above that of many: it grows as the sets get smaller."""
+"""With fewer images, an FID is far too high: FID grows as the sets get smaller."""
 
 
 class MetricsError(ReadableError):
-    """Pictures that cannot be measured, or a package or weights that are missing; says what would help."""
+    """Images that cannot be measured, or a missing package or weights; the message gives a remedy."""
 
 
 @dataclass(frozen=True)
 class MetricResult:
-    """A value and what it is of.
+    """The value of a metric, with the images that it covers.
 
     Attributes:
-        name: what was measured, with whose features.
+        name: the metric, and the model of its features.
         value: the number.
-        num_pictures: of how many pictures; for FID those of the first folder.
-        num_references: for FID, pictures of the reference.
-        num_cut: for CLIPScore, prompts longer than the model reads, of which it saw the beginning.
-        unreadable: pictures that could not be read, and why; they count for nothing.
+        num_pictures: number of images; for FID those of the first folder.
+        num_references: for FID, number of reference images.
+        num_cut: for CLIPScore, prompts longer than the model's limit, which were truncated.
+        unreadable: images that could not be read, and why; they are left out.
     """
 
     name: str
@@ -60,20 +60,20 @@ def fid(
     device: str | torch.device = "auto",
     on_picture: Callable[[str], object] | None = None,
 ) -> MetricResult:
-    """The Fréchet distance between the features of two sets of pictures (Heusel et al., arXiv 1706.08500).
+    """The Fréchet distance between the features of two sets of images (Heusel et al., arXiv 1706.08500).
 
     Args:
-        pictures: as `find_pictures` finds them; each goes in at its own size, and the extractor brings it to its own.
-        references: likewise; crop them to squares first if the reference is to be square.
+        pictures: images, as from `find_pictures`; each is passed at its own size, and the extractor resizes it.
+        references: likewise; crop them to squares first if the reference must be square.
         extractor: from uint8 `[batch, 3, height, width]` to features `[batch, n]`; see `load_inception`.
-            torch-fidelity's Inception-V3 with the weights of the original FID when not given.
-        name: whose features they are, for the result.
-        batch_size: pictures looked at at once, as long as they are of one size.
-        device: where.
-        on_picture: called with the name of every picture that was looked at.
+            Default: torch-fidelity's Inception-V3 with the weights of the original FID.
+        name: name of the feature model, for the result.
+        batch_size: images per forward pass, if they have one size.
+        device: device of the extractor.
+        on_picture: called with the name of every image after it is processed.
 
     Raises:
-        MetricsError: fewer than two pictures in a set, a missing package, or weights that cannot be had.
+        MetricsError: fewer than two images in a set, a missing package, or weights that are not available.
     """
     check_count("batch_size", batch_size, 1)
     where, network = resolve_device(device), torchmetrics_module("image.fid").FrechetInceptionDistance
@@ -100,9 +100,10 @@ def fid(
 
 
 def load_inception(path: str | Path, *, device: str | torch.device = "auto") -> torch.nn.Module:
-    """An extractor for `fid` from a TorchScript file, as StyleGAN's `inception-2015-12-05.pt`: needs no torchvision.
+    """Load an extractor for `fid` from a TorchScript file such as StyleGAN's `inception-2015-12-05.pt`.
 
-    Its `forward(pictures, return_features=True)` takes uint8 pictures and gives the features before the classes.
+    It does not need torchvision. Its `forward(pictures, return_features=True)` takes uint8 images and returns the
+    features before the classifier.
 
     Raises:
         MetricsError: the file cannot be read as TorchScript.
@@ -110,7 +111,7 @@ def load_inception(path: str | Path, *, device: str | torch.device = "auto") -> 
     where = resolve_device(device)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as a whole; the file's form is given
+            warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is deprecated; the file uses it
             return _Features(torch.jit.load(str(path), map_location=where)).to(where).eval()
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -120,7 +121,7 @@ def load_inception(path: str | Path, *, device: str | torch.device = "auto") -> 
 
 
 class _Features(torch.nn.Module):
-    """An Inception of StyleGAN's kind, asked for its features."""
+    """Returns the features of an Inception in StyleGAN's format."""
 
     def __init__(self, network: torch.nn.Module):
         super().__init__()
@@ -131,7 +132,7 @@ class _Features(torch.nn.Module):
 
 
 def torchmetrics_module(module: str) -> Any:
-    """A module of torchmetrics; raises MetricsError where it is not installed."""
+    """Import a module of torchmetrics; raises MetricsError if it is not installed."""
     try:
         return importlib.import_module(f"torchmetrics.{module}")
     except ImportError as error:
@@ -141,11 +142,14 @@ def torchmetrics_module(module: str) -> Any:
 
 
 def _with_own_inception(network: Any) -> Any:
-    """torchmetrics' FID with torch-fidelity's Inception, resizing as the original does; or what it lacks."""
+    """torchmetrics' FID with torch-fidelity's Inception, which resizes as the original does.
+
+    Raises MetricsError with what is missing.
+    """
     other = "or give a TorchScript Inception (--inception, load_inception), which needs neither"
     try:
         importlib.import_module("torch_fidelity")
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch
         raise MetricsError(
             f"FID's Inception-V3 comes with torch-fidelity, which can not be imported here ({error}): pip install "
             f"torch-fidelity, with a torchvision that fits this torch; {other}"
@@ -164,7 +168,7 @@ def read_batches(
     unreadable: dict[str, str],
     on_picture: Callable[[str], object] | None,
 ) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
-    """Names and uint8 pictures `[3, height, width]`, neighbours of one size together; what cannot be read is noted."""
+    """Yield names and uint8 images `[3, height, width]`, neighbours of equal size together; note unreadable images."""
     names: list[str] = []
     batch: list[torch.Tensor] = []
     for picture in pictures:
@@ -185,5 +189,5 @@ def read_batches(
 
 
 def first_reason(unreadable: dict[str, str]) -> str:
-    """The first of some pictures that could not be read, and why."""
+    """The first of the unreadable images, and why it is unreadable."""
     return next((f"{name}: {why}" for name, why in unreadable.items()), "there are none")

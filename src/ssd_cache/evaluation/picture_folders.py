@@ -18,37 +18,37 @@ from ssd_cache.evaluation.geneval.prompts import parse_prompt
 from ssd_cache.io.showing import ReadableError, shown
 
 CAPTIONS_FILE = "metadata.jsonl"
-"""A list of captions beside pictures, as the Hub's image folders have it: file_name and prompt (or text) a line."""
+"""A list of captions next to the images, as in image folders of the Hub: file_name and prompt (or text) per line."""
 
 
 class PictureFolderError(ReadableError):
-    """A folder whose pictures, or what they are of, cannot be found."""
+    """A folder whose images or captions cannot be found."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture in a file, or one of the four on a sheet (`quarter` 0 to 3)."""
+    """An image in a file, or one of the four on a sheet (`quarter` 0 to 3)."""
 
     name: str
     path: Path
     quarter: int | None = None
 
     def open(self) -> Image.Image:
-        """The whole picture, RGB; raises what PIL raises."""
+        """Read the image, completely and as RGB; raises the exceptions of PIL."""
         with Image.open(self.path) as file:
             image = file.convert("RGB")
         return image if self.quarter is None else cut_sheet(image, image.width // 2)[self.quarter]
 
 
 Captioned = tuple[Picture, str]
-"""A picture and what it is of."""
+"""An image and its caption."""
 
 
 def find_pictures(folder: str | Path) -> list[Picture]:
-    """All pictures in a folder and those below it, by name; of GenEval's layout the samples alone, of sheets quarters.
+    """All images in a folder and its subfolders, by name; of GenEval's layout only the samples, of sheets the quarters.
 
     Raises:
-        PictureFolderError: no such folder, or no picture in it.
+        PictureFolderError: no such folder, or no image in it.
     """
     folder = Path(folder)
     _check_folder(folder)
@@ -70,11 +70,11 @@ def find_pictures(folder: str | Path) -> list[Picture]:
 
 
 def find_captioned(folder: str | Path) -> list[Captioned]:
-    """Pictures with what they are of: GenEval's layout, sheets that `eval dpg export` drew, or a `metadata.jsonl`.
+    """Images with their captions: GenEval's layout, sheets of `eval dpg export`, or a `metadata.jsonl`.
 
     Raises:
-        PictureFolderError: none of these; a line of the list without a picture, or a picture twice.
-        ValueError: a file that cannot be read, with its line.
+        PictureFolderError: none of these; a line of the list without an image, or an image listed twice.
+        ValueError: a file that cannot be read; the message names the line.
     """
     folder = Path(folder)
     _check_folder(folder)
@@ -108,7 +108,7 @@ def _geneval_pictures(root: Path, folder: Path) -> list[Captioned]:
 
 
 def _sheets(folder: Path) -> dict[str, Path]:
-    """Sheets by item id, where a prompt file of `eval dpg export` says that they are sheets."""
+    """Sheets by item id, if a prompt file of `eval dpg export` says that the images are sheets."""
     path = folder / PROMPTS_FILE
     if not path.is_file() or (folder / CAPTIONS_FILE).is_file() or _geneval_folders(folder):
         return {}

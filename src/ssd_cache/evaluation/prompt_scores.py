@@ -25,15 +25,15 @@ REMEDY = f"give the {RESULTS_FILE} that `ssd-cache eval geneval score` or `ssd-c
 
 @dataclass(frozen=True)
 class PromptScores:
-    """What one file of results says.
+    """Scores of one results file.
 
     Attributes:
         path: the file.
         benchmark: `GENEVAL` or `DPG`.
-        judge: who judged, and with which settings, by field; scores of other judges cannot be compared.
-        strata: scores by prompt, by stratum: the tags of GenEval in its order, 0 to 1; "prompts" of DPG-Bench, 0 to
-            100. A prompt is named by all that was asked of its pictures.
-        num_pictures: of each prompt.
+        judge: the judge and its settings, by field; scores of different judges cannot be compared.
+        strata: scores by prompt, by stratum: for GenEval its tags in their order, 0 to 1; for DPG-Bench "prompts", 0 to
+            100. The key of a prompt contains everything that its images are judged on.
+        num_pictures: images of each prompt.
     """
 
     path: Path
@@ -49,11 +49,11 @@ class PromptScores:
 
 
 def read_prompt_scores(path: str | Path) -> PromptScores:
-    """The scores of a file, or of the `results.jsonl` in a folder.
+    """Read the scores of a file, or of the `results.jsonl` in a folder.
 
     Raises:
-        ValueError: no such file, one that is no scorer's, a line that is damaged or was cut short, a picture that could
-            not be read, prompts with unequal numbers of pictures.
+        ValueError: no such file, a file that no scorer wrote, a damaged or incomplete line, an image that the scorer
+            could not read, or prompts with unequal numbers of images.
     """
     path = Path(path)
     if path.is_dir():
@@ -73,12 +73,12 @@ def read_prompt_scores(path: str | Path) -> PromptScores:
 
 
 def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    """The fields in which two judges differ, with both values."""
+    """Text that lists the fields in which two judges differ, with both values."""
     return differences(first, second, ("there", "here"))
 
 
 def _geneval(path: Path, rows: list[dict[str, Any]]) -> PromptScores:
-    """A line a picture, see `geneval.ImageResult`."""
+    """Read one line per image, see `geneval.ImageResult`."""
     correct: dict[str, dict[str, list[bool]]] = {tag: {} for tag in TAGS}
     lines: dict[str, int] = {}
     judge = _geneval_judge(path, 1, rows[0])
@@ -114,7 +114,7 @@ def _geneval_judge(path: Path, number: int, row: dict[str, Any]) -> dict[str, An
 
 
 def _dpg(path: Path, judge: dict[str, Any], rows: list[dict[str, Any]]) -> PromptScores:
-    """Settings, then a line a prompt, see `dpg.score_sheets`; of two lines about one prompt the later one counts."""
+    """Read one line per prompt, see `dpg.score_sheets`; of two lines about one prompt the later one counts."""
     _field(path, 1, judge, "name", str)
     last = {_field(path, number, row, "item_id", str): (number, row) for number, row in enumerate(rows, 2)}
     if not last:
@@ -132,7 +132,7 @@ def _dpg(path: Path, judge: dict[str, Any], rows: list[dict[str, Any]]) -> Promp
             )
         if not 0 <= score <= 1:
             raise ReadableError(f"{path}, line {number}: score={score}, expected 0 to 1")
-        # named with the number of questions: a re-pack may have lost one
+        # the key includes the number of questions: a re-packed prompt file may have lost one
         prompt = f"{item_id} ({asked.pop()} questions)"
         scores[prompt], counts[prompt] = 100 * score, len(answers)
     return PromptScores(path, DPG, judge, {"prompts": scores}, _num_pictures(path, counts))
@@ -165,7 +165,7 @@ def _unreadable(path: Path, number: int, what: str) -> ReadableError:
 
 
 def _num_pictures(path: Path, counts: Mapping[str, int]) -> int:
-    """The number of pictures that every prompt has; a mean over prompts is one over pictures only if it is the same."""
+    """Number of images of every prompt; if it varies, the mean over prompts is not the mean over images."""
     (usual, _), *others = Counter(counts.values()).most_common()
     if others:
         prompt, number = next((prompt, number) for prompt, number in counts.items() if number != usual)

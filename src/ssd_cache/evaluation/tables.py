@@ -53,7 +53,7 @@ class Summary:
 
 
 def summarize(records: Iterable[Record], run: Mapping[str, Any]) -> Summary:
-    """Scores of all policies and budgets in the order of the run; each compared with `full`, ours with all others."""
+    """Scores of all policies and budgets in the order of the run; each compared with `full`, `OURS` with all others."""
     verdicts: dict[tuple[str, Amount], dict[str, dict[int, dict[int, bool]]]] = {}
     slots, seeds = {}, set()
     for record in records:

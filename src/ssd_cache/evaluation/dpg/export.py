@@ -15,11 +15,11 @@ from ssd_cache.evaluation.dpg.sheet import PICTURES, write_sheet
 
 
 class DPGPictures:
-    """The pictures of some prompts, numbered; a `PictureSet`.
+    """The numbered images of a set of prompts; a `PictureSet`.
 
     Args:
         root: the folder of the sheets, `<item_id>.png`.
-        prompts: by item id, as `read_prompts` reads them.
+        prompts: prompts by item id, as `read_prompts` returns them.
     """
 
     unit = PICTURES
@@ -30,7 +30,7 @@ class DPGPictures:
 
     @property
     def prompts(self) -> str:
-        """The prompts as JSON lines, as `read_prompts` reads them."""
+        """The prompts as JSON lines that `read_prompts` can read."""
         return "".join(
             json.dumps({"item_id": item_id, "prompt": text}, ensure_ascii=False) + "\n" for item_id, text in self._items
         )

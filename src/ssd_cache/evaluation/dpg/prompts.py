@@ -1,6 +1,6 @@
-"""Prompts of DPG-Bench by item id, from `prompts.jsonl` or from the official folder of .txt files.
+"""Reads DPG-Bench prompts by item id, from `prompts.jsonl` or from the official folder of .txt files.
 
-The questions about them are another file: see `questions`.
+The questions are in another file, which `questions.py` reads.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from ssd_cache.evaluation.dpg.reading import DPGError, as_id, as_text, field, js
 
 
 def read_prompts(path: str | Path) -> dict[str, str]:
-    """Prompts by item id, blanks at both ends taken off.
+    """Read prompts by item id, without leading and trailing blanks.
 
     Args:
-        path: JSON lines with `item_id` and `prompt`, in the order of the file; or a folder of `<item_id>.txt` (as
-            ELLA's `dpg_bench/prompts`), in the order of the names.
+        path: a file of JSON lines with `item_id` and `prompt`, read in file order; or a folder of `<item_id>.txt`
+            files, as ELLA's `dpg_bench/prompts`, read in order of the names.
 
     Raises:
-        DPGError: a line that is not JSON, an empty prompt, an id twice or no file name, or nothing at all; says which
-            file and line.
+        DPGError: a line is not JSON, a prompt is empty, an id is repeated or not usable as a file name, or there are
+            no prompts. The message names the file and line.
         OSError: the file cannot be read.
     """
     path = Path(path)

@@ -17,18 +17,18 @@ from ssd_cache.evaluation.dpg.reading import DPGError, as_id, as_text, field, js
 from ssd_cache.io.showing import printable, shown
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
-"""What is read of the official CSV; it also has text, keywords, category_broad and category_detailed."""
+"""Columns read from the official CSV. It also has text, keywords, category_broad and category_detailed."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a picture; the expected answer is always yes.
+    """One question about an image; the expected answer is always yes.
 
     Attributes:
-        proposition_id: its number within the item, as text.
+        proposition_id: number of the question within the item, as text.
         text: the question.
-        parents: proposition ids of the item that must hold for this one to count; "0" (none) is left out.
-        broad, detailed: its category, as ("attribute", "color"); `detailed` is empty for "global".
+        parents: ids of the questions of the same item that must count for this one to count; "0" (none) is omitted.
+        broad, detailed: the category, for example ("attribute", "color"); `detailed` is empty for "global".
     """
 
     proposition_id: str
@@ -39,27 +39,29 @@ class Question:
 
     @property
     def category(self) -> str:
-        """The finer of the two category levels, as "attribute - color"."""
+        """The finer of the two category levels, for example "attribute - color"."""
         return f"{self.broad} - {self.detailed}" if self.detailed else self.broad
 
 
 Row = tuple[str, str, Question]
-"""Where a question stands, its item's id, and the question."""
+"""Location of the question in its file, item id, and question."""
 
 
 def read_questions(path: str | Path, *, official: bool = False) -> dict[str, tuple[Question, ...]]:
-    """Questions by item id, items and questions in the order of the file.
+    """Read questions by item id; items and questions keep the order of the file.
 
     Args:
-        path: `dpg_bench.csv` of ELLA; or a re-pack with a row an item, `{item_id, questions: [{proposition_id,
-            question, dependency, category_broad, category_detailed}]}`, as .jsonl, .json, or .parquet with pyarrow.
-        official: lose the file's first question, as the official script does (it skips row 0 after the header), and
-            let questions stand whose parent is absent: scored with `official=True`, their prompt is dropped. A
-            re-pack that was made after that loss (its first item names a parent it lacks) loses no second one.
+        path: `dpg_bench.csv` of ELLA; or a re-packed file with one row per item, `{item_id, questions:
+            [{proposition_id, question, dependency, category_broad, category_detailed}]}`, as .jsonl, .json, or
+            .parquet (needs pyarrow).
+        official: reproduce two quirks of the official script. It skips row 0 after the header, so the first question
+            of the file is omitted. It accepts questions whose parent is absent; scoring with `official=True` then
+            drops their prompt. Some re-packed files were made after the first question was lost: their first item
+            names a parent that it lacks. No further question is omitted from such files.
 
     Raises:
-        DPGError: a missing column, an empty field, a (item_id, proposition_id) twice, or, unless `official`, a parent
-            that the item lacks; says which file and line.
+        DPGError: a column is missing, a field is empty, a (item_id, proposition_id) is repeated, or, unless
+            `official`, an item lacks a parent. The message names the file and line.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -92,7 +94,7 @@ def read_questions(path: str | Path, *, official: bool = False) -> dict[str, tup
 
 
 def _orphans(rows: Iterable[Row]) -> Iterator[Row]:
-    """Questions with a parent that their item lacks."""
+    """Yield the questions with a parent that their item lacks."""
     rows = list(rows)
     known = {(item_id, question.proposition_id) for _, item_id, question in rows}
     for where, item_id, question in rows:
@@ -128,7 +130,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             return
         except csv.Error as error:
             raise DPGError(f"{where}: {error}; mend the quotes of that row") from error
-        line = reader.line_num + 1  # of the next row: a quoted field may span several lines
+        line = reader.line_num + 1  # line of the next row: a quoted field may span several lines
         if None in row or None in row.values():
             raise DPGError(f"{where}: not {len(reader.fieldnames or ())} fields as in line 1; mend the row")
         category = as_text(row["tuple"], "tuple", where).partition("(")[0]

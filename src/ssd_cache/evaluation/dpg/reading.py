@@ -1,6 +1,6 @@
-"""Text and JSON lines of DPG-Bench's files, each row with the words that say where it stands.
+"""Reads text and JSON rows from DPG-Bench files, each row with its location for error messages.
 
-What the rows mean is the business of `prompts` and `questions`.
+`prompts.py` and `questions.py` interpret the rows.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from ssd_cache.io.untrusted import parse_json
 
 
 class DPGError(ReadableError):
-    """A file, a picture or a setting that DPG-Bench cannot be run with; says where, and what would help."""
+    """A file, image or setting is unusable for DPG-Bench. The message gives the location and the remedy."""
 
 
 def read_text(path: Path) -> str:
-    """A file's text, a byte-order mark taken off.
+    """Read a text file, without its byte-order mark.
 
     Raises:
-        DPGError: it is not UTF-8.
-        OSError: it cannot be read.
+        DPGError: the file is not UTF-8.
+        OSError: the file cannot be read.
     """
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -31,7 +31,7 @@ def read_text(path: Path) -> str:
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Objects of a JSON list or of JSON lines, whichever the text is, each after the words that say where it stands.
+    """Yield (location, object) for each row of a JSON list or of JSON lines; the format is detected.
 
     Raises:
         DPGError: a line is not JSON, or a row is not an object.
@@ -44,10 +44,10 @@ def json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def field(row: Mapping[str, Any], name: str, where: str) -> Any:
-    """A row's value under a name.
+    """The value of a field of a row.
 
     Raises:
-        DPGError: the row has no such name.
+        DPGError: the row has no field of that name.
     """
     if name not in row:
         raise DPGError(f"{where}: no {name!r}, only {named(list(row)) or 'nothing'}; add it")
@@ -55,10 +55,10 @@ def field(row: Mapping[str, Any], name: str, where: str) -> Any:
 
 
 def as_text(value: object, name: str, where: str) -> str:
-    """A text that is not empty, stripped.
+    """Check that a value is a text that is not blank, and return it stripped.
 
     Raises:
-        DPGError: it is no text, or nothing but blanks.
+        DPGError: the value is not a text, or is blank.
     """
     if not isinstance(value, str):
         raise DPGError(f"{where}: {name} is {shown(value)}; give a text")
@@ -68,10 +68,10 @@ def as_text(value: object, name: str, where: str) -> str:
 
 
 def as_id(value: object, name: str, where: str) -> str:
-    """An id as text; whole numbers, as JSON may hold them, are taken as well.
+    """Return an id as text. Integers are accepted too, because JSON files may contain them.
 
     Raises:
-        DPGError: it is neither, or empty.
+        DPGError: the value is neither a text nor an integer, or is blank.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -79,7 +79,7 @@ def as_id(value: object, name: str, where: str) -> str:
 
 
 def named(items: list[str]) -> str:
-    """The first ten of some names and how many more there are, for an error."""
+    """List the first ten names and the number of the others, for an error message."""
     more = f" and {len(items) - 10} more" if len(items) > 10 else ""
     return ", ".join(map(shown, items[:10])) + more
 

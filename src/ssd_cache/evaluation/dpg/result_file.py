@@ -19,18 +19,18 @@ Answers = list[list[bool]]
 
 
 class _DPGFileError(DPGError, WrongFileError):
-    """A file of results that a run cannot resume from."""
+    """A run cannot resume from this result file."""
 
 
 class ResultFile:
-    """The rows of a run; without a path it keeps nothing.
+    """The rows of a run. Without a path, nothing is stored.
 
-    A line that a crash cut short is taken off, rows of pictures that could not be read are left out, so that they are
-    tried again. Of two rows about one item the later one counts.
+    Opening an existing file removes a line that a crash cut short, and the rows of unreadable images, which are then
+    tried again. If an item has two rows, the later one counts.
 
     Raises:
-        DPGError: the file holds something else, or a run of other settings.
-        OSError: it cannot be read or written.
+        DPGError: the file is not a result file, or belongs to a run with other settings.
+        OSError: the file cannot be read or written.
     """
 
     def __init__(self, path: str | Path | None, settings: dict[str, Any]):
@@ -43,7 +43,7 @@ class ResultFile:
             write_files({self.path: "".join(map(_as_line, [settings, *self.rows.values()])).encode()})
 
     def kept_answers(self, item_id: str, key: str, shape: tuple[int, int]) -> Answers | None:
-        """Answers of an earlier run, if its row has this key and they are `shape` (crops, questions)."""
+        """Answers of an earlier run, or None if the key or the `shape` (crops, questions) of its row differs."""
         row = self.rows.get(item_id)
         if row is None or row.get("key") != key:
             return None
@@ -53,7 +53,7 @@ class ResultFile:
         return [[bool(answer) for answer in crop] for crop in row["answers"]]
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a row, unless the file holds it already."""
+        """Append a row, unless the file already has it."""
         if self.path is not None and self.rows.get(row["item_id"]) != row:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(_as_line(row))
@@ -64,7 +64,7 @@ def _as_line(row: dict[str, Any]) -> str:
 
 
 def _read_rows(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    lines = read_text(path).split("\n")[:-1]  # what follows the last newline is nothing, or a line cut short
+    lines = read_text(path).split("\n")[:-1]  # text after the last newline is empty or an incomplete line
     try:
         first, *rows = (checked(dict, parse_json(line)) for line in lines)
         answered = {}

@@ -17,31 +17,31 @@ from ssd_cache.evaluation.dpg.reading import DPGError
 
 
 class MissingParentError(DPGError, KeyError):
-    """A question depends on one that its item does not have."""
+    """A question depends on a question that its item lacks."""
 
     __str__ = Exception.__str__  # KeyError would show the message in quotes
 
 
 def missing_parents(questions: Sequence[Question]) -> list[str]:
-    """Parents named by an item's questions that are none of them, each once."""
+    """Ids of the parents that are not questions of the item, without duplicates."""
     known = {question.proposition_id for question in questions}
     return list(dict.fromkeys(p for question in questions for p in question.parents if p not in known))
 
 
 def apply_dependencies(answers: Sequence[bool], questions: Sequence[Question]) -> list[bool]:
-    """Scores of one crop: a question counts only where its parents do.
+    """Compute the scores of one crop: a question counts only if its parents count.
 
-    In row order and in place: the parents' current scores are looked at, so a "no" cascades down a chain whose
-    parents are listed first, and not to a child that is listed before its parent was zeroed. Chain 1 <- 2 <- 3:
-    "no yes yes" gives 0 0 0; listed 1, 3, 2 the same answers give 0 1 0.
+    The rule is applied in file order and in place, with the current scores of the parents. So a "no" cascades down a
+    chain whose parents are listed first. It does not reach a child that is listed before its parent is zeroed. Example
+    for the chain 1 <- 2 <- 3: "no yes yes" gives 0 0 0; listed as 1, 3, 2 the same answers give 0 1 0.
 
     Args:
-        answers: raw answers of the crop, one a question.
-        questions: of the item, in the order of the file.
+        answers: raw answers of the crop, one per question.
+        questions: questions of the item, in the order of the file.
 
     Raises:
-        MissingParentError: a parent is no question of the item.
-        DPGError: not one answer a question.
+        MissingParentError: a parent is not a question of the item.
+        DPGError: the numbers of answers and questions differ.
     """
     if len(answers) != len(questions):
         raise DPGError(f"{len(answers)} answers to {len(questions)} questions: give one a question, in their order")
@@ -59,14 +59,14 @@ def apply_dependencies(answers: Sequence[bool], questions: Sequence[Question]) -
 
 
 def crop_score(scores: Sequence[bool]) -> float:
-    """Share of a crop's questions that count; zeroed ones stay in the denominator."""
+    """Share of the questions of a crop that count; zeroed questions stay in the denominator."""
     if not scores:
         raise DPGError("a crop without questions has no score: give each item at least one question")
     return sum(scores) / len(scores)
 
 
 def prompt_score(crops: Sequence[Sequence[bool]]) -> float:
-    """Mean of the crop scores of one prompt; `crops[crop][question]` after `apply_dependencies`."""
+    """Mean of the crop scores of one prompt, from `crops[crop][question]` after `apply_dependencies`."""
     if not crops:
         raise DPGError("a prompt without crops has no score: give the answers of at least one crop")
     return sum(map(crop_score, crops)) / len(crops)
@@ -77,10 +77,10 @@ class DPGScore:
     """Scores of a run.
 
     Attributes:
-        prompts: by item id, 0 to 1.
-        level1: of the five broad categories, 0 to 100, names in order; from raw answers.
-        level2: of the finer categories, likewise.
-        dropped: item ids left out of everything, and why; only with `official=True`.
+        prompts: prompt scores by item id, 0 to 1.
+        level1: scores of the five broad categories, 0 to 100, sorted by name; computed from raw answers.
+        level2: scores of the finer categories, in the same form.
+        dropped: item ids excluded from all means, with the reason; only with `official=True`.
     """
 
     prompts: dict[str, float]
@@ -90,12 +90,12 @@ class DPGScore:
 
     @property
     def overall(self) -> float:
-        """The DPG score, 0 to 100: mean over prompts, not over questions."""
+        """The DPG score, 0 to 100: the mean over prompts, not over questions."""
         return 100 * statistics.fmean(self.prompts.values())
 
     @property
     def standard_error(self) -> float | None:
-        """Of `overall`, prompts taken as independent; None for a single prompt."""
+        """Standard error of `overall`, assuming independent prompts; None for a single prompt."""
         if len(self.prompts) < 2:
             return None
         return 100 * statistics.stdev(self.prompts.values()) / math.sqrt(len(self.prompts))
@@ -110,14 +110,14 @@ def score_answers(
     """Score the raw answers of a run.
 
     Args:
-        questions: by item id, as `read_questions` reads them.
-        answers: by item id, `[crops][questions]`, raw; exactly these items are scored.
-        official: as the official script: an item without questions, or with a question whose parent is absent, is
-            dropped from every mean, and categories are taken from the last crop only. The first question that the
-            script loses is lost in reading: `read_questions(path, official=True)`.
+        questions: questions by item id, as `read_questions` returns them.
+        answers: raw answers by item id, `[crops][questions]`; exactly these items are scored.
+        official: reproduce the official script. An item without questions, or with a question whose parent is absent,
+            is dropped from every mean. Category scores use only the last crop. The script also loses the first
+            question; `read_questions(path, official=True)` reproduces that.
 
     Raises:
-        DPGError: no prompt is left to score; unless `official`, an item without questions or a parent's.
+        DPGError: no prompt is left to score; or, unless `official`, an item has no questions or lacks a parent.
     """
     prompts: dict[str, float] = {}
     dropped: dict[str, str] = {}
@@ -137,7 +137,7 @@ def score_answers(
 
 
 def drop_reason(questions: Mapping[str, Sequence[Question]], item_id: str) -> str:
-    """Why the official script would drop an item, whatever its picture; empty when it would not."""
+    """The reason why the official script drops an item because of its questions; empty if it does not."""
     if item_id not in questions:
         return "no questions"
     missing = missing_parents(questions[item_id])
@@ -147,7 +147,10 @@ def drop_reason(questions: Mapping[str, Sequence[Question]], item_id: str) -> st
 def _category_scores(
     kept: Sequence[tuple[Sequence[Question], Sequence[Sequence[bool]]]],
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """100 times the share of raw yes, over all questions of a category in all prompts and crops given: broad, finer."""
+    """Scores of the broad and of the finer categories.
+
+    A score is the percentage of raw yes over all questions of the category, in all given prompts and crops.
+    """
     broad, finer = defaultdict[str, list[bool]](list), defaultdict[str, list[bool]](list)
     for questions, crops in kept:
         for crop in crops:

@@ -1,4 +1,4 @@
-"""Scores a folder of sheets: asks a VQA model every question about every image, then applies the rules.
+"""Scores a folder of sheets: queries a VQA model with every question for every image, then applies the rules.
 
 Raw answers are stored, one prompt per line, so an interrupted run continues where it stopped. It generates nothing;
 `rules.py` computes the scores from the answers.
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DPGResult:
-    """What a run gives.
+    """The result of a run.
 
     Attributes:
-        name: "DPG rules (VQA = ...)", with ", official quirks" where they were on.
-        score: overall, its standard error, a prompt each, categories, and what the official quirks dropped.
-        answers: raw, by item id.
-        unreadable: item ids whose picture could not be read, and why; they are in no mean.
-        num_prompts: how many were to be scored.
-        is_official: whether the official script's quirks were on.
+        name: "DPG rules (VQA = ...)", followed by ", official quirks" if they were applied.
+        score: overall score, its standard error, prompt and category scores, and the prompts dropped by the quirks.
+        answers: raw answers by item id.
+        unreadable: item ids whose image could not be read, with the reason; they are excluded from all means.
+        num_prompts: number of prompts to score.
+        is_official: whether the quirks of the official script were applied.
     """
 
     name: str
@@ -49,11 +49,11 @@ class DPGResult:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every prompt that was to be scored is in the mean."""
+        """Whether the mean includes every prompt to score."""
         return len(self.score.prompts) == self.num_prompts
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the answers, for JSON."""
+        """The result without the answers, for JSON."""
         return {
             "name": self.name,
             "overall": self.score.overall,
@@ -69,7 +69,7 @@ class DPGResult:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write `to_dict()` as JSON, whole or not at all."""
+        """Write `to_dict()` as JSON, atomically."""
         write_files({Path(path): (json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n").encode()})
 
 
@@ -84,27 +84,27 @@ def score_sheets(
     results: str | Path | None = None,
     on_prompt: Callable[[str], object] | None = None,
 ) -> DPGResult:
-    """Ask every question about every picture of every sheet, and score the answers.
+    """Query the VQA model with every question for every image of every sheet, and score the answers.
 
-    A sheet that is not a whole picture is named in `unreadable` and the run goes on; where nothing else is said, what
-    is missing is an error before the first question.
+    An incomplete or damaged sheet is listed in `unreadable`, and the run continues. Unless `official`, missing sheets
+    and questions raise an error before the first question.
 
     Args:
-        folder: the sheets, one a prompt, named by item id; see `write_sheet`.
-        questions: as `read_questions` reads them.
-        vqa: who answers.
-        side: of one picture in pixels, 384 for Janus-Pro's.
-        item_ids: the prompts to score; all that have questions when not given.
-        official: as the official script, see `rules.score_answers`; a missing picture is dropped as well, and a picture
-            without questions. Read the questions with `official=True` too.
-        results: JSON lines to write, first the settings, then a prompt a line with its raw answers, scores after the
-            dependency rule, and score. If it is there, prompts whose picture and questions are as they were are
-            taken from it, and unreadable ones tried again.
+        folder: folder of the sheets, one per prompt, named by item id; see `write_sheet`.
+        questions: questions by item id, as `read_questions` returns them.
+        vqa: the model that answers the questions.
+        side: side of one image in pixels, 384 for Janus-Pro.
+        item_ids: the prompts to score. Default: all prompts that have questions.
+        official: reproduce the official script, see `rules.score_answers`. Prompts without a sheet and sheets without
+            questions are dropped as well. Read the questions with `official=True` too.
+        results: file of JSON lines to write: first the settings, then one line per prompt with its raw answers, its
+            scores after the dependency rule, and its score. If the file exists, prompts with unchanged image and
+            questions are taken from it, and unreadable ones are tried again.
         on_prompt: called with each item id that was tried, for a progress bar.
 
     Raises:
-        DPGError: a missing picture, one without questions or of the wrong size, results of other settings, or no
-            prompt that can be scored.
+        DPGError: a sheet is missing, has no questions or has the wrong size, the results belong to other settings, or
+            no prompt can be scored.
         OSError: results cannot be written.
     """
     name = f"DPG rules (VQA = {vqa.name})" + (", official quirks" if official else "")
@@ -148,10 +148,12 @@ def score_sheets(
 def check_complete(
     folder: str | Path, questions: Mapping[str, Sequence[Question]], item_ids: Iterable[str] | None = None
 ) -> None:
-    """Refuse a folder that the official script would quietly score a part of; arguments as for `score_sheets`.
+    """Reject a folder that the official script would score only in part, without a warning.
+
+    The arguments are those of `score_sheets`.
 
     Raises:
-        DPGError: a sheet is missing, or without questions, or its questions are not whole.
+        DPGError: a sheet is missing or has no questions, or its questions are incomplete.
     """
     sheets = find_sheets(folder)
     wanted = list(dict.fromkeys(questions if item_ids is None else item_ids))
@@ -173,18 +175,18 @@ def _why_dropped(item_id: str, sheets: Mapping[str, Path], questions: Mapping[st
 
 
 def _check_sides(wanted: Sequence[str], sheets: Mapping[str, Path], side: int) -> None:
-    """Look at the head of every picture before the first question; those without one are left to the run."""
+    """Check the size in every image header before the first question. `_crops` handles unreadable files later."""
     for item_id in wanted:
         try:
             with Image.open(sheets[item_id]) as sheet:
                 size = sheet.size
-        except Exception:  # as in _crops
+        except Exception:  # any error type, as in _crops
             continue
         check_side(size, side, str(sheets[item_id]))
 
 
 class _UnreadableError(Exception):
-    """A file is no whole picture."""
+    """A file is not a complete image."""
 
 
 def _crops(content: bytes, side: int) -> list[Image.Image]:
@@ -197,7 +199,7 @@ def _crops(content: bytes, side: int) -> list[Image.Image]:
 
 
 def _fingerprint(content: bytes, questions: Sequence[Question]) -> str:
-    """Of a picture and what is asked about it."""
+    """Hash of an image file and its questions."""
     return hashlib.sha256(repr(tuple(questions)).encode() + b"\0" + content).hexdigest()
 
 

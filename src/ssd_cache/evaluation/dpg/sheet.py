@@ -15,14 +15,14 @@ from ssd_cache.evaluation.dpg.reading import DPGError, named
 from ssd_cache.io.writing import write_files
 
 PICTURES = 4
-"""Pictures on a sheet."""
+"""Number of images on a sheet."""
 
 
 def make_sheet(pictures: Sequence[Image.Image]) -> Image.Image:
-    """A sheet `[2 * side, 2 * side]` of four square pictures `[side, side]`, in the order TL, TR, BL, BR.
+    """Make a sheet `[2 * side, 2 * side]` of four square images `[side, side]`, in the order TL, TR, BL, BR.
 
     Raises:
-        DPGError: not four pictures, or not all square and of one size.
+        DPGError: there are not four images, or they are not all square and of one size.
     """
     sizes = [picture.size for picture in pictures]
     if len(sizes) != PICTURES or len(set(sizes)) != 1 or sizes[0][0] != sizes[0][1]:
@@ -35,10 +35,10 @@ def make_sheet(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def write_sheet(folder: str | Path, item_id: str, pictures: Sequence[Image.Image]) -> Path:
-    """Write an item's sheet as `<folder>/<item_id>.png`, whole or not at all, in place of an older one.
+    """Write an item's sheet atomically as `<folder>/<item_id>.png`. An existing file is replaced.
 
     Raises:
-        DPGError: see `make_sheet`; or an item id that is no plain file name.
+        DPGError: see `make_sheet`; or the item id is not a plain file name.
         OSError: the file cannot be written.
     """
     if not item_id or Path(item_id).name != item_id or "." in item_id:
@@ -52,9 +52,9 @@ def write_sheet(folder: str | Path, item_id: str, pictures: Sequence[Image.Image
 
 
 def cut_sheet(sheet: Image.Image, side: int) -> list[Image.Image]:
-    """The four pictures `[side, side]` of a sheet, RGB, in the order TL, TR, BL, BR.
+    """Cut a sheet into its four images `[side, side]`, RGB, in the order TL, TR, BL, BR.
 
-    The official script trusts the side it is given and cuts wrong areas without a word; here it must fit.
+    The official script does not check `side`, and silently cuts wrong areas. Here, the size must match.
 
     Raises:
         DPGError: the sheet is not `2 * side` wide and high.
@@ -65,10 +65,10 @@ def cut_sheet(sheet: Image.Image, side: int) -> list[Image.Image]:
 
 
 def check_side(size: tuple[int, int], side: int, what: str) -> None:
-    """Refuse a sheet of another size than the side of one of its pictures says.
+    """Check the size of a sheet against the side of one of its images.
 
     Raises:
-        DPGError: it is not `2 * side` wide and high.
+        DPGError: the sheet is not `2 * side` wide and high.
     """
     if size != (2 * side, 2 * side):
         width, height = size
@@ -80,12 +80,12 @@ def check_side(size: tuple[int, int], side: int, what: str) -> None:
 
 
 def find_sheets(folder: str | Path) -> dict[str, Path]:
-    """Pictures in a folder by item id (the name up to its first dot), of any format that PIL knows, sorted by name.
+    """Find the image files of a folder by item id (the name up to its first dot), sorted by name.
 
-    Other files, hidden ones and folders are passed over.
+    All formats that PIL supports are accepted. Other files, hidden files and subfolders are ignored.
 
     Raises:
-        DPGError: two pictures have one id, or there is no such folder.
+        DPGError: two image files have the same id, or the folder does not exist.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -103,22 +103,22 @@ def find_sheets(folder: str | Path) -> dict[str, Path]:
 
 
 def missing_sheets(folder: str | Path, item_ids: Iterable[str]) -> list[str]:
-    """Items without a sheet yet, in their order: what is left to draw. No folder yet means all of them.
+    """Items that still lack a sheet, in the given order. If the folder does not exist, these are all items.
 
-    Sheets of `write_sheet` are whole when they are there, so they are not opened.
+    Sheets are not opened, because `write_sheet` never leaves incomplete files.
     """
     sheets = find_sheets(folder) if Path(folder).exists() else {}
     return [item_id for item_id in item_ids if item_id not in sheets]
 
 
 def check_sheets(folder: str | Path, item_ids: Iterable[str], side: int) -> dict[str, Path]:
-    """Check that every item has a sheet, that no other picture is there, and that each has the right size.
+    """Check that every item has a sheet, that there are no other images, and that each sheet has the right size.
 
-    Returns the sheets by item id, in the order of `item_ids`. Of each picture only the head is read.
+    Returns the sheets by item id, in the order of `item_ids`. Only the header of each image file is read.
 
     Raises:
-        DPGError: says how many there are of how many, and which are missing, not asked for, unreadable or of
-            another size.
+        DPGError: a sheet is missing, unexpected, unreadable or of another size. The message names the sheets and says
+            how many exist.
     """
     item_ids = list(item_ids)
     sheets = find_sheets(folder)
@@ -141,5 +141,5 @@ def check_sheets(folder: str | Path, item_ids: Iterable[str], side: int) -> dict
 
 
 def _boxes(side: int) -> list[tuple[int, int, int, int]]:
-    """(left, upper, right, lower) of TL, TR, BL, BR."""
+    """The boxes (left, upper, right, lower) of TL, TR, BL and BR."""
     return [(x, y, x + side, y + side) for y in (0, side) for x in (0, side)]

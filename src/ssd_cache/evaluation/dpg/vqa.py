@@ -24,17 +24,17 @@ from ssd_cache.evaluation.dpg.reading import DPGError, named
 from ssd_cache.models.settings import resolve_device, resolve_dtype
 
 MAX_ANSWER_TOKENS = 10
-"""Of BLIP's answer, as mPLUG's in the official script; "yes" is one."""
+"""Maximum length of BLIP's answer, the same as for mPLUG in the official script. "yes" is one token."""
 
 FORMS = (str.lower, str.capitalize, str.upper)
 """Spellings of yes and no that a chat model's next token may take, each with and without a blank before it."""
 
 
 class VQAModel(ABC):
-    """Answers yes (True) or no to questions about a picture.
+    """Answers questions about an image with yes (True) or no (False).
 
     Attributes:
-        name: stands in the results; two models of one name must give the same answers.
+        name: name stored in the results; two models with the same name must give the same answers.
     """
 
     name: str
@@ -44,15 +44,15 @@ class VQAModel(ABC):
         """Whether the answer to one question is yes."""
 
     def answers(self, image: Image.Image, questions: Sequence[str]) -> list[bool]:
-        """Whether the answer is yes, question by question; one at a time unless a model knows better."""
+        """Whether the answer to each question is yes. Runs one question at a time; subclasses may batch them."""
         return [self.answer(image, question) for question in questions]
 
 
 class BlipVQA(VQAModel):
-    """BLIP for VQA, as Salesforce/blip-vqa-capfilt-large: yes if the answer it writes, lower-cased, is "yes".
+    """BLIP for VQA, such as Salesforce/blip-vqa-capfilt-large: yes if its generated answer, lower-cased, is "yes".
 
-    Questions of one length in tokens go through together. Others do not: transformers' BLIP lets its answering part
-    look at padding, so that a question's answer would depend on its neighbours.
+    A batch contains only questions with the same number of tokens. In transformers, BLIP's answer decoder attends to
+    padding, so with mixed lengths an answer would depend on the other questions of its batch.
     """
 
     def __init__(self, model: BlipForQuestionAnswering, processor: BlipProcessor, name: str, batch_size: int = 16):
@@ -71,7 +71,7 @@ class BlipVQA(VQAModel):
         """Load a folder or a Hub id; the name is the source unless given.
 
         Raises:
-            DPGError: the checkpoint is not of a BLIP for VQA, or a setting is out of range.
+            DPGError: the checkpoint is not a BLIP for VQA, or a setting is out of range.
         """
         _checked(batch_size)
         model = _load(BlipForQuestionAnswering, source, dtype, device)
@@ -85,7 +85,7 @@ class BlipVQA(VQAModel):
 
     @torch.inference_mode()
     def texts(self, image: Image.Image, questions: Sequence[str]) -> list[str]:
-        """What the model writes, stripped and lower-cased, a text a question."""
+        """The generated answer to each question, stripped and lower-cased."""
         pixels = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
         pixels = pixels.to(self.model.device, self.model.dtype)  # [1, 3, height, width]
         ids = [self.processor.tokenizer(question)["input_ids"] for question in questions]
@@ -105,10 +105,10 @@ class BlipVQA(VQAModel):
 
 
 class ChatVQA(VQAModel):
-    """Any chat model of images and text in transformers: yes if its next token is likelier a yes than a no.
+    """Any image-text chat model of transformers: yes if its next token is more likely a yes than a no.
 
-    Asked is "{question} Answer with yes or no."; compared is the probability of all spellings of yes that are one
-    token with that of no. No free text is read. Some families' processors (those with video) need torchvision.
+    The prompt is "{question} Answer with yes or no.". The probabilities of all one-token spellings of yes are summed
+    and compared with those of no. No free text is parsed. Processors of some families (with video) need torchvision.
     """
 
     def __init__(self, model: Any, processor: Any, name: str, batch_size: int = 8):
@@ -144,7 +144,7 @@ class ChatVQA(VQAModel):
 
     @torch.inference_mode()
     def log_probabilities(self, image: Image.Image, questions: Sequence[str]) -> list[tuple[float, float]]:
-        """(yes, no) log-probabilities of the next token, a pair a question, each summed over its spellings."""
+        """Log-probabilities (yes, no) of the next token for each question, each summed over its spellings."""
         image = image.convert("RGB")
         pairs: list[tuple[float, float]] = []
         for start in range(0, len(questions), self.batch_size):
@@ -156,7 +156,7 @@ class ChatVQA(VQAModel):
                 return_tensors="pt",
                 processor_kwargs={"padding": True, "padding_side": "left"},  # the last token is the last column
             ).to(self.model.device, self.model.dtype)
-            output = self.model.generate(  # knows each family's positions, and keeps the logits of one token only
+            output = self.model.generate(  # handles each family's positions, and keeps the logits of one token only
                 **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
             )
             scores = output.logits[0].float().log_softmax(-1)  # [batch, vocabulary]
@@ -180,20 +180,20 @@ class ChatVQA(VQAModel):
 
 
 def load_vqa(source: str | Path, **settings) -> BlipVQA | ChatVQA:
-    """The VQA model of a folder or a Hub id: BLIP by its own class, anything else as a chat model.
+    """Load the VQA model of a folder or a Hub id, as `BlipVQA` for BLIP and as `ChatVQA` for any other model.
 
     Args:
-        source: where it is.
+        source: folder or Hub id.
         settings: `name`, `dtype`, `device` and `batch_size`, as for the classes' `from_pretrained`.
 
     Raises:
-        DPGError: a model that is neither, or one whose weights are not all there.
-        OSError: it cannot be found.
+        DPGError: the model is neither, or some of its weights are missing.
+        OSError: the model cannot be found.
     """
     family = BlipVQA if AutoConfig.from_pretrained(source).model_type == "blip" else ChatVQA
     try:
         return family.from_pretrained(source, **settings)
-    except ValueError as error:  # transformers: its type has no class for images and text
+    except ValueError as error:  # transformers has no image-text class for this model type
         raise DPGError(" ".join(str(error).split())[:300]) from error
 
 
@@ -204,7 +204,7 @@ def _checked(batch_size: int) -> int:
 
 
 def _batches_of_one_length(ids: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Rows of `ids` in groups of at most `batch_size` that have the same number of tokens."""
+    """Group the rows of `ids` into batches of at most `batch_size` with the same number of tokens."""
     by_length: dict[int, list[int]] = {}
     for row, tokens in enumerate(ids):
         by_length.setdefault(len(tokens), []).append(row)
@@ -212,7 +212,7 @@ def _batches_of_one_length(ids: Sequence[Sequence[int]], batch_size: int) -> lis
 
 
 def _load(family: Any, source: str | Path, dtype: str | torch.dtype, device: str | torch.device) -> Any:
-    """A model with all its weights: transformers fills missing ones with chance and only warns."""
+    """Load a model and check its weights: transformers only warns when it initialises missing weights randomly."""
     device = resolve_device(device)
     model, info = family.from_pretrained(source, dtype=resolve_dtype(dtype, device), output_loading_info=True)
     missing = sorted(info["missing_keys"])

@@ -29,8 +29,6 @@ MAX_NAME = 4096
 MAX_INT = 10**300
 """Bound of the absolute value of integers in JSON, so that each can be converted to float."""
 
-MAX_COUNT = 2**53
-
 
 class WrongFileError(ReadableError):
     """A file that a run cannot resume from: it belongs to a run with other settings, or is of another kind."""
@@ -204,11 +202,3 @@ def check_like(tensors: Mapping[str, torch.Tensor], like: Mapping[str, torch.Ten
                 f"the tensor {name} is {found.dtype} {shown(list(found.shape))}, expected {wanted.dtype} "
                 f"{list(wanted.shape)}"
             )
-
-
-def read_count(header: Mapping[str, str], name: str, most: int = MAX_COUNT) -> int:
-    """The integer from 0 to `most` in the field `name` of a safetensors header; raises ValueError."""
-    text = header.get(name, "")
-    if not (text.isascii() and text.isdecimal() and len(text) <= 19 and int(text) <= most):
-        raise ReadableError(f"{name}={shown(text)}, expected a whole number from 0 to {most}")
-    return int(text)

@@ -11,7 +11,7 @@ from ssd_cache.models.emu3 import Emu3Generator
 from ssd_cache.models.find import FAMILIES, find_generator, generator_of
 from ssd_cache.models.glm_image import GlmImageGenerator
 from ssd_cache.models.janus import JanusGenerator
-from ssd_cache.models.settings import GeneratorError, check_drawing, resolve_device, resolve_dtype
+from ssd_cache.models.settings import GeneratorError, Sampling, check_drawing, resolve_device, resolve_dtype
 
 __all__ = [
     "BUNDLED",
@@ -24,6 +24,7 @@ __all__ = [
     "GeneratorError",
     "GlmImageGenerator",
     "JanusGenerator",
+    "Sampling",
     "check_drawing",
     "find_generator",
     "generator_of",

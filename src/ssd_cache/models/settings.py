@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -34,22 +35,40 @@ def check_texts(prompts: Sequence[str]) -> None:
         raise GeneratorError(f"prompt {shown(broken[0])} holds half of a surrogate pair: give text that UTF-8 can hold")
 
 
-def check_drawing(guidance_scale: float | None = None, temperature: float | None = None, seed: int = 0) -> None:
-    """Check generation settings. None means the checkpoint's own setting and is always valid.
+@dataclass(frozen=True)
+class Sampling:
+    """How visual tokens are sampled; None means the checkpoint's own setting.
+
+    Attributes:
+        guidance_scale: above 1; 1.001 is almost no guidance.
+        temperature: 0 always takes the likeliest token.
+        seed: seed of a batch, from 0 to 2**63 - 1.
 
     Raises:
-        GeneratorError: a guidance scale up to 1, a temperature below 0, a seed that is not a whole number from 0 up.
+        GeneratorError: a value out of range.
     """
-    if guidance_scale is not None and not (math.isfinite(guidance_scale) and guidance_scale > 1):
-        raise GeneratorError(
-            f"guidance_scale={guidance_scale} is out of range: give a number above 1; 1.001 is next to no guidance"
-        )
-    if temperature is not None and not (math.isfinite(temperature) and temperature >= 0):
-        raise GeneratorError(
-            f"temperature={temperature} is out of range: give 0 (always the likeliest token) or more; 1 is usual"
-        )
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise GeneratorError(f"seed={seed!r} is out of range: give a whole number from 0 to 2**63 - 1")
+
+    guidance_scale: float | None = None
+    temperature: float | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        guidance_scale, temperature, seed = self.guidance_scale, self.temperature, self.seed
+        if guidance_scale is not None and not (math.isfinite(guidance_scale) and guidance_scale > 1):
+            raise GeneratorError(
+                f"guidance_scale={guidance_scale} is out of range: give a number above 1; 1.001 is next to no guidance"
+            )
+        if temperature is not None and not (math.isfinite(temperature) and temperature >= 0):
+            raise GeneratorError(
+                f"temperature={temperature} is out of range: give 0 (always the likeliest token) or more; 1 is usual"
+            )
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise GeneratorError(f"seed={seed!r} is out of range: give a whole number from 0 to 2**63 - 1")
+
+
+def check_drawing(guidance_scale: float | None = None, temperature: float | None = None, seed: int = 0) -> None:
+    """Check generation settings; raises GeneratorError as `Sampling` does."""
+    Sampling(guidance_scale, temperature, seed)
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:

@@ -16,19 +16,25 @@ def has_compiler() -> bool:
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler on the CPU")
 
 
+def held_addresses(cache):
+    """Addresses of all tensors of a cache's stores."""
+    tensors = [value for layer in cache.layers for store in layer.stores for value in vars(store).values()]
+    return tuple(tensor.data_ptr() for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+
 @torch.no_grad()
-def counted_places(model, cache, tokens):
-    """Where a cache's tensors lie at every counted step; a prompt of 6 and one more of `[rows, tokens]` come before."""
-    places = []
+def static_addresses(model, cache, tokens):
+    """Addresses of a cache's tensors at every static step over `[rows, tokens]`; the first 7 tokens come before."""
+    addresses = []
     model(tokens[:, :6], past_key_values=cache)
     model(tokens[:, 6:7], past_key_values=cache)
     for step in range(7, tokens.shape[1]):
-        with cache.counted_step():
-            places.append(cache.places)
+        with cache.static_step():
+            addresses.append(held_addresses(cache))
             model.model(
                 tokens[:, step : step + 1],
                 past_key_values=cache,
                 position_ids=torch.full((1, 1), step),
                 attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
             )
-    return places
+    return addresses

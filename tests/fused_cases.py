@@ -45,7 +45,7 @@ def _no_grad():
 @given(runs(largest_side=3), st.booleans())
 def test_same_tokens_and_outputs_as_plain_loops(run, is_counted):
     cache = same_as_plain_loops(run, is_counted)
-    assert cache.layers[0].is_fused
+    assert cache.layers[0].has_kernel
     assert all(store.queries is None for store in cache.layers[0].stores)
 
 
@@ -78,14 +78,14 @@ def test_janus_draws_the_tokens_of_the_torch_path_with_its_scores(name, monkeypa
     torch_path(monkeypatch)
     assert torch.equal(tokens, draw(model, plain))
     for ours, theirs in zip(with_kernel.layers, plain.layers, strict=True):
-        assert ours.is_fused
-        assert not theirs.is_fused
+        assert ours.has_kernel
+        assert not theirs.has_kernel
         for mine, other in zip(ours.stores, theirs.stores, strict=True):
-            other.score_held()
+            other.score_window()
             held = slice(other.num_stored)
             assert torch.equal(mine.positions[..., held], other.positions[..., held])
             # float32 rounding of two orders of summation, over at most 16 queries
-            torch.testing.assert_close(mine.scores, other.scores, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mine.received, other.received, rtol=1e-4, atol=1e-5)
             # the last token is drawn and not fed; all else was written by the kernel
             end = slice(other.num_prompt + other.num_stored)
             torch.testing.assert_close(mine.keys[:, :, end], other.keys[:, :, end], rtol=1e-4, atol=1e-5)
@@ -102,7 +102,7 @@ def test_compiled_steps_with_the_kernel_are_one_graph():
         for cache in caches:
             assert torch.equal(draw(model, cache), expected)
             assert counters["stats"]["unique_graphs"] == 1
-            assert all(layer.is_fused for layer in cache.layers)
+            assert all(layer.has_kernel for layer in cache.layers)
 
 
 def test_text_model_with_grouped_heads_and_left_padding(monkeypatch):
@@ -110,7 +110,7 @@ def test_text_model_with_grouped_heads_and_left_padding(monkeypatch):
     options = {**left_padded_prompts((7, 4)), "do_sample": False, "max_new_tokens": 14}
     cache = SSDCache(LABELS, 8, buffer=2)
     tokens = model.generate(**{CACHE: cache}, **options)
-    assert all(layer.is_fused for layer in cache.layers)
+    assert all(layer.has_kernel for layer in cache.layers)
     torch_path(monkeypatch)
     assert torch.equal(tokens, model.generate(**{CACHE: SSDCache(LABELS, 8, buffer=2)}, **options))
 
@@ -177,7 +177,7 @@ def test_an_online_layer_and_gradients_keep_the_torch_path():
         with torch.set_grad_enabled(has_grad):
             model(inputs, past_key_values=cache)
             model(inputs[:, :1], past_key_values=cache)
-        assert not any(layer.is_fused for layer in cache.layers)
+        assert not any(layer.has_kernel for layer in cache.layers)
 
 
 def test_gradients_and_another_attention_in_mid_picture_are_refused():

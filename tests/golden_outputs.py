@@ -66,11 +66,7 @@ def held_positions(cache: SSDCache) -> torch.Tensor:
     """Visual tokens held now, `[layers, batch, kv_heads, tokens]`, ascending in each head, filled up with -1."""
     layers = []
     for layer in cache.layers:
-        heads: dict[int, torch.Tensor] = {}
-        for store, indices in zip(layer.stores, layer.head_indices, strict=True):
-            for at, head in enumerate(indices):
-                heads[head] = store.positions[:, at, : store.num_stored].sort(-1).values
-        layers.append([heads[head] for head in sorted(heads)])
+        layers.append(layer.held_positions())
     width = max((head.shape[1] for heads in layers for head in heads), default=0)
     padded = [[torch.nn.functional.pad(head, (0, width - head.shape[1]), value=-1) for head in h] for h in layers]
     return torch.stack([torch.stack(heads, 1) for heads in padded]) if width else torch.empty(0)

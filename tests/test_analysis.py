@@ -43,10 +43,9 @@ from ssd_cache.analysis import (
 )
 from ssd_cache.analysis.plotting import to_png
 from ssd_cache.analysis.report import report_paths
-from ssd_cache.cache.layer import SSDLayer
 from ssd_cache.cli import app
 from ssd_cache.models import Checkpoint, GeneratorError, find_generator
-from ssd_cache.profiling.watching import WatchingCache
+from ssd_cache.profiling.recorder import RecordingCache, RecordingLayer
 from ssd_cache.runs.run_state import ProfilingError
 
 CIRCLE = "a photo of a red circle"
@@ -75,14 +74,14 @@ def recorded(monkeypatch, **settings):
     """Attention kept while a small Janus drew two pictures of unlike prompts, with its queries and what it held."""
     inputs, grid = left_padded_prompts([4, 7]), (6, 6)
     recorder = AttentionRecorder([(layer, head) for layer in range(2) for head in range(2)], grid, **settings)
-    cache = WatchingCache(grid, 2, 2, recorder)
-    queries, receive = {0: [], 1: []}, SSDLayer.receive_query
+    cache = RecordingCache(grid, 2, 2, recorder)
+    queries, attend = {0: [], 1: []}, RecordingLayer.attend
 
-    def spy(self, query_states, scaling):
-        queries[self.plan.layer_idx].append(query_states.double())
-        return receive(self, query_states, scaling)
+    def spy(self, query, *args):
+        queries[self.layer_idx].append(query.double())
+        return attend(self, query, *args)
 
-    monkeypatch.setattr(SSDLayer, "receive_query", spy)
+    monkeypatch.setattr(RecordingLayer, "attend", spy)
     tiny_janus(grid_side=6).generate(
         **inputs, generation_mode="image", **{CACHE: cache}, guidance_scale=3.0, do_sample=False
     )
@@ -97,7 +96,7 @@ def test_attention_is_that_of_plain_loops(monkeypatch, row):
     seen = seen[row % 2]  # an unconditional row is masked as its conditional one
     width = len(seen)
     for result in results:
-        keys = cache.layers[result.layer].stores[0].keys[row, result.head].double()
+        keys = cache.layers[result.layer].keys[row, result.head].double()
         first_rows = torch.zeros(12, 12, dtype=torch.float64)
         for token in range(35):
             query = queries[result.layer][token][row, result.head, 0]
@@ -228,7 +227,7 @@ def test_concentration_is_that_of_plain_loops_and_the_same_for_every_full_cache(
                 assert found == pytest.approx(share_at_margins(square), rel=1e-5)
     for make_cache in (
         lambda: SSDCache(labels, 1.0),
-        lambda: WatchingCache((6, 6), 2, 2, AttentionRecorder([(0, 0)], (6, 6))),
+        lambda: RecordingCache((6, 6), 2, 2, AttentionRecorder([(0, 0)], (6, 6))),
     ):
         other = semantic_concentration(full_picture(make_cache), labels)
         for ours, theirs in zip(result.curves, other.curves, strict=True):
@@ -346,11 +345,7 @@ def test_a_probe_reads_the_caches_own_positions(generator, policy, step):
         probe(number)
         if probe.result is not None and not taken:
             for layer in cache.layers:
-                by_head = {}
-                for store, heads in zip(layer.stores, layer.head_indices, strict=True):
-                    for index, head in enumerate(heads):
-                        by_head[head] = sorted(store.positions[0, index, : store.num_stored].tolist())
-                taken.append([by_head[head] for head in range(HEADS)])
+                taken.append([held[0].tolist() for held in layer.held_positions()])
 
     generator.generate([CIRCLE, "a photo of two squares"], cache, on_tokens=on_tokens)
     result = probe.result

@@ -13,7 +13,7 @@ from models import left_padded_prompts, random_score, tiny_janus
 from ssd_cache import HeadMap, SSDCache, enable, fit_heads
 from ssd_cache._compat import CACHE
 from ssd_cache.budget import least_slots, resolve_recent, scale_slots
-from ssd_cache.cache.presets import equal_budget
+from ssd_cache.cache.settings import equal_budget
 from ssd_cache.models.base import find_head_map
 
 GRID = (6, 6)

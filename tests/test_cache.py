@@ -13,7 +13,7 @@ from transformers import DynamicCache, DynamicLayer
 
 from ssd_cache import POLICIES, HeadMap, HeadMapError, SSDCache, enable
 from ssd_cache._compat import CACHE
-from ssd_cache.cache.retention import SCORES
+from ssd_cache.cache.scorers import SCORES
 
 GRID = (6, 6)
 
@@ -228,7 +228,7 @@ def test_reset_makes_it_as_new():
     cache = SSDCache(mixed_map(), 14, buffer=3)
     first = draw_picture(model, cache)
     cache.reset()
-    assert cache.nbytes == cache.get_seq_length() == 0
+    assert cache.get_seq_length() == cache.memory_stats().full_cache == 0
     other = draw_picture(model, cache, lengths=(4,), seed=5)
     cache.reset()
     assert torch.equal(draw_picture(model, cache), first)
@@ -397,7 +397,7 @@ def test_heads_that_keep_the_margin_need_no_queries(attn_implementation):
         model = tiny_janus(grid_side=6, attn_implementation=implementation)
         cache = SSDCache.from_policy("margin", head_map, 18, buffer=3)
         results.append(draw_picture(model, cache, do_sample=False))
-        assert not any(layer.needs_queries for layer in cache.layers)
+        assert not any(layer.plan.needs_ssd_attention for layer in cache.layers)
         (store,) = cache.layers[0].stores
         assert store.queries is None
         held = set(store.positions[0, 0, : store.num_stored].tolist())
@@ -408,7 +408,9 @@ def test_heads_that_keep_the_margin_need_no_queries(attn_implementation):
 
 def test_the_margin_beside_other_heads_needs_the_attention_ssd():
     # stored with the semantic heads first, which only "ssd" can undo
-    assert [layer.needs_queries for layer in SSDCache.from_policy("margin", mixed_map(), 18, buffer=3).layers] == [
+    assert [
+        layer.plan.needs_ssd_attention for layer in SSDCache.from_policy("margin", mixed_map(), 18, buffer=3).layers
+    ] == [
         False,
         True,
     ]
@@ -459,7 +461,7 @@ def test_full_budget_past_the_grid_keeps_a_window():
 def test_cropping_and_offloading_are_refused():
     cache = half_drawn(12)
     cache.crop(0)
-    with pytest.raises(ValueError, match="can not come back"):
+    with pytest.raises(ValueError, match="evicted tokens are gone"):
         cache.crop(-1)
     with pytest.raises(NotImplementedError, match="offloading"):
         cache.layers[0].offload()
@@ -544,7 +546,7 @@ def test_policies_fall_out_of_the_rules():
     linear = SSDCache.from_policy("linear", head_map, 20)
     assert not linear.head_map.is_spatial.any()
     plan = linear.layers[0].plan
-    assert (plan.score, plan.num_sinks, plan.num_recent, plan.buffer) == ("last", 4, (6, 6), 6)
+    assert (linear.score, plan.num_sinks, plan.num_recent, plan.buffer) == ("last", 4, (6, 6), 6)
     assert SSDCache.from_policy("linear", head_map, 20, num_sinks=0).num_sinks == 0
     margin = SSDCache.from_policy("margin", head_map, 20)
     assert (margin.head_map, margin.score) == (head_map, "margin")

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from ssd_cache import POLICIES, HeadMap, SSDCache, fit_heads
 from ssd_cache.analysis import plotting
-from ssd_cache.cache.presets import words_of
+from ssd_cache.cache.policies import words_of
 from ssd_cache.cli import app
 from ssd_cache.evaluation.bootstrap import bootstrap_difference, bootstrap_error, compare, score
 from ssd_cache.evaluation.conditions import draw_seed, drawing_conditions

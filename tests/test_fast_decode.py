@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from compiling import counted_places, needs_compiler
+from compiling import needs_compiler, static_addresses
 from models import left_padded_prompts, tiny_janus, tiny_llama
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
@@ -57,15 +57,15 @@ def test_compiled_pictures_are_eager_pictures_and_compile_once(name):
         assert counters["stats"]["unique_graphs"] == 1, "the second picture compiled again"
     for ours, theirs in zip(fast.layers, eager.layers, strict=True):
         assert repr(ours) == repr(theirs)
-        assert ours.is_fused
-        assert not theirs.is_fused
+        assert ours.has_kernel
+        assert not theirs.has_kernel
         for mine, other in zip(ours.stores, theirs.stores, strict=True):
             assert mine.queries is None
-            other.score_held()
+            other.score_window()
             held = slice(other.num_stored)
             assert torch.equal(mine.positions[..., held], other.positions[..., held])
             # two orders of the same sums: float32 rounding, over at most 144 queries
-            torch.testing.assert_close(mine.scores, other.scores, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mine.received, other.received, rtol=1e-4, atol=1e-5)
 
 
 @needs_compiler
@@ -115,10 +115,10 @@ def test_the_decoder_itself_can_be_compiled_inside_counted_step():
             states = [decoder(input_ids=tokens[:, :6], past_key_values=cache).last_hidden_state[:, -1]]
             for step in range(6, 150):
                 token = {"input_ids": tokens[:, step : step + 1], "past_key_values": cache}
-                if fast and cache.can_count_step:
+                if fast and cache.can_step_statically:
                     token["position_ids"] = torch.full((1, 1), step)
                     token["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
-                    with cache.counted_step():
+                    with cache.static_step():
                         states.append(compiled(**token).last_hidden_state[:, -1])
                 else:
                     states.append(decoder(**token).last_hidden_state[:, -1])
@@ -129,17 +129,26 @@ def test_the_decoder_itself_can_be_compiled_inside_counted_step():
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_nothing_moves_in_memory_while_a_picture_is_drawn():
-    """What a recorded CUDA graph lives by: the same addresses at every counted step, evictions between them or not."""
+def test_tensors_stay_in_place_during_an_image_and_after_reset():
+    """A recorded CUDA graph depends on it: the same addresses at every static step, with evictions in between."""
     model = tiny_llama()
     tokens = torch.randint(10, 40, (2, 150))
     cache = SSDCache(LABELS, {"spatial": 30, "semantic": 50}, buffer=12)
-    places = counted_places(model, cache, tokens)
-    assert len(set(places)) == 1
-    # a layer: the step, heads of two stores, K, V and scores of both, the semantic one's queries; orders in one layer
-    assert len(places[0]) == 2 * (1 + 2 + 2 * 3 + 1) + 2
+    addresses = static_addresses(model, cache, tokens)
+    assert len(set(addresses)) == 1
+    version = cache.version
+    held = [tensor.clone() for layer in cache.layers for tensor in layer.held_positions()]
+    cache.reset()
+    assert static_addresses(model, cache, tokens) == addresses
+    assert cache.version == version
+    again = [tensor for layer in cache.layers for tensor in layer.held_positions()]
+    assert all(map(torch.equal, again, held))
     cache.reorder_cache(torch.tensor([1, 0]))
-    assert cache.places != places[0]
+    assert cache.version != version
+    cache.reset()
+    version = cache.version
+    static_addresses(model, cache, tokens[:1])  # another batch size
+    assert cache.version != version
 
 
 @needs_compiler
@@ -190,7 +199,7 @@ def test_a_picture_begun_inside_may_end_outside():
         with torch.no_grad():
             for step in range(40, 100):
                 states.append(model(tokens[:, step : step + 1], past_key_values=cache).logits[:, -1])
-        assert all(layer.is_fused == inside for layer in cache.layers)
+        assert all(layer.has_kernel == inside for layer in cache.layers)
         cache.reset()
         return torch.stack(states)
 
@@ -253,7 +262,7 @@ def test_where_its_loops_can_not_be_built_it_says_so_once_and_compiles_without(m
             assert torch.equal(draw(model, cache), expected)
     for answer in asked:
         answer.cache_clear()
-    assert not any(layer.is_fused for layer in cache.layers)
+    assert not any(layer.has_kernel for layer in cache.layers)
     assert counters["stats"]["unique_graphs"] == 1
     told = [str(warning.message) for warning in caught if "fast_decode goes on" in str(warning.message)]
     assert len(told) == 1

@@ -82,7 +82,7 @@ def test_kernel_draws_the_tokens_of_the_torch_path_on_a_gpu(is_fast, monkeypatch
     caches = [SSDCache(labels, 0.4) for _ in range(2)]
     with fast_decode(model) if is_fast else torch.no_grad():
         tokens = [draw(cache) for cache in caches]
-    assert all(layer.is_fused for layer in caches[1].layers)
+    assert all(layer.has_kernel for layer in caches[1].layers)
     monkeypatch.setattr(fused, "can_serve", lambda *states, on_cpu: False)
     for drawn in tokens:
         assert torch.equal(drawn, draw(SSDCache(labels, 0.4)))

@@ -70,8 +70,8 @@ def test_modes_may_change_between_images_and_in_mid_image(is_fast, settings):
             with mode():
                 first = 0 if step == 6 else step - 1
                 ids = tokens[:, first:step]
-                if is_fast and cache.can_count_step:
-                    with cache.counted_step():
+                if is_fast and cache.can_step_statically:
+                    with cache.static_step():
                         mask, position = torch.ones(1, 1, 1, 1, dtype=torch.bool), torch.full((1, 1), first)
                         output = forward(ids, attention_mask=mask, position_ids=position, **{CACHE: cache})
                 else:

@@ -22,7 +22,7 @@ ORDER = [
 ]
 """Packages and root modules; each imports only from those before it. CONTRIBUTING.md says what each is for."""
 
-FORBIDDEN = {("ssd_cache.cache.layer", "ssd_cache.cache.attention")}
+FORBIDDEN = {("ssd_cache.cache.layer", "ssd_cache.cache.attention"), ("ssd_cache.cache.slots", "ssd_cache.cache.layer")}
 """Imports inside a package that would turn its order round."""
 
 MACHINE_TEXT = {

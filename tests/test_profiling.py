@@ -33,7 +33,7 @@ from ssd_cache import HeadMap, SSDCache, profile_heads
 from ssd_cache._compat import CACHE
 from ssd_cache.analysis.plotting import to_png
 from ssd_cache.analysis.sensitivity import draw_halves, draw_maps, draw_sensitivity, rows_agreement, vary_labels
-from ssd_cache.cache.retention import select_victims
+from ssd_cache.cache.eviction import select_victims
 from ssd_cache.cli import app
 from ssd_cache.layout import count_cells
 from ssd_cache.models import GeneratorError, find_generator
@@ -51,9 +51,9 @@ from ssd_cache.profiling.labels import (
 from ssd_cache.profiling.measuring import measure_heads, weights_sha256
 from ssd_cache.profiling.observing import HeadObserver, evict
 from ssd_cache.profiling.profiling import check_profiling
+from ssd_cache.profiling.recorder import RecordingCache
 from ssd_cache.profiling.state import load_state, save_state
 from ssd_cache.profiling.statistics import HeadStatistics, Level, resolve_levels, widest_window
-from ssd_cache.profiling.watching import WatchingCache
 from ssd_cache.profiling.watching_cost import watching_cost
 from ssd_cache.runs import batching
 from ssd_cache.runs.run_state import ProfilingError
@@ -108,7 +108,7 @@ def test_sums_equal_a_recomputation_from_eager_attention():
     levels = resolve_levels(grid, 12, [20, 9], buffer=4, num_recent=0.25, num_sinks=1)
     assert [level.num_slots for level in levels] == [12, 9, 20]
     observer = HeadObserver(grid, 2, 2, levels, torch.arange(6) >= 3)
-    cache = WatchingCache(grid, 2, 2, observer)
+    cache = RecordingCache(grid, 2, 2, observer)
     tokens = model.generate(**inputs, generation_mode="image", guidance_scale=3.0, do_sample=True, **{CACHE: cache})
     cache.finish()
     # the same rows once more, all at once, with attention weights handed out
@@ -153,7 +153,7 @@ def test_tokens_held_on_paper_are_those_that_the_cache_holds():
     settings = {"buffer": 5, "num_recent": 0.25}
     levels = resolve_levels(grid, 14, **settings)
     observer = HeadObserver(grid, 2, 2, levels, torch.arange(6) >= 3)
-    watching = WatchingCache(grid, 2, 2, observer)
+    watching = RecordingCache(grid, 2, 2, observer)
     caches = {}
     for kind in ("semantic", "spatial"):
         head_map = HeadMap.uniform(kind, num_layers=2, num_kv_heads=2, grid=grid)
@@ -223,20 +223,20 @@ def test_the_cost_of_watching_is_that_of_the_tensors(previews):
     heads, dim, rows, prompt, grid, levels = 3, 32, 12, 6, (24, 24), [0.1]
     followed, num_fed = resolve_levels(grid, 0.2, levels, previews=previews), count_cells(grid, previews) - 1
     observer = HeadObserver(grid, 1, heads, followed, torch.arange(rows) >= 6, previews=previews)
-    cache = WatchingCache(grid, 1, heads, observer, previews=previews)
+    cache = RecordingCache(grid, 1, heads, observer, previews=previews)
     (layer,) = cache.layers
     states, live = torch.randn(rows, heads, prompt + num_fed, dim), LiveBytes()
     layer.update(states[:, :, :prompt], states[:, :, :prompt])
-    layer.receive_mask(None)
+    layer.see_prompt(states, states, states, None, 0.2, None)
     for token in range(prompt, prompt + num_fed):
-        layer.update(states[:, :, token : token + 1], states[:, :, token : token + 1])
-        layer.receive_query(states[:, :, token : token + 1], 0.2)
+        keys, values = layer.update(states[:, :, token : token + 1], states[:, :, token : token + 1])
+        layer.attend(states[:, :, token : token + 1], keys, values, 0.2, 0.0)
     with live:
         cache.finish()
     sizes = {"num_rows": rows, "num_prompt": prompt, "num_levels": 2}
     cost = watching_cost(sizes_of(1, heads, dim), grid, previews=previews, **sizes)
-    assert layer.nbytes == cost.full_cache
-    assert cache.watching_nbytes + observer.nbytes == cost.held
+    assert layer.keys.nbytes + layer.values.nbytes == cost.full_cache
+    assert cache.recording_nbytes + observer.nbytes == cost.held
     assert 3 * sum(value.nbytes for value in observer.finish().sums.values()) == cost.sums
     # a bound, and not an idle one; softmax weights of all rows at once would be 12 rows' of them three times
     assert cost.moment / 2 < live.peak <= cost.moment
@@ -257,7 +257,7 @@ def test_watching_costs_under_a_tenth_of_the_full_cache():
 
 def test_a_watching_cache_serves_one_batch():
     model = tiny_janus(grid_side=3)
-    cache = WatchingCache((2, 2), 2, 2, HeadObserver((2, 2), 2, 2, resolve_levels((2, 2), 1.0), torch.arange(2) > 0))
+    cache = RecordingCache((2, 2), 2, 2, HeadObserver((2, 2), 2, 2, resolve_levels((2, 2), 1.0), torch.arange(2) > 0))
     with pytest.raises(ValueError, match="after the 4 of the grid"):
         model.generate(**left_padded_prompts((6,)), generation_mode="image", guidance_scale=3.0, **{CACHE: cache})
 

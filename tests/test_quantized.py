@@ -11,7 +11,7 @@ import warnings
 import pytest
 import test_cache
 import torch
-from compiling import counted_places, needs_compiler
+from compiling import needs_compiler, static_addresses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import left_padded_prompts, tiny_janus, tiny_llama
@@ -157,7 +157,7 @@ def test_online_labels_reorder_codes_too(kv_dtype):
         states = random_states(2, 1 if step else 5, step, kv_heads=4)
         outputs.append([feed(each, states)[:, :, -1] for each in (cache, plain)])
     assert cache.labels is not None
-    assert cache.layers[0].order is not None, "labels of one kind, or sorted, would show nothing"
+    assert cache.layers[0].groups.order is not None, "labels of one kind, or sorted, would show nothing"
     found, expected = (torch.cat(list(parts), dim=1) for parts in zip(*outputs, strict=True))
     # a sixteenth of fp8, in the keys and in the values, or nearer
     assert (found - expected).norm() < 0.1 * expected.norm()
@@ -183,7 +183,7 @@ def test_nbytes_is_the_formula_and_that_of_the_tensors(kv_dtype, dtype, budget):
         for layer in cache.layers
         for store in layer.stores
         for name, tensor in vars(store).items()
-        if isinstance(tensor, torch.Tensor) and name not in ("positions", "scores", "queries", "mask")
+        if isinstance(tensor, torch.Tensor) and name not in ("positions", "received", "queries", "mask", "labels")
     }
     assert sum(found.values()) == cache.nbytes
     stats = cache.memory_stats()
@@ -235,7 +235,7 @@ def test_reset_makes_it_as_new(kv_dtype):
     cache = SSDCache(mixed_map(), 14, buffer=3, kv_dtype=kv_dtype)
     first = draw_picture(model, cache)
     cache.reset()
-    assert cache.nbytes == cache.get_seq_length() == 0
+    assert cache.get_seq_length() == 0
     draw_picture(model, cache, lengths=(4,), seed=5)
     cache.reset()
     assert torch.equal(draw_picture(model, cache), first)
@@ -282,17 +282,16 @@ def test_nothing_moves_in_memory_while_a_picture_is_drawn(kv_dtype):
     model = tiny_llama()
     ids = torch.randint(10, 40, (2, 100))
     cache = SSDCache(mixed_map(grid=(12, 12)), 30, buffer=12, kv_dtype=kv_dtype)
-    places = counted_places(model, cache, ids)
+    places = static_addresses(model, cache, ids)
     assert len(set(places)) == 1
     store = cache.layers[0].stores[0]
     assert {store.key_codes.data_ptr(), store.value_scales.data_ptr()} <= set(places[0])
 
 
 def test_the_kernel_is_left_to_caches_that_it_can_read():
-    for kv_dtype, is_fused in ((None, True), ("int8", False), ("fp8", False)):
-        (layer, _) = SSDCache(mixed_map(), 14, buffer=3, kv_dtype=kv_dtype).layers
-        layer.use_kernel(can_serve=True)
-        assert layer.is_fused == is_fused
+    for kv_dtype, takes_kernel in ((None, True), ("int8", False), ("fp8", False)):
+        cache = SSDCache(mixed_map(), 14, buffer=3, kv_dtype=kv_dtype)
+        assert all(layer.plan.takes_kernel == takes_kernel for layer in cache.layers)
 
 
 @both

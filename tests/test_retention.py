@@ -16,26 +16,25 @@ from reference import AmbiguousError, ReferenceHead, eight_bits, online_kind
 
 from ssd_cache import HeadMap, SSDCache
 from ssd_cache.cache.attention import ssd_attention_forward
-from ssd_cache.cache.retention import SCORES, WITHOUT_QUERIES, attention_weights, compact, form_scores, select_victims
+from ssd_cache.cache.eviction import compact, select_victims
+from ssd_cache.cache.scorers import SCORES, attention_weights, make_scorer
 
 MODULE = SimpleNamespace(num_key_value_groups=1, is_causal=True)
 
 
 def held_tokens(layer) -> dict[tuple[int, int], list[int]]:
-    """(row, KV head) -> visual tokens stored, sorted, read from the stores of a layer."""
-    held = {}
-    for store, heads in zip(layer.stores, layer.head_indices, strict=True):
-        positions = store.positions[:, :, : store.num_stored]
-        for row in range(positions.shape[0]):
-            for place, head in enumerate(heads):
-                held[row, head] = sorted(positions[row, place].tolist())
-    return held
+    """(row, KV head) -> visual tokens that a layer holds, ascending."""
+    return {
+        (row, head): tokens
+        for head, positions in enumerate(layer.held_positions())
+        for row, tokens in enumerate(positions.tolist())
+    }
 
 
 def step_through(cache, queries, keys, values, num_prompt, seen, is_counted=False):
     """Feed one layer the way a model does; yields (step, output `[batch, heads, head_dim]`) for the visual tokens.
 
-    is_counted: from the second visual token on, inside `counted_step`, as `fast_decode` does.
+    is_counted: from the second visual token on, inside `static_step`, as `fast_decode` does.
     """
     module = SimpleNamespace(num_key_value_groups=queries.shape[1] // keys.shape[1], is_causal=True)
     total, start = keys.shape[2], 0
@@ -46,8 +45,8 @@ def step_through(cache, queries, keys, values, num_prompt, seen, is_counted=Fals
         if start == 0 and seen is not None:
             causal = torch.ones(end, end, dtype=torch.bool).tril()
             mask = (causal & seen[:, None, :]).unsqueeze(1)
-        counting = is_counted and cache.can_count_step
-        with cache.counted_step() if counting else nullcontext():
+        counting = is_counted and cache.can_step_statically
+        with cache.static_step() if counting else nullcontext():
             key_states, value_states = cache.update(keys[:, :, new], values[:, :, new], 0)
             if isinstance(key_states, torch.Tensor) and not counting:
                 assert key_states.shape[2] == kv_length, "get_mask_sizes must announce what update returns"
@@ -95,7 +94,7 @@ def runs(draw, largest_side=5):
         "buffer": buffer,
         "num_recent": num_recent,
         "num_sinks": num_sinks,
-        "score": draw(st.sampled_from(SCORES)),
+        "score": draw(st.sampled_from(list(SCORES))),
         "slots": slots,
         "is_spatial": draw(st.lists(st.booleans(), min_size=kv_heads, max_size=kv_heads)),
         "groups": draw(st.integers(1, 3)),
@@ -198,7 +197,7 @@ def test_online_labels_and_tokens_as_plain_loops(run, num_slots):
     least = run["buffer"] + run["num_recent"] + run["num_sinks"]
     assume(least < cells)
     num_slots = least + num_slots % (cells - least)
-    score = "sum" if run["score"] in WITHOUT_QUERIES else run["score"]  # an online map refuses the others
+    score = "sum" if run["score"] in ("margin", "learned") else run["score"]  # an online map refuses the others
     num_prompt, total = run["num_prompt"], run["num_prompt"] + cells
     queries = torch.randn(batch, kv_heads * groups, total, dim) * run["sharpness"]
     keys, values = torch.randn(batch, kv_heads, total, dim), torch.randn(batch, kv_heads, total, dim)
@@ -312,7 +311,9 @@ def test_scores_in_numbers():
     attention = torch.tensor([[[1.4, 0.5, 0.4, 0.2]]])  # the table of docs/concepts.md
     positions = torch.tensor([[[0, 1, 2, 3]]])
     formed = {
-        name: form_scores(name, attention, positions, num_seen=4, columns=3)[0, 0].tolist() for name in SCORES[:4]
+        name: make_scorer(name, 3, None).rank(attention, positions, 4, states=None)[0, 0].tolist()
+        for name in SCORES
+        if name != "learned"
     }
     assert formed["sum"] == formed["last"] == pytest.approx([1.4, 0.5, 0.4, 0.2])
     assert formed["mean"] == pytest.approx([0.35, 0.5 / 3, 0.2, 0.2])

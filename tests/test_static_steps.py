@@ -70,7 +70,7 @@ def test_rows_selected_in_the_middle_of_an_image(settings):
             with pytest.raises(ValueError, match="holds 2 rows and got 3"):
                 model(token(3), past_key_values=cache)
             logits.append(torch.stack([model(token(2), past_key_values=cache).logits for _ in range(40)]))
-            assert cache.layers[0].is_fused == (is_fast and not settings)
+            assert cache.layers[0].has_kernel == (is_fast and not settings)
     # float32 rounding of two ways to sum the same softmax
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
@@ -93,7 +93,7 @@ def test_the_layer_refuses_it_in_either_kind_of_step(change, is_static):
     for keys, values in ((change(states), change(states)), (states, change(states)), (change(states), states)):
         cache = begin(model, steps=1)
         with pytest.raises(ValueError, match="SSDCache holds"):
-            with cache.counted_step() if is_static else torch.no_grad():
+            with cache.static_step() if is_static else torch.no_grad():
                 cache.update(keys, values, 0)
 
 
@@ -121,7 +121,7 @@ def test_autocast_may_begin_in_the_middle_of_an_image(is_fast):
         cache = begin(model)
         with torch.autocast("cpu", torch.bfloat16):
             logits = [model(token(2), past_key_values=cache).logits for _ in range(20)]
-    assert cache.layers[0].is_fused == is_fast
+    assert cache.layers[0].has_kernel == is_fast
     cache = begin(model)
     exact = [model(token(2), past_key_values=cache).logits for _ in range(20)]
     # logits below 4 with 8 bits, each by way of a dozen such roundings

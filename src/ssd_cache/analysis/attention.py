@@ -51,7 +51,7 @@ class HeadAttention:
 
 
 class AttentionRecorder:
-    """An observer for `WatchingCache` that records the attention of a few heads during one image.
+    """An observer for `RecordingCache` that records the attention of a few heads during one image.
 
     Args:
         heads: (layer, head) pairs.
@@ -80,7 +80,7 @@ class AttentionRecorder:
         self._first_rows = {head: torch.zeros(tokens, tokens) for head in self.heads}
 
     def observe(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, rows: slice) -> None:
-        """Store the attention of a grid row; see `watching.Observer`."""
+        """Store the attention of a grid row; see `recorder.Observer`."""
         if not rows.start <= self.row < rows.stop:
             return
         for layer, head in self.heads:
@@ -110,7 +110,7 @@ class AttentionRecorder:
         if self.num_seen <= max(self.queries):
             raise ValueError(
                 f"attention of {self.num_seen} visual tokens was observed, and token {max(self.queries)} is to be "
-                "shown: call finish() of the WatchingCache, or choose earlier queries"
+                "shown: call finish() of the RecordingCache, or choose earlier queries"
             )
         return tuple(
             HeadAttention(*key, self.grid, self.queries, self._weights[key], self._prompt[key], self._first_rows[key])

@@ -101,7 +101,7 @@ def semantic_concentration(
     Keys are compared after RoPE. RoPE rotates both rows by the same angles, so it does not change the difference.
 
     Args:
-        cache: a cache that was used to generate images with guidance and evicted nothing: a `WatchingCache`, an
+        cache: a cache that was used to generate images with guidance and evicted nothing: a `RecordingCache`, an
             `SSDCache` with budget 1.0, or a `DynamicCache`.
         head_map: the map with the labels.
         num_prompt: number of prompt tokens; required for caches that do not store it.
@@ -142,13 +142,9 @@ def _visual_states(layer: Any, num_prompt: int | None) -> Iterator[torch.Tensor]
             raise ValueError(
                 "the cache has dropped visual tokens, so rows can not be compared: use SSDCache(head_map, budget=1.0)"
             )
-        order = torch.tensor([head for heads in layer.head_indices for head in heads]).argsort()
-        for name in ("keys", "values"):
-            states = [
-                getattr(store, name)[:, :, store.num_prompt : store.num_prompt + store.num_stored]
-                for store in layer.stores
-            ]
-            yield torch.cat(states, dim=1)[:, order.to(states[0].device)]
+        states = [store.states(store.num_stored - 1) for store in layer.stores]
+        for parts in zip(*states, strict=True):
+            yield layer.groups.join([part[:, :, layer.num_prompt :] for part in parts])
         return
     if num_prompt is None:
         raise ValueError(f"a {type(layer).__name__} does not know where the prompt ends: give num_prompt=...")

@@ -12,7 +12,7 @@ from ssd_cache.analysis.attention import choose_heads
 from ssd_cache.analysis.scores import head_scores
 from ssd_cache.budget import Budget, is_amount
 from ssd_cache.cache.cache import SSDCache
-from ssd_cache.cache.presets import own_policy, policy_label
+from ssd_cache.cache.policies import own_policy, policy_label
 from ssd_cache.head_map.head_map import HeadMap, HeadMapError
 from ssd_cache.models import Checkpoint
 

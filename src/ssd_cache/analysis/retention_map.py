@@ -84,11 +84,7 @@ def read_retention(cache: SSDCache, *, row: int = 0) -> Retention:
         raise ValueError(f"row={row}, but the cache holds {num_rows} rows, counted from 0")
     positions, kinds = [], []
     for layer in cache.layers:
-        heads: dict[int, tuple[int, ...]] = {}
-        for store, indices in zip(layer.stores, layer.head_indices, strict=True):
-            held = store.positions[row, :, : store.num_stored].sort(-1).values.tolist()
-            heads.update(zip(indices, map(tuple, held), strict=True))
-        positions.append(tuple(heads[head] for head in sorted(heads)))
+        positions.append(tuple(tuple(held[row].tolist()) for held in layer.held_positions()))
         kinds.append(layer.labels or layer.plan.is_spatial)
     return Retention(
         cache.head_map.grid, cache.layers[0].num_visual, tuple(positions), torch.tensor(kinds, dtype=torch.bool)

@@ -24,13 +24,13 @@ from ssd_cache.analysis.retention_map import Retention, RetentionProbe
 from ssd_cache.analysis.scores import HeadScores, head_scores
 from ssd_cache.budget import Budget, is_amount
 from ssd_cache.cache.cache import MemoryStats
-from ssd_cache.cache.presets import words_of
+from ssd_cache.cache.policies import words_of
 from ssd_cache.cache.sharding import check_whole
 from ssd_cache.decode.attention_switch import ssd_attention
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Generator, check_drawing, generator_of
 from ssd_cache.profiling.measuring import check_prompts, draw_watched
-from ssd_cache.profiling.watching import WatchingCache
+from ssd_cache.profiling.recorder import RecordingCache
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def run_plan(
     is_unconditional = generator.is_unconditional(plan.num_images)
     row = int(is_unconditional.long().argmin())  # the conditional row of the first image
     recorder = AttentionRecorder(plan.heads, checkpoint.grid, row=row)
-    watching = WatchingCache(checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads, recorder)
+    watching = RecordingCache(checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads, recorder)
     probes = {policy: RetentionProbe(cache, plan.step, row=row) for policy, cache in plan.caches.items()}
     retention: dict[str, Retention] = {}
     memory: dict[str, MemoryStats] = {}

@@ -18,7 +18,7 @@ from ssd_cache.bench.subject import Subject
 from ssd_cache.budget import Amount
 from ssd_cache.cache.attention import NAME
 from ssd_cache.cache.cache import SSDCache
-from ssd_cache.cache.presets import own_policy, policy_label
+from ssd_cache.cache.policies import own_policy, policy_label
 from ssd_cache.decode.fast_decode import fast_decode
 from ssd_cache.evaluation.policies import Policy, parse_policy
 from ssd_cache.head_map.head_map import HeadMap

@@ -14,9 +14,8 @@ from transformers import Cache
 from ssd_cache.bench.cases import Case
 from ssd_cache.bench.subject import Subject
 from ssd_cache.cache.cache import SSDCache
-from ssd_cache.cache.layer import LayerPlan
+from ssd_cache.cache.plans import LayerPlan
 from ssd_cache.cache.quantized import slot_nbytes
-from ssd_cache.cache.retention import WITHOUT_QUERIES
 from ssd_cache.kernels.dispatch import is_wanted, passes_trial
 
 
@@ -86,7 +85,7 @@ def expected_bytes(subject: Subject, case: Case, num_pictures: int = 1) -> Cache
 
 def scored_heads(plan: LayerPlan) -> list[int]:
     """Numbers of slots of a layer's scored heads: those that rank tokens by attention."""
-    if plan.score in WITHOUT_QUERIES:
+    if not plan.scorer.needs_queries:
         return []
     kinds = zip(plan.kinds, plan.num_slots, strict=True)
     return [slots for kind, slots in kinds if kind == "semantic" and slots < plan.num_cells]

@@ -9,28 +9,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from dataclasses import dataclass
 
 import torch
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from ssd_cache._compat import CACHE
-from ssd_cache.budget import Budget, check_count, is_amount, resolve_budget, resolve_recent
-from ssd_cache.cache.layer import LayerPlan, SSDLayer
-from ssd_cache.cache.presets import POLICIES, choose_slots, equal_budget, fitted_slots, preset
-from ssd_cache.cache.quantized import KV_DTYPES
-from ssd_cache.cache.retention import SCORES
-from ssd_cache.cache.sharding import is_distributed, own_heads, shard_of
-from ssd_cache.cache.slots import normal_tensors
+from ssd_cache.budget import Budget
+from ssd_cache.cache.layer import SSDLayer
+from ssd_cache.cache.policies import POLICIES, find_policy
+from ssd_cache.cache.settings import CacheSettings, default_buffer
+from ssd_cache.cache.sharding import is_distributed, shard_of
+from ssd_cache.cache.static_slots import StaticSlots
 from ssd_cache.head_map.head_map import HeadMap, HeadMapError
 from ssd_cache.layout import format_rasters
 from ssd_cache.model_grids import grids_of_model
 
 __all__ = ["POLICIES", "MemoryStats", "SSDCache", "decoder_shape", "default_buffer"]
-
-DEFAULT_RECENT = 0.25
-"""Fraction of a semantic head's slots that keeps the newest tokens, whatever their score; see docs/results.md."""
 
 CLOSING_TOKENS = 3
 """Tokens after the grid that cause no warning: some models, such as Emu3, end an image with a few."""
@@ -102,54 +97,23 @@ class SSDCache(Cache):
         kv_dtype: str | None = None,
         shard: tuple[int, int] = (0, 1),
     ):
-        if not isinstance(head_map, HeadMap):
-            raise TypeError(
-                f"head_map is a {type(head_map).__name__}, expected a HeadMap: HeadMap.from_pretrained(...) loads one"
-            )
-        columns = max(columns for _, columns in (*head_map.previews, head_map.grid))
-        self.slots = choose_slots(slots, budget, head_map)
-        if budget is None:
-            own = None if self.slots == "uniform" else head_map.budget
-            budget = equal_budget(head_map) if own is None else own
-        self.head_map, self.budget, self.shard = head_map, budget, shard
-        if score is None:
-            score = "sum" if head_map.learned is None else "learned"
-        self.score, self.kv_dtype = _check_score(score, head_map), _check_kv_dtype(kv_dtype)
-        if buffer is None:
-            buffer = default_buffer(head_map.grid, score)
-        if num_recent is None:
-            num_recent = 0 if score == "learned" else DEFAULT_RECENT
-        self.buffer = check_count("buffer", buffer, 1)
-        self.num_recent, self.num_sinks = num_recent, check_count("num_sinks", num_sinks, 0)
-        self._warned = self._is_counted = False
-        self._steps: dict[torch.device, torch.Tensor] = {}  # by device: number of the static step's token
-        labels = head_map.is_spatial.tolist()
-        cells = head_map.num_visual_tokens
-        if self.slots == "fitted" and is_amount(budget):
-            budget = fitted_slots(head_map, budget, self.buffer, num_recent, self.num_sinks)
-        num_slots = resolve_budget(budget, labels, cells)
-        if head_map.is_online:
-            _check_online(budget, head_map, num_slots)
-        plans = [
-            LayerPlan(
-                layer_idx=index,
-                is_spatial=tuple(labels[index]),
-                num_slots=num_slots[index],
-                num_cells=cells,
-                buffer=self.buffer,
-                num_recent=tuple(resolve_recent(num_recent, held) for held in num_slots[index]),
-                num_sinks=self.num_sinks,
-                is_online=head_map.is_online,
-                score=score,
-                columns=columns,
-                learned=head_map.learned.at(index) if score == "learned" and head_map.learned else None,
-                kv_dtype=kv_dtype,
-            )
-            for index in range(head_map.num_layers)
-        ]
-        _check_plans(plans, columns)
-        plans = [_part(plan, own_heads(head_map, shard)) for plan in plans]
-        super().__init__(layers=[SSDLayer(plan) for plan in plans])
+        self.settings = settings = CacheSettings.resolve(
+            head_map,
+            budget,
+            slots=slots,
+            buffer=buffer,
+            num_recent=num_recent,
+            num_sinks=num_sinks,
+            score=score,
+            kv_dtype=kv_dtype,
+            shard=shard,
+        )
+        super().__init__(layers=[SSDLayer(plan) for plan in settings.plans()])
+        self.head_map, self.budget, self.slots, self.shard = head_map, settings.budget, settings.slots, shard
+        self.buffer, self.num_recent, self.num_sinks = settings.buffer, settings.num_recent, num_sinks
+        self.score, self.kv_dtype = settings.score, kv_dtype
+        self._warned = self._in_static_step = False
+        self._static_slots: tuple[int, dict[torch.device, StaticSlots]] | None = None
 
     @classmethod
     def online(
@@ -203,15 +167,15 @@ class SSDCache(Cache):
         Raises:
             ValueError: an unknown policy, or as for `SSDCache`.
         """
-        head_map, budget, preset_settings = preset(policy, head_map, budget)
-        return cls(head_map, budget, buffer=buffer, **{**preset_settings, **settings})
+        head_map, budget, own_settings = find_policy(policy).apply(head_map, budget)
+        return cls(head_map, budget, buffer=buffer, **{**own_settings, **settings})
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Store new tokens of one layer; see `SSDLayer.update` for shapes, returns and errors."""
         if layer_idx >= len(self.layers) or key_states.shape[1] != len(self.layers[layer_idx].plan.is_spatial):
             raise self._misfit(layer_idx, key_states.shape[1])
         states = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
-        if layer_idx == 0 and not self._is_counted:
+        if layer_idx == 0 and not self._in_static_step:
             self._check_progress()
         return states
 
@@ -229,45 +193,47 @@ class SSDCache(Cache):
             f"but layer {layer_idx} of the model has {num_heads} KV heads: {remedy}"
         )
 
-    def be_fast(self) -> None:
-        """Allow CPU kernels that are not bit-exact for the next image; `fast_decode` calls this."""
+    def allow_cpu_kernel(self) -> None:
+        """Allow a CPU kernel that is not bit-exact for the next image; `fast_decode` calls this."""
         for layer in self.layers:
-            layer.is_fast = True
+            layer.allows_cpu_kernel = True
 
     @property
-    def can_count_step(self) -> bool:
-        """Whether the next token can be a static step (`counted_step`): from an image's second visual token on."""
-        return all(layer.can_begin_step for layer in self.layers)
+    def can_step_statically(self) -> bool:
+        """Whether the next token can be a static step: from an image's second visual token on."""
+        return all(layer.stores for layer in self.layers)
 
     @contextmanager
-    def counted_step(self) -> Iterator[None]:
+    def static_step(self) -> Iterator[None]:
         """Run the model's forward over one visual token as a static step, after its host-side work.
 
         On entering, due scores, labels and evictions are computed. Inside the block, `update` and the attention "ssd"
-        work on all slots under a mask and compute slot indices from one tensor. Shapes and Python numbers are then the
-        same at every step, so the forward can be compiled once (`fast_decode` does this).
+        work on all slots under a mask, and slots are tensors. Shapes and Python numbers are then the same at every
+        step, so the forward can be compiled once (`fast_decode` does this).
         """
-        # reuse the same tensors at every step; fill them, since a copy from the host waits for the device
-        for device in {layer.device for layer in self.layers}:
-            if device not in self._steps:
-                with normal_tensors():
-                    self._steps[device] = torch.zeros((), dtype=torch.int64, device=device)
-            self._steps[device].fill_(self.layers[0].num_visual)
+        number = self.layers[0].num_visual
+        if self._static_slots is None or self._static_slots[0] != self.version:
+            by_device: dict[torch.device, list[SSDLayer]] = {}
+            for layer in self.layers:
+                by_device.setdefault(layer.device, []).append(layer)
+            self._static_slots = self.version, {device: StaticSlots(part) for device, part in by_device.items()}
+        for slots in self._static_slots[1].values():
+            slots.fill(number)
         for layer in self.layers:
-            layer.begin_step(self._steps[layer.device])
-        self._is_counted = True
+            layer.begin_step(self._static_slots[1][layer.device].of(layer))
+        self._in_static_step = True
         self._check_progress()
         try:
             yield
         finally:
-            self._is_counted = False
+            self._in_static_step = False
             for layer in self.layers:
                 layer.end_step()
 
     @property
-    def places(self) -> tuple[int, ...]:
-        """Addresses of all tensors that a static step uses; a recorded CUDA graph is valid while they stay the same."""
-        return tuple(tensor.data_ptr() for layer in self.layers for tensor in layer.tensors())
+    def version(self) -> int:
+        """Changes whenever a tensor that a static step uses is replaced; a recorded CUDA graph is then invalid."""
+        return sum(layer.version for layer in self.layers)
 
     def _check_progress(self) -> None:
         """Refuse a map with more layers than the model, and warn once there are more tokens than the grid has cells."""
@@ -284,13 +250,17 @@ class SSDCache(Cache):
             grid = format_rasters(self.head_map.previews, self.head_map.grid, " x ")
             warnings.warn(
                 f"SSDCache is past the {grid} = {self.head_map.num_visual_tokens} visual tokens of its head map's grid "
-                "and goes on; is the grid right for this model, or the cache used for a second picture without "
+                "and goes on; is the grid right for this model, or the cache used for a second image without "
                 "reset()?",
                 stacklevel=2,
             )
 
     def reset(self) -> None:
-        """Clear the cache for the next image, which may have any batch size and prompt length."""
+        """Clear the cache for the next image, which may have any batch size and prompt length.
+
+        The tensors stay in memory. The next image uses them again if its rows and its padded prompt length are the
+        same, so that a compiled step and a CUDA graph stay valid.
+        """
         super().reset()
         self._warned = False
 
@@ -350,94 +320,6 @@ class SSDCache(Cache):
         )
 
 
-def default_buffer(grid: tuple[int, int], score: str) -> int:
-    """Default eviction interval: a row for a score computed from queries, a third of a row for a learned score."""
-    return max(1, grid[1] // 3) if score == "learned" else grid[1]
-
-
 def decoder_shape(config: PreTrainedConfig) -> tuple[int, int]:
     """Numbers of a decoder's layers and of KV heads per layer; by default every query head is a KV head."""
     return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
-def _check_score(score: str, head_map: HeadMap) -> str:
-    if score not in SCORES:
-        near = get_close_matches(str(score), SCORES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"score={score!r} is unknown: {hint}give one of {', '.join(map(repr, SCORES))}")
-    if score == "learned" and head_map.learned is None:
-        raise ValueError(
-            f"score='learned': the head map ({head_map.origin}) carries no learned score; `ssd-cache learn` makes a "
-            "map with one, or give score='sum', 'mean' or 'last'"
-        )
-    if score == "margin" and head_map.is_online:
-        raise ValueError(
-            "score='margin' looks at no attention, by which an online map labels its heads: give a map with labels, or "
-            "score='sum', 'mean' or 'last'"
-        )
-    if score == "margin" and head_map.previews:
-        raise ValueError(
-            "score='margin' goes by the columns of a single grid, but this head map has previews of other widths: give "
-            "score='sum', 'mean' or 'last'"
-        )
-    return score
-
-
-def _check_kv_dtype(kv_dtype: str | None) -> str | None:
-    if kv_dtype is None or (isinstance(kv_dtype, str) and kv_dtype in KV_DTYPES):
-        return kv_dtype
-    near = get_close_matches(str(kv_dtype), KV_DTYPES, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(
-        f"kv_dtype={kv_dtype!r} is unknown: {hint}give one of {', '.join(map(repr, KV_DTYPES))}, or None to store "
-        "visual tokens in the model's dtype"
-    )
-
-
-def _check_online(budget: Budget, head_map: HeadMap, slots: list[tuple[int, ...]]) -> None:
-    """Refuse budgets by kind or by head for an online map, whose heads have no kind yet."""
-    swapped = resolve_budget(budget, (~head_map.is_spatial).tolist(), head_map.num_visual_tokens)
-    if swapped != slots or any(len(set(layer)) > 1 for layer in slots):
-        raise ValueError(
-            f"budget={budget!r} gives heads of one layer different numbers of slots: an online map does not know yet "
-            "which head is which, so give one number, or a list with one for each layer"
-        )
-
-
-def _part(plan: LayerPlan, heads: slice) -> LayerPlan:
-    """The plan for some of a layer's heads."""
-    return replace(
-        plan,
-        is_spatial=plan.is_spatial[heads],
-        num_slots=plan.num_slots[heads],
-        num_recent=plan.num_recent[heads],
-        learned=None if plan.learned is None else plan.learned.at(heads),
-    )
-
-
-def _check_plans(plans: list[LayerPlan], columns: int) -> None:
-    """Refuse budgets too small for the tokens that must be kept; warn if a window misses the token right above."""
-    short = None
-    for plan in plans:
-        for kind, num_slots, num_recent in sorted(set(zip(plan.kinds, plan.num_slots, plan.num_recent, strict=True))):
-            if num_slots >= plan.num_cells:
-                continue  # nothing is evicted within an image
-            room = {"buffer": plan.buffer, "num_recent": num_recent, "num_sinks": plan.num_sinks}
-            if kind == "spatial":
-                del room["num_recent"]
-            if num_slots < sum(room.values()):
-                asked = [f"{name}={value}" for name, value in room.items() if value]
-                raise ValueError(
-                    f"the budget gives a {kind} head of layer {plan.layer_idx} {num_slots} slots, fewer than "
-                    f"{' and '.join(asked)} together: raise the budget, or lower "
-                    f"{' or '.join(name for name, value in room.items() if value)}"
-                )
-            window = num_slots - plan.buffer - plan.num_sinks + 1
-            if kind == "spatial" and window < columns + 2:
-                short = min(window, short or window)
-    if short is not None:
-        warnings.warn(
-            f"after an eviction a spatial head holds its last {short} visual tokens, fewer than a grid row and two "
-            f"({columns + 2}): it can not see the token right above. Raise the budget, or lower buffer or num_sinks.",
-            stacklevel=3,
-        )

@@ -1,23 +1,25 @@
 """`SSDLayer`: the part of `SSDCache` for one layer of the model, where each head keeps tokens by its kind.
 
-It implements transformers' length methods (tokens seen and tokens stored are different numbers here), passes K and V to
-slot stores, and takes the queries from the attention "ssd". It does not compute attention; `attention.py` does.
+It implements transformers' layer interface (tokens seen and tokens stored are different numbers here), and passes K, V
+and queries to slot stores. One token is one `update` and one `attend`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ssd_cache._compat import in_prefill
+from ssd_cache.cache.backends import attend_by_kernel, attend_in_torch
+from ssd_cache.cache.heads import HeadGroups
+from ssd_cache.cache.plans import LayerPlan
 from ssd_cache.cache.quantized import QuantizedStore
-from ssd_cache.cache.retention import WITHOUT_QUERIES
-from ssd_cache.cache.slots import SlotStore, normal_tensors
-from ssd_cache.head_map.learned_score import LearnedScore
+from ssd_cache.cache.slots import Slot, SlotStore, normal_tensors
+from ssd_cache.kernels import dispatch
 
 USE_SSD_ATTENTION = (
     "load the model with attn_implementation='ssd', call model.set_attn_implementation('ssd'), "
@@ -25,50 +27,11 @@ USE_SSD_ATTENTION = (
 )
 
 
-@dataclass(frozen=True)
-class LayerPlan:
-    """Settings of one layer, all resolved to tokens.
-
-    `is_spatial`, `num_slots` and `num_recent` have one entry per KV head (`num_recent` has no effect on spatial heads).
-    An online layer starts with semantic heads and finds the spatial ones when its slots are first full (see
-    `retention.prefers_window`); its heads have equally many slots. `columns` is the number of grid columns, for the
-    score "margin". `learned` is the learned score of the layer's heads, for the score "learned". Slots are stored in
-    the model's dtype, or quantised to `kv_dtype`.
-    """
-
-    layer_idx: int
-    is_spatial: tuple[bool, ...]
-    num_slots: tuple[int, ...]
-    num_cells: int
-    buffer: int
-    num_recent: tuple[int, ...]
-    num_sinks: int
-    is_online: bool = False
-    score: str = "sum"
-    columns: int = 1
-    learned: LearnedScore | None = None
-    kv_dtype: str | None = None
-
-    @property
-    def kinds(self) -> list[str]:
-        """The kind of each KV head, "spatial" or "semantic"."""
-        return ["spatial" if spatial else "semantic" for spatial in self.is_spatial]
-
-    @property
-    def takes_kernel(self) -> bool:
-        """Whether the fused kernel of `kernels/dispatch.py` may run the steps; the layer then holds no queries.
-
-        It may not in an online layer, which needs all queries of a query window to find its labels, nor with quantised
-        slots, which the kernel cannot read.
-        """
-        return not self.is_online and self.kv_dtype is None
-
-
 class GroupedStates(list):
     """Keys (or values) of a layer as a list: one tensor for each group of heads that hold equally many tokens.
 
-    If the kernel writes K and V, the list holds only the new token's keys or values (see `SSDLayer.use_kernel`). Only
-    the attention "ssd" can read it; code that uses it as a tensor gets an AttributeError with the remedy.
+    If the kernel writes K and V, the list holds only the new token's keys or values. Only the attention "ssd" can read
+    it; code that uses it as a tensor gets an AttributeError with the remedy.
     """
 
     ssd_layer: SSDLayer
@@ -83,7 +46,16 @@ class GroupedStates(list):
 class SSDLayer(CacheLayerMixin):
     """K and V of one layer: the whole prompt, and the visual tokens that each head keeps.
 
-    Stored as `[batch, heads, prompt + slots, head_dim]` per store, with one store for each number of slots.
+    Attributes:
+        plan: the settings.
+        keys, values: K and V of the prompt, until the first visual token arrives; then None.
+        prompt_mask: `[batch, num_prompt]`, False on padding, or None.
+        stores: one store for each number of slots, from the first visual token on.
+        groups: how the layer's heads are distributed over the stores.
+        slots: slot of the newest token in each store.
+        has_kernel: whether the fused kernel runs the steps of this image; chosen at the prompt.
+        allows_cpu_kernel: whether the kernel may run on a CPU, where its tokens are not bit-exact.
+        version: changes whenever a tensor that a static step uses is replaced.
     """
 
     is_sliding = False
@@ -91,25 +63,23 @@ class SSDLayer(CacheLayerMixin):
 
     def __init__(self, plan: LayerPlan):
         super().__init__()
-        self.plan = plan
+        self.plan, self.num_kv_heads = plan, len(plan.is_spatial)
+        self.version = 0
+        self._former: tuple[Any, list[SlotStore]] | None = None
         self.reset()
 
     def reset(self) -> None:
-        """Clear the layer for the next image."""
+        """Clear the layer for the next image. Its tensors stay in memory, and serve again if the next image fits."""
         self.is_initialized = False
-        self.keys: torch.Tensor | None = None  # of the prompt, until the first visual token arrives
+        self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.prompt_mask: torch.Tensor | None = None
-        self.is_fused = False  # see `use_kernel`
-        self.is_fast = False  # whether the kernel may also run on a CPU; see `SSDCache.be_fast`
-        self.num_prompt = self.num_visual = 0
-        self._query_missing = False
-        self.step: torch.Tensor | None = None
         self.stores: list[SlotStore] = []
-        self.labels: tuple[bool, ...] | None = None if self.plan.is_online else self.plan.is_spatial
-        self.order: torch.Tensor | None = None
-        self.head_indices: list[list[int]] = []
-        self.heads: list[torch.Tensor] = []  # `head_indices` on the device, where the kernel reads them
+        self.slots: list[Slot] = []
+        self.num_prompt = 0
+        self.has_kernel = self.allows_cpu_kernel = False
+        self._query: torch.Tensor | None = None  # no rows; the shape and dtype of a step's queries
+        self._query_missing = self._is_static = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -118,18 +88,22 @@ class SSDLayer(CacheLayerMixin):
         self.is_initialized = True
 
     @property
-    def needs_queries(self) -> bool:
-        """Whether this layer works only with the attention "ssd".
+    def num_visual(self) -> int:
+        """Visual tokens seen."""
+        return self.stores[0].num_seen if self.stores else 0
 
-        True if its tokens are scored by attention, or if its heads differ in length or are stored in another order.
-        """
-        plan = self.plan
-        kinds, slots = plan.kinds, set(plan.num_slots)
-        if len(slots) > 1:
-            return True
-        is_reordered = kinds != sorted(kinds)  # a store has its semantic heads first
-        is_ranked = max(slots) < plan.num_cells and "semantic" in kinds
-        return is_ranked and (plan.score not in WITHOUT_QUERIES or is_reordered)
+    @property
+    def in_prompt(self) -> bool:
+        """Whether no visual token has arrived."""
+        return not self.stores
+
+    @property
+    def labels(self) -> tuple[bool, ...] | None:
+        """For each KV head whether it is spatial; None while an online layer has not found its labels."""
+        if not self.plan.is_online:
+            return self.plan.is_spatial
+        found = self.stores[0].labels if self.stores else None
+        return None if found is None else tuple(found.tolist())
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store new tokens and return the keys and values that their queries attend to.
@@ -146,72 +120,94 @@ class SSDLayer(CacheLayerMixin):
             ValueError: several tokens at once after visual tokens, another batch size, device or dtype, or missing
                 queries (the model's attention is not "ssd").
         """
-        if self.step is not None:
-            key_states, value_states = self._check_visual(key_states, value_states)
-            if self.is_fused:
-                return self._show([(key_states, value_states)], as_groups=True)
-            for store, keys, values in zip(
-                self.stores, self._split(key_states), self._split(value_states), strict=True
-            ):
-                store.write_at(self.step, keys, values)
-            return self._show([store.states() for store in self.stores])
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        # Detach: no gradient flows through the cache into earlier steps.
-        key_states, value_states = key_states.detach(), value_states.detach()
-        if self._query_missing and self.needs_queries:
-            raise ValueError(
-                f"layer {self.plan.layer_idx} of SSDCache does not get to see the model's queries, which its heads "
-                f"need: the model's attention is not 'ssd'. Remedy: {USE_SSD_ATTENTION}."
-            )
-        if self.num_visual == 0 and (self.num_prompt == 0 or key_states.shape[2] > 1 or in_prefill()):
-            self._query_missing = True
-            return self._update_prompt(key_states, value_states)
+        if not self._is_static:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            # Detach: no gradient flows through the cache into earlier steps.
+            key_states, value_states = key_states.detach(), value_states.detach()
+            if self._query_missing and self.plan.needs_ssd_attention:
+                raise ValueError(
+                    f"layer {self.plan.layer_idx} of SSDCache does not get to see the model's queries, which its heads "
+                    f"need: the model's attention is not 'ssd'. Remedy: {USE_SSD_ATTENTION}."
+                )
+            if self.in_prompt and (self.num_prompt == 0 or key_states.shape[2] > 1 or in_prefill()):
+                self._query_missing = True
+                return self._update_prompt(key_states, value_states)
         key_states, value_states = self._check_visual(key_states, value_states)
-        self._query_missing = True
-        if self.keys is not None and self.values is not None:
-            with normal_tensors():
-                self._open_stores(self.keys, self.values)
-            self.keys = self.values = None
-        self._settle()
-        self.num_visual += 1
-        if self.is_fused:
-            for store in self.stores:
-                store.count(self.num_visual - 1)
+        if not self._is_static:
+            self._query_missing = True
+            if not self.stores:
+                with normal_tensors():
+                    self._open_stores()
+            self._reserve()
+        if self.has_kernel:
             return self._show([(key_states, value_states)], as_groups=True)
-        parts = zip(self.stores, self._split(key_states), self._split(value_states), strict=True)
-        for store, keys, values in parts:
-            store.append(keys, values, self.num_visual - 1)
-        return self._show([store.states(store.num_stored) for store in self.stores])
+        parts = zip(self.groups.split(key_states), self.groups.split(value_states), strict=True)
+        for store, slot, (keys, values) in zip(self.stores, self.slots, parts, strict=True):
+            store.write(slot, keys, values)
+        return self._show([store.states(slot) for store, slot in zip(self.stores, self.slots, strict=True)])
 
-    def _settle(self) -> None:
-        """Compute due scores and find labels, before the next token."""
-        for store in self.stores:
-            store.score_due()
-        if self.labels is None:
-            self._find_labels()
+    def attend(self, query: torch.Tensor, key: Any, value: Any, scaling: float, dropout: float) -> torch.Tensor:
+        """See `attention.AttendingLayer.attend`."""
+        if not self._is_static:
+            self._query_missing = False
+        if self.has_kernel:
+            if dropout or (torch.is_grad_enabled() and query.requires_grad):
+                raise ValueError(
+                    "an image that was begun without gradients now asks for them, or for dropout, which the kernel of "
+                    "SSDCache does not have: generate it to the end under torch.no_grad() and model.eval()"
+                )
+            return attend_by_kernel(self.stores, self.slots, self.groups, query, key[0], value[0], scaling)
+        states = zip(key, value, strict=True) if isinstance(key, GroupedStates) else [(key, value)]
+        return attend_in_torch(self.stores, self.slots, self.groups, query, states, scaling, dropout)
 
-    @property
-    def can_begin_step(self) -> bool:
-        """Whether the next token can be a static step: the first visual token must have created the stores."""
-        return self.num_visual > 0
+    def see_prompt(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        window: int | None,
+    ) -> None:
+        """See `attention.AttendingLayer.see_prompt`; chooses the backend of this image.
 
-    def begin_step(self, step: torch.Tensor) -> None:
+        Raises:
+            ValueError: a layer with sliding window attention whose window does not hold prompt and image.
+        """
+        length = self.num_prompt + self.plan.num_cells
+        if window is not None and window < length:
+            raise ValueError(
+                f"layer {self.plan.layer_idx} attends a sliding window of {window} tokens, and prompt and image are "
+                f"{length}: SSDCache is for layers of full attention"
+            )
+        self._query_missing = False
+        self.prompt_mask = None if mask is None else _own(mask)
+        self._query = query.new_empty(0, self.num_kv_heads, query.shape[1] // self.num_kv_heads, query.shape[3])
+        self._scaling = scaling
+        served = dispatch.can_serve(query, key, value, on_cpu=self.allows_cpu_kernel)
+        self.has_kernel = served and self.plan.takes_kernel
+
+    def begin_step(self, slots: Sequence[torch.Tensor]) -> None:
         """Host-side work before a static step: score, evict, reserve a slot.
 
-        Until `end_step`, `update` and the attention write to the slot computed from `step`, the token's number as a 0-d
-        tensor, and return all slots under a mask. The forward then uses only tensors of fixed shape.
+        Until `end_step`, `update` and `attend` use `slots`, 0-d int64 tensors with the slot of each store, and all
+        columns under a mask. The forward then uses only tensors of fixed shape.
         """
-        self._settle()
-        for store in self.stores:
-            store.count(self.num_visual)
-            store.count_query()
-        self.num_visual += 1
-        self.step = step
+        self._reserve()
+        self.slots = list(slots)
+        self._is_static = True
 
     def end_step(self) -> None:
         """Return to eager steps."""
-        self.step = None
+        self._is_static = False
+
+    def _reserve(self) -> None:
+        plans = [store.plan for store in self.stores]
+        self.slots = [store.reserve() for store in self.stores]
+        if any(store.plan is not plan for store, plan in zip(self.stores, plans, strict=True)):  # labels were found
+            self.groups = HeadGroups([store.plan for store in self.stores], self.device)
+            self.version += 1
 
     def _update_prompt(self, key_states: torch.Tensor, value_states: torch.Tensor):
         if self.keys is not None and self.values is not None:
@@ -223,6 +219,39 @@ class SSDLayer(CacheLayerMixin):
         seen.ssd_layer = self  # type: ignore[attr-defined]
         return seen, value_states
 
+    def _open_stores(self) -> None:
+        """Move the prompt into stores: those of the last image if they fit, else new ones."""
+        assert self.keys is not None
+        assert self.values is not None
+        query = None if self.has_kernel else self._query
+        fit = (
+            (self.keys.shape, self.values.shape, self.dtype, self.device, self.has_kernel),
+            (self.prompt_mask is None, query is None or (query.shape, query.dtype)),
+        )
+        plans = self.plan.groups()
+        prompts = [
+            (self.keys[:, list(plan.heads)], self.values[:, list(plan.heads)], self.prompt_mask) for plan in plans
+        ]
+        if self._former is not None and self._former[0] == fit:
+            self.stores = self._former[1]
+            for store, prompt in zip(self.stores, prompts, strict=True):
+                store.begin(*prompt)
+        else:
+            self._former = None  # frees memory before more is taken
+            scaling = 1.0 if query is None else self._scaling
+            for plan, prompt in zip(plans, prompts, strict=True):
+                plan = replace(plan, scorer=plan.scorer.to(self.device))
+                if self.plan.kv_dtype is None:
+                    store = SlotStore(plan, *prompt, query, scaling)
+                else:
+                    store = QuantizedStore(plan, *prompt, query, scaling, kv_dtype=self.plan.kv_dtype)
+                self.stores.append(store)
+            self.groups = HeadGroups(plans, self.device)
+            self.version += 1
+            # an online store sorts its heads anew in every image
+            self._former = None if self.plan.is_online else (fit, self.stores)
+        self.keys = self.values = self._query = None
+
     def _check_visual(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Refuse a visual token that does not fit the stored ones; in compiled static steps, the checks become guards.
 
@@ -231,8 +260,8 @@ class SSDLayer(CacheLayerMixin):
         """
         if key_states.shape[2] != 1:
             raise ValueError(
-                f"SSDCache got {key_states.shape[2]} tokens at once while it holds a picture of {self.num_visual} "
-                "visual tokens. For the next picture call cache.reset() or make a new SSDCache (ssd_cache.enable does "
+                f"SSDCache got {key_states.shape[2]} tokens at once while it holds an image of {self.num_visual} "
+                "visual tokens. For the next image call cache.reset() or make a new SSDCache (ssd_cache.enable does "
                 "that for every generate call); speculative and assisted decoding are not supported."
             )
         held_keys, held_values = self._held_states
@@ -247,7 +276,7 @@ class SSDLayer(CacheLayerMixin):
         if states.device != held.device:
             raise ValueError(
                 f"layer {self.plan.layer_idx} of SSDCache holds its tokens on {held.device} and got one on "
-                f"{states.device}; moving a model in mid-picture is not supported."
+                f"{states.device}; moving a model in the middle of an image is not supported."
             )
         if states.dtype == held.dtype:
             return states
@@ -270,67 +299,6 @@ class SSDLayer(CacheLayerMixin):
         """Rows of the batch held; reordering and selecting rows change it."""
         return self._held_states[0].shape[0]
 
-    def _open_stores(self, prompt_keys: torch.Tensor, prompt_values: torch.Tensor) -> None:
-        """Move the prompt into stores, one for each number of slots; semantic heads come first in a store."""
-        plan = self.plan
-        by_slots: dict[int, list[int]] = {}
-        kinds = plan.kinds
-        for head in sorted(range(len(kinds)), key=lambda head: kinds[head]):  # "semantic" < "spatial"
-            by_slots.setdefault(plan.num_slots[head], []).append(head)
-        for num_slots, heads in by_slots.items():
-            # with room for the whole grid nothing is evicted within an image, so nothing is scored
-            scored = num_slots < plan.num_cells
-            heads = heads if scored else sorted(heads)
-            num_semantic = sum(kinds[head] == "semantic" for head in heads) if scored else 0
-            store = self.make_store(
-                prompt_keys[:, heads],
-                prompt_values[:, heads],
-                self.prompt_mask,
-                num_slots=num_slots,
-                num_semantic=num_semantic,
-                buffer=min(plan.buffer, num_slots),
-                num_recent=plan.num_recent[heads[0]],  # of the first semantic head, if there is one
-                num_sinks=plan.num_sinks if scored else 0,
-                score=plan.score,
-                columns=plan.columns,
-                learned=None if plan.learned is None else plan.learned.at(heads[:num_semantic]).to(prompt_keys.device),
-                is_online=plan.is_online and scored,
-                is_fused=self.is_fused,
-            )
-            self.stores.append(store)
-            self.head_indices.append(heads)
-            self.heads.append(torch.tensor(heads, device=self.device))
-        self._set_order()
-
-    def _set_order(self) -> None:
-        order = [head for heads in self.head_indices for head in heads]
-        if order != list(range(len(order))):
-            self.order = torch.tensor(order, device=self.device)
-            self.inverse_order = self.order.argsort()
-
-    def _find_labels(self) -> None:
-        """Sort an online layer's heads by kind, once its store has found the spatial ones; before the next token."""
-        (store,) = self.stores
-        if store.found is None:
-            return
-        self.labels = labels = tuple(store.found.tolist())
-        heads = sorted(range(len(labels)), key=lambda head: labels[head])
-        store.take_order(torch.tensor(heads, device=self.device), labels.count(False))
-        self.head_indices = [heads]
-        self._set_order()
-
-    def _split(self, states: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Split `[batch, kv_heads, ...]`, in the model's order of heads, over the stores, in their order of heads."""
-        if self.order is not None:
-            states = states.index_select(1, self.order)
-        return states.split([len(heads) for heads in self.head_indices], dim=1)
-
-    def make_store(self, *args, **kwargs) -> SlotStore:
-        """Make the store for a group of heads; profiling overrides this to record attention."""
-        if self.plan.kv_dtype is not None:
-            return QuantizedStore(*args, kv_dtype=self.plan.kv_dtype, **kwargs)
-        return SlotStore(*args, **kwargs)
-
     def _show(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], as_groups: bool = False):
         """Convert the stores' keys and values to the return values of `update`, with a reference to this layer."""
         is_one = len(pairs) == 1 and not as_groups
@@ -339,58 +307,13 @@ class SSDLayer(CacheLayerMixin):
         keys.ssd_layer = self
         return keys, values
 
-    def receive_mask(self, allowed: torch.Tensor | None) -> None:
-        """Take the padding mask, `[batch, num_prompt]`, False on padding, from the attention over the prompt."""
-        self._query_missing = False
-        self.prompt_mask = None if allowed is None else _own(allowed)
-
-    def use_kernel(self, can_serve: bool) -> None:
-        """Run the steps with the fused kernel of `kernels/dispatch.py`, if it can; before the first visual token.
-
-        The kernel writes K and V in place of `update`, so `update` returns only the new token's states.
-        """
-        self.is_fused = can_serve and self.plan.takes_kernel
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """Every tensor that a static step reads or writes."""
-        found = [self.step, self.order, *self.heads]
-        found += [self.inverse_order] if self.order is not None else []
-        yield from (tensor for tensor in found if tensor is not None)
+    def held_positions(self) -> list[torch.Tensor]:
+        """Numbers of the visual tokens that each KV head holds, ascending, int32 `[batch, held]` for each head."""
+        by_head: dict[int, torch.Tensor] = {}
         for store in self.stores:
-            yield from store.tensors()
-
-    def step_at(self) -> torch.Tensor:
-        """The newest token's number as a 0-d tensor; also note that the attention "ssd" has its query."""
-        if self.step is not None:
-            return self.step
-        self._query_missing = False
-        return torch.full((), self.num_visual - 1, device=self.device)
-
-    def receive_query(self, query_states: torch.Tensor, scaling: float) -> Sequence[torch.Tensor]:
-        """Hold the newest token's query, `[batch, kv_heads, groups, head_dim]`; return it split over the stores."""
-        parts = self._split(query_states)
-        for store, part in zip(self.stores, parts, strict=True):
-            if self.step is None:
-                store.hold_query(part, scaling)
-            else:
-                store.hold_query_at(self.step, part)
-        if self.step is None:
-            self._query_missing = False
-        return parts
-
-    def visible(
-        self, keys: torch.Tensor | GroupedStates, values: torch.Tensor | GroupedStates
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """Keys, values and mask of each store for the newest token's query, from the return values of `update`."""
-        groups = zip(keys, values, strict=True) if isinstance(keys, GroupedStates) else [(keys, values)]
-        for store, (store_keys, store_values) in zip(self.stores, groups, strict=True):
-            mask = store.visible() if self.step is None else store.visible_at(self.step)
-            yield store_keys, store_values, mask
-
-    def restore_order(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Join the stores' results, each `[batch, heads, groups, head_dim]`, in the model's order of heads."""
-        output = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), dim=1)
-        return output if self.order is None else output.index_select(1, self.inverse_order)
+            held = store.positions[..., : store.num_stored].sort(-1).values
+            by_head |= dict(zip(store.plan.heads, held.unbind(1), strict=True))
+        return [by_head[head] for head in sorted(by_head)]
 
     def get_seq_length(self) -> int:
         """Number of tokens seen, prompt included, from which positions follow; not the number of tokens stored."""
@@ -398,11 +321,11 @@ class SSDLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that the next `update` with `query_length` tokens will return."""
-        if self.num_visual == 0 and (self.num_prompt == 0 or query_length > 1):
-            return self.num_prompt + query_length, 0
         if not self.stores:
-            return self.num_prompt + 1, 0
-        return self.num_prompt + self.stores[0].num_after_append, 0
+            return self.num_prompt + (query_length if self.num_prompt == 0 or query_length > 1 else 1), 0
+        store = self.stores[0]
+        is_full = store.num_stored == store.plan.num_slots
+        return self.num_prompt + store.num_stored + 1 - (store.plan.buffer if is_full else 0), 0
 
     def get_max_length(self) -> int:
         """-1: there is no limit on the number of tokens seen."""
@@ -412,8 +335,8 @@ class SSDLayer(CacheLayerMixin):
         """Raise ValueError unless nothing is to be removed: evicted tokens cannot be restored."""
         if tokens_to_remove != 0:
             raise ValueError(
-                "SSDCache can not be cropped, since tokens once evicted can not come back; assisted and speculative "
-                "decoding need a DynamicCache."
+                "SSDCache cannot be cropped, since evicted tokens are gone; assisted and speculative decoding need a "
+                "DynamicCache."
             )
 
     def offload(self) -> None:
@@ -429,6 +352,8 @@ class SSDLayer(CacheLayerMixin):
                 setattr(self, name, select(tensor))
         for store in self.stores:
             store.select_rows(select)
+        self._former = None
+        self.version += 1
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace row `i` by row `beam_idx[i]`, with all its state."""
@@ -446,7 +371,7 @@ class SSDLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes of K and V held in memory."""
         prompt = sum(states.nbytes for states in (self.keys, self.values) if states is not None)
-        return prompt + sum(store.nbytes for store in self.stores)
+        return prompt + sum(store.nbytes for store in self._all_stores)
 
     @property
     def full_nbytes(self) -> int:
@@ -459,10 +384,15 @@ class SSDLayer(CacheLayerMixin):
     def bookkeeping_nbytes(self) -> int:
         """Bytes of positions, scores, held queries and masks."""
         prompt = 0 if self.prompt_mask is None else self.prompt_mask.nbytes
-        return prompt + sum(store.bookkeeping_nbytes for store in self.stores)
+        return prompt + sum(store.bookkeeping_nbytes for store in self._all_stores)
+
+    @property
+    def _all_stores(self) -> list[SlotStore]:
+        """The stores of this image, or after `reset` those that are kept for the next."""
+        return self.stores or ([] if self._former is None else self._former[1])
 
     def __repr__(self) -> str:
-        heads = len(self.plan.is_spatial)
+        heads = self.num_kv_heads
         stored = "/".join(str(store.num_stored) for store in self.stores) or "0"
         kinds = f"{heads} heads without labels yet"
         if self.labels is not None:

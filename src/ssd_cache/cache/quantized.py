@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ssd_cache.cache.slots import SlotStore
+from ssd_cache.cache.slots import Slot, SlotStore, put
 
 LIMITS = {"int8": 127.0, "fp8": 448.0}
 """The largest number of each `kv_dtype`: an integer, or a float8_e4m3fn (3 mantissa bits, 4 exponent bits)."""
@@ -85,42 +85,45 @@ class QuantizedStore(SlotStore):
         self.kv_dtype = kv_dtype
         super().__init__(*args, **kwargs)
 
-    def _open(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.keys, self.values = key_states, value_states
-        shape = (*key_states.shape[:2], self.num_slots)
+    def _allocate(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.keys, self.values = torch.empty_like(keys), torch.empty_like(values)
+        shape = (*keys.shape[:2], self.plan.num_slots)
         self.key_codes, self.value_codes = (
-            states.new_zeros(*shape, states.shape[3], dtype=torch.int8) for states in (key_states, value_states)
+            states.new_zeros(*shape, states.shape[3], dtype=torch.int8) for states in (keys, values)
         )
-        self.key_scales, self.value_scales = (key_states.new_zeros(shape, dtype=torch.float32) for _ in range(2))
+        self.key_scales, self.value_scales = (keys.new_zeros(shape, dtype=torch.float32) for _ in range(2))
 
-    def append(self, key_states: torch.Tensor, value_states: torch.Tensor, position: int) -> None:
-        self.count(position)
-        new = (*quantize(key_states, self.kv_dtype), *quantize(value_states, self.kv_dtype))
-        for held, states in zip(self._slots(), new, strict=True):
-            held[:, :, self.num_stored - 1] = states[:, :, 0]
+    def write(self, slot: Slot, keys: torch.Tensor, values: torch.Tensor) -> None:
+        new = (*quantize(keys, self.kv_dtype), *quantize(values, self.kv_dtype))
+        for held, states in zip(self._slot_tensors(), new, strict=True):
+            put(held, slot, states)
 
-    def write_at(self, step: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        slot = self._slot_at(step).view(1)
-        new = (*quantize(key_states, self.kv_dtype), *quantize(value_states, self.kv_dtype))
-        for held, states in zip(self._slots(), new, strict=True):
-            held.index_copy_(2, slot, states)
-
-    def states(self, num_slots: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        codes, scales, value_codes, value_scales = (held[:, :, :num_slots] for held in self._slots())
+    def states(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
+        end = slot + 1 if isinstance(slot, int) else None
+        codes, scales, value_codes, value_scales = (held[:, :, :end] for held in self._slot_tensors())
         return self._join(self.keys, codes, scales), self._join(self.values, value_codes, value_scales)
 
     @property
     def _num_columns(self) -> int:
         return self.keys.shape[2] + self.key_codes.shape[2]
 
-    def _scored_keys(self, rows: slice) -> torch.Tensor:
-        first = (rows, slice(self.num_semantic))
+    def _scored_keys(self) -> torch.Tensor:
+        first = slice(None), slice(self.plan.num_semantic)
         codes, scales = (held[first][:, :, : self.num_stored] for held in (self.key_codes, self.key_scales))
         return self._join(self.keys[first], codes, scales)
 
     def _join(self, prompt: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Prompt and dequantised slots, `[batch, heads, num_prompt + slots, head_dim]`, as a new tensor."""
-        return torch.cat([prompt, dequantize(codes, scales, self.kv_dtype, prompt.dtype)], dim=2)
+        return torch.cat([prompt, self._dequantize(codes, scales)], dim=2)
 
-    def _slots(self) -> list[torch.Tensor]:
+    def _dequantize(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return dequantize(codes, scales, self.kv_dtype, self.keys.dtype)
+
+    def _visual_states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return (
+            self._dequantize(self.key_codes, self.key_scales),
+            self._dequantize(self.value_codes, self.value_scales),
+        )
+
+    def _slot_tensors(self) -> list[torch.Tensor]:
         return [self.key_codes, self.key_scales, self.value_codes, self.value_scales]

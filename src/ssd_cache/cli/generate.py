@@ -14,7 +14,7 @@ import typer
 from PIL import Image
 from rich.console import Console
 
-from ssd_cache.cache.presets import POLICIES
+from ssd_cache.cache.policies import POLICIES
 from ssd_cache.cache.quantized import KV_DTYPES
 from ssd_cache.cli.draw import Drawing, draw
 from ssd_cache.cli.errors import WrongUse, refusing

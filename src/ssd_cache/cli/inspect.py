@@ -16,7 +16,8 @@ from rich.table import Table
 
 from ssd_cache.analysis.scores import HeadScores, head_scores
 from ssd_cache.cache.cache import SSDCache
-from ssd_cache.cache.presets import SCORE_WORDS, own_policy, policy_label
+from ssd_cache.cache.policies import own_policy, policy_label
+from ssd_cache.cache.scorers import SCORES
 from ssd_cache.cli.errors import refusing
 from ssd_cache.cli.files import check_output, save_picture
 from ssd_cache.head_map.card import picture
@@ -92,7 +93,7 @@ def _use(head_map: HeadMap) -> dict[str, str]:
     """The settings that `SSDCache(head_map)` uses for this map, in words."""
     name, settings = own_policy(head_map)
     learned = "carried by this map" if head_map.learned is not None else "this map carries no learned score"
-    found = {"score": f"{SCORE_WORDS['sum' if head_map.learned is None else 'learned']} ({learned})"}
+    found = {"score": f"{SCORES['sum' if head_map.learned is None else 'learned']} ({learned})"}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about short windows matter only for generation

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from ssd_cache.cache.cache import SSDCache
-from ssd_cache.cache.presets import POLICIES, SLOTS, words_of
+from ssd_cache.cache.policies import POLICIES, words_of
+from ssd_cache.cache.settings import SLOTS
 from ssd_cache.cli.errors import WrongUse
 from ssd_cache.evaluation.policies import DEFAULT, Policy, resolve_policies
 from ssd_cache.head_map.head_map import HeadMap

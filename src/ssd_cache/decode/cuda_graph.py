@@ -1,8 +1,8 @@
 """Record a decoder's step over one `SSDCache` as a CUDA graph and replay it: no Python, one launch for all layers.
 
-A graph contains addresses, so it serves one cache while the cache's tensors stay in place: usually for one image. The
-host-side work of a step comes before (`SSDCache.counted_step`). This module does not choose the steps and catches no
-errors. It was written without a GPU and has not been run yet.
+A graph contains addresses, so it serves one cache while its tensors stay in place (`SSDCache.version`), also for the
+next images after `reset`. The host-side work of a step comes before (`SSDCache.static_step`). This module does not
+choose the steps and catches no errors. It was written without a GPU and has not been run yet.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class RecordedStep:
         self.output_class: type = dict
 
     def is_ready(self, cache: SSDCache, arguments: dict[str, Any]) -> bool:
-        """Count a step; return whether `WARM_UP` steps ran before it with the same addresses and shapes."""
-        state = (cache.places, *((name, new.shape, new.dtype) for name, new in _tensors(arguments).items()))
+        """Count a step; return whether `WARM_UP` steps ran before it with the same tensors and shapes."""
+        state = (cache.version, *((name, new.shape, new.dtype) for name, new in _tensors(arguments).items()))
         if state != self.state:
             self.state, self.num_run, self.graph = state, 0, None
         self.num_run += 1

@@ -84,7 +84,7 @@ class _FastForward(Patch):
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         new = embeds if ids is None else ids
         if new is None or len(args) > 1 or not self._is_step(new, cache, call):
-            cache.be_fast()
+            cache.allow_cpu_kernel()
             return self.inner(*args, **kwargs)
         position_ids = call.get("position_ids")
         if position_ids is None:
@@ -98,7 +98,7 @@ class _FastForward(Patch):
             CACHE: cache,
             "use_cache": True,
         }
-        with cache.counted_step():
+        with cache.static_step():
             if self.is_recorded and can_record(cache, new.device):
                 recorded = self.recorded.get(cache)
                 if recorded is None:
@@ -128,7 +128,7 @@ class _FastForward(Patch):
         return (
             self.config._attn_implementation == NAME
             and new.shape[1] == 1
-            and cache.can_count_step
+            and cache.can_step_statically
             and cache.layers[0].num_rows == new.shape[0]  # otherwise the eager forward raises the error
             and not torch.is_grad_enabled()
             # a compiled step keeps in float32 what autocast rounds, so its tokens would differ from eager ones

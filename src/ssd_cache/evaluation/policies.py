@@ -18,7 +18,7 @@ import torch
 
 from ssd_cache.budget import Amount
 from ssd_cache.cache.cache import SSDCache
-from ssd_cache.cache.presets import POLICIES, own_policy, policy_label
+from ssd_cache.cache.policies import POLICIES, own_policy, policy_label
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Checkpoint
 from ssd_cache.profiling.allocation import fit_heads

@@ -1,7 +1,7 @@
 """Checks the arguments of a fused decode step before every launch, because the kernels access raw memory.
 
 Both kernels call `check`, so it cannot be bypassed. It checks shapes, dtypes, devices and layouts. It reads no tensor
-data, so it never waits for a device. The kernels themselves check the data (heads and step).
+data, so it never waits for a device. The kernels themselves check the data (heads and slot).
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ def check(
     scores: torch.Tensor,
     heads: torch.Tensor,
     mask: torch.Tensor | None,
-    step: torch.Tensor,
-    buffer: int,
+    slot: torch.Tensor,
     output: torch.Tensor,
     dtypes: Container[torch.dtype],
 ) -> tuple[int, ...]:
@@ -48,8 +47,8 @@ def check(
     batch, kv_heads, groups, head_dim = query.shape
     num_heads, length, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
     num_scored, num_slots = scores.shape[1], scores.shape[2]
-    if not 1 <= buffer <= num_slots <= length:
-        raise ValueError(f"{length} columns with {num_slots} slots, the last {buffer} of them written anew, do not fit")
+    if not 1 <= num_slots <= length:
+        raise ValueError(f"{length} columns cannot hold {num_slots} slots; give 1 to {length}")
     if num_scored > num_heads or not (groups and head_dim and value_dim):
         raise ValueError(
             f"{num_scored} of {num_heads} heads cannot be scored, or there are no query heads or no numbers in a head"
@@ -62,7 +61,7 @@ def check(
         ("scores", scores, torch.float32, (batch, num_scored, num_slots), True),
         ("heads", heads, torch.int64, (num_heads,), True),
         ("mask", mask, torch.bool, (batch, length), True),
-        ("step", step, torch.int64, (), False),
+        ("slot", slot, torch.int64, (), False),
         ("output", output, dtype, (batch, kv_heads, groups, value_dim), True),
     ):
         if tensor is not None and not (

@@ -158,25 +158,22 @@ def launch(
     scores: torch.Tensor,
     heads: torch.Tensor,
     mask: torch.Tensor | None,
-    step: torch.Tensor,
+    slot: torch.Tensor,
     scaling: float,
-    buffer: int,
     output: torch.Tensor,
 ) -> None:
     """Run the decode loop over a store; see `dispatch.decode` for the shapes.
 
     Raises:
-        ValueError: as for `checks.check`; also for a negative step, or for heads that the layer does not have.
+        ValueError: as for `checks.check`; also for a slot that is not there, or for heads that the layer does not have.
     """
-    sizes = check(query, new_key, new_value, keys, values, scores, heads, mask, step, buffer, output, dtypes=DECODERS)
+    sizes = check(query, new_key, new_value, keys, values, scores, heads, mask, slot, output, dtypes=DECODERS)
     if not query.is_cpu:
         raise ValueError(f"the loops for the CPU got a query on {query.device}")
     query, new_key, new_value = query.contiguous(), new_key.contiguous(), new_value.contiguous()
-    number, num_slots = int(step), sizes[-1]
-    if number < 0:
-        raise ValueError(f"step is {number}: visual tokens are counted from 0")
-    # slots fill in order; when all are full, the last `buffer` of them are reused
-    slot = number if number < num_slots else num_slots - buffer + (number - num_slots) % buffer
+    number, num_slots = int(slot), sizes[-1]
+    if not 0 <= number < num_slots:
+        raise ValueError(f"slot is {number}: the store has slots 0 to {num_slots - 1}")
     status = getattr(_loops(), DECODERS[query.dtype])(
         query.data_ptr(),
         new_key.data_ptr(),
@@ -188,7 +185,7 @@ def launch(
         None if mask is None else mask.data_ptr(),
         scaling,
         output.data_ptr(),
-        _Sizes(*sizes, slot),
+        _Sizes(*sizes, number),
     )
     if status == _NO_SUCH_HEAD:
         raise ValueError(f"heads {heads.tolist()} are not all among the layer's {query.shape[1]} KV heads")

@@ -83,7 +83,7 @@ def passes_trial(device: torch.device, dtype: torch.dtype, groups: int, head_dim
 
 def _try(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, value_dim: int, has_mask: bool) -> str:
     """The error found in one step of the kernel, or "" if there is none."""
-    num_prompt, num_slots, number, buffer, scaling = 5, 150, 139, 8, head_dim**-0.5
+    num_prompt, num_slots, number, scaling = 5, 150, 139, head_dim**-0.5
     end, generator = num_prompt + number, torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -96,7 +96,7 @@ def _try(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, v
     given = [query, new_key, new_value, keys, values, torch.zeros(2, 1, num_slots), heads, mask, torch.tensor(number)]
     given = [tensor.to(device, copy=True) for tensor in given]
     output = given[0].new_full((2, 2, groups, value_dim), float("nan"))
-    _launch(*given[:7], given[7] if has_mask else None, given[8], scaling, buffer, output)
+    _launch(*given[:7], given[7] if has_mask else None, given[8], scaling, output)
 
     keys[:, :, end : end + 1], values[:, :, end : end + 1] = new_key[:, heads], new_value[:, heads]
     stored = slice(end + 1)
@@ -126,9 +126,8 @@ def decode(
     scores: torch.Tensor,
     heads: torch.Tensor,
     mask: torch.Tensor | None,
-    step: torch.Tensor,
+    slot: torch.Tensor,
     scaling: float,
-    buffer: int,
     output: torch.Tensor,
 ) -> None:
     """Run one token's decode step over a store (see `SlotStore`), in place, without waiting for the device.
@@ -141,13 +140,12 @@ def decode(
             added.
         heads: `[heads]`, the layer's KV head of each head in the store.
         mask: `[batch, num_prompt + num_slots]`, False on the prompt's padding, or None.
-        step: index of the visual token, from 0, a tensor without dimensions.
+        slot: slot of the token, int64, a tensor without dimensions; the token sees the slots up to it.
         scaling: factor applied to the dot products of query and keys.
-        buffer: the eviction interval, the number of slots that are reused after each eviction.
         output: `[batch, kv_heads, groups, value_dim]`; the rows of the store's heads are written.
     """
     run = torch.ops.ssd_cache.decode if torch.compiler.is_compiling() else _launch
-    run(query, new_key, new_value, keys, values, scores, heads, mask, step, scaling, buffer, output)
+    run(query, new_key, new_value, keys, values, scores, heads, mask, slot, scaling, output)
 
 
 def _launch(query: torch.Tensor, *arguments) -> None:
@@ -170,7 +168,7 @@ def _trace(query: torch.Tensor, *arguments) -> None:
 _library = torch.library.Library("ssd_cache", "FRAGMENT")
 _library.define(
     "decode(Tensor query, Tensor new_key, Tensor new_value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scores, "
-    "Tensor heads, Tensor? mask, Tensor step, float scaling, SymInt buffer, Tensor(d!) output) -> ()"
+    "Tensor heads, Tensor? mask, Tensor slot, float scaling, Tensor(d!) output) -> ()"
 )
 _library.impl("decode", _launch, "CompositeExplicitAutograd")
 torch.library.register_fake("ssd_cache::decode", _trace, lib=_library)

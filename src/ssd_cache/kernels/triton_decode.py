@@ -27,19 +27,18 @@ def launch(
     scores: torch.Tensor,
     heads: torch.Tensor,
     mask: torch.Tensor | None,
-    step: torch.Tensor,
+    slot: torch.Tensor,
     scaling: float,
-    buffer: int,
     output: torch.Tensor,
 ) -> None:
     """Run the kernel over a store; see `dispatch.decode` for the shapes.
 
-    Invalid heads or an invalid step give NaN, since checking them would mean waiting for the device.
+    Invalid heads or an invalid slot give NaN, since checking them would mean waiting for the device.
 
     Raises:
         ValueError: as for `checks.check`.
     """
-    check(query, new_key, new_value, keys, values, scores, heads, mask, step, buffer, output, dtypes=DTYPES)
+    check(query, new_key, new_value, keys, values, scores, heads, mask, slot, output, dtypes=DTYPES)
     if not keys.shape[0]:
         return
     query, new_key, new_value = (
@@ -60,7 +59,7 @@ def launch(
             scores.new_empty(batch, num_scored, groups, num_slots),
             scores if mask is None else mask,
             heads,
-            step,
+            slot,
             output,
             *query.stride()[:3],
             *new_key.stride()[:2],
@@ -70,7 +69,6 @@ def launch(
             num_scored,
             keys.shape[2] - num_slots,
             num_slots,
-            buffer,
             GROUPS=groups,
             HEAD_DIM=head_dim,
             VALUE_DIM=values.shape[3],
@@ -105,7 +103,7 @@ def decode_kernel(
     logits,
     mask,
     heads,
-    step,
+    slot_pointer,
     output,
     query_row,
     query_head,
@@ -119,7 +117,6 @@ def decode_kernel(
     num_scored,
     num_prompt,
     num_slots,
-    buffer,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -135,13 +132,11 @@ def decode_kernel(
     head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     model_head = tl.load(heads + head)
-    now = tl.load(step)
-    is_there = (model_head >= 0) & (model_head < num_kv_heads) & (now >= 0)
+    slot = tl.load(slot_pointer)
+    is_there = (model_head >= 0) & (model_head < num_kv_heads) & (slot >= 0) & (slot < num_slots)
     model_head = tl.where(is_there, model_head, 0)
-    now = tl.where(is_there, now, 0)
-    # slots fill in order; when all are full, the last `buffer` are reused, so all columns before this one are taken
-    slot = tl.where(now < num_slots, now, num_slots - buffer + (now - num_slots) % buffer).to(tl.int32)
-    end = num_prompt + slot
+    slot = tl.where(is_there, slot, 0).to(tl.int32)
+    end = num_prompt + slot  # slots fill in order, so all columns before this one are taken
     length = num_prompt + num_slots
     first = (row * tl.num_programs(0) + head) * length
 

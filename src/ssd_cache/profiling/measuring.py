@@ -1,6 +1,6 @@
 """`measure_heads`: generate images with a full cache and sum up the attention of every head.
 
-The recorder uses the attention "ssd" (`profiling/watching.py`), so no attention matrix is ever stored. Processes can
+The recorder uses the attention "ssd" (`profiling/recorder.py`), so no attention matrix is ever stored. Processes can
 share the batches, and an interrupted run can resume (`profiling/state.py`). Nothing here labels heads.
 """
 
@@ -25,6 +25,7 @@ from ssd_cache.layout import format_rasters, previews_entry
 from ssd_cache.models import Generator, GeneratorError, generator_of
 from ssd_cache.models.settings import check_texts
 from ssd_cache.profiling.observing import HeadObserver
+from ssd_cache.profiling.recorder import RecordingCache
 from ssd_cache.profiling.state import (
     gather_statistics,
     load_state,
@@ -33,7 +34,6 @@ from ssd_cache.profiling.state import (
     statistics_from_main,
 )
 from ssd_cache.profiling.statistics import HeadStatistics, Level, resolve_levels
-from ssd_cache.profiling.watching import WatchingCache
 from ssd_cache.runs.batching import default_batch_size
 from ssd_cache.runs.processes import Processes
 from ssd_cache.runs.run_state import ProfilingError, check_state_place
@@ -66,7 +66,7 @@ def measure_heads(
 
     In addition to the memory of generation, a run holds the queries of one grid row for every layer, row and KV head,
     and 4 bytes for each of their levels and cells. For short times it also holds a few copies of some softmax weights
-    (see `watching.CHUNK`). With the default buffer and one level, the total is under a tenth of the full cache's K and
+    (see `recorder.CHUNK`). With the default buffer and one level, the total is under a tenth of the full cache's K and
     V; `watching_cost` computes it for any model.
 
     Under `accelerate launch` or `torchrun`, the processes take the batches in turn. Each batch has the same seed as in
@@ -176,12 +176,12 @@ def _measure_batch(
     checkpoint = generator.checkpoint
     shape, previews = (checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads), checkpoint.previews
     observer = HeadObserver(*shape, levels, generator.is_unconditional(len(prompts)), previews=previews)
-    cache = WatchingCache(*shape, observer, previews=previews)
+    cache = RecordingCache(*shape, observer, previews=previews)
     draw_watched(generator, prompts, cache, on_tokens=on_tokens, **settings)
     return observer.finish()
 
 
-def draw_watched(generator: Generator, prompts: Sequence[str], cache: WatchingCache, **settings) -> torch.Tensor:
+def draw_watched(generator: Generator, prompts: Sequence[str], cache: RecordingCache, **settings) -> torch.Tensor:
     """Generate with a recording full cache and call its `finish`; returns tokens, as `Generator.generate`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The observer that computes head statistics from the attention of a `WatchingCache`.
+"""The observer that computes head statistics from the attention of a `RecordingCache`.
 
 It also simulates which tokens a semantic head would hold at every level. `profiling/statistics.py` defines the sums.
 Nothing here evicts a token from a cache or labels a head.
@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from ssd_cache.cache.eviction import is_spared, lowest
 from ssd_cache.layout import Grid
 from ssd_cache.profiling.statistics import HeadStatistics, Level
 
@@ -45,7 +46,7 @@ class HeadObserver:
         self._row_sums: torch.Tensor | None = None
 
     def observe(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, rows: slice) -> None:
-        """See `watching.Observer.observe`."""
+        """See `recorder.Observer.observe`."""
         batch, groups = len(self.branch), weights.shape[2]
         if not self.retention:
             self._move_to(weights.device)  # device of the first layer; a model can use several devices
@@ -201,10 +202,9 @@ def evict(scores: torch.Tensor, level: Level) -> None:
 
     The `num_recent` newest and the `num_sinks` first tokens are kept. Of two equal scores the older token is evicted.
     """
-    order = scores.masked_fill(scores == -torch.inf, torch.inf)
-    order[..., scores.shape[-1] - level.num_recent :] = torch.inf
-    order[..., : level.num_sinks] = torch.inf
-    victims = order.argsort(dim=-1, stable=True)[..., : level.buffer]
+    seen = scores.shape[-1]
+    spared = is_spared(torch.arange(seen, device=scores.device), seen, level.num_recent, level.num_sinks)
+    victims = lowest(scores, spared | (scores == -torch.inf), level.buffer)
     scores.scatter_(-1, victims, -torch.inf)
 
 

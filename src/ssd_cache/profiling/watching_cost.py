@@ -1,6 +1,6 @@
 """Memory cost of recording attention from a full cache, computed from a model's sizes before generation.
 
-The formulas describe the tensors of `profiling/watching.py` and `profiling/observing.py`; tests compare them with the
+The formulas describe the tensors of `profiling/recorder.py` and `profiling/observing.py`; tests compare them with the
 real tensors. Nothing is measured here.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from ssd_cache.layout import Grid, count_cells
-from ssd_cache.profiling.watching import CHUNK, GPU_CHUNK
+from ssd_cache.profiling.recorder import CHUNK, GPU_CHUNK
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ssd_cache.budget import Budget, check_count, is_amount
 from ssd_cache.cache.cache import SSDCache, default_buffer
-from ssd_cache.cache.layer import LayerPlan
+from ssd_cache.cache.plans import LayerPlan
 from ssd_cache.cache.sharding import check_whole
 from ssd_cache.head_map.checks import MAX_TEXT
 from ssd_cache.head_map.head_map import HeadMap

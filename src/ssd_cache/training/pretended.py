@@ -8,9 +8,9 @@ This module runs no model and takes no optimizer steps.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from ssd_cache.cache.layer import LayerPlan
+from ssd_cache.cache.eviction import is_spared, lowest
+from ssd_cache.cache.plans import LayerPlan
 from ssd_cache.head_map.learned_score import LearnedScore
 
 
@@ -30,25 +30,24 @@ def retained_tokens(
     """
     rows, heads, length, _ = keys.shape
     worth = learned.of_states(keys, values)
-    ages = torch.arange(length, device=keys.device)
+    positions = torch.arange(length, device=keys.device)
     parts: dict[int, torch.Tensor] = {}
     kinds = list(zip(plan.num_slots, plan.is_spatial, strict=True))
     for num_slots, is_spatial in set(kinds):
         mine = [head for head, kind in enumerate(kinds) if kind == (num_slots, is_spatial)]
         buffer = min(plan.buffer, num_slots)
         evictions = range(num_slots, length, buffer) if num_slots < plan.num_cells else range(0)
-        held = _Held(worth.new_ones(rows, len(mine), length), num_slots - buffer, softness)
+        held = _Held(worth.new_ones(rows, len(mine), length), buffer, softness)
+        num_recent = 0 if is_spatial else plan.num_recent[mine[0]]
         for num_seen in evictions:
+            seen = positions[:num_seen].expand(1, len(mine), -1)
             if is_spatial:
-                ranks = ages[None, None, :num_seen].float().expand(rows, len(mine), -1)
+                ranks = seen.float().expand(rows, -1, -1)
             else:
-                places = ages[:num_seen].expand(1, len(mine), -1)
-                ranks = worth[:, mine, :num_seen] + learned.at(mine).of_places(places, num_seen)
-                recent = ages[:num_seen] >= num_seen - plan.num_recent[mine[0]]
-                ranks = ranks.masked_fill(recent, torch.inf)
-            held.evict(ranks.masked_fill(ages[:num_seen] < plan.num_sinks, torch.inf))
+                ranks = worth[:, mine, :num_seen] + learned.at(mine).of_places(seen, num_seen)
+            held.evict(ranks, is_spared(seen, num_seen, num_recent, plan.num_sinks))
         # number of evictions before each token arrived
-        number = torch.div(ages - num_slots, buffer, rounding_mode="floor").add(1).clamp(0, len(evictions))
+        number = torch.div(positions - num_slots, buffer, rounding_mode="floor").add(1).clamp(0, len(evictions))
         parts |= dict(zip(mine, torch.stack(held.after, 2).index_select(2, number).unbind(1), strict=True))
     return torch.stack([parts[head] for head in range(heads)], 1)
 
@@ -56,23 +55,22 @@ def retained_tokens(
 class _Held:
     """The tokens held by heads with equal slot counts; `after` has `[rows, heads, tokens]` for each eviction."""
 
-    def __init__(self, everything: torch.Tensor, num_kept: int, softness: float):
-        self.num_kept, self.softness = num_kept, softness
+    def __init__(self, everything: torch.Tensor, buffer: int, softness: float):
+        self.buffer, self.softness = buffer, softness
         self.alive, self.soft, self.after = everything > 0, everything, [everything]
 
-    def evict(self, ranks: torch.Tensor) -> None:
-        """Permanently drop all held tokens except the `num_kept` with the highest `ranks`, `[rows, heads, seen]`."""
+    def evict(self, ranks: torch.Tensor, spared: torch.Tensor) -> None:
+        """Drop the `buffer` held tokens with the lowest `ranks`, `[rows, heads, seen]`, except those in `spared`."""
         seen = ranks.shape[2]
         alive = self.alive[..., :seen]
-        # of equal ranks the older token is dropped, so the stable sort sees newer tokens first
-        newest_first = ranks.detach().masked_fill(~alive, -torch.inf).flip(-1)
-        values, indices = newest_first.sort(dim=-1, descending=True, stable=True)
-        kept = torch.zeros_like(alive).scatter_(2, seen - 1 - indices[..., : self.num_kept], True)
+        ranks = ranks.masked_fill(spared, torch.inf)
+        victims = lowest(ranks.detach(), ~alive, self.buffer)
+        kept = alive.scatter(2, victims, False)
         self.alive = torch.cat([kept, self.alive[..., seen:]], 2)
         # the threshold lies between the lowest kept and the highest dropped rank, and moves with the tokens near it
-        between = F.pad(values, (1, 0), value=torch.inf)  # if nothing is kept, the threshold is above all ranks
-        high, low = between[..., self.num_kept : self.num_kept + 2].split(1, -1)
-        cut = torch.where(high.isinf(), low, (low + high) / 2)
+        low = ranks.detach().gather(2, victims[..., -1:])
+        high = ranks.detach().masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+        cut = torch.where(high.isinf(), low, (low + high) / 2)  # if nothing is kept, it is above all ranks
         soft = torch.sigmoid((ranks.detach() - cut) / self.softness)
         near = soft * (1 - soft) * alive
         ranks = ranks.masked_fill(ranks.isinf(), 0.0)

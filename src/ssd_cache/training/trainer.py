@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ssd_cache.cache.layer import LayerPlan
+from ssd_cache.cache.plans import LayerPlan
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.head_map.learned_score import LearnedScore
 from ssd_cache.models import Generator

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from ssd_cache.budget import check_count
 from ssd_cache.cache.cache import SSDCache
-from ssd_cache.cache.presets import equal_budget
+from ssd_cache.cache.settings import equal_budget
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.eval.options import CACHE
 from ssd_cache.cli.files import check_place

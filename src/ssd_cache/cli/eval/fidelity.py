@@ -20,7 +20,7 @@ from rich.table import Table
 from ssd_cache.analysis.plotting import check_packages
 from ssd_cache.budget import Amount, check_count
 from ssd_cache.cache.cache import SSDCache
-from ssd_cache.cache.presets import equal_budget
+from ssd_cache.cache.settings import equal_budget
 from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.eval.options import (
     Buffer,

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from ssd_cache.budget import Amount
-from ssd_cache.cache.presets import POLICIES
-from ssd_cache.cache.retention import SCORES
+from ssd_cache.cache.policies import POLICIES
+from ssd_cache.cache.scorers import SCORES
 from ssd_cache.cli.errors import WrongUse
 from ssd_cache.cli.options import MODEL
 from ssd_cache.cli.plan import parse_budget

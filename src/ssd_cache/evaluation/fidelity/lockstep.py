@@ -16,7 +16,7 @@ from ssd_cache._compat import CACHE, take_cache
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.layer import SSDLayer
 from ssd_cache.models import Generator, GeneratorError
-from ssd_cache.profiling.watching import WatchingCache
+from ssd_cache.profiling.recorder import RecordingCache
 from ssd_cache.training.likelihood import certain_scores, kl_divergence, log_probabilities
 
 
@@ -66,7 +66,7 @@ class Lockstep:
         self.is_unconditional = generator.is_unconditional(num_pictures).to(self.home)
         self.tokens = tokens
         # declared as a grid with one column, so that it holds at most one query
-        self.full = WatchingCache((cells, 1), checkpoint.num_layers, checkpoint.num_kv_heads, self)
+        self.full = RecordingCache((cells, 1), checkpoint.num_layers, checkpoint.num_kv_heads, self)
         self.traces = [Trace(cache, num_pictures, cells - 1, device, self.home) for cache in caches]
         self.num_compared = 0
         self._running: Trace | None = None  # None while the full cache runs
@@ -99,7 +99,7 @@ class Lockstep:
         return self.full.layers[0].num_visual - 1
 
     def observe(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, rows: slice) -> None:
-        """See `watching.Observer.observe`. One step arrives at a time; its weights are kept until the next step."""
+        """See `recorder.Observer.observe`. One step arrives at a time; its weights are kept until the next step."""
         parts = self._weights.setdefault(layer_idx, [])
         if rows.start == 0:
             parts.clear()
@@ -111,8 +111,7 @@ class Lockstep:
         if take_cache(others) is not self.full:
             return
         for layer in self.full.layers:
-            for store in layer.stores:
-                store.score_held()  # passes pending queries to the observer now instead of at the next token
+            layer.report()  # passes pending queries to the observer now instead of at the next token
         for trace in self.traces:
             self._running = trace
             try:
@@ -174,8 +173,8 @@ def retained_share(weights: torch.Tensor, layer: SSDLayer) -> torch.Tensor:
     """
     prompt, visual = weights[..., : layer.num_prompt].sum(-1), weights[..., layer.num_prompt :]
     share = torch.empty_like(prompt)
-    for store, heads in zip(layer.stores, layer.head_indices, strict=True):
-        held = store.positions[:, :, : store.num_stored].long()
+    for store in layer.stores:
+        heads, held = list(store.plan.heads), store.positions[:, :, : store.num_stored].long()
         share[:, heads] = prompt[:, heads] + visual[:, heads].gather(-1, held).sum(-1)
     return share
 

@@ -1,0 +1,107 @@
+"""The eviction rule: spare the tokens that must stay, drop the lowest ranks, move the survivors. No state.
+
+docs/concepts.md has the rules, after SSD (Jian and Wang, arXiv 2510.18716): a spatial head keeps its newest tokens, a
+semantic head those with the highest score. The cache, the simulation of profiling and the training of learned scores
+all call this module. `scorers.py` computes the ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_spared(positions: torch.Tensor, num_seen: int, num_recent: int, num_sinks: int) -> torch.Tensor:
+    """Which tokens a semantic head may not drop: the `num_recent` newest and the image's first `num_sinks`.
+
+    Args:
+        positions: numbers of the visual tokens, counted from 0, any shape.
+        num_seen: number of visual tokens seen so far.
+    """
+    return (positions >= num_seen - num_recent) | (positions < num_sinks)
+
+
+def lowest(ranks: torch.Tensor, spared: torch.Tensor, num_evict: int) -> torch.Tensor:
+    """The tokens to drop: the `num_evict` lowest ranks, and of equal ranks the older token.
+
+    Args:
+        ranks: `[..., tokens]`, in the order of arrival.
+        spared: tokens that are not dropped, a mask that broadcasts to `ranks`.
+
+    Returns:
+        `[..., num_evict]`, indices of tokens, the lowest rank first.
+    """
+    # stable: of equal ranks the older one comes first
+    return ranks.masked_fill(spared, torch.inf).argsort(dim=-1, stable=True)[..., :num_evict]
+
+
+def select_victims(
+    positions: torch.Tensor,
+    scores: torch.Tensor | None,
+    num_evict: int,
+    num_seen: int,
+    num_recent: int = 0,
+    num_sinks: int = 0,
+) -> torch.Tensor:
+    """Slots to empty in every head: the lowest scores in semantic heads, the oldest tokens in spatial heads.
+
+    Semantic heads come first: `scores` covers the first heads, the rest are spatial. Every head keeps the first
+    `num_sinks` tokens of the image; a semantic head also keeps its `num_recent` newest. Of equal scores the older token
+    is dropped.
+
+    Args:
+        positions: `[batch, kv_heads, slots]`, number of the visual token in each slot, counted from 0; every slot is
+            taken.
+        scores: `[batch, semantic_heads, slots]`, float32, from a scorer's `rank`; None if no head is semantic.
+        num_evict: tokens to drop from each head.
+        num_seen: number of visual tokens seen so far, without the one that needs a slot.
+
+    Returns:
+        `[batch, kv_heads, num_evict]`, slots in ascending order.
+
+    Example: four slots hold tokens 0, 1, 2, 3 and two must go. A spatial head drops 0 and 1 (with one sink: 1 and 2).
+    A semantic head with scores 3, 1, 2, 0 and one recent drops 1 and 2: token 3 has the lowest score but is recent.
+
+        >>> positions = torch.tensor([[[0, 1, 2, 3]]])
+        >>> select_victims(positions, None, num_evict=2, num_seen=4, num_sinks=1)
+        tensor([[[1, 2]]])
+        >>> scores = torch.tensor([[[3.0, 1.0, 2.0, 0.0]]])
+        >>> select_victims(positions, scores, num_evict=2, num_seen=4, num_recent=1)
+        tensor([[[1, 2]]])
+    """
+    num_semantic = 0 if scores is None else scores.shape[1]
+    victims = []
+    if scores is not None and num_semantic:
+        by_age = positions[:, :num_semantic].argsort(-1)
+        spared = is_spared(positions[:, :num_semantic], num_seen, num_recent, num_sinks)
+        chosen = lowest(scores.gather(-1, by_age), spared.gather(-1, by_age), num_evict)
+        victims.append(by_age.gather(-1, chosen))
+    if num_semantic < positions.shape[1]:
+        # every row and every spatial head holds the same tokens, in the same slots
+        age = positions[0, num_semantic]
+        oldest = torch.where(age < num_sinks, num_seen, age).argsort()[:num_evict]
+        victims.append(oldest.expand(positions.shape[0], positions.shape[1] - num_semantic, num_evict))
+    return torch.cat(victims, 1).sort(-1).values
+
+
+def compact(tensors: list[torch.Tensor], victims: torch.Tensor) -> None:
+    """Empty the victims' slots in place and make the last slots the free ones; at most `num_evict` rows move per head.
+
+    Survivors in the last `num_evict` slots move into the victims' slots before them. No other row is touched.
+
+    Args:
+        tensors: each `[batch, heads, slots]` or `[batch, heads, slots, head_dim]`, all slots taken; `heads` may be
+            fewer than `kv_heads`, and are then the first ones.
+        victims: `[batch, kv_heads, num_evict]`, in ascending order (see `select_victims`).
+    """
+    num_slots, num_evict = tensors[0].shape[2], victims.shape[-1]
+    first_free = num_slots - num_evict
+    # The tail's survivors come first, in order. There are as many of them as victims before the tail, and the victims
+    # are sorted, so the pairs match. The remaining pairs copy dead rows onto dead rows.
+    is_dead = torch.zeros(*victims.shape[:2], num_slots, dtype=torch.bool, device=victims.device)
+    is_dead.scatter_(2, victims, True)
+    sources = is_dead[..., first_free:].to(torch.uint8).argsort(dim=-1, stable=True) + first_free
+    rows, heads = (torch.arange(size, device=victims.device) for size in victims.shape[:2])
+    for tensor in tensors:
+        first = slice(tensor.shape[1])
+        places = rows[:, None, None], heads[None, first, None]
+        tensor[*places, victims[:, first]] = tensor[*places, sources[:, first]]

@@ -1,0 +1,117 @@
+"""Resolved settings, in tokens: `LayerPlan` for a layer, `GroupPlan` for its heads with equally many slots.
+
+`settings.py` makes the plans and checks them. `slots.py` stores the tokens of one group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ssd_cache.cache.scorers import Scorer
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Heads of one layer with equally many slots, the semantic heads first, and their eviction rule.
+
+    Attributes:
+        heads: numbers of the layer's KV heads.
+        num_semantic: number of semantic heads; the other heads keep tokens by age.
+        num_slots: slots for visual tokens in each head.
+        buffer: eviction interval: tokens evicted at once, when a token arrives and all slots are taken.
+        num_recent: newest tokens that a semantic head never drops.
+        num_sinks: first tokens of the image that no head drops.
+        scorer: ranks the tokens of the semantic heads.
+        is_online: whether the heads' kinds are found when the slots are first full.
+    """
+
+    heads: tuple[int, ...]
+    num_semantic: int
+    num_slots: int
+    buffer: int
+    num_recent: int
+    num_sinks: int
+    scorer: Scorer
+    is_online: bool = False
+
+    @property
+    def holds_queries(self) -> bool:
+        """Whether queries are held for scoring, where no kernel adds up the attention at once."""
+        return self.scorer.needs_queries and self.num_semantic > 0
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Settings of one layer.
+
+    `is_spatial`, `num_slots` and `num_recent` have one entry per KV head (`num_recent` has no effect on spatial heads).
+    An online layer starts with semantic heads and finds the spatial ones when its slots are first full; its heads have
+    equally many slots. Slots are stored in the model's dtype, or quantised to `kv_dtype`.
+    """
+
+    layer_idx: int
+    is_spatial: tuple[bool, ...]
+    num_slots: tuple[int, ...]
+    num_cells: int
+    buffer: int
+    num_recent: tuple[int, ...]
+    num_sinks: int
+    scorer: Scorer
+    is_online: bool = False
+    kv_dtype: str | None = None
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kind of each KV head, "spatial" or "semantic"."""
+        return ["spatial" if spatial else "semantic" for spatial in self.is_spatial]
+
+    @property
+    def needs_ssd_attention(self) -> bool:
+        """Whether the layer works only with the attention "ssd".
+
+        True if its tokens are scored by attention, or if its heads differ in length or are stored in another order.
+        """
+        groups = self.groups()
+        order = [head for group in groups for head in group.heads]
+        return len(groups) > 1 or order != sorted(order) or groups[0].holds_queries
+
+    @property
+    def takes_kernel(self) -> bool:
+        """Whether the fused kernel of `kernels/dispatch.py` may run the steps; the layer then holds no queries.
+
+        It may not in an online layer, which needs all queries of a query window to find its labels, nor with quantised
+        slots, which the kernel cannot read.
+        """
+        return not self.is_online and self.kv_dtype is None
+
+    def groups(self) -> list[GroupPlan]:
+        """The heads in groups with equally many slots."""
+        by_slots: dict[int, list[int]] = {}
+        for head in sorted(range(len(self.is_spatial)), key=lambda head: self.is_spatial[head]):  # semantic first
+            by_slots.setdefault(self.num_slots[head], []).append(head)
+        return [self._group(num_slots, heads) for num_slots, heads in by_slots.items()]
+
+    def _group(self, num_slots: int, heads: list[int]) -> GroupPlan:
+        # with room for the whole grid nothing is evicted within an image, so nothing is scored
+        evicts = num_slots < self.num_cells
+        num_semantic = sum(not self.is_spatial[head] for head in heads) if evicts else 0
+        return GroupPlan(
+            heads=tuple(heads if evicts else sorted(heads)),
+            num_semantic=num_semantic,
+            num_slots=num_slots,
+            buffer=min(self.buffer, num_slots),
+            num_recent=self.num_recent[heads[0]],  # of the first semantic head, if there is one
+            num_sinks=self.num_sinks if evicts else 0,
+            scorer=self.scorer.at(heads[:num_semantic]),
+            is_online=self.is_online and evicts,
+        )
+
+    def shard(self, heads: slice) -> LayerPlan:
+        """The plan for some of the layer's heads."""
+        return replace(
+            self,
+            is_spatial=self.is_spatial[heads],
+            num_slots=self.num_slots[heads],
+            num_recent=self.num_recent[heads],
+            scorer=self.scorer.at(heads),
+        )

@@ -1,0 +1,172 @@
+"""Scorers: the ranks by which semantic heads keep their visual tokens. The lowest ranks are evicted first.
+
+A scorer says whether it needs queries, adds up the attention that tokens receive, and ranks the tokens. A new score is
+one class and one entry of `SCORES`. `eviction.py` decides from the ranks which tokens are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+
+from ssd_cache.head_map.learned_score import LearnedScore
+
+States = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """ "sum": a token's rank is the attention that it has received from all queries since it arrived."""
+
+    needs_queries: ClassVar[bool] = True
+
+    def at(self, heads: list[int] | slice) -> Scorer:
+        """The scorer of some of the layer's heads."""
+        return self
+
+    def to(self, device: torch.device) -> Scorer:
+        """The scorer with its tensors on a device."""
+        return self
+
+    def begin_window(self, received: torch.Tensor) -> None:
+        """Prepare `received` for the queries of a new query window."""
+
+    def observe(self, received: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add the attention of one query window.
+
+        Args:
+            received: `[batch, semantic_heads, stored]`, float32, changed in place.
+            weights: `[batch, semantic_heads, groups, steps, stored]`, softmax weights on the stored tokens.
+        """
+        self.begin_window(received)
+        received += weights.sum((2, 3))
+
+    def rank(
+        self, received: torch.Tensor, positions: torch.Tensor, num_seen: int, states: Callable[[], States]
+    ) -> torch.Tensor:
+        """Rank the tokens of semantic heads.
+
+        Args:
+            received: `[batch, semantic_heads, slots]`, float32, see `observe`; without heads if no queries are needed.
+            positions: `[batch, semantic_heads, slots]`, number of the visual token in each slot, counted from 0.
+            num_seen: number of visual tokens seen, all of them before the eviction.
+            states: returns K and V of these tokens, `[batch, semantic_heads, slots, head_dim]`.
+
+        Returns:
+            `[batch, semantic_heads, slots]`, float32.
+        """
+        return received
+
+
+class MeanScorer(Scorer):
+    """ "mean": the attention received, divided by the number of queries, so that age alone gives no advantage."""
+
+    def rank(self, received, positions, num_seen, states):
+        return received / (num_seen - positions)
+
+
+class LastScorer(Scorer):
+    """ "last": the attention received from the last query window only (LineAR, arXiv 2512.04857)."""
+
+    def begin_window(self, received):
+        received.zero_()
+
+
+@dataclass(frozen=True)
+class MarginScorer(Scorer):
+    """ "margin": 1 in the first and the last column of a grid of `columns`, 0 elsewhere; needs no queries."""
+
+    needs_queries: ClassVar[bool] = False
+
+    columns: int
+
+    def rank(self, received, positions, num_seen, states):
+        column = positions % self.columns
+        return ((column == 0) | (column == self.columns - 1)).float()
+
+
+@dataclass(frozen=True)
+class LearnedScorer(Scorer):
+    """ "learned": the head map's learned score of the layer's heads; needs no queries."""
+
+    needs_queries: ClassVar[bool] = False
+
+    learned: LearnedScore
+
+    def at(self, heads):
+        return LearnedScorer(self.learned.at(heads))
+
+    def to(self, device):
+        return LearnedScorer(self.learned.to(device))
+
+    def rank(self, received, positions, num_seen, states):
+        return self.learned.of_places(positions, num_seen) + self.learned.of_states(*states())
+
+
+SCORES: Mapping[str, str] = MappingProxyType(
+    {
+        "sum": "attention sum",
+        "mean": "attention mean",
+        "last": "attention of the last queries",
+        "margin": "margin columns",
+        "learned": "learned score",
+    }
+)
+"""The names of scores, and what each means in words."""
+
+
+def make_scorer(score: str, columns: int, learned: LearnedScore | None) -> Scorer:
+    """The scorer of one layer.
+
+    Args:
+        score: one of `SCORES`.
+        columns: number of grid columns, for "margin".
+        learned: the learned score of the layer's heads, for "learned".
+    """
+    if score == "learned":
+        assert learned is not None
+        return LearnedScorer(learned)
+    if score == "margin":
+        return MarginScorer(columns)
+    return {"sum": Scorer, "mean": MeanScorer, "last": LastScorer}[score]()
+
+
+def attention_weights(
+    query_states: torch.Tensor,
+    key_states: torch.Tensor,
+    scaling: float,
+    num_prompt: int,
+    num_first: int,
+    prompt_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Softmax weights of consecutive one-token steps, all computed at once.
+
+    At query `i`, `num_first + i` visual tokens were stored, its own included, so it sees the prompt and that many
+    slots. Nothing may have been evicted in between.
+
+    Args:
+        query_states: `[batch, kv_heads, groups, steps, head_dim]`, `groups` query heads to a KV head.
+        key_states: `[batch, kv_heads, num_prompt + stored, head_dim]`.
+        scaling: factor on the products, as in the model's attention.
+        num_prompt: prompt tokens at the front of `key_states`.
+        num_first: visual tokens that the first query saw.
+        prompt_mask: `[batch, num_prompt]`, False on padding.
+
+    Returns:
+        `[batch, kv_heads, groups, steps, num_prompt + stored]`, float32.
+    """
+    batch, heads, groups, steps, head_dim = query_states.shape
+    length = key_states.shape[2]
+    # scale before the product, as sdpa does: in fp16 the unscaled product can overflow when attention does not
+    queries = query_states.reshape(batch, heads, groups * steps, head_dim) * scaling
+    logits = (queries @ key_states.transpose(2, 3)).view(batch, heads, groups, steps, length).float()
+    step = torch.arange(steps, device=logits.device)[:, None]
+    column = torch.arange(length, device=logits.device)
+    logits = logits.masked_fill(column >= num_prompt + num_first + step, float("-inf"))
+    if prompt_mask is not None:
+        logits[..., :num_prompt].masked_fill_(~prompt_mask[:, None, None, None], float("-inf"))
+    return logits.softmax(-1)

@@ -1,0 +1,190 @@
+"""A full cache that passes the attention of every step to an observer and never stores an attention matrix.
+
+It holds the queries of a grid row and computes their softmax once per grid row, for a few batch rows at a time. It
+reports attention that is not finite, for all observers. Observers process the attention: `profiling/observing.py` sums
+it up, `analysis` plots it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from ssd_cache._compat import in_prefill
+from ssd_cache.cache.scorers import attention_weights
+from ssd_cache.layout import Grid, count_cells
+from ssd_cache.runs.run_state import ProfilingError
+
+CHUNK = 1 << 18
+"""Softmax weights computed at once: 1 MB in float32, so that the extra memory does not grow with the batch."""
+
+GPU_CHUNK = 1 << 22
+"""The same on any other device: 16 MB, because on less work the kernel launch would dominate."""
+
+
+class Observer(Protocol):
+    """Receives attention during generation."""
+
+    def observe(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, rows: slice) -> None:
+        """Receive the attention of one grid row of queries (the last row is one short), for some rows of the batch.
+
+        Draft grids are split into parts of the same number of queries, so that the image's own grid rows arrive whole;
+        the first part may be shorter.
+
+        Args:
+            layer_idx: the decoder layer.
+            weights: `[rows, kv_heads, groups, steps, num_prompt + stored]`, float32, summing to 1 over the last
+                dimension. The last step is visual token `stored - 1`, counted from 0. Nothing was evicted, so visual
+                token `j` is in column `num_prompt + j`. Tokens that a step cannot see yet have weight 0.
+            num_prompt: columns of the prompt, padding included; padding has weight 0.
+            rows: the rows of the batch that the weights belong to.
+        """
+
+
+class RecordingCache(Cache):
+    """A full cache for one batch of images that records attention; call `finish` after generation.
+
+    Args:
+        grid: rows and columns of visual tokens.
+        num_layers: decoder layers.
+        num_kv_heads: KV heads in each layer.
+        observer: receives all attention.
+        previews: draft grids that are generated before this grid.
+    """
+
+    def __init__(
+        self, grid: Grid, num_layers: int, num_kv_heads: int, observer: Observer, *, previews: Sequence[Grid] = ()
+    ):
+        cells = count_cells(grid, previews)
+        super().__init__(
+            layers=[RecordingLayer(index, num_kv_heads, cells, grid[1], observer) for index in range(num_layers)]
+        )
+
+    def finish(self) -> None:
+        """Pass the last, incomplete grid row to the observer; transformers never feeds back an image's last token.
+
+        Raises:
+            ProfilingError: some attention was NaN; the message names the first such layer and its KV heads.
+        """
+        for layer in self.layers:
+            layer.report()
+            layer.check_sound()
+
+    @property
+    def recording_nbytes(self) -> int:
+        """Bytes held in addition to K and V, without those of the observer."""
+        return sum(layer.recording_nbytes for layer in self.layers)
+
+
+class RecordingLayer(DynamicLayer):
+    """A layer of a full cache that reports the attention of its visual queries.
+
+    Args:
+        layer_idx: number of the layer, for the observer.
+        num_kv_heads: KV heads of the layer.
+        num_cells: visual tokens of an image.
+        columns: columns of the grid: the number of queries that are reported together.
+        observer: receives the attention.
+
+    Attributes:
+        num_prompt: tokens of the prompt.
+        num_visual: visual tokens seen.
+        queries: `[batch, kv_heads, groups, columns, head_dim]`, the queries of the current grid row.
+        soundness: `[kv_heads]`, float32, not finite where some attention was NaN.
+    """
+
+    def __init__(self, layer_idx: int, num_kv_heads: int, num_cells: int, columns: int, observer: Observer):
+        super().__init__()
+        self.layer_idx, self.num_kv_heads = layer_idx, num_kv_heads
+        self.num_cells, self.columns, self.observer = num_cells, columns, observer
+        self.num_prompt = self.num_visual = self.num_held = 0
+        self.prompt_mask: torch.Tensor | None = None
+        self.queries: torch.Tensor | None = None
+        self.soundness = torch.zeros(num_kv_heads)
+
+    def reset(self) -> None:
+        """Free all K and V; a layer serves one batch of images."""
+        self.keys = self.values = self.queries = None
+        self.is_initialized = False
+
+    @property
+    def in_prompt(self) -> bool:
+        return self.num_visual == 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        is_prompt = self.in_prompt and (self.num_prompt == 0 or key_states.shape[2] > 1 or in_prefill())
+        if is_prompt:
+            self.num_prompt += key_states.shape[2]
+        else:
+            if self.num_visual == self.num_cells or key_states.shape[2] > 1:
+                raise ValueError(
+                    f"a token arrives after the {self.num_visual} of the grid's {self.num_cells}: the model's grid is "
+                    "another, or this cache was used for a second image; it serves one batch of images"
+                )
+            if (self.num_visual - self.num_cells) % self.columns == 0:  # a grid row is complete
+                self.report()
+            self.num_visual += 1
+        keys, values = super().update(key_states.detach(), value_states.detach(), *args, **kwargs)
+        keys = keys[:]  # an alias: `self.keys` with a reference to `self` would be a cycle
+        keys.ssd_layer = self
+        return keys, values
+
+    def see_prompt(self, query, key, value, mask: torch.Tensor | None, scaling: float, window: int | None) -> None:
+        """See `cache.attention.AttendingLayer`."""
+        self.prompt_mask = mask
+        self.soundness = self.soundness.to(key.device)
+
+    def attend(self, query: torch.Tensor, key: Any, value: Any, scaling: float, dropout: float) -> torch.Tensor:
+        """See `cache.attention.AttendingLayer`."""
+        if self.queries is None:
+            batch, heads, groups, head_dim = query.shape
+            self.queries = query.new_empty(batch, heads, groups, self.columns, head_dim)
+        self.queries[:, :, :, self.num_held] = query.detach()
+        self.num_held, self.scaling = self.num_held + 1, scaling
+        mask = None
+        if self.prompt_mask is not None:
+            mask = F.pad(self.prompt_mask, (0, self.num_visual), value=True)[:, None, None]
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scaling)
+
+    def report(self) -> None:
+        """Pass the attention of the held queries to the observer, a few batch rows at a time."""
+        if self.queries is None or self.keys is None or not self.num_held:
+            return
+        batch, heads, groups = self.queries.shape[:3]
+        of_row = heads * groups * self.num_held * self.keys.shape[2]
+        num_rows = max(1, (CHUNK if self.keys.device.type == "cpu" else GPU_CHUNK) // of_row)
+        for start in range(0, batch, num_rows):
+            rows = slice(start, min(start + num_rows, batch))
+            weights = attention_weights(
+                self.queries[rows, :, :, : self.num_held],
+                self.keys[rows],
+                self.scaling,
+                num_prompt=self.num_prompt,
+                num_first=self.num_visual - self.num_held + 1,
+                prompt_mask=None if self.prompt_mask is None else self.prompt_mask[rows],
+            )
+            # One column suffices: a softmax is NaN in all or in none. A NaN stays in this sum, so one check at the end
+            # suffices and no GPU synchronisation is needed before.
+            self.soundness += weights[..., 0].sum((0, 2, 3))
+            self.observer.observe(self.layer_idx, weights, self.num_prompt, rows)
+        self.num_held = 0
+
+    def check_sound(self) -> None:
+        """Raise ProfilingError if some attention was NaN; the message names the KV heads."""
+        heads = (~self.soundness.isfinite()).nonzero().flatten().tolist()
+        if heads:
+            raise ProfilingError(
+                f"the attention of layer {self.layer_idx}, KV head {', '.join(map(str, heads))}, is NaN: the model's "
+                "numbers overflow, as they may in float16; load it in bfloat16 or float32"
+            )
+
+    @property
+    def recording_nbytes(self) -> int:
+        """Bytes of held queries and masks."""
+        held = (self.queries, self.prompt_mask, self.soundness)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)

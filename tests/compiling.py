@@ -16,10 +16,10 @@ def has_compiler() -> bool:
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler on the CPU")
 
 
-def held_addresses(cache):
-    """Addresses of all tensors of a cache's stores."""
-    tensors = [value for layer in cache.layers for store in layer.stores for value in vars(store).values()]
-    return tuple(tensor.data_ptr() for tensor in tensors if isinstance(tensor, torch.Tensor))
+def held_tensors(cache):
+    """All tensors of a cache's stores."""
+    found = [value for layer in cache.layers for store in layer.stores for value in vars(store).values()]
+    return [value for value in found if isinstance(value, torch.Tensor)]
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def static_addresses(model, cache, tokens):
     model(tokens[:, 6:7], past_key_values=cache)
     for step in range(7, tokens.shape[1]):
         with cache.static_step():
-            addresses.append(held_addresses(cache))
+            addresses.append(tuple(tensor.data_ptr() for tensor in held_tensors(cache)))
             model.model(
                 tokens[:, step : step + 1],
                 past_key_values=cache,

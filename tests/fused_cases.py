@@ -119,8 +119,8 @@ def test_text_model_with_grouped_heads_and_left_padding(monkeypatch):
 @pytest.mark.parametrize("groups", [1, 3])
 def test_one_step_in_numbers_of_any_precision(dtype, groups):
     """Sizes that fill no tile: 145 columns of 20 and 12 numbers; two of a layer's three heads, one of them scored."""
-    batch, num_prompt, num_slots, buffer, step = 2, 5, 150, 7, 140
-    heads, end = torch.tensor([2, 0]), num_prompt + step
+    batch, num_prompt, num_slots, slot = 2, 5, 150, 140
+    heads, end = torch.tensor([2, 0]), num_prompt + slot
     query = torch.randn(batch, 3, groups, 20).to(dtype)
     new_key, new_value = torch.randn(batch, 3, 1, 20).to(dtype), torch.randn(batch, 3, 1, 12).to(dtype)
     keys = torch.randn(batch, 2, num_prompt + num_slots, 20).to(dtype)
@@ -130,8 +130,7 @@ def test_one_step_in_numbers_of_any_precision(dtype, groups):
     scores = torch.rand(batch, 1, num_slots)
     before = keys.clone(), values.clone(), scores.clone()
     output = torch.full((batch, 3, groups, 12), 7.0, dtype=dtype)
-    number = torch.tensor(step)
-    fused.decode(query, new_key, new_value, keys, values, scores, heads, mask, number, 0.3, buffer, output)
+    fused.decode(query, new_key, new_value, keys, values, scores, heads, mask, torch.tensor(slot), 0.3, output)
 
     assert torch.equal(keys[:, :, end], new_key[:, heads, 0])
     assert torch.equal(values[:, :, end], new_value[:, heads, 0])
@@ -152,20 +151,9 @@ def test_one_step_in_numbers_of_any_precision(dtype, groups):
 
     logits = (0.3 * arguments[0].double() @ arguments[1].double().mT).masked_fill(~seen, float("-inf"))
     received = torch.zeros(batch, num_slots, dtype=torch.float64)
-    received[:, : step + 1] = logits.softmax(-1)[:, 0, :, num_prompt:].sum(1)
+    received[:, : slot + 1] = logits.softmax(-1)[:, 0, :, num_prompt:].sum(1)
     # sums in float32, whatever the dtype, of at most 150 shares below 1
     torch.testing.assert_close(scores[:, 0].double(), before[2][:, 0] + received, rtol=1e-5, atol=1e-6)
-
-
-def test_slots_are_written_anew_after_an_eviction():
-    """With 10 slots and a buffer of 4, token 17 takes the slot that 13 took: 9, the last one; see `_slot_at`."""
-    keys, values, scores = torch.zeros(1, 1, 12, 4), torch.zeros(1, 1, 12, 4), torch.zeros(1, 1, 10)
-    states, output = torch.ones(1, 1, 1, 4), torch.empty(1, 1, 1, 4)
-    for step in (9, 13, 16):
-        keys.zero_()
-        number, heads = torch.tensor(step), torch.tensor([0])
-        fused.decode(states, states, states, keys, values, scores, heads, None, number, 0.5, 4, output)
-        assert keys[0, 0, :, 0].nonzero().flatten().tolist() == [2 + {9: 9, 13: 9, 16: 8}[step]]
 
 
 def test_an_online_layer_and_gradients_keep_the_torch_path():
@@ -215,11 +203,13 @@ def test_a_kernel_that_fails_or_errs_is_not_used(monkeypatch):
 
 
 @pytest.mark.skipif(not INTERPRETS, reason="the loops for the CPU refuse them")
-@pytest.mark.parametrize(("heads", "number", "wrong"), [([5, 1], 3, [0]), ([-1, 2], 3, [0]), ([1, 2], -1, [0])])
-def test_heads_and_steps_that_are_not_there_give_nan(heads, number, wrong):
-    """A GPU cannot raise; head 0 and step 0 stand in for them, and memory stays whole."""
+@pytest.mark.parametrize(
+    ("heads", "slot", "wrong"), [([5, 1], 3, [0]), ([-1, 2], 3, [0]), ([1, 2], -1, [0]), ([1, 2], 10, [0])]
+)
+def test_heads_and_slots_that_are_not_there_give_nan(heads, slot, wrong):
+    """A GPU cannot raise; head 0 and slot 0 stand in for them, and memory stays whole."""
     states, output = torch.randn(1, 3, 1, 4), torch.zeros(1, 3, 1, 4)
     keys, values, scores = torch.zeros(1, 2, 12, 4), torch.zeros(1, 2, 12, 4), torch.zeros(1, 1, 10)
-    arguments = states, states, states, keys, values, scores, torch.tensor(heads), None, torch.tensor(number)
-    fused.decode(*arguments, 0.5, 4, output)
+    arguments = states, states, states, keys, values, scores, torch.tensor(heads), None, torch.tensor(slot)
+    fused.decode(*arguments, 0.5, output)
     assert output.isnan().any(-1).flatten().nonzero().flatten().tolist() == wrong

@@ -28,10 +28,9 @@ class Subclass(torch.Tensor):
     """A tensor that is not plain."""
 
 
-def reference(query, new_key, new_value, keys, values, scores, heads, mask, step, scaling, buffer):
+def reference(query, new_key, new_value, keys, values, scores, heads, mask, slot, scaling):
     """Keys, values, scores and the output of these heads after a step, by the rules, in float64."""
-    num_prompt, num_slots, number = keys.shape[2] - scores.shape[2], scores.shape[2], int(step)
-    slot = number if number < num_slots else num_slots - buffer + (number - num_slots) % buffer
+    num_prompt, slot = keys.shape[2] - scores.shape[2], int(slot)
     end = num_prompt + slot
     keys, values, scores = keys.clone(), values.clone(), scores.clone()
     keys[:, :, end], values[:, :, end] = new_key[:, heads, 0], new_value[:, heads, 0]
@@ -79,7 +78,7 @@ def decode_case(chance: random.Random) -> str:
     batch, kv_heads, groups = chance.randrange(4), chance.randint(1, 4), chance.choice((1, 1, 2, 3))
     head_dim, value_dim = chance.choice((1, 3, 8, 16, 33)), chance.choice((1, 4, 16, 20))
     num_heads, num_prompt, num_slots = chance.randint(1, kv_heads), chance.randrange(5), chance.randint(1, 9)
-    num_scored, buffer = chance.randint(0, num_heads), chance.randint(1, num_slots)
+    num_scored = chance.randint(0, num_heads)
     length = num_prompt + num_slots
     arguments = {
         "query": torch.randn(batch, kv_heads, groups, head_dim).to(dtype),
@@ -90,9 +89,8 @@ def decode_case(chance: random.Random) -> str:
         "scores": torch.rand(batch, num_scored, num_slots),
         "heads": torch.tensor(chance.sample(range(kv_heads), num_heads)),
         "mask": (torch.rand(batch, length) < 0.7) if chance.random() < 0.5 else None,
-        "step": torch.tensor(chance.randrange(3 * num_slots)),
+        "slot": torch.tensor(chance.randrange(num_slots)),
         "scaling": chance.choice((0.3, 1.0, 30.0, 0.0)),
-        "buffer": buffer,
         "output": torch.full((batch, kv_heads, groups, value_dim), 7.0, dtype=dtype),
     }
     is_spoilt = chance.random() < 0.7
@@ -100,10 +98,8 @@ def decode_case(chance: random.Random) -> str:
     for name in chance.sample(names, chance.randint(1, 2) if is_spoilt else 0):
         if name == "heads" and chance.random() < 0.5:
             arguments[name][chance.randrange(num_heads)] = chance.choice((-1, kv_heads, 1 << 40))
-        elif name == "step" and chance.random() < 0.5:
-            arguments[name] = torch.tensor(chance.choice((-1, -(1 << 62), (1 << 62) + 1)))
-        elif name == "buffer":
-            arguments[name] = chance.choice((-1, 0, num_slots + 1, 1 << 40))
+        elif name == "slot" and chance.random() < 0.5:
+            arguments[name] = torch.tensor(chance.choice((-1, num_slots, -(1 << 62), (1 << 62) + 1)))
         elif name != "scaling":
             arguments[name] = spoil(chance, arguments[name])
     written = ("keys", "values", "scores", "output")

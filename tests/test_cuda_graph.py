@@ -47,9 +47,9 @@ class Driver:
             return self.step(**arguments)
         if self.fails == "body":
             raise RuntimeError("operation not permitted when stream is capturing")
-        held = [tensor.clone() for layer in self.cache.layers for tensor in layer.tensors()]
+        held = [tensor.clone() for tensor in held_tensors(self.cache)]
         self.arguments, self.outputs = arguments, self.step(**arguments)
-        for tensor, before in zip((t for layer in self.cache.layers for t in layer.tensors()), held, strict=True):
+        for tensor, before in zip(held_tensors(self.cache), held, strict=True):
             tensor.copy_(before)  # recording executes nothing
         return self.outputs
 

@@ -52,7 +52,7 @@ def test_kernel_compiles_for_a_gpu(capability, dtype, groups, tmp_path, monkeypa
     constants = {"GROUPS": groups, "HEAD_DIM": 128, "VALUE_DIM": 128, "HAS_MASK": True, "UPCAST": False}
     constants |= block_sizes(groups, 128, 128, 4 if dtype == "fp32" else 2)
     states = dict.fromkeys(("query", "new_key", "new_value", "keys", "values", "output"), f"*{dtype}")
-    pointers = {**states, "scores": "*fp32", "logits": "*fp32", "mask": "*i1", "heads": "*i64", "step": "*i64"}
+    pointers = {**states, "scores": "*fp32", "logits": "*fp32", "mask": "*i1", "heads": "*i64", "slot_pointer": "*i64"}
     names = decode_kernel.arg_names
     types = {**dict.fromkeys(names, "i32"), **pointers, "scaling": "fp32", **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(decode_kernel, types, {(names.index(name),): value for name, value in constants.items()})

@@ -127,9 +127,8 @@ def step(**changes):
         "scores": torch.zeros(2, 1, 6),
         "heads": torch.tensor([2, 0]),
         "mask": torch.ones(2, 9, dtype=torch.bool),
-        "step": torch.tensor(4),
+        "slot": torch.tensor(4),
         "scaling": 0.3,
-        "buffer": 2,
         "output": torch.zeros(2, 3, 2, 4),
     }
     for name, change in changes.items():
@@ -157,10 +156,9 @@ WRONG = {
     "heads in int32": {"heads": lambda t: t.int()},
     "a shorter mask": {"mask": lambda t: t[:, :5].contiguous()},
     "a mask of numbers": {"mask": lambda t: t.float()},
-    "a step before the first": {"step": lambda t: -t},
-    "several steps": {"step": lambda t: t.repeat(2)},
-    "no buffer": {"buffer": lambda n: 0},
-    "more buffer than slots": {"buffer": lambda n: 7},
+    "a slot before the first": {"slot": lambda t: -t},
+    "a slot after the last": {"slot": lambda t: t + 2},
+    "several slots": {"slot": lambda t: t.repeat(2)},
     "a smaller output": {"output": lambda t: t[:1].contiguous()},
     "an output of another dtype": {"output": lambda t: t.bfloat16()},
     "another device": {"keys": lambda t: t.to("meta")},
@@ -177,7 +175,7 @@ def test_a_step_that_does_not_fit_is_refused_before_anything_is_written(changes,
     arguments = step(**changes)
     written = [arguments[name] for name in ("keys", "values", "scores", "output") if not arguments[name].is_meta]
     before = [tensor.clone() for tensor in written]
-    with pytest.raises(ValueError, match=r"kernel|heads|step|columns|dimensions|devices"):
+    with pytest.raises(ValueError, match=r"kernel|heads|slot|columns|dimensions|devices"):
         run(*arguments.values())
     assert all(map(torch.equal, written, before))
 

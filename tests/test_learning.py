@@ -405,7 +405,7 @@ def test_each_process_of_a_split_model_takes_the_score_of_its_heads():
     torch.manual_seed(0)
     whole = labels(random_score(2, 2, 3, GRID))
     for index in range(2):
-        part = SSDCache(whole, 24, buffer=5, shard=(index, 2)).layers[1].plan.learned
+        part = SSDCache(whole, 24, buffer=5, shard=(index, 2)).layers[1].plan.scorer.learned
         assert all(
             torch.equal(tensor[0], getattr(whole.learned, name)[1, index]) for name, tensor in part.tensors().items()
         )

@@ -16,6 +16,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from ssd_cache._compat import in_prefill
+from ssd_cache.cache.layer import USE_SSD_ATTENTION
 from ssd_cache.cache.scorers import attention_weights
 from ssd_cache.layout import Grid, count_cells
 from ssd_cache.runs.run_state import ProfilingError
@@ -103,6 +104,7 @@ class RecordingLayer(DynamicLayer):
         self.layer_idx, self.num_kv_heads = layer_idx, num_kv_heads
         self.num_cells, self.columns, self.observer = num_cells, columns, observer
         self.num_prompt = self.num_visual = self.num_held = 0
+        self._query_missing = False
         self.prompt_mask: torch.Tensor | None = None
         self.queries: torch.Tensor | None = None
         self.soundness = torch.zeros(num_kv_heads)
@@ -117,6 +119,12 @@ class RecordingLayer(DynamicLayer):
         return self.num_visual == 0
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if self._query_missing:
+            raise ValueError(
+                f"layer {self.layer_idx} of RecordingCache does not get to see the model's queries: the model's "
+                f"attention is not 'ssd'. Remedy: {USE_SSD_ATTENTION}."
+            )
+        self._query_missing = True
         is_prompt = self.in_prompt and (self.num_prompt == 0 or key_states.shape[2] > 1 or in_prefill())
         if is_prompt:
             self.num_prompt += key_states.shape[2]
@@ -136,7 +144,7 @@ class RecordingLayer(DynamicLayer):
 
     def see_prompt(self, query, key, value, mask: torch.Tensor | None, scaling: float, window: int | None) -> None:
         """See `cache.attention.AttendingLayer`."""
-        self.prompt_mask = mask
+        self.prompt_mask, self._query_missing = mask, False
         self.soundness = self.soundness.to(key.device)
 
     def attend(self, query: torch.Tensor, key: Any, value: Any, scaling: float, dropout: float) -> torch.Tensor:
@@ -145,7 +153,7 @@ class RecordingLayer(DynamicLayer):
             batch, heads, groups, head_dim = query.shape
             self.queries = query.new_empty(batch, heads, groups, self.columns, head_dim)
         self.queries[:, :, :, self.num_held] = query.detach()
-        self.num_held, self.scaling = self.num_held + 1, scaling
+        self.num_held, self.scaling, self._query_missing = self.num_held + 1, scaling, False
         mask = None
         if self.prompt_mask is not None:
             mask = F.pad(self.prompt_mask, (0, self.num_visual), value=True)[:, None, None]

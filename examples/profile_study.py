@@ -42,7 +42,6 @@ from ssd_cache.profiling.labels import (
 )
 from ssd_cache.profiling.measuring import measure_heads
 from ssd_cache.profiling.statistics import HeadStatistics
-from ssd_cache.profiling.watching_cost import watching_cost
 from ssd_cache.shapes import KINDS, make_prompts
 
 PEAK = """
@@ -192,27 +191,10 @@ def main(
     rows: list[list] = [[turn, *row.values()] for turn, row in enumerate(numbers["seconds"], 1)]
     rows.append(["mean", *(mean([row[name] for row in numbers["seconds"]]) for name in ("plain", "watched", "ratio"))])
     text.append(table(f"Seconds for {len(timed)} pictures in one batch.", ["round", "plain", "watched", "ratio"], rows))
-    num_rows, longest = (
-        len(generator.is_unconditional(len(timed))),
-        max(generator.prepare([prompt])["attention_mask"].shape[1] for prompt in timed),
-    )
-    cost = watching_cost(
-        checkpoint.config,
-        checkpoint.grid,
-        num_rows=num_rows,
-        num_prompt=longest,
-        itemsize=generator.model.dtype.itemsize,
-        on_gpu=generator.model.device.type != "cpu",
-    )
-    numbers["bytes"] = dataclasses.asdict(cost) | {"share": cost.share}
-    rows = [[name.replace("_", " "), f"{value / 1e6:.1f} MB"] for name, value in dataclasses.asdict(cost).items()]
     if memory and sys.platform == "linux":
         numbers["peak"] = peak_memory(model, timed)
-        rows += [[f"peak of a process, {name}", f"{value / 1e6:.1f} MB"] for name, value in numbers["peak"].items()]
-        more = (numbers["peak"]["watched"] - numbers["peak"]["plain"]) / cost.full_cache
-        rows.append(["more at the peak, of the full cache", f"{more:.1%}"])
-    rows.append(["by the formula at most, of the full cache", f"{cost.share:.1%}"])
-    text.append(table(f"Memory for {len(timed)} pictures in one batch.", ["bytes", ""], rows))
+        rows = [[f"peak of a process, {name}", f"{value / 1e6:.1f} MB"] for name, value in numbers["peak"].items()]
+        text.append(table(f"Memory for {len(timed)} pictures in one batch.", ["bytes", ""], rows))
 
     # dependence of the labels on the settings
     started = time.perf_counter()

@@ -232,8 +232,8 @@ def main(
 
     # attention retained by each map, and labels found during generation
     labels, scores = usual["coverage"], map_scores(statistics)
-    fitted = HeadMap(labels, statistics.grid, scores=scores)
-    sizes = {f"{share:.0%}": round(share * labels.new_empty(statistics.grid).numel()) for share in (budget, 0.5)}
+    fitted = HeadMap(labels, statistics.layout.grid, scores=scores)
+    sizes = {f"{share:.0%}": round(share * statistics.num_visual_tokens) for share in (budget, 0.5)}
     maps = {"window": usual["window"], "coverage": labels, "inverted coverage": ~labels}
     maps |= {"all spatial": torch.ones_like(labels), "all semantic": torch.zeros_like(labels)}
     retained = {
@@ -273,7 +273,10 @@ def main(
     ]
     text.append(table("Every head.", ["layer.head", "label", *names], rows))
 
-    marks = {"window": float(resolve_window(statistics.grid, None)), "num_slots": float(statistics.levels[0].num_slots)}
+    marks = {
+        "window": float(resolve_window(statistics.layout, None)),
+        "num_slots": float(statistics.levels[0].num_slots),
+    }
     threshold = label_heads(statistics, method="window")[1]
     marks |= {} if threshold is None else {"threshold": threshold}
     figures = {"halves": draw_halves(agreement), "sensitivity": draw_sensitivity(variants, marks)}

@@ -75,7 +75,7 @@ def test_generate_writes_the_visual_tokens_of_every_family(run, folders, name):
     result = run("generate", name, *PROMPTS, *options, "-o", "a.safetensors")
     assert result.exit_code == 0, result.output
     checkpoint = find_generator(str(folders / name), GRIDS[name])
-    labels = HeadMap.online(num_layers=2, num_kv_heads=2).with_grid(checkpoint.grid, checkpoint.previews)
+    labels = HeadMap.online(num_layers=2, num_kv_heads=2).with_layout(checkpoint.layout)
     expected = checkpoint.load().generate(PROMPTS, SSDCache(labels, 0.5, buffer=4), seed=3)
     found = load_file("a.safetensors")
     assert set(found) == {"ssd"}

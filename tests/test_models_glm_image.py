@@ -20,6 +20,7 @@ from ssd_cache.bench.cases import Case
 from ssd_cache.bench.sizes import expected_bytes, held_bytes
 from ssd_cache.bench.subject import load_subject
 from ssd_cache.evaluation.fidelity import draw_fidelity, measure_fidelity
+from ssd_cache.layout import ImageLayout
 from ssd_cache.models import GeneratorError, GlmImageGenerator, find_generator
 
 PROMPTS = ["a photo of a red circle", "a blue square"]
@@ -78,9 +79,9 @@ def made(monkeypatch):
 def test_what_the_configuration_tells(folder):
     checkpoint = find_generator(str(folder))
     assert checkpoint.family is GlmImageGenerator
-    assert (checkpoint.grid, checkpoint.previews) == ((36, 24), ((19, 13),))
+    assert checkpoint.layout == ImageLayout((36, 24), ((19, 13),))
     asked = find_generator(str(folder), grid=GRID)
-    assert (asked.grid, asked.previews, asked.num_visual_tokens) == (GRID, (PREVIEW,), CELLS)
+    assert (asked.layout, asked.num_visual_tokens) == (ImageLayout(GRID, (PREVIEW,)), CELLS)
     asked.check_head_map(HEAD_MAP)
 
 
@@ -89,7 +90,7 @@ def test_previews_are_the_processors_own(generator):
     for grid in [(36, 24), (24, 36), (32, 32), (16, 40)]:
         height, width = (32 * side for side in grid)
         *_, rows, columns = generator.processor._get_target_shape(height=height, width=width)
-        assert GlmImageGenerator.previews_of(grid) == ((rows, columns),)
+        assert GlmImageGenerator.layout_of(generator.checkpoint.config, grid).draft_grids == ((rows, columns),)
 
 
 def test_a_full_budget_draws_what_dynamic_cache_draws(generator):
@@ -162,7 +163,7 @@ def settings(tmp_path_factory):
 
 def test_what_is_measured_of_heads_is_that_of_plain_loops_over_both_rasters(generator, settings):
     statistics = measure_heads(generator, PROMPTS, **settings)
-    assert (statistics.num_visual_tokens, statistics.num_before) == (CELLS, 22 * 11)
+    assert (statistics.num_visual_tokens, statistics.layout.num_draft_tokens) == (CELLS, 22 * 11)
     layers, num_prompt = attention_over(generator, PROMPTS, generator.generate(PROMPTS, DynamicCache()))
     compare(statistics, layers, num_prompt, GRID[1] + 1, "all")
     again = measure_heads(generator, PROMPTS, **settings)  # from the file; nothing is left to draw

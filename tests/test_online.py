@@ -179,7 +179,4 @@ def test_families_take_their_grids_from_the_same_place(model):
     """A family that is added later, with facts of its own, would be unknown to `SSDCache.online`."""
     assert set(FAMILIES) == set(GRIDS)
     for name, family in FAMILIES.items():
-        facts = GRIDS[name]
-        assert family.is_resizable == facts.is_resizable
-        assert family.grid_of(model.config) == facts.grid_of(model.config)  # of which only Janus reads anything
-        assert family.previews_of((36, 24)) == facts.previews_of((36, 24))
+        assert family.is_resizable == GRIDS[name].is_resizable

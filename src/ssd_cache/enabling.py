@@ -120,8 +120,8 @@ class _Made:
         self.stats: MemoryStats | None = None
 
     def cache_for(self, call: Mapping[str, Any]) -> SSDCache:
-        grid, previews = self.family.rasters_of_call(call) or (self.head_map.grid, self.head_map.previews)
-        return SSDCache(self.head_map.with_grid(grid, previews), **self.settings)
+        layout = self.family.layout_of_call(call) or self.head_map.layout
+        return SSDCache(self.head_map.with_layout(layout), **self.settings)
 
 
 @dataclass(eq=False, kw_only=True)

@@ -131,7 +131,7 @@ def run_plan(
     is_unconditional = generator.is_unconditional(plan.num_images)
     row = int(is_unconditional.long().argmin())  # the conditional row of the first image
     recorder = AttentionRecorder(plan.heads, checkpoint.grid, row=row)
-    watching = WatchingCache(checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads, recorder)
+    watching = WatchingCache(checkpoint.layout, checkpoint.num_layers, checkpoint.num_kv_heads, recorder)
     probes = {policy: RetentionProbe(cache, plan.step, row=row) for policy, cache in plan.caches.items()}
     retention: dict[str, Retention] = {}
     memory: dict[str, MemoryStats] = {}

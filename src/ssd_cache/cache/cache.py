@@ -24,8 +24,8 @@ from ssd_cache.cache.retention import SCORES
 from ssd_cache.cache.sharding import is_distributed, own_heads, shard_of
 from ssd_cache.cache.slots import normal_tensors
 from ssd_cache.head_map.head_map import HeadMap, HeadMapError
-from ssd_cache.layout import format_rasters
-from ssd_cache.model_grids import grids_of_model
+from ssd_cache.layout import ImageLayout
+from ssd_cache.model_grids import layout_of_model
 
 __all__ = ["POLICIES", "MemoryStats", "SSDCache", "decoder_shape", "default_buffer"]
 
@@ -106,7 +106,6 @@ class SSDCache(Cache):
             raise TypeError(
                 f"head_map is a {type(head_map).__name__}, expected a HeadMap: HeadMap.from_pretrained(...) loads one"
             )
-        columns = max(columns for _, columns in (*head_map.previews, head_map.grid))
         self.slots = choose_slots(slots, budget, head_map)
         if budget is None:
             own = None if self.slots == "uniform" else head_map.budget
@@ -116,7 +115,7 @@ class SSDCache(Cache):
             score = "sum" if head_map.learned is None else "learned"
         self.score, self.kv_dtype = _check_score(score, head_map), _check_kv_dtype(kv_dtype)
         if buffer is None:
-            buffer = default_buffer(head_map.grid, score)
+            buffer = default_buffer(head_map.layout, score)
         if num_recent is None:
             num_recent = 0 if score == "learned" else DEFAULT_RECENT
         self.buffer = check_count("buffer", buffer, 1)
@@ -141,13 +140,13 @@ class SSDCache(Cache):
                 num_sinks=self.num_sinks,
                 is_online=head_map.is_online,
                 score=score,
-                columns=columns,
+                columns=head_map.layout.widest,
                 learned=head_map.learned.at(index) if score == "learned" and head_map.learned else None,
                 kv_dtype=kv_dtype,
             )
             for index in range(head_map.num_layers)
         ]
-        _check_plans(plans, columns)
+        _check_plans(plans, head_map.layout.widest)
         plans = [_part(plan, own_heads(head_map, shard)) for plan in plans]
         super().__init__(layers=[SSDLayer(plan) for plan in plans])
 
@@ -173,9 +172,9 @@ class SSDCache(Cache):
             ValueError: as for `SSDCache`, or no grid was given for a model that does not fix one.
         """
         settings.setdefault("shard", shard_of(model))
-        grid, previews = grids_of_model(model.config, grid)
+        layout = layout_of_model(model.config, grid)
         num_layers, num_kv_heads = decoder_shape(model.config.get_text_config(decoder=True))
-        head_map = HeadMap.online(num_layers=num_layers, num_kv_heads=num_kv_heads).with_grid(grid, previews)
+        head_map = HeadMap.online(num_layers=num_layers, num_kv_heads=num_kv_heads).with_layout(layout)
         return cls(head_map, budget, **settings)
 
     @classmethod
@@ -281,9 +280,9 @@ class SSDCache(Cache):
                 )
         if num_visual > self.head_map.num_visual_tokens + CLOSING_TOKENS and not self._warned:
             self._warned = True
-            grid = format_rasters(self.head_map.previews, self.head_map.grid, " x ")
+            layout = self.head_map.layout
             warnings.warn(
-                f"SSDCache is past the {grid} = {self.head_map.num_visual_tokens} visual tokens of its head map's grid "
+                f"SSDCache is past the {layout.text()} = {layout.num_tokens} visual tokens of its head map's grid "
                 "and goes on; is the grid right for this model, or the cache used for a second picture without "
                 "reset()?",
                 stacklevel=2,
@@ -326,7 +325,7 @@ class SSDCache(Cache):
         labels = [layer.labels for layer in self.layers]
         if None in labels:
             return None
-        return HeadMap(torch.tensor(labels), self.head_map.grid, previews=self.head_map.previews, method="found online")
+        return HeadMap(torch.tensor(labels), method="found online").with_layout(self.head_map.layout)
 
     @property
     def nbytes(self) -> int:
@@ -350,9 +349,10 @@ class SSDCache(Cache):
         )
 
 
-def default_buffer(grid: tuple[int, int], score: str) -> int:
+def default_buffer(layout: ImageLayout, score: str) -> int:
     """Default eviction interval: a row for a score computed from queries, a third of a row for a learned score."""
-    return max(1, grid[1] // 3) if score == "learned" else grid[1]
+    columns = layout.grid[1]
+    return max(1, columns // 3) if score == "learned" else columns
 
 
 def decoder_shape(config: PreTrainedConfig) -> tuple[int, int]:
@@ -375,7 +375,7 @@ def _check_score(score: str, head_map: HeadMap) -> str:
             "score='margin' looks at no attention, by which an online map labels its heads: give a map with labels, or "
             "score='sum', 'mean' or 'last'"
         )
-    if score == "margin" and head_map.previews:
+    if score == "margin" and head_map.layout.draft_grids:
         raise ValueError(
             "score='margin' goes by the columns of a single grid, but this head map has previews of other widths: give "
             "score='sum', 'mean' or 'last'"

@@ -83,7 +83,7 @@ def preset(policy: str, head_map: HeadMap, budget: Budget | None) -> tuple[HeadM
 
     def uniform(kind: Literal["spatial", "semantic"]) -> HeadMap:
         of_kind = HeadMap.uniform(kind, num_layers=head_map.num_layers, num_kv_heads=head_map.num_kv_heads)
-        return of_kind.with_grid(head_map.grid, head_map.previews)
+        return of_kind.with_layout(head_map.layout)
 
     if policy not in POLICIES:
         raise ValueError(f"unknown policy {policy!r}; the policies are {', '.join(POLICIES)}")

@@ -117,7 +117,7 @@ def profile(
         check_drawing(guidance, temperature, seed)
         checkpoint = find_model(model, grid)
         heads = (checkpoint.num_layers, checkpoint.num_kv_heads) if fit else None
-        check_profiling(checkpoint.grid, previews=checkpoint.previews, fit=heads, **settings)
+        check_profiling(checkpoint.layout, fit=heads, **settings)
         processes = Processes()
         generator = load_generator(checkpoint, dtype, processes.choose_device(device))
 

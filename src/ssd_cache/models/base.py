@@ -28,7 +28,8 @@ from transformers import (
 from ssd_cache.cache.cache import decoder_shape
 from ssd_cache.head_map.head_map import HeadMap, HeadMapError
 from ssd_cache.io.suggesting import suggestion
-from ssd_cache.layout import count_cells
+from ssd_cache.layout import Grid, ImageLayout
+from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.settings import GeneratorError, check_drawing, check_texts, resolve_device, resolve_dtype
 
 BUNDLED = "shapes-janus"
@@ -67,7 +68,7 @@ class Generator(ABC):
         own_guidance: whether the model's `generate` runs the guidance rows itself, in one batch. If not, `enable`
             adds them for a call with `guidance_scale` (see `decode/guidance.py`).
         default_guidance: the scale for a checkpoint that names none; None for a family without guidance.
-        is_resizable: whether a caller can choose another grid than `grid_of` returns.
+        is_resizable: whether a caller can choose another grid than `layout_of` returns by default.
         no_pictures: how to decode the tokens of a family that `to_images` cannot decode; None for the others.
     """
 
@@ -80,14 +81,9 @@ class Generator(ABC):
         self.checkpoint, self.model, self.processor = checkpoint, model, processor
 
     @staticmethod
-    @abstractmethod
-    def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
-        """Rows and columns of visual tokens in an image; end-of-row tokens count as the last columns."""
-
-    @staticmethod
-    def previews_of(grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-        """Draft grids that are generated before this grid, in order; usually none."""
-        return ()
+    def layout_of(config: PreTrainedConfig, grid: Grid | None = None) -> ImageLayout:
+        """Layout of an image of the usual size, or of `grid`; by default from `model_grids.py`."""
+        return GRIDS[config.model_type].layout(config, grid)
 
     @staticmethod
     def draws(call: Mapping[str, Any]) -> bool:
@@ -95,8 +91,8 @@ class Generator(ABC):
         return True
 
     @staticmethod
-    def rasters_of_call(call: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]] | None:
-        """Grid and draft grids of the images that such a call generates; None if the arguments do not state them."""
+    def layout_of_call(call: Mapping[str, Any]) -> ImageLayout | None:
+        """Layout of the images that such a call generates; None if the arguments do not state it."""
         return None
 
     @staticmethod
@@ -220,22 +216,22 @@ class Checkpoint:
     source: str
     config: PreTrainedConfig
     family: type[Generator]
-    asked_grid: tuple[int, int] | None = None
+    asked_grid: Grid | None = None
 
     @property
-    def grid(self) -> tuple[int, int]:
+    def layout(self) -> ImageLayout:
+        """Grid of an image, and the draft grids that are generated before it."""
+        return self.family.layout_of(self.config, self.asked_grid)
+
+    @property
+    def grid(self) -> Grid:
         """Rows and columns of visual tokens in an image; end-of-row tokens count as the last columns."""
-        return self.asked_grid or self.family.grid_of(self.config)
-
-    @property
-    def previews(self) -> tuple[tuple[int, int], ...]:
-        """Draft grids that are generated before the image, in order; usually none."""
-        return self.family.previews_of(self.grid)
+        return self.layout.grid
 
     @property
     def num_visual_tokens(self) -> int:
         """Visual tokens of an image, including draft grids and end-of-row tokens."""
-        return count_cells(self.grid, self.previews)
+        return self.layout.num_tokens
 
     @property
     def num_layers(self) -> int:
@@ -263,7 +259,7 @@ class Checkpoint:
             found.check_made_for(self.name)
         if found is None or self.asked_grid is None:
             return found
-        return found.with_grid(self.grid, self.previews)
+        return found.with_layout(self.layout)
 
     def check_head_map(self, head_map: HeadMap) -> None:
         """Refuse a map whose shape does not fit this model.
@@ -271,7 +267,7 @@ class Checkpoint:
         Raises:
             HeadMapError: layers, KV heads or grid differ.
         """
-        head_map.check_fits(self.name, self.num_layers, self.num_kv_heads, self.grid, self.previews)
+        head_map.check_fits(self.name, self.num_layers, self.num_kv_heads, self.layout)
 
     def check_pictures(self) -> None:
         """Raise GeneratorError, before any generation, for a model whose tokens ssd-cache cannot decode to images."""

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedC
 
 from ssd_cache._compat import CACHE
 from ssd_cache.cache.attention import NAME
+from ssd_cache.layout import Grid, ImageLayout
 from ssd_cache.models.base import Checkpoint, Generator, call_settings
 from ssd_cache.models.settings import GeneratorError
 
@@ -35,8 +36,10 @@ class CausalLMGenerator(Generator):
         )
 
     @staticmethod
-    def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
-        raise GeneratorError(f"a model of type {config.model_type!r} states no grid: give grid=(rows, columns)")
+    def layout_of(config: PreTrainedConfig, grid: Grid | None = None) -> ImageLayout:
+        if grid is None:
+            raise GeneratorError(f"a model of type {config.model_type!r} states no grid: give grid=(rows, columns)")
+        return ImageLayout(grid)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> CausalLMGenerator:

@@ -19,7 +19,6 @@ from transformers import AutoConfig, Cache, DynamicCache, PreTrainedConfig, PreT
 
 from ssd_cache._compat import CACHE
 from ssd_cache.cache.attention import NAME
-from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.base import Checkpoint, Generator
 from ssd_cache.models.settings import GeneratorError
 
@@ -98,10 +97,6 @@ class DeepSeekJanusGenerator(Generator):
     """Generator around `MultiModalityCausalLM`; two rows per prompt, conditional and unconditional rows alternate."""
 
     own_guidance = True
-
-    @staticmethod
-    def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
-        return GRIDS["multi_modality"].grid_of(config)
 
     @staticmethod
     def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:

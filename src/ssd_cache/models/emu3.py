@@ -16,7 +16,6 @@ from transformers import (
     Cache,
     Emu3ForConditionalGeneration,
     Emu3Processor,
-    PreTrainedConfig,
 )
 
 from ssd_cache._compat import CACHE
@@ -41,11 +40,6 @@ class Emu3Generator(Generator):
     default_guidance = 3.0
     is_resizable = GRIDS["emu3"].is_resizable
     negative_prompt = NEGATIVE_PROMPT
-
-    @staticmethod
-    def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
-        """90 rows of 90 visual tokens and an end-of-line token, for 720 x 720 pixels."""
-        return GRIDS["emu3"].grid_of(config)
 
     @staticmethod
     def draws(call: Mapping[str, Any]) -> bool:
@@ -103,16 +97,17 @@ class Emu3Generator(Generator):
         Args:
             num_prompt: length of the prompts, padding included.
         """
-        rows, columns = self.checkpoint.grid
+        layout = self.checkpoint.layout
         tokenizer, mapping = self.processor.tokenizer, self.model.vocabulary_mapping
         closing = [[getattr(tokenizer, f"{name}_id")] for name in CLOSING]
         visual, end_of_line = mapping.image_tokens, [mapping.eol_token_id]
 
         def allowed(batch_id: int, input_ids: torch.Tensor) -> list[int]:
             drawn = input_ids.shape[0] - num_prompt
-            if drawn < rows * columns:
-                return visual if (drawn + 1) % columns else end_of_line
-            after = drawn - rows * columns
+            if drawn < layout.num_tokens:
+                is_row_end = layout.place_of(drawn)[-1] == layout.widest - 1
+                return end_of_line if is_row_end else visual
+            after = drawn - layout.num_tokens
             return closing[after] if after < len(closing) else [tokenizer.pad_token_id]
 
         return allowed

@@ -27,11 +27,11 @@ from transformers import (
     ProcessorMixin,
 )
 
-from ssd_cache.head_map.checks import HeadMapError, checked_grid
 from ssd_cache.io.hub import HubError, hub_download
 from ssd_cache.io.showing import first_line, shown
 from ssd_cache.io.suggesting import cached_repositories, nearby_folders, suggestion
 from ssd_cache.io.untrusted import name_problem, parse_json
+from ssd_cache.layout import ImageLayout
 from ssd_cache.models.base import BUNDLED, BUNDLED_FOLDER, Checkpoint, Generator
 from ssd_cache.models.causal_lm import CausalLMGenerator
 from ssd_cache.models.deepseek_janus import DeepSeekJanusGenerator
@@ -171,14 +171,11 @@ def _choose_family(
             "--grid ROWSxCOLUMNS"
         )
     try:
-        grid = None if grid is None else checked_grid(grid)
-    except HeadMapError as error:
+        grid = None if grid is None else ImageLayout(grid).grid
+    except ValueError as error:
         raise GeneratorError(str(error)) from error
-    if grid is not None and not family.is_resizable and grid != family.grid_of(config):
-        rows, columns = family.grid_of(config)
-        raise GeneratorError(
-            f"grid={grid}: {what} draws {rows} x {columns} visual tokens and nothing else; leave grid out"
-        )
+    if grid is not None and not family.is_resizable and grid != (own := family.layout_of(config)).grid:
+        raise GeneratorError(f"grid={grid}: {what} draws {own.text()} visual tokens and nothing else; leave grid out")
     return family, grid
 
 

@@ -14,11 +14,11 @@ from transformers import (
     AutoProcessor,
     Cache,
     GlmImageForConditionalGeneration,
-    PreTrainedConfig,
 )
 
 from ssd_cache._compat import CACHE
 from ssd_cache.cache.attention import NAME
+from ssd_cache.layout import ImageLayout
 from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.base import Checkpoint, Generator, call_settings
 
@@ -37,17 +37,7 @@ class GlmImageGenerator(Generator):
     )
 
     @staticmethod
-    def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
-        """36 x 24, for the processor's own 1152 x 768 pixels."""
-        return GRIDS["glm_image"].grid_of(config)
-
-    @staticmethod
-    def previews_of(grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-        """One draft grid of about 256 cells in the image's proportions, as the processor computes it."""
-        return GRIDS["glm_image"].previews_of(grid)
-
-    @staticmethod
-    def rasters_of_call(call: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]] | None:
+    def layout_of_call(call: Mapping[str, Any]) -> ImageLayout | None:
         """Read the generated grids of a row. Input images come first; then the generated grids, in reverse order."""
         grids, counts, ids = (call.get(name) for name in ("image_grid_thw", "images_per_sample", "input_ids"))
         if grids is None or ids is None:
@@ -55,8 +45,8 @@ class GlmImageGenerator(Generator):
         of_row = grids[: int(counts[0])] if counts is not None else grids
         # with input images, the model generates no draft grid
         pictures = 0 if call.get("pixel_values") is None else len(of_row) - 1
-        *previews, (rows, columns) = reversed(of_row[pictures:, 1:].tolist())
-        return (rows, columns), tuple(map(tuple, previews))
+        *draft_grids, grid = reversed(of_row[pictures:, 1:].tolist())
+        return ImageLayout(grid, draft_grids)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> GlmImageGenerator:

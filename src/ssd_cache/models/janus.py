@@ -16,12 +16,10 @@ from transformers import (
     Cache,
     JanusForConditionalGeneration,
     JanusProcessor,
-    PreTrainedConfig,
 )
 
 from ssd_cache._compat import CACHE
 from ssd_cache.cache.attention import NAME
-from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.base import Checkpoint, Generator, call_settings
 
 DECODE_BATCH = 4
@@ -32,10 +30,6 @@ class JanusGenerator(Generator):
     """Generator around `JanusForConditionalGeneration`; guidance doubles its rows, [conditional; unconditional]."""
 
     own_guidance = True
-
-    @staticmethod
-    def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
-        return GRIDS["janus"].grid_of(config)
 
     @staticmethod
     def draws(call: Mapping[str, Any]) -> bool:

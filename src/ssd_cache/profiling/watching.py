@@ -7,7 +7,6 @@ it up, `analysis` plots it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -15,7 +14,7 @@ from transformers import Cache
 
 from ssd_cache.cache.layer import LayerPlan, SSDLayer
 from ssd_cache.cache.slots import SlotStore
-from ssd_cache.layout import Grid, count_cells
+from ssd_cache.layout import ImageLayout
 from ssd_cache.runs.run_state import ProfilingError
 
 CHUNK = 1 << 18
@@ -48,21 +47,27 @@ class WatchingCache(Cache):
     """A full cache for one batch of images that records attention; call `finish` after generation.
 
     Args:
-        grid: rows and columns of visual tokens.
+        layout: the grids of an image.
         num_layers: decoder layers.
         num_kv_heads: KV heads in each layer.
         observer: receives all attention.
-        previews: draft grids that are generated before this grid.
+        num_queries: queries whose attention is computed at once, and passed to the observer. Default: a grid row.
     """
 
     def __init__(
-        self, grid: Grid, num_layers: int, num_kv_heads: int, observer: Observer, *, previews: Sequence[Grid] = ()
+        self,
+        layout: ImageLayout,
+        num_layers: int,
+        num_kv_heads: int,
+        observer: Observer,
+        *,
+        num_queries: int | None = None,
     ):
-        cells = count_cells(grid, previews)
+        cells, buffer = layout.num_tokens, num_queries or layout.grid[1]
         slots, recent = (cells,) * num_kv_heads, (0,) * num_kv_heads
         # one cell more than the grid has, so that the layer treats every head as scored
         plans = [
-            LayerPlan(layer, (False,) * num_kv_heads, slots, cells + 1, grid[1], recent, 0)
+            LayerPlan(layer, (False,) * num_kv_heads, slots, cells + 1, buffer, recent, 0)
             for layer in range(num_layers)
         ]
         super().__init__(layers=[_WatchingLayer(plan, observer) for plan in plans])

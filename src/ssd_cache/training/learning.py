@@ -234,10 +234,10 @@ def check_learning(
     check_drawing(guidance_scale, temperature, seed)
     if temperature == 0:
         raise GeneratorError("temperature=0 leaves one token that is certain, and nothing to learn from; 1 is usual")
-    if head_map.is_online or head_map.previews:
+    if head_map.is_online or head_map.layout.draft_grids:
         what = "finds its labels while drawing" if head_map.is_online else "has previews"
         raise ValueError(f"this head map {what}, and a score is learned for the labels and places of a single grid")
-    buffer = default_buffer(head_map.grid, "learned") if buffer is None else buffer
+    buffer = default_buffer(head_map.layout, "learned") if buffer is None else buffer
     settings: dict[str, Any] = {"buffer": buffer, "num_recent": num_recent, "num_sinks": num_sinks}
     plans = [layer.plan for layer in SSDCache(head_map, budget, score="sum", **settings).layers]
     heads = [head for plan in plans for head in zip(plan.is_spatial, plan.num_slots, strict=True)]

@@ -142,8 +142,7 @@ def _check_tokens(tokens: torch.Tensor, pictures: int, cells: int) -> None:
 
 def _result(checkpoint: Checkpoint, trace: Trace, tokens: torch.Tensor) -> Fidelity:
     return Fidelity(
-        grid=checkpoint.grid,
-        previews=checkpoint.previews,
+        layout=checkpoint.layout,
         tokens=tokens.cpu(),
         budget=mean_slots(trace.cache) / checkpoint.num_visual_tokens,
         is_spatial=torch.tensor([layer.labels or layer.plan.is_spatial for layer in trace.cache.layers]),

@@ -269,6 +269,7 @@ def test_pictures_are_decoded_in_float32_at_any_dtype(folder, generator, dtype):
     low = find_generator(str(folder)).load(dtype)
     wanted = resolve_dtype(dtype)
     assert {weight.dtype for weight in low.model.model.language_model.parameters()} == {wanted}
+    assert low.model.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
     assert low.model.lm_head.weight is low.model.model.language_model.embed_tokens.weight
     tokens = torch.arange(CELLS)[None] % 32
     assert np.array_equal(low.to_images(tokens)[0], generator.to_images(tokens)[0])

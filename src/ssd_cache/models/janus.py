@@ -40,8 +40,9 @@ class JanusGenerator(Generator):
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> JanusGenerator:
         processor = JanusProcessor.from_pretrained(checkpoint.source)
         model = JanusForConditionalGeneration.from_pretrained(checkpoint.source, dtype="auto", attn_implementation=NAME)
-        for name, part in (*model.model.named_children(), ("lm_head", model.lm_head)):
-            part.to(torch.float32 if name == "vqmodel" else dtype)  # images are decoded in float32 at any dtype
+        in_float32 = set(model.model.vqmodel.float().parameters())  # images are decoded in float32 at any dtype
+        for parameter in set(model.parameters()) - in_float32:  # buffers stay: RoPE's frequencies are float32
+            parameter.data = parameter.data.to(dtype)
         return cls(checkpoint, model.to(device).eval(), processor)
 
     @property

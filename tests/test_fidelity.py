@@ -39,7 +39,6 @@ from ssd_cache.evaluation.fidelity import Fidelity, draw_fidelity, measure_fidel
 from ssd_cache.evaluation.fidelity.parts import measure_in_parts
 from ssd_cache.layout import ImageLayout
 from ssd_cache.models import Checkpoint, Generator, GeneratorError, find_generator, generator_of
-from ssd_cache.models.base import call_settings
 from ssd_cache.runs.run_state import ProfilingError
 
 PROMPTS = ["a photo of a red circle", "a photo of a circle left of a blue square"]  # of unlike length: left padding
@@ -64,15 +63,8 @@ class TextGenerator(Generator):
         mask = [[0] * (width - len(text)) + [1] * len(text) for text in prompts]
         return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
-    def draw(self, prompts, cache, guidance_scale, temperature, on_tokens):
-        inputs = self.prepare(prompts)
-        tokens = self.model.generate(
-            **inputs,
-            past_key_values=cache,
-            max_new_tokens=CELLS,
-            **call_settings(temperature, on_tokens, top_k=0),
-        )
-        return tokens[:, inputs["input_ids"].shape[1] :]
+    def call_arguments(self, inputs, sampling):
+        return {"max_new_tokens": CELLS, "top_k": 0}
 
     def to_images(self, tokens):
         return [Image.new("RGB", (8, 8)) for _ in tokens]
@@ -563,7 +555,7 @@ WRONG = [
     (["--head-map", "online"], "--head-map online: labels found while drawing are a policy"),
     (["--model", "./nowhere"], "no such folder"),
     (["--dtype", "int4"], "unknown dtype 'int4'"),
-    (["--device", "cuda:99"], "can not be used on this machine"),
+    (["--device", "cuda:99"], "cannot be used on this machine"),
 ]
 
 

@@ -145,7 +145,7 @@ def test_a_stated_grid_makes_a_generator_of_any_of_them(folder):
     expected = generator.generate(TEXTS, DynamicCache(), seed=1)
     assert expected.shape == (2, 96)
     assert torch.equal(generator.generate(TEXTS, SSDCache(HEAD_MAP, 1.0), seed=1), expected)
-    with pytest.raises(GeneratorError, match="draws tokens, and ssd-cache can not decode them"):
+    with pytest.raises(GeneratorError, match="generates tokens, and ssd-cache cannot decode them"):
         generator.to_images(expected)
     with pytest.warns(UserWarning, match="plain tokens"):
         again = generator_of(generator.model, generator.processor, GRID)
@@ -154,7 +154,9 @@ def test_a_stated_grid_makes_a_generator_of_any_of_them(folder):
 
 
 def test_a_grid_is_for_models_that_draw_in_several_sizes():
-    with pytest.raises(GeneratorError, match="grid=\\(10, 10\\): model 'shapes-janus' draws 24 x 24 visual tokens"):
+    with pytest.raises(
+        GeneratorError, match="grid=\\(10, 10\\): model 'shapes-janus' always generates 24 x 24 visual tokens"
+    ):
         find_generator("shapes-janus", grid=(10, 10))
     assert find_generator("shapes-janus", grid=(24, 24)).grid == (24, 24)
 
@@ -164,7 +166,7 @@ def test_a_grid_is_for_models_that_draw_in_several_sizes():
     [
         (AutoConfig.for_model("vit").to_dict(), "'vit', which is no causal language model of transformers"),
         (AutoConfig.for_model("chameleon").to_dict(), "'chameleon', which is no causal language model"),
-        ({"model_type": "nobody"}, "its config.json can not be read: .*nobody"),
+        ({"model_type": "nobody"}, "its config.json cannot be read: .*nobody"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "c.Config"}}, "code of its own.*grid=\\(rows, columns\\)"),
     ],
     ids=["pictures in", "no causal head", "unknown type", "remote code"],

@@ -158,5 +158,5 @@ def test_without_the_package_the_remedy_is_told(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "multi_modality"}))
     monkeypatch.setitem(sys.modules, "janus.models", None)
     monkeypatch.setitem(sys.modules, "janus", None)
-    with pytest.raises(GeneratorError, match="for DeepSeek's janus package, which can not be imported here"):
+    with pytest.raises(GeneratorError, match="for DeepSeek's janus package, which cannot be imported here"):
         find_generator(str(tmp_path))

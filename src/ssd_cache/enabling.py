@@ -23,7 +23,8 @@ from ssd_cache.decode.generate_calls import bind_call, call_setting, check_call_
 from ssd_cache.decode.guidance import batched_guidance
 from ssd_cache.decode.patching import Block, Patch, current_flow, innermost, patched
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.models.base import Generator, find_head_map
+from ssd_cache.models.base import Generator
+from ssd_cache.models.checkpoint import find_head_map
 from ssd_cache.models.find import family_of
 
 
@@ -139,11 +140,11 @@ class _GenerateWithCache(Patch):
         made, call = block.made, bind_call(self.target, self.inner, args, kwargs)
         ids = call.get("inputs") if call.get("input_ids") is None else call["input_ids"]
         seen = {**call, "input_ids": ids}  # the prompt may come as `inputs` or `input_ids`
-        if find_cache(call) is not None or not made.family.draws(seen):
+        if find_cache(call) is not None or not made.family.generates_images(seen):
             return self.inner(*args, **kwargs)
         check_call_keeps_cache(made.model, call)
         cache = call[CACHE] = made.cache_for(seen)
-        with nullcontext() if made.family.own_guidance else _take_guidance(made.model, call, cache):
+        with nullcontext() if made.family.has_own_guidance else _take_guidance(made.model, call, cache):
             output = self.inner(**call)
         made.stats = cache.memory_stats()
         return output

@@ -21,8 +21,7 @@ from ssd_cache.cli.errors import refusing
 from ssd_cache.cli.files import check_output, save_picture
 from ssd_cache.head_map.card import picture
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.models import BUNDLED
-from ssd_cache.models.base import find_head_map
+from ssd_cache.models import BUNDLED, find_head_map
 
 
 def inspect(

@@ -6,21 +6,15 @@ itself: put `enable(pipe.vision_language_encoder, head_map, ...)` around `pipe(.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import (
-    AutoProcessor,
-    Cache,
-    GlmImageForConditionalGeneration,
-)
+from transformers import GlmImageForConditionalGeneration
 
-from ssd_cache._compat import CACHE
-from ssd_cache.cache.attention import NAME
 from ssd_cache.layout import ImageLayout
 from ssd_cache.model_grids import GRIDS
-from ssd_cache.models.base import Checkpoint, Generator, call_settings
+from ssd_cache.models.base import Generator
 
 PATCH = 32
 """Side of one token in pixels."""
@@ -29,12 +23,13 @@ PATCH = 32
 class GlmImageGenerator(Generator):
     """Token generator around `GlmImageForConditionalGeneration`; draft grid tokens come first; one row per prompt."""
 
+    model_class = GlmImageForConditionalGeneration
+    decoding_hint = (
+        "GLM-Image's diffusion part makes the images: load diffusers' GlmImagePipeline, and call pipe(...) inside "
+        "`with ssd_cache.enable(pipe.vision_language_encoder, ...)`"
+    )
     default_guidance = None
     is_resizable = GRIDS["glm_image"].is_resizable
-    no_pictures = (
-        "they become pictures in GLM-Image's diffusion part: load diffusers' GlmImagePipeline, and call pipe(...) "
-        "inside `with ssd_cache.enable(pipe.vision_language_encoder, ...)`"
-    )
 
     @staticmethod
     def layout_of_call(call: Mapping[str, Any]) -> ImageLayout | None:
@@ -44,16 +39,9 @@ class GlmImageGenerator(Generator):
             return None
         of_row = grids[: int(counts[0])] if counts is not None else grids
         # with input images, the model generates no draft grid
-        pictures = 0 if call.get("pixel_values") is None else len(of_row) - 1
-        *draft_grids, grid = reversed(of_row[pictures:, 1:].tolist())
+        num_inputs = 0 if call.get("pixel_values") is None else len(of_row) - 1
+        *draft_grids, grid = reversed(of_row[num_inputs:, 1:].tolist())
         return ImageLayout(grid, draft_grids)
-
-    @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> GlmImageGenerator:
-        processor = AutoProcessor.from_pretrained(checkpoint.source)
-        model = GlmImageForConditionalGeneration.from_pretrained(checkpoint.source, dtype=dtype)
-        model.set_attn_implementation({"text_config": NAME})
-        return cls(checkpoint, model.to(device).eval(), processor)
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Make inputs in the same way as diffusers' pipeline for text to image."""
@@ -69,21 +57,3 @@ class GlmImageGenerator(Generator):
             return_tensors="pt",
         )
         return dict(inputs.to(self.model.device))
-
-    def draw(
-        self,
-        prompts: Sequence[str],
-        cache: Cache | None,
-        guidance_scale: float,
-        temperature: float,
-        on_tokens: Callable[[int], object] | None,
-    ) -> torch.Tensor:
-        inputs, number = self.prepare(prompts), self.checkpoint.num_visual_tokens
-        sequences = self.model.generate(
-            **inputs,
-            **{CACHE: cache},
-            min_new_tokens=number,  # no end-of-image token before the last cell
-            max_new_tokens=number,
-            **call_settings(temperature, on_tokens),
-        )
-        return sequences[:, inputs["input_ids"].shape[1] :]

@@ -66,6 +66,9 @@ class TextGenerator(Generator):
     def call_arguments(self, inputs, sampling):
         return {"max_new_tokens": CELLS, "top_k": 0}
 
+    def is_unconditional(self, num_prompts):
+        return torch.zeros(num_prompts, dtype=torch.bool)
+
     def to_images(self, tokens):
         return [Image.new("RGB", (8, 8)) for _ in tokens]
 

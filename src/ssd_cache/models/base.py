@@ -134,8 +134,12 @@ class Generator(ABC):
         return {"min_new_tokens": number, "max_new_tokens": number}
 
     def is_unconditional(self, num_prompts: int) -> torch.Tensor:
-        """Which decoder rows are unconditional guidance rows, for this number of prompts; boolean `[rows]`."""
-        return torch.zeros(num_prompts, dtype=torch.bool)
+        """Which decoder rows are unconditional, for this number of prompts; boolean `[rows]`.
+
+        By default the second half for a model with guidance, and none for the others.
+        """
+        num_rows = num_prompts if self.default_guidance is None else 2 * num_prompts
+        return torch.arange(num_rows) >= num_prompts
 
     @torch.no_grad()
     def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:

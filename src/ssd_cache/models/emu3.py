@@ -93,9 +93,6 @@ class Emu3Generator(Generator):
 
         return allowed
 
-    def is_unconditional(self, num_prompts: int) -> torch.Tensor:
-        return torch.arange(2 * num_prompts) >= num_prompts
-
     def _decode(self, tokens: torch.Tensor) -> list[Image.Image]:
         rows, columns = self.checkpoint.grid
         closed = F.pad(tokens, (0, len(CLOSING)))  # the decoder removes this padding without reading it

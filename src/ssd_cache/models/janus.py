@@ -60,10 +60,6 @@ class JanusGenerator(Generator):
             "top_k": self.model.generation_config.top_k or 0,
         }
 
-    def is_unconditional(self, num_prompts: int) -> torch.Tensor:
-        """transformers' Janus always uses guidance: [conditional; unconditional]."""
-        return torch.arange(2 * num_prompts) >= num_prompts
-
     def _decode(self, tokens: torch.Tensor) -> list[Image.Image]:
         pixels = self.model.decode_image_tokens(tokens).float().cpu()  # [batch, height, width, 3]
         # without torchvision, transformers' image processor reads no other order

@@ -14,7 +14,7 @@ import torch
 from ssd_cache.io.showing import ReadableError, shown
 from ssd_cache.io.untrusted import is_unicode
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class GeneratorError(ReadableError):
@@ -109,4 +109,4 @@ def resolve_dtype(dtype: str | torch.dtype = "auto", device: torch.device | None
         return torch.float32 if device is None or device.type == "cpu" else torch.bfloat16
     if dtype not in DTYPES:
         raise GeneratorError(f"unknown dtype {dtype!r}; give 'auto' or one of {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    return getattr(torch, dtype)

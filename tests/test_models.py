@@ -1,4 +1,4 @@
-"""Generators: a name finds a checkpoint, a checkpoint draws, and every mistake is told before weights are loaded.
+"""Generators: a name finds a checkpoint, a checkpoint generates, and every mistake is told before weights are loaded.
 
 On a small random Janus with the words of shapes-janus; the Hub road is walked in test_cli.py.
 """
@@ -154,7 +154,7 @@ def test_words_that_the_model_does_not_know_are_named(generator):
         generator.prepare(["a photo of a dog", "a photo of a sleeping red dog"])
 
 
-def test_it_draws_what_the_models_own_generate_draws(generator):
+def test_it_generates_what_the_models_own_generate_generates(generator):
     steps = []
     tokens = generator.generate(PROMPTS, guidance_scale=3.0, temperature=0.7, seed=5, on_tokens=steps.append)
     torch.manual_seed(5)
@@ -171,7 +171,7 @@ def test_it_draws_what_the_models_own_generate_draws(generator):
     assert steps == [2] * CELLS
 
 
-def test_a_full_ssd_cache_draws_the_same(generator):
+def test_a_full_ssd_cache_generates_the_same(generator):
     expected = generator.generate(PROMPTS, seed=1)
     cache = SSDCache.from_policy("full", head_map())
     assert torch.equal(generator.generate(PROMPTS, cache, seed=1), expected)
@@ -237,7 +237,7 @@ def test_settings_out_of_range_are_refused_before_a_step(generator, settings, me
     assert not steps
 
 
-def test_pictures_do_not_depend_on_how_many_are_decoded(generator):
+def test_images_do_not_depend_on_how_many_are_decoded(generator):
     tokens = torch.randint(0, 32, (9, CELLS), generator=torch.Generator().manual_seed(0))
     images = generator.to_images(tokens)
     assert [image.size for image in images] == [(SIDE * 16, SIDE * 16)] * 9
@@ -248,7 +248,7 @@ def test_pictures_do_not_depend_on_how_many_are_decoded(generator):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", torch.bfloat16])
-def test_pictures_are_decoded_in_float32_at_any_dtype(folder, generator, dtype):
+def test_images_are_decoded_in_float32_at_any_dtype(folder, generator, dtype):
     low = find_generator(str(folder)).load(dtype)
     wanted = resolve_dtype(dtype)
     assert {weight.dtype for weight in low.model.model.language_model.parameters()} == {wanted}
@@ -285,7 +285,7 @@ def test_devices_that_are_not_there_are_refused(device):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.001, 5.0])
-def test_the_bundled_model_with_a_full_budget_draws_what_dynamic_cache_draws(guidance_scale):
+def test_the_bundled_model_with_a_full_budget_generates_what_dynamic_cache_generates(guidance_scale):
     bundled = find_generator(BUNDLED).load("float32", "cpu")
     captions = ["a photo of a red circle", "a photo of a square left of a triangle", "a photo of four circles"]
     settings = {"guidance_scale": guidance_scale, "temperature": 1.0, "seed": 3}

@@ -44,7 +44,7 @@ def test_budget_1_is_dynamic_cache_bit_for_bit(family):
     assert torch.equal(generator.generate(PROMPTS, SSDCache(labels, 1.0), seed=1), expected)
 
 
-def test_a_fifth_draws_whole_pictures(family):
+def test_a_fifth_generates_whole_images(family):
     _, generator, labels = family
     cells = generator.checkpoint.num_visual_tokens
     cache = SSDCache(labels, 0.2, buffer=2)
@@ -66,7 +66,7 @@ def test_prompts_padded_on_the_left_are_those_alone(family):
         assert torch.equal(generator.generate([prompt], SSDCache(labels, 0.3, buffer=2), temperature=0)[0], tokens)
 
 
-def test_layers_on_several_devices_draw_the_same(family, tmp_path):
+def test_layers_on_several_devices_generate_the_same(family, tmp_path):
     """The second one is a disk: accelerate brings a layer from there for each step."""
     pytest.importorskip("accelerate")
     name, generator, labels = family
@@ -96,7 +96,7 @@ def test_layers_on_several_devices_draw_the_same(family, tmp_path):
         ("GLM-Image, 1024 x 1024 pixels", GlmImageConfig(), (32, 32), 1),
     ],
 )
-def test_bytes_of_a_picture(name, config, grid, num_rows):
+def test_bytes_of_a_image(name, config, grid, num_rows):
     """The row of docs/models.md, from the configuration of the real size."""
     checkpoint = Checkpoint(name, "", config, FAMILIES.get(config.model_type, CausalLMGenerator), grid)
     text = config.get_text_config(decoder=True)

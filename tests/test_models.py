@@ -16,6 +16,7 @@ from ssd_cache.models import (
     BUNDLED,
     GeneratorError,
     JanusGenerator,
+    ResolvedSampling,
     find_generator,
     generator_of,
     resolve_device,
@@ -205,9 +206,11 @@ def test_all_tokens_are_sampled_from_unless_the_checkpoint_says_otherwise(folder
 
 
 def test_a_checkpoints_own_settings_are_the_defaults(tmp_path, generator):
-    assert (generator.guidance_scale, generator.temperature) == (5.0, 1.0)  # Janus-Pro's, for one without
-    own = find_generator(str(write_checkpoint(tmp_path, guidance_scale=2.5, temperature=0.5))).load()
-    assert (own.guidance_scale, own.temperature) == (2.5, 0.5)
+    assert generator.sampling() == ResolvedSampling(5.0, 1.0, 0)  # Janus-Pro's, for one without
+    checkpoint = find_generator(str(write_checkpoint(tmp_path, guidance_scale=2.5, temperature=0.5)))
+    own = checkpoint.load()
+    assert own.sampling() == checkpoint.sampling() == ResolvedSampling(2.5, 0.5, 0)
+    assert checkpoint.sampling(3.0, seed=4) == ResolvedSampling(3.0, 0.5, 4)
     assert torch.equal(own.generate(PROMPTS), own.generate(PROMPTS, guidance_scale=2.5, temperature=0.5))
     assert not torch.equal(own.generate(PROMPTS), own.generate(PROMPTS, guidance_scale=5.0, temperature=0.5))
 

@@ -19,7 +19,7 @@ from ssd_cache.bench.sizes import expected_bytes, held_bytes
 from ssd_cache.bench.subject import load_subject
 from ssd_cache.evaluation.fidelity import draw_fidelity, measure_fidelity
 from ssd_cache.layout import ImageLayout
-from ssd_cache.models import GeneratorError, GlmImageGenerator, find_generator
+from ssd_cache.models import GeneratorError, GlmImageGenerator, ResolvedSampling, find_generator
 
 PROMPTS = ["a photo of a red circle", "a blue square"]
 LABELS = torch.tensor([[True, False], [False, True]])
@@ -234,5 +234,6 @@ def test_what_is_not_done_for_glm_image_is_told(generator):
         generator.to_images(torch.zeros(1, CELLS, dtype=torch.long))
     with pytest.raises(GeneratorError, match="guidance_scale=3.0: .* has no guidance"):
         generator.generate(PROMPTS, guidance_scale=3.0)
+    assert generator.sampling(guidance_scale=1.0) == generator.checkpoint.sampling() == ResolvedSampling(1.0, 1.0, 0)
     with pytest.raises(ValueError, match="score='margin' goes by the columns of a single grid"):
         SSDCache(HEAD_MAP, score="margin")

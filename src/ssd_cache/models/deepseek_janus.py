@@ -22,9 +22,6 @@ from ssd_cache.cache.attention import NAME
 from ssd_cache.models.base import Generator, OnTokens
 from ssd_cache.models.settings import GeneratorError
 
-CODE_CHANNELS = 8
-"""Channels of the VQ codes, from DeepSeek's script; the configuration does not state them."""
-
 
 @torch.no_grad()
 def generate(
@@ -147,7 +144,7 @@ class DeepSeekJanusGenerator(Generator):
         return torch.arange(2 * num_prompts) % 2 == 1
 
     def _decode(self, tokens: torch.Tensor) -> list[Image.Image]:
-        shape = [len(tokens), CODE_CHANNELS, *self.checkpoint.grid]
+        shape = [len(tokens), 8, *self.checkpoint.grid]  # 8 channels in DeepSeek's script; no configuration states it
         pixels = self.model.gen_vision_model.decode_code(tokens.to(torch.int), shape=shape)
         levels = ((pixels.float().cpu() + 1) / 2 * 255).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
         return [Image.fromarray(image) for image in levels.numpy()]

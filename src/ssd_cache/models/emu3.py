@@ -37,7 +37,6 @@ class Emu3Generator(Generator):
     decode_batch = 1  # the decoder needs 1 GB for 720 x 720 pixels
     default_guidance = 3.0
     is_resizable = GRIDS["emu3"].is_resizable
-    negative_prompt = NEGATIVE_PROMPT
 
     @staticmethod
     def generates_images(call: Mapping[str, Any]) -> bool:
@@ -69,7 +68,7 @@ class Emu3Generator(Generator):
         }
 
     def _generate_tokens(self, prompts, cache, sampling, on_tokens) -> torch.Tensor:
-        negative = self.prepare([self.negative_prompt])
+        negative = self.prepare([NEGATIVE_PROMPT])
         with batched_guidance(self.model, sampling.guidance_scale, negative["input_ids"], negative["attention_mask"]):
             return super()._generate_tokens(prompts, cache, sampling, on_tokens)
 

@@ -6,7 +6,6 @@ This module reads or downloads only `config.json`. `Checkpoint.load` loads the w
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
@@ -89,7 +88,10 @@ def find_folder(name: str, what: str) -> Path:
     if os.path.exists(path) or not can_be_hub_id:
         return path
     try:
-        return _download_config(name).parent
+        try:
+            return Path(hub_download(name, "config.json")).parent
+        except RemoteEntryNotFoundError:
+            return Path(hub_download(name, PIPELINE_FILE)).parent
     except (HfHubHTTPError, EntryNotFoundError, HFValidationError) as error:
         answered, reason = describe_failure(error, "has no config.json, so it is no transformers checkpoint")
         raise (GeneratorError if answered else HubError)(f"{what}: {reason}{_nearest(name)}") from error
@@ -135,10 +137,11 @@ def _read_config(folder: Path, name: str, what: str) -> PreTrainedConfig:
                 "ssd_cache.enable(pipe.PART, head_map, ...)`, where PART is its part that generates token by token "
                 "(GLM-Image: vision_language_encoder; pipelines of diffusion alone have none)"
             )
-        problem = "no config.json in this folder" if folder.is_dir() else "no such folder"
+        problem, nearest = "no such folder", _nearest(name)
+        if os.path.isdir(folder):
+            problem, nearest = "no config.json in this folder", ""
         raise GeneratorError(
-            f"{what}: {problem} ({folder}); give {BUNDLED}, a folder that save_pretrained wrote, or a Hub id"
-            f"{'' if folder.is_dir() else _nearest(name)}"
+            f"{what}: {problem} ({folder}); give {BUNDLED}, a folder that save_pretrained wrote, or a Hub id{nearest}"
         )
     has_own_code = False
     try:
@@ -180,16 +183,6 @@ def _choose_family(
     if not family.is_resizable and grid != (own := family.layout_of(config)).grid:
         raise GeneratorError(f"grid={grid}: {what} always generates {own.text()} visual tokens; leave grid out")
     return family, grid
-
-
-def _download_config(name: str) -> Path:
-    """The cached copy of a repository's config.json, or of `PIPELINE_FILE` if it has none; downloaded when needed."""
-    try:
-        return Path(hub_download(name, "config.json"))
-    except RemoteEntryNotFoundError:
-        with suppress(EntryNotFoundError):
-            return Path(hub_download(name, PIPELINE_FILE))
-        raise
 
 
 def _nearest(name: str) -> str:

@@ -80,11 +80,7 @@ class ResolvedSampling:
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """Return a device that this machine has; "auto" is the first GPU, or the CPU if there is none.
-
-    Raises:
-        GeneratorError: this machine has no such device.
-    """
+    """Return a device that this machine has, or raise GeneratorError; "auto" is the first GPU, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -98,11 +94,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype = "auto", device: torch.device | None = None) -> torch.dtype:
-    """Return a floating-point type; "auto" is float32 on the CPU and bfloat16 elsewhere.
-
-    Raises:
-        GeneratorError: an unknown name.
-    """
+    """Return a type, or raise GeneratorError for an unknown name; "auto" is float32 on the CPU, else bfloat16."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":

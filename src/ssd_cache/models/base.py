@@ -53,7 +53,6 @@ class Generator(ABC):
         default_guidance: the scale for a checkpoint that names none; None for a family without guidance.
         has_own_guidance: whether the model's `generate` runs the guidance rows itself, in one batch. If not, `enable`
             adds them for a call with `guidance_scale` (see `decode/guidance.py`).
-        is_resizable: whether a caller can choose another grid than `layout_of` returns by default.
     """
 
     model_class: Any
@@ -63,7 +62,6 @@ class Generator(ABC):
     decoding_hint: str | None = None
     default_guidance: float | None = 5.0
     has_own_guidance: bool = False
-    is_resizable: bool = False
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, processor: ProcessorMixin):
         self.checkpoint, self.model, self.processor = checkpoint, model, processor
@@ -90,12 +88,7 @@ class Generator(ABC):
 
     @classmethod
     def read_config(cls, folder: str | Path) -> PreTrainedConfig:
-        """Read the configuration in a folder.
-
-        Raises:
-            GeneratorError: a package that the family needs is missing.
-            OSError, ValueError, KeyError, TypeError: from transformers, for a file that cannot be read.
-        """
+        """Read the configuration in a folder; raises GeneratorError if a package that the family needs is missing."""
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
     @classmethod

@@ -24,7 +24,6 @@ class CausalLMGenerator(Generator):
     model_class, processor_class = AutoModelForCausalLM, AutoTokenizer
     decoding_hint = "take the tokens (generate(...), or an --output that ends with .safetensors) to its own decoder"
     default_guidance = None
-    is_resizable = True
 
     def __init__(self, checkpoint, model, processor):
         super().__init__(checkpoint, model, processor)

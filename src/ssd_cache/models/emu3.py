@@ -15,7 +15,6 @@ from PIL import Image
 from transformers import Emu3ForConditionalGeneration, Emu3Processor
 
 from ssd_cache.decode.guidance import batched_guidance
-from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.base import Generator
 from ssd_cache.models.settings import ResolvedSampling
 
@@ -36,7 +35,6 @@ class Emu3Generator(Generator):
     image_decoder = "model.vqmodel"
     decode_batch = 1  # the decoder needs 1 GB for 720 x 720 pixels
     default_guidance = 3.0
-    is_resizable = GRIDS["emu3"].is_resizable
 
     @staticmethod
     def generates_images(call: Mapping[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from ssd_cache.io.showing import first_line, shown
 from ssd_cache.io.suggesting import cached_repositories, nearby_folders, suggestion
 from ssd_cache.io.untrusted import name_problem
 from ssd_cache.layout import ImageLayout
+from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.base import Generator
 from ssd_cache.models.causal_lm import CausalLMGenerator
 from ssd_cache.models.checkpoint import BUNDLED, BUNDLED_FOLDER, Checkpoint
@@ -180,7 +181,8 @@ def _choose_family(
         grid = ImageLayout(grid).grid
     except ValueError as error:
         raise GeneratorError(str(error)) from error
-    if not family.is_resizable and grid != (own := family.layout_of(config)).grid:
+    is_resizable = family is CausalLMGenerator or GRIDS[config.model_type].is_resizable
+    if not is_resizable and grid != (own := family.layout_of(config)).grid:
         raise GeneratorError(f"grid={grid}: {what} always generates {own.text()} visual tokens; leave grid out")
     return family, grid
 

@@ -13,7 +13,6 @@ import torch
 from transformers import GlmImageForConditionalGeneration
 
 from ssd_cache.layout import ImageLayout
-from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.base import Generator
 
 PATCH = 32
@@ -29,7 +28,6 @@ class GlmImageGenerator(Generator):
         "`with ssd_cache.enable(pipe.vision_language_encoder, ...)`"
     )
     default_guidance = None
-    is_resizable = GRIDS["glm_image"].is_resizable
 
     @staticmethod
     def layout_of_call(call: Mapping[str, Any]) -> ImageLayout | None:

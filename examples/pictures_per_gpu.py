@@ -88,7 +88,7 @@ def main(
     checkpoint, kind = find_generator(model), resolve_dtype(dtype)
     if head_map is None:  # the counts depend only on the budget
         shape = {"num_layers": checkpoint.num_layers, "num_kv_heads": checkpoint.num_kv_heads}
-        labels = HeadMap.uniform("semantic", **shape).with_grid(checkpoint.grid, checkpoint.previews)
+        labels = HeadMap.uniform("semantic", **shape).with_layout(checkpoint.layout)
     else:
         labels = HeadMap.from_pretrained(head_map)
         checkpoint.check_head_map(labels)
@@ -103,7 +103,7 @@ def main(
     where = resolve_device(device)
     if where.type != "cuda":
         return
-    janus, cells = build(checkpoint, where, kind), checkpoint.grid[0] * checkpoint.grid[1]
+    janus, cells = build(checkpoint, where, kind), checkpoint.num_visual_tokens
     total = torch.cuda.get_device_properties(where).total_memory
     print(f"by drawing, on {torch.cuda.get_device_name(where)} with {total / 1e9:.0f} GB:")
     for name, cache in caches.items():

@@ -42,7 +42,6 @@ from ssd_cache.profiling.labels import (
 )
 from ssd_cache.profiling.measuring import measure_heads
 from ssd_cache.profiling.statistics import HeadStatistics
-from ssd_cache.profiling.watching_cost import watching_cost
 from ssd_cache.shapes import KINDS, make_prompts
 
 PEAK = """
@@ -192,27 +191,10 @@ def main(
     rows: list[list] = [[turn, *row.values()] for turn, row in enumerate(numbers["seconds"], 1)]
     rows.append(["mean", *(mean([row[name] for row in numbers["seconds"]]) for name in ("plain", "watched", "ratio"))])
     text.append(table(f"Seconds for {len(timed)} pictures in one batch.", ["round", "plain", "watched", "ratio"], rows))
-    num_rows, longest = (
-        len(generator.is_unconditional(len(timed))),
-        max(generator.prepare([prompt])["attention_mask"].shape[1] for prompt in timed),
-    )
-    cost = watching_cost(
-        checkpoint.config,
-        checkpoint.grid,
-        num_rows=num_rows,
-        num_prompt=longest,
-        itemsize=generator.model.dtype.itemsize,
-        on_gpu=generator.model.device.type != "cpu",
-    )
-    numbers["bytes"] = dataclasses.asdict(cost) | {"share": cost.share}
-    rows = [[name.replace("_", " "), f"{value / 1e6:.1f} MB"] for name, value in dataclasses.asdict(cost).items()]
     if memory and sys.platform == "linux":
         numbers["peak"] = peak_memory(model, timed)
-        rows += [[f"peak of a process, {name}", f"{value / 1e6:.1f} MB"] for name, value in numbers["peak"].items()]
-        more = (numbers["peak"]["watched"] - numbers["peak"]["plain"]) / cost.full_cache
-        rows.append(["more at the peak, of the full cache", f"{more:.1%}"])
-    rows.append(["by the formula at most, of the full cache", f"{cost.share:.1%}"])
-    text.append(table(f"Memory for {len(timed)} pictures in one batch.", ["bytes", ""], rows))
+        rows = [[f"peak of a process, {name}", f"{value / 1e6:.1f} MB"] for name, value in numbers["peak"].items()]
+        text.append(table(f"Memory for {len(timed)} pictures in one batch.", ["bytes", ""], rows))
 
     # dependence of the labels on the settings
     started = time.perf_counter()
@@ -250,8 +232,8 @@ def main(
 
     # attention retained by each map, and labels found during generation
     labels, scores = usual["coverage"], map_scores(statistics)
-    fitted = HeadMap(labels, statistics.grid, scores=scores)
-    sizes = {f"{share:.0%}": round(share * labels.new_empty(statistics.grid).numel()) for share in (budget, 0.5)}
+    fitted = HeadMap(labels, statistics.layout.grid, scores=scores)
+    sizes = {f"{share:.0%}": round(share * statistics.num_visual_tokens) for share in (budget, 0.5)}
     maps = {"window": usual["window"], "coverage": labels, "inverted coverage": ~labels}
     maps |= {"all spatial": torch.ones_like(labels), "all semantic": torch.zeros_like(labels)}
     retained = {
@@ -291,7 +273,10 @@ def main(
     ]
     text.append(table("Every head.", ["layer.head", "label", *names], rows))
 
-    marks = {"window": float(resolve_window(statistics.grid, None)), "num_slots": float(statistics.levels[0].num_slots)}
+    marks = {
+        "window": float(resolve_window(statistics.layout, None)),
+        "num_slots": float(statistics.levels[0].num_slots),
+    }
     threshold = label_heads(statistics, method="window")[1]
     marks |= {} if threshold is None else {"threshold": threshold}
     figures = {"halves": draw_halves(agreement), "sensitivity": draw_sensitivity(variants, marks)}

@@ -108,9 +108,9 @@ def compare(measured, layers, num_prompt, window, rows):
 
     `layers`: attention of the rows that `rows` names, `[rows, kv_heads, groups, queries, prompt + queries]` each.
     """
-    levels, num_before = [as_tuple(level) for level in measured.levels], measured.num_before
+    levels, num_before = [as_tuple(level) for level in measured.levels], measured.layout.num_draft_tokens
     for layer, weights in enumerate(layers):
-        expected = statistics(weights.double().tolist(), num_prompt, measured.grid, levels, window, num_before)
+        expected = statistics(weights.double().tolist(), num_prompt, measured.layout.grid, levels, window, num_before)
         found = {
             "offsets": measured.offset_share(rows),
             "window": measured.window_mass(window, rows),

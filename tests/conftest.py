@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network for anything
@@ -20,3 +21,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Every cache that `enable` makes; the first one checks the settings."""
+    enabling = importlib.import_module("ssd_cache.enabling")
+    own, made = enabling.SSDCache, []
+    monkeypatch.setattr(enabling, "SSDCache", lambda *args, **kwargs: made.append(own(*args, **kwargs)) or made[-1])
+    return made

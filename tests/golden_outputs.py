@@ -195,9 +195,7 @@ def family(name: str, grid: tuple[int, int]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         generator = find_generator(str(write_family(name, Path(folder) / name)), grid=grid).load("float32", "cpu")
         checkpoint = generator.checkpoint
-        head_map = labels(checkpoint.num_layers, checkpoint.num_kv_heads).with_grid(
-            checkpoint.grid, checkpoint.previews
-        )
+        head_map = labels(checkpoint.num_layers, checkpoint.num_kv_heads).with_layout(checkpoint.layout)
         prompts = ["a photo of a red circle", "a blue square"]
         with enable(generator.model, head_map, budget=0.5, buffer=4):
             pass  # installs and removes

@@ -44,6 +44,7 @@ from ssd_cache.analysis import (
 from ssd_cache.analysis.plotting import to_png
 from ssd_cache.analysis.report import report_paths
 from ssd_cache.cli import app
+from ssd_cache.layout import ImageLayout
 from ssd_cache.models import Checkpoint, GeneratorError, find_generator
 from ssd_cache.profiling.recorder import RecordingCache, RecordingLayer
 from ssd_cache.runs.run_state import ProfilingError
@@ -74,7 +75,7 @@ def recorded(monkeypatch, **settings):
     """Attention kept while a small Janus drew two pictures of unlike prompts, with its queries and what it held."""
     inputs, grid = left_padded_prompts([4, 7]), (6, 6)
     recorder = AttentionRecorder([(layer, head) for layer in range(2) for head in range(2)], grid, **settings)
-    cache = RecordingCache(grid, 2, 2, recorder)
+    cache = RecordingCache(ImageLayout(grid), 2, 2, recorder)
     queries, attend = {0: [], 1: []}, RecordingLayer.attend
 
     def spy(self, query, *args):
@@ -227,7 +228,7 @@ def test_concentration_is_that_of_plain_loops_and_the_same_for_every_full_cache(
                 assert found == pytest.approx(share_at_margins(square), rel=1e-5)
     for make_cache in (
         lambda: SSDCache(labels, 1.0),
-        lambda: RecordingCache((6, 6), 2, 2, AttentionRecorder([(0, 0)], (6, 6))),
+        lambda: RecordingCache(ImageLayout((6, 6)), 2, 2, AttentionRecorder([(0, 0)], (6, 6))),
     ):
         other = semantic_concentration(full_picture(make_cache), labels)
         for ours, theirs in zip(result.curves, other.curves, strict=True):
@@ -491,7 +492,7 @@ def test_maps_and_prompts_that_can_not_be_used_are_refused(generator, monkeypatc
 
 def test_a_grid_that_the_model_does_not_draw_is_refused(folder, monkeypatch):
     generator = find_generator(str(folder)).load()
-    monkeypatch.setattr(type(generator), "grid_of", staticmethod(lambda config: (9, 9)))
+    monkeypatch.setattr(type(generator), "layout_of", staticmethod(lambda *_: ImageLayout((9, 9))))
     labels = HeadMap.uniform("spatial", num_layers=2, num_kv_heads=2, grid=(9, 9))
     with pytest.raises(ProfilingError, match="drew 64 visual tokens, but its grid is 9 x 9"):
         analyze(generator, CIRCLE, labels, budget=0.4, num_images=1, progress=False)

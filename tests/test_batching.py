@@ -46,7 +46,7 @@ def test_rows_of_guidance_count_in_every_family(family, tmp_path):
     generator = find_generator(str(write_family(family, tmp_path / family)), grid).load()
     checkpoint = generator.checkpoint
     shape = {"num_layers": checkpoint.num_layers, "num_kv_heads": checkpoint.num_kv_heads}
-    full = SSDCache(head_map().online(**shape).with_grid(checkpoint.grid, checkpoint.previews), 1.0)
+    full = SSDCache(head_map().online(**shape).with_layout(checkpoint.layout), 1.0)
     generator.generate(["a red circle"], full, guidance_scale=2.0 if generator.default_guidance else None)
     num_prompt = full.layers[0].num_prompt
     assert image_nbytes(generator, num_prompt) == image_nbytes(generator, num_prompt, full) >= full.nbytes

@@ -14,7 +14,7 @@ from ssd_cache import HeadMap, SSDCache, enable, fit_heads
 from ssd_cache._compat import CACHE
 from ssd_cache.budget import least_slots, resolve_recent, scale_slots
 from ssd_cache.cache.settings import equal_budget
-from ssd_cache.models.base import find_head_map
+from ssd_cache.models import find_head_map
 
 GRID = (6, 6)
 LABELS = torch.tensor([[True, False], [False, True]])

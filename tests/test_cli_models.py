@@ -75,7 +75,7 @@ def test_generate_writes_the_visual_tokens_of_every_family(run, folders, name):
     result = run("generate", name, *PROMPTS, *options, "-o", "a.safetensors")
     assert result.exit_code == 0, result.output
     checkpoint = find_generator(str(folders / name), GRIDS[name])
-    labels = HeadMap.online(num_layers=2, num_kv_heads=2).with_grid(checkpoint.grid, checkpoint.previews)
+    labels = HeadMap.online(num_layers=2, num_kv_heads=2).with_layout(checkpoint.layout)
     expected = checkpoint.load().generate(PROMPTS, SSDCache(labels, 0.5, buffer=4), seed=3)
     found = load_file("a.safetensors")
     assert set(found) == {"ssd"}
@@ -197,7 +197,7 @@ def test_geneval_is_exported_in_a_stated_grid(run):
 
 
 REFUSED = [
-    ("generate", "llama", ["--head-map", "online"], "can not decode them: take the tokens .* .safetensors"),
+    ("generate", "llama", ["--head-map", "online"], "cannot decode them: take the tokens .* .safetensors"),
     ("generate", "glm", ["--head-map", "online"], "pipe.vision_language_encoder"),
     (
         "generate",
@@ -210,10 +210,10 @@ REFUSED = [
     ("eval fidelity", "glm", ["--policies", "margin,h2o"], "margin needs a head map"),
     ("analyze", "glm", ["--head-map", "{map}"], "draws a preview.*`ssd-cache profile` and `eval fidelity` work"),
     ("analyze", "llama", ["--head-map", "{map}"], "is not guided, and the analysis compares guidance's rows"),
-    ("eval geneval export", "llama", ["--prompts-file", "p.jsonl"], "can not decode them"),
+    ("eval geneval export", "llama", ["--prompts-file", "p.jsonl"], "cannot decode them"),
     ("generate", "llama", ["--head-map", "{map}", "--grid", "6by6"], "--grid 6by6: give rows and columns"),
     ("generate", "emu3", ["--head-map", "{map}", "--grid", "0x7"], "integers from 1 to 4096"),
-    ("generate", "emu3", ["--model", "shapes-janus"], r"draws 24 x 24 visual tokens and nothing else; leave grid out"),
+    ("generate", "emu3", ["--model", "shapes-janus"], r"always generates 24 x 24 visual tokens; leave grid out"),
     ("bench", "emu3", ["--model", "small-cpu"], "the shape small-cpu has a grid of 24 x 24; leave grid out"),
 ]
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compiling import needs_compiler
+from compiling import held_tensors, needs_compiler
 from models import left_padded_prompts, tiny_llama
 
 from ssd_cache import HeadMap, SSDCache, fast_decode

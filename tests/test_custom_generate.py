@@ -42,18 +42,18 @@ def model(folder):
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def draw(model, **kwargs):
+def generate(model, **kwargs):
     torch.manual_seed(0)
     return model.generate(**left_padded_prompts([5, 9]), **CALL, **kwargs)
 
 
-def draw_ssd(model, **kwargs):
-    return draw(model, custom_generate=str(HUB), trust_remote_code=True, **kwargs)
+def generate_ssd(model, **kwargs):
+    return generate(model, custom_generate=str(HUB), trust_remote_code=True, **kwargs)
 
 
 def test_a_full_budget_gives_the_tokens_of_a_dynamic_cache(model, folder):
-    full = draw(model, past_key_values=DynamicCache(config=model.config))
-    ours = draw_ssd(model, head_map=str(folder / "map"), budget=1.0)
+    full = generate(model, past_key_values=DynamicCache(config=model.config))
+    ours = generate_ssd(model, head_map=str(folder / "map"), budget=1.0)
     torch.testing.assert_close(ours.sequences, full.sequences, rtol=0, atol=0)
     assert isinstance(ours.past_key_values, SSDCache)
 
@@ -62,7 +62,7 @@ def test_a_full_budget_gives_the_tokens_of_a_dynamic_cache(model, folder):
 def test_a_fifth_of_the_tokens_takes_fewer_bytes(model, folder, head_map):
     head_map = str(folder / "map") if head_map == "map" else head_map
     grid = {"grid": (SIDE, SIDE)} if head_map == "online" else {}
-    output = draw_ssd(model, head_map=head_map, budget=26, buffer=4, **grid)
+    output = generate_ssd(model, head_map=head_map, budget=26, buffer=4, **grid)
     cache = output.past_key_values
     assert output.sequences.shape == (2, 9 + SIDE * SIDE)
     assert cache.nbytes == 2 * 2 * 2 * 2 * (9 + 26) * 8 * 4  # K and V, layers, rows, heads, tokens, head_dim, bytes
@@ -72,10 +72,10 @@ def test_a_fifth_of_the_tokens_takes_fewer_bytes(model, folder, head_map):
 
 def test_the_attention_is_switched_for_the_call_alone(model, folder):
     assert model.config._attn_implementation == "sdpa"
-    draw_ssd(model, head_map=str(folder / "map"), budget=26, buffer=4)
+    generate_ssd(model, head_map=str(folder / "map"), budget=26, buffer=4)
     assert model.config._attn_implementation == "sdpa"
     with pytest.raises(ValueError, match="budget"):
-        draw_ssd(model, head_map=str(folder / "map"), budget=1.5)
+        generate_ssd(model, head_map=str(folder / "map"), budget=1.5)
     assert model.config._attn_implementation == "sdpa"
     assert "generate" not in vars(model)
 
@@ -84,22 +84,22 @@ def test_a_model_whose_own_repository_holds_the_file_needs_no_word_of_it(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     own = model.generate
     assert own.keywords == {"model": model}  # transformers put it there
-    output = draw(model, head_map=str(folder / "map"), budget=26, buffer=4)
+    output = generate(model, head_map=str(folder / "map"), budget=26, buffer=4)
     assert output.past_key_values.layers[0].plan.num_slots == (26, 26)
     assert model.generate is own
 
 
-def test_what_is_missing_or_wrong_is_said_before_anything_is_drawn(model, folder, tmp_path):
+def test_what_is_missing_or_wrong_is_said_before_anything_is_generated(model, folder, tmp_path):
     with pytest.raises(ValueError, match="no head map: give head_map='user/head-map'"):
-        draw_ssd(model)
+        generate_ssd(model)
     with pytest.raises(ValueError, match="(past_key_values|cache) is a DynamicCache"):
-        draw_ssd(model, head_map=MAP, past_key_values=DynamicCache(config=model.config))
+        generate_ssd(model, head_map=MAP, past_key_values=DynamicCache(config=model.config))
     with pytest.raises(HeadMapError, match="has 3 layers x 2 KV heads.*LlamaForCausalLM has 2 x 2"):
-        draw_ssd(model, head_map=HeadMap.uniform("spatial", num_layers=3, num_kv_heads=2))
+        generate_ssd(model, head_map=HeadMap.uniform("spatial", num_layers=3, num_kv_heads=2))
     with pytest.raises(HeadMapError, match="no-such-map"):
-        draw_ssd(model, head_map=str(tmp_path / "no-such-map"))
+        generate_ssd(model, head_map=str(tmp_path / "no-such-map"))
     with pytest.raises(ValueError, match="trust_remote_code=True"):
-        draw(model, custom_generate=str(HUB), head_map=MAP, trust_remote_code=False)
+        generate(model, custom_generate=str(HUB), head_map=MAP, trust_remote_code=False)
 
 
 def test_the_folder_has_the_hubs_shape():

@@ -21,7 +21,7 @@ from ssd_cache import HeadMap
 from ssd_cache.bench import subject
 from ssd_cache.cli import app
 from ssd_cache.models import BUNDLED, Checkpoint
-from ssd_cache.models.base import BUNDLED_FOLDER
+from ssd_cache.models.checkpoint import BUNDLED_FOLDER
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "hub").rglob("*.md"))]

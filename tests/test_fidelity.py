@@ -37,8 +37,8 @@ from ssd_cache._compat import CACHE
 from ssd_cache.cli import app
 from ssd_cache.evaluation.fidelity import Fidelity, draw_fidelity, measure_fidelity, parts
 from ssd_cache.evaluation.fidelity.parts import measure_in_parts
+from ssd_cache.layout import ImageLayout
 from ssd_cache.models import Checkpoint, Generator, GeneratorError, find_generator, generator_of
-from ssd_cache.models.base import call_settings
 from ssd_cache.runs.run_state import ProfilingError
 
 PROMPTS = ["a photo of a red circle", "a photo of a circle left of a blue square"]  # of unlike length: left padding
@@ -50,8 +50,8 @@ class TextGenerator(Generator):
     """A Llama whose text stands for visual tokens: no guidance, and the head that all its tokens share."""
 
     @staticmethod
-    def grid_of(config):
-        return GRID
+    def layout_of(config, grid=None):
+        return ImageLayout(GRID)
 
     @classmethod
     def load(cls, checkpoint, dtype, device):
@@ -63,15 +63,11 @@ class TextGenerator(Generator):
         mask = [[0] * (width - len(text)) + [1] * len(text) for text in prompts]
         return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
-    def draw(self, prompts, cache, guidance_scale, temperature, on_tokens):
-        inputs = self.prepare(prompts)
-        tokens = self.model.generate(
-            **inputs,
-            past_key_values=cache,
-            max_new_tokens=CELLS,
-            **call_settings(temperature, on_tokens, top_k=0),
-        )
-        return tokens[:, inputs["input_ids"].shape[1] :]
+    def call_arguments(self, inputs, sampling):
+        return {"max_new_tokens": CELLS, "top_k": 0}
+
+    def is_unconditional(self, num_prompts):
+        return torch.zeros(num_prompts, dtype=torch.bool)
 
     def to_images(self, tokens):
         return [Image.new("RGB", (8, 8)) for _ in tokens]
@@ -368,7 +364,7 @@ def test_a_model_built_otherwise_is_refused():
 def test_sums_are_means_of_what_was_measured():
     kl = torch.tensor([[0.0, 1.0, 2.0], [2.0, 3.0, 4.0]], dtype=torch.float64)
     result = Fidelity(
-        grid=(2, 2),
+        layout=ImageLayout((2, 2)),
         tokens=torch.zeros(2, 4, dtype=torch.long),
         budget=0.5,
         is_spatial=torch.tensor([[True, False]]),
@@ -385,10 +381,11 @@ def test_sums_are_means_of_what_was_measured():
     assert result.retained_by_kind("spatial") == pytest.approx(0.7)
     assert result.retained_by_kind("semantic") == pytest.approx(0.5)
     assert result.by_grid_row(kl.T).tolist() == [[0.5, 2.5], [2.0, 4.0]]
-    previewed = replace(result, grid=(1, 2), previews=((1, 1), (1, 1)))
-    assert previewed.by_grid_row(kl.T).tolist() == [[0.0, 2.0], [1.0, 3.0], [2.0, 4.0]]
-    assert replace(previewed, grid=(2, 1)).by_grid_row(kl.T).tolist() == kl.T.tolist()  # the last row has no step
-    assert Fidelity((2, 2), result.tokens[:1], 0.5, torch.tensor([[True, True]]), kl[:1], kl[:1] < 3,
+    drafted = replace(result, layout=ImageLayout((1, 2), ((1, 1), (1, 1))))
+    assert drafted.by_grid_row(kl.T).tolist() == [[0.0, 2.0], [1.0, 3.0], [2.0, 4.0]]
+    narrow = replace(result, layout=ImageLayout((2, 1), ((1, 1), (1, 1))))
+    assert narrow.by_grid_row(kl.T).tolist() == kl.T.tolist()  # the last row has no step
+    assert Fidelity(ImageLayout((2, 2)), result.tokens[:1], 0.5, torch.tensor([[True, True]]), kl[:1], kl[:1] < 3,
                     result.attention_error, result.retained).kl_standard_error is None  # fmt: skip
 
 
@@ -499,7 +496,7 @@ def test_parts_are_measured_on_the_images_of_one_batch(whole):
         assert torch.equal(result.tokens, whole[name].tokens)
         for field in ("kl", "attention_error", "retained"):  # float32 products of other batch sizes round otherwise
             torch.testing.assert_close(getattr(result, field), getattr(whole[name], field), rtol=1e-3, atol=1e-5)
-        assert (result.budget, result.grid) == (whole[name].budget, whole[name].grid)
+        assert (result.budget, result.layout) == (whole[name].budget, whole[name].layout)
         assert torch.equal(result.is_spatial, whole[name].is_spatial)
 
 
@@ -561,7 +558,7 @@ WRONG = [
     (["--head-map", "online"], "--head-map online: labels found while drawing are a policy"),
     (["--model", "./nowhere"], "no such folder"),
     (["--dtype", "int4"], "unknown dtype 'int4'"),
-    (["--device", "cuda:99"], "can not be used on this machine"),
+    (["--device", "cuda:99"], "cannot be used on this machine"),
 ]
 
 

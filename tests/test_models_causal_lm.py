@@ -18,7 +18,7 @@ HEAD_MAP = HeadMap(torch.tensor([[True, False], [False, True]]), GRID)
 TEXTS = ["a red circle", "a blue square and a circle"]
 
 
-def draw(model, cache, **settings):
+def generate(model, cache, **settings):
     torch.manual_seed(2)
     inputs = left_padded_prompts([5, 9])
     return model.generate(
@@ -29,15 +29,15 @@ def draw(model, cache, **settings):
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "phi3", "olmo2", "gemma"])
 def test_full_attention_is_dynamic_cache_at_a_full_budget_and_works_at_a_fifth(model_type):
     model = tiny_causal(model_type)
-    expected = draw(model, DynamicCache())
-    assert torch.equal(draw(model, SSDCache(HEAD_MAP, 1.0)), expected)
+    expected = generate(model, DynamicCache())
+    assert torch.equal(generate(model, SSDCache(HEAD_MAP, 1.0)), expected)
     cache = SSDCache(HEAD_MAP, 0.2, buffer=2)
-    assert not torch.equal(draw(model, cache), expected)
+    assert not torch.equal(generate(model, cache), expected)
     assert {store.num_slots for layer in cache.layers for store in layer.stores} == {19}
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "gemma"])
-def test_guidance_of_any_of_them_is_drawn_in_one_batch(model_type):
+def test_guidance_of_any_of_them_is_generated_in_one_batch(model_type):
     model = tiny_causal(model_type)
     inputs, negative = left_padded_prompts([5, 9]), left_padded_prompts([3, 3], seed=1)
     call = inputs | {"negative_prompt_ids": negative["input_ids"], "guidance_scale": 2.0, "do_sample": False}
@@ -50,7 +50,7 @@ def test_guidance_of_any_of_them_is_drawn_in_one_batch(model_type):
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
-def test_layers_of_sliding_attention_are_refused_before_anything_is_drawn(model_type):
+def test_layers_of_sliding_attention_are_refused_before_anything_is_generated(model_type):
     model = tiny_causal(
         model_type, sliding_window=16, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"]
     )
@@ -60,22 +60,22 @@ def test_layers_of_sliding_attention_are_refused_before_anything_is_drawn(model_
     with pytest.raises(
         ValueError, match="layer 0 attends a sliding window of 16 tokens, and prompt and picture are 105"
     ):
-        draw(model, SSDCache(HEAD_MAP, 0.3, buffer=2))
+        generate(model, SSDCache(HEAD_MAP, 0.3, buffer=2))
     assert model.config._attn_implementation == "ssd"
 
 
-def test_a_window_that_holds_the_whole_picture_never_slides():
+def test_a_window_that_holds_the_whole_image_never_slides():
     model = tiny_causal("mistral", sliding_window=105)
-    assert torch.equal(draw(model, SSDCache(HEAD_MAP, 1.0)), draw(model, DynamicCache()))
+    assert torch.equal(generate(model, SSDCache(HEAD_MAP, 1.0)), generate(model, DynamicCache()))
     with pytest.raises(ValueError, match="sliding window of 104 tokens"):
-        draw(tiny_causal("mistral", sliding_window=104), SSDCache(HEAD_MAP, 1.0))
+        generate(tiny_causal("mistral", sliding_window=104), SSDCache(HEAD_MAP, 1.0))
 
 
 def test_plain_tokens_with_a_count_for_a_budget():
     model = tiny_causal("llama")
     plain = HeadMap.online(num_layers=2, num_kv_heads=2, grid=(96, 1))
     with enable(model, plain, budget=24, buffer=4):
-        assert draw(model, None).shape == (2, 9 + 96)
+        assert generate(model, None).shape == (2, 9 + 96)
 
 
 def test_a_map_of_another_model_is_refused_by_both_roads():
@@ -84,7 +84,7 @@ def test_a_map_of_another_model_is_refused_by_both_roads():
         with enable(model, other):
             pass
     with pytest.raises(HeadMapError, match="3 layers, but the model used 2"):
-        draw(model, SSDCache(other))
+        generate(model, SSDCache(other))
 
 
 def encoder_and_decoder():
@@ -145,7 +145,7 @@ def test_a_stated_grid_makes_a_generator_of_any_of_them(folder):
     expected = generator.generate(TEXTS, DynamicCache(), seed=1)
     assert expected.shape == (2, 96)
     assert torch.equal(generator.generate(TEXTS, SSDCache(HEAD_MAP, 1.0), seed=1), expected)
-    with pytest.raises(GeneratorError, match="draws tokens, and ssd-cache can not decode them"):
+    with pytest.raises(GeneratorError, match="generates tokens, and ssd-cache cannot decode them"):
         generator.to_images(expected)
     with pytest.warns(UserWarning, match="plain tokens"):
         again = generator_of(generator.model, generator.processor, GRID)
@@ -153,8 +153,10 @@ def test_a_stated_grid_makes_a_generator_of_any_of_them(folder):
     assert (head_map.grid, head_map.model_type) == (GRID, "llama")
 
 
-def test_a_grid_is_for_models_that_draw_in_several_sizes():
-    with pytest.raises(GeneratorError, match="grid=\\(10, 10\\): model 'shapes-janus' draws 24 x 24 visual tokens"):
+def test_a_grid_is_for_models_that_generate_in_several_sizes():
+    with pytest.raises(
+        GeneratorError, match="grid=\\(10, 10\\): model 'shapes-janus' always generates 24 x 24 visual tokens"
+    ):
         find_generator("shapes-janus", grid=(10, 10))
     assert find_generator("shapes-janus", grid=(24, 24)).grid == (24, 24)
 
@@ -164,10 +166,10 @@ def test_a_grid_is_for_models_that_draw_in_several_sizes():
     [
         (AutoConfig.for_model("vit").to_dict(), "'vit', which is no causal language model of transformers"),
         (AutoConfig.for_model("chameleon").to_dict(), "'chameleon', which is no causal language model"),
-        ({"model_type": "nobody"}, "its config.json can not be read: .*nobody"),
+        ({"model_type": "nobody"}, "its config.json cannot be read: .*nobody"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "c.Config"}}, "code of its own.*grid=\\(rows, columns\\)"),
     ],
-    ids=["pictures in", "no causal head", "unknown type", "remote code"],
+    ids=["images in", "no causal head", "unknown type", "remote code"],
 )
 def test_a_grid_makes_no_generator_of_other_models(tmp_path, config, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -186,9 +188,9 @@ def test_a_configuration_that_names_no_kv_heads_has_one_for_each_query_head(mode
     torch.manual_seed(0)
     tokens = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, vocab_size=64, **tokens, **sizes)).eval()
-    expected = draw(model, DynamicCache())
+    expected = generate(model, DynamicCache())
     head_map = HeadMap(torch.tensor([[True, False, True, False]] * 2), GRID)
     with enable(model, head_map, budget=1.0):
-        assert torch.equal(draw(model, None), expected)
-        assert torch.equal(draw(model, SSDCache.online(model, 1.0, grid=GRID)), expected)
-        assert not torch.equal(draw(model, SSDCache(head_map, 0.2, buffer=2)), expected)
+        assert torch.equal(generate(model, None), expected)
+        assert torch.equal(generate(model, SSDCache.online(model, 1.0, grid=GRID)), expected)
+        assert not torch.equal(generate(model, SSDCache(head_map, 0.2, buffer=2)), expected)

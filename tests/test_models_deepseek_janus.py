@@ -1,6 +1,6 @@
 """DeepSeek's own `janus` package: its script's loop with an `SSDCache`, and ours, token for token.
 
-A small random `MultiModalityCausalLM` with its real processor and VQ decoder. Skipped where the package can not be
+A small random `MultiModalityCausalLM` with its real processor and VQ decoder. Skipped where the package cannot be
 imported; docs/models.md says how to have it. Not skipped: what is told to those who lack it.
 """
 
@@ -26,7 +26,7 @@ try:
 
     reason = ""
 except Exception as error:
-    reason = f"DeepSeek's janus package can not be imported ({error!r}); it is on GitHub alone, see docs/models.md"
+    reason = f"DeepSeek's janus package cannot be imported ({error!r}); it is on GitHub alone, see docs/models.md"
 needs_janus = pytest.mark.skipif(bool(reason), reason=reason)
 
 HIDDEN, LAYERS, HEADS = 32, 2, 4
@@ -75,7 +75,7 @@ def generator(folder):
 
 
 def run_script(generator, monkeypatch, tmp_path, cache=None, number=2):
-    """Tokens that the script's own `generate` draws, without its GPU; with a cache, after the two-line change."""
+    """Tokens that the script's own `generate` generates, without its GPU; with a cache, after the two-line change."""
     script = Path(theirs.__file__).parents[2] / "generation_inference.py"
     if not script.is_file():
         pytest.skip("DeepSeek's generation_inference.py is not beside their package")
@@ -105,7 +105,7 @@ def run_script(generator, monkeypatch, tmp_path, cache=None, number=2):
     return found[0].long()
 
 
-def draw(generator, cache=None, prompts=(PROMPT, PROMPT)):
+def generate(generator, cache=None, prompts=(PROMPT, PROMPT)):
     torch.manual_seed(3)
     return deepseek_janus.generate(generator.model, generator.processor, prompts, cache)
 
@@ -114,8 +114,8 @@ def draw(generator, cache=None, prompts=(PROMPT, PROMPT)):
 def test_the_loop_is_that_of_the_script(generator, monkeypatch, tmp_path):
     expected = run_script(generator, monkeypatch, tmp_path)
     assert expected.shape == (2, 576)
-    assert torch.equal(draw(generator), expected)
-    assert torch.equal(draw(generator, SSDCache(HEAD_MAP, 1.0)), expected)
+    assert torch.equal(generate(generator), expected)
+    assert torch.equal(generate(generator, SSDCache(HEAD_MAP, 1.0)), expected)
     assert torch.equal(run_script(generator, monkeypatch, tmp_path, SSDCache(HEAD_MAP, 1.0)), expected)
 
 
@@ -124,8 +124,8 @@ def test_the_script_takes_a_small_cache_after_two_lines(generator, monkeypatch, 
     cache = SSDCache(HEAD_MAP, 0.2)
     tokens = run_script(generator, monkeypatch, tmp_path, cache)
     assert {store.num_slots for layer in cache.layers for store in layer.stores} == {115}
-    assert torch.equal(draw(generator, SSDCache(HEAD_MAP, 0.2)), tokens)
-    assert not torch.equal(draw(generator), tokens)
+    assert torch.equal(generate(generator, SSDCache(HEAD_MAP, 0.2)), tokens)
+    assert not torch.equal(generate(generator), tokens)
 
 
 @needs_janus
@@ -134,8 +134,8 @@ def test_prompts_of_unequal_length_are_padded(generator):
     ids, mask = deepseek_janus.prepare(generator.model, generator.processor, prompts)
     assert mask is not None
     assert mask[2].sum() == mask[3].sum() < ids.shape[1]
-    expected = draw(generator, DynamicCache(), prompts)
-    assert torch.equal(draw(generator, SSDCache(HEAD_MAP, 1.0), prompts), expected)
+    expected = generate(generator, DynamicCache(), prompts)
+    assert torch.equal(generate(generator, SSDCache(HEAD_MAP, 1.0), prompts), expected)
 
 
 @needs_janus
@@ -158,5 +158,5 @@ def test_without_the_package_the_remedy_is_told(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "multi_modality"}))
     monkeypatch.setitem(sys.modules, "janus.models", None)
     monkeypatch.setitem(sys.modules, "janus", None)
-    with pytest.raises(GeneratorError, match="for DeepSeek's janus package, which can not be imported here"):
+    with pytest.raises(GeneratorError, match="for DeepSeek's janus package, which cannot be imported here"):
         find_generator(str(tmp_path))

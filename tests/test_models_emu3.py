@@ -5,7 +5,6 @@ A small random `Emu3ForConditionalGeneration` with its real processor and VQ, sa
 
 from __future__ import annotations
 
-import importlib
 import time
 
 import pytest
@@ -60,7 +59,7 @@ def test_the_configuration_tells_the_real_grid_and_a_grid_may_be_asked_for(folde
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_a_full_budget_draws_what_dynamic_cache_draws(generator, temperature):
+def test_a_full_budget_generates_what_dynamic_cache_generates(generator, temperature):
     expected = generator.generate(PROMPTS, DynamicCache(), temperature=temperature, seed=1)
     cache = SSDCache(HEAD_MAP, 1.0)
     assert torch.equal(generator.generate(PROMPTS, cache, temperature=temperature, seed=1), expected)
@@ -68,7 +67,7 @@ def test_a_full_budget_draws_what_dynamic_cache_draws(generator, temperature):
     assert cache.get_seq_length() > CELLS
 
 
-def test_a_small_budget_draws_whole_pictures_with_all_slots_bounded(generator):
+def test_a_small_budget_generates_whole_images_with_all_slots_bounded(generator):
     cache = SSDCache(HEAD_MAP, 10, buffer=2)
     tokens = generator.generate(PROMPTS, cache, seed=1)
     assert all(store.num_stored <= 10 for layer in cache.layers for store in layer.stores)
@@ -79,7 +78,7 @@ def test_a_small_budget_draws_whole_pictures_with_all_slots_bounded(generator):
     assert not torch.equal(tokens, generator.generate(PROMPTS, seed=1))
 
 
-def test_pictures_are_of_the_grids_size(generator):
+def test_images_are_of_the_grids_size(generator):
     images = generator.to_images(generator.generate(PROMPTS, seed=1))
     assert [image.size for image in images] == [(8 * WIDTH, 8 * HEIGHT)] * 2
     assert images[0].tobytes() != images[1].tobytes()
@@ -103,7 +102,7 @@ def test_guidance_in_one_batch_is_transformers_own(generator, negative, prompts)
     assert "generate" not in vars(generator.model)
 
 
-def test_the_picture_is_closed_as_the_grammar_says(generator):
+def test_the_image_is_closed_as_the_grammar_says(generator):
     call = user_call(generator)
     with enable(generator.model, HEAD_MAP, budget=0.3, buffer=2, num_recent=2):
         sequences = generator.model.generate(**call).sequences
@@ -112,18 +111,7 @@ def test_the_picture_is_closed_as_the_grammar_says(generator):
     assert sequences[:, -3:].tolist() == [closing] * 2
 
 
-def made_caches(monkeypatch):
-    made = []
-    monkeypatch.setattr(
-        importlib.import_module("ssd_cache.enabling"),
-        "SSDCache",
-        lambda *args, **kwargs: made.append(SSDCache(*args, **kwargs)) or made[-1],
-    )
-    return made
-
-
-def test_enable_holds_both_branches_in_one_small_cache(generator, monkeypatch):
-    made = made_caches(monkeypatch)
+def test_enable_holds_both_branches_in_one_small_cache(generator, made):
     with enable(generator.model, HEAD_MAP, budget=10, buffer=2):
         generator.model.generate(**user_call(generator, num_return_sequences=2, do_sample=True))
     _, cache = made
@@ -131,18 +119,17 @@ def test_enable_holds_both_branches_in_one_small_cache(generator, monkeypatch):
     assert cache.nbytes < 0.6 * cache.memory_stats().full_cache
 
 
-def test_a_call_without_guidance_and_one_for_text_are_left_alone(generator, monkeypatch):
+def test_a_call_without_guidance_and_one_for_text_are_left_alone(generator, made):
     call = user_call(generator, negative=None, guidance_scale=None)
     text = generator.prepare(PROMPTS) | {"max_new_tokens": 50, "do_sample": False}
     plain, said = generator.model.generate(**call).sequences, generator.model.generate(**text)
-    made = made_caches(monkeypatch)
     with enable(generator.model, HEAD_MAP, budget=1.0):
         assert torch.equal(generator.model.generate(**call).sequences, plain)
         assert torch.equal(generator.model.generate(**text), said)
-    assert [cache.get_seq_length() > 0 for cache in made] == [False, True]  # checked settings, drew; none for text
+    assert [cache.get_seq_length() > 0 for cache in made] == [False, True]  # one checked settings; text got none
 
 
-def test_what_guidance_can_not_double_is_refused(generator):
+def test_what_guidance_cannot_double_is_refused(generator):
     model = generator.model
     call = user_call(generator)
     with enable(model, HEAD_MAP, budget=1.0):
@@ -161,7 +148,7 @@ def test_what_guidance_can_not_double_is_refused(generator):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SSD 20%", "DynamicCache"])
 def test_full_length(name):
-    """8,190 tokens of one guided picture; prints bytes and time (`pytest -m slow -s -k full_length`)."""
+    """8,190 tokens of one guided image; prints bytes and time (`pytest -m slow -s -k full_length`)."""
     generator = generator_of(tiny := tiny_emu3(emu3_processor(), heads=8, hidden=256), emu3_processor())
     cache = SSDCache(HEAD_MAP.with_grid((90, 91)), 0.2) if name == "SSD 20%" else DynamicCache()
     marks = []

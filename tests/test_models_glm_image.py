@@ -1,11 +1,9 @@
-"""GLM-Image: M-RoPE, two rasters, left padding, and diffusers' own pipeline around the autoregressive part.
+"""GLM-Image: M-RoPE, two grids, left padding, and diffusers' own pipeline around the autoregressive part.
 
 Small random parts of the real classes with the real processors; the autoregressive part is saved and loaded back.
 """
 
 from __future__ import annotations
-
-import importlib
 
 import pytest
 import torch
@@ -20,7 +18,8 @@ from ssd_cache.bench.cases import Case
 from ssd_cache.bench.sizes import expected_bytes, held_bytes
 from ssd_cache.bench.subject import load_subject
 from ssd_cache.evaluation.fidelity import draw_fidelity, measure_fidelity
-from ssd_cache.models import GeneratorError, GlmImageGenerator, find_generator
+from ssd_cache.layout import ImageLayout
+from ssd_cache.models import GeneratorError, GlmImageGenerator, ResolvedSampling, find_generator
 
 PROMPTS = ["a photo of a red circle", "a blue square"]
 LABELS = torch.tensor([[True, False], [False, True]])
@@ -43,14 +42,14 @@ def generator(folder):
 def pipe(generator):
     pytest.importorskip("diffusers", reason="diffusers is not installed (pip install 'ssd-cache[diffusers]')")
     pipe = glm_image_pipeline(generator.model, generator.processor)
-    # diffusers 0.42.1 joins the features of all pictures, [channels, rows, columns] each, where transformers 5.23 takes
+    # diffusers 0.42.1 joins the features of all images, [channels, rows, columns] each, where transformers 5.23 takes
     # a list of them: image to image fails in that pair, whatever the cache. All but this line is as published.
     encoder, channels = pipe.vision_language_encoder, pipe.vision_language_encoder.config.vq_config.latent_channels
     encoder.get_image_tokens = lambda features, grids: encoder.model.get_image_tokens(features.split(channels))
     return pipe
 
 
-def draw(pipe, prompts, image=None):
+def generate(pipe, prompts, image=None):
     result = pipe(
         prompt=prompts,
         image=image,
@@ -63,24 +62,12 @@ def draw(pipe, prompts, image=None):
     return torch.tensor(result.images)
 
 
-@pytest.fixture
-def made(monkeypatch):
-    """Every cache that `enable` makes; the first one checks the settings."""
-    made = []
-    monkeypatch.setattr(
-        importlib.import_module("ssd_cache.enabling"),
-        "SSDCache",
-        lambda *args, **kwargs: made.append(SSDCache(*args, **kwargs)) or made[-1],
-    )
-    return made
-
-
 def test_what_the_configuration_tells(folder):
     checkpoint = find_generator(str(folder))
     assert checkpoint.family is GlmImageGenerator
-    assert (checkpoint.grid, checkpoint.previews) == ((36, 24), ((19, 13),))
+    assert checkpoint.layout == ImageLayout((36, 24), ((19, 13),))
     asked = find_generator(str(folder), grid=GRID)
-    assert (asked.grid, asked.previews, asked.num_visual_tokens) == (GRID, (PREVIEW,), CELLS)
+    assert (asked.layout, asked.num_visual_tokens) == (ImageLayout(GRID, (PREVIEW,)), CELLS)
     asked.check_head_map(HEAD_MAP)
 
 
@@ -89,10 +76,10 @@ def test_previews_are_the_processors_own(generator):
     for grid in [(36, 24), (24, 36), (32, 32), (16, 40)]:
         height, width = (32 * side for side in grid)
         *_, rows, columns = generator.processor._get_target_shape(height=height, width=width)
-        assert GlmImageGenerator.previews_of(grid) == ((rows, columns),)
+        assert GlmImageGenerator.layout_of(generator.checkpoint.config, grid).draft_grids == ((rows, columns),)
 
 
-def test_a_full_budget_draws_what_dynamic_cache_draws(generator):
+def test_a_full_budget_generates_what_dynamic_cache_generates(generator):
     assert (generator.prepare(PROMPTS)["attention_mask"] == 0).any()
     expected = generator.generate(PROMPTS, DynamicCache(), seed=1)
     assert expected.shape == (2, CELLS)
@@ -104,7 +91,7 @@ def test_a_full_budget_draws_what_dynamic_cache_draws(generator):
     assert {store.num_slots for layer in small.layers for store in layer.stores} == {slots}
 
 
-def test_prompts_drawn_together_are_those_drawn_alone(generator):
+def test_prompts_generated_together_are_those_generated_alone(generator):
     together = generator.generate(PROMPTS, SSDCache(HEAD_MAP, 0.3), temperature=0)
     for prompt, tokens in zip(PROMPTS, together, strict=True):
         assert torch.equal(generator.generate([prompt], SSDCache(HEAD_MAP, 0.3), temperature=0)[0], tokens)
@@ -112,14 +99,14 @@ def test_prompts_drawn_together_are_those_drawn_alone(generator):
 
 @pytest.mark.parametrize("prompts", [PROMPTS[0], PROMPTS], ids=["one prompt", "two, left-padded"])
 @pytest.mark.parametrize("has_image", [False, True], ids=["text to image", "image to image"])
-def test_diffusers_pipeline_draws_the_same_pixels_at_a_full_budget(pipe, made, prompts, has_image):
+def test_diffusers_pipeline_generates_the_same_pixels_at_a_full_budget(pipe, made, prompts, has_image):
     image = None
     if has_image:
-        pictures = [Image.new("RGB", (64, 96), color) for color in ("red", "blue")]
-        image = [pictures[0]] if isinstance(prompts, str) else [[picture] for picture in pictures]
-    plain = draw(pipe, prompts, image)
+        images = [Image.new("RGB", (64, 96), color) for color in ("red", "blue")]
+        image = images[:1] if isinstance(prompts, str) else [[each] for each in images]
+    plain = generate(pipe, prompts, image)
     with enable(pipe.vision_language_encoder, HeadMap(LABELS, (36, 24), previews=[(19, 13)]), budget=1.0):
-        full = draw(pipe, prompts, image)
+        full = generate(pipe, prompts, image)
     assert torch.equal(full, plain)
     _, cache = made
     wanted = (GRID, ()) if has_image else (GRID, (PREVIEW,))  # read from the call, not from the map
@@ -138,14 +125,14 @@ def attention_over(generator, prompts, tokens):
     of_prompt, _ = model.model.get_rope_index(
         ids, inputs["image_grid_thw"], inputs["images_per_sample"], attention_mask=mask
     )
-    of_picture = model.model._cached_decode_position_ids.permute(1, 0, 2)[..., : fed.shape[1]]
+    of_image = model.model._cached_decode_position_ids.permute(1, 0, 2)[..., : fed.shape[1]]
     model.set_attn_implementation({"text_config": "eager"})
     try:
         with torch.no_grad():
             attentions = model(
                 input_ids=torch.cat([ids, fed], dim=1),
                 attention_mask=torch.cat([mask, torch.ones_like(fed)], dim=1),
-                position_ids=torch.cat([of_prompt, of_picture], dim=2),
+                position_ids=torch.cat([of_prompt, of_image], dim=2),
                 output_attentions=True,
             ).attentions
     finally:
@@ -155,17 +142,17 @@ def attention_over(generator, prompts, tokens):
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    """Of a profiling run that draws once and then goes on from its sums."""
+    """Of a profiling run that generates once and then goes on from its sums."""
     state_file = tmp_path_factory.mktemp("profile") / "sums"
     return {"budget": 40, "buffer": 5, "num_sinks": 1, "progress": False, "state_file": state_file}
 
 
-def test_what_is_measured_of_heads_is_that_of_plain_loops_over_both_rasters(generator, settings):
+def test_what_is_measured_of_heads_is_that_of_plain_loops_over_both_grids(generator, settings):
     statistics = measure_heads(generator, PROMPTS, **settings)
-    assert (statistics.num_visual_tokens, statistics.num_before) == (CELLS, 22 * 11)
+    assert (statistics.num_visual_tokens, statistics.layout.num_draft_tokens) == (CELLS, 22 * 11)
     layers, num_prompt = attention_over(generator, PROMPTS, generator.generate(PROMPTS, DynamicCache()))
     compare(statistics, layers, num_prompt, GRID[1] + 1, "all")
-    again = measure_heads(generator, PROMPTS, **settings)  # from the file; nothing is left to draw
+    again = measure_heads(generator, PROMPTS, **settings)  # from the file; nothing is left to generate
     assert all(torch.equal(value, statistics.sums[name]) for name, value in again.sums.items())
 
 
@@ -181,7 +168,7 @@ def test_a_profiled_map_serves_enable(generator, settings, made):
     assert cache.get_seq_length() == cache.layers[0].num_prompt + CELLS - 1
 
 
-def test_fidelity_is_exact_where_nothing_is_evicted_and_goes_row_by_row_through_both_rasters(generator):
+def test_fidelity_is_exact_where_nothing_is_evicted_and_goes_row_by_row_through_both_grids(generator):
     caches = {"full": lambda: SSDCache(HEAD_MAP, 1.0), "small": lambda: SSDCache(HEAD_MAP, 60, buffer=10)}
     results = measure_fidelity(generator, PROMPTS[:1], caches)
     full, small = results["full"], results["small"]
@@ -197,13 +184,13 @@ def test_fidelity_is_exact_where_nothing_is_evicted_and_goes_row_by_row_through_
     by_row = small.by_grid_row(small.retained)
     assert len(by_row) == PREVIEW[0] + GRID[0]
     torch.testing.assert_close(by_row[21], small.retained[231:242].double().mean(0))  # the preview's last row
-    torch.testing.assert_close(by_row[22], small.retained[242:246].double().mean(0))  # the picture's first
+    torch.testing.assert_close(by_row[22], small.retained[242:246].double().mean(0))  # the image's first
     panel = draw_fidelity(results).axes[0]
     assert panel.get_xlim() == (0, PREVIEW[0] + GRID[0] - 1)
     assert "preview" in panel.get_xlabel()
 
 
-def test_the_bench_draws_one_row_a_picture_and_knows_its_bytes(folder):
+def test_the_bench_generates_one_row_a_image_and_knows_its_bytes(folder):
     subject = load_subject(str(folder), torch.float32, torch.device("cpu"), GRID)
     assert subject.length == subject.num_prompt + CELLS
     for case in (Case("DynamicCache"), Case("ssd", 0.5)):
@@ -215,9 +202,9 @@ def test_the_bench_draws_one_row_a_picture_and_knows_its_bytes(folder):
         assert cache.get_seq_length() == subject.length - 1
 
 
-def test_diffusers_pipeline_draws_with_a_fifth_of_the_tokens(pipe, made):
+def test_diffusers_pipeline_generates_with_a_fifth_of_the_tokens(pipe, made):
     with enable(pipe.vision_language_encoder, HEAD_MAP, budget=0.2):
-        images = draw(pipe, PROMPTS)
+        images = generate(pipe, PROMPTS)
     assert images.shape == (2, 32 * GRID[0], 32 * GRID[1], 3)
     assert {store.num_slots for layer in made[-1].layers for store in layer.stores} == {round(0.2 * CELLS)}
 
@@ -230,7 +217,7 @@ def test_a_pipeline_is_not_its_autoregressive_part(pipe):
 
 def test_a_pipelines_folder_is_told_what_to_do(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    with pytest.raises(GeneratorError, match="GlmImagePipeline; .*enable\\(pipe.vision_language_encoder, head_map"):
+    with pytest.raises(GeneratorError, match="is a diffusers pipeline: .*GLM-Image: vision_language_encoder"):
         find_generator(str(tmp_path))
 
 
@@ -245,7 +232,8 @@ def test_a_pipeline_without_an_autoregressive_part_is_refused(pipe):
 def test_what_is_not_done_for_glm_image_is_told(generator):
     with pytest.raises(GeneratorError, match="GlmImagePipeline"):
         generator.to_images(torch.zeros(1, CELLS, dtype=torch.long))
-    with pytest.raises(GeneratorError, match="guidance_scale=3.0: .* is not guided"):
+    with pytest.raises(GeneratorError, match="guidance_scale=3.0: .* has no guidance"):
         generator.generate(PROMPTS, guidance_scale=3.0)
+    assert generator.sampling(guidance_scale=1.0) == generator.checkpoint.sampling() == ResolvedSampling(1.0, 1.0, 0)
     with pytest.raises(ValueError, match="score='margin' goes by the columns of a single grid"):
         SSDCache(HEAD_MAP, score="margin")

@@ -1,11 +1,9 @@
-"""Janus set to "ssd" still answers about pictures, with every cache, and `enable` leaves such calls alone.
+"""Janus set to "ssd" still answers about images, with every cache, and `enable` leaves such calls alone.
 
-A small random Janus with its real processor, saved to a folder and loaded back; drawing is for test_models.py.
+A small random Janus with its real processor, saved to a folder and loaded back; generating is for test_models.py.
 """
 
 from __future__ import annotations
-
-import importlib
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ QUESTIONS = ["a photo of a red circle", "a square"]
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
-    """A model, and inputs that ask it about two pictures, left-padded."""
+    """A model, and inputs that ask it about two images, left-padded."""
     folder = write_checkpoint(tmp_path_factory.mktemp("janus"))
     processor = JanusProcessor.from_pretrained(folder)
     processor.image_processor.size = {"height": 16 * SIDE, "width": 16 * SIDE}
@@ -49,7 +47,7 @@ def expected(asked):
     text = answer(asked)
     black = inputs | {"pixel_values": torch.zeros_like(inputs["pixel_values"])}
     other = model.generate(**black, max_new_tokens=40, min_new_tokens=40, do_sample=False)
-    assert not torch.equal(text, other)  # it does look at the pictures
+    assert not torch.equal(text, other)  # it does look at the images
     return text
 
 
@@ -63,13 +61,7 @@ def test_a_model_that_stays_ssd_answers_as_before(asked, expected, make):
         model.set_attn_implementation({"text_config": "sdpa"})
 
 
-def test_enable_leaves_text_to_the_models_own_cache(asked, expected, monkeypatch):
-    made = []
-    monkeypatch.setattr(
-        importlib.import_module("ssd_cache.enabling"),
-        "SSDCache",
-        lambda *args, **kwargs: made.append(SSDCache(*args, **kwargs)) or made[-1],
-    )
+def test_enable_leaves_text_to_the_models_own_cache(asked, expected, made):
     model, _ = asked
     with enable(model, head_map(), budget=12, buffer=2):
         assert torch.equal(answer(asked), expected)

@@ -15,7 +15,8 @@ from transformers import DynamicCache, GlmImageConfig
 
 from ssd_cache import HeadMap, SSDCache
 from ssd_cache.bench import SHAPES
-from ssd_cache.models import FAMILIES, Checkpoint, Emu3Generator, find_generator, generator_of
+from ssd_cache.models import FAMILIES, Checkpoint, find_generator, generator_of
+from ssd_cache.models.causal_lm import CausalLMGenerator
 
 DOCS = Path(__file__).parents[1] / "docs" / "models.md"
 PROMPTS = ["a red circle", "a blue square and a circle"]
@@ -32,7 +33,7 @@ def family(request, tmp_path_factory):
     generator = find_generator(str(folder), GRIDS[name]).load()
     assert (generator.prepare(PROMPTS)["attention_mask"] == 0).any()  # left-padded
     checkpoint = generator.checkpoint
-    labels = HeadMap(torch.tensor([[True, False], [False, True]]), checkpoint.grid, previews=checkpoint.previews)
+    labels = HeadMap(torch.tensor([[True, False], [False, True]])).with_layout(checkpoint.layout)
     return name, generator, labels
 
 
@@ -43,7 +44,7 @@ def test_budget_1_is_dynamic_cache_bit_for_bit(family):
     assert torch.equal(generator.generate(PROMPTS, SSDCache(labels, 1.0), seed=1), expected)
 
 
-def test_a_fifth_draws_whole_pictures(family):
+def test_a_fifth_generates_whole_images(family):
     _, generator, labels = family
     cells = generator.checkpoint.num_visual_tokens
     cache = SSDCache(labels, 0.2, buffer=2)
@@ -65,7 +66,7 @@ def test_prompts_padded_on_the_left_are_those_alone(family):
         assert torch.equal(generator.generate([prompt], SSDCache(labels, 0.3, buffer=2), temperature=0)[0], tokens)
 
 
-def test_layers_on_several_devices_draw_the_same(family, tmp_path):
+def test_layers_on_several_devices_generate_the_same(family, tmp_path):
     """The second one is a disk: accelerate brings a layer from there for each step."""
     pytest.importorskip("accelerate")
     name, generator, labels = family
@@ -95,13 +96,13 @@ def test_layers_on_several_devices_draw_the_same(family, tmp_path):
         ("GLM-Image, 1024 x 1024 pixels", GlmImageConfig(), (32, 32), 1),
     ],
 )
-def test_bytes_of_a_picture(name, config, grid, num_rows):
+def test_bytes_of_a_image(name, config, grid, num_rows):
     """The row of docs/models.md, from the configuration of the real size."""
-    checkpoint = Checkpoint(name, "", config, FAMILIES.get(config.model_type, Emu3Generator), grid)
+    checkpoint = Checkpoint(name, "", config, FAMILIES.get(config.model_type, CausalLMGenerator), grid)
     text = config.get_text_config(decoder=True)
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     uniform = HeadMap.uniform("semantic", num_layers=checkpoint.num_layers, num_kv_heads=checkpoint.num_kv_heads)
-    cache = SSDCache(uniform.with_grid(grid, checkpoint.previews), 0.2)
+    cache = SSDCache(uniform.with_layout(checkpoint.layout), 0.2)
     slots = sum(slots for layer in cache.layers for slots in layer.plan.num_slots)
     of_slot = 2 * size * 2 * num_rows  # K and V, bfloat16
     full = checkpoint.num_layers * checkpoint.num_kv_heads * checkpoint.num_visual_tokens * of_slot

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from janus_pipeline import janus_pipeline
 from tiny_checkpoint import head_map, write_checkpoint
 
-from ssd_cache import SSDCache, enable
+from ssd_cache import enable
 
 PROMPTS = ["a photo of a red circle", "a photo of three squares", "a photo of a circle left of a triangle"]
 SETTINGS = {"budget": 30, "buffer": 4, "num_recent": 4}
@@ -21,7 +19,7 @@ def pipe(tmp_path_factory):
         yield made
 
 
-def draw(pipe, prompts):
+def generate(pipe, prompts):
     torch.manual_seed(0)
     return pipe(prompts, generation_mode="image")
 
@@ -31,16 +29,10 @@ def draw(pipe, prompts):
     [(PROMPTS[0], 1), (PROMPTS[:1], 1), (PROMPTS, 1), ([{"text": prompt} for prompt in PROMPTS], 3)],
     ids=["one", "list of one", "list in one batch", "one call each"],
 )
-def test_every_call_of_a_pipeline_gets_a_cache_of_its_own(pipe, prompts, num_calls, monkeypatch):
-    made = []
-    monkeypatch.setattr(
-        importlib.import_module("ssd_cache.enabling"),
-        "SSDCache",
-        lambda *args, **kwargs: made.append(SSDCache(*args, **kwargs)) or made[-1],
-    )
+def test_every_call_of_a_pipeline_gets_a_cache_of_its_own(pipe, prompts, num_calls, made):
     with enable(pipe.model, head_map(), **SETTINGS):
-        results = draw(pipe, prompts)
-        again = draw(pipe, prompts)
+        results = generate(pipe, prompts)
+        again = generate(pipe, prompts)
     number = len(prompts) if isinstance(prompts, list) else 1
     assert len(results) == number
     used = [cache for cache in made if cache.get_seq_length()]  # the first was made to check the settings
@@ -54,8 +46,8 @@ def test_every_call_of_a_pipeline_gets_a_cache_of_its_own(pipe, prompts, num_cal
 
 
 def test_a_full_budget_changes_no_pixel(pipe):
-    plain = draw(pipe, PROMPTS[0])[0]["generated_image"]
+    plain = generate(pipe, PROMPTS[0])[0]["generated_image"]
     with enable(pipe.model, head_map(), budget=1.0):
-        assert draw(pipe, PROMPTS[0])[0]["generated_image"].tobytes() == plain.tobytes()
+        assert generate(pipe, PROMPTS[0])[0]["generated_image"].tobytes() == plain.tobytes()
     with enable(pipe.model, head_map(), budget=10, buffer=2):
-        assert draw(pipe, PROMPTS[0])[0]["generated_image"].tobytes() != plain.tobytes()
+        assert generate(pipe, PROMPTS[0])[0]["generated_image"].tobytes() != plain.tobytes()

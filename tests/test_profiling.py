@@ -26,7 +26,6 @@ from safetensors.torch import load_file
 from tiny_checkpoint import write_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from ssd_cache import HeadMap, SSDCache, profile_heads
@@ -35,7 +34,7 @@ from ssd_cache.analysis.plotting import to_png
 from ssd_cache.analysis.sensitivity import draw_halves, draw_maps, draw_sensitivity, rows_agreement, vary_labels
 from ssd_cache.cache.eviction import select_victims
 from ssd_cache.cli import app
-from ssd_cache.layout import count_cells
+from ssd_cache.layout import ImageLayout
 from ssd_cache.models import GeneratorError, find_generator
 from ssd_cache.profiling import measuring
 from ssd_cache.profiling.allocation import allocate_budgets, fit_heads, retained_attention
@@ -51,10 +50,9 @@ from ssd_cache.profiling.labels import (
 from ssd_cache.profiling.measuring import measure_heads, weights_sha256
 from ssd_cache.profiling.observing import HeadObserver, evict
 from ssd_cache.profiling.profiling import check_profiling
-from ssd_cache.profiling.recorder import RecordingCache
+from ssd_cache.profiling.recorder import CHUNK, RecordingCache
 from ssd_cache.profiling.state import load_state, save_state
 from ssd_cache.profiling.statistics import HeadStatistics, Level, resolve_levels, widest_window
-from ssd_cache.profiling.watching_cost import watching_cost
 from ssd_cache.runs import batching
 from ssd_cache.runs.run_state import ProfilingError
 
@@ -76,12 +74,13 @@ def generator(folder):
 
 
 @pytest.mark.parametrize(
-    ("grid", "previews"), [((4, 5), []), ((5, 3), []), ((1, 9), []), ((4, 3), [(2, 2), (1, 4)]), ((1, 4), [(3, 2)])]
+    ("grid", "drafts"), [((4, 5), []), ((5, 3), []), ((1, 9), []), ((4, 3), [(2, 2), (1, 4)]), ((1, 4), [(3, 2)])]
 )
 @pytest.mark.parametrize("num_queries_short", [1, 0])
-def test_sums_equal_plain_loops_over_made_up_attention(grid, previews, num_queries_short):
+def test_sums_equal_plain_loops_over_made_up_attention(grid, drafts, num_queries_short):
+    layout = ImageLayout(grid, drafts)
     rows, heads, groups, num_prompt = 3, 2, 2, 2
-    cells, columns, before = count_cells(grid, previews), grid[1], count_cells((0, 0), previews)
+    cells, columns, before = layout.num_tokens, grid[1], layout.num_draft_tokens
     queries = cells - num_queries_short
     levels = [Level(6, 3, 2, 1), Level(5, 1, 2), Level(4, 4, 0), Level(7, 2, 3, 2), Level(cells, 3, 2)]
     logits = 2 * torch.randn(rows, heads, groups, queries, num_prompt + queries)
@@ -89,7 +88,7 @@ def test_sums_equal_plain_loops_over_made_up_attention(grid, previews, num_queri
     mask = torch.ones(queries, queries).triu(1).bool()
     logits[..., num_prompt:] = logits[..., num_prompt:].masked_fill(mask, -torch.inf)
     weights = logits.softmax(-1)
-    observer = HeadObserver(grid, 1, heads, levels, torch.tensor([False, True, True]), previews=previews)
+    observer = HeadObserver(layout, 1, heads, levels, torch.tensor([False, True, True]))
     starts = sorted({0, *range(before % columns, queries, columns)})
     for first, stop in itertools.pairwise([*starts, queries]):
         for part in (slice(0, 2), slice(2, 3)):
@@ -97,18 +96,18 @@ def test_sums_equal_plain_loops_over_made_up_attention(grid, previews, num_queri
     statistics = observer.finish()
     assert statistics.num_pictures == 1
     for branch, part in (("all", slice(0, 3)), ("conditional", slice(0, 1)), ("unconditional", slice(1, 3))):
-        compare(statistics, [weights[part]], num_prompt, resolve_window(grid, None, previews), branch)
-    for window in (1, widest_window(grid, previews)) if previews else (1, 2 * columns, queries - 1):
+        compare(statistics, [weights[part]], num_prompt, resolve_window(layout, None), branch)
+    for window in (1, widest_window(layout)) if drafts else (1, 2 * columns, queries - 1):
         compare(statistics, [weights], num_prompt, window, "all")
 
 
 def test_sums_equal_a_recomputation_from_eager_attention():
-    model, grid = tiny_janus(grid_side=6), (6, 6)
+    model, layout = tiny_janus(grid_side=6), ImageLayout((6, 6))
     inputs = left_padded_prompts((5, 8, 3))
-    levels = resolve_levels(grid, 12, [20, 9], buffer=4, num_recent=0.25, num_sinks=1)
+    levels = resolve_levels(layout, 12, [20, 9], buffer=4, num_recent=0.25, num_sinks=1)
     assert [level.num_slots for level in levels] == [12, 9, 20]
-    observer = HeadObserver(grid, 2, 2, levels, torch.arange(6) >= 3)
-    cache = RecordingCache(grid, 2, 2, observer)
+    observer = HeadObserver(layout, 2, 2, levels, torch.arange(6) >= 3)
+    cache = RecordingCache(layout, 2, 2, observer)
     tokens = model.generate(**inputs, generation_mode="image", guidance_scale=3.0, do_sample=True, **{CACHE: cache})
     cache.finish()
     # the same rows once more, all at once, with attention weights handed out
@@ -151,9 +150,9 @@ def test_tokens_held_on_paper_are_those_that_the_cache_holds():
             layer.self_attn.o_proj.weight.zero_()  # so that what a cache drops changes no query and no key
     inputs = left_padded_prompts((5, 8, 3))
     settings = {"buffer": 5, "num_recent": 0.25}
-    levels = resolve_levels(grid, 14, **settings)
-    observer = HeadObserver(grid, 2, 2, levels, torch.arange(6) >= 3)
-    watching = RecordingCache(grid, 2, 2, observer)
+    levels = resolve_levels(ImageLayout(grid), 14, **settings)
+    observer = HeadObserver(ImageLayout(grid), 2, 2, levels, torch.arange(6) >= 3)
+    watching = RecordingCache(ImageLayout(grid), 2, 2, observer)
     caches = {}
     for kind in ("semantic", "spatial"):
         head_map = HeadMap.uniform(kind, num_layers=2, num_kv_heads=2, grid=grid)
@@ -208,22 +207,12 @@ class LiveBytes(TorchDispatchMode):
             self.now -= self.sizes.pop(key)
 
 
-def sizes_of(layers, heads, head_dim):
-    return LlamaConfig(
-        hidden_size=heads * head_dim,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=head_dim,
-    )
-
-
-@pytest.mark.parametrize("previews", [[], [(6, 48)]])
-def test_the_cost_of_watching_is_that_of_the_tensors(previews):
-    heads, dim, rows, prompt, grid, levels = 3, 32, 12, 6, (24, 24), [0.1]
-    followed, num_fed = resolve_levels(grid, 0.2, levels, previews=previews), count_cells(grid, previews) - 1
-    observer = HeadObserver(grid, 1, heads, followed, torch.arange(rows) >= 6, previews=previews)
-    cache = RecordingCache(grid, 1, heads, observer, previews=previews)
+@pytest.mark.parametrize("drafts", [(), ((6, 48),)])
+def test_recording_holds_little_beside_the_full_cache(drafts):
+    heads, dim, rows, prompt, layout = 3, 32, 12, 6, ImageLayout((24, 24), drafts)
+    levels, num_fed = resolve_levels(layout, 0.2, [0.1]), layout.num_tokens - 1
+    observer = HeadObserver(layout, 1, heads, levels, torch.arange(rows) >= 6)
+    cache = RecordingCache(layout, 1, heads, observer)
     (layer,) = cache.layers
     states, live = torch.randn(rows, heads, prompt + num_fed, dim), LiveBytes()
     layer.update(states[:, :, :prompt], states[:, :, :prompt])
@@ -233,31 +222,20 @@ def test_the_cost_of_watching_is_that_of_the_tensors(previews):
         layer.attend(states[:, :, token : token + 1], keys, values, 0.2, 0.0)
     with live:
         cache.finish()
-    sizes = {"num_rows": rows, "num_prompt": prompt, "num_levels": 2}
-    cost = watching_cost(sizes_of(1, heads, dim), grid, previews=previews, **sizes)
-    assert layer.keys.nbytes + layer.values.nbytes == cost.full_cache
-    assert cache.recording_nbytes + observer.nbytes == cost.held
-    assert 3 * sum(value.nbytes for value in observer.finish().sums.values()) == cost.sums
-    # a bound, and not an idle one; softmax weights of all rows at once would be 12 rows' of them three times
-    assert cost.moment / 2 < live.peak <= cost.moment
-
-
-def test_watching_costs_under_a_tenth_of_the_full_cache():
-    shapes_janus = {"config": sizes_of(6, 6, 32), "num_prompt": 15}
-    pro_1b = {"config": sizes_of(24, 16, 128), "num_prompt": 30, "itemsize": 2}
-    for model, num_pictures in ((shapes_janus, 16), (pro_1b, 4), (pro_1b | {"on_gpu": True}, 4)):
-        for batch in (num_pictures, 4 * num_pictures):
-            assert watching_cost(grid=(24, 24), num_rows=2 * batch, **model).share < 0.1
-    # in smaller batches what does not grow with them is more than a tenth, and bounded all the same
-    for model, enough, most in ((shapes_janus, 16, 14e6), (pro_1b, 4, 65e6), (pro_1b | {"on_gpu": True}, 4, 65e6)):
-        for batch in range(1, enough):
-            cost = watching_cost(grid=(24, 24), num_rows=2 * batch, **model)
-            assert cost.held + cost.sums + cost.moment < most
+    # for each row: positions; for each of its heads: the queries of a grid row, and one number a level and cell
+    of_row = 4 * (num_fed + 1) + 4 * heads * (24 * dim + 2 * (num_fed + 1))
+    assert rows * of_row <= cache.recording_nbytes + observer.nbytes < 1.01 * rows * of_row
+    # a chunk of softmax weights with its copies, then sums in float64; not the weights of all rows at once
+    weights_of_row = 4 * heads * 24 * (prompt + num_fed + 1)
+    chunk = max(weights_of_row, 4 * CHUNK)
+    assert live.peak <= chunk + max(2.5 * chunk, 13 * weights_of_row)
 
 
 def test_a_watching_cache_serves_one_batch():
     model = tiny_janus(grid_side=3)
-    cache = RecordingCache((2, 2), 2, 2, HeadObserver((2, 2), 2, 2, resolve_levels((2, 2), 1.0), torch.arange(2) > 0))
+    layout = ImageLayout((2, 2))
+    observer = HeadObserver(layout, 2, 2, resolve_levels(layout, 1.0), torch.arange(2) > 0)
+    cache = RecordingCache(layout, 2, 2, observer)
     with pytest.raises(ValueError, match="after the 4 of the grid"):
         model.generate(**left_padded_prompts((6,)), generation_mode="image", guidance_scale=3.0, **{CACHE: cache})
 
@@ -337,7 +315,7 @@ def test_budgets_are_shared_out_from_what_was_measured(planted):
 def filled(seed, grid=(4, 5), pictures=2, previews=()):
     """Statistics with made-up sums."""
     generator = torch.Generator().manual_seed(seed)
-    statistics = HeadStatistics(grid, 2, 3, [Level(8, 2, 2), Level(12, 2, 2)], previews=previews)
+    statistics = HeadStatistics(ImageLayout(grid, previews), 2, 3, [Level(8, 2, 2), Level(12, 2, 2)])
     for value in statistics.sums.values():
         value.copy_(torch.rand(value.shape, generator=generator, dtype=torch.float64))
     statistics.num_pictures = pictures
@@ -363,8 +341,8 @@ def test_statistics_add_up_and_come_back_from_their_state():
 
 def test_after_a_preview_windows_stay_within_the_picture():
     statistics = filled(0, previews=[(3, 7)])
-    assert resolve_window(statistics.grid, None, statistics.previews) == 6  # a row of the picture and one
-    assert resolve_window((2, 5), None, [(3, 7)]) == 6  # the last of two rows sees the first, and no more
+    assert resolve_window(statistics.layout, None) == 6  # a row of the picture and one
+    assert resolve_window(ImageLayout((2, 5), ((3, 7),)), None) == 6  # the last of two rows sees the first, and no more
     assert statistics.window_mass(11).shape == (2, 3)
     with pytest.raises(ValueError, match="window=12 reaches into the preview for some queries: give at most 11"):
         statistics.window_mass(12)
@@ -373,7 +351,7 @@ def test_after_a_preview_windows_stay_within_the_picture():
     tried = [variant.value for variant in vary_labels(statistics) if variant.setting == "window"]
     assert tried == [2, 3, 6, 11]  # 16 and 21 would reach too far
     both = statistics + filled(1, previews=[(3, 7)])
-    assert both.empty().num_before == 21
+    assert both.empty().layout.num_draft_tokens == 21
     retained = both.retained("spatial", 8).maximum(both.retained("semantic", 8)).mean().item()
     of_picture = (32 * retained + 8) / 40  # of 21 + 20 tokens all but the last are queries, and 8 of them evict nothing
     assert retained_attention(both, 8) == pytest.approx(of_picture, rel=1e-6)
@@ -588,7 +566,7 @@ def test_a_model_whose_queries_do_not_arrive_is_refused(folder, monkeypatch):
 
 def test_a_grid_that_the_model_does_not_draw_is_refused(folder, monkeypatch):
     generator = find_generator(str(folder)).load()
-    monkeypatch.setattr(type(generator), "grid_of", staticmethod(lambda config: (9, 9)))
+    monkeypatch.setattr(type(generator), "layout_of", staticmethod(lambda *_: ImageLayout((9, 9))))
     with pytest.raises(ProfilingError, match="drew 64 visual tokens, but its grid is 9 x 9"):
         profile_heads(generator, PROMPTS, progress=False, budget=30, buffer=4)
 
@@ -611,7 +589,7 @@ def test_a_grid_that_the_model_does_not_draw_is_refused(folder, monkeypatch):
 )
 def test_settings_out_of_range_are_refused_alike_before_and_in_the_run(generator, settings, message):
     with pytest.raises(ValueError, match=message):
-        check_profiling((8, 8), **{"budget": 0.4, **settings})
+        check_profiling(ImageLayout((8, 8)), **{"budget": 0.4, **settings})
     with pytest.raises(ValueError, match=message):
         profile_heads(generator, PROMPTS, progress=False, **{"budget": 0.4, **settings})
 
@@ -627,7 +605,7 @@ def test_settings_out_of_range_are_refused_alike_before_and_in_the_run(generator
 )
 def test_small_fractions_are_measured_at_the_least_slots_that_a_cache_holds(grid, settings):
     with pytest.warns(UserWarning, match=r"level 0.03 is") as warned:
-        levels = resolve_levels(grid, 1.0, [0.03, 0.99], **settings)
+        levels = resolve_levels(ImageLayout(grid), 1.0, [0.03, 0.99], **settings)
     least = min(level.num_slots for level in levels)
     assert f"{least} slots are measured instead" in str(warned[0].message)
     own = HeadMap.uniform("semantic", num_layers=1, num_kv_heads=1, grid=grid)

@@ -4,7 +4,7 @@ It reads its own arguments and loads the head map. ssd_cache.enable and the mode
 """
 
 from ssd_cache import HeadMap, enable
-from ssd_cache.model_grids import grids_of_model
+from ssd_cache.model_grids import layout_of_model
 
 SETTINGS = ("budget", "slots", "buffer", "num_recent", "num_sinks", "score", "kv_dtype")
 """Arguments of `ssd_cache.SSDCache`, which has their defaults."""
@@ -28,7 +28,7 @@ def generate(model, head_map=None, grid=None, **kwargs):
     if head_map is None:
         raise ValueError(
             "no head map: give head_map='user/head-map' (a Hub repository, a folder or a file), or head_map='online' "
-            "to let the cache label the heads while it draws"
+            "to let the cache label the heads while it generates"
         )
     for name in ("cache", "past_key_values"):  # the name since transformers 5.24, and the older one
         if kwargs.get(name) is not None:
@@ -39,7 +39,7 @@ def generate(model, head_map=None, grid=None, **kwargs):
     if head_map == "online":
         config = model.config.get_text_config(decoder=True)
         shape = {"num_layers": config.num_hidden_layers, "num_kv_heads": config.num_key_value_heads}
-        head_map = HeadMap.online(**shape).with_grid(*grids_of_model(model.config, grid))
+        head_map = HeadMap.online(**shape).with_layout(layout_of_model(model.config, grid))
     elif not isinstance(head_map, HeadMap):
         head_map = HeadMap.from_pretrained(head_map)
     settings = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}

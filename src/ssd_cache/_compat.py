@@ -15,18 +15,13 @@ OLDEST, NEXT = (5, 18), (5, 25)
 """The first version on which the tests pass, and the first untested one; pyproject.toml has the same limits."""
 
 
-def release(version: str) -> tuple[int, int]:
+def release(version: str) -> tuple[int, ...]:
     """The first two numbers of a version."""
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
+    return tuple(map(int, version.split(".")[:2]))
 
 
 def check_transformers(version: str) -> None:
-    """Refuse a version outside the range.
-
-    Raises:
-        ImportError: with the version found, the range, and the remedy.
-    """
+    """Raise ImportError for a version outside the range."""
     if not OLDEST <= release(version) < NEXT:
         oldest, following = (".".join(map(str, end)) for end in (OLDEST, NEXT))
         raise ImportError(
@@ -49,8 +44,10 @@ CACHE = CACHE_NAMES[release(transformers.__version__) >= (5, 24)]
 
 def take_cache(arguments: dict[str, Any]) -> Any:
     """Remove the cache from a forward's keyword arguments, under either name, and return it; None if there is none."""
-    found = [arguments.pop(name, None) for name in CACHE_NAMES]
-    return next((cache for cache in found if cache is not None), None)
+    cache = find_cache(arguments)
+    for name in CACHE_NAMES:
+        arguments.pop(name, None)
+    return cache
 
 
 def find_cache(arguments: dict[str, Any]) -> Any:

@@ -7,9 +7,11 @@ at the end, also after an exception. It does not touch classes or other models.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ContextDecorator, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -23,7 +25,7 @@ from ssd_cache.decode.generate_calls import bind_call, call_setting, check_call_
 from ssd_cache.decode.guidance import batched_guidance
 from ssd_cache.decode.patching import Block, Patch, current_flow, innermost, patched
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.models.base import Generator, find_head_map
+from ssd_cache.models.checkpoint import find_head_map
 from ssd_cache.models.find import family_of
 
 
@@ -54,8 +56,7 @@ class enable(ContextDecorator):
         HeadMapError: there is no map of that name, the map does not fit the model's configuration, or the processes of
             a tensor parallel model were given different maps or settings.
         ValueError: a setting is out of range, or the model has layers with sliding window attention; raised before
-            anything is generated. Inside the block: a call sets `cache_implementation`, `use_cache=False` or continuous
-            batching.
+            anything is generated. Inside the block: a call sets `cache_implementation` or `use_cache=False`.
         RuntimeError: inside the block, several blocks are open and the calling thread entered none of them.
 
     Example:
@@ -78,17 +79,17 @@ class enable(ContextDecorator):
         SSDCache(head_map, **settings)  # refuse bad settings now, not in the middle of a pipeline
         head_map.check_fits(type(own).__name__, *decoder_shape(own.config.get_text_config(decoder=True)))
         head_map.check_made_for(own.name_or_path)
-        self._made = _Made(own, head_map, settings)
+        self._stats: deque[MemoryStats] = deque(maxlen=1)
+        self._open = partial(_EnableBlock, model=own, head_map=head_map, settings=settings, stats=self._stats)
         self._entered: list[tuple[object, ExitStack]] = []
 
     def __enter__(self) -> PreTrainedModel:
-        model, block = self._made.model, _EnableBlock(made=self._made)
+        block = self._open()
         with ExitStack() as stack:
-            stack.enter_context(ssd_attention(model))
+            stack.enter_context(ssd_attention(block.model))
             if self.fast:
-                stack.enter_context(fast_decode(model))
-            stack.enter_context(patched(model, "init_continuous_batching", _NoContinuousBatching, block))
-            stack.enter_context(patched(model, "generate", _GenerateWithCache, block))
+                stack.enter_context(fast_decode(block.model))
+            stack.enter_context(patched(block.model, "generate", _GenerateWithCache, block))
             self._entered.append((block.flow, stack.pop_all()))
         return self.model
 
@@ -106,27 +107,19 @@ class enable(ContextDecorator):
         Raises:
             RuntimeError: no call that generates images has finished yet.
         """
-        if self._made.stats is None:
-            raise RuntimeError("no generate call has made images inside this block yet, so there are no bytes to tell")
-        return self._made.stats
-
-
-class _Made:
-    """State shared by the calls of a block: the settings for their caches, and the bytes of the last cache."""
-
-    def __init__(self, model: PreTrainedModel, head_map: HeadMap, settings: Mapping[str, Any]):
-        self.model, self.head_map, self.settings = model, head_map, settings
-        self.family: type[Generator] = family_of(model.config)
-        self.stats: MemoryStats | None = None
-
-    def cache_for(self, call: Mapping[str, Any]) -> SSDCache:
-        grid, previews = self.family.rasters_of_call(call) or (self.head_map.grid, self.head_map.previews)
-        return SSDCache(self.head_map.with_grid(grid, previews), **self.settings)
+        if not self._stats:
+            raise RuntimeError("no generate call inside this block has generated images yet")
+        return self._stats[0]
 
 
 @dataclass(eq=False, kw_only=True)
 class _EnableBlock(Block):
-    made: _Made
+    """What the calls inside a block need. It holds no reference to `enable`, so an abandoned block can be collected."""
+
+    model: PreTrainedModel
+    head_map: HeadMap
+    settings: dict[str, Any]
+    stats: deque[MemoryStats]
 
 
 class _GenerateWithCache(Patch):
@@ -136,29 +129,18 @@ class _GenerateWithCache(Patch):
         block = innermost(self.owners, "enable")
         if block is None:
             return self.inner(*args, **kwargs)
-        made, call = block.made, bind_call(self.target, self.inner, args, kwargs)
+        call, family = bind_call(self.target, self.inner, args, kwargs), family_of(block.model.config)
         ids = call.get("inputs") if call.get("input_ids") is None else call["input_ids"]
         seen = {**call, "input_ids": ids}  # the prompt may come as `inputs` or `input_ids`
-        if find_cache(call) is not None or not made.family.draws(seen):
+        if find_cache(call) is not None or not family.generates_images(seen):
             return self.inner(*args, **kwargs)
-        check_call_keeps_cache(made.model, call)
-        cache = call[CACHE] = made.cache_for(seen)
-        with nullcontext() if made.family.own_guidance else _take_guidance(made.model, call, cache):
+        check_call_keeps_cache(block.model, call)
+        layout = family.layout_of_call(seen) or block.head_map.layout
+        cache = call[CACHE] = SSDCache(block.head_map.with_layout(layout), **block.settings)
+        with nullcontext() if family.has_own_guidance else _take_guidance(block.model, call, cache):
             output = self.inner(**call)
-        made.stats = cache.memory_stats()
+        block.stats.append(cache.memory_stats())
         return output
-
-
-class _NoContinuousBatching(Patch):
-    """Replacement for the entry point of `generate_batch` that raises ValueError inside the block."""
-
-    def __call__(self, *args, **kwargs):
-        if not self.owners:
-            return self.inner(*args, **kwargs)
-        raise ValueError(
-            "generate_batch (continuous batching) works on a paged cache of its own, so that SSDCache cannot serve it: "
-            "call generate, or leave the `enable` block first"
-        )
 
 
 def _take_guidance(model: PreTrainedModel, call: dict[str, Any], cache: SSDCache) -> AbstractContextManager:
@@ -169,11 +151,6 @@ def _take_guidance(model: PreTrainedModel, call: dict[str, Any], cache: SSDCache
     beams = call_setting(model, call, "num_beams") or 1
     if beams > 1:
         raise ValueError(f"num_beams={beams} with guidance_scale={scale}: generate guided images with num_beams=1")
-    if call_setting(model, call, "prefill_chunk_size") is not None:
-        raise ValueError(
-            f"prefill_chunk_size with guidance_scale={scale}: guidance takes a prompt whole, then token by token; "
-            "leave prefill_chunk_size out"
-        )
     negative = [call.pop(name, None) for name in ("negative_prompt_ids", "negative_prompt_attention_mask")]
     call["guidance_scale"] = 1.0  # set, since the model's own settings would apply guidance again
     return batched_guidance(model, scale, *negative, cache=cache)
@@ -185,18 +162,17 @@ def _check_generates(model: Any) -> None:
         if model.config.is_encoder_decoder:
             raise TypeError(
                 f"enable got a {type(model).__name__}, whose prompts go through an encoder: SSDCache holds prompt and "
-                "picture in one cache, of a model that is a decoder alone"
+                "image in one cache, which needs a model that is only a decoder"
             )
         return
-    found = f"a {type(model).__name__}"
     parts = getattr(model, "components", None)
     parts = parts if isinstance(parts, Mapping) else {"model": getattr(model, "model", None)}
     able = [name for name, part in parts.items() if isinstance(part, PreTrainedModel) and part.can_generate()]
     if able:
-        raise TypeError(
-            f"enable got {found}; give its autoregressive model, {' or '.join(f'.{name}' for name in able)}"
+        hint = f"; give its autoregressive model, {' or '.join(f'.{name}' for name in able)}"
+    else:
+        hint = (
+            ", which has no autoregressive part: it needs a transformers model with generate(); a script with its own "
+            "loop over the decoder needs an SSDCache instead"
         )
-    raise TypeError(
-        f"enable got {found}, which has no autoregressive part: it needs a transformers model with generate(), and "
-        "where a script has its own loop over the decoder, give that loop an SSDCache"
-    )
+    raise TypeError(f"enable got a {type(model).__name__}{hint}")

@@ -1,40 +1,104 @@
-"""The grids of one image: its grid of visual tokens, preceded by the draft grids that some models generate first.
+"""`ImageLayout`: the grids of one image, its grid of visual tokens and the draft grids that some models generate first.
 
 Visual tokens come grid by grid, and row by row within a grid. Token numbers follow this order. `model_grids.py` has the
-grids of each model, and `head_map/checks.py` checks that a grid is valid.
+layouts of each model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ssd_cache.io.showing import shown
 
 Grid = tuple[int, int]
 """Rows and columns in visual tokens; end-of-line tokens are the last columns of a row."""
 
+MAX_SIDE, MAX_DRAFT_GRIDS = 4096, 8
 
-def count_cells(grid: Grid, previews: Sequence[Grid] = ()) -> int:
-    """Number of visual tokens of an image, draft grids included.
 
-    >>> count_cells((36, 24), [(19, 13)])
-    1111
+@dataclass(frozen=True)
+class ImageLayout:
+    """The grids of one image, in the order in which their tokens are generated: draft grids, then the image's grid.
+
+    Attributes:
+        grid: rows and columns of the image.
+        draft_grids: grids that the model generates before the image, in order, as GLM-Image does; usually none.
+
+    Raises:
+        ValueError: a side below 1 or above 4096, more than 8 draft grids, or values of another type.
+
+    Example:
+        >>> layout = ImageLayout((36, 24), ((19, 13),))
+        >>> str(layout), layout.num_tokens, layout.place_of(247 + 25)
+        ('19x13+36x24', 1111, (1, 1, 1))
     """
-    return sum(rows * columns for rows, columns in (*previews, grid))
+
+    grid: Grid
+    draft_grids: tuple[Grid, ...] = ()
+
+    def __post_init__(self):
+        if not isinstance(self.draft_grids, (tuple, list)) or len(self.draft_grids) > MAX_DRAFT_GRIDS:
+            raise ValueError(
+                f"previews={shown(self.draft_grids)}; give at most {MAX_DRAFT_GRIDS} draft grids, like [(19, 13)]"
+            )
+        object.__setattr__(self, "grid", _checked(self.grid))
+        object.__setattr__(self, "draft_grids", tuple(map(_checked, self.draft_grids)))
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """All grids in the order of their tokens; the image's own is the last."""
+        return (*self.draft_grids, self.grid)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Number of visual tokens of the draft grids."""
+        return sum(rows * columns for rows, columns in self.draft_grids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of visual tokens of an image, draft grids included."""
+        return self.num_draft_tokens + self.grid[0] * self.grid[1]
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """Number of visual tokens in every row of every grid."""
+        return [columns for rows, columns in self.grids for _ in range(rows)]
+
+    @property
+    def widest(self) -> int:
+        """Number of columns of the widest grid."""
+        return max(columns for _, columns in self.grids)
+
+    def place_of(self, token: int) -> tuple[int, int, int]:
+        """Index of the grid, row and column of a token, all counted from 0."""
+        start = 0
+        for index, (rows, columns) in enumerate(self.grids):
+            if 0 <= token - start < rows * columns:
+                return (index, *divmod(token - start, columns))
+            start += rows * columns
+        raise ValueError(f"token {token} is outside the {self.num_tokens} visual tokens of {self}")
+
+    def token_at(self, index: int, row: int, column: int) -> int:
+        """Number of the token at a place, as `place_of` returns it."""
+        before = sum(rows * columns for rows, columns in self.grids[:index])
+        return before + row * self.grids[index][1] + column
+
+    def text(self, times: str = " x ") -> str:
+        """The grids for a message: "24 x 24", or "19 x 13+36 x 24" with a draft grid."""
+        return "+".join(f"{rows}{times}{columns}" for rows, columns in self.grids)
+
+    def __str__(self) -> str:
+        return self.text("x")
+
+    def as_json(self) -> dict[str, Any]:
+        """Entries for the JSON record of a run; `previews` only if there are draft grids, as in older records."""
+        entries: dict[str, Any] = {"grid": list(self.grid)}
+        return entries | ({"previews": [list(grid) for grid in self.draft_grids]} if self.draft_grids else {})
 
 
-def row_lengths(grid: Grid, previews: Sequence[Grid] = ()) -> list[int]:
-    """Number of visual tokens in every row, in the order in which they are generated.
-
-    >>> row_lengths((3, 2), [(2, 5)])
-    [5, 5, 2, 2, 2]
-    """
-    return [columns for rows, columns in (*previews, grid) for _ in range(rows)]
-
-
-def previews_entry(previews: Sequence[Grid]) -> dict[str, list[list[int]]]:
-    """Entry for draft grids in the JSON record of a run; empty without draft grids, as in older records."""
-    return {"previews": [list(preview) for preview in previews]} if previews else {}
-
-
-def format_rasters(previews: Sequence[Grid], grid: Grid, times: str = "x") -> str:
-    """Grids in the order in which they are generated: "24x24", or "19x13+36x24" with a draft grid."""
-    return "+".join(f"{rows}{times}{columns}" for rows, columns in (*previews, grid))
+def _checked(grid: Any) -> Grid:
+    sides = tuple(grid) if isinstance(grid, (tuple, list)) else ()
+    if len(sides) != 2 or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides):
+        raise ValueError(f"grid={shown(grid)}; give (rows, columns), integers from 1 to {MAX_SIDE}, like (24, 24)")
+    return sides

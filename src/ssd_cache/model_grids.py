@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from ssd_cache.layout import Grid
-
-
-def _no_previews(grid: Grid) -> tuple[Grid, ...]:
-    return ()
+from ssd_cache.layout import Grid, ImageLayout
 
 
 @dataclass(frozen=True)
@@ -26,12 +22,17 @@ class ModelGrid:
     Attributes:
         grid_of: rows and columns of an image, from the configuration; for a resizable family those of its usual size.
         is_resizable: whether the caller chooses the size of an image.
-        previews_of: the draft grids that are generated before an image of this grid, in order.
+        draft_grid_of: the draft grid that is generated before an image of this grid; None for families without one.
     """
 
     grid_of: Callable[[Any], Grid]
     is_resizable: bool = False
-    previews_of: Callable[[Grid], tuple[Grid, ...]] = _no_previews
+    draft_grid_of: Callable[[Grid], Grid] | None = None
+
+    def layout(self, config, grid: Grid | None = None) -> ImageLayout:
+        """Layout of an image of the usual size, or of a size that the caller chose."""
+        layout = ImageLayout(self.grid_of(config) if grid is None else grid)
+        return layout if self.draft_grid_of is None else replace(layout, draft_grids=(self.draft_grid_of(layout.grid),))
 
 
 def _janus_grid(config) -> Grid:
@@ -43,10 +44,10 @@ GLM_SIDE = 16
 """Rows of GLM-Image's square draft grid; draft grids of other proportions also have about 256 cells."""
 
 
-def _glm_previews(grid: Grid) -> tuple[Grid, ...]:
+def _glm_draft_grid(grid: Grid) -> Grid:
     """One draft grid of about 256 cells in the image's proportions, as the processor computes it."""
     ratio = grid[0] / grid[1]
-    return ((int(math.sqrt(ratio) * GLM_SIDE), int(math.sqrt(1 / ratio) * GLM_SIDE)),)
+    return int(math.sqrt(ratio) * GLM_SIDE), int(math.sqrt(1 / ratio) * GLM_SIDE)
 
 
 GRIDS: Mapping[str, ModelGrid] = MappingProxyType(
@@ -54,7 +55,7 @@ GRIDS: Mapping[str, ModelGrid] = MappingProxyType(
         # 90 rows of 90 visual tokens and an end-of-line token, for 720 x 720 pixels
         "emu3": ModelGrid(lambda config: (90, 91), is_resizable=True),
         # for the processor's own 1152 x 768 pixels
-        "glm_image": ModelGrid(lambda config: (36, 24), is_resizable=True, previews_of=_glm_previews),
+        "glm_image": ModelGrid(lambda config: (36, 24), is_resizable=True, draft_grid_of=_glm_draft_grid),
         "janus": ModelGrid(_janus_grid),
         # 384 pixels in patches of 16; the package's configuration does not contain these numbers
         "multi_modality": ModelGrid(lambda config: (24, 24)),
@@ -62,8 +63,8 @@ GRIDS: Mapping[str, ModelGrid] = MappingProxyType(
 )
 
 
-def grids_of_model(config, grid: Grid | None = None) -> tuple[Grid, tuple[Grid, ...]]:
-    """Grid and draft grids of a model's images.
+def layout_of_model(config, grid: Grid | None = None) -> ImageLayout:
+    """Layout of a model's images.
 
     Args:
         config: the model's configuration.
@@ -74,16 +75,16 @@ def grids_of_model(config, grid: Grid | None = None) -> tuple[Grid, tuple[Grid, 
         ValueError: no grid was given, and the model does not fix one.
     """
     facts = GRIDS.get(getattr(config, "model_type", ""))
-    if grid is None:
-        if facts is None:
+    if facts is None:
+        if grid is None:
             raise ValueError(
                 f"the grid of a model of type {config.model_type!r} is unknown: give grid=(rows, columns) of its "
                 "visual tokens"
             )
-        if facts.is_resizable:
-            raise ValueError(
-                f"a model of type {config.model_type!r} generates images of several sizes: give grid=(rows, columns) "
-                f"of its visual tokens, such as grid={facts.grid_of(config)}"
-            )
-        grid = facts.grid_of(config)
-    return grid, () if facts is None else facts.previews_of(grid)
+        return ImageLayout(grid)
+    if grid is None and facts.is_resizable:
+        raise ValueError(
+            f"a model of type {config.model_type!r} generates images of several sizes: give grid=(rows, columns) of "
+            f"its visual tokens, such as grid={facts.grid_of(config)}"
+        )
+    return facts.layout(config, grid)

@@ -52,7 +52,7 @@ def plan_analysis(
     """Check the settings of `analyze` for a model that may not be loaded yet. Raises the same errors as `analyze`."""
     if head_map.is_online:
         raise HeadMapError("an online map has no labels to analyze: give a head map, or profile the model first")
-    if checkpoint.previews:
+    if checkpoint.layout.draft_grids:
         raise ValueError(
             f"{checkpoint.name} draws a preview before its picture, and the analysis draws heads over a single grid: "
             "`ssd-cache profile` and `eval fidelity` work with both"

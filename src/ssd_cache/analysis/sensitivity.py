@@ -70,7 +70,7 @@ def vary_labels(
         thresholds: values between 0 and 1.
         methods: labelling methods.
     """
-    columns, widest = statistics.grid[1], widest_window(statistics.grid, statistics.previews)
+    columns, widest = statistics.layout.grid[1], widest_window(statistics.layout)
     if windows is None:
         windows = sorted({2, columns // 2 + 1, *(rows * columns + 1 for rows in range(1, 5))})
         windows = [window for window in windows if window <= widest]

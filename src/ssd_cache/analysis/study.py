@@ -28,7 +28,7 @@ from ssd_cache.cache.policies import words_of
 from ssd_cache.cache.sharding import check_whole
 from ssd_cache.decode.attention_switch import ssd_attention
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.models import Generator, check_drawing, generator_of
+from ssd_cache.models import Generator, Sampling, generator_of
 from ssd_cache.profiling.measuring import check_prompts, draw_watched
 from ssd_cache.profiling.recorder import RecordingCache
 
@@ -97,7 +97,7 @@ def analyze(
     Raises:
         ValueError: a setting is out of range, the model or the map does not fit, or attention is not finite.
     """
-    check_drawing(guidance_scale, temperature, seed)
+    Sampling(guidance_scale, temperature, seed)
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
     plan = plan_analysis(
         generator.checkpoint,
@@ -131,7 +131,7 @@ def run_plan(
     is_unconditional = generator.is_unconditional(plan.num_images)
     row = int(is_unconditional.long().argmin())  # the conditional row of the first image
     recorder = AttentionRecorder(plan.heads, checkpoint.grid, row=row)
-    watching = RecordingCache(checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads, recorder)
+    watching = RecordingCache(checkpoint.layout, checkpoint.num_layers, checkpoint.num_kv_heads, recorder)
     probes = {policy: RetentionProbe(cache, plan.step, row=row) for policy, cache in plan.caches.items()}
     retention: dict[str, Retention] = {}
     memory: dict[str, MemoryStats] = {}

@@ -27,7 +27,6 @@ from ssd_cache.bench.sizes import weight_bytes
 from ssd_cache.bench.split import TimeSplit, split_time
 from ssd_cache.bench.stretches import NUM_STRETCHES, Stretch, choose_stretches
 from ssd_cache.bench.subject import GUIDANCE_SCALE, Subject
-from ssd_cache.layout import format_rasters
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,8 @@ def _complete(subject: Subject, plan: Plan, machine: Machine, result: Measuremen
 def conditions(subject: Subject, plan: Plan) -> dict[str, Any]:
     """All conditions that affect the numbers, as JSON values."""
     config, device = subject.config, subject.model.device
-    grid, previews = subject.head_map.grid, subject.head_map.previews
-    columns, is_guided = grid[1], subject.rows_per_picture == 2
+    layout = subject.head_map.layout
+    columns, is_guided = layout.grid[1], subject.rows_per_picture == 2
     tokens = sum(stretch.num_tokens for stretch in plan.stretches)
     drawn = "whole pictures" if len(plan.stretches) == 1 else f"{tokens} tokens around the middles of the quarters"
     if len(plan.stretches) > 1 and tokens % (NUM_STRETCHES * columns):
@@ -128,7 +127,7 @@ def conditions(subject: Subject, plan: Plan) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "heads": f"{config.num_attention_heads} query, {config.num_key_value_heads} KV, of {subject.head_dim}",
         "weights": weight_bytes(subject),
-        "grid": f"{format_rasters(previews, grid, ' x ')} = {subject.head_map.num_visual_tokens} visual tokens",
+        "grid": f"{layout.text()} = {layout.num_tokens} visual tokens",
         "prompt": f"{subject.num_prompt} tokens",
         "drawn": drawn,
         "guidance": f"{GUIDANCE_SCALE:g}, two rows a picture" if is_guided else "none, one row a picture",

@@ -229,7 +229,7 @@ def find_head_map(name: str, grid: tuple[int, int] | None = None) -> HeadMap:
     labels = checkpoint.head_map()
     if labels is None:
         labels = random_map(checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.grid)
-        labels = labels.with_grid(checkpoint.grid, checkpoint.previews)
+        labels = labels.with_layout(checkpoint.layout)
     return labels
 
 

@@ -22,8 +22,7 @@ from ssd_cache.cache.settings import CacheSettings, default_buffer
 from ssd_cache.cache.sharding import is_distributed, shard_of
 from ssd_cache.cache.static_slots import StaticSlots
 from ssd_cache.head_map.head_map import HeadMap, HeadMapError
-from ssd_cache.layout import format_rasters
-from ssd_cache.model_grids import grids_of_model
+from ssd_cache.model_grids import layout_of_model
 
 __all__ = ["POLICIES", "MemoryStats", "SSDCache", "decoder_shape", "default_buffer"]
 
@@ -137,9 +136,9 @@ class SSDCache(Cache):
             ValueError: as for `SSDCache`, or no grid was given for a model that does not fix one.
         """
         settings.setdefault("shard", shard_of(model))
-        grid, previews = grids_of_model(model.config, grid)
+        layout = layout_of_model(model.config, grid)
         num_layers, num_kv_heads = decoder_shape(model.config.get_text_config(decoder=True))
-        head_map = HeadMap.online(num_layers=num_layers, num_kv_heads=num_kv_heads).with_grid(grid, previews)
+        head_map = HeadMap.online(num_layers=num_layers, num_kv_heads=num_kv_heads).with_layout(layout)
         return cls(head_map, budget, **settings)
 
     @classmethod
@@ -247,9 +246,9 @@ class SSDCache(Cache):
                 )
         if num_visual > self.head_map.num_visual_tokens + CLOSING_TOKENS and not self._warned:
             self._warned = True
-            grid = format_rasters(self.head_map.previews, self.head_map.grid, " x ")
+            layout = self.head_map.layout
             warnings.warn(
-                f"SSDCache is past the {grid} = {self.head_map.num_visual_tokens} visual tokens of its head map's grid "
+                f"SSDCache is past the {layout.text()} = {layout.num_tokens} visual tokens of its head map's grid "
                 "and goes on; is the grid right for this model, or the cache used for a second image without "
                 "reset()?",
                 stacklevel=2,
@@ -296,7 +295,7 @@ class SSDCache(Cache):
         labels = [layer.labels for layer in self.layers]
         if None in labels:
             return None
-        return HeadMap(torch.tensor(labels), self.head_map.grid, previews=self.head_map.previews, method="found online")
+        return HeadMap(torch.tensor(labels), method="found online").with_layout(self.head_map.layout)
 
     @property
     def nbytes(self) -> int:

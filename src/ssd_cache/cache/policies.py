@@ -148,4 +148,4 @@ def _uniform(
     """A map of the same shape in which every head is of one kind, and by default the map's own mean budget."""
     of_kind = HeadMap.uniform(kind, num_layers=head_map.num_layers, num_kv_heads=head_map.num_kv_heads)
     budget = equal_budget(head_map) if budget is None else budget
-    return of_kind.with_grid(head_map.grid, head_map.previews), budget
+    return of_kind.with_layout(head_map.layout), budget

@@ -26,6 +26,7 @@ from ssd_cache.cache.quantized import KV_DTYPES
 from ssd_cache.cache.scorers import SCORES, make_scorer
 from ssd_cache.cache.sharding import own_heads
 from ssd_cache.head_map.head_map import HeadMap
+from ssd_cache.layout import ImageLayout
 
 DEFAULT_BUDGET = 0.2
 """The paper's budget: a fifth of the visual tokens."""
@@ -86,7 +87,7 @@ class CacheSettings:
             head_map,
             budget,
             slots,
-            check_count("buffer", default_buffer(head_map.grid, score) if buffer is None else buffer, 1),
+            check_count("buffer", default_buffer(head_map.layout, score) if buffer is None else buffer, 1),
             (0 if score == "learned" else DEFAULT_RECENT) if num_recent is None else num_recent,
             check_count("num_sinks", num_sinks, 0),
             score,
@@ -102,7 +103,7 @@ class CacheSettings:
         """
         head_map, labels = self.head_map, self.head_map.is_spatial.tolist()
         budget, cells = self.budget, head_map.num_visual_tokens
-        columns = max(columns for _, columns in (*head_map.previews, head_map.grid))
+        columns = head_map.layout.widest
         if self.slots == "fitted" and is_amount(budget):
             budget = self._fitted_slots(budget)
         num_slots = resolve_budget(budget, labels, cells)
@@ -154,9 +155,10 @@ def equal_budget(head_map: HeadMap) -> Amount:
     return max(1, round(sum(slots) / len(slots))) if slots else DEFAULT_BUDGET
 
 
-def default_buffer(grid: tuple[int, int], score: str) -> int:
+def default_buffer(layout: ImageLayout, score: str) -> int:
     """Default eviction interval: a row for a score computed from queries, a third of a row for a learned score."""
-    return max(1, grid[1] // 3) if score == "learned" else grid[1]
+    columns = layout.grid[1]
+    return max(1, columns // 3) if score == "learned" else columns
 
 
 def _choose_slots(slots: str | None, budget: Budget | None, head_map: HeadMap) -> str:
@@ -197,7 +199,7 @@ def _check_score(score: str, head_map: HeadMap) -> None:
             "score='margin' looks at no attention, by which an online map labels its heads: give a map with labels, or "
             "score='sum', 'mean' or 'last'"
         )
-    if score == "margin" and head_map.previews:
+    if score == "margin" and head_map.layout.draft_grids:
         raise ValueError(
             "score='margin' goes by the columns of a single grid, but this head map has draft grids of other widths: "
             "give score='sum', 'mean' or 'last'"

@@ -21,7 +21,7 @@ from ssd_cache.cli.loading import find_model, load_generator
 from ssd_cache.cli.options import MODEL, SAMPLING, Device, Dtype, Grid, Guidance, ModelName, Temperature
 from ssd_cache.cli.plan import ONLINE, parse_budget
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.models import BUNDLED, Checkpoint, check_drawing, resolve_device, resolve_dtype
+from ssd_cache.models import BUNDLED, Checkpoint, Sampling, resolve_device, resolve_dtype
 
 PROMPT = "a photo of a red circle and a blue square"
 MEASURING = "Measuring"
@@ -123,7 +123,7 @@ def analyze(
     except ImportError as error:
         raise WrongUse(str(error)) from error
     with refusing():
-        check_drawing(guidance, temperature, seed)
+        Sampling(guidance, temperature, seed)
         where = resolve_device(device)
         kind = resolve_dtype(dtype, where)
         checkpoint = find_model(model, grid)

@@ -136,8 +136,8 @@ def bench(
         if where.type not in COPY_BYTES:
             raise WrongUse(f"--device {device}: the bench measures on {' and '.join(COPY_BYTES)}")
         kind = resolve_dtype(dtype, where)
-        rasters = parse_grid(grid)
-        head_map = find_head_map(model, rasters)
+        shape = parse_grid(grid)
+        head_map = find_head_map(model, shape)
         cases, left_out = _choose_cases(policies, budgets, caches, compiled, head_map)
         stretches = choose_stretches(head_map.num_visual_tokens, tokens)
         limit = None if memory is None else parse_memory(memory)
@@ -169,7 +169,7 @@ def bench(
         left_out=left_out,
     )
     with refusing():
-        subject = load_subject(model, kind, where, rasters)
+        subject = load_subject(model, kind, where, shape)
     report: Report | None = None
     for report in run(subject, plan, progress=True):
         if output is not None:

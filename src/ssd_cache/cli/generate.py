@@ -40,7 +40,7 @@ from ssd_cache.cli.sheet import Row, contact_sheet
 from ssd_cache.decode.fast_decode import fast_decode
 from ssd_cache.evaluation.runner import digest_of
 from ssd_cache.io.writing import write_files
-from ssd_cache.models import BUNDLED, Generator, check_drawing, resolve_device, resolve_dtype
+from ssd_cache.models import BUNDLED, Generator, Sampling, resolve_device, resolve_dtype
 from ssd_cache.profiling.measuring import prompts_sha256
 from ssd_cache.runs.batching import MAX_IMAGES, default_batch_size, image_nbytes
 from ssd_cache.runs.processes import Processes
@@ -172,13 +172,13 @@ def generate(
         if number is not None and number < 1:
             raise WrongUse(f"{name} {number}: give a whole number from 1 up")
     with refusing():
-        check_drawing(guidance, temperature, seed)
+        Sampling(guidance, temperature, seed)
         processes = Processes()
         where = resolve_device(processes.choose_device(device))
         kind = resolve_dtype(dtype, where)
         checkpoint = find_model(model, grid)
         if place.suffix.lower() != TOKENS:
-            checkpoint.check_pictures()
+            checkpoint.check_decodable()
         caches = make_caches(checkpoint, policies, head_map, amount, buffer, kv_dtype, slots)
         at_most = min(batch_size or MAX_IMAGES, len(texts))
         if processes.count > (num_batches := -(-len(texts) // at_most)):

@@ -22,9 +22,7 @@ from ssd_cache.cli.errors import refusing
 from ssd_cache.cli.files import check_output, save_picture
 from ssd_cache.head_map.card import picture
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.layout import format_rasters
-from ssd_cache.models import BUNDLED
-from ssd_cache.models.base import find_head_map
+from ssd_cache.models import BUNDLED, find_head_map
 
 
 def inspect(
@@ -56,7 +54,7 @@ def inspect(
         "model": head_map.model_id,
         "revision": head_map.revision,
         "model type": head_map.model_type,
-        "grid": f"{format_rasters(head_map.previews, head_map.grid, ' x ')} visual tokens",
+        "grid": f"{head_map.layout.text()} visual tokens",
         "method": head_map.method,
         "threshold": None if head_map.threshold is None else f"{head_map.threshold:g}",
         "labels by": _words(scores),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.policies import POLICIES, words_of
@@ -14,7 +15,6 @@ from ssd_cache.cache.settings import SLOTS
 from ssd_cache.cli.errors import WrongUse
 from ssd_cache.evaluation.policies import DEFAULT, Policy, resolve_policies
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.layout import format_rasters
 from ssd_cache.models import Checkpoint
 
 COMPARED = ("full", "ssd", "h2o", "streaming-llm")
@@ -75,15 +75,14 @@ def make_caches(
         raise WrongUse(f"--slots {slots}: give {' or '.join(SLOTS)}")
     if slots is not None and policies not in ((), COMPARED) and policies[0] not in LABELLED:
         raise WrongUse(f"--slots {slots}: policy {policies[0]} takes no slots of a head map; leave --slots out")
-    rasters = checkpoint.grid, checkpoint.previews
     if isinstance(budget, int) and budget > (cells := checkpoint.num_visual_tokens):
         raise WrongUse(
-            f"--budget {budget}: {checkpoint.name} draws {format_rasters(*rasters[::-1], ' x ')} = {cells} visual "
+            f"--budget {budget}: {checkpoint.name} draws {checkpoint.layout.text()} = {cells} visual "
             f"tokens; give at most {cells}, or a fraction up to 1"
         )
-    num_layers, num_kv_heads = checkpoint.num_layers, checkpoint.num_kv_heads
+    shape: dict[str, Any] = {"num_layers": checkpoint.num_layers, "num_kv_heads": checkpoint.num_kv_heads}
     if head_map == ONLINE:
-        labels: HeadMap | None = HeadMap.online(num_layers=num_layers, num_kv_heads=num_kv_heads).with_grid(*rasters)
+        labels: HeadMap | None = HeadMap.online(**shape).with_layout(checkpoint.layout)
     else:
         labels = checkpoint.head_map(head_map)
     needy = next((name for name in policies or ("ssd",) if name in LABELLED), None)
@@ -95,8 +94,7 @@ def make_caches(
             f"(a map{online}), or another --policy: {others}"
         )
     if labels is None:  # the other policies need only the shape
-        uniform = HeadMap.uniform("semantic", num_layers=num_layers, num_kv_heads=num_kv_heads)
-        labels = uniform.with_grid(*rasters)
+        labels = HeadMap.uniform("semantic", **shape).with_layout(checkpoint.layout)
     checkpoint.check_head_map(labels)
     return {
         policy.label: SSDCache.from_policy(

@@ -18,7 +18,7 @@ from ssd_cache.cli.options import Device, Dtype, Grid, Guidance, ModelName, Prom
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.cli.resuming import Resume, StateFile
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.models import BUNDLED, check_drawing
+from ssd_cache.models import BUNDLED, Sampling
 from ssd_cache.profiling.allocation import fit_heads
 from ssd_cache.profiling.profiling import check_profiling, profile_heads
 from ssd_cache.runs.processes import Processes
@@ -114,10 +114,10 @@ def profile(
         "batch_size": batch_size,
     }
     with refusing():
-        check_drawing(guidance, temperature, seed)
+        Sampling(guidance, temperature, seed)
         checkpoint = find_model(model, grid)
         heads = (checkpoint.num_layers, checkpoint.num_kv_heads) if fit else None
-        check_profiling(checkpoint.grid, previews=checkpoint.previews, fit=heads, **settings)
+        check_profiling(checkpoint.layout, fit=heads, **settings)
         processes = Processes()
         generator = load_generator(checkpoint, dtype, processes.choose_device(device))
 

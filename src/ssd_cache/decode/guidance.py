@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,9 +18,6 @@ from transformers import Cache, PreTrainedModel
 
 from ssd_cache._compat import CACHE, find_cache, in_prefill, take_cache, uncompiled
 from ssd_cache.decode.patching import Block, Patch, innermost, patched
-
-BY_ROW = {"input_ids", "attention_mask", "position_ids", "cache_position"}
-"""Arguments that may hold rows of the batch; other tensors are refused, since doubling their rows is not defined."""
 
 
 @contextmanager
@@ -57,49 +53,34 @@ def batched_guidance(
             inputs than token ids, no cache, or a prompt in chunks.
         RuntimeError: several blocks are open and the calling thread entered none of them.
     """
-    guidance = _Guidance(
-        scale=guidance_scale,
-        negative_ids=negative_prompt_ids,
-        negative_mask=negative_prompt_attention_mask,
-        cache=cache,
-    )
+    guidance = _Guidance(guidance_scale, negative_prompt_ids, negative_prompt_attention_mask, cache)
     with patched(uncompiled(model), "forward", _GuidedForward, guidance):
         yield model
 
 
-@dataclass(eq=False, kw_only=True)
 class _Guidance(Block):
     """Guidance of one block, and the rows of every cache that it generates into."""
 
-    scale: float
-    negative_ids: torch.Tensor | None
-    negative_mask: torch.Tensor | None
-    cache: Cache | None
-    rows: WeakKeyDictionary[Cache, _Rows] = field(default_factory=WeakKeyDictionary)
+    def __init__(self, scale, negative_ids, negative_mask, cache):
+        super().__init__()
+        self.scale, self.negative_ids, self.negative_mask, self.cache = scale, negative_ids, negative_mask, cache
+        self.rows: WeakKeyDictionary[Cache, _Rows] = WeakKeyDictionary()
 
 
 class _GuidedForward(Patch):
     """Replacement for `forward` over `batch` rows that runs the model's own over twice as many, for guided calls."""
 
     def __call__(self, *args, **kwargs):
-        guidance = self._guidance_of(find_cache(kwargs))
+        cache, owners = find_cache(kwargs), list(self.owners)
+        guidance = next((each for each in reversed(owners) if cache is not None and each.cache is cache), None)
         if guidance is None:
-            return self.inner(*args, **kwargs)
-        return self._guide(guidance, *args, **kwargs)
-
-    def _guidance_of(self, cache: Cache | None) -> _Guidance | None:
-        owners = list(self.owners)
-        if cache is not None:
-            for guidance in reversed(owners):
-                if guidance.cache is cache:
-                    return guidance
-        return innermost([guidance for guidance in owners if guidance.cache is None], "batched_guidance")
+            guidance = innermost([each for each in owners if each.cache is None], "batched_guidance")
+        return self.inner(*args, **kwargs) if guidance is None else self._guide(guidance, *args, **kwargs)
 
     def _guide(self, guidance: _Guidance, input_ids=None, attention_mask=None, position_ids=None, **kwargs: Any) -> Any:
         cache = take_cache(kwargs)
         _check(input_ids, cache, position_ids, kwargs)
-        rows = guidance.rows.get(cache)
-        num_seen = cache.get_seq_length()
+        num_seen, rows = cache.get_seq_length(), guidance.rows.get(cache)
         if num_seen == 0:
             rows = _Rows(input_ids, attention_mask, guidance.negative_ids, guidance.negative_mask)
             guidance.rows[cache] = rows
@@ -112,13 +93,8 @@ class _GuidedForward(Patch):
         positions = None
         if mask is not None:
             positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)[:, -input_ids.shape[1] :]
-        outputs = self.inner(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            **{CACHE: cache},
-            **kwargs,
-        )
+        call = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions, CACHE: cache}
+        outputs = self.inner(**call, **kwargs)
         given, free = F.log_softmax(outputs.logits[:, -1:].float(), -1).chunk(2)
         outputs.logits = guidance.scale * (given - free) + free
         return outputs
@@ -138,29 +114,23 @@ class _Rows:
             )
         if negative_mask is None:
             negative_mask = torch.ones_like(negative_ids)
-        repeats = batch // negative_ids.shape[0]
+        repeats, width = batch // negative_ids.shape[0], max(ids.shape[1], negative_ids.shape[1])
         negative_ids, negative_mask = (
-            tensor.to(ids.device).repeat_interleave(repeats, 0) for tensor in (negative_ids, negative_mask)
+            F.pad(part.to(ids.device).repeat_interleave(repeats, 0), (width - part.shape[1], 0))
+            for part in (negative_ids.to(ids.dtype), negative_mask)
         )
-        self.width = width = max(ids.shape[1], negative_ids.shape[1])
-        self.num_padding = width - ids.shape[1]
-        self.negative_mask = F.pad(negative_mask, (width - negative_mask.shape[1], 0))
-        padded = [F.pad(part, (width - part.shape[1], 0)) for part in (ids, negative_ids.to(ids.dtype))]
-        self.prompt_ids = torch.cat(padded)
-        self.is_padded = bool(self.num_padding or mask is not None or (self.negative_mask == 0).any())
+        self.width, self.num_padding, self.negative_mask = width, width - ids.shape[1], negative_mask
+        self.prompt_ids = torch.cat([F.pad(ids, (self.num_padding, 0)), negative_ids])
+        self.is_padded = bool(self.num_padding or mask is not None or (negative_mask == 0).any())
 
     def mask(self, mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
         """Mask of both branches, `[2 * batch, length]`, from the conditional branch's mask; None without padding."""
         if not self.is_padded:
             return None
-        batch = self.negative_mask.shape[0]
+        negative = F.pad(self.negative_mask, (0, length - self.width), value=1)
         if mask is None:
-            mask = self.negative_mask.new_ones(batch, length - self.num_padding)
-        both = (
-            F.pad(mask.to(self.negative_mask.dtype), (self.num_padding, 0)),
-            F.pad(self.negative_mask, (0, length - self.negative_mask.shape[1]), value=1),
-        )
-        return torch.cat(both)
+            mask = negative.new_ones(len(negative), length - self.num_padding)
+        return torch.cat([F.pad(mask.to(negative.dtype), (self.num_padding, 0)), negative])
 
 
 def _check(input_ids, cache, position_ids, kwargs) -> None:
@@ -168,11 +138,11 @@ def _check(input_ids, cache, position_ids, kwargs) -> None:
     if input_ids is None or cache is None:
         missing = "token ids" if input_ids is None else "a cache"
         raise ValueError(f"batched guidance needs {missing} in every step: call generate(input_ids, use_cache=True)")
-    others = [name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in BY_ROW]
+    others = [name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name != "cache_position"]
     if position_ids is not None and position_ids.ndim != 2:
         others.append("position_ids of three axes")
     if others:
         raise ValueError(
             f"batched guidance doubles the rows of token ids and masks, and the call has {', '.join(others)} too; "
-            "leave it out, or draw without guidance"
+            "leave it out, or generate without guidance"
         )

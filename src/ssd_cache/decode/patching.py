@@ -50,11 +50,7 @@ class Patch:
     def __init__(self, target: Any, name: str):
         self.target, self.name = target, name
         self.owners: list[Any] = []
-        self._set_inner(getattr(target, name, None), name in vars(target))
-
-    def _set_inner(self, inner: Any, is_own: bool) -> None:
-        self.inner, self.is_own = inner, is_own
-        self.__wrapped__ = inner  # transformers reads the signatures of forward and generate
+        self._wrap(getattr(target, name, None), name in vars(target))
 
     def entered(self, owner: Any) -> None:
         """Called when a new owner has entered; does nothing by default."""
@@ -65,65 +61,44 @@ class Patch:
     def __reduce__(self):
         return (_same, (self.inner,)) if self.is_own else (getattr, (self.target, self.name, None))
 
+    def _wrap(self, inner: Any, is_own: bool) -> None:
+        self.inner, self.is_own = inner, is_own
+        self.__wrapped__ = inner  # transformers reads the signatures of forward and generate
 
-def _same(value: Any) -> Any:
-    return value
+    def _remove(self) -> None:
+        """Restore the original. A patch that foreign code has wrapped stays in the wrapper and passes calls on."""
+        attributes = vars(self.target)
+        if attributes.get(self.name) is not self:
+            for outer in _chain(self.target, self.name):
+                if outer.inner is self:
+                    outer._wrap(self.inner, self.is_own)
+        elif self.is_own:
+            attributes[self.name] = self.inner
+        else:
+            del attributes[self.name]
 
 
 @contextmanager
 def patched(target: Any, name: str, kind: type[P], owner: Block) -> Iterator[P]:
     """Keep a patch of this kind on `target.name` inside the block; an existing one is shared."""
-    patch = _enter(target, name, kind, owner)
+    with _LOCK:
+        patch = next((patch for patch in _chain(target, name) if type(patch) is kind), None) or kind(target, name)
+        patch.owners.append(owner)
+        if not any(found is patch for found in _chain(target, name)):  # new, or its last other block was just closed
+            patch._wrap(getattr(target, name, None), name in vars(target))
+            vars(target)[name] = patch
     try:
         with _LOCK:
             patch.entered(owner)
         yield patch
     finally:
-        _leave(patch, owner)
-
-
-def _chain(target: Any, name: str) -> Iterator[Patch]:
-    """The patches on an attribute, the outermost first."""
-    patch = vars(target).get(name)
-    while isinstance(patch, Patch):
-        yield patch
-        patch = patch.inner
-
-
-def _enter(target: Any, name: str, kind: type[P], owner: Block) -> P:
-    with _LOCK:
-        while True:
-            patch = next((patch for patch in _chain(target, name) if type(patch) is kind), None)
-            if patch is None:
-                patch = kind(target, name)
-                vars(target)[name] = patch
-            patch.owners.append(owner)
-            if any(found is patch for found in _chain(target, name)):
-                return patch
-            patch.owners.remove(owner)  # meanwhile the garbage collector closed its last other block
-
-
-def _leave(patch: Patch, owner: Block) -> None:
-    with _LOCK:
-        patch.owners.remove(owner)
-        try:
-            patch.left()
-        finally:
-            if not patch.owners:
-                _remove(patch)
-
-
-def _remove(patch: Patch) -> None:
-    """Remove a patch from its chain; if foreign code has wrapped it, it stays in the wrapper and passes calls on."""
-    attributes = vars(patch.target)
-    if attributes.get(patch.name) is not patch:
-        for outer in _chain(patch.target, patch.name):
-            if outer.inner is patch:
-                outer._set_inner(patch.inner, patch.is_own)
-    elif patch.is_own:
-        attributes[patch.name] = patch.inner
-    else:
-        del attributes[patch.name]
+        with _LOCK:
+            patch.owners.remove(owner)
+            try:
+                patch.left()
+            finally:
+                if not patch.owners:
+                    patch._remove()
 
 
 def innermost(owners: Sequence[B], what: str) -> B | None:
@@ -142,3 +117,15 @@ def innermost(owners: Sequence[B], what: str) -> B | None:
             f"not clear which applies: enter {what}(...) where the model is called, or share one block"
         )
     return owners[0] if owners else None
+
+
+def _chain(target: Any, name: str) -> Iterator[Patch]:
+    """The patches on an attribute, the outermost first."""
+    patch = vars(target).get(name)
+    while isinstance(patch, Patch):
+        yield patch
+        patch = patch.inner
+
+
+def _same(value: Any) -> Any:
+    return value

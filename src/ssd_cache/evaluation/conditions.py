@@ -16,7 +16,6 @@ import transformers
 from transformers import GenerationConfig
 
 import ssd_cache
-from ssd_cache.layout import previews_entry
 from ssd_cache.models import Checkpoint
 
 SEEDS = "first 63 bits of sha256('seed batch')"
@@ -53,8 +52,7 @@ def drawing_conditions(
     own = _own_sampling(checkpoint)
     texts = "\n".join(f"{kind}\t{caption}" for kind, caption in prompts)
     return {
-        "grid": list(checkpoint.grid),
-        **previews_entry(checkpoint.previews),
+        **checkpoint.layout.as_json(),
         "ssd_cache": ssd_cache.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -111,12 +111,12 @@ class Policy:
             return SSDCache(~head_map, budget, **{"slots": "uniform", **settings})
         shape: dict[str, Any] = {"num_layers": head_map.num_layers, "num_kv_heads": head_map.num_kv_heads}
         if self.name == "online":
-            labels = HeadMap.online(**shape).with_grid(head_map.grid, head_map.previews)
+            labels = HeadMap.online(**shape).with_layout(head_map.layout)
             return SSDCache(labels, budget, **settings)
         if match := RANDOM.fullmatch(self.name):
             return SSDCache(random_map(head_map, int(match[1])), budget, **settings)
         own = HeadMap.from_pretrained(self.name)
-        own.check_fits("the model", **shape, grid=head_map.grid, previews=head_map.previews)
+        own.check_fits("the model", **shape, layout=head_map.layout)
         return SSDCache(own, budget, **settings)
 
 
@@ -125,7 +125,7 @@ def random_map(head_map: HeadMap, seed: int) -> HeadMap:
     labels = head_map.is_spatial.flatten()
     order = torch.randperm(labels.numel(), generator=torch.Generator().manual_seed(seed))
     labels = labels[order].view_as(head_map.is_spatial)
-    return HeadMap(labels, head_map.grid, previews=head_map.previews, method=f"random, seed {seed}")
+    return HeadMap(labels, method=f"random, seed {seed}").with_layout(head_map.layout)
 
 
 def resolve_policies(
@@ -173,7 +173,7 @@ def choose_head_map(checkpoint: Checkpoint, name: str | None, policies: Sequence
     if head_map is None:
         num_layers, num_kv_heads = checkpoint.num_layers, checkpoint.num_kv_heads
         head_map = HeadMap.uniform("semantic", num_layers=num_layers, num_kv_heads=num_kv_heads)
-        head_map = head_map.with_grid(checkpoint.grid, checkpoint.previews)
+        head_map = head_map.with_layout(checkpoint.layout)
     checkpoint.check_head_map(head_map)
     return head_map
 

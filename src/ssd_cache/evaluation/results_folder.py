@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from ssd_cache.evaluation.records import PATTERN, Key, Record, read_records
-from ssd_cache.head_map.checks import checked_grid
 from ssd_cache.io.showing import ReadableError, differences, shown
 from ssd_cache.io.untrusted import checked_fields, parse_json
 from ssd_cache.io.writing import write_files
+from ssd_cache.layout import ImageLayout
 
 RUN_FILE = "run.json"
 FORMAT = "ssd-cache eval shapes 1"
@@ -80,7 +80,7 @@ def read_reported_run(folder: Path) -> dict[str, Any]:
     """
     run = read_run(folder)
     try:
-        checked_grid(checked_fields(CONDITIONS, run["conditions"], "conditions")["grid"])
+        ImageLayout(checked_fields(CONDITIONS, run["conditions"], "conditions")["grid"])
         checked_fields(COMMAND, run["command"], "command")
     except ValueError as error:
         raise ResultsError(

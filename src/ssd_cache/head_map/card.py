@@ -14,7 +14,6 @@ from huggingface_hub import ModelCardData
 from PIL import Image, ImageDraw, ImageFont
 
 from ssd_cache.io.markdown import code_block, escape
-from ssd_cache.layout import format_rasters
 
 if TYPE_CHECKING:
     from ssd_cache.head_map.head_map import HeadMap
@@ -79,7 +78,7 @@ def card(head_map: HeadMap, repo_id: str) -> str:
     facts = {
         "layers x KV heads": f"{head_map.num_layers} x {head_map.num_kv_heads}",
         "spatial, semantic": f"{num_spatial}, {head_map.is_spatial.numel() - num_spatial}",
-        "grid of visual tokens": format_rasters(head_map.previews, head_map.grid, " x "),
+        "grid of visual tokens": head_map.layout.text(),
         "model": head_map.model_id,
         "model revision": head_map.revision,
         "model type": head_map.model_type,
@@ -125,8 +124,7 @@ def picture(head_map: HeadMap) -> Image.Image:
 
     name = (head_map.model_id or "Head map").encode("ascii", "replace").decode()
     draw.text((28, 18), name if len(name) <= 42 else name[:40] + "..", INK, fonts[22])
-    grid = format_rasters(head_map.previews, head_map.grid, " x ")
-    shape = f"{rows} layers x {columns} KV heads, grid {grid}"
+    shape = f"{rows} layers x {columns} KV heads, grid {head_map.layout.text()}"
     draw.text((28, 48), shape, FAINT, fonts[16])
     num_spatial = int(head_map.is_spatial.sum())
     counts = (SPATIAL, f"spatial: {num_spatial}"), (SEMANTIC, f"semantic: {rows * columns - num_spatial}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from ssd_cache.budget import Budget, resolve_budget
 from ssd_cache.head_map.learned_score import LearnedScore
 from ssd_cache.io.showing import ReadableError, shown
 from ssd_cache.io.untrusted import MAX_DEPTH, parse_json
+from ssd_cache.layout import ImageLayout
 
-MAX_LAYERS, MAX_KV_HEADS, MAX_GRID_SIDE, MAX_PREVIEWS, MAX_SCORES = 1024, 4096, 4096, 8, 64
+MAX_LAYERS, MAX_KV_HEADS, MAX_SCORES = 1024, 4096, 64
 MAX_TEXT, MAX_PROFILE_BYTES = 256, 64 << 10
 SCORE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -46,21 +47,12 @@ def checked_labels(is_spatial: torch.Tensor) -> torch.Tensor:
     return is_spatial.detach().to("cpu", copy=True).contiguous()
 
 
-def checked_grid(grid: tuple[int, int]) -> tuple[int, int]:
-    """The grid (rows, columns) in visual tokens, as a tuple."""
-    sides = tuple(grid) if isinstance(grid, (tuple, list)) else ()
-    if len(sides) != 2 or not all(type(side) is int and 1 <= side <= MAX_GRID_SIDE for side in sides):
-        raise HeadMapError(
-            f"grid={shown(grid)}; give (rows, columns), integers from 1 to {MAX_GRID_SIDE}, like (24, 24)"
-        )
-    return sides
-
-
-def checked_previews(previews: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Draft grids that are generated before the image, each (rows, columns)."""
-    if not isinstance(previews, (tuple, list)) or len(previews) > MAX_PREVIEWS:
-        raise HeadMapError(f"previews={shown(previews)}; give at most {MAX_PREVIEWS} grids, like [(19, 13)]")
-    return tuple(map(checked_grid, previews))
+def checked_layout(grid: Any, previews: Any) -> ImageLayout:
+    """The grids of an image, each (rows, columns) in visual tokens."""
+    try:
+        return ImageLayout(grid, previews)
+    except ValueError as error:
+        raise HeadMapError(error) from error
 
 
 def checked_scores(
@@ -84,20 +76,15 @@ def checked_scores(
     return checked
 
 
-def checked_learned(
-    learned: LearnedScore | None,
-    shape: torch.Size,
-    grid: tuple[int, int],
-    previews: tuple[tuple[int, int], ...],
-) -> LearnedScore | None:
-    """A float32 copy; the tensors' first dimensions must be `shape`, and their positions must be those of `grid`."""
+def checked_learned(learned: LearnedScore | None, shape: torch.Size, layout: ImageLayout) -> LearnedScore | None:
+    """A float32 copy; the tensors' first dimensions must be `shape`, and their positions must be those of the grid."""
     if learned is None:
         return None
     if not isinstance(learned, LearnedScore):
         raise HeadMapError(f"learned is a {type(learned).__name__}; give a LearnedScore, as learn_score makes it")
-    if previews:
+    if layout.draft_grids:
         raise HeadMapError("a learned score goes by the places of a single grid; leave it out for a map with previews")
-    rows, columns = grid
+    rows, columns = layout.grid
     ends = {"row": (rows, rows), "column": (rows, columns)}
     copies = {}
     for name, tensor in learned.tensors().items():

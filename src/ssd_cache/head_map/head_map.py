@@ -26,7 +26,7 @@ from ssd_cache.head_map import hub as head_map_hub
 from ssd_cache.head_map.checks import HeadMapError
 from ssd_cache.head_map.learned_score import LearnedScore
 from ssd_cache.io.showing import shown
-from ssd_cache.layout import count_cells, format_rasters
+from ssd_cache.layout import Grid, ImageLayout
 
 __all__ = ["HeadMap", "HeadMapError"]
 
@@ -65,7 +65,7 @@ class HeadMap:
     """
 
     is_spatial: torch.Tensor
-    grid: tuple[int, int]
+    grid: Grid
     scores: dict[str, torch.Tensor]
     threshold: float | None
     model_id: str | None
@@ -75,16 +75,18 @@ class HeadMap:
     budget: Budget | None
     learned: LearnedScore | None
     profile: dict[str, Any]
-    previews: tuple[tuple[int, int], ...]
+    previews: tuple[Grid, ...]
     is_online: bool = field(init=False)
     """Whether a cache finds the labels at run time, again in every run; see [`HeadMap.online`]."""
+    layout: ImageLayout = field(init=False)
+    """The grid and the draft grids together."""
     origin: str = field(init=False)
     """Where this map comes from: a path, a Hub repository with its commit, or "made in memory"."""
 
     def __init__(
         self,
         is_spatial: torch.Tensor,
-        grid: tuple[int, int] = (24, 24),
+        grid: Grid = (24, 24),
         *,
         scores: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
         threshold: float | None = None,
@@ -95,21 +97,21 @@ class HeadMap:
         budget: Budget | None = None,
         learned: LearnedScore | None = None,
         profile: Mapping[str, Any] | None = None,
-        previews: Sequence[tuple[int, int]] = (),
+        previews: Sequence[Grid] = (),
     ) -> None:
         labels = head_map_checks.checked_labels(is_spatial)
         texts = {"model_id": model_id, "revision": revision, "model_type": model_type, "method": method}
-        checked_grid, checked_previews = head_map_checks.checked_grid(grid), head_map_checks.checked_previews(previews)
-        cells = count_cells(checked_grid, checked_previews)
+        layout = head_map_checks.checked_layout(grid, previews)
         values = {
             "is_spatial": labels,
-            "grid": checked_grid,
-            "previews": checked_previews,
+            "grid": layout.grid,
+            "previews": layout.draft_grids,
+            "layout": layout,
             "scores": head_map_checks.checked_scores(scores, labels.shape),
             "threshold": head_map_checks.checked_threshold(threshold),
             **{name: head_map_checks.checked_text(name, text) for name, text in texts.items()},
-            "budget": head_map_checks.checked_budget(budget, labels, cells),
-            "learned": head_map_checks.checked_learned(learned, labels.shape, checked_grid, checked_previews),
+            "budget": head_map_checks.checked_budget(budget, labels, layout.num_tokens),
+            "learned": head_map_checks.checked_learned(learned, labels.shape, layout),
             "profile": head_map_checks.checked_profile(profile),
             "is_online": False,
             "origin": "made in memory",
@@ -124,7 +126,7 @@ class HeadMap:
         *,
         num_layers: int,
         num_kv_heads: int,
-        grid: tuple[int, int] = (24, 24),
+        grid: Grid = (24, 24),
     ) -> HeadMap:
         """A map whose heads are all of one `kind`, for baselines: StreamingLLM is all spatial, H2O all semantic."""
         if kind not in ("spatial", "semantic"):
@@ -134,7 +136,7 @@ class HeadMap:
         return cls(labels, grid, method=f"uniform {kind}")
 
     @classmethod
-    def online(cls, *, num_layers: int, num_kv_heads: int, grid: tuple[int, int] = (24, 24)) -> HeadMap:
+    def online(cls, *, num_layers: int, num_kv_heads: int, grid: Grid = (24, 24)) -> HeadMap:
         """A map without labels: an `SSDCache` finds the labels itself, from the first rows of each batch of images.
 
         Use it for a model that nobody has profiled. `SSDLayer` describes the rule, and `cache.labels` holds the labels
@@ -246,7 +248,7 @@ class HeadMap:
     @property
     def num_visual_tokens(self) -> int:
         """Cells of the grid, rows x columns, plus those of the draft grids."""
-        return count_cells(self.grid, self.previews)
+        return self.layout.num_tokens
 
     @property
     def slots(self) -> list[tuple[int, ...]] | None:
@@ -258,23 +260,26 @@ class HeadMap:
     @property
     def digest(self) -> str:
         """Twelve hex digits of the sha256 of labels, grid and learned score; they identify the map in result tables."""
-        shape = f"{self.num_layers}x{self.num_kv_heads} {format_rasters(self.previews, self.grid)} "
+        shape = f"{self.num_layers}x{self.num_kv_heads} {self.layout} "
         found = hashlib.sha256(shape.encode() + bytes(self.is_spatial.flatten().tolist()))
         if self.learned is not None:
             for tensor in self.learned.tensors().values():
                 found.update(tensor.numpy().tobytes())
         return found.hexdigest()[:12]
 
-    def with_grid(self, grid: tuple[int, int], previews: Sequence[tuple[int, int]] = ()) -> HeadMap:
+    def with_grid(self, grid: Grid, previews: Sequence[Grid] = ()) -> HeadMap:
         """The same labels for images of another size.
 
         A budget keeps its share of the grid: fractions stay, and counts scale with the number of cells. A learned score
         is left out, since it holds weights for the positions of its own grid.
         """
-        previews = tuple(previews)
-        if (tuple(grid), previews) == (self.grid, self.previews):
+        return self.with_layout(head_map_checks.checked_layout(grid, previews))
+
+    def with_layout(self, layout: ImageLayout) -> HeadMap:
+        """As `with_grid`, with the grid and the draft grids in one object."""
+        if layout == self.layout:
             return self
-        head_map = replace(self, grid=grid, previews=previews, learned=None, budget=None)
+        head_map = replace(self, grid=layout.grid, previews=layout.draft_grids, learned=None, budget=None)
         if self.budget is not None:
             budget = scale_counts(self.budget, self.num_visual_tokens, head_map.num_visual_tokens)
             head_map = replace(head_map, budget=budget)
@@ -287,8 +292,7 @@ class HeadMap:
         model: str,
         num_layers: int,
         num_kv_heads: int,
-        grid: tuple[int, int] | None = None,
-        previews: tuple[tuple[int, int], ...] = (),
+        layout: ImageLayout | None = None,
     ) -> None:
         """Refuse a model of another shape.
 
@@ -296,18 +300,16 @@ class HeadMap:
             model: the model's name, for the message.
             num_layers: the model's decoder layers.
             num_kv_heads: KV heads in each layer.
-            grid: rows and columns of the model's visual tokens; None when unknown.
-            previews: the draft grids that the model generates before the image.
+            layout: the grids of the model's images; None when unknown.
 
         Raises:
             HeadMapError: the shapes differ; the message names both and this map's origin.
         """
-        same_grid = grid is None or (grid, previews) == (self.grid, self.previews)
-        if (num_layers, num_kv_heads) != (self.num_layers, self.num_kv_heads) or not same_grid:
+        same_layout = layout in (None, self.layout)
+        if (num_layers, num_kv_heads) != (self.num_layers, self.num_kv_heads) or not same_layout:
             ours, theirs = "", ""
-            if grid is not None:
-                ours = f" and a grid of {format_rasters(self.previews, self.grid, ' x ')}"
-                theirs = f" and {format_rasters(previews, grid, ' x ')}"
+            if layout is not None:
+                ours, theirs = f" and a grid of {self.layout.text()}", f" and {layout.text()}"
             raise HeadMapError(
                 f"the head map ({self.origin}) has {self.num_layers} layers x {self.num_kv_heads} KV heads{ours}, but "
                 f"{model} has {num_layers} x {num_kv_heads}{theirs}: use the map that was made for this model"
@@ -364,10 +366,9 @@ class HeadMap:
         num_spatial = int(self.is_spatial.sum())
         labels = f"{num_spatial} spatial, {self.is_spatial.numel() - num_spatial} semantic"
         place = self.origin if self.is_online or self.origin.startswith("made in memory") else f"from {self.origin}"
-        grid = format_rasters(self.previews, self.grid)
         return (
             f"HeadMap({self.num_layers} layers x {self.num_kv_heads} KV heads, "
-            f"{'online' if self.is_online else labels}, grid {grid}, "
+            f"{'online' if self.is_online else labels}, grid {self.layout}, "
             f"{'' if self.learned is None else 'learned score, '}{place})"
         )
 
@@ -381,7 +382,7 @@ class HeadMap:
     def _facts(self) -> dict[str, Any]:
         """The fields of config.json, without version and checksum."""
         return {
-            "grid": list(self.grid),
+            **self.layout.as_json(),
             "num_layers": self.num_layers,
             "num_kv_heads": self.num_kv_heads,
             "model_id": self.model_id,
@@ -391,7 +392,6 @@ class HeadMap:
             "threshold": self.threshold,
             "budget": self.budget,
             "profile": self.profile,
-            **({"previews": [list(grid) for grid in self.previews]} if self.previews else {}),
         }
 
     def _files(self) -> dict[str, bytes]:

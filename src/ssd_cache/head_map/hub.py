@@ -13,27 +13,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
-from huggingface_hub.errors import (
-    DisabledRepoError,
-    FileMetadataError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from ssd_cache.head_map.checks import HeadMapError
 from ssd_cache.head_map.files import CONFIG_NAME, MAX_CONFIG_BYTES, MAX_TENSORS_BYTES, TENSORS_NAME, read_file
-from ssd_cache.io.hub import HubError, hub_download
-from ssd_cache.io.showing import first_line, shown
+from ssd_cache.io.hub import HubError, describe_failure, hub_download
+from ssd_cache.io.showing import shown
 from ssd_cache.io.suggesting import cached_repositories, nearby_folders, suggestion
 
 LIBRARY_NAME = "ssd-cache"
+
+MISSING = (
+    f"has no {CONFIG_NAME} or no {TENSORS_NAME} there, so it is not the repository of a head map (a model's, perhaps?)"
+    "; check the name and subfolder=, or make a map with profile_heads"
+)
 
 
 class HeadMapHubError(HeadMapError, HubError):
@@ -121,51 +113,6 @@ def _refusing(repo_id: str, revision: str | None, *, is_read: bool = False) -> I
     except Exception as error:
         known = [*nearby_folders(repo_id), *cached_repositories()] if is_read else []
         nearest = "" if repo_id in known else suggestion(repo_id, known)
-        is_hub_there, reason = _reason(error)
+        is_hub_there, reason = describe_failure(error, MISSING)
         kind = HeadMapError if is_hub_there else HeadMapHubError
         raise kind(f"{_place(repo_id, revision)}: {reason}{nearest}") from error
-
-
-def _reason(error: BaseException) -> tuple[bool, str]:
-    """Whether the Hub answered, and the failure with its remedy, in the caller's terms."""
-    not_cached = isinstance(error, LocalEntryNotFoundError)
-    if isinstance(error, (LocalEntryNotFoundError, RuntimeError, ValueError)) and error.__cause__ is not None:
-        error = error.__cause__  # huggingface_hub wraps the server's answer in one of these
-    login = "pass token=, or run `hf auth login`"
-    for kind, reason in (
-        (GatedRepoError, f"access to this repository is restricted; ask for it on its page, then {login}"),
-        (DisabledRepoError, "this repository was disabled; use another one"),
-        (
-            RepositoryNotFoundError,
-            "no such repository on the Hub, or a private one, and no such folder or file here; "
-            f"check the name; for a private repository {login}",
-        ),
-        (RevisionNotFoundError, "no such revision; revision= takes a branch, a tag or a full commit hash"),
-        (
-            RemoteEntryNotFoundError,
-            f"has no {CONFIG_NAME} or no {TENSORS_NAME} there, so it is not the repository of a head map (a model's, "
-            "perhaps?); check the name and subfolder=, or make a map with profile_heads",
-        ),
-        (HFValidationError, "neither a folder or file here, nor the id of a repository; an id reads 'user/name'"),
-        (LocalTokenNotFoundError, f"token=True, but no token is saved here; {login}"),
-        (OfflineModeIsEnabled, "offline mode is on; unset HF_HUB_OFFLINE, or give a folder"),
-        (FileMetadataError, "this server does not answer like a Hub; check HF_ENDPOINT and the proxy"),
-        (LocalEntryNotFoundError, "there is no cached copy; download it once without local_files_only=True"),
-    ):
-        if isinstance(error, kind):
-            if not_cached and kind is not LocalEntryNotFoundError:
-                reason = f"no cached copy, and {reason}"
-            return kind is not OfflineModeIsEnabled, reason
-    told = first_line(error)
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        if status in (401, 403):
-            return True, f"the Hub refuses the token ({status}), or it lacks the permission; {login}"
-        if status == 404:
-            return True, "not found (404); check the name, and HF_ENDPOINT"
-        return False, f"the Hub answered {status}; try again later ({told})"
-    if type(error) is ValueError:  # arguments that exclude each other
-        return True, f"{told}; change one of the arguments"
-    if not_cached:
-        return False, f"the server cannot be reached and there is no cached copy; check the network ({told})"
-    return False, f"the transfer failed: {type(error).__name__} {told}; check network and disk, then try again"

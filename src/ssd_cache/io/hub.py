@@ -1,7 +1,7 @@
 """Gets a file of a Hub repository from the cache or by download, with one short attempt if the Hub is unreachable.
 
 huggingface_hub itself retries for half a minute before it reports an unreachable server, also for a misspelt name. The
-errors are those of huggingface_hub; callers turn them into messages.
+errors are those of huggingface_hub; `describe_failure` turns them into messages.
 """
 
 from __future__ import annotations
@@ -10,14 +10,20 @@ from typing import Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
+    DisabledRepoError,
+    FileMetadataError,
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
-from ssd_cache.io.showing import printable
+from ssd_cache.io.showing import first_line, printable
 
 ATTEMPT_SECONDS = 5
 """Timeout of a request for a file's metadata; HF_HUB_ETAG_TIMEOUT overrides it."""
@@ -49,6 +55,52 @@ def hub_download(repo_id: str, name: str, **options: Any) -> Any:
         if problem is None:
             raise
         raise error from problem
+
+
+def describe_failure(error: BaseException, missing: str) -> tuple[bool, str]:
+    """Whether the Hub answered, and the reason of a failure with its remedy, in the caller's terms.
+
+    Args:
+        error: any exception of huggingface_hub or its HTTP client.
+        missing: the reason where the repository lacks the file.
+    """
+    not_cached = isinstance(error, LocalEntryNotFoundError)
+    if isinstance(error, (LocalEntryNotFoundError, RuntimeError, ValueError)) and error.__cause__ is not None:
+        error = error.__cause__  # huggingface_hub wraps the server's answer in one of these
+    login = "pass token=, or run `hf auth login`"
+    for kind, reason in (
+        (GatedRepoError, f"access to this repository is restricted; ask for it on its page, then {login}"),
+        (DisabledRepoError, "this repository was disabled; use another one"),
+        (
+            RepositoryNotFoundError,
+            "no such repository on the Hub, or a private one, and no such folder or file here; "
+            f"check the name; for a private repository {login}",
+        ),
+        (RevisionNotFoundError, "no such revision; revision= takes a branch, a tag or a full commit hash"),
+        (RemoteEntryNotFoundError, missing),
+        (HFValidationError, "neither a folder or file here, nor the id of a repository; an id reads 'user/name'"),
+        (LocalTokenNotFoundError, f"token=True, but no token is saved here; {login}"),
+        (OfflineModeIsEnabled, "offline mode is on; unset HF_HUB_OFFLINE, or give a folder"),
+        (FileMetadataError, "this server does not answer like a Hub; check HF_ENDPOINT and the proxy"),
+        (LocalEntryNotFoundError, "there is no cached copy; download it once without local_files_only=True"),
+    ):
+        if isinstance(error, kind):
+            if not_cached and kind is not LocalEntryNotFoundError:
+                reason = f"no cached copy, and {reason}"
+            return kind is not OfflineModeIsEnabled, reason
+    told = first_line(error)
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status in (401, 403):
+            return True, f"the Hub refuses the token ({status}), or it lacks the permission; {login}"
+        if status == 404:
+            return True, "not found (404); check the name, and HF_ENDPOINT"
+        return False, f"the Hub answered {status}; try again later ({told})"
+    if type(error) is ValueError:  # arguments that exclude each other
+        return True, f"{told}; change one of the arguments"
+    if not_cached:
+        return False, f"the server cannot be reached and there is no cached copy; check the network ({told})"
+    return False, f"the transfer failed: {type(error).__name__} {told}; check network and disk, then try again"
 
 
 def _unreachable(

@@ -4,14 +4,15 @@
 gigabytes are loaded. `.load()` returns the `Generator`. Each model family has one small file. No caching happens here.
 """
 
-from ssd_cache.models.base import BUNDLED, Checkpoint, Generator
+from ssd_cache.models.base import Generator
 from ssd_cache.models.causal_lm import CausalLMGenerator
+from ssd_cache.models.checkpoint import BUNDLED, Checkpoint, find_head_map
 from ssd_cache.models.deepseek_janus import DeepSeekJanusGenerator
 from ssd_cache.models.emu3 import Emu3Generator
 from ssd_cache.models.find import FAMILIES, find_generator, generator_of
 from ssd_cache.models.glm_image import GlmImageGenerator
 from ssd_cache.models.janus import JanusGenerator
-from ssd_cache.models.settings import GeneratorError, Sampling, check_drawing, resolve_device, resolve_dtype
+from ssd_cache.models.settings import GeneratorError, ResolvedSampling, Sampling, resolve_device, resolve_dtype
 
 __all__ = [
     "BUNDLED",
@@ -24,9 +25,10 @@ __all__ = [
     "GeneratorError",
     "GlmImageGenerator",
     "JanusGenerator",
+    "ResolvedSampling",
     "Sampling",
-    "check_drawing",
     "find_generator",
+    "find_head_map",
     "generator_of",
     "resolve_device",
     "resolve_dtype",

@@ -1,23 +1,23 @@
 """The generator interface: prompts to visual tokens, visual tokens to images, and the facts a cache needs.
 
-A model family subclasses `Generator`, states its facts and implements five short methods (see `models/janus.py`).
+A model family subclasses `Generator` and states what differs from the defaults here (see `models/janus.py`).
 `models/find.py` finds the checkpoint that a name means. The cache decides which visual tokens are kept.
 """
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from transformers import (
     AutoConfig,
+    AutoProcessor,
     Cache,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedConfig,
@@ -25,34 +25,16 @@ from transformers import (
     ProcessorMixin,
 )
 
-from ssd_cache.cache.cache import decoder_shape
-from ssd_cache.head_map.head_map import HeadMap, HeadMapError
-from ssd_cache.io.suggesting import suggestion
-from ssd_cache.layout import count_cells
-from ssd_cache.models.settings import GeneratorError, check_drawing, check_texts, resolve_device, resolve_dtype
+from ssd_cache._compat import CACHE
+from ssd_cache.cache.attention import NAME
+from ssd_cache.layout import Grid, ImageLayout
+from ssd_cache.model_grids import GRIDS
+from ssd_cache.models.settings import ResolvedSampling, check_texts
 
-BUNDLED = "shapes-janus"
-"""Name of the small trained model that is bundled with the package."""
+if TYPE_CHECKING:
+    from ssd_cache.models.checkpoint import Checkpoint
 
-BUNDLED_FOLDER = Path(__file__).parents[1] / "shapes" / "checkpoint"
-
-HEAD_MAP_FOLDER = "head_map"
-"""Subfolder of a checkpoint that holds its own head map."""
-
-
-def find_head_map(name: str) -> HeadMap:
-    """Load a head map by name: a map's folder or Hub id, a model folder that contains a map, or `BUNDLED`.
-
-    Raises:
-        HeadMapError: there is none, or it cannot be read.
-    """
-    carried = (BUNDLED_FOLDER if name == BUNDLED else Path(os.path.expanduser(name))) / HEAD_MAP_FOLDER
-    try:
-        return HeadMap.from_pretrained(carried if os.path.isdir(carried) else name)
-    except HeadMapError as error:
-        if not (nearest := suggestion(name, [BUNDLED])):
-            raise
-        raise type(error)(f"{error}{nearest}") from error
+OnTokens = Callable[[int], object]
 
 
 class Generator(ABC):
@@ -64,39 +46,39 @@ class Generator(ABC):
         processor: the transformers processor.
 
     Class attributes that state facts of the family:
-        own_guidance: whether the model's `generate` runs the guidance rows itself, in one batch. If not, `enable`
-            adds them for a call with `guidance_scale` (see `decode/guidance.py`).
+        model_class, processor_class: the classes that load a checkpoint.
+        image_decoder: the submodule that decodes images; it is float32 in any dtype.
+        decode_batch: number of images decoded at once.
+        decoding_hint: how users decode tokens that `to_images` cannot decode; None if it can.
         default_guidance: the scale for a checkpoint that names none; None for a family without guidance.
-        is_resizable: whether a caller can choose another grid than `grid_of` returns.
-        no_pictures: how to decode the tokens of a family that `to_images` cannot decode; None for the others.
+        has_own_guidance: whether the model's `generate` runs the guidance rows itself, in one batch. If not, `enable`
+            adds them for a call with `guidance_scale` (see `decode/guidance.py`).
     """
 
-    own_guidance: bool = False
+    model_class: Any
+    processor_class: Any = AutoProcessor
+    image_decoder: str | None = None
+    decode_batch: int = 4
+    decoding_hint: str | None = None
     default_guidance: float | None = 5.0
-    is_resizable: bool = False
-    no_pictures: str | None = None
+    has_own_guidance: bool = False
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, processor: ProcessorMixin):
         self.checkpoint, self.model, self.processor = checkpoint, model, processor
 
     @staticmethod
-    @abstractmethod
-    def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
-        """Rows and columns of visual tokens in an image; end-of-row tokens count as the last columns."""
+    def layout_of(config: PreTrainedConfig, grid: Grid | None = None) -> ImageLayout:
+        """Layout of an image of the usual size, or of `grid`; by default from `model_grids.py`."""
+        return GRIDS[config.model_type].layout(config, grid)
 
     @staticmethod
-    def previews_of(grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-        """Draft grids that are generated before this grid, in order; usually none."""
-        return ()
-
-    @staticmethod
-    def draws(call: Mapping[str, Any]) -> bool:
+    def generates_images(call: Mapping[str, Any]) -> bool:
         """Whether a call of the model's `generate` with these keyword arguments generates an image, not text."""
         return True
 
     @staticmethod
-    def rasters_of_call(call: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]] | None:
-        """Grid and draft grids of the images that such a call generates; None if the arguments do not state them."""
+    def layout_of_call(call: Mapping[str, Any]) -> ImageLayout | None:
+        """Layout of the images that such a call generates; None if the arguments do not state it."""
         return None
 
     @staticmethod
@@ -106,18 +88,21 @@ class Generator(ABC):
 
     @classmethod
     def read_config(cls, folder: str | Path) -> PreTrainedConfig:
-        """Read the configuration in a folder.
-
-        Raises:
-            GeneratorError: a package that the family needs is missing.
-            OSError, ValueError, KeyError, TypeError: from transformers, for a file that cannot be read.
-        """
+        """Read the configuration in a folder; raises GeneratorError if a package that the family needs is missing."""
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
     @classmethod
-    @abstractmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Generator:
-        """Load the model and processor of a checkpoint."""
+        """Load the model and processor of a checkpoint; code in a checkpoint is never run."""
+        processor = cls.processor_class.from_pretrained(checkpoint.source, trust_remote_code=False)
+        stored = dtype if cls.image_decoder is None else "auto"  # the image decoder's weights are not rounded
+        model = cls.model_class.from_pretrained(checkpoint.source, dtype=stored, trust_remote_code=False)
+        if cls.image_decoder is not None:
+            in_float32 = set(model.get_submodule(cls.image_decoder).float().parameters())
+            for parameter in set(model.parameters()) - in_float32:  # buffers stay: RoPE's frequencies are float32
+                parameter.data = parameter.data.to(dtype)
+        model.get_decoder().set_attn_implementation(NAME)
+        return cls(checkpoint, model.to(device).eval(), processor)
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -133,22 +118,36 @@ class Generator(ABC):
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Make inputs for the model's own `generate`, left-padded `[batch, prompt length]`, on the model's device."""
 
-    @abstractmethod
-    def draw(self, prompts, cache, guidance_scale, temperature, on_tokens) -> torch.Tensor:
-        """Generate visual tokens `[batch, cells]` with settings that are already checked; see `generate`."""
+    def call_arguments(self, inputs: Mapping[str, torch.Tensor], sampling: ResolvedSampling) -> dict[str, Any]:
+        """Arguments of the model's `generate` besides inputs, cache and temperature; `top_k` is for temperatures > 0.
+
+        By default as many tokens as the grid has, none of which ends the image early.
+        """
+        number = self.checkpoint.num_visual_tokens
+        return {"min_new_tokens": number, "max_new_tokens": number}
 
     def is_unconditional(self, num_prompts: int) -> torch.Tensor:
-        """Which decoder rows are unconditional guidance rows, for this number of prompts; boolean `[rows]`."""
-        return torch.zeros(num_prompts, dtype=torch.bool)
+        """Which decoder rows are unconditional, for this number of prompts; boolean `[rows]`.
 
+        By default the second half for a model with guidance, and none for the others.
+        """
+        num_rows = num_prompts if self.default_guidance is None else 2 * num_prompts
+        return torch.arange(num_rows) >= num_prompts
+
+    @torch.no_grad()
     def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:
         """Decode visual tokens `[batch, cells]` to images, a few at a time, in float32 after `load`.
 
         Raises:
             GeneratorError: a model whose tokens ssd-cache cannot decode.
         """
-        self.checkpoint.check_pictures()
-        raise NotImplementedError(f"{type(self).__name__} states no_pictures, or has to_images of its own")
+        self.checkpoint.check_decodable()
+        parts = tokens.to(self.model.device).split(self.decode_batch)
+        return [image for part in parts for image in self._decode(part)]
+
+    def _decode(self, tokens: torch.Tensor) -> list[Image.Image]:
+        """Decode visual tokens `[at most decode_batch, cells]`."""
+        raise NotImplementedError(f"{type(self).__name__} has neither a decoding_hint nor _decode")
 
     def generate(
         self,
@@ -158,7 +157,7 @@ class Generator(ABC):
         guidance_scale: float | None = None,
         temperature: float | None = None,
         seed: int = 0,
-        on_tokens: Callable[[int], object] | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> torch.Tensor:
         """Generate one image per prompt, all in one batch; returns visual tokens `[batch, cells]`, draft grids first.
 
@@ -177,125 +176,49 @@ class Generator(ABC):
             GeneratorError: `prompts` is not a list, is empty, or contains an empty text; or a setting is out of range.
         """
         check_texts(prompts)
-        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        temperature = self.temperature if temperature is None else temperature
-        if self.default_guidance is None and guidance_scale != 1.0:
-            raise GeneratorError(
-                f"guidance_scale={guidance_scale}: {self.checkpoint.name} is not guided; leave guidance_scale out"
-            )
-        check_drawing(None if self.default_guidance is None else guidance_scale, temperature, seed)
+        sampling = self.sampling(guidance_scale, temperature, seed)
         device = self.model.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(seed)
-            return self.draw(prompts, cache, guidance_scale, temperature, on_tokens)
+            return self._generate_tokens(prompts, cache, sampling, on_tokens)
+
+    def _generate_tokens(
+        self, prompts: Sequence[str], cache: Cache | None, sampling: ResolvedSampling, on_tokens: OnTokens | None
+    ) -> torch.Tensor:
+        """Visual tokens `[batch, cells]` of the model's own `generate`."""
+        inputs = self.prepare(prompts)
+        call = {**inputs, CACHE: cache, **self.call_arguments(inputs, sampling)}
+        if sampling.temperature > 0:
+            call |= {"do_sample": True, "temperature": sampling.temperature}
+        else:
+            call["do_sample"] = False
+            call.pop("top_k", None)
+        if on_tokens is not None:
+            call["logits_processor"] = LogitsProcessorList([_Ticker(on_tokens)])
+        return self.model.generate(**call)[:, -self.checkpoint.num_visual_tokens :]
+
+    def sampling(
+        self, guidance_scale: float | None = None, temperature: float | None = None, seed: int = 0
+    ) -> ResolvedSampling:
+        """Resolve settings as `Checkpoint.sampling` does, with the own values of the loaded model."""
+        own = getattr(self.model, "generation_config", None) or GenerationConfig()
+        return self.checkpoint.sampling(guidance_scale, temperature, seed, own)
 
     @property
     def guidance_scale(self) -> float:
         """The checkpoint's own guidance scale, or the family's default; 1 for a family without guidance."""
-        return 1.0 if self.default_guidance is None else self._setting("guidance_scale", self.default_guidance)
+        return self.sampling().guidance_scale
 
     @property
     def temperature(self) -> float:
         """The checkpoint's own temperature, or 1."""
-        return self._setting("temperature", 1.0)
-
-    def _setting(self, name: str, default: float) -> float:
-        value = getattr(getattr(self.model, "generation_config", None), name, None)
-        return default if value is None else float(value)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A generator that is found but not loaded yet: the facts that its configuration states.
-
-    Attributes:
-        name: the model name that the user gave.
-        source: the folder, or the Hub id, for `from_pretrained`.
-        config: its configuration.
-        family: the class that loads it.
-        asked_grid: the grid that the caller asked for, or None.
-    """
-
-    name: str
-    source: str
-    config: PreTrainedConfig
-    family: type[Generator]
-    asked_grid: tuple[int, int] | None = None
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of visual tokens in an image; end-of-row tokens count as the last columns."""
-        return self.asked_grid or self.family.grid_of(self.config)
-
-    @property
-    def previews(self) -> tuple[tuple[int, int], ...]:
-        """Draft grids that are generated before the image, in order; usually none."""
-        return self.family.previews_of(self.grid)
-
-    @property
-    def num_visual_tokens(self) -> int:
-        """Visual tokens of an image, including draft grids and end-of-row tokens."""
-        return count_cells(self.grid, self.previews)
-
-    @property
-    def num_layers(self) -> int:
-        return decoder_shape(self.family.text_config_of(self.config))[0]
-
-    @property
-    def num_kv_heads(self) -> int:
-        return decoder_shape(self.family.text_config_of(self.config))[1]
-
-    def head_map(self, name: str | None = None) -> HeadMap | None:
-        """Load a head map for this model, converted to `asked_grid` if that is set.
-
-        Args:
-            name: as for `find_head_map`; when not given, the map in the checkpoint's folder, if there is one. A map
-                made for another model gives a warning.
-
-        Raises:
-            HeadMapError: a map that cannot be read.
-        """
-        if name is None:
-            folder = Path(self.source) / HEAD_MAP_FOLDER
-            found = HeadMap.from_pretrained(folder) if folder.is_dir() else None
-        else:
-            found = find_head_map(name)
-            found.check_made_for(self.name)
-        if found is None or self.asked_grid is None:
-            return found
-        return found.with_grid(self.grid, self.previews)
-
-    def check_head_map(self, head_map: HeadMap) -> None:
-        """Refuse a map whose shape does not fit this model.
-
-        Raises:
-            HeadMapError: layers, KV heads or grid differ.
-        """
-        head_map.check_fits(self.name, self.num_layers, self.num_kv_heads, self.grid, self.previews)
-
-    def check_pictures(self) -> None:
-        """Raise GeneratorError, before any generation, for a model whose tokens ssd-cache cannot decode to images."""
-        if self.family.no_pictures is not None:
-            raise GeneratorError(
-                f"{self.name} draws tokens, and ssd-cache can not decode them: {self.family.no_pictures}"
-            )
-
-    def load(self, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto") -> Generator:
-        """Load the model in evaluation mode; see `resolve_dtype` and `resolve_device` for "auto"."""
-        device = resolve_device(device)
-        return self.family.load(self, resolve_dtype(dtype, device), device)
-
-
-def call_settings(temperature: float, on_tokens: Callable[[int], object] | None, **sampling) -> dict[str, Any]:
-    """Arguments for a model's own `generate`: temperature, progress and, if tokens are sampled, `sampling`."""
-    settings = {"do_sample": True, "temperature": temperature, **sampling} if temperature > 0 else {"do_sample": False}
-    return settings | {"logits_processor": LogitsProcessorList([] if on_tokens is None else [_Ticker(on_tokens)])}
+        return self.sampling().temperature
 
 
 class _Ticker(LogitsProcessor):
     """Calls `on_tokens` at every generation step; does not change the logits."""
 
-    def __init__(self, on_tokens: Callable[[int], object]):
+    def __init__(self, on_tokens: OnTokens):
         self.on_tokens = on_tokens
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:

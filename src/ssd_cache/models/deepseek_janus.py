@@ -8,7 +8,7 @@ is needed, and nothing in it is patched. docs/models.md explains how to install 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,8 @@ from transformers import AutoConfig, Cache, DynamicCache, PreTrainedConfig, PreT
 
 from ssd_cache._compat import CACHE
 from ssd_cache.cache.attention import NAME
-from ssd_cache.model_grids import GRIDS
-from ssd_cache.models.base import Checkpoint, Generator
+from ssd_cache.models.base import Generator, OnTokens
 from ssd_cache.models.settings import GeneratorError
-
-IMAGE_SIZE, PATCH_SIZE, CODE_CHANNELS, DECODE_BATCH = 384, 16, 8, 4
-"""Values from DeepSeek's script; the configuration does not state them. `DECODE_BATCH` images are decoded at once."""
 
 
 @torch.no_grad()
@@ -36,7 +32,7 @@ def generate(
     *,
     guidance_scale: float = 5.0,
     temperature: float = 1.0,
-    on_tokens: Callable[[int], object] | None = None,
+    on_tokens: OnTokens | None = None,
 ) -> torch.Tensor:
     """Generate one image per prompt, in one batch, with DeepSeek's loop; returns visual tokens `[batch, 576]`.
 
@@ -97,11 +93,7 @@ def prepare(model: PreTrainedModel, processor, prompts: Sequence[str]) -> tuple[
 class DeepSeekJanusGenerator(Generator):
     """Generator around `MultiModalityCausalLM`; two rows per prompt, conditional and unconditional rows alternate."""
 
-    own_guidance = True
-
-    @staticmethod
-    def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
-        return GRIDS["multi_modality"].grid_of(config)
+    has_own_guidance = True
 
     @staticmethod
     def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -113,7 +105,7 @@ class DeepSeekJanusGenerator(Generator):
         return AutoConfig.from_pretrained(folder)
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> DeepSeekJanusGenerator:
+    def load(cls, checkpoint, dtype: torch.dtype, device: torch.device) -> DeepSeekJanusGenerator:
         janus = _import_janus()
         published: Any = janus.MultiModalityCausalLM
 
@@ -139,41 +131,23 @@ class DeepSeekJanusGenerator(Generator):
         return self.model.gen_head
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Make the conditional rows only; `draw` adds an unconditional row after each."""
+        """Make the conditional rows only; `generate` adds an unconditional row after each."""
         ids, mask = prepare(self.model, self.processor, prompts)
         mask = torch.ones_like(ids) if mask is None else mask
         return {"input_ids": ids[::2], "attention_mask": mask[::2]}
 
-    def draw(
-        self,
-        prompts: Sequence[str],
-        cache: Cache | None,
-        guidance_scale: float,
-        temperature: float,
-        on_tokens: Callable[[int], object] | None,
-    ) -> torch.Tensor:
-        return generate(
-            self.model,
-            self.processor,
-            prompts,
-            cache,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            on_tokens=on_tokens,
-        )
+    def _generate_tokens(self, prompts, cache, sampling, on_tokens) -> torch.Tensor:
+        scales = {"guidance_scale": sampling.guidance_scale, "temperature": sampling.temperature}
+        return generate(self.model, self.processor, prompts, cache, on_tokens=on_tokens, **scales)
 
     def is_unconditional(self, num_prompts: int) -> torch.Tensor:
         return torch.arange(2 * num_prompts) % 2 == 1
 
-    @torch.no_grad()
-    def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:
-        images = []
-        for part in tokens.to(self.model.device).split(DECODE_BATCH):
-            shape = [len(part), CODE_CHANNELS, *self.checkpoint.grid]
-            pixels = self.model.gen_vision_model.decode_code(part.to(torch.int), shape=shape)
-            levels = ((pixels.float().cpu() + 1) / 2 * 255).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-            images += [Image.fromarray(picture) for picture in levels.numpy()]
-        return images
+    def _decode(self, tokens: torch.Tensor) -> list[Image.Image]:
+        shape = [len(tokens), 8, *self.checkpoint.grid]  # 8 channels in DeepSeek's script; no configuration states it
+        pixels = self.model.gen_vision_model.decode_code(tokens.to(torch.int), shape=shape)
+        levels = ((pixels.float().cpu() + 1) / 2 * 255).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        return [Image.fromarray(image) for image in levels.numpy()]
 
 
 def _import_janus() -> Any:
@@ -182,6 +156,6 @@ def _import_janus() -> Any:
         return importlib.import_module("janus.models")
     except Exception as error:  # old code beside current packages can fail with any exception class
         raise GeneratorError(
-            f"this is a checkpoint for DeepSeek's janus package, which can not be imported here ({error!r}): install "
+            f"this is a checkpoint for DeepSeek's janus package, which cannot be imported here ({error!r}): install "
             "it as docs/models.md says, or use the checkpoint for transformers (deepseek-community/...)"
         ) from error

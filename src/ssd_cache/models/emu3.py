@@ -12,18 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import (
-    Cache,
-    Emu3ForConditionalGeneration,
-    Emu3Processor,
-    PreTrainedConfig,
-)
+from transformers import Emu3ForConditionalGeneration, Emu3Processor
 
-from ssd_cache._compat import CACHE
-from ssd_cache.cache.attention import NAME
 from ssd_cache.decode.guidance import batched_guidance
-from ssd_cache.model_grids import GRIDS
-from ssd_cache.models.base import Checkpoint, Generator, call_settings
+from ssd_cache.models.base import Generator
+from ssd_cache.models.settings import ResolvedSampling
 
 CLOSING = ("eof_token", "eoi_token", "eos_token")
 """Tokens that follow the last row, one each; the cache does not need them."""
@@ -38,27 +31,15 @@ NEGATIVE_PROMPT = (
 class Emu3Generator(Generator):
     """Generator around `Emu3ForConditionalGeneration`; guidance doubles its rows, [conditional; unconditional]."""
 
+    model_class, processor_class = Emu3ForConditionalGeneration, Emu3Processor
+    image_decoder = "model.vqmodel"
+    decode_batch = 1  # the decoder needs 1 GB for 720 x 720 pixels
     default_guidance = 3.0
-    is_resizable = GRIDS["emu3"].is_resizable
-    negative_prompt = NEGATIVE_PROMPT
 
     @staticmethod
-    def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
-        """90 rows of 90 visual tokens and an end-of-line token, for 720 x 720 pixels."""
-        return GRIDS["emu3"].grid_of(config)
-
-    @staticmethod
-    def draws(call: Mapping[str, Any]) -> bool:
+    def generates_images(call: Mapping[str, Any]) -> bool:
         """An image needs its grammar function; a call without one generates text."""
         return call.get("prefix_allowed_tokens_fn") is not None
-
-    @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Emu3Generator:
-        processor = Emu3Processor.from_pretrained(checkpoint.source)
-        model = Emu3ForConditionalGeneration.from_pretrained(checkpoint.source, dtype=dtype)
-        model.set_attn_implementation({"text_config": NAME})
-        model.model.vqmodel.float()  # images are decoded in float32 at any dtype
-        return cls(checkpoint, model.to(device).eval(), processor)
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Tokenize the texts, followed by begin-of-image and the image size in tokens."""
@@ -75,27 +56,19 @@ class Emu3Generator(Generator):
         )
         return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
-    def draw(
-        self,
-        prompts: Sequence[str],
-        cache: Cache | None,
-        guidance_scale: float,
-        temperature: float,
-        on_tokens: Callable[[int], object] | None,
-    ) -> torch.Tensor:
-        rows, columns = self.checkpoint.grid
-        inputs, negative = self.prepare(prompts), self.prepare([self.negative_prompt])
+    def call_arguments(self, inputs: Mapping[str, torch.Tensor], sampling: ResolvedSampling) -> dict[str, Any]:
         top_k = self.model.generation_config.top_k
-        with batched_guidance(self.model, guidance_scale, negative["input_ids"], negative["attention_mask"]):
-            sequences = self.model.generate(
-                **inputs,
-                **{CACHE: cache},
-                guidance_scale=1.0,  # batched_guidance applies it; a scale in the checkpoint must not apply it again
-                max_new_tokens=rows * columns,
-                prefix_allowed_tokens_fn=self.grammar(inputs["input_ids"].shape[1]),
-                **call_settings(temperature, on_tokens, top_k=2048 if top_k is None else top_k),
-            )
-        return sequences[:, inputs["input_ids"].shape[1] :]
+        return {
+            "guidance_scale": 1.0,  # batched_guidance applies it; a scale in the checkpoint must not apply it again
+            "max_new_tokens": self.checkpoint.num_visual_tokens,
+            "prefix_allowed_tokens_fn": self.grammar(inputs["input_ids"].shape[1]),
+            "top_k": 2048 if top_k is None else top_k,
+        }
+
+    def _generate_tokens(self, prompts, cache, sampling, on_tokens) -> torch.Tensor:
+        negative = self.prepare([NEGATIVE_PROMPT])
+        with batched_guidance(self.model, sampling.guidance_scale, negative["input_ids"], negative["attention_mask"]):
+            return super()._generate_tokens(prompts, cache, sampling, on_tokens)
 
     def grammar(self, num_prompt: int) -> Callable[[int, torch.Tensor], list[int]]:
         """Make `prefix_allowed_tokens_fn`: visual tokens, an end-of-line after each row, then the `CLOSING` tokens.
@@ -109,25 +82,16 @@ class Emu3Generator(Generator):
         visual, end_of_line = mapping.image_tokens, [mapping.eol_token_id]
 
         def allowed(batch_id: int, input_ids: torch.Tensor) -> list[int]:
-            drawn = input_ids.shape[0] - num_prompt
-            if drawn < rows * columns:
-                return visual if (drawn + 1) % columns else end_of_line
-            after = drawn - rows * columns
+            number = input_ids.shape[0] - num_prompt  # of tokens generated so far
+            if number < rows * columns:
+                return visual if (number + 1) % columns else end_of_line
+            after = number - rows * columns
             return closing[after] if after < len(closing) else [tokenizer.pad_token_id]
 
         return allowed
 
-    def is_unconditional(self, num_prompts: int) -> torch.Tensor:
-        return torch.arange(2 * num_prompts) >= num_prompts
-
-    @torch.no_grad()
-    def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:
+    def _decode(self, tokens: torch.Tensor) -> list[Image.Image]:
         rows, columns = self.checkpoint.grid
-        images: list[Image.Image] = []
-        for picture in tokens.to(self.model.device).split(1):  # the decoder needs 1 GB for 720 x 720 pixels
-            closed = F.pad(picture, (0, len(CLOSING)))  # the decoder removes this padding without reading it
-            pixels = self.model.decode_image_tokens(image_tokens=closed, height=rows, width=columns - 1)
-            images += self.processor.postprocess(list(pixels.float().cpu()), return_tensors="PIL.Image.Image")[
-                "pixel_values"
-            ]
-        return images
+        closed = F.pad(tokens, (0, len(CLOSING)))  # the decoder removes this padding without reading it
+        pixels = self.model.decode_image_tokens(image_tokens=closed, height=rows, width=columns - 1)
+        return self.processor.postprocess(list(pixels.float().cpu()), return_tensors="PIL.Image.Image")["pixel_values"]

@@ -6,34 +6,20 @@ This module reads or downloads only `config.json`. `Checkpoint.load` loads the w
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
-import transformers
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from ssd_cache.head_map.checks import HeadMapError, checked_grid
-from ssd_cache.io.hub import HubError, hub_download
+from ssd_cache.io.hub import HubError, describe_failure, hub_download
 from ssd_cache.io.showing import first_line, shown
 from ssd_cache.io.suggesting import cached_repositories, nearby_folders, suggestion
-from ssd_cache.io.untrusted import name_problem, parse_json
-from ssd_cache.models.base import BUNDLED, BUNDLED_FOLDER, Checkpoint, Generator
+from ssd_cache.io.untrusted import name_problem
+from ssd_cache.layout import ImageLayout
+from ssd_cache.model_grids import GRIDS
+from ssd_cache.models.base import Generator
 from ssd_cache.models.causal_lm import CausalLMGenerator
+from ssd_cache.models.checkpoint import BUNDLED, BUNDLED_FOLDER, Checkpoint
 from ssd_cache.models.deepseek_janus import DeepSeekJanusGenerator
 from ssd_cache.models.emu3 import Emu3Generator
 from ssd_cache.models.glm_image import GlmImageGenerator
@@ -55,7 +41,7 @@ KNOWN = (
 """Hub ids of the families in `FAMILIES`. Error messages suggest them for misspelt names."""
 
 PIPELINE_FILE = "model_index.json"
-"""The file that diffusers writes instead of config.json. It maps names of pipeline parts to their classes."""
+"""The file that diffusers writes instead of config.json."""
 
 
 def find_generator(name: str, grid: tuple[int, int] | None = None) -> Checkpoint:
@@ -72,40 +58,16 @@ def find_generator(name: str, grid: tuple[int, int] | None = None) -> Checkpoint
             grid that the model cannot generate.
         HubError: a `ConnectionError`: the Hub is out of reach, and the name is not in its local cache.
     """
-    folder = BUNDLED_FOLDER if name == BUNDLED else find_folder(name, f"model {shown(name)}")
-    if not (folder / "config.json").is_file():
-        if (folder / PIPELINE_FILE).is_file():
-            raise GeneratorError(f"model {shown(name)} is {_described_pipeline(folder / PIPELINE_FILE)}")
-        problem = "no config.json in this folder" if os.path.isdir(folder) else "no such folder"
-        nearest = "" if os.path.isdir(folder) else _nearest(name)
-        raise GeneratorError(
-            f"model {shown(name)}: {problem} ({folder}); give {BUNDLED}, a folder that save_pretrained wrote, or a Hub "
-            f"id{nearest}"
-        )
-    has_own_code = False
-    try:
-        values = PreTrainedConfig.get_config_dict(folder)[0]
-        model_type, has_own_code = values.get("model_type"), "auto_map" in values
-        config = FAMILIES.get(model_type, CausalLMGenerator).read_config(folder)
-    except GeneratorError as error:
-        raise GeneratorError(f"model {shown(name)}: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if has_own_code:
-            raise GeneratorError(
-                f"model {shown(name)} comes with code of its own, which ssd-cache does not run: load model and "
-                "tokenizer with transformers, trust_remote_code=True, and give them to generator_of(model, tokenizer, "
-                "grid=(rows, columns)), or the model to enable"
-            ) from error
-        raise GeneratorError(f"model {shown(name)}: its config.json can not be read: {first_line(error)}") from error
-    if hasattr(config, "format_version"):  # only a head map has it; a map's config.json states a model_type too
-        raise GeneratorError(f"model {shown(name)} is a head map, not a model; give it as --head-map, or to HeadMap")
-    is_local = name == BUNDLED or os.path.exists(os.path.expanduser(name))
-    family, grid = _choose_family(f"model {shown(name)}", config, grid)
+    what = f"model {shown(name)}"
+    folder = BUNDLED_FOLDER if name == BUNDLED else find_folder(name, what)
+    config = _read_config(folder, name, what)
+    family, grid = _choose_family(what, config, grid)
     if family is CausalLMGenerator and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise GeneratorError(
-            f"model {shown(name)} is of type {shown(config.model_type)}, which is no causal language model of "
-            f"transformers (AutoModelForCausalLM); ssd-cache draws with these and with {', '.join(sorted(FAMILIES))}"
+            f"{what} is of type {shown(config.model_type)}, which is no causal language model of transformers "
+            f"(AutoModelForCausalLM); ssd-cache supports these and {', '.join(sorted(FAMILIES))}"
         )
+    is_local = name == BUNDLED or os.path.exists(os.path.expanduser(name))
     return Checkpoint(name, str(folder) if is_local else name, config, family, grid)
 
 
@@ -123,7 +85,17 @@ def find_folder(name: str, what: str) -> Path:
     if problem := name_problem(name) or ("" if name.strip() else "it is empty"):
         raise GeneratorError(f"{what} is no name ({problem}); give {BUNDLED}, a checkpoint folder, or a Hub id")
     path = Path(os.path.expanduser(name))
-    return path if os.path.exists(path) or _must_be_path(name) else _config_from_hub(name, what).parent
+    can_be_hub_id = not name.startswith((".", "/", "~")) and name.count("/") <= 1 and not name.endswith("/")
+    if os.path.exists(path) or not can_be_hub_id:
+        return path
+    try:
+        try:
+            return Path(hub_download(name, "config.json")).parent
+        except RemoteEntryNotFoundError:
+            return Path(hub_download(name, PIPELINE_FILE)).parent
+    except (HfHubHTTPError, EntryNotFoundError, HFValidationError) as error:
+        answered, reason = describe_failure(error, "has no config.json, so it is no transformers checkpoint")
+        raise (GeneratorError if answered else HubError)(f"{what}: {reason}{_nearest(name)}") from error
 
 
 def generator_of(
@@ -144,8 +116,7 @@ def generator_of(
     source = model.name_or_path
     if processor is None:
         try:
-            loader = AutoTokenizer if family is CausalLMGenerator else AutoProcessor
-            processor = loader.from_pretrained(source)
+            processor = family.processor_class.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise GeneratorError(
                 f"no processor can be loaded from {shown(source)}, where the model came from: give processor=... "
@@ -159,97 +130,61 @@ def family_of(config: PreTrainedConfig) -> type[Generator]:
     return FAMILIES.get(config.model_type, CausalLMGenerator)
 
 
+def _read_config(folder: Path, name: str, what: str) -> PreTrainedConfig:
+    if not (folder / "config.json").is_file():
+        if (folder / PIPELINE_FILE).is_file():
+            raise GeneratorError(
+                f"{what} is a diffusers pipeline: load it with diffusers, and call pipe(...) inside `with "
+                "ssd_cache.enable(pipe.PART, head_map, ...)`, where PART is its part that generates token by token "
+                "(GLM-Image: vision_language_encoder; pipelines of diffusion alone have none)"
+            )
+        problem, nearest = "no such folder", _nearest(name)
+        if os.path.isdir(folder):
+            problem, nearest = "no config.json in this folder", ""
+        raise GeneratorError(
+            f"{what}: {problem} ({folder}); give {BUNDLED}, a folder that save_pretrained wrote, or a Hub id{nearest}"
+        )
+    has_own_code = False
+    try:
+        values = PreTrainedConfig.get_config_dict(folder)[0]
+        has_own_code = "auto_map" in values
+        config = FAMILIES.get(values.get("model_type"), CausalLMGenerator).read_config(folder)
+    except GeneratorError as error:
+        raise GeneratorError(f"{what}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if has_own_code:
+            raise GeneratorError(
+                f"{what} comes with code of its own, which ssd-cache does not run: load model and tokenizer with "
+                "transformers, trust_remote_code=True, and give them to generator_of(model, tokenizer, "
+                "grid=(rows, columns)), or the model to enable"
+            ) from error
+        raise GeneratorError(f"{what}: its config.json cannot be read: {first_line(error)}") from error
+    if hasattr(config, "format_version"):  # only a head map has it; a map's config.json states a model_type too
+        raise GeneratorError(f"{what} is a head map, not a model; give it as --head-map, or to HeadMap")
+    return config
+
+
 def _choose_family(
     what: str, config: PreTrainedConfig, grid: tuple[int, int] | None
 ) -> tuple[type[Generator], tuple[int, int] | None]:
     """The class for a model, and the requested grid after a check."""
     family = family_of(config)
-    if family is CausalLMGenerator and grid is None:
-        raise GeneratorError(
-            f"{what} is of type {shown(config.model_type)}; ssd-cache draws with {', '.join(sorted(FAMILIES))}; with "
-            "any other causal language model as plain tokens, in a grid that you state: grid=(rows, columns), "
-            "--grid ROWSxCOLUMNS"
-        )
+    if grid is None:
+        if family is CausalLMGenerator:
+            raise GeneratorError(
+                f"{what} is of type {shown(config.model_type)}; ssd-cache supports {', '.join(sorted(FAMILIES))}, and "
+                "any other causal language model as a source of plain tokens, in a grid that you state: "
+                "grid=(rows, columns), --grid ROWSxCOLUMNS"
+            )
+        return family, None
     try:
-        grid = None if grid is None else checked_grid(grid)
-    except HeadMapError as error:
+        grid = ImageLayout(grid).grid
+    except ValueError as error:
         raise GeneratorError(str(error)) from error
-    if grid is not None and not family.is_resizable and grid != family.grid_of(config):
-        rows, columns = family.grid_of(config)
-        raise GeneratorError(
-            f"grid={grid}: {what} draws {rows} x {columns} visual tokens and nothing else; leave grid out"
-        )
+    is_resizable = family is CausalLMGenerator or GRIDS[config.model_type].is_resizable
+    if not is_resizable and grid != (own := family.layout_of(config)).grid:
+        raise GeneratorError(f"grid={grid}: {what} always generates {own.text()} visual tokens; leave grid out")
     return family, grid
-
-
-def _described_pipeline(index: Path) -> str:
-    """Describe a diffusers folder for an error message: the pipeline, and how to use it with ssd-cache."""
-    try:
-        parts = parse_json(index.read_bytes())
-        names = {name: part[1] for name, part in parts.items() if isinstance(part, list)}
-        kind = shown(parts["_class_name"]).strip("'") if "_class_name" in parts else "of diffusers"
-    except (ValueError, AttributeError, IndexError):
-        return f"a pipeline of diffusers whose {PIPELINE_FILE} can not be read"
-    known = [name for name, class_name in names.items() if _draws(getattr(transformers, str(class_name), None))]
-    if not known:
-        return f"the diffusers pipeline {kind}, none of whose parts draws token by token: ssd-cache has nothing to do"
-    return (
-        f"the diffusers pipeline {kind}; load it with diffusers, and call pipe(...) inside "
-        f"`with ssd_cache.enable(pipe.{known[0]}, head_map, ...)`"
-    )
-
-
-def _draws(model_class: type | None) -> bool:
-    """Whether a transformers class belongs to a family in `FAMILIES`."""
-    return getattr(getattr(model_class, "config_class", None), "model_type", None) in FAMILIES
-
-
-def _must_be_path(name: str) -> bool:
-    """Whether a name that does not exist locally cannot be a Hub id either."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
-
-
-def _config_from_hub(name: str, what: str) -> Path:
-    """The cached copy of a repository's config.json, downloaded when needed."""
-    try:
-        return _download(name)
-    except HFValidationError as error:
-        raise GeneratorError(
-            f"{what}: no such folder, and no Hub id either; a Hub id looks like 'user/name'{_nearest(name)}"
-        ) from error
-    except GatedRepoError as error:
-        raise GeneratorError(
-            f"{what} is gated: ask for access on its Hub page and log in with `hf auth login`"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        cause = "" if error.__cause__ is None else f" ({first_line(error.__cause__)})"
-        raise HubError(
-            f"{what}: no such folder, none of that name in the Hub's cache here, and the Hub is out of reach{cause}; "
-            f"check the name, the network and HF_HUB_OFFLINE{_nearest(name)}"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise GeneratorError(
-            f"{what}: no such folder, and no such public repository on the Hub; check the name, or log in with "
-            f"`hf auth login` if it is private{_nearest(name)}"
-        ) from error
-    except EntryNotFoundError as error:
-        raise GeneratorError(
-            f"{what}: the Hub repository has no config.json, so it is no transformers checkpoint"
-        ) from error
-    except HfHubHTTPError as error:
-        raise HubError(f"{what}: the Hub answered with an error: {first_line(error)}") from error
-
-
-def _download(name: str) -> Path:
-    """Download a repository's config.json, or `PIPELINE_FILE` if it has none; raises as `hf_hub_download`."""
-    try:
-        return Path(hub_download(name, "config.json"))
-    except LocalEntryNotFoundError:  # offline: unknown whether the repository has a config.json
-        raise
-    except EntryNotFoundError:
-        with suppress(EntryNotFoundError):
-            return Path(hub_download(name, PIPELINE_FILE))
-        raise
 
 
 def _nearest(name: str) -> str:

@@ -6,21 +6,14 @@ itself: put `enable(pipe.vision_language_encoder, head_map, ...)` around `pipe(.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import (
-    AutoProcessor,
-    Cache,
-    GlmImageForConditionalGeneration,
-    PreTrainedConfig,
-)
+from transformers import GlmImageForConditionalGeneration
 
-from ssd_cache._compat import CACHE
-from ssd_cache.cache.attention import NAME
-from ssd_cache.model_grids import GRIDS
-from ssd_cache.models.base import Checkpoint, Generator, call_settings
+from ssd_cache.layout import ImageLayout
+from ssd_cache.models.base import Generator
 
 PATCH = 32
 """Side of one token in pixels."""
@@ -29,41 +22,24 @@ PATCH = 32
 class GlmImageGenerator(Generator):
     """Token generator around `GlmImageForConditionalGeneration`; draft grid tokens come first; one row per prompt."""
 
-    default_guidance = None
-    is_resizable = GRIDS["glm_image"].is_resizable
-    no_pictures = (
-        "they become pictures in GLM-Image's diffusion part: load diffusers' GlmImagePipeline, and call pipe(...) "
-        "inside `with ssd_cache.enable(pipe.vision_language_encoder, ...)`"
+    model_class = GlmImageForConditionalGeneration
+    decoding_hint = (
+        "GLM-Image's diffusion part makes the images: load diffusers' GlmImagePipeline, and call pipe(...) inside "
+        "`with ssd_cache.enable(pipe.vision_language_encoder, ...)`"
     )
+    default_guidance = None
 
     @staticmethod
-    def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
-        """36 x 24, for the processor's own 1152 x 768 pixels."""
-        return GRIDS["glm_image"].grid_of(config)
-
-    @staticmethod
-    def previews_of(grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-        """One draft grid of about 256 cells in the image's proportions, as the processor computes it."""
-        return GRIDS["glm_image"].previews_of(grid)
-
-    @staticmethod
-    def rasters_of_call(call: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]] | None:
+    def layout_of_call(call: Mapping[str, Any]) -> ImageLayout | None:
         """Read the generated grids of a row. Input images come first; then the generated grids, in reverse order."""
         grids, counts, ids = (call.get(name) for name in ("image_grid_thw", "images_per_sample", "input_ids"))
         if grids is None or ids is None:
             return None
         of_row = grids[: int(counts[0])] if counts is not None else grids
         # with input images, the model generates no draft grid
-        pictures = 0 if call.get("pixel_values") is None else len(of_row) - 1
-        *previews, (rows, columns) = reversed(of_row[pictures:, 1:].tolist())
-        return (rows, columns), tuple(map(tuple, previews))
-
-    @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> GlmImageGenerator:
-        processor = AutoProcessor.from_pretrained(checkpoint.source)
-        model = GlmImageForConditionalGeneration.from_pretrained(checkpoint.source, dtype=dtype)
-        model.set_attn_implementation({"text_config": NAME})
-        return cls(checkpoint, model.to(device).eval(), processor)
+        num_inputs = 0 if call.get("pixel_values") is None else len(of_row) - 1
+        *draft_grids, grid = reversed(of_row[num_inputs:, 1:].tolist())
+        return ImageLayout(grid, draft_grids)
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Make inputs in the same way as diffusers' pipeline for text to image."""
@@ -79,21 +55,3 @@ class GlmImageGenerator(Generator):
             return_tensors="pt",
         )
         return dict(inputs.to(self.model.device))
-
-    def draw(
-        self,
-        prompts: Sequence[str],
-        cache: Cache | None,
-        guidance_scale: float,
-        temperature: float,
-        on_tokens: Callable[[int], object] | None,
-    ) -> torch.Tensor:
-        inputs, number = self.prepare(prompts), self.checkpoint.num_visual_tokens
-        sequences = self.model.generate(
-            **inputs,
-            **{CACHE: cache},
-            min_new_tokens=number,  # no end-of-image token before the last cell
-            max_new_tokens=number,
-            **call_settings(temperature, on_tokens),
-        )
-        return sequences[:, inputs["input_ids"].shape[1] :]

@@ -7,48 +7,28 @@ generation step is reimplemented here.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import (
-    Cache,
-    JanusForConditionalGeneration,
-    JanusProcessor,
-    PreTrainedConfig,
-)
+from transformers import JanusForConditionalGeneration, JanusProcessor
 
-from ssd_cache._compat import CACHE
-from ssd_cache.cache.attention import NAME
-from ssd_cache.model_grids import GRIDS
-from ssd_cache.models.base import Checkpoint, Generator, call_settings
-
-DECODE_BATCH = 4
-"""Images decoded at once; the decoder's last layers need a few hundred MB for each."""
+from ssd_cache.models.base import Generator
+from ssd_cache.models.settings import ResolvedSampling
 
 
 class JanusGenerator(Generator):
     """Generator around `JanusForConditionalGeneration`; guidance doubles its rows, [conditional; unconditional]."""
 
-    own_guidance = True
+    model_class, processor_class = JanusForConditionalGeneration, JanusProcessor
+    image_decoder = "model.vqmodel"
+    has_own_guidance = True
 
     @staticmethod
-    def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
-        return GRIDS["janus"].grid_of(config)
-
-    @staticmethod
-    def draws(call: Mapping[str, Any]) -> bool:
+    def generates_images(call: Mapping[str, Any]) -> bool:
         """Janus generates text unless the call sets `generation_mode="image"`."""
         return call.get("generation_mode", "text") == "image"
-
-    @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> JanusGenerator:
-        processor = JanusProcessor.from_pretrained(checkpoint.source)
-        model = JanusForConditionalGeneration.from_pretrained(checkpoint.source, dtype="auto", attn_implementation=NAME)
-        for name, part in (*model.model.named_children(), ("lm_head", model.lm_head)):
-            part.to(torch.float32 if name == "vqmodel" else dtype)  # images are decoded in float32 at any dtype
-        return cls(checkpoint, model.to(device).eval(), processor)
 
     @property
     def visual_head(self) -> torch.nn.Module:
@@ -71,38 +51,20 @@ class JanusGenerator(Generator):
         self._warn_of_unknown_words(prompts)
         return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
-    def draw(
-        self,
-        prompts: Sequence[str],
-        cache: Cache | None,
-        guidance_scale: float,
-        temperature: float,
-        on_tokens: Callable[[int], object] | None,
-    ) -> torch.Tensor:
-        # without a checkpoint setting, transformers samples from the 50 likeliest tokens, Janus's authors from all
-        top_k = self.model.generation_config.top_k or 0
-        return self.model.generate(
-            **self.prepare(prompts),
-            generation_mode="image",
-            **{CACHE: cache},
-            guidance_scale=guidance_scale,
-            generation_kwargs={"boi_token_id": self.processor.tokenizer.boi_token_id},
-            **call_settings(temperature, on_tokens, top_k=top_k),
-        )
+    def call_arguments(self, inputs: Mapping[str, torch.Tensor], sampling: ResolvedSampling) -> dict[str, Any]:
+        return {
+            "generation_mode": "image",
+            "guidance_scale": sampling.guidance_scale,
+            "generation_kwargs": {"boi_token_id": self.processor.tokenizer.boi_token_id},
+            # without a checkpoint setting, transformers samples from the 50 likeliest tokens, Janus's authors from all
+            "top_k": self.model.generation_config.top_k or 0,
+        }
 
-    def is_unconditional(self, num_prompts: int) -> torch.Tensor:
-        """transformers' Janus always uses guidance: [conditional; unconditional]."""
-        return torch.arange(2 * num_prompts) >= num_prompts
-
-    @torch.no_grad()
-    def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:
-        images: list[Image.Image] = []
-        for part in tokens.to(self.model.device).split(DECODE_BATCH):
-            pixels = self.model.decode_image_tokens(part).float().cpu()  # [batch, height, width, 3]
-            # without torchvision, transformers' image processor reads no other order
-            pixels = pixels.permute(0, 3, 1, 2)
-            images += self.processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["pixel_values"]
-        return images
+    def _decode(self, tokens: torch.Tensor) -> list[Image.Image]:
+        pixels = self.model.decode_image_tokens(tokens).float().cpu()  # [batch, height, width, 3]
+        # without torchvision, transformers' image processor reads no other order
+        pixels = pixels.permute(0, 3, 1, 2)
+        return self.processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["pixel_values"]
 
     def _warn_of_unknown_words(self, prompts: Sequence[str]) -> None:
         """Warn of words that a small word-level tokenizer, as in shapes-janus, does not know."""

@@ -1,4 +1,4 @@
-"""Checks of the generation settings that all generators share: guidance, temperature, seed, device, dtype.
+"""Generation settings that all generators share: prompts, guidance, temperature, seed, device, dtype.
 
 The checks run before any model is loaded. The generators apply the settings.
 """
@@ -14,7 +14,7 @@ import torch
 from ssd_cache.io.showing import ReadableError, shown
 from ssd_cache.io.untrusted import is_unicode
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class GeneratorError(ReadableError):
@@ -22,13 +22,9 @@ class GeneratorError(ReadableError):
 
 
 def check_texts(prompts: Sequence[str]) -> None:
-    """Check that `prompts` is a list of texts that are not empty.
-
-    Raises:
-        GeneratorError: one text instead of a list, an empty list, an empty prompt, or a text that is not Unicode.
-    """
+    """Raise GeneratorError unless `prompts` is a list of texts that are not empty."""
     if isinstance(prompts, str):
-        raise GeneratorError(f"prompts={prompts!r:.80} is one text: give a list of texts, one a picture")
+        raise GeneratorError(f"prompts={prompts!r:.80} is one text: give a list with one text for each image")
     if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise GeneratorError(f"prompts={list(prompts)!r:.80}: give at least one prompt, and none that is empty")
     if broken := [prompt for prompt in prompts if not is_unicode(prompt)]:
@@ -37,7 +33,7 @@ def check_texts(prompts: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How visual tokens are sampled; None means the checkpoint's own setting.
+    """How visual tokens are sampled; None means the checkpoint's own setting (`Checkpoint.sampling` resolves it).
 
     Attributes:
         guidance_scale: above 1; 1.001 is almost no guidance.
@@ -56,7 +52,7 @@ class Sampling:
         guidance_scale, temperature, seed = self.guidance_scale, self.temperature, self.seed
         if guidance_scale is not None and not (math.isfinite(guidance_scale) and guidance_scale > 1):
             raise GeneratorError(
-                f"guidance_scale={guidance_scale} is out of range: give a number above 1; 1.001 is next to no guidance"
+                f"guidance_scale={guidance_scale} is out of range: give a number above 1; 1.001 is almost no guidance"
             )
         if temperature is not None and not (math.isfinite(temperature) and temperature >= 0):
             raise GeneratorError(
@@ -66,17 +62,25 @@ class Sampling:
             raise GeneratorError(f"seed={seed!r} is out of range: give a whole number from 0 to 2**63 - 1")
 
 
-def check_drawing(guidance_scale: float | None = None, temperature: float | None = None, seed: int = 0) -> None:
-    """Check generation settings; raises GeneratorError as `Sampling` does."""
-    Sampling(guidance_scale, temperature, seed)
+@dataclass(frozen=True)
+class ResolvedSampling:
+    """The values of a `Sampling` for one checkpoint; `guidance_scale` is 1 for a model without guidance."""
+
+    guidance_scale: float
+    temperature: float
+    seed: int = 0
+
+    def check_random(self) -> None:
+        """Raise GeneratorError for temperature 0, whose one certain token has no distribution to compare."""
+        if self.temperature == 0:
+            raise GeneratorError(
+                "temperature=0 leaves one token that is certain, and no distribution to compare or to train on: give "
+                "a number above 0; 1 is usual"
+            )
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """Return a device that this machine has; "auto" is the first GPU, or the CPU if there is none.
-
-    Raises:
-        GeneratorError: this machine has no such device.
-    """
+    """Return a device that this machine has, or raise GeneratorError; "auto" is the first GPU, else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -84,21 +88,17 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         torch.empty(0, device=resolved)  # fails if the device is absent
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise GeneratorError(
-            f"device {str(device)!r} can not be used on this machine: give 'auto', 'cpu', or a GPU that is there"
+            f"device {str(device)!r} cannot be used on this machine: give 'auto', 'cpu', or a GPU that is there"
         ) from error
     return resolved
 
 
 def resolve_dtype(dtype: str | torch.dtype = "auto", device: torch.device | None = None) -> torch.dtype:
-    """Return a floating-point type; "auto" is float32 on the CPU and bfloat16 elsewhere.
-
-    Raises:
-        GeneratorError: an unknown name.
-    """
+    """Return a type, or raise GeneratorError for an unknown name; "auto" is float32 on the CPU, else bfloat16."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
         return torch.float32 if device is None or device.type == "cpu" else torch.bfloat16
     if dtype not in DTYPES:
         raise GeneratorError(f"unknown dtype {dtype!r}; give 'auto' or one of {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    return getattr(torch, dtype)

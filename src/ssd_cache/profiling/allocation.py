@@ -119,12 +119,12 @@ def fit_heads(source: HeadMap | HeadStatistics, budget: Amount = 0.2, *, step: i
     picks = best_choices([np.array(choices)] * len(losses), list(-losses), uniform * len(losses))
     is_spatial = np.array([spatial[head, pick] > semantic[head, pick] for head, pick in enumerate(picks)])
     slots = np.array(choices)[picks].reshape(labels.shape)
-    facts: dict[str, Any] = {"scores": scores, "previews": source.previews}
+    facts: dict[str, Any] = {"scores": scores, "previews": source.layout.draft_grids}
     if isinstance(source, HeadMap):
         facts |= {name: getattr(source, name) for name in ("model_id", "revision", "model_type", "profile", "learned")}
     return HeadMap(
         torch.from_numpy(is_spatial.reshape(labels.shape)),
-        source.grid,
+        source.layout.grid,
         method="fit by divergence" if divergence else "fit",
         budget=slots.tolist(),
         **facts,

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.layout import Grid
+from ssd_cache.layout import ImageLayout
 from ssd_cache.profiling.statistics import HeadStatistics, Rows, widest_window
 
 Method = Literal["coverage", "window"]
@@ -55,21 +55,19 @@ def label_heads(
     Raises:
         ValueError: an unknown method, a level that was not measured, a window or threshold out of range.
     """
-    check_labelling(statistics.grid, method, window, threshold, statistics.previews)
+    check_labelling(statistics.layout, method, window, threshold)
     gain = statistics.retained("spatial", num_slots, rows) - statistics.retained("semantic", num_slots, rows)
     gain = torch.where(gain.abs() > TOLERANCE, gain, 0.0)
     if method == "coverage":
         return gain > 0, None
     # float32, as in a head map, so that the map's score and threshold reproduce its labels
-    window = resolve_window(statistics.grid, window, statistics.previews)
+    window = resolve_window(statistics.layout, window)
     mass = statistics.window_mass(window, rows).float()
     threshold = choose_threshold(mass, gain) if threshold is None else threshold
     return mass.double() >= threshold, threshold
 
 
-def check_labelling(
-    grid: Grid, method: str, window: int | None, threshold: float | None, previews: Sequence[Grid] = ()
-) -> None:
+def check_labelling(layout: ImageLayout, method: str, window: int | None, threshold: float | None) -> None:
     """Check the settings of `label_heads`.
 
     Raises:
@@ -77,21 +75,21 @@ def check_labelling(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}: give one of {', '.join(map(repr, METHODS))}")
-    resolve_window(grid, window, previews)
+    resolve_window(layout, window)
     if threshold is not None and method != "window":
         raise ValueError(f"threshold={threshold}: method={method!r} has none; leave it out, or give method='window'")
     if threshold is not None and not 0 < threshold < 1:
         raise ValueError(f"threshold={threshold} is out of range: give a number between 0 and 1")
 
 
-def resolve_window(grid: Grid, window: int | None, previews: Sequence[Grid] = ()) -> int:
+def resolve_window(layout: ImageLayout, window: int | None) -> int:
     """Check the window; the default is one grid row plus one.
 
     Raises:
         ValueError: a window that contains all visual tokens, or one that reaches from the image into a draft grid.
     """
-    widest = widest_window(grid, previews)
-    window = min(grid[1] + 1, widest) if window is None else window
+    widest = widest_window(layout)
+    window = min(layout.grid[1] + 1, widest) if window is None else window
     if not 1 <= window <= widest:
         raise ValueError(f"window={window} is out of range: give 1 to {widest} visual tokens")
     return window
@@ -130,7 +128,7 @@ def map_scores(statistics: HeadStatistics, window: int | None = None) -> dict[st
     levels = [level.num_slots for level in statistics.levels]
     scores = {
         "coverage": statistics.retained("spatial") - statistics.retained("semantic"),
-        "window_mass": statistics.window_mass(resolve_window(statistics.grid, window, statistics.previews)),
+        "window_mass": statistics.window_mass(resolve_window(statistics.layout, window)),
         "margin": statistics.margin_share(),
         "margin_chance": statistics.margin_chance(),
         "prompt": statistics.prompt_share(),

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel, ProcessorMixin
 from ssd_cache.budget import Amount, check_count
 from ssd_cache.cache.sharding import check_whole
 from ssd_cache.decode.attention_switch import ssd_attention
-from ssd_cache.layout import format_rasters, previews_entry
 from ssd_cache.models import Generator, GeneratorError, generator_of
 from ssd_cache.models.settings import check_texts
 from ssd_cache.profiling.observing import HeadObserver
@@ -67,7 +66,7 @@ def measure_heads(
     In addition to the memory of generation, a run holds the queries of one grid row for every layer, row and KV head,
     and 4 bytes for each of their levels and cells. For short times it also holds a few copies of some softmax weights
     (see `recorder.CHUNK`). With the default buffer and one level, the total is under a tenth of the full cache's K and
-    V; `watching_cost` computes it for any model.
+    V, except in small batches (docs/head-maps.md).
 
     Under `accelerate launch` or `torchrun`, the processes take the batches in turn. Each batch has the same seed as in
     a single process. Every process gets the sums of all batches; only the main process writes the state file.
@@ -78,10 +77,9 @@ def measure_heads(
     checkpoint = generator.checkpoint
     check_whole(generator.language_model)
     found = resolve_levels(
-        checkpoint.grid,
+        checkpoint.layout,
         budget,
         levels,
-        previews=checkpoint.previews,
         buffer=buffer,
         num_recent=num_recent,
         num_sinks=num_sinks,
@@ -94,8 +92,7 @@ def measure_heads(
         "temperature": generator.temperature if temperature is None else temperature,
         "seed": seed,
     }
-    shape = checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads
-    statistics = HeadStatistics(*shape, found, previews=checkpoint.previews)
+    statistics = HeadStatistics(checkpoint.layout, checkpoint.num_layers, checkpoint.num_kv_heads, found)
     fingerprint = _fingerprint(generator, batch_size, statistics) | settings
 
     def finished_prompts(num_batches: int) -> dict[str, Any]:
@@ -174,9 +171,9 @@ def _measure_batch(
 ) -> HeadStatistics:
     """Generate one batch and return its statistics."""
     checkpoint = generator.checkpoint
-    shape, previews = (checkpoint.grid, checkpoint.num_layers, checkpoint.num_kv_heads), checkpoint.previews
-    observer = HeadObserver(*shape, levels, generator.is_unconditional(len(prompts)), previews=previews)
-    cache = RecordingCache(*shape, observer, previews=previews)
+    shape = checkpoint.layout, checkpoint.num_layers, checkpoint.num_kv_heads
+    observer = HeadObserver(*shape, levels, generator.is_unconditional(len(prompts)))
+    cache = RecordingCache(*shape, observer)
     draw_watched(generator, prompts, cache, on_tokens=on_tokens, **settings)
     return observer.finish()
 
@@ -202,10 +199,9 @@ def draw_watched(generator: Generator, prompts: Sequence[str], cache: RecordingC
             ) from error
         raise
     if tokens.shape[-1] != checkpoint.num_visual_tokens:
-        grid = format_rasters(checkpoint.previews, checkpoint.grid, " x ")
         raise ProfilingError(
-            f"{name} drew {tokens.shape[-1]} visual tokens, but its grid is {grid}: a map would not fit; "
-            "load the model with the configuration it was trained with"
+            f"{name} drew {tokens.shape[-1]} visual tokens, but its grid is {checkpoint.layout.text()}: a map would "
+            "not fit; load the model with the configuration it was trained with"
         )
     cache.finish()
     return tokens
@@ -241,8 +237,7 @@ def _fingerprint(generator: Generator, batch_size: int, statistics: HeadStatisti
         "revision": getattr(checkpoint.config, "_commit_hash", None),
         "weights": weights_sha256(generator.model),
         "dtype": str(generator.model.dtype),
-        "grid": list(checkpoint.grid),
-        **previews_entry(checkpoint.previews),
+        **checkpoint.layout.as_json(),
         "heads": [checkpoint.num_layers, checkpoint.num_kv_heads],
         "levels": [[level.num_slots, level.buffer, level.num_recent, level.num_sinks] for level in statistics.levels],
         "batch_size": batch_size,

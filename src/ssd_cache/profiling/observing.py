@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ssd_cache.cache.eviction import is_spared, lowest
-from ssd_cache.layout import Grid
+from ssd_cache.layout import ImageLayout
 from ssd_cache.profiling.statistics import HeadStatistics, Level
 
 
@@ -24,21 +24,19 @@ class HeadObserver:
     (`nbytes`), and for short times a few copies of the weights that it receives.
 
     Args:
-        grid, num_layers, num_kv_heads, levels, previews: as for `HeadStatistics`.
+        layout, num_layers, num_kv_heads, levels: as for `HeadStatistics`.
         is_unconditional: boolean `[rows]`, True for guidance's unconditional rows of the batch.
     """
 
     def __init__(
         self,
-        grid: Grid,
+        layout: ImageLayout,
         num_layers: int,
         num_kv_heads: int,
         levels: Sequence[Level],
         is_unconditional: torch.Tensor,
-        *,
-        previews: Sequence[Grid] = (),
     ):
-        self.statistics = HeadStatistics(grid, num_layers, num_kv_heads, levels, previews=previews)
+        self.statistics = HeadStatistics(layout, num_layers, num_kv_heads, levels)
         self.statistics.num_pictures = int((~is_unconditional).sum())
         self.branch = is_unconditional.long()
         self.num_rows = torch.bincount(self.branch, minlength=2).double()  # conditional, unconditional
@@ -91,8 +89,9 @@ class HeadObserver:
 
     def _add_sampled(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, first: int, branch: torch.Tensor):
         """Add entropy and top shares of one query of the grid row."""
-        rows, columns = self.statistics.grid
-        row, steps = (first - self.statistics.num_before) // columns, weights.shape[3]  # below 0 in a draft grid
+        layout = self.statistics.layout
+        rows, columns = layout.grid
+        row, steps = (first - layout.num_draft_tokens) // columns, weights.shape[3]  # below 0 in a draft grid
         if row < min(2, rows - 1):
             return
         step = row % steps
@@ -130,7 +129,7 @@ class HeadObserver:
         self, layer_idx: int, sums: torch.Tensor, num_prompt: int, first: int, num_queries: torch.Tensor
     ) -> None:
         """Add offsets, prompt and margins of the counted queries; `sums` is `[kv_heads, 2, steps, prompt + stored]`."""
-        (rows, columns), before = self.statistics.grid, self.statistics.num_before
+        (rows, columns), before = self.statistics.layout.grid, self.statistics.layout.num_draft_tokens
         row, steps = (first - before) // columns, sums.shape[2]
         if row < min(2, rows - 1):
             return

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ssd_cache.budget import KINDS, Amount, check_count
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.layout import Grid
+from ssd_cache.layout import ImageLayout
 from ssd_cache.models import Generator, generator_of
 from ssd_cache.profiling.allocation import fit_heads
 from ssd_cache.profiling.labels import Method, check_labelling, label_heads, map_scores, resolve_window
@@ -84,7 +84,7 @@ def profile_heads(
     """
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
     checkpoint = generator.checkpoint
-    check_labelling(checkpoint.grid, method, window, threshold, checkpoint.previews)
+    check_labelling(checkpoint.layout, method, window, threshold)
     batch_size = resolve_batch_size(generator, prompts, batch_size, state_file)
     statistics = measure_heads(
         generator,
@@ -112,7 +112,7 @@ def profile_heads(
     return HeadMap(
         is_spatial,
         checkpoint.grid,
-        previews=checkpoint.previews,
+        previews=checkpoint.layout.draft_grids,
         scores=scores,
         threshold=cut,
         model_id=checkpoint.name,
@@ -120,7 +120,7 @@ def profile_heads(
         model_type=checkpoint.config.model_type,
         method="window mass, threshold from the data" if from_data else {"window": "window mass"}.get(method, method),
         profile={
-            "window": resolve_window(checkpoint.grid, window, checkpoint.previews),
+            "window": resolve_window(checkpoint.layout, window),
             "budget": budget,
             "num_slots": [level.num_slots for level in statistics.levels],
             "buffer": statistics.levels[0].buffer,
@@ -137,9 +137,8 @@ def profile_heads(
 
 
 def check_profiling(
-    grid: Grid,
+    layout: ImageLayout,
     *,
-    previews: Sequence[Grid] = (),
     method: str = "coverage",
     window: int | None = None,
     threshold: float | None = None,
@@ -156,14 +155,14 @@ def check_profiling(
     Raises:
         ValueError: a setting out of range; the message gives value, limit and remedy.
     """
-    check_labelling(grid, method, window, threshold, previews)
+    check_labelling(layout, method, window, threshold)
     if batch_size is not None:
         check_count("batch_size", batch_size, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `profile_heads` emits the same warnings
-        levels = resolve_levels(grid, previews=previews, **cache_settings)
+        levels = resolve_levels(layout, **cache_settings)
     if fit is not None:
         names = [f"retained_{kind}-{level.num_slots}" for level in levels for kind in KINDS]
         zeros = {name: torch.zeros(fit) for name in names}
-        unmeasured = HeadMap(torch.zeros(fit, dtype=torch.bool), grid, previews=previews, scores=zeros)
+        unmeasured = HeadMap(torch.zeros(fit, dtype=torch.bool), scores=zeros).with_layout(layout)
         fit_heads(unmeasured, cache_settings.get("budget", 0.2))

@@ -7,7 +7,6 @@ it up, `analysis` plots it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from ssd_cache._compat import in_prefill
 from ssd_cache.cache.layer import USE_SSD_ATTENTION
 from ssd_cache.cache.scorers import attention_weights
-from ssd_cache.layout import Grid, count_cells
+from ssd_cache.layout import ImageLayout
 from ssd_cache.runs.run_state import ProfilingError
 
 CHUNK = 1 << 18
@@ -51,20 +50,24 @@ class RecordingCache(Cache):
     """A full cache for one batch of images that records attention; call `finish` after generation.
 
     Args:
-        grid: rows and columns of visual tokens.
+        layout: the grids of an image.
         num_layers: decoder layers.
         num_kv_heads: KV heads in each layer.
         observer: receives all attention.
-        previews: draft grids that are generated before this grid.
+        num_queries: queries whose attention is computed at once, and passed to the observer. Default: a grid row.
     """
 
     def __init__(
-        self, grid: Grid, num_layers: int, num_kv_heads: int, observer: Observer, *, previews: Sequence[Grid] = ()
+        self,
+        layout: ImageLayout,
+        num_layers: int,
+        num_kv_heads: int,
+        observer: Observer,
+        *,
+        num_queries: int | None = None,
     ):
-        cells = count_cells(grid, previews)
-        super().__init__(
-            layers=[RecordingLayer(index, num_kv_heads, cells, grid[1], observer) for index in range(num_layers)]
-        )
+        sizes = num_kv_heads, layout.num_tokens, num_queries or layout.grid[1]
+        super().__init__(layers=[RecordingLayer(index, *sizes, observer) for index in range(num_layers)])
 
     def finish(self) -> None:
         """Pass the last, incomplete grid row to the observer; transformers never feeds back an image's last token.
@@ -89,20 +92,20 @@ class RecordingLayer(DynamicLayer):
         layer_idx: number of the layer, for the observer.
         num_kv_heads: KV heads of the layer.
         num_cells: visual tokens of an image.
-        columns: columns of the grid: the number of queries that are reported together.
+        num_queries: queries that are reported together, usually those of a grid row.
         observer: receives the attention.
 
     Attributes:
         num_prompt: tokens of the prompt.
         num_visual: visual tokens seen.
-        queries: `[batch, kv_heads, groups, columns, head_dim]`, the queries of the current grid row.
+        queries: `[batch, kv_heads, groups, num_queries, head_dim]`, the queries held.
         soundness: `[kv_heads]`, float32, not finite where some attention was NaN.
     """
 
-    def __init__(self, layer_idx: int, num_kv_heads: int, num_cells: int, columns: int, observer: Observer):
+    def __init__(self, layer_idx: int, num_kv_heads: int, num_cells: int, num_queries: int, observer: Observer):
         super().__init__()
         self.layer_idx, self.num_kv_heads = layer_idx, num_kv_heads
-        self.num_cells, self.columns, self.observer = num_cells, columns, observer
+        self.num_cells, self.num_queries, self.observer = num_cells, num_queries, observer
         self.num_prompt = self.num_visual = self.num_held = 0
         self._query_missing = False
         self.prompt_mask: torch.Tensor | None = None
@@ -134,7 +137,7 @@ class RecordingLayer(DynamicLayer):
                     f"a token arrives after the {self.num_visual} of the grid's {self.num_cells}: the model's grid is "
                     "another, or this cache was used for a second image; it serves one batch of images"
                 )
-            if (self.num_visual - self.num_cells) % self.columns == 0:  # a grid row is complete
+            if (self.num_visual - self.num_cells) % self.num_queries == 0:  # for a grid row: it is complete
                 self.report()
             self.num_visual += 1
         keys, values = super().update(key_states.detach(), value_states.detach(), *args, **kwargs)
@@ -151,7 +154,7 @@ class RecordingLayer(DynamicLayer):
         """See `cache.attention.AttendingLayer`."""
         if self.queries is None:
             batch, heads, groups, head_dim = query.shape
-            self.queries = query.new_empty(batch, heads, groups, self.columns, head_dim)
+            self.queries = query.new_empty(batch, heads, groups, self.num_queries, head_dim)
         self.queries[:, :, :, self.num_held] = query.detach()
         self.num_held, self.scaling, self._query_missing = self.num_held + 1, scaling, False
         mask = None

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from ssd_cache.budget import Amount, check_count, resolve_amount, resolve_recent
-from ssd_cache.layout import Grid, count_cells
+from ssd_cache.layout import ImageLayout
 
 Rows = Literal["all", "conditional", "unconditional"]
 BRANCHES = {"all": slice(0, 2), "conditional": slice(0, 1), "unconditional": slice(1, 2)}
@@ -40,11 +40,10 @@ class Level:
 
 
 def resolve_levels(
-    grid: Grid,
+    layout: ImageLayout,
     budget: Amount = 0.2,
     levels: Sequence[Amount] | None = None,
     *,
-    previews: Sequence[Grid] = (),
     buffer: int | None = None,
     num_recent: Amount = 0.25,
     num_sinks: int = 0,
@@ -57,8 +56,8 @@ def resolve_levels(
     Raises:
         ValueError: a setting out of range, or a budget or count that `SSDCache` would refuse.
     """
-    cells = count_cells(grid, previews)
-    buffer = grid[1] if buffer is None else check_count("buffer", buffer, 1)
+    cells = layout.num_tokens
+    buffer = layout.grid[1] if buffer is None else check_count("buffer", buffer, 1)
     check_count("num_sinks", num_sinks, 0)
 
     def holds(slots: int) -> bool:
@@ -89,14 +88,14 @@ def resolve_levels(
     return tuple(resolved)
 
 
-def widest_window(grid: Grid, previews: Sequence[Grid] = ()) -> int:
+def widest_window(layout: ImageLayout) -> int:
     """The widest window, in visual tokens, whose mass can be computed and is not always 1.
 
     After draft grids, the window must stay inside the image for all counted queries, because only the total attention
     on draft grids is stored.
     """
-    rows, columns = grid
-    return min(2, rows - 1) * columns + 1 if previews else rows * columns - 1
+    rows, columns = layout.grid
+    return min(2, rows - 1) * columns + 1 if layout.draft_grids else rows * columns - 1
 
 
 class HeadStatistics:
@@ -116,12 +115,11 @@ class HeadStatistics:
     - the *evicting* queries, for retained attention: `t >= num_slots`, because earlier queries see every token.
 
     Args:
-        grid: rows and columns of visual tokens.
+        layout: the grids of an image; `t` and `j` count the tokens of draft grids too.
         num_layers: the model's decoder layers.
         num_kv_heads: KV heads in each layer.
         levels: caches whose retention is simulated; labels are made for the first.
         device: device of the sums.
-        previews: draft grids that are generated before this grid; `t` and `j` count their tokens too.
 
     Attributes:
         sums: by name, `[layers, kv_heads, 2, ...]`, float64; conditional rows, then unconditional rows.
@@ -130,21 +128,18 @@ class HeadStatistics:
 
     def __init__(
         self,
-        grid: Grid,
+        layout: ImageLayout,
         num_layers: int,
         num_kv_heads: int,
         levels: Sequence[Level],
         device: torch.device | str = "cpu",
-        *,
-        previews: Sequence[Grid] = (),
     ):
-        self.grid, self.num_layers, self.num_kv_heads, self.levels = grid, num_layers, num_kv_heads, tuple(levels)
-        self.previews = tuple(previews)
+        self.layout, self.num_layers, self.num_kv_heads, self.levels = layout, num_layers, num_kv_heads, tuple(levels)
         self.num_pictures = 0
-        shapes: dict[str, tuple[int, ...]] = {"offsets": (grid[0], 2 * grid[1] - 1)}
+        shapes: dict[str, tuple[int, ...]] = {"offsets": (layout.grid[0], 2 * layout.grid[1] - 1)}
         shapes |= dict.fromkeys(("queries", "prompt", "margin", "margin_chance", "sampled", "entropy"), ())
         shapes |= dict.fromkeys(("top", "top_visual", "evicting", "spatial", "semantic"), (len(self.levels),))
-        shapes |= {"previews": ()} if self.previews else {}
+        shapes |= {"previews": ()} if layout.draft_grids else {}
         self.sums = {
             name: torch.zeros(num_layers, num_kv_heads, 2, *shape, dtype=torch.float64, device=device)
             for name, shape in shapes.items()
@@ -153,12 +148,7 @@ class HeadStatistics:
     @property
     def num_visual_tokens(self) -> int:
         """Visual tokens of an image, draft grids included."""
-        return count_cells(self.grid, self.previews)
-
-    @property
-    def num_before(self) -> int:
-        """Visual tokens of the draft grids, which come before the image's own tokens."""
-        return self.num_visual_tokens - self.grid[0] * self.grid[1]
+        return self.layout.num_tokens
 
     def offset_share(self, rows: Rows = "all") -> torch.Tensor:
         """Visual attention by relative position, `[layers, kv_heads, grid rows, 2 * columns - 1]`.
@@ -177,9 +167,9 @@ class HeadStatistics:
         `[layers, kv_heads]`. If the window is wider than two grid rows, some counted queries see nothing outside it.
         With draft grids, a window above `widest_window` raises ValueError.
         """
-        height, columns = self.grid
+        height, columns = self.layout.grid
         check_count("window", window, 1)
-        if self.previews and window > (widest := widest_window(self.grid, self.previews)):
+        if self.layout.draft_grids and window > (widest := widest_window(self.layout)):
             raise ValueError(f"window={window} reaches into the preview for some queries: give at most {widest}")
         up, right = torch.arange(height)[:, None], torch.arange(1 - columns, columns)
         near = up * columns - right < window  # t - j, the distance
@@ -250,7 +240,7 @@ class HeadStatistics:
     def _visual(self, rows: Rows) -> torch.Tensor:
         """Total attention of the counted queries on visual tokens, draft grids included."""
         visual = self._sum("offsets", rows).sum((-1, -2))
-        return visual + self._sum("previews", rows) if self.previews else visual
+        return visual + self._sum("previews", rows) if self.layout.draft_grids else visual
 
     def __add__(self, other: HeadStatistics) -> HeadStatistics:
         """The combined statistics of two runs."""
@@ -268,7 +258,7 @@ class HeadStatistics:
 
     @property
     def _arguments(self) -> dict[str, Any]:
-        names = ("grid", "num_layers", "num_kv_heads", "levels", "previews")
+        names = ("layout", "num_layers", "num_kv_heads", "levels")
         return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ from ssd_cache.cache.plans import LayerPlan
 from ssd_cache.cache.sharding import check_whole
 from ssd_cache.head_map.checks import MAX_TEXT
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.models import Generator, GeneratorError, check_drawing, generator_of
+from ssd_cache.models import Generator, GeneratorError, Sampling, generator_of
 from ssd_cache.profiling.measuring import check_prompts, prompts_sha256, weights_sha256
 from ssd_cache.runs.run_state import ProfilingError, check_state_place
 from ssd_cache.training.learning_state import HELD_OUT, LearningRun, LearningState
@@ -231,13 +231,13 @@ def check_learning(
     check_count("batch_size", batch_size, 1)
     if isinstance(learning_rate, bool) or not 0 < learning_rate < 1:
         raise ValueError(f"learning_rate={learning_rate!r} is out of range: give a number between 0 and 1 (0.02)")
-    check_drawing(guidance_scale, temperature, seed)
+    Sampling(guidance_scale, temperature, seed)
     if temperature == 0:
         raise GeneratorError("temperature=0 leaves one token that is certain, and nothing to learn from; 1 is usual")
-    if head_map.is_online or head_map.previews:
+    if head_map.is_online or head_map.layout.draft_grids:
         what = "finds its labels while drawing" if head_map.is_online else "has previews"
         raise ValueError(f"this head map {what}, and a score is learned for the labels and places of a single grid")
-    buffer = default_buffer(head_map.grid, "learned") if buffer is None else buffer
+    buffer = default_buffer(head_map.layout, "learned") if buffer is None else buffer
     settings: dict[str, Any] = {"buffer": buffer, "num_recent": num_recent, "num_sinks": num_sinks}
     plans = [layer.plan for layer in SSDCache(head_map, budget, score="sum", **settings).layers]
     heads = [head for plan in plans for head in zip(plan.is_spatial, plan.num_slots, strict=True)]

@@ -171,7 +171,7 @@ def _learning_of(tensors: Mapping[str, torch.Tensor], num_steps: int, head_map: 
     score = {name: tensors[f"score.{name}"] for name in sorted(LearnedScore.NAMES) if f"score.{name}" in tensors}
     empty = torch.empty(0)
     check_like(tensors, {f"{part}.{name}": score.get(name, empty) for part in PARTS for name in LearnedScore.NAMES})
-    checked_learned(LearnedScore(**score), head_map.is_spatial.shape, head_map.grid, ())
+    checked_learned(LearnedScore(**score), head_map.is_spatial.shape, head_map.layout)
     parts = [{name: tensors[f"{part}.{name}"] for name in score} for part in PARTS]
     if any((square < 0).any() for square in parts[2].values()):
         raise ValueError("squares of gradients are below 0")

@@ -29,7 +29,7 @@ from ssd_cache.cli.plan import parse_budget
 from ssd_cache.evaluation.conditions import drawing_conditions
 from ssd_cache.evaluation.export import PictureSet, check_unclaimed, claim_folder, draw_pictures, recorded_batch_size
 from ssd_cache.evaluation.policies import SETTINGS, choose_head_map, mean_slots, parse_policy, resolve_policies
-from ssd_cache.models import Generator, check_drawing, resolve_device, resolve_dtype
+from ssd_cache.models import Generator, Sampling, resolve_device, resolve_dtype
 from ssd_cache.models.find import find_folder
 from ssd_cache.runs.batching import default_batch_size
 from ssd_cache.runs.processes import Processes
@@ -116,7 +116,7 @@ def export(
     budget = None if options.budget is None else parse_budget(options.budget)
     with refusing():
         policy = parse_policy(options.policy)
-        check_drawing(options.guidance, options.temperature, options.seed)
+        Sampling(options.guidance, options.temperature, options.seed)
         wanted = options.batch_size
         if wanted is not None and check_count("batch_size", wanted, 1) % pictures.unit:
             raise WrongUse(
@@ -127,7 +127,7 @@ def export(
         where = resolve_device(processes.choose_device(options.device))
         kind = resolve_dtype(options.dtype, where)
         checkpoint = find_model(options.model, options.grid)
-        checkpoint.check_pictures()
+        checkpoint.check_decodable()
         labels = choose_head_map(checkpoint, options.head_map, [policy])
         [policy] = resolve_policies([policy], labels)
         [amount] = policy.budgets([equal_budget(labels) if budget is None else budget])

@@ -35,7 +35,7 @@ from ssd_cache.evaluation.records import read_records
 from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder, check_folder, recorded_batch_size
 from ssd_cache.evaluation.runner import Plan
 from ssd_cache.evaluation.shapes import check_model, run_shapes, shapes_prompts
-from ssd_cache.models import BUNDLED, Generator, check_drawing, find_generator, resolve_device, resolve_dtype
+from ssd_cache.models import BUNDLED, Generator, Sampling, find_generator, resolve_device, resolve_dtype
 from ssd_cache.runs.batching import default_batch_size
 from ssd_cache.runs.processes import Processes
 
@@ -92,7 +92,7 @@ def shapes(
     if output.exists() and not output.is_dir():
         raise WrongUse(f"--output {output} is a file; give a folder")
     with refusing():
-        check_drawing(guidance, temperature)
+        Sampling(guidance, temperature)
         processes = Processes()
         where = resolve_device(processes.choose_device(device))
         kind = resolve_dtype(dtype, where)

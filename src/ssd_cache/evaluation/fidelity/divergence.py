@@ -201,7 +201,7 @@ def _lone(head_map: HeadMap, kinds: torch.Tensor, layer: int, head: int, slots: 
 
 def _cache(head_map: HeadMap, kinds: torch.Tensor, budget: Budget) -> SSDCache:
     """A cache with the map's settings and the given labels."""
-    return SSDCache(HeadMap(kinds, head_map.grid, previews=head_map.previews), budget, **_profiled(head_map))
+    return SSDCache(HeadMap(kinds).with_layout(head_map.layout), budget, **_profiled(head_map))
 
 
 def _caches_in(seconds: float, num_caches: int, took: float) -> int:

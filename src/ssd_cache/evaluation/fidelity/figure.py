@@ -6,6 +6,7 @@ It measures nothing. Colours distinguish policies, line styles the budgets of on
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,6 @@ import torch
 from ssd_cache.analysis.plotting import WIDTH, color_map, new_figure, plain_label
 from ssd_cache.evaluation.fidelity.result import Fidelity
 from ssd_cache.evaluation.plots import COLORS, MARKERS
-from ssd_cache.layout import row_lengths
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,17 +40,17 @@ def draw_fidelity(results: Mapping[str, Fidelity]) -> Figure:
         for index, name in enumerate(names)
     }
     first = next(iter(results))
-    previews, (layers, heads) = results[first].previews, results[first].is_spatial.shape
+    layout, (layers, heads) = results[first].layout, results[first].is_spatial.shape
     several = max(map(len, policies.values())) > 1
     heights = [2.2, 2.0, *([2.2] if several else []), 1.0 + min(4.0, max(1.2, (WIDTH - 1.4) * layers / heads))]
     figure = new_figure(sum(heights) + 0.4 + 0.2 * -(-len(results) // 2))
     panels = figure.subplots(len(heights), height_ratios=heights)
     for axes, title in zip(panels, ("KL(full || compressed), nats", "same token likeliest, share"), strict=False):
         axes.set_title(title, fontsize=10, loc="left")
-        axes.set_xlabel("row of the preview, then of the picture" if previews else "grid row")
-        axes.set_xlim(0, len(row_lengths(results[first].grid, previews)) - 1)
-        for order in range(len(previews)):
-            axes.axvline(sum(rows for rows, _ in previews[: order + 1]) - 0.5, color="0.7", linestyle=":")
+        axes.set_xlabel("row of the preview, then of the picture" if layout.draft_grids else "grid row")
+        axes.set_xlim(0, len(layout.row_lengths) - 1)
+        for end in accumulate(rows for rows, _ in layout.draft_grids):
+            axes.axvline(end - 0.5, color="0.7", linestyle=":")
     lowest = 0.99
     for order, (name, result) in enumerate(results.items()):
         agreement = result.by_grid_row(result.agrees.T).mean(1)

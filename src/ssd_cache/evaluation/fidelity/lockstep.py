@@ -65,8 +65,8 @@ class Lockstep:
         self.home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         self.is_unconditional = generator.is_unconditional(num_pictures).to(self.home)
         self.tokens = tokens
-        # declared as a grid with one column, so that it holds at most one query
-        self.full = RecordingCache((cells, 1), checkpoint.num_layers, checkpoint.num_kv_heads, self)
+        shape = checkpoint.layout, checkpoint.num_layers, checkpoint.num_kv_heads
+        self.full = RecordingCache(*shape, self, num_queries=1)
         self.traces = [Trace(cache, num_pictures, cells - 1, device, self.home) for cache in caches]
         self.num_compared = 0
         self._running: Trace | None = None  # None while the full cache runs

@@ -17,7 +17,7 @@ from ssd_cache.decode.attention_switch import ssd_attention
 from ssd_cache.evaluation.fidelity.lockstep import Lockstep, Trace
 from ssd_cache.evaluation.fidelity.result import Fidelity
 from ssd_cache.evaluation.policies import mean_slots
-from ssd_cache.models import Checkpoint, Generator, GeneratorError, check_drawing
+from ssd_cache.models import Checkpoint, Generator, GeneratorError, Sampling
 
 
 def measure_fidelity(
@@ -105,7 +105,7 @@ def measure_fidelity(
 
 def check_settings(guidance_scale: float | None = None, temperature: float = 1.0, seed: int = 0) -> None:
     """Refuse settings that give no divergence to measure; raises GeneratorError."""
-    check_drawing(guidance_scale, temperature, seed)
+    Sampling(guidance_scale, temperature, seed)
     if temperature == 0:
         raise GeneratorError(
             "temperature=0 leaves one token that is certain, and no divergence to measure: give a number above 0; "
@@ -142,8 +142,7 @@ def _check_tokens(tokens: torch.Tensor, pictures: int, cells: int) -> None:
 
 def _result(checkpoint: Checkpoint, trace: Trace, tokens: torch.Tensor) -> Fidelity:
     return Fidelity(
-        grid=checkpoint.grid,
-        previews=checkpoint.previews,
+        layout=checkpoint.layout,
         tokens=tokens.cpu(),
         budget=mean_slots(trace.cache) / checkpoint.num_visual_tokens,
         is_spatial=torch.tensor([layer.labels or layer.plan.is_spatial for layer in trace.cache.layers]),

@@ -119,7 +119,7 @@ def _digest(cache: SSDCache) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
-TENSORS = [field.name for field in fields(Fidelity) if field.name not in ("grid", "previews", "budget", "tokens")]
+TENSORS = [field.name for field in fields(Fidelity) if field.name not in ("layout", "budget", "tokens")]
 
 
 def _save(path: Path | None, settings: Mapping[str, Any], tokens: torch.Tensor, results: Results, total: int) -> None:
@@ -158,8 +158,7 @@ def _load(path: Path, settings: Mapping[str, Any], checkpoint: Checkpoint) -> tu
         raise not_a_state(path, WHAT, error) from error
     results = {
         name: Fidelity(
-            grid=checkpoint.grid,
-            previews=checkpoint.previews,
+            layout=checkpoint.layout,
             budget=budget,
             tokens=images[:num_done],
             **{part: tensors[f"{name}.{part}"] for part in TENSORS},

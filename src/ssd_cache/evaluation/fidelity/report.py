@@ -16,7 +16,6 @@ from ssd_cache.analysis.report import plain
 from ssd_cache.evaluation.fidelity.figure import draw_fidelity
 from ssd_cache.evaluation.fidelity.result import Fidelity
 from ssd_cache.io.writing import write_files
-from ssd_cache.layout import previews_entry
 
 FORMAT = "ssd-cache fidelity 1"
 NUMBERS, FIGURE = "fidelity.json", "fidelity.png"
@@ -62,8 +61,7 @@ def as_json(results: Mapping[str, Fidelity]) -> dict[str, Any]:
     """
     first = next(iter(results.values()))
     return {
-        "grid": list(first.grid),
-        **previews_entry(first.previews),
+        **first.layout.as_json(),
         "tokens": first.tokens.tolist(),
         "results": {
             name: plain(

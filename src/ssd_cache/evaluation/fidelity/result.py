@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ssd_cache.layout import Grid, row_lengths
+from ssd_cache.layout import ImageLayout
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Fidelity:
     `cells - 1` steps, because the last token is never fed. All tensors are on the CPU.
 
     Attributes:
-        grid: rows and columns of visual tokens.
+        layout: the grids of an image; tokens and steps of draft grids come first.
         tokens: int64, `[images, cells]`, the visual tokens fed to both caches.
         budget: slots per head as a share of the grid's cells, mean over heads.
         is_spatial: bool, `[layers, kv_heads]`, the kind of retention rule that each head used.
@@ -32,10 +32,9 @@ class Fidelity:
             by the norm of the full cache's output; mean over the rows of the batch.
         retained: float32, `[steps, layers, kv_heads]`, share of the full cache's attention on the prompt and on the
             tokens that the compressed head holds; mean over the rows of the batch and the query heads of a KV head.
-        previews: the draft grids generated before the image; their tokens and steps come first.
     """
 
-    grid: Grid
+    layout: ImageLayout
     tokens: torch.Tensor
     budget: float
     is_spatial: torch.Tensor
@@ -43,7 +42,6 @@ class Fidelity:
     agrees: torch.Tensor
     attention_error: torch.Tensor
     retained: torch.Tensor
-    previews: tuple[Grid, ...] = ()
 
     @property
     def mean_kl(self) -> float:
@@ -86,7 +84,7 @@ class Fidelity:
 
         The last row has one step less; if that was its only step, the row is omitted.
         """
-        *lengths, last = row_lengths(self.grid, self.previews)
+        *lengths, last = self.layout.row_lengths
         parts = values.split([*lengths, last - 1])
         return torch.stack([part.double().mean(0) for part in parts if len(part)])
 

@@ -259,9 +259,9 @@ def test_images_are_kept_batch_by_batch(generator, tmp_path, monkeypatch):
 def test_steps_are_saved_by_the_clock(generator, tmp_path, monkeypatch):
     saved, save = [], LearningRun.save
 
-    def record(run, path, settings):
+    def record(run):
         saved.append((run.num_steps, run.after is not None))
-        save(run, path, settings)
+        save(run)
 
     monkeypatch.setattr(LearningRun, "save", record)
     for seconds, expected in ((0, [1, 2, 3]), (3600, [])):
@@ -368,7 +368,7 @@ def test_settings_out_of_range_are_refused_before_anything_is_drawn(generator, m
 
 def test_maps_that_nothing_can_be_learned_for_are_refused(generator):
     online = HeadMap.online(num_layers=2, num_kv_heads=2, grid=GRID)
-    with pytest.raises(ValueError, match="finds its labels while drawing"):
+    with pytest.raises(ValueError, match="finds its labels during generation"):
         learn_score(generator, PROMPTS, online, **SETTINGS)
     with pytest.raises(HeadMapError, match="use the map that was made for this model"):
         learn_score(generator, PROMPTS, HeadMap.uniform("semantic", num_layers=3, num_kv_heads=2, grid=GRID))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -41,14 +42,10 @@ class Lesson:
     seen: torch.Tensor
     is_unconditional: torch.Tensor
 
-    @property
-    def num_pictures(self) -> int:
-        return int((~self.is_unconditional).sum())
-
-    def part(self, pictures: slice) -> Lesson:
-        """Some of the images, with their unconditional rows."""
-        kinds = (~self.is_unconditional, self.is_unconditional)
-        return self._of_rows(torch.cat([kind.nonzero()[:, 0][pictures] for kind in kinds]))
+    def split(self, num_images: int) -> list[Lesson]:
+        """Lessons of this many images each, with their unconditional rows; the last may be smaller."""
+        kinds = [kind.nonzero()[:, 0].split(num_images) for kind in (~self.is_unconditional, self.is_unconditional)]
+        return [self._of_rows(torch.cat(rows)) for rows in zip_longest(*kinds, fillvalue=kinds[1][0][:0])]
 
     def conditional(self) -> Lesson:
         """The lesson without unconditional rows, for a guidance scale at which they have no effect."""

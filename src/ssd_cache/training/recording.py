@@ -23,7 +23,7 @@ def check_teachable(generator: Generator) -> None:
     """Refuse, before anything is generated, a model without a head that scores visual tokens; raises GeneratorError."""
     if generator.visual_head is None:
         raise GeneratorError(
-            f"{generator.checkpoint.name} can not be taught: it has no head that scores visual tokens (its "
+            f"{generator.checkpoint.name} cannot be trained on: it has no head for visual tokens (its "
             "get_output_embeddings() is None)"
         )
 
@@ -31,14 +31,8 @@ def check_teachable(generator: Generator) -> None:
 def draw_lesson(generator: Generator, prompts: Sequence[str], **settings) -> tuple[Lesson, torch.Tensor]:
     """Generate an image for each prompt with the model's own cache, and record the inputs of its decoder.
 
-    Args:
-        settings: as for `Generator.generate`.
-
-    Returns:
-        The lesson, and the visual tokens `[images, cells]` on the CPU, which `replay_lesson` takes.
-
-    Raises:
-        GeneratorError: the decoder does not get the prompt at once and then one token at a time.
+    The settings are those of `Generator.generate`. Returns the lesson, and the visual tokens `[images, cells]` on the
+    CPU. Raises GeneratorError if the decoder does not get the prompt at once and then one token at a time.
     """
     calls, tokens = _record(generator, lambda: generator.generate(prompts, **settings))
     return _lesson_of(generator, calls, len(prompts)), tokens
@@ -48,14 +42,8 @@ def replay_lesson(generator: Generator, prompts: Sequence[str], tokens: torch.Te
     """The lesson of images that were generated before, bit for bit equal to the lesson from `draw_lesson`.
 
     The model's own `generate` runs again on the given tokens, with a decoder that returns zeros. The inputs of the
-    decoder depend only on the tokens, and its layers would take almost all the time.
-
-    Args:
-        tokens: visual tokens from `draw_lesson`.
-        settings: as for `draw_lesson`.
-
-    Raises:
-        GeneratorError: the tokens do not fit the model.
+    decoder depend only on the tokens, and its layers would take almost all the time. Raises GeneratorError for tokens
+    that do not fit the model.
     """
     shape = len(prompts), generator.checkpoint.num_visual_tokens
     if tokens.dtype != torch.int64 or tokens.shape != shape or tokens.min() < 0:
@@ -94,7 +82,7 @@ def _lesson_of(generator: Generator, calls: Calls, num_prompts: int) -> Lesson:
     cells = generator.checkpoint.num_visual_tokens
     if len(calls) != cells or any(call[name].shape[length[name]] != 1 for call in calls[1:] for name in names):
         raise GeneratorError(
-            f"{generator.checkpoint.name} can not be taught: its decoder ran {len(calls)} times for {cells} visual "
+            f"{generator.checkpoint.name} cannot be trained on: its decoder ran {len(calls)} times for {cells} visual "
             "tokens, and it has to be given the prompt at once and then one token at a time"
         )
     inputs = {name: torch.cat([call[name] for call in calls], length[name]) for name in names}

@@ -30,15 +30,7 @@ LEAST = 1e-4
 
 
 class Trainer:
-    """Takes gradient steps of a score.
-
-    Args:
-        generator: the model.
-        plans: for each layer, the plan of the cache that the score is for.
-        guidance_scale, temperature: settings of the distributions that are compared.
-        learning_rate: learning rate of Adam.
-        num_steps: total number of steps in the schedule of learning rate and softness.
-    """
+    """Takes gradient steps of a score, on a schedule of `num_steps`; `plans` are those of the cache it is for."""
 
     def __init__(
         self,
@@ -66,14 +58,14 @@ class Trainer:
             loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
         rate = self.learning_rate * min(1.0, (state.num_steps + 1) / WARM_UP) * (1 - done) ** 0.5
-        return state.follow({name: _gradient(value) for name, value in parameters.items()}, rate), loss.item()
+        gradients = {name: value.grad for name, value in parameters.items() if value.grad is not None}
+        return state.follow(gradients, rate), loss.item()
 
     @torch.no_grad()
     def divergences(self, state: LearningState, lesson: Lesson, batch_size: int) -> torch.Tensor:
         """The mean divergence per token of each image, in nats, float64 `[images]`; takes no step."""
         score = LearnedScore(**state.parameters(self.generator.model.device))
-        starts = range(0, lesson.num_pictures, batch_size)
-        parts = [self._divergence(lesson.part(slice(start, start + batch_size)), score) for start in starts]
+        parts = [self._divergence(part, score) for part in lesson.split(batch_size)]
         return torch.cat([part.double().mean(1).cpu() for part in parts])
 
     def _divergence(self, lesson: Lesson, score: LearnedScore) -> torch.Tensor:
@@ -100,11 +92,6 @@ class Trainer:
         return masked_softmax(logits, retained_tokens(self.plans[layer_idx], score, keys, values, self.softness))
 
 
-def _gradient(parameter: torch.Tensor) -> torch.Tensor:
-    assert parameter.grad is not None  # every tensor contributes to every rank
-    return parameter.grad
-
-
 @torch.no_grad()
 def mean_attention(generator: Generator, lesson: Lesson, head_map: HeadMap) -> LearnedScore:
     """The initial score: the logarithm of the attention that each position still receives from a given row on.
@@ -125,9 +112,8 @@ def mean_attention(generator: Generator, lesson: Lesson, head_map: HeadMap) -> L
         dims.update(key=keys.shape[3], value=values.shape[3])
         return weights
 
-    settings = {"guidance_scale": 1.0, "temperature": 1.0}
     with taught(generator, lesson, watch):
-        log_probabilities_of(generator, lesson, **settings)
+        log_probabilities_of(generator, lesson, guidance_scale=1.0, temperature=1.0)
     table = torch.stack([found[layer] for layer in sorted(found)])  # [layers, kv_heads, rows now, rows, columns]
     row = table.mean(-1)
     rest = table - row[..., None]

@@ -22,7 +22,7 @@ from ssd_cache.runs.run_state import ProfilingError, read_state, write_state
 from ssd_cache.training import learning
 from ssd_cache.training.learning_state import FORMAT, WHAT, LearningRun, LearningState
 from ssd_cache.training.pretended import masked_softmax, retained_tokens
-from ssd_cache.training.recording import draw_lesson, replay_lesson
+from ssd_cache.training.recording import record_images, replay_images
 from ssd_cache.training.trainer import Trainer
 
 GRID = (SIDE, SIDE)
@@ -172,10 +172,10 @@ def stop(monkeypatch):
     def stop(number):
         step = Trainer.step
 
-        def stops(trainer, state, lesson):
+        def stops(trainer, state, recording):
             if state.num_steps == number:
                 raise KeyboardInterrupt
-            return step(trainer, state, lesson)
+            return step(trainer, state, recording)
 
         monkeypatch.setattr(Trainer, "step", stops)
         return lambda: monkeypatch.setattr(Trainer, "step", step)
@@ -279,22 +279,22 @@ def test_replayed_images_give_the_same_inputs_bit_for_bit(family, tmp_path):
     generator = found.load("float32", "cpu")
     decoder = generator.language_model.get_decoder()
     prompts = ["a red circle", "a blue square and a red circle"]
-    lesson, tokens = draw_lesson(generator, prompts, seed=3)
+    recording, tokens = record_images(generator, prompts, seed=3)
     layers = []
     handle = decoder.layers[0].register_forward_hook(lambda *_: layers.append(1))
-    again = replay_lesson(generator, prompts, tokens, seed=3)
+    again = replay_images(generator, prompts, tokens, seed=3)
     handle.remove()
     assert not layers  # no layer runs
-    assert again.inputs.keys() == lesson.inputs.keys()
-    for name, tensor in lesson.inputs.items():
+    assert again.inputs.keys() == recording.inputs.keys()
+    for name, tensor in recording.inputs.items():
         assert torch.equal(again.inputs[name], tensor)
-    assert torch.equal(again.seen, lesson.seen)
-    assert torch.equal(again.is_unconditional, lesson.is_unconditional)
+    assert torch.equal(again.seen, recording.seen)
+    assert torch.equal(again.is_unconditional, recording.is_unconditional)
     assert "forward" not in vars(decoder)
     assert not generator.visual_head._forward_hooks
     for wrong in (tokens[:1], tokens.float(), -1 - tokens, tokens + 10**6):
         with pytest.raises(GeneratorError, match="tokens (are|hold)"):
-            replay_lesson(generator, prompts, wrong, seed=3)
+            replay_images(generator, prompts, wrong, seed=3)
 
 
 def test_held_out_images_are_compared_before_and_after(generator):

@@ -29,14 +29,14 @@ from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Generator, GeneratorError, Sampling, generator_of
 from ssd_cache.profiling.measuring import check_prompts, model_facts, prompts_sha256
 from ssd_cache.training.learning_state import HELD_OUT, LearningRun, LearningState
-from ssd_cache.training.lessons import Lesson
-from ssd_cache.training.recording import check_teachable, draw_lesson, replay_lesson
+from ssd_cache.training.recording import check_trainable, record_images, replay_images
+from ssd_cache.training.teacher_forcing import Recording
 from ssd_cache.training.trainer import Trainer, mean_attention
 
 DRAWN = 4
 """Batches generated together, since a few images take almost as long to generate as many."""
 
-NO_SAY = 0.01
+NO_GUIDANCE = 0.01
 """Within this distance of 1, guidance has no effect and the unconditional rows are skipped."""
 
 SAVE_SECONDS = 30
@@ -132,7 +132,7 @@ def learn_score(
         seed=seed,
     )
     check_prompts(generator, prompts)
-    check_teachable(generator)
+    check_trainable(generator)
     sampling = {
         "guidance_scale": generator.guidance_scale if guidance_scale is None else guidance_scale,
         "temperature": temperature,
@@ -167,15 +167,15 @@ def learn_score(
     run = LearningRun.open(None if state_file is None else Path(state_file), fingerprint, result)
     run.begin_stage(num_steps)
     if run.after is None:
-        *lessons, held_out = _lessons(generator, prompts, DRAWN * batch_size, seed, sampling, run, progress)
+        *recordings, held_out = _recordings(generator, prompts, DRAWN * batch_size, seed, sampling, run, progress)
         if run.learning is None:
-            first = mean_attention(generator, lessons[0], head_map) if head_map.learned is None else head_map.learned
+            first = mean_attention(generator, recordings[0], head_map) if head_map.learned is None else head_map.learned
             run.learning = LearningState.beginning(first)
         trainer = Trainer(generator, plans, **sampling, learning_rate=learning_rate, num_steps=num_steps)
         if run.before is None:
             run.before = trainer.divergences(run.learning, held_out, batch_size)
             run.save()
-        _take_steps(run, trainer, islice(_batches(lessons, batch_size, seed), run.num_steps, num_steps), progress)
+        _take_steps(run, trainer, islice(_batches(recordings, batch_size, seed), run.num_steps, num_steps), progress)
         run.after = trainer.divergences(run.learning, held_out, batch_size)
         run.save()
     assert run.learning is not None
@@ -219,7 +219,7 @@ def check_learning(
     return plans
 
 
-def _lessons(
+def _recordings(
     generator: Generator,
     prompts: Sequence[str],
     num_at_once: int,
@@ -227,36 +227,36 @@ def _lessons(
     sampling: dict[str, float],
     run: LearningRun,
     progress: bool,
-) -> list[Lesson]:
-    """A lesson for each batch, then the held-out one; images that the run does not hold are generated and added.
+) -> list[Recording]:
+    """A recording for each batch, then the held-out one; images that the run does not hold are generated and added.
 
-    Where guidance has no effect, lessons have no unconditional rows.
+    Where guidance has no effect, recordings have no unconditional rows.
     """
     batches = [list(prompts[start : start + num_at_once]) for start in range(0, len(prompts), num_at_once)]
     batches.append([prompts[index * len(prompts) // HELD_OUT] for index in range(HELD_OUT)])
-    lessons = []
+    recordings = []
     for index, batch in enumerate(tqdm(batches, unit=" batches", desc="images", disable=not progress)):
         settings: dict[str, Any] = {**sampling, "seed": seed + index}
         if index < len(run.images):
-            lesson = replay_lesson(generator, batch, run.images[index], **settings)
+            recording = replay_images(generator, batch, run.images[index], **settings)
         else:
-            lesson, tokens = draw_lesson(generator, batch, **settings)
+            recording, tokens = record_images(generator, batch, **settings)
             run.images.append(tokens)
             run.save()
-        lessons.append(lesson.conditional() if abs(sampling["guidance_scale"] - 1) < NO_SAY else lesson)
-    return lessons
+        recordings.append(recording.conditional() if abs(sampling["guidance_scale"] - 1) < NO_GUIDANCE else recording)
+    return recordings
 
 
-def _take_steps(run: LearningRun, trainer: Trainer, lessons: Iterator[Lesson], progress: bool) -> None:
-    """Take a step on each lesson; the run is saved every `SAVE_SECONDS` and at the end, also after an exception."""
+def _take_steps(run: LearningRun, trainer: Trainer, recordings: Iterator[Recording], progress: bool) -> None:
+    """Take a step on each recording; the run is saved every `SAVE_SECONDS` and at the end, also after an exception."""
     assert run.learning is not None
     recent: deque[float] = deque(maxlen=SMOOTHED)
     saved = time.monotonic()
     bar = tqdm(total=trainer.num_steps, initial=run.num_steps, unit=" steps", desc="learning", disable=not progress)
     try:
         with bar:
-            for lesson in lessons:
-                run.learning, divergence = trainer.step(run.learning, lesson)
+            for recording in recordings:
+                run.learning, divergence = trainer.step(run.learning, recording)
                 recent.append(divergence)
                 bar.set_postfix_str(f"mean of {len(recent)} steps: {sum(recent) / len(recent):.4f} nats", refresh=False)
                 bar.update()
@@ -267,9 +267,9 @@ def _take_steps(run: LearningRun, trainer: Trainer, lessons: Iterator[Lesson], p
         run.save()
 
 
-def _batches(lessons: Sequence[Lesson], batch_size: int, seed: int) -> Iterator[Lesson]:
+def _batches(recordings: Sequence[Recording], batch_size: int, seed: int) -> Iterator[Recording]:
     """Endless training batches; their order depends only on the seed. Images of a batch were generated together."""
-    parts = [part for lesson in lessons for part in lesson.split(batch_size)]
+    parts = [part for recording in recordings for part in recording.split(batch_size)]
     order = torch.Generator().manual_seed(seed)
     while True:
         for index in torch.randperm(len(parts), generator=order).tolist():

@@ -318,7 +318,7 @@ class HeadMap:
         if model_id and made_for.lower() not in model_id.lower():
             warnings.warn(
                 f"the head map ({self.origin}) was made for {self.model_id}, and the model is {model_id}: its "
-                "labels may be no better than chance here (`ssd-cache eval fidelity` tells)",
+                "labels may be no better than chance here (`ssd-cache eval fidelity` measures them)",
                 stacklevel=3,
             )
 

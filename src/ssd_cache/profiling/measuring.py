@@ -83,6 +83,9 @@ def measure_heads(
         state_file: file that stores the sums after every batch. If it exists, the run resumes from it. A longer list of
             prompts extends a finished run if it begins with that run's prompts and those filled all batches.
 
+    Returns:
+        The sums, and in `run` the settings that they depend on.
+
     Raises:
         GeneratorError: no prompts, prompts that are too long, an unsupported model, or a generation setting out of
             range.
@@ -227,8 +230,8 @@ def draw_watched(generator: Generator, prompts: Sequence[str], cache: WatchingCa
         raise
     if tokens.shape[-1] != checkpoint.num_visual_tokens:
         raise ProfilingError(
-            f"{name} drew {tokens.shape[-1]} visual tokens, but its grid is {checkpoint.layout.text()}: a map would "
-            "not fit; load the model with the configuration it was trained with"
+            f"{name} generated {tokens.shape[-1]} visual tokens, but its grid is {checkpoint.layout.text()}: a map "
+            "would not fit; load the model with the configuration it was trained with"
         )
     cache.finish()
     return tokens
@@ -252,5 +255,5 @@ def check_prompts(generator: Generator, prompts: Sequence[str]) -> None:
             if room is not None and length > room:
                 raise GeneratorError(
                     f"prompt {text[:60]!r} is {length} tokens long; {checkpoint.name} has {limit} positions, and the "
-                    f"picture leaves {room} for the prompt: shorten it"
+                    f"image leaves {room} for the prompt: shorten it"
                 )

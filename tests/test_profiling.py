@@ -510,7 +510,7 @@ def test_prompts_are_refused_before_anything_is_drawn(generator, monkeypatch):
         ([], "at least one prompt, and none that is empty"),
         ("a circle", "give a list"),
         ([*PROMPTS, " "], "none that is empty"),
-        ([*PROMPTS, long], "has 1024 positions, and the picture leaves 960 for the prompt: shorten it"),
+        ([*PROMPTS, long], "has 1024 positions, and the image leaves 960 for the prompt: shorten it"),
     ):
         with pytest.raises(GeneratorError, match=message):
             profile_heads(generator, prompts, progress=False, **SETTINGS)

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 
@@ -52,9 +50,8 @@ def statistics(weights, num_prompt, grid, levels, window, num_before=0):
     results = []
     for head in range(len(weights[0])):
         found = {"offsets": [[0.0] * (2 * columns - 1) for _ in range(rows)]}
-        inside = visual = prompt = margin = chance = entropy = 0.0
-        counted = sampled = 0
-        top, top_visual = [0.0] * len(levels), [0.0] * len(levels)
+        inside = visual = prompt = margin = 0.0
+        counted = 0
         for batch_row in weights:
             for group in batch_row[head]:
                 for token in range(first_counted, queries):
@@ -63,32 +60,17 @@ def statistics(weights, num_prompt, grid, levels, window, num_before=0):
                     counted += 1
                     prompt += sum(row[:num_prompt])
                     visual += sum(seen)
-                    cells_at_margin = 0
                     for other, weight in enumerate(seen):
                         inside += weight * (other > token - window)
                         if other < num_before:
                             continue
                         above, column = divmod(other - num_before, columns)
-                        at_margin = column in (0, columns - 1)
-                        cells_at_margin += at_margin
-                        margin += weight * at_margin
+                        margin += weight * (column in (0, columns - 1))
                         up = (token - num_before) // columns - above
                         right = column - (token - num_before) % columns
                         found["offsets"][up][right + columns - 1] += weight
-                    chance += sum(seen) * cells_at_margin / (token + 1)
-                    grid_row, column = divmod(token - num_before, columns)
-                    in_row = min(columns, queries - num_before - grid_row * columns)
-                    if column == grid_row % in_row:
-                        sampled += 1
-                        entropy -= sum(w * math.log(w) for w in row if w > 0)
-                        for index, level in enumerate(levels):
-                            if token >= level[0]:
-                                top[index] += sum(sorted(seen)[-level[0] :])
-                                top_visual[index] += sum(seen)
         found["offsets"] = [[value / visual for value in line] for line in found["offsets"]]
         found |= {"window": inside / visual, "prompt": prompt / counted, "margin": margin / visual}
-        found |= {"chance": chance / visual, "entropy": entropy / sampled}
-        found["top"] = [part / whole if whole else 1.0 for part, whole in zip(top, top_visual, strict=True)]
         for kind in ("spatial", "semantic"):
             found[kind] = []
             for level in levels:
@@ -116,15 +98,9 @@ def compare(measured, layers, num_prompt, window, rows):
             "window": measured.window_mass(window, rows),
             "prompt": measured.prompt_share(rows),
             "margin": measured.margin_share(rows),
-            "chance": measured.margin_chance(rows),
-            "entropy": measured.entropy(rows),
         }
-        for name in ("top", "spatial", "semantic"):
-            of_level = [
-                measured.top_share(slots, rows) if name == "top" else measured.retained(name, slots, rows)
-                for slots, *_ in levels
-            ]
-            found[name] = torch.stack(of_level, dim=-1)
+        for kind in ("spatial", "semantic"):
+            found[kind] = torch.stack([measured.retained(kind, slots, rows) for slots, *_ in levels], dim=-1)
         for name, values in found.items():
             wanted = torch.tensor([head[name] for head in expected], dtype=torch.float64)
             torch.testing.assert_close(values[layer], wanted, atol=1e-5, rtol=1e-5, msg=lambda m: f"{name}: {m}")  # noqa: B023

@@ -29,12 +29,10 @@ from ssd_cache import (
     POLICIES,
     HeadMap,
     SSDCache,
-    allocate_budgets,
     enable,
     fast_decode,
     fit_heads,
     learn_score,
-    measure_heads,
     profile_heads,
 )
 from ssd_cache._compat import CACHE
@@ -244,13 +242,10 @@ def profile_fit_learn() -> dict[str, Any]:
             "coverage": profile_heads(generator, PROMPTS, budget=0.5, levels=levels, **quiet),
             "window": profile_heads(generator, PROMPTS, method="window", **quiet),
         }
-        statistics = measure_heads(generator, PROMPTS, budget=0.5, levels=levels, **quiet)
-        maps["statistics"] = fit_heads(statistics, 32)
         maps["fitted"] = fit_heads(maps["coverage"], 32, step=4)
         maps["divergence"] = measure_divergence(generator, PROMPTS[:2], maps["coverage"], **quiet)
         maps["fitted by divergence"] = fit_heads(maps["divergence"], 32)
         maps["learned"] = learn_score(generator, PROMPTS, maps["fitted"], num_steps=3, batch_size=2, **quiet)
-        results["allocated"] = allocate_budgets(maps["coverage"], 32)
         for name, head_map in maps.items():
             head_map.save_pretrained(Path(folder) / name)
             content = (Path(folder) / name / "head_map.safetensors").read_bytes()

@@ -1,4 +1,4 @@
-"""Sharing slots out: against brute force on small cases, and what `SSDCache` makes of the result."""
+"""Allocation of slots to heads: against brute force on small cases, and what `SSDCache` makes of the result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssd_cache import HeadMap, SSDCache
-from ssd_cache.profiling.allocation import allocate_budgets, best_choices, fit_heads, retained_attention
+from ssd_cache.profiling.allocation import best_choices, fit_heads
 
 KINDS = ("spatial", "semantic")
 GRID = (10, 10)
@@ -28,14 +28,6 @@ def made_up_map(labels, levels, seed=0):
         kept = steps.cumsum(0) / (steps.sum(0) + torch.rand(labels.shape, generator=generator))
         scores |= {f"retained_{kind}-{slots}": kept[index] for index, slots in enumerate(levels)}
     return HeadMap(labels, GRID, scores=scores)
-
-
-def total_slots(head_map, budgets):
-    return sum(
-        budget["spatial" if is_spatial else "semantic"]
-        for budget, layer in zip(budgets, head_map.is_spatial.tolist(), strict=True)
-        for is_spatial in layer
-    )
 
 
 @given(st.data())
@@ -57,21 +49,6 @@ def test_best_choices_are_those_of_brute_force(data):
     assert sum(v[p] for v, p in zip(values, picks, strict=True)) == best
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_budgets_retain_the_most_that_any_choice_of_levels_does(seed):
-    levels = (15, 20, 25)
-    labels = torch.tensor([[True, False, False], [True, True, False], [False, False, False]])
-    head_map = made_up_map(labels, levels, seed)
-    budgets = allocate_budgets(head_map, 20)
-    best = 0.0
-    for choice in itertools.product(itertools.product(levels, levels), repeat=3):
-        tried = [{"spatial": spatial, "semantic": semantic} for spatial, semantic in choice]
-        if total_slots(head_map, tried) <= 20 * 9:
-            best = max(best, retained_attention(head_map, tried))
-    assert retained_attention(head_map, budgets) == pytest.approx(best, abs=1e-12)
-    assert best > retained_attention(head_map, 20)
-
-
 @given(st.integers(0, 1000), st.floats(0.15, 1.0), st.sampled_from([None, 1, 3, 7]))
 def test_the_total_is_never_above_the_uniform_one_and_the_cache_takes_it(seed, budget, step):
     generator = torch.Generator().manual_seed(seed)
@@ -80,11 +57,11 @@ def test_the_total_is_never_above_the_uniform_one_and_the_cache_takes_it(seed, b
     head_map = made_up_map(labels, levels, seed)
     if len(levels) < 2:
         return
-    budgets = allocate_budgets(head_map, budget, step=step)
-    assert total_slots(head_map, budgets) <= round(budget * 100) * 12
+    fitted = fit_heads(head_map, budget, step=step)
+    assert sum(map(sum, fitted.slots)) <= round(budget * 100) * 12
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # so few slots make short windows
-        SSDCache(head_map, budgets, **SETTINGS)
+        SSDCache(fitted, **SETTINGS)
 
 
 def losses(head_map, choice):
@@ -111,8 +88,9 @@ def test_heads_are_fitted_as_well_as_any_choice_of_levels_and_kinds_does(seed):
     }
     assert squares[tuple(slots)] == pytest.approx(min(squares.values()), abs=1e-9)
     assert squares[tuple(slots)] < squares[(20,) * 6]
-    expected = 1 - sum(losses(head_map, slots)) / 6  # the labels are those of the kinds that lose less
-    assert retained_attention(fitted, fitted.budget) == pytest.approx(expected, abs=1e-6)
+    for is_spatial, held, head in zip(fitted.is_spatial.flatten().tolist(), slots, range(6), strict=True):
+        kept = {kind: head_map.scores[f"retained_{kind}-{held}"].flatten()[head] for kind in KINDS}
+        assert is_spatial == (kept["spatial"] > kept["semantic"])  # the kind that loses less
 
 
 def test_a_fitted_map_is_saved_and_its_slots_are_what_the_cache_holds(tmp_path):
@@ -148,34 +126,25 @@ def test_a_budget_for_every_head_is_checked():
 
 
 def test_steps_between_levels_are_worth_what_lies_between():
-    # one head gains steadily, one not at all: with steps of 1 the first gets all that the second can spare
+    # both heads gain alike between the levels: steps of 1 use up the total
     scores = {"retained_spatial-20": [[0.5, 0.5]], "retained_semantic-20": [[0.5, 0.5]]}
     scores |= {"retained_spatial-40": [[0.5, 0.5]], "retained_semantic-40": [[0.9, 0.9]]}
     head_map = HeadMap(
         torch.tensor([[True, False]]), GRID, scores={name: torch.tensor(score) for name, score in scores.items()}
     )
-    assert allocate_budgets(head_map, 25) == [{"spatial": 20, "semantic": 20}]
-    (budget,) = allocate_budgets(head_map, 25, step=1)
-    assert budget == {"spatial": 20, "semantic": 30}
-
-
-def test_retained_attention_counts_the_tokens_before_the_first_eviction_as_kept():
-    head_map = HeadMap(torch.tensor([[True]]), GRID, scores={"retained_spatial-33": torch.tensor([[0.4]])})
-    assert retained_attention(head_map, 33) == pytest.approx((33 * 1 + 66 * 0.4) / 99)
-    assert retained_attention(made_up_map(torch.tensor([[True, False]]), (100,)), 1.0) == 1
-    with pytest.raises(ValueError, match="20 slots were not measured; the levels are .33."):
-        retained_attention(head_map, 20)
+    assert fit_heads(head_map, 25).budget == [[20, 20]]
+    assert fit_heads(head_map, 25, step=1).budget == [[25, 25]]
 
 
 def test_what_can_not_be_shared_out_is_refused_with_the_remedy():
     labels = torch.tensor([[True, False]])
     with pytest.raises(ValueError, match="at 1 number of slots .20., and sharing needs two or more: profile again"):
-        allocate_budgets(made_up_map(labels, (20,)), 20)
+        fit_heads(made_up_map(labels, (20,)), 20)
     with pytest.raises(ValueError, match="at 0 number of slots"):
-        allocate_budgets(HeadMap(labels, GRID), 20)
+        fit_heads(HeadMap(labels, GRID), 20)
     with pytest.raises(ValueError, match="fewer than the lowest level, 20"):
-        allocate_budgets(made_up_map(labels, (20, 40)), 19)
+        fit_heads(made_up_map(labels, (20, 40)), 19)
     with pytest.raises(ValueError, match="step=0 is out of range"):
-        allocate_budgets(made_up_map(labels, (20, 40)), 20, step=0)
+        fit_heads(made_up_map(labels, (20, 40)), 20, step=0)
     with pytest.raises(ValueError, match="give a coarser step, or none"):
         best_choices([np.array([1, 2])] * 2000, [np.array([0.0, 1.0])] * 2000, 1_000_000)

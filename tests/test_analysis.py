@@ -494,7 +494,7 @@ def test_a_grid_that_the_model_does_not_draw_is_refused(folder, monkeypatch):
     generator = find_generator(str(folder)).load()
     monkeypatch.setattr(type(generator), "layout_of", staticmethod(lambda *_: ImageLayout((9, 9))))
     labels = HeadMap.uniform("spatial", num_layers=2, num_kv_heads=2, grid=(9, 9))
-    with pytest.raises(ProfilingError, match="drew 64 visual tokens, but its grid is 9 x 9"):
+    with pytest.raises(ProfilingError, match="generated 64 visual tokens, but its grid is 9 x 9"):
         analyze(generator, CIRCLE, labels, budget=0.4, num_images=1, progress=False)
 
 

@@ -22,7 +22,7 @@ from ssd_cache.runs.run_state import ProfilingError, read_state, write_state
 from ssd_cache.training import learning
 from ssd_cache.training.learning_state import FORMAT, WHAT, LearningRun, LearningState
 from ssd_cache.training.pretended import masked_softmax, retained_tokens
-from ssd_cache.training.recording import draw_lesson, replay_lesson
+from ssd_cache.training.recording import record_images, replay_images
 from ssd_cache.training.trainer import Trainer
 
 GRID = (SIDE, SIDE)
@@ -172,10 +172,10 @@ def stop(monkeypatch):
     def stop(number):
         step = Trainer.step
 
-        def stops(trainer, state, lesson):
+        def stops(trainer, state, recording):
             if state.num_steps == number:
                 raise KeyboardInterrupt
-            return step(trainer, state, lesson)
+            return step(trainer, state, recording)
 
         monkeypatch.setattr(Trainer, "step", stops)
         return lambda: monkeypatch.setattr(Trainer, "step", step)
@@ -259,9 +259,9 @@ def test_images_are_kept_batch_by_batch(generator, tmp_path, monkeypatch):
 def test_steps_are_saved_by_the_clock(generator, tmp_path, monkeypatch):
     saved, save = [], LearningRun.save
 
-    def record(run, path, settings):
+    def record(run):
         saved.append((run.num_steps, run.after is not None))
-        save(run, path, settings)
+        save(run)
 
     monkeypatch.setattr(LearningRun, "save", record)
     for seconds, expected in ((0, [1, 2, 3]), (3600, [])):
@@ -279,22 +279,22 @@ def test_replayed_images_give_the_same_inputs_bit_for_bit(family, tmp_path):
     generator = found.load("float32", "cpu")
     decoder = generator.language_model.get_decoder()
     prompts = ["a red circle", "a blue square and a red circle"]
-    lesson, tokens = draw_lesson(generator, prompts, seed=3)
+    recording, tokens = record_images(generator, prompts, seed=3)
     layers = []
     handle = decoder.layers[0].register_forward_hook(lambda *_: layers.append(1))
-    again = replay_lesson(generator, prompts, tokens, seed=3)
+    again = replay_images(generator, prompts, tokens, seed=3)
     handle.remove()
     assert not layers  # no layer runs
-    assert again.inputs.keys() == lesson.inputs.keys()
-    for name, tensor in lesson.inputs.items():
+    assert again.inputs.keys() == recording.inputs.keys()
+    for name, tensor in recording.inputs.items():
         assert torch.equal(again.inputs[name], tensor)
-    assert torch.equal(again.seen, lesson.seen)
-    assert torch.equal(again.is_unconditional, lesson.is_unconditional)
+    assert torch.equal(again.seen, recording.seen)
+    assert torch.equal(again.is_unconditional, recording.is_unconditional)
     assert "forward" not in vars(decoder)
     assert not generator.visual_head._forward_hooks
     for wrong in (tokens[:1], tokens.float(), -1 - tokens, tokens + 10**6):
         with pytest.raises(GeneratorError, match="tokens (are|hold)"):
-            replay_lesson(generator, prompts, wrong, seed=3)
+            replay_images(generator, prompts, wrong, seed=3)
 
 
 def test_held_out_images_are_compared_before_and_after(generator):
@@ -368,7 +368,7 @@ def test_settings_out_of_range_are_refused_before_anything_is_drawn(generator, m
 
 def test_maps_that_nothing_can_be_learned_for_are_refused(generator):
     online = HeadMap.online(num_layers=2, num_kv_heads=2, grid=GRID)
-    with pytest.raises(ValueError, match="finds its labels while drawing"):
+    with pytest.raises(ValueError, match="finds its labels during generation"):
         learn_score(generator, PROMPTS, online, **SETTINGS)
     with pytest.raises(HeadMapError, match="use the map that was made for this model"):
         learn_score(generator, PROMPTS, HeadMap.uniform("semantic", num_layers=3, num_kv_heads=2, grid=GRID))

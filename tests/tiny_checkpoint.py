@@ -30,9 +30,9 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "train_shapes_janus.py"
 SIDE, LAYERS, HEADS = 8, 2, 2
 
 
-def load_example():
-    """examples/train_shapes_janus.py as a module."""
-    spec = importlib.util.spec_from_file_location("train_shapes_janus", EXAMPLE)
+def load_example(name="train_shapes_janus"):
+    """A file of examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLE.with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)

@@ -31,9 +31,9 @@ CARD = """\
 
 # Head map of {model}
 
-Which KV heads of {model} look at the neighbourhood of the pixel being drawn (*spatial*), and which look at a few far
-tokens that carry the prompt's meaning (*semantic*). With it, `ssd-cache` runs the model with a KV cache of fixed size:
-spatial heads keep a short recent window, semantic heads the few tokens that receive the most attention (SSD,
+Which KV heads of {model} look at the neighbourhood of the pixel being generated (*spatial*), and which look at a few
+far tokens that carry the prompt's meaning (*semantic*). With it, `ssd-cache` runs the model with a KV cache of fixed
+size: spatial heads keep a short recent window, semantic heads the few tokens that receive the most attention (SSD,
 Spatial-Semantic head Decoupling, [arXiv 2510.18716](https://arxiv.org/abs/2510.18716)).
 
 ![{num_layers} layers by {num_kv_heads} KV heads, {num_spatial} of them spatial]({picture})
@@ -63,7 +63,7 @@ model = {model_class}.from_pretrained({model}, attn_implementation="ssd")
 head_map = HeadMap.from_pretrained({repo})
 cache = SSDCache(head_map, budget=0.2)       # a fifth of the visual tokens
 tokens = model.generate(**inputs, {mode}**cache.as_kwargs())
-cache.reset()                                # ready for the next picture"""
+cache.reset()                                # ready for the next image"""
 
 
 def card(head_map: HeadMap, repo_id: str) -> str:

@@ -83,7 +83,9 @@ def checked_learned(learned: LearnedScore | None, shape: torch.Size, layout: Ima
     if not isinstance(learned, LearnedScore):
         raise HeadMapError(f"learned is a {type(learned).__name__}; give a LearnedScore, as learn_score makes it")
     if layout.draft_grids:
-        raise HeadMapError("a learned score goes by the places of a single grid; leave it out for a map with previews")
+        raise HeadMapError(
+            "a learned score is for the positions of a single grid; leave it out for a map with draft grids"
+        )
     rows, columns = layout.grid
     ends = {"row": (rows, rows), "column": (rows, columns)}
     copies = {}

@@ -180,10 +180,10 @@ class HeadMap:
         else:
             config, tensors, commit = head_map_hub.download(
                 str(source),
-                revision=revision,
-                subfolder=subfolder,
+                revision,
+                subfolder,
                 token=token,
-                cache_dir=cache_dir,
+                cache_dir=None if cache_dir is None else Path(cache_dir),
                 local_files_only=local_files_only,
                 force_download=force_download,
             )
@@ -294,16 +294,9 @@ class HeadMap:
         num_kv_heads: int,
         layout: ImageLayout | None = None,
     ) -> None:
-        """Refuse a model of another shape.
+        """Refuse a model with other layers, KV heads or grids; raises HeadMapError, which names the model and the map.
 
-        Args:
-            model: the model's name, for the message.
-            num_layers: the model's decoder layers.
-            num_kv_heads: KV heads in each layer.
-            layout: the grids of the model's images; None when unknown.
-
-        Raises:
-            HeadMapError: the shapes differ; the message names both and this map's origin.
+        Without `layout`, the grids are not compared.
         """
         same_layout = layout in (None, self.layout)
         if (num_layers, num_kv_heads) != (self.num_layers, self.num_kv_heads) or not same_layout:
@@ -325,7 +318,7 @@ class HeadMap:
         if model_id and made_for.lower() not in model_id.lower():
             warnings.warn(
                 f"the head map ({self.origin}) was made for {self.model_id}, and the model is {model_id}: its "
-                "labels may be no better than chance here (`ssd-cache eval fidelity` tells)",
+                "labels may be no better than chance here (`ssd-cache eval fidelity` measures them)",
                 stacklevel=3,
             )
 
@@ -375,7 +368,7 @@ class HeadMap:
     def _check_labelled(self, what: str) -> None:
         if self.is_online:
             raise HeadMapError(
-                f"an online map has no labels, so it can not be {what}; use the labels that a cache found "
+                f"an online map has no labels, so it cannot be {what}; use the labels that a cache found "
                 "(cache.labels), or profile_heads"
             )
 

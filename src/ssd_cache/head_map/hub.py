@@ -6,7 +6,6 @@ cache, offline mode (`HF_HUB_OFFLINE`), server (`HF_ENDPOINT`) and tokens. This 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -32,40 +31,23 @@ class HeadMapHubError(HeadMapError, HubError):
     """A map that is not on this machine, while the Hub cannot be reached."""
 
 
-def download(
-    repo_id: str,
-    *,
-    revision: str | None,
-    subfolder: str | None,
-    token: bool | str | None,
-    cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool,
-    force_download: bool,
-) -> tuple[bytes, bytes, str]:
-    """The bytes of config and tensors, and the commit that both come from.
+def download(repo_id: str, revision: str | None, subfolder: str | None, **options: Any) -> tuple[bytes, bytes, str]:
+    """The bytes of config and tensors, and the commit that both come from; `options` as for `hf_hub_download`.
 
     The size of each file is checked before the download. The tensors are downloaded at the commit of the config, so a
     push between the two downloads cannot mix two versions.
     """
+    options |= {"subfolder": subfolder, "library_name": LIBRARY_NAME}
 
     def fetch(name: str, limit: int, at: str | None) -> tuple[bytes, str]:
-        options: dict[str, Any] = {
-            "subfolder": subfolder,
-            "revision": at,
-            "token": token,
-            "cache_dir": None if cache_dir is None else Path(cache_dir),
-            "local_files_only": local_files_only,
-            "force_download": force_download,
-            "library_name": LIBRARY_NAME,
-        }
         with _refusing(repo_id, revision, is_read=True):
-            planned = hub_download(repo_id, name, dry_run=True, **options)
+            planned = hub_download(repo_id, name, dry_run=True, revision=at, **options)
             if (planned.file_size or 0) > limit:
                 raise HeadMapError(
                     f"{_place(repo_id, revision)}: {name} takes {planned.file_size} bytes, the limit is {limit}; "
                     "it is not a head map and was not downloaded"
                 )
-            path = Path(hf_hub_download(repo_id, name, **options))
+            path = Path(hf_hub_download(repo_id, name, revision=at, **options))
             return read_file(path, limit), path.parents[depth].name  # snapshots/<commit>/<subfolder>/<name>
 
     if revision is not None and ".." in revision:

@@ -3,8 +3,8 @@
 The results are head maps. Nothing here evicts a token.
 """
 
-from ssd_cache.profiling.allocation import allocate_budgets, fit_heads
+from ssd_cache.profiling.allocation import fit_heads
 from ssd_cache.profiling.measuring import measure_heads
 from ssd_cache.profiling.profiling import profile_heads
 
-__all__ = ["allocate_budgets", "fit_heads", "measure_heads", "profile_heads"]
+__all__ = ["fit_heads", "measure_heads", "profile_heads"]

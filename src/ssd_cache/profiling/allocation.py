@@ -1,23 +1,20 @@
-"""Allocate a fixed total of slots: `fit_heads` per head, `allocate_budgets` per layer and kind.
+"""`fit_heads`: allocate a fixed total of slots to the heads, with a kind for each head.
 
-Both read profiling results at several levels and return input for `SSDCache`; they measure nothing. `fit_heads` also
-chooses labels; `allocate_budgets` keeps them.
+It reads the results of `profile_heads` at several levels, and measures nothing.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 
-from ssd_cache.budget import KINDS, Amount, Budget, check_count, resolve_amount, resolve_budget
+from ssd_cache.budget import KINDS, Amount, check_count, resolve_amount
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.profiling.labels import label_heads, map_scores
-from ssd_cache.profiling.statistics import HeadStatistics
 
 SCORE = re.compile(r"retained_(spatial|semantic)-(\d+)")
 DIVERGENCE = re.compile(r"divergence-(\d+)")
@@ -25,57 +22,7 @@ MAX_CELLS = 1 << 30
 """Maximum number of cells in the table of the exact search."""
 
 
-def allocate_budgets(
-    source: HeadMap | HeadStatistics, budget: Amount = 0.2, *, step: int | None = None
-) -> list[dict[str, int]]:
-    """Choose slots per layer and kind that retain the most attention, with at most the total of a uniform budget.
-
-    The result maximises the sum over heads of the terms in `retained_attention`, among all choices of one measured
-    level per layer and kind. The search is exact: dynamic programming (a multiple-choice knapsack). If the uniform
-    budget is one of the levels, as it is when the map was made for it, the result retains at least as much attention.
-
-    Args:
-        source: a map that `profile_heads(..., levels=...)` made, or statistics, which are labelled by coverage.
-        budget: the uniform budget that sets the total: a fraction of the grid, or slots per head.
-        step: also try slots between the levels, at this spacing; their retained attention is interpolated linearly.
-
-    Returns:
-        `{"spatial": slots, "semantic": slots}` for each layer, for `SSDCache(head_map, budget=...)` with the buffer,
-        recents and sinks of the profile. A kind without heads in a layer gets the uniform budget and costs nothing.
-
-    Raises:
-        ValueError: fewer than two levels, or a budget below the lowest.
-
-    Example: a spatial head loses little from 40 slots to 20, a semantic head gains much from 40 to 60.
-
-        >>> kept = {"spatial-20": 0.90, "spatial-40": 0.92, "spatial-60": 0.93}
-        >>> kept |= {"semantic-20": 0.5, "semantic-40": 0.6, "semantic-60": 0.8}
-        >>> scores = {f"retained_{name}": torch.tensor([[value, value]]) for name, value in kept.items()}
-        >>> head_map = HeadMap(torch.tensor([[True, False]]), grid=(10, 10), scores=scores)
-        >>> allocate_budgets(head_map, 40)
-        [{'spatial': 20, 'semantic': 60}]
-    """
-    is_spatial, scores = _read(source)
-    uniform = resolve_amount("budget", budget, source.num_visual_tokens)
-    curves = _curves(scores, source.num_visual_tokens)
-    levels = _levels(curves, uniform)
-    choices = _between(levels, step)
-    groups, costs, values = [], [], []
-    for layer, labels in enumerate(is_spatial):
-        for kind, heads in zip(KINDS, (labels, ~labels), strict=True):
-            if heads.any():
-                kept = [curves[kind][slots][layer][heads].sum() for slots in levels]
-                groups.append((layer, kind))
-                costs.append(np.array(choices) * int(heads.sum()))
-                values.append(np.interp(choices, levels, kept))
-    picks = best_choices(costs, values, uniform * is_spatial.size)
-    result = [dict.fromkeys(KINDS, uniform) for _ in is_spatial]
-    for (layer, kind), pick in zip(groups, picks, strict=True):
-        result[layer][kind] = choices[pick]
-    return result
-
-
-def fit_heads(source: HeadMap | HeadStatistics, budget: Amount = 0.2, *, step: int | None = None) -> HeadMap:
+def fit_heads(head_map: HeadMap, budget: Amount = 0.2, *, step: int | None = None) -> HeadMap:
     """Choose a kind and slots for every head that minimise the total loss, with at most the total of a uniform budget.
 
     At each measured level a head takes the kind that retains more of its attention there. Dynamic programming then
@@ -85,13 +32,13 @@ def fit_heads(source: HeadMap | HeadStatistics, budget: Amount = 0.2, *, step: i
     attention damages an image more than many heads that lose a little (docs/head-maps.md has the measurements).
 
     Args:
-        source: a map that `profile_heads(..., levels=...)` made, with or without divergences, or statistics.
+        head_map: a map that `profile_heads(..., levels=...)` made, with or without divergences.
         budget: the uniform budget that sets the total: a fraction of the grid, or slots per head.
-        step: also try slots between the levels, at this spacing; their retained attention is interpolated linearly.
+        step: also try slots between the levels, at this spacing; their losses are interpolated linearly.
 
     Returns:
-        The map, with one number for every head in `budget`: `SSDCache(fit_heads(head_map))` uses it with the buffer,
-        recents and sinks of the profile. The map keeps the scores of the source, its learned score and its origin.
+        The map with new labels, and one number for every head in `budget`: `SSDCache(fit_heads(head_map))` uses it with
+        the buffer, recents and sinks of the profile.
 
     Raises:
         ValueError: fewer than two levels, or a budget below the lowest.
@@ -105,29 +52,31 @@ def fit_heads(source: HeadMap | HeadStatistics, budget: Amount = 0.2, *, step: i
         >>> fitted.is_spatial.tolist(), fitted.budget
         ([[True, False]], [[20, 60]])
     """
-    labels, scores = _read(source)
-    uniform = resolve_amount("budget", budget, source.num_visual_tokens)
-    curves = _curves(scores, source.num_visual_tokens)
-    divergence = {int(match[1]): score for name, score in scores.items() if (match := DIVERGENCE.fullmatch(name))}
-    levels = _levels({kind: curves[kind].keys() & divergence for kind in KINDS} if divergence else curves, uniform)
+    uniform = resolve_amount("budget", budget, head_map.num_visual_tokens)
+    curves = _curves(head_map)
+    divergence = {
+        int(match[1]): score.double().numpy()
+        for name, score in head_map.scores.items()
+        if (match := DIVERGENCE.fullmatch(name))
+    }
+    levels = _levels({kind: curves[kind].keys() & divergence for kind in KINDS} if divergence else curves)
+    if uniform < levels[0]:
+        raise ValueError(
+            f"the budget is {uniform} slots a head, fewer than the lowest level, {levels[0]}: give more, or "
+            f"profile again with levels=({uniform}, ...)"
+        )
     choices = _between(levels, step)
-    spatial, semantic = (_along(choices, {n: curves[kind][n] for n in levels}) for kind in KINDS)
-    if divergence:
-        losses = _along(choices, {n: divergence[n].double().numpy() for n in levels})
-    else:
-        losses = (1 - np.maximum(spatial, semantic)) ** 2
+    spatial, semantic = (_along(choices, levels, curves[kind]) for kind in KINDS)
+    losses = _along(choices, levels, divergence) if divergence else (1 - np.maximum(spatial, semantic)) ** 2
     picks = best_choices([np.array(choices)] * len(losses), list(-losses), uniform * len(losses))
-    is_spatial = np.array([spatial[head, pick] > semantic[head, pick] for head, pick in enumerate(picks)])
-    slots = np.array(choices)[picks].reshape(labels.shape)
-    facts: dict[str, Any] = {"scores": scores, "previews": source.layout.draft_grids}
-    if isinstance(source, HeadMap):
-        facts |= {name: getattr(source, name) for name in ("model_id", "revision", "model_type", "profile", "learned")}
-    return HeadMap(
-        torch.from_numpy(is_spatial.reshape(labels.shape)),
-        source.layout.grid,
+    is_spatial = [spatial[head, pick] > semantic[head, pick] for head, pick in enumerate(picks)]
+    shape = head_map.is_spatial.shape
+    return replace(
+        head_map,
+        is_spatial=torch.tensor(is_spatial).view(shape),
         method="fit by divergence" if divergence else "fit",
-        budget=slots.tolist(),
-        **facts,
+        budget=np.array(choices)[picks].reshape(shape).tolist(),
+        threshold=None,
     )
 
 
@@ -137,7 +86,7 @@ def measured_levels(head_map: HeadMap) -> list[int]:
     Raises:
         ValueError: fewer than two.
     """
-    return _levels(_curves(head_map.scores, head_map.num_visual_tokens))
+    return _levels(_curves(head_map))
 
 
 def best_kinds(head_map: HeadMap, level: int) -> torch.Tensor:
@@ -148,35 +97,6 @@ def best_kinds(head_map: HeadMap, level: int) -> torch.Tensor:
 def divergence_name(level: int) -> str:
     """Name of the map score that holds every head's divergence at a level."""
     return f"divergence-{level}"
-
-
-def retained_attention(
-    source: HeadMap | HeadStatistics, budget: Budget = 0.2, is_spatial: torch.Tensor | None = None
-) -> float:
-    """Mean over the heads of the attention that they retain over a whole image, at measured levels.
-
-    A head's term is `(n * r + (T - n) * 1) / T`. `r` is its `HeadStatistics.retained`. `T` is the number of queries of
-    an image: one less than the grid has cells, since the last token is not fed back. `n = T - slots` of them are
-    evicting queries.
-
-    Args:
-        source: as for `allocate_budgets`.
-        budget: as for `SSDCache`; every number of slots must be a measured level.
-        is_spatial: labels that replace those of the source, boolean `[layers, kv_heads]`.
-
-    Raises:
-        ValueError: slots that were not measured.
-    """
-    labels, scores = _read(source)
-    labels = labels if is_spatial is None else is_spatial.cpu().numpy()
-    curves, kept = _curves(scores, source.num_visual_tokens), []
-    slots = resolve_budget(budget, labels.tolist(), source.num_visual_tokens)
-    for layer, head in np.ndindex(*labels.shape):
-        curve = curves["spatial" if labels[layer, head] else "semantic"]
-        if slots[layer][head] not in curve:
-            raise ValueError(f"{slots[layer][head]} slots were not measured; the levels are {sorted(curve)}")
-        kept.append(curve[slots[layer][head]][layer, head])
-    return float(np.mean(kept))
 
 
 def best_choices(costs: list[np.ndarray], values: list[np.ndarray], capacity: int) -> list[int]:
@@ -212,18 +132,14 @@ def best_choices(costs: list[np.ndarray], values: list[np.ndarray], capacity: in
     return result[::-1]
 
 
-def _read(source: HeadMap | HeadStatistics) -> tuple[np.ndarray, Mapping[str, torch.Tensor]]:
-    """Labels `[layers, kv_heads]`, scores by name."""
-    if isinstance(source, HeadMap):
-        return source.is_spatial.numpy(), source.scores
-    return label_heads(source, method="coverage")[0].numpy(), map_scores(source)
+def _curves(head_map: HeadMap) -> dict[str, dict[int, np.ndarray]]:
+    """Kind -> slots -> attention retained over a whole image, float64 `[layers, kv_heads]`.
 
-
-def _curves(scores: Mapping[str, torch.Tensor], num_cells: int) -> dict[str, dict[int, np.ndarray]]:
-    """Kind -> slots -> attention retained over a whole image, float64 `[layers, kv_heads]`."""
-    num_queries = num_cells - 1
+    Queries before the first eviction retain everything. The last token is not fed back, so it is no query.
+    """
+    num_queries = head_map.num_visual_tokens - 1
     curves: dict[str, dict[int, np.ndarray]] = {kind: {} for kind in KINDS}
-    for name, score in scores.items():
+    for name, score in head_map.scores.items():
         if match := SCORE.fullmatch(name):
             slots = int(match[2])
             share = max(0, num_queries - slots) / num_queries
@@ -231,24 +147,18 @@ def _curves(scores: Mapping[str, torch.Tensor], num_cells: int) -> dict[str, dic
     return curves
 
 
-def _along(choices: list[int], values: Mapping[int, np.ndarray]) -> np.ndarray:
-    """Interpolate values at some levels, `[layers, kv_heads]` each, linearly: `[heads, choices]`."""
-    levels = sorted(values)
+def _along(choices: list[int], levels: list[int], values: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Interpolate values at the levels, `[layers, kv_heads]` each, linearly: `[heads, choices]`."""
     return np.array([np.interp(choices, levels, head) for head in np.array([values[n].ravel() for n in levels]).T])
 
 
-def _levels(curves: Mapping[str, Collection[int]], uniform: int | None = None) -> list[int]:
-    """The numbers of slots at which both kinds were measured; raises for fewer than two, or a budget below them all."""
+def _levels(curves: Mapping[str, Collection[int]]) -> list[int]:
+    """The numbers of slots at which both kinds were measured; raises ValueError for fewer than two."""
     levels = sorted(set(curves["spatial"]) & set(curves["semantic"]))
     if len(levels) < 2:
         raise ValueError(
             f"attention was measured at {len(levels)} number of slots {levels}, and sharing needs two or more: profile "
             "again with levels=(0.1, 0.2, 0.3, 0.5)"
-        )
-    if uniform is not None and uniform < levels[0]:
-        raise ValueError(
-            f"the budget is {uniform} slots a head, fewer than the lowest level, {levels[0]}: give more, or "
-            f"profile again with levels=({uniform}, ...)"
         )
     return levels
 
@@ -258,5 +168,4 @@ def _between(levels: list[int], step: int | None) -> list[int]:
     if step is None:
         return levels
     check_count("step", step, 1)
-    inner = [slots for low, high in pairwise(levels) for slots in range(low, high, step)]
-    return [*inner, levels[-1]]
+    return [*(slots for low, high in pairwise(levels) for slots in range(low, high, step)), levels[-1]]

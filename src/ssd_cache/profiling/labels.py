@@ -1,19 +1,14 @@
-"""Labels from statistics: which heads are spatial, which are semantic, and how reliable the labels are.
+"""Labels from `HeadStatistics`: which heads are spatial, which are semantic.
 
-Everything here is arithmetic on `HeadStatistics` that were measured once. Other methods, windows, thresholds, budgets
-or halves of the prompts need no further images. Nothing here generates images; `profiling/allocation.py` allocates
-slots.
+Other methods, windows, thresholds or levels need no further images. `profiling/allocation.py` allocates slots.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 
-from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.layout import ImageLayout
 from ssd_cache.profiling.statistics import HeadStatistics, Rows, widest_window
 
@@ -61,18 +56,13 @@ def label_heads(
     if method == "coverage":
         return gain > 0, None
     # float32, as in a head map, so that the map's score and threshold reproduce its labels
-    window = resolve_window(statistics.layout, window)
-    mass = statistics.window_mass(window, rows).float()
+    mass = statistics.window_mass(resolve_window(statistics.layout, window), rows).float()
     threshold = choose_threshold(mass, gain) if threshold is None else threshold
     return mass.double() >= threshold, threshold
 
 
 def check_labelling(layout: ImageLayout, method: str, window: int | None, threshold: float | None) -> None:
-    """Check the settings of `label_heads`.
-
-    Raises:
-        ValueError: see `label_heads`.
-    """
+    """Check the settings of `label_heads`; raises ValueError as that function does."""
     if method not in METHODS:
         raise ValueError(f"method={method!r}: give one of {', '.join(map(repr, METHODS))}")
     resolve_window(layout, window)
@@ -83,11 +73,7 @@ def check_labelling(layout: ImageLayout, method: str, window: int | None, thresh
 
 
 def resolve_window(layout: ImageLayout, window: int | None) -> int:
-    """Check the window; the default is one grid row plus one.
-
-    Raises:
-        ValueError: a window that contains all visual tokens, or one that reaches from the image into a draft grid.
-    """
+    """The window, or one grid row plus one; raises ValueError above `widest_window`."""
     widest = widest_window(layout)
     window = min(layout.grid[1] + 1, widest) if window is None else window
     if not 1 <= window <= widest:
@@ -125,69 +111,13 @@ def map_scores(statistics: HeadStatistics, window: int | None = None) -> dict[st
     "coverage" is `retained("spatial") - retained("semantic")` at the first level. "retained_spatial-115" and similar
     names hold the two terms at each level.
     """
-    levels = [level.num_slots for level in statistics.levels]
     scores = {
         "coverage": statistics.retained("spatial") - statistics.retained("semantic"),
         "window_mass": statistics.window_mass(resolve_window(statistics.layout, window)),
         "margin": statistics.margin_share(),
-        "margin_chance": statistics.margin_chance(),
         "prompt": statistics.prompt_share(),
-        "entropy": statistics.entropy(),
-        "top_share": statistics.top_share(),
     }
-    for slots in levels:
-        scores[f"retained_spatial-{slots}"] = statistics.retained("spatial", slots)
-        scores[f"retained_semantic-{slots}"] = statistics.retained("semantic", slots)
+    for level in statistics.levels:
+        scores[f"retained_spatial-{level.num_slots}"] = statistics.retained("spatial", level.num_slots)
+        scores[f"retained_semantic-{level.num_slots}"] = statistics.retained("semantic", level.num_slots)
     return {name: score.float() for name, score in scores.items()}
-
-
-def label_agreement(first: HeadMap | torch.Tensor, second: HeadMap | torch.Tensor) -> float:
-    """Share of the heads that have the same label in two maps, or in two boolean tensors of one shape.
-
-    Raises:
-        ValueError: shapes differ.
-    """
-    labels = [source.is_spatial if isinstance(source, HeadMap) else source for source in (first, second)]
-    if labels[0].shape != labels[1].shape:
-        raise ValueError(f"labels of shape {list(labels[0].shape)} and {list(labels[1].shape)} can not be compared")
-    return (labels[0] == labels[1]).double().mean().item()
-
-
-def split_half_agreement(
-    parts: Sequence[HeadStatistics], *, num_draws: int = 50, seed: int = 0, **labelling
-) -> Mapping[int, tuple[float, float]]:
-    """Agreement of labels between two halves of the prompts, by number of prompts.
-
-    For each number of parts 2, 4, 8, ... two disjoint halves are sampled `num_draws` times and labelled separately.
-
-    Args:
-        parts: statistics of equally many prompts each, for example `measure_heads(model, prompts[i : i + 8])`.
-        num_draws: random splits for each number of parts.
-        seed: seed of the random splits.
-        labelling: as for `label_heads`.
-
-    Returns:
-        Number of images in both halves together -> mean agreement and lowest agreement.
-    """
-    if len(parts) < 2:
-        raise ValueError(f"{len(parts)} part can not be halved: measure two or more batches")
-    chance, results, size = random.Random(seed), {}, 2
-    while size <= len(parts):
-        found = []
-        for _ in range(num_draws):
-            drawn = chance.sample(range(len(parts)), size)
-            halves = drawn[: size // 2], drawn[size // 2 :]
-            labels = [label_heads(total([parts[index] for index in half]), **labelling)[0] for half in halves]
-            found.append(label_agreement(*labels))
-        num_pictures = sum(parts[index].num_pictures for index in range(size))
-        results[num_pictures] = (sum(found) / num_draws, min(found))
-        size *= 2
-    return results
-
-
-def total(parts: Sequence[HeadStatistics]) -> HeadStatistics:
-    """Add the statistics of all parts, in order."""
-    first, *others = parts
-    for other in others:
-        first = first + other
-    return first

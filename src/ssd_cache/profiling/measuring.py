@@ -25,13 +25,7 @@ from ssd_cache.models import Generator, GeneratorError, generator_of
 from ssd_cache.models.settings import check_texts
 from ssd_cache.profiling.observing import HeadObserver
 from ssd_cache.profiling.recorder import RecordingCache
-from ssd_cache.profiling.state import (
-    gather_statistics,
-    load_state,
-    recorded_batch_size,
-    save_state,
-    statistics_from_main,
-)
+from ssd_cache.profiling.state import load_state, recorded_batch_size, save_state
 from ssd_cache.profiling.statistics import HeadStatistics, Level, resolve_levels
 from ssd_cache.runs.batching import default_batch_size
 from ssd_cache.runs.processes import Processes
@@ -61,7 +55,7 @@ def measure_heads(
     progress: bool = True,
     state_file: str | os.PathLike[str] | None = None,
 ) -> HeadStatistics:
-    """Measure the statistics that `profile_heads` uses for labels; arguments and errors as there.
+    """Generate images with a full cache and sum up the attention of every head.
 
     In addition to the memory of generation, a run holds the queries of one grid row for every layer, row and KV head,
     and 4 bytes for each of their levels and cells. For short times it also holds a few copies of some softmax weights
@@ -70,42 +64,68 @@ def measure_heads(
 
     Under `accelerate launch` or `torchrun`, the processes take the batches in turn. Each batch has the same seed as in
     a single process. Every process gets the sums of all batches; only the main process writes the state file.
+
+    Args:
+        model: a loaded image model of a supported family, or a `Generator`.
+        prompts: one image is generated for each.
+        budget: budget of the cache that will use the results, as for `SSDCache`, but one number.
+        buffer: eviction interval of that cache, as for `SSDCache`.
+        num_recent: of that cache, as for `SSDCache`.
+        num_sinks: of that cache, as for `SSDCache`.
+        levels: further budgets at which retained attention is measured, for `fit_heads`.
+        processor: the model's processor; loaded from the model's source when not given.
+        batch_size: images at once. When not given, the batch size of the state file, else 4, or fewer if free memory
+            is too small for 4 (with a warning).
+        guidance_scale: as for `Generator.generate`.
+        temperature: as for `Generator.generate`.
+        seed: seed of the first batch; batch `i` uses `seed + i`.
+        progress: show a progress bar over visual tokens.
+        state_file: file that stores the sums after every batch. If it exists, the run resumes from it. A longer list of
+            prompts extends a finished run if it begins with that run's prompts and those filled all batches.
+
+    Returns:
+        The sums, and in `run` the settings that they depend on.
+
+    Raises:
+        GeneratorError: no prompts, prompts that are too long, an unsupported model, or a generation setting out of
+            range.
+        ProfilingError: attention that is NaN; a state file of another run, or one that cannot be written.
+        ValueError: any other setting out of range.
     """
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
-    if batch_size is not None:
-        check_count("batch_size", batch_size, 1)
     checkpoint = generator.checkpoint
     check_whole(generator.language_model)
-    found = resolve_levels(
-        checkpoint.layout,
-        budget,
-        levels,
-        buffer=buffer,
-        num_recent=num_recent,
-        num_sinks=num_sinks,
-    )
+    found = resolve_levels(checkpoint.layout, budget, levels, buffer=buffer, num_recent=num_recent, num_sinks=num_sinks)
     check_prompts(generator, prompts)
-    prompts = list(prompts)
-    batch_size = resolve_batch_size(generator, prompts, batch_size, state_file)
-    settings: dict[str, Any] = {
+    prompts, path, processes = list(prompts), Path(state_file) if state_file else None, Processes()
+    batch_size = _batch_size(generator, prompts, batch_size, path, processes)
+    sampling = {
         "guidance_scale": generator.guidance_scale if guidance_scale is None else guidance_scale,
         "temperature": generator.temperature if temperature is None else temperature,
         "seed": seed,
     }
     statistics = HeadStatistics(checkpoint.layout, checkpoint.num_layers, checkpoint.num_kv_heads, found)
-    fingerprint = _fingerprint(generator, batch_size, statistics) | settings
+    fingerprint = {
+        **model_facts(generator),
+        "revision": getattr(checkpoint.config, "_commit_hash", None),
+        **checkpoint.layout.as_json(),
+        "heads": [checkpoint.num_layers, checkpoint.num_kv_heads],
+        "levels": [[level.num_slots, level.buffer, level.num_recent, level.num_sinks] for level in found],
+        "batch_size": batch_size,
+        **sampling,
+    }
 
     def finished_prompts(num_batches: int) -> dict[str, Any]:
         """Fingerprint of the prompts in the first batches, so that a longer list that begins with them can resume."""
         part = prompts[: num_batches * batch_size]
         return {"num_prompts": len(part), "prompts_sha256": prompts_sha256(part)}
 
-    path, processes, done = Path(state_file) if state_file else None, Processes(), 0
+    done = 0
     if path is not None and processes.is_main:
         check_state_place(path)
         done = load_state(path, statistics, fingerprint, finished_prompts) if path.exists() else 0
     processes.check_agreement(fingerprint | finished_prompts(len(prompts)))
-    statistics, done = statistics_from_main(processes, statistics, done)
+    statistics, done = processes.gather_all((statistics, done))[0]
     batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     if done > len(batches) or statistics.num_pictures != sum(map(len, batches[:done])):
         raise ProfilingError(
@@ -121,34 +141,44 @@ def measure_heads(
         for first in range(done, len(batches), processes.count):
             mine, batch = first + processes.index, statistics.empty()
             if mine < len(batches):
-                batch = _measure_batch(generator, batches[mine], found, bar.update, **settings | {"seed": seed + mine})
+                batch = _measure_batch(generator, batches[mine], found, bar.update, **sampling | {"seed": seed + mine})
             # added in batch order, so that the sums do not depend on the number of processes
-            for part in gather_statistics(processes, batch):
+            for part in processes.gather_all(batch):
                 statistics = statistics + part
             if path is not None and processes.is_main:
                 finished = min(first + processes.count, len(batches))
                 settings_there = fingerprint | finished_prompts(finished)
                 save_state(path, statistics, finished, settings_there, is_finished=finished == len(batches))
+    statistics.run = {
+        "budget": budget,
+        "num_slots": [level.num_slots for level in found],
+        "buffer": found[0].buffer,
+        "num_recent": num_recent,
+        "num_sinks": num_sinks,
+        **finished_prompts(len(batches)),
+        "batch_size": batch_size,
+        **sampling,
+    }
     return statistics
 
 
-def resolve_batch_size(
-    generator: Generator,
-    prompts: Sequence[str],
-    batch_size: int | None,
-    state_file: str | os.PathLike[str] | None,
+def _batch_size(
+    generator: Generator, prompts: list[str], batch_size: int | None, path: Path | None, processes: Processes
 ) -> int:
-    """The batch size of a profiling run: the given one, else that of the state file, else the default.
-
-    A resumed run keeps its batch size, even if less memory is free now.
-    """
-    check_texts(prompts)
+    """The given batch size, else that of the state file, even if less memory is free now, else the default."""
     if batch_size is not None:
-        return batch_size
-    processes = Processes()
-    kept = recorded_batch_size(Path(state_file)) if state_file else None
-    kept = processes.gather_all(kept)[0]
+        return check_count("batch_size", batch_size, 1)
+    kept = processes.gather_all(None if path is None else recorded_batch_size(path))[0]
     return kept or default_batch_size(generator, prompts, DEFAULT_BATCH_SIZE, processes=processes)
+
+
+def model_facts(generator: Generator) -> dict[str, Any]:
+    """Name, weights and dtype of a model, for the fingerprint of a run."""
+    return {
+        "model": generator.checkpoint.name,
+        "weights": weights_sha256(generator.model),
+        "dtype": str(generator.model.dtype),
+    }
 
 
 def prompts_sha256(prompts: Sequence[str]) -> str:
@@ -200,8 +230,8 @@ def draw_watched(generator: Generator, prompts: Sequence[str], cache: RecordingC
         raise
     if tokens.shape[-1] != checkpoint.num_visual_tokens:
         raise ProfilingError(
-            f"{name} drew {tokens.shape[-1]} visual tokens, but its grid is {checkpoint.layout.text()}: a map would "
-            "not fit; load the model with the configuration it was trained with"
+            f"{name} generated {tokens.shape[-1]} visual tokens, but its grid is {checkpoint.layout.text()}: a map "
+            "would not fit; load the model with the configuration it was trained with"
         )
     cache.finish()
     return tokens
@@ -225,20 +255,5 @@ def check_prompts(generator: Generator, prompts: Sequence[str]) -> None:
             if room is not None and length > room:
                 raise GeneratorError(
                     f"prompt {text[:60]!r} is {length} tokens long; {checkpoint.name} has {limit} positions, and the "
-                    f"picture leaves {room} for the prompt: shorten it"
+                    f"image leaves {room} for the prompt: shorten it"
                 )
-
-
-def _fingerprint(generator: Generator, batch_size: int, statistics: HeadStatistics) -> dict[str, Any]:
-    """The settings, besides the prompts, that must be equal for a run to resume from stored sums."""
-    checkpoint = generator.checkpoint
-    return {
-        "model": checkpoint.name,
-        "revision": getattr(checkpoint.config, "_commit_hash", None),
-        "weights": weights_sha256(generator.model),
-        "dtype": str(generator.model.dtype),
-        **checkpoint.layout.as_json(),
-        "heads": [checkpoint.num_layers, checkpoint.num_kv_heads],
-        "levels": [[level.num_slots, level.buffer, level.num_recent, level.num_sinks] for level in statistics.levels],
-        "batch_size": batch_size,
-    }

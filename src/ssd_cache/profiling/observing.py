@@ -57,7 +57,6 @@ class HeadObserver:
         first = visual.shape[4] - visual.shape[3]
         kept = self.retention[layer_idx].follow(visual, prompt, rows)
         self._add(layer_idx, "semantic", _by_branch(kept, branch))
-        self._add_sampled(layer_idx, weights, num_prompt, first, branch)
         # statistics that treat all rows alike are computed once, from the sum over rows
         sums = _by_branch(weights.sum(2) if groups > 1 else weights[:, :, 0], branch)
         self._row_sums = sums if self._row_sums is None else self._row_sums + sums
@@ -86,28 +85,6 @@ class HeadObserver:
         """Add `[kv_heads, 2, ...]`, or a tensor that broadcasts to it, to a sum or to one level of a sum."""
         target = self.statistics.sums[name][layer_idx]
         (target if level is None else target[..., level]).add_(values.to(target.device))
-
-    def _add_sampled(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, first: int, branch: torch.Tensor):
-        """Add entropy and top shares of one query of the grid row."""
-        layout = self.statistics.layout
-        rows, columns = layout.grid
-        row, steps = (first - layout.num_draft_tokens) // columns, weights.shape[3]  # below 0 in a draft grid
-        if row < min(2, rows - 1):
-            return
-        step = row % steps
-        seen = weights[:, :, :, step, : num_prompt + first + step + 1]
-        self._add(layer_idx, "entropy", _by_branch(torch.special.entr(seen).sum((2, 3)), branch))
-        self._add(layer_idx, "sampled", _by_branch(seen.new_ones(seen.shape[:3]).sum(2), branch))
-        visual = seen[..., num_prompt:]
-        mass = _by_branch(visual.sum((2, 3)), branch)
-        late = [index for index, level in enumerate(self.statistics.levels) if level.num_slots <= first + step]
-        if late:
-            most = max(self.statistics.levels[index].num_slots for index in late)
-            best = visual.topk(most).values.sum(2).cumsum(-1)  # [rows, kv_heads, most]
-            for index in late:
-                top = best[..., self.statistics.levels[index].num_slots - 1]
-                self._add(layer_idx, "top", _by_branch(top, branch), index)
-                self._add(layer_idx, "top_visual", mass, index)
 
     def _add_spatial(
         self, layer_idx: int, sums: torch.Tensor, num_prompt: int, first: int, num_queries: torch.Tensor
@@ -143,10 +120,7 @@ class HeadObserver:
         by_cell = by_cell.transpose(2, 3)  # [kv_heads, 2, row above, step, column]
         column = torch.arange(columns, device=sums.device)
         is_margin = ((column == 0) | (column == columns - 1)).to(sums)
-        visible = row * is_margin.sum() + is_margin.cumsum(0)[:steps]
-        seen = first + 1 + column[:steps]
         self._add(layer_idx, "margin", (by_cell * is_margin).sum((2, 3, 4)))
-        self._add(layer_idx, "margin_chance", (visual.sum(-1) * (visible / seen)).sum(-1))
         # a product with a one-hot matrix sums equal offsets in the same order on every device
         offset = column - column[:steps, None] + columns - 1
         bins = F.one_hot(offset.flatten(), 2 * columns - 1).to(sums)

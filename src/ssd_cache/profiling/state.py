@@ -1,7 +1,6 @@
-"""Save, load and gather the sums of a profiling run: on disk after every batch, and between processes.
+"""The state file of a profiling run: the sums of all batches so far.
 
-The file is a state file of `runs/run_state.py`, so an interruption leaves the sums of whole batches. Nothing here
-generates images. `profiling/statistics.py` defines the sums.
+It has the format of `runs/run_state.py`. `profiling/statistics.py` defines the sums.
 """
 
 from __future__ import annotations
@@ -10,16 +9,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ssd_cache.io.showing import shown
 from ssd_cache.io.untrusted import check_like
 from ssd_cache.profiling.statistics import HeadStatistics
-from ssd_cache.runs.processes import Processes
 from ssd_cache.runs.run_state import ProfilingError, RunState, check_same_run, not_a_state, read_state, write_state
 
-FORMAT = "ssd-cache profile 2"
+FORMAT, WHAT = "ssd-cache profile 2", "the sums of a profiling run"
 """Version 2: the settings name the prompts of the finished batches instead of all prompts."""
+
+FORMER = frozenset({"margin_chance", "sampled", "entropy", "top", "top_visual"})
+"""Sums that earlier versions also stored."""
 
 ROUNDING, LARGEST = 1e-3, 2.0**53
 """How far below 0 rounding may push a sum of positive terms, and an upper bound for counts of queries."""
@@ -28,11 +27,7 @@ ROUNDING, LARGEST = 1e-3, 2.0**53
 def save_state(
     path: Path, statistics: HeadStatistics, num_batches: int, settings: Mapping[str, Any], is_finished: bool = False
 ) -> None:
-    """Write the sums of the first `num_batches` batches atomically.
-
-    Raises:
-        ProfilingError: the file cannot be written; an older file is unchanged.
-    """
+    """Write the sums of the first `num_batches` batches; raises ProfilingError as `write_state` does."""
     state = RunState(statistics.state_dict(), settings, {"num_batches": num_batches}, is_finished)
     write_state(path, FORMAT, state, f"the sums of the first {num_batches} batches")
 
@@ -54,55 +49,29 @@ def load_state(
     Raises:
         ProfilingError: another file, or sums of a run with other settings.
     """
-    what = "the sums of a profiling run"
-    state = read_state(path, FORMAT, what)
+    state = read_state(path, FORMAT, WHAT)
     num_batches = state.counts.get("num_batches")
     if type(num_batches) is not int or num_batches < 0:
-        raise not_a_state(path, what, f"num_batches is {shown(num_batches)}")
+        raise not_a_state(path, WHAT, f"num_batches is {shown(num_batches)}")
     check_same_run(path, state.settings, {**settings, **of_batches(num_batches)})
+    sums = {name: value for name, value in state.tensors.items() if name not in FORMER}
     try:
-        check_like(state.tensors, statistics.state_dict())
-        for name, value in state.tensors.items():
+        check_like(sums, statistics.state_dict())
+        for name, value in sums.items():
             if not ((value > -ROUNDING) & (value < LARGEST)).all():
                 raise ValueError(f"{name} holds sums below 0, or larger than any run counts")
-        if state.tensors["num_pictures"] != state.tensors["num_pictures"].floor():
+        if sums["num_pictures"] != sums["num_pictures"].floor():
             raise ValueError("num_pictures is no whole number")
-        statistics.load_state_dict(state.tensors)
     except ValueError as error:
-        raise not_a_state(path, what, error) from error
+        raise not_a_state(path, WHAT, error) from error
+    statistics.load_state_dict(sums)
     return num_batches
 
 
 def recorded_batch_size(path: Path) -> int | None:
     """The batch size of the run that wrote a state file; None without a valid file (`load_state` refuses bad files)."""
     try:
-        found = read_state(path, FORMAT, "the sums of a profiling run").settings.get("batch_size")
+        found = read_state(path, FORMAT, WHAT).settings.get("batch_size")
     except ProfilingError:
         return None
     return found if type(found) is int and found > 0 else None
-
-
-def gather_statistics(processes: Processes, statistics: HeadStatistics) -> list[HeadStatistics]:
-    """Gather the sums of every process, in the order of the processes."""
-    return [_unflatten(vector, statistics) for vector in processes.gather(_flatten(statistics))]
-
-
-def statistics_from_main(
-    processes: Processes, statistics: HeadStatistics, num_batches: int
-) -> tuple[HeadStatistics, int]:
-    """Send the main process's sums and number of batches to every process."""
-    vector = torch.cat([_flatten(statistics), torch.tensor([num_batches], dtype=torch.float64)])
-    vector = processes.from_main(vector)
-    return _unflatten(vector[:-1], statistics), int(vector[-1])
-
-
-def _flatten(statistics: HeadStatistics) -> torch.Tensor:
-    return torch.cat([value.flatten() for value in statistics.state_dict().values()])
-
-
-def _unflatten(vector: torch.Tensor, like: HeadStatistics) -> HeadStatistics:
-    shapes = {name: value.shape for name, value in like.state_dict().items()}
-    parts = vector.split([shape.numel() for shape in shapes.values()])
-    result = like.empty()
-    result.load_state_dict({name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)})
-    return result

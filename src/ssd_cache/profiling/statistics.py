@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from ssd_cache.budget import Amount, check_count, resolve_amount, resolve_recent
+from ssd_cache.budget import Amount, check_count, least_slots, resolve_amount, resolve_recent
 from ssd_cache.layout import ImageLayout
 
 Rows = Literal["all", "conditional", "unconditional"]
@@ -59,16 +59,11 @@ def resolve_levels(
     cells = layout.num_tokens
     buffer = layout.grid[1] if buffer is None else check_count("buffer", buffer, 1)
     check_count("num_sinks", num_sinks, 0)
-
-    def holds(slots: int) -> bool:
-        return slots >= cells or slots >= buffer + resolve_recent(num_recent, slots) + num_sinks
-
-    least = next(filter(holds, range(1, cells + 1)))
-    first = resolve_amount("budget", budget, cells)
-    others = set()
+    least = min(cells, least_slots(False, buffer, num_recent, num_sinks, cells))
+    first, others = resolve_amount("budget", budget, cells), set()
     for amount in levels or ():
         slots = resolve_amount("levels", amount, cells)
-        if isinstance(amount, float) and not holds(slots):
+        if isinstance(amount, float) and slots < least:
             warnings.warn(
                 f"level {amount:g} is {slots} slots, and a cache with buffer={buffer}, num_recent={num_recent} and "
                 f"num_sinks={num_sinks} holds at least {least}: {least} slots are measured instead",
@@ -79,7 +74,7 @@ def resolve_levels(
     resolved = []
     for slots in (first, *sorted(others - {first})):
         recent = resolve_recent(num_recent, slots)
-        if not holds(slots):
+        if slots < least:
             raise ValueError(
                 f"{slots} slots are fewer than buffer={buffer} and num_recent={recent} and num_sinks={num_sinks} "
                 f"together: give at least {least}, or lower the others"
@@ -109,9 +104,6 @@ class HeadStatistics:
     - the *counted* queries, for shares and offsets: from the third grid row on, `t >= 2 * columns` (from the last row
       on in a grid of fewer rows), because in earlier rows every token is near. With draft grids, only the image's own
       queries count, from its own third row on: rows of another width have other offsets, and draft tokens have none;
-    - the *sampled* queries, for entropy and top share, which are costly: the query in column `r % n` of every counted
-      grid row `r`. `n` is the number of queries in the row; the last row has one less, because an image's last token is
-      not fed back;
     - the *evicting* queries, for retained attention: `t >= num_slots`, because earlier queries see every token.
 
     Args:
@@ -119,29 +111,22 @@ class HeadStatistics:
         num_layers: the model's decoder layers.
         num_kv_heads: KV heads in each layer.
         levels: caches whose retention is simulated; labels are made for the first.
-        device: device of the sums.
 
     Attributes:
         sums: by name, `[layers, kv_heads, 2, ...]`, float64; conditional rows, then unconditional rows.
         num_pictures: number of images observed.
+        run: the settings of the run that measured them, as JSON values, for a head map's profile.
     """
 
-    def __init__(
-        self,
-        layout: ImageLayout,
-        num_layers: int,
-        num_kv_heads: int,
-        levels: Sequence[Level],
-        device: torch.device | str = "cpu",
-    ):
+    def __init__(self, layout: ImageLayout, num_layers: int, num_kv_heads: int, levels: Sequence[Level]):
         self.layout, self.num_layers, self.num_kv_heads, self.levels = layout, num_layers, num_kv_heads, tuple(levels)
         self.num_pictures = 0
+        self.run: dict[str, Any] = {}
         shapes: dict[str, tuple[int, ...]] = {"offsets": (layout.grid[0], 2 * layout.grid[1] - 1)}
-        shapes |= dict.fromkeys(("queries", "prompt", "margin", "margin_chance", "sampled", "entropy"), ())
-        shapes |= dict.fromkeys(("top", "top_visual", "evicting", "spatial", "semantic"), (len(self.levels),))
-        shapes |= {"previews": ()} if layout.draft_grids else {}
+        shapes |= dict.fromkeys(("queries", "prompt", "margin", *(("previews",) if layout.draft_grids else ())), ())
+        shapes |= dict.fromkeys(("evicting", "spatial", "semantic"), (len(self.levels),))
         self.sums = {
-            name: torch.zeros(num_layers, num_kv_heads, 2, *shape, dtype=torch.float64, device=device)
+            name: torch.zeros(num_layers, num_kv_heads, 2, *shape, dtype=torch.float64)
             for name, shape in shapes.items()
         }
 
@@ -153,13 +138,11 @@ class HeadStatistics:
     def offset_share(self, rows: Rows = "all") -> torch.Tensor:
         """Visual attention by relative position, `[layers, kv_heads, grid rows, 2 * columns - 1]`.
 
-        It adds up to 1 minus the share of attention on draft grids.
-
         Entry `[u, d + columns - 1]` is `sum(a[t, j]) / sum(a[t, :])` over the tokens `j` that lie `u` grid rows above
-        `t` and `d` columns to its right: "right above" is `[1, columns - 1]`.
+        `t` and `d` columns to its right: "right above" is `[1, columns - 1]`. All entries add up to 1 minus the share
+        of attention on draft grids.
         """
-        offsets = self._sum("offsets", rows)
-        return _ratio(offsets, self._visual(rows)[..., None, None])
+        return _ratio(self._sum("offsets", rows), self._visual(rows)[..., None, None])
 
     def window_mass(self, window: int, rows: Rows = "all") -> torch.Tensor:
         """`sum(a[t, j] for j > t - window) / sum(a[t, :])`, the share of the last `window` tokens, `t` included.
@@ -170,7 +153,7 @@ class HeadStatistics:
         height, columns = self.layout.grid
         check_count("window", window, 1)
         if self.layout.draft_grids and window > (widest := widest_window(self.layout)):
-            raise ValueError(f"window={window} reaches into the preview for some queries: give at most {widest}")
+            raise ValueError(f"window={window} reaches into the draft grid for some queries: give at most {widest}")
         up, right = torch.arange(height)[:, None], torch.arange(1 - columns, columns)
         near = up * columns - right < window  # t - j, the distance
         return (self.offset_share(rows) * near).sum((-1, -2))
@@ -180,32 +163,8 @@ class HeadStatistics:
         return _ratio(self._sum("prompt", rows), self._sum("queries", rows))
 
     def margin_share(self, rows: Rows = "all") -> torch.Tensor:
-        """`sum(a[t, j] for j in the grid's first or last column) / sum(a[t, :])`, `[layers, kv_heads]`."""
+        """Share of visual attention on the first and last column of the grid, `[layers, kv_heads]`."""
         return _ratio(self._sum("margin", rows), self._visual(rows))
-
-    def margin_chance(self, rows: Rows = "all") -> torch.Tensor:
-        """The margin share that would result if every query spread its visual attention evenly over the cells it sees.
-
-        `sum(v[t] * m[t] / (t + 1)) / sum(v[t])`, `[layers, kv_heads]`. `v[t] = sum(a[t, :])`; `m[t]` is the number of
-        cells of the grid's first and last column among `0..t`.
-        """
-        return _ratio(self._sum("margin_chance", rows), self._visual(rows))
-
-    def entropy(self, rows: Rows = "all") -> torch.Tensor:
-        """Mean of `-sum(w * ln(w))` over the sampled queries, in nats, `[layers, kv_heads]`.
-
-        `w` runs over the whole softmax, visual tokens and prompt.
-        """
-        return _ratio(self._sum("entropy", rows), self._sum("sampled", rows))
-
-    def top_share(self, num_slots: int | None = None, rows: Rows = "all") -> torch.Tensor:
-        """`sum(the M largest of a[t, :]) / sum(a[t, :])` over the sampled queries `t >= M`, `[layers, kv_heads]`.
-
-        `M` is the number of slots of a level. The share is the upper bound for any choice of `M` tokens. It is 1 if no
-        query is that late.
-        """
-        level = self._level(num_slots)
-        return _ratio(self._sum("top", rows)[..., level], self._sum("top_visual", rows)[..., level], empty=1.0)
 
     def retained(
         self, kind: Literal["spatial", "semantic"], num_slots: int | None = None, rows: Rows = "all"
@@ -217,24 +176,19 @@ class HeadStatistics:
         use the softmax over the prompt and the tokens it still holds, as the cache would compute it from these queries
         and keys. The result is 1 if no query is late enough for an eviction.
         """
-        level = self._level(num_slots)
-        return _ratio(self._sum(kind, rows)[..., level], self._sum("evicting", rows)[..., level], empty=1.0)
-
-    def _level(self, num_slots: int | None) -> int:
         slots = [level.num_slots for level in self.levels]
-        if num_slots is None:
-            return 0
-        if num_slots not in slots:
+        if num_slots is not None and num_slots not in slots:
             raise ValueError(
                 f"num_slots={num_slots} was not measured: give one of {slots}, or measure with more levels"
             )
-        return slots.index(num_slots)
+        level = 0 if num_slots is None else slots.index(num_slots)
+        return _ratio(self._sum(kind, rows)[..., level], self._sum("evicting", rows)[..., level], empty=1.0)
 
     def _sum(self, name: str, rows: Rows) -> torch.Tensor:
         if rows not in BRANCHES:
             raise ValueError(f"rows={rows!r}: give one of {', '.join(map(repr, BRANCHES))}")
         if self.num_pictures and not self.sums["queries"][:, :, BRANCHES[rows]].any():
-            raise ValueError(f"rows={rows!r}: this model was drawn without such rows; give 'all'")
+            raise ValueError(f"rows={rows!r}: this model has no such rows; give 'all'")
         return self.sums[name][:, :, BRANCHES[rows]].sum(2)
 
     def _visual(self, rows: Rows) -> torch.Tensor:
@@ -246,20 +200,20 @@ class HeadStatistics:
         """The combined statistics of two runs."""
         if not isinstance(other, HeadStatistics):
             return NotImplemented
-        if self._arguments != other._arguments:
-            raise ValueError(f"statistics of {self._arguments} and of {other._arguments} do not add up")
-        total, terms = self.empty(), other.state_dict()
-        total.load_state_dict({name: value + terms[name] for name, value in self.state_dict().items()})
+        if self._shape != other._shape:
+            raise ValueError(f"statistics of {self._shape} and of {other._shape} do not add up")
+        total = self.empty()
+        total.num_pictures = self.num_pictures + other.num_pictures
+        total.sums = {name: value + other.sums[name] for name, value in self.sums.items()}
         return total
 
     def empty(self) -> HeadStatistics:
         """New statistics with the same arguments and no images."""
-        return HeadStatistics(**self._arguments)
+        return HeadStatistics(*self._shape)
 
     @property
-    def _arguments(self) -> dict[str, Any]:
-        names = ("layout", "num_layers", "num_kv_heads", "levels")
-        return {name: getattr(self, name) for name in names}
+    def _shape(self) -> tuple[ImageLayout, int, int, tuple[Level, ...]]:
+        return self.layout, self.num_layers, self.num_kv_heads, self.levels
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All sums on the CPU, by name, with "num_pictures"."""

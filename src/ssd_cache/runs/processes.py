@@ -83,16 +83,6 @@ class Processes:
                     "the same"
                 )
 
-    def gather(self, vector: torch.Tensor) -> list[torch.Tensor]:
-        """The vectors of all processes, float64 `[numbers]` on the CPU, in the order of the processes."""
-        if self.count == 1:
-            return [vector]
-        return list(self._accelerate.utils.gather(vector[None].to(self.device)).cpu())
-
     def gather_all(self, value: Any) -> list[Any]:
         """The values of all processes, in the order of the processes; a value may be anything that can be pickled."""
         return [value] if self.count == 1 else self._accelerate.utils.gather_object([value])
-
-    def from_main(self, vector: torch.Tensor) -> torch.Tensor:
-        """The main process's vector, float64 `[numbers]` on the CPU, in every process."""
-        return vector if self.count == 1 else self._accelerate.utils.broadcast(vector.to(self.device)).cpu()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -27,17 +27,16 @@ from ssd_cache.cache.sharding import check_whole
 from ssd_cache.head_map.checks import MAX_TEXT
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Generator, GeneratorError, Sampling, generator_of
-from ssd_cache.profiling.measuring import check_prompts, prompts_sha256, weights_sha256
-from ssd_cache.runs.run_state import ProfilingError, check_state_place
+from ssd_cache.profiling.measuring import check_prompts, model_facts, prompts_sha256
 from ssd_cache.training.learning_state import HELD_OUT, LearningRun, LearningState
-from ssd_cache.training.lessons import Lesson
-from ssd_cache.training.recording import check_teachable, draw_lesson, replay_lesson
+from ssd_cache.training.recording import check_trainable, record_images, replay_images
+from ssd_cache.training.teacher_forcing import Recording
 from ssd_cache.training.trainer import Trainer, mean_attention
 
 DRAWN = 4
 """Batches generated together, since a few images take almost as long to generate as many."""
 
-NO_SAY = 0.01
+NO_GUIDANCE = 0.01
 """Within this distance of 1, guidance has no effect and the unconditional rows are skipped."""
 
 SAVE_SECONDS = 30
@@ -94,7 +93,7 @@ def learn_score(
         num_sinks: first visual tokens that every head of that cache keeps, as for `SSDCache`.
         num_steps: total number of steps, of `batch_size` images each. A larger number than in the state file extends
             its run: from its last step on, the schedule (learning rate, softness of the threshold) is that of the new
-            total, so the score differs from that of a run with this total from the beginning.
+            total, so the score differs from that of a run with this total.
         learning_rate: learning rate of Adam for the position weights; those of K and V use a third of it.
         processor: the model's processor; by default loaded from the same source as the model.
         batch_size: images per step; four times as many are generated together.
@@ -117,9 +116,8 @@ def learn_score(
         ValueError: any other setting out of range, or a map under which no head ranks its tokens.
     """
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
-    checkpoint = generator.checkpoint
     check_whole(generator.language_model)
-    checkpoint.check_head_map(head_map)
+    generator.checkpoint.check_head_map(head_map)
     plans = check_learning(
         head_map,
         budget,
@@ -134,8 +132,8 @@ def learn_score(
         seed=seed,
     )
     check_prompts(generator, prompts)
-    check_teachable(generator)
-    settings: dict[str, Any] = {
+    check_trainable(generator)
+    sampling = {
         "guidance_scale": generator.guidance_scale if guidance_scale is None else guidance_scale,
         "temperature": temperature,
     }
@@ -148,64 +146,43 @@ def learn_score(
         "num_recent": num_recent,
         "num_sinks": num_sinks,
         "seed": seed,
-        **settings,
+        **sampling,
     }
     fingerprint = {
-        "model": checkpoint.name,
-        "weights": weights_sha256(generator.model),
-        "dtype": str(generator.model.dtype),
+        **model_facts(generator),
         "head_map": head_map.digest,
         "slots": [list(plan.num_slots) for plan in plans],
         **facts,
     }
+    if budget is None:
+        budget = head_map.budget
+    elif head_map.slots and is_amount(budget):  # one number scales the slots of the map
+        budget = [list(plan.num_slots) for plan in plans]
     result = replace(  # made before the first step, so that an invalid result fails early
         head_map,
-        budget=_own_budget(head_map, budget, plans),
+        budget=budget,
         method=f"{(head_map.method or 'labels given').removesuffix(LEARNED)}{LEARNED}"[:MAX_TEXT],
         profile={**head_map.profile, "learning": {"num_steps": num_steps, **facts}},
     )
-    path, run = None if state_file is None else Path(state_file), LearningRun()
-    if path is not None:
-        check_state_place(path)
-        run = LearningRun.load(path, fingerprint, result) if path.exists() else run
-    if run.num_steps > num_steps:
-        raise ProfilingError(
-            f"{path}: {run.num_steps} steps were taken, num_steps={num_steps} are asked for: give at least "
-            f"{run.num_steps}, or another file"
-        )
+    run = LearningRun.open(None if state_file is None else Path(state_file), fingerprint, result)
     run.begin_stage(num_steps)
-
-    def save() -> None:
-        if path is not None:
-            run.save(path, fingerprint)
-
     if run.after is None:
-        *lessons, held_out = _lessons(
-            generator, prompts, DRAWN * batch_size, seed, settings, run.images, save, progress
-        )
+        *recordings, held_out = _recordings(generator, prompts, DRAWN * batch_size, seed, sampling, run, progress)
         if run.learning is None:
-            first = mean_attention(generator, lessons[0], head_map) if head_map.learned is None else head_map.learned
+            first = mean_attention(generator, recordings[0], head_map) if head_map.learned is None else head_map.learned
             run.learning = LearningState.beginning(first)
-        trainer = Trainer(generator, plans, **settings, learning_rate=learning_rate, num_steps=num_steps)
+        trainer = Trainer(generator, plans, **sampling, learning_rate=learning_rate, num_steps=num_steps)
         if run.before is None:
             run.before = trainer.divergences(run.learning, held_out, batch_size)
-            save()
-        steps = islice(_steps(lessons, batch_size, seed), run.num_steps, num_steps)
-        _follow(run, trainer, steps, save, progress)
+            run.save()
+        _take_steps(run, trainer, islice(_batches(recordings, batch_size, seed), run.num_steps, num_steps), progress)
         run.after = trainer.divergences(run.learning, held_out, batch_size)
-        save()
+        run.save()
     assert run.learning is not None
     learning = {**result.profile["learning"], "held_out": run.compared()}
     if len(run.stages) > 1:
         learning["stages"] = run.stages
     return replace(result, learned=run.learning.score(), profile={**result.profile, "learning": learning})
-
-
-def _own_budget(head_map: HeadMap, budget: Budget | None, plans: Sequence[LayerPlan]) -> Budget | None:
-    """The budget of the new map; the slots of every head where `budget` is one number and scaled the map's own."""
-    if budget is None:
-        return head_map.budget
-    return [list(plan.num_slots) for plan in plans] if head_map.slots and is_amount(budget) else budget
 
 
 def check_learning(
@@ -222,11 +199,7 @@ def check_learning(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> list[LayerPlan]:
-    """Check the settings of `learn_score` before a model is loaded; returns the plan of each layer.
-
-    Raises:
-        ValueError: a setting is out of range; the message names the value, the limit and the remedy.
-    """
+    """The plan of each layer; raises ValueError for settings of `learn_score` that are out of range."""
     check_count("num_steps", num_steps, 1)
     check_count("batch_size", batch_size, 1)
     if isinstance(learning_rate, bool) or not 0 < learning_rate < 1:
@@ -235,7 +208,7 @@ def check_learning(
     if temperature == 0:
         raise GeneratorError("temperature=0 leaves one token that is certain, and nothing to learn from; 1 is usual")
     if head_map.is_online or head_map.layout.draft_grids:
-        what = "finds its labels while drawing" if head_map.is_online else "has previews"
+        what = "finds its labels during generation" if head_map.is_online else "has draft grids"
         raise ValueError(f"this head map {what}, and a score is learned for the labels and places of a single grid")
     buffer = default_buffer(head_map.layout, "learned") if buffer is None else buffer
     settings: dict[str, Any] = {"buffer": buffer, "num_recent": num_recent, "num_sinks": num_sinks}
@@ -246,64 +219,57 @@ def check_learning(
     return plans
 
 
-def _lessons(
+def _recordings(
     generator: Generator,
     prompts: Sequence[str],
     num_at_once: int,
     seed: int,
-    settings: dict[str, Any],
-    images: list[torch.Tensor],
-    save: Callable[[], None],
+    sampling: dict[str, float],
+    run: LearningRun,
     progress: bool,
-) -> list[Lesson]:
-    """A lesson for each batch, then the held-out one; images that are not in `images` yet are generated and added.
+) -> list[Recording]:
+    """A recording for each batch, then the held-out one; images that the run does not hold are generated and added.
 
-    Where guidance has no effect, lessons have no unconditional rows.
+    Where guidance has no effect, recordings have no unconditional rows.
     """
     batches = [list(prompts[start : start + num_at_once]) for start in range(0, len(prompts), num_at_once)]
     batches.append([prompts[index * len(prompts) // HELD_OUT] for index in range(HELD_OUT)])
-    lessons = []
+    recordings = []
     for index, batch in enumerate(tqdm(batches, unit=" batches", desc="images", disable=not progress)):
-        sampling = {**settings, "seed": seed + index}
-        if index < len(images):
-            lesson = replay_lesson(generator, batch, images[index], **sampling)
+        settings: dict[str, Any] = {**sampling, "seed": seed + index}
+        if index < len(run.images):
+            recording = replay_images(generator, batch, run.images[index], **settings)
         else:
-            lesson, tokens = draw_lesson(generator, batch, **sampling)
-            images.append(tokens)
-            save()
-        lessons.append(lesson.conditional() if abs(settings["guidance_scale"] - 1) < NO_SAY else lesson)
-    return lessons
+            recording, tokens = record_images(generator, batch, **settings)
+            run.images.append(tokens)
+            run.save()
+        recordings.append(recording.conditional() if abs(sampling["guidance_scale"] - 1) < NO_GUIDANCE else recording)
+    return recordings
 
 
-def _follow(
-    run: LearningRun, trainer: Trainer, lessons: Iterator[Lesson], save: Callable[[], None], progress: bool
-) -> None:
-    """Take a step on each lesson; the state is saved every `SAVE_SECONDS` and at the end, also after an exception."""
+def _take_steps(run: LearningRun, trainer: Trainer, recordings: Iterator[Recording], progress: bool) -> None:
+    """Take a step on each recording; the run is saved every `SAVE_SECONDS` and at the end, also after an exception."""
     assert run.learning is not None
     recent: deque[float] = deque(maxlen=SMOOTHED)
-    bar = tqdm(total=trainer.num_steps, initial=run.num_steps, unit=" steps", desc="learning", disable=not progress)
     saved = time.monotonic()
+    bar = tqdm(total=trainer.num_steps, initial=run.num_steps, unit=" steps", desc="learning", disable=not progress)
     try:
         with bar:
-            for lesson in lessons:
-                run.learning, divergence = trainer.step(run.learning, lesson)
+            for recording in recordings:
+                run.learning, divergence = trainer.step(run.learning, recording)
                 recent.append(divergence)
                 bar.set_postfix_str(f"mean of {len(recent)} steps: {sum(recent) / len(recent):.4f} nats", refresh=False)
                 bar.update()
                 if time.monotonic() - saved >= SAVE_SECONDS:
-                    save()
+                    run.save()
                     saved = time.monotonic()
     finally:
-        save()
+        run.save()
 
 
-def _steps(lessons: Sequence[Lesson], batch_size: int, seed: int) -> Iterator[Lesson]:
+def _batches(recordings: Sequence[Recording], batch_size: int, seed: int) -> Iterator[Recording]:
     """Endless training batches; their order depends only on the seed. Images of a batch were generated together."""
-    parts = [
-        lesson.part(slice(start, start + batch_size))
-        for lesson in lessons
-        for start in range(0, lesson.num_pictures, batch_size)
-    ]
+    parts = [part for recording in recordings for part in recording.split(batch_size)]
     order = torch.Generator().manual_seed(seed)
     while True:
         for index in torch.randperm(len(parts), generator=order).tolist():

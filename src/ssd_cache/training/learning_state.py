@@ -17,12 +17,19 @@ from ssd_cache.head_map.checks import checked_learned
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.head_map.learned_score import LearnedScore
 from ssd_cache.io.untrusted import check_like, checked, checked_fields
-from ssd_cache.runs.run_state import RunState, check_images, check_same_run, not_a_state, read_state, write_state
+from ssd_cache.runs.run_state import (
+    ProfilingError,
+    RunState,
+    check_images,
+    check_same_run,
+    check_state_place,
+    not_a_state,
+    read_state,
+    write_state,
+)
 
-FORMAT = "ssd-cache learning 2"
+FORMAT, WHAT = "ssd-cache learning 2", "the state of learning a score"
 """Format 1 held no images."""
-
-WHAT = "the state of learning a score"
 
 PARTS = ("score", "mean", "square")
 
@@ -78,9 +85,11 @@ class LearningState:
 
 @dataclass
 class LearningRun:
-    """Everything that a run has completed so far.
+    """Everything that a run has completed so far, and the file that keeps it.
 
     Attributes:
+        path: the state file, or None.
+        settings: everything that the results depend on, as JSON values.
         images: visual tokens of the generated batches, int64 `[images, cells]` each; the held-out batch last.
         learning: score and optimizer state; None before the first score.
         before: divergence of each held-out image under the initial score, float64 `[held-out images]`.
@@ -88,61 +97,26 @@ class LearningRun:
         stages: `[first step, total]` of each schedule used; more than one after an extension.
     """
 
+    path: Path | None
+    settings: Mapping[str, Any]
     images: list[torch.Tensor] = field(default_factory=list)
     learning: LearningState | None = None
     before: torch.Tensor | None = None
     after: torch.Tensor | None = None
     stages: list[list[int]] = field(default_factory=list)
 
-    @property
-    def num_steps(self) -> int:
-        """Number of steps taken."""
-        return 0 if self.learning is None else self.learning.num_steps
-
-    def begin_stage(self, num_steps: int) -> None:
-        """Follow the schedule for `num_steps` total steps from the current step on."""
-        if self.stages and self.stages[-1][1] == num_steps:
-            return
-        self.after = None
-        self.stages = [stage for stage in self.stages if stage[0] < self.num_steps]  # drop stages without a step
-        if not self.stages or self.stages[-1][1] != num_steps:
-            self.stages.append([self.num_steps, num_steps])
-
-    def compared(self) -> dict[str, Any]:
-        """Held-out divergence before and after, in nats per token, with the standard error of the mean difference."""
-        assert self.before is not None
-        assert self.after is not None
-        difference = self.after - self.before
-        return {
-            "num_images": len(difference),
-            "before": self.before.mean().item(),
-            "after": self.after.mean().item(),
-            "standard_error": (difference.std() / len(difference) ** 0.5).item(),
-        }
-
-    def save(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Write the run to a file, completely or not at all; raises ProfilingError."""
-        tensors = {f"images.{index}": tokens for index, tokens in enumerate(self.images)}
-        for name, tensor in (("before", self.before), ("after", self.after)):
-            tensors |= {} if tensor is None else {name: tensor}
-        if (state := self.learning) is not None:
-            parts = dict(zip(PARTS, (state.score_tensors, state.means, state.squares), strict=True))
-            tensors |= {f"{part}.{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
-        counts = {"num_steps": self.num_steps, "stages": self.stages}
-        write_state(path, FORMAT, RunState(tensors, settings, counts, self.after is not None), WHAT)
-
     @classmethod
-    def load(cls, path: Path, settings: Mapping[str, Any], head_map: HeadMap) -> LearningRun:
-        """Read a file that `save` wrote in a run with the same settings.
-
-        Args:
-            path: the file.
-            settings: the settings of this run.
-            head_map: the map that will get the score.
+    def open(cls, path: Path | None, settings: Mapping[str, Any], head_map: HeadMap) -> LearningRun:
+        """A new run, or the one in the file if it exists; `head_map` will get the score.
 
         Raises:
-            ProfilingError: the file has other contents, or belongs to a run with other settings.
+            ProfilingError: the file has other contents, belongs to a run with other settings, or cannot be written.
         """
+        if path is None:
+            return cls(path, settings)
+        check_state_place(path)
+        if not path.exists():
+            return cls(path, settings)
         file = read_state(path, FORMAT, WHAT)
         check_same_run(path, file.settings, settings)
         tensors = dict(file.tensors)
@@ -161,7 +135,50 @@ class LearningRun:
                 raise ValueError("it ends without a beginning")
         except ValueError as error:
             raise not_a_state(path, WHAT, error) from error
-        return cls(images, learning, before, after, stages)
+        return cls(path, settings, images, learning, before, after, stages)
+
+    def save(self) -> None:
+        """Write the run to its file, completely or not at all; raises ProfilingError."""
+        if self.path is None:
+            return
+        tensors = {f"images.{index}": tokens for index, tokens in enumerate(self.images)}
+        tensors |= {name: held for name in ("before", "after") if (held := getattr(self, name)) is not None}
+        if (state := self.learning) is not None:
+            parts = dict(zip(PARTS, (state.score_tensors, state.means, state.squares), strict=True))
+            tensors |= {f"{part}.{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
+        counts = {"num_steps": self.num_steps, "stages": self.stages}
+        write_state(self.path, FORMAT, RunState(tensors, self.settings, counts, self.after is not None), WHAT)
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps taken."""
+        return 0 if self.learning is None else self.learning.num_steps
+
+    def begin_stage(self, num_steps: int) -> None:
+        """Follow the schedule for `num_steps` total steps from the current step on; raises ProfilingError for fewer."""
+        if self.num_steps > num_steps:
+            raise ProfilingError(
+                f"{self.path}: {self.num_steps} steps were taken, num_steps={num_steps} are asked for: give at least "
+                f"{self.num_steps}, or another file"
+            )
+        if self.stages and self.stages[-1][1] == num_steps:
+            return
+        self.after = None
+        self.stages = [stage for stage in self.stages if stage[0] < self.num_steps]  # drop stages without a step
+        if not self.stages or self.stages[-1][1] != num_steps:
+            self.stages.append([self.num_steps, num_steps])
+
+    def compared(self) -> dict[str, Any]:
+        """Held-out divergence before and after, in nats per token, with the standard error of the mean difference."""
+        assert self.before is not None
+        assert self.after is not None
+        difference = self.after - self.before
+        return {
+            "num_images": len(difference),
+            "before": self.before.mean().item(),
+            "after": self.after.mean().item(),
+            "standard_error": (difference.std() / len(difference) ** 0.5).item(),
+        }
 
 
 def _learning_of(tensors: Mapping[str, torch.Tensor], num_steps: int, head_map: HeadMap) -> LearningState | None:

@@ -1,6 +1,6 @@
-"""Makes lessons: generates images with a full cache and records the inputs of the decoder, or replays tokens.
+"""Makes recordings: generates images with a full cache and records the inputs of the decoder, or replays tokens.
 
-A replay gives the same inputs without running the decoder's layers. `lessons.py` uses the lessons.
+A replay gives the same inputs without running the decoder's layers. `teacher_forcing.py` uses the recordings.
 """
 
 from __future__ import annotations
@@ -15,47 +15,35 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ssd_cache._compat import CACHE, take_cache
 from ssd_cache.cache.attention import prompt_columns
 from ssd_cache.models import Generator, GeneratorError
-from ssd_cache.training.lessons import Lesson
 from ssd_cache.training.likelihood import certain_scores
+from ssd_cache.training.teacher_forcing import Recording
 
 
-def check_teachable(generator: Generator) -> None:
+def check_trainable(generator: Generator) -> None:
     """Refuse, before anything is generated, a model without a head that scores visual tokens; raises GeneratorError."""
     if generator.visual_head is None:
         raise GeneratorError(
-            f"{generator.checkpoint.name} can not be taught: it has no head that scores visual tokens (its "
+            f"{generator.checkpoint.name} cannot be trained on: it has no head for visual tokens (its "
             "get_output_embeddings() is None)"
         )
 
 
-def draw_lesson(generator: Generator, prompts: Sequence[str], **settings) -> tuple[Lesson, torch.Tensor]:
+def record_images(generator: Generator, prompts: Sequence[str], **settings) -> tuple[Recording, torch.Tensor]:
     """Generate an image for each prompt with the model's own cache, and record the inputs of its decoder.
 
-    Args:
-        settings: as for `Generator.generate`.
-
-    Returns:
-        The lesson, and the visual tokens `[images, cells]` on the CPU, which `replay_lesson` takes.
-
-    Raises:
-        GeneratorError: the decoder does not get the prompt at once and then one token at a time.
+    The settings are those of `Generator.generate`. Also returns the visual tokens `[images, cells]`, on the CPU. Raises
+    GeneratorError if the decoder does not get the prompt at once and then one token at a time.
     """
     calls, tokens = _record(generator, lambda: generator.generate(prompts, **settings))
-    return _lesson_of(generator, calls, len(prompts)), tokens
+    return _recording_of(generator, calls, len(prompts)), tokens
 
 
-def replay_lesson(generator: Generator, prompts: Sequence[str], tokens: torch.Tensor, **settings) -> Lesson:
-    """The lesson of images that were generated before, bit for bit equal to the lesson from `draw_lesson`.
+def replay_images(generator: Generator, prompts: Sequence[str], tokens: torch.Tensor, **settings) -> Recording:
+    """The recording of images that were generated before, bit for bit equal to the recording from `record_images`.
 
     The model's own `generate` runs again on the given tokens, with a decoder that returns zeros. The inputs of the
-    decoder depend only on the tokens, and its layers would take almost all the time.
-
-    Args:
-        tokens: visual tokens from `draw_lesson`.
-        settings: as for `draw_lesson`.
-
-    Raises:
-        GeneratorError: the tokens do not fit the model.
+    decoder depend only on the tokens, and its layers would take almost all the time. Raises GeneratorError for tokens
+    that do not fit the model.
     """
     shape = len(prompts), generator.checkpoint.num_visual_tokens
     if tokens.dtype != torch.int64 or tokens.shape != shape or tokens.min() < 0:
@@ -66,7 +54,7 @@ def replay_lesson(generator: Generator, prompts: Sequence[str], tokens: torch.Te
         )
     if not torch.equal(taken, tokens):
         raise GeneratorError(f"{generator.checkpoint.name} did not take the tokens given: they are of other images")
-    return _lesson_of(generator, calls, len(prompts))
+    return _recording_of(generator, calls, len(prompts))
 
 
 Calls = list[dict[str, torch.Tensor]]
@@ -88,13 +76,13 @@ def _record(generator: Generator, generate: Callable[[], torch.Tensor]) -> tuple
         handle.remove()
 
 
-def _lesson_of(generator: Generator, calls: Calls, num_prompts: int) -> Lesson:
+def _recording_of(generator: Generator, calls: Calls, num_prompts: int) -> Recording:
     names = calls[0].keys() - {"attention_mask"}
     length = {name: 1 if name != "position_ids" else -1 for name in names}
     cells = generator.checkpoint.num_visual_tokens
     if len(calls) != cells or any(call[name].shape[length[name]] != 1 for call in calls[1:] for name in names):
         raise GeneratorError(
-            f"{generator.checkpoint.name} can not be taught: its decoder ran {len(calls)} times for {cells} visual "
+            f"{generator.checkpoint.name} cannot be trained on: its decoder ran {len(calls)} times for {cells} visual "
             "tokens, and it has to be given the prompt at once and then one token at a time"
         )
     inputs = {name: torch.cat([call[name] for call in calls], length[name]) for name in names}
@@ -103,7 +91,7 @@ def _lesson_of(generator: Generator, calls: Calls, num_prompts: int) -> Lesson:
     seen = mask.bool() if mask is not None and mask.ndim == 2 else prompt_columns(mask, num_prompt)
     if seen is None:
         seen = torch.ones(rows, num_prompt, dtype=torch.bool, device=generator.model.device)
-    return Lesson(inputs, seen, generator.is_unconditional(num_prompts))
+    return Recording(inputs, seen, generator.is_unconditional(num_prompts))
 
 
 @contextmanager

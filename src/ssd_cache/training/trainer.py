@@ -1,6 +1,6 @@
 """The trainer of a learned score: takes gradient steps on images, and measures the divergence of held-out images.
 
-It accesses no files and generates no images: `learning.py` provides lessons, and `learning_state.py` stores results.
+It accesses no files and generates no images: `learning.py` provides recordings, and `learning_state.py` stores results.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from ssd_cache.head_map.learned_score import LearnedScore
 from ssd_cache.models import Generator
 from ssd_cache.runs.run_state import ProfilingError
 from ssd_cache.training.learning_state import LearningState
-from ssd_cache.training.lessons import Lesson, log_probabilities_of, taught
 from ssd_cache.training.likelihood import kl_divergence
 from ssd_cache.training.pretended import masked_softmax, retained_tokens
+from ssd_cache.training.teacher_forcing import Recording, log_probabilities_of, teacher_forced
 
 SOFTNESS = 1.0, 0.4
 """Initial and final temperature of the soft eviction threshold."""
@@ -30,15 +30,7 @@ LEAST = 1e-4
 
 
 class Trainer:
-    """Takes gradient steps of a score.
-
-    Args:
-        generator: the model.
-        plans: for each layer, the plan of the cache that the score is for.
-        guidance_scale, temperature: settings of the distributions that are compared.
-        learning_rate: learning rate of Adam.
-        num_steps: total number of steps in the schedule of learning rate and softness.
-    """
+    """Takes gradient steps of a score, on a schedule of `num_steps`; `plans` are those of the cache it is for."""
 
     def __init__(
         self,
@@ -55,35 +47,35 @@ class Trainer:
         self.softness = SOFTNESS[-1]
         self.score: LearnedScore | None = None  # None while everything is kept
 
-    def step(self, state: LearningState, lesson: Lesson) -> tuple[LearningState, float]:
+    def step(self, state: LearningState, recording: Recording) -> tuple[LearningState, float]:
         """The state after a step, and the mean divergence per token before it, in nats, over images and tokens."""
         done = state.num_steps / self.num_steps
         first, last = SOFTNESS
         self.softness = first * (last / first) ** done
         parameters = state.parameters(self.generator.model.device)
         with torch.enable_grad():
-            loss = self._divergence(lesson, LearnedScore(**parameters)).mean()
+            loss = self._divergence(recording, LearnedScore(**parameters)).mean()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
         rate = self.learning_rate * min(1.0, (state.num_steps + 1) / WARM_UP) * (1 - done) ** 0.5
-        return state.follow({name: _gradient(value) for name, value in parameters.items()}, rate), loss.item()
+        gradients = {name: value.grad for name, value in parameters.items() if value.grad is not None}
+        return state.follow(gradients, rate), loss.item()
 
     @torch.no_grad()
-    def divergences(self, state: LearningState, lesson: Lesson, batch_size: int) -> torch.Tensor:
+    def divergences(self, state: LearningState, recording: Recording, batch_size: int) -> torch.Tensor:
         """The mean divergence per token of each image, in nats, float64 `[images]`; takes no step."""
         score = LearnedScore(**state.parameters(self.generator.model.device))
-        starts = range(0, lesson.num_pictures, batch_size)
-        parts = [self._divergence(lesson.part(slice(start, start + batch_size)), score) for start in starts]
+        parts = [self._divergence(part, score) for part in recording.split(batch_size)]
         return torch.cat([part.double().mean(1).cpu() for part in parts])
 
-    def _divergence(self, lesson: Lesson, score: LearnedScore) -> torch.Tensor:
+    def _divergence(self, recording: Recording, score: LearnedScore) -> torch.Tensor:
         """KL divergence of the next token, full cache against evicted cache, `[images, cells]`."""
-        with taught(self.generator, lesson, self._weigh):
+        with teacher_forced(self.generator, recording, self._weigh):
             with torch.no_grad():
-                full = log_probabilities_of(self.generator, lesson, **self.sampling)
+                full = log_probabilities_of(self.generator, recording, **self.sampling)
             self.score = score
             try:
-                found = kl_divergence(full, log_probabilities_of(self.generator, lesson, **self.sampling))
+                found = kl_divergence(full, log_probabilities_of(self.generator, recording, **self.sampling))
             finally:
                 self.score = None
         if not found.isfinite().all():
@@ -100,13 +92,8 @@ class Trainer:
         return masked_softmax(logits, retained_tokens(self.plans[layer_idx], score, keys, values, self.softness))
 
 
-def _gradient(parameter: torch.Tensor) -> torch.Tensor:
-    assert parameter.grad is not None  # every tensor contributes to every rank
-    return parameter.grad
-
-
 @torch.no_grad()
-def mean_attention(generator: Generator, lesson: Lesson, head_map: HeadMap) -> LearnedScore:
+def mean_attention(generator: Generator, recording: Recording, head_map: HeadMap) -> LearnedScore:
     """The initial score: the logarithm of the attention that each position still receives from a given row on.
 
     The attention is averaged over images. The logarithm is split into a row part and a part by column and row distance.
@@ -125,9 +112,8 @@ def mean_attention(generator: Generator, lesson: Lesson, head_map: HeadMap) -> L
         dims.update(key=keys.shape[3], value=values.shape[3])
         return weights
 
-    settings = {"guidance_scale": 1.0, "temperature": 1.0}
-    with taught(generator, lesson, watch):
-        log_probabilities_of(generator, lesson, **settings)
+    with teacher_forced(generator, recording, watch):
+        log_probabilities_of(generator, recording, guidance_scale=1.0, temperature=1.0)
     table = torch.stack([found[layer] for layer in sorted(found)])  # [layers, kv_heads, rows now, rows, columns]
     row = table.mean(-1)
     rest = table - row[..., None]

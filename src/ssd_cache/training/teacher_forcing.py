@@ -1,6 +1,6 @@
-"""Lessons: images generated with a full cache, fed to the decoder again, all tokens at once and with gradients.
+"""Recordings: images generated with a full cache, fed to the decoder again, all tokens at once and with gradients.
 
-This module runs the decoder with an attention function given by the caller. `recording.py` makes lessons; nothing is
+This module runs the decoder with an attention function given by the caller. `recording.py` makes recordings; nothing is
 trained here.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -17,7 +18,7 @@ from ssd_cache.decode.attention_switch import ssd_attention
 from ssd_cache.models import Generator
 from ssd_cache.training.likelihood import log_probabilities
 
-NAME = "ssd-lesson"
+NAME = "ssd-training"
 
 Weigh = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """A function that computes attention weights, of the shape of the logits.
@@ -28,7 +29,7 @@ infinity where a full cache masks a token; and K and V of the visual tokens `[ro
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Recording:
     """The decoder inputs of some images, prompts included.
 
     Attributes:
@@ -41,34 +42,30 @@ class Lesson:
     seen: torch.Tensor
     is_unconditional: torch.Tensor
 
-    @property
-    def num_pictures(self) -> int:
-        return int((~self.is_unconditional).sum())
+    def split(self, num_images: int) -> list[Recording]:
+        """Recordings of this many images each, with their unconditional rows; the last may be smaller."""
+        kinds = [kind.nonzero()[:, 0].split(num_images) for kind in (~self.is_unconditional, self.is_unconditional)]
+        return [self._of_rows(torch.cat(rows)) for rows in zip_longest(*kinds, fillvalue=kinds[1][0][:0])]
 
-    def part(self, pictures: slice) -> Lesson:
-        """Some of the images, with their unconditional rows."""
-        kinds = (~self.is_unconditional, self.is_unconditional)
-        return self._of_rows(torch.cat([kind.nonzero()[:, 0][pictures] for kind in kinds]))
-
-    def conditional(self) -> Lesson:
-        """The lesson without unconditional rows, for a guidance scale at which they have no effect."""
+    def conditional(self) -> Recording:
+        """The recording without unconditional rows, for a guidance scale at which they have no effect."""
         return self._of_rows((~self.is_unconditional).nonzero()[:, 0])
 
-    def _of_rows(self, rows: torch.Tensor) -> Lesson:
+    def _of_rows(self, rows: torch.Tensor) -> Recording:
         inputs = {name: tensor[rows.to(tensor.device)] for name, tensor in self.inputs.items()}
-        return Lesson(inputs, self.seen[rows.to(self.seen.device)], self.is_unconditional[rows])
+        return Recording(inputs, self.seen[rows.to(self.seen.device)], self.is_unconditional[rows])
 
 
-def attend_lesson(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """transformers' attention function for the name "ssd-lesson"; works only inside `taught`."""
+def attend_recording(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """transformers' attention function for the name "ssd-training"; works only inside `teacher_forced`."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return module.ssd_attend(module.layer_idx, query, key, value, scaling).transpose(1, 2), None
 
 
 @contextmanager
-def taught(generator: Generator, lesson: Lesson, weigh: Weigh) -> Iterator[None]:
+def teacher_forced(generator: Generator, recording: Recording, weigh: Weigh) -> Iterator[None]:
     """Inside the block, the decoder uses the attention weights of `weigh`; model parameters require no gradients."""
-    allowed, num_prompt = _allowed_tokens(lesson), lesson.seen.shape[1]
+    allowed, num_prompt = _allowed_tokens(recording), recording.seen.shape[1]
 
     def attend(layer_idx: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float):
         grouped = query.unflatten(1, (key.shape[1], -1)) * scaling
@@ -93,25 +90,25 @@ def taught(generator: Generator, lesson: Lesson, weigh: Weigh) -> Iterator[None]
                 del module.ssd_attend
 
 
-def _allowed_tokens(lesson: Lesson) -> torch.Tensor:
+def _allowed_tokens(recording: Recording) -> torch.Tensor:
     """The attention mask of a full cache, `[rows, 1, 1, tokens, tokens]`; padding attends to itself."""
-    length = next(tensor for name, tensor in lesson.inputs.items() if name != "position_ids").shape[1]
-    seen = torch.nn.functional.pad(lesson.seen, (0, length - lesson.seen.shape[1]), value=True)
+    length = next(tensor for name, tensor in recording.inputs.items() if name != "position_ids").shape[1]
+    seen = torch.nn.functional.pad(recording.seen, (0, length - recording.seen.shape[1]), value=True)
     causal = torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
     itself = torch.eye(length, dtype=torch.bool, device=seen.device)
     return (causal & seen[:, None] | itself)[:, None, None]
 
 
 def log_probabilities_of(
-    generator: Generator, lesson: Lesson, guidance_scale: float, temperature: float
+    generator: Generator, recording: Recording, guidance_scale: float, temperature: float
 ) -> torch.Tensor:
-    """Log-probabilities of every visual token, `[images, cells, vocabulary]`, float32; call it inside `taught`."""
+    """Log-probabilities of every visual token, `[images, cells, vocabulary]`, float32, inside `teacher_forced`."""
     decoder, head = generator.language_model.get_decoder(), generator.visual_head
     assert head is not None
-    states = decoder(**lesson.inputs, use_cache=False).last_hidden_state[:, lesson.seen.shape[1] - 1 :]
+    states = decoder(**recording.inputs, use_cache=False).last_hidden_state[:, recording.seen.shape[1] - 1 :]
     scores = head(states).float()
-    return log_probabilities(scores, lesson.is_unconditional.to(scores.device), guidance_scale, temperature)
+    return log_probabilities(scores, recording.is_unconditional.to(scores.device), guidance_scale, temperature)
 
 
-AttentionInterface.register(NAME, attend_lesson)
+AttentionInterface.register(NAME, attend_recording)
 AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)

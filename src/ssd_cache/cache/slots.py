@@ -20,7 +20,6 @@ from ssd_cache.cache.retention import (
     select_victims,
 )
 from ssd_cache.head_map.learned_score import LearnedScore
-from ssd_cache.kernels import huge_pages
 
 
 def normal_tensors() -> AbstractContextManager:
@@ -99,8 +98,12 @@ class SlotStore:
     def _open(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate K and V, and copy the prompt into them."""
         self.keys, self.values = (
-            huge_pages.zeros(
-                (*states.shape[:2], self.num_prompt + self.num_slots, states.shape[3]), states.dtype, states.device
+            torch.zeros(
+                *states.shape[:2],
+                self.num_prompt + self.num_slots,
+                states.shape[3],
+                dtype=states.dtype,
+                device=states.device,
             )
             for states in (key_states, value_states)
         )

@@ -17,7 +17,7 @@ from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.layer import LayerPlan
 from ssd_cache.cache.quantized import slot_nbytes
 from ssd_cache.cache.retention import WITHOUT_QUERIES
-from ssd_cache.kernels.dispatch import is_wanted, passes_trial
+from ssd_cache.kernels.dispatch import _takes_loops, passes_trial
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def expected_bytes(subject: Subject, case: Case, num_pictures: int = 1) -> Cache
     heads = sum(len(plan.num_slots) for plan in plans)
     beside = 4 * slots
     model, head_dim = subject.model, subject.head_dim
-    has_kernel = is_wanted(model.device, on_cpu=case.is_compiled) and passes_trial(
+    has_kernel = (case.is_compiled or not _takes_loops(model.device)) and passes_trial(
         model.device, model.dtype, groups, head_dim, head_dim
     )
     for plan in plans:

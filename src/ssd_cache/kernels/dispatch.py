@@ -15,7 +15,7 @@ import warnings
 import torch
 
 from ssd_cache.kernels import cpu_loops as cpu_kernels
-from ssd_cache.kernels.checks import DTYPES, PLAIN
+from ssd_cache.kernels.checks import DTYPES, PLAIN, Arguments
 
 
 def can_serve(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, on_cpu: bool = False) -> bool:
@@ -27,21 +27,19 @@ def can_serve(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, on_cp
     Warns:
         UserWarning: once for each set of sizes, when an available kernel fails or is inaccurate in a small trial.
     """
-    if torch.is_grad_enabled() or not query.dtype == key.dtype == value.dtype:
-        return False
-    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        return False
-    if any(type(states) not in PLAIN for states in (query, key, value)) or not is_wanted(query.device, on_cpu):
+    device = query.device
+    if (
+        torch.is_grad_enabled()
+        or not query.dtype == key.dtype == value.dtype
+        or any(type(states) not in PLAIN for states in (query, key, value))
+        or (device.type == "cpu" and torch.is_autocast_enabled("cpu"))
+        or (_takes_loops(device) and not on_cpu)
+    ):
         return False
     try:
-        return passes_trial(query.device, query.dtype, query.shape[1] // key.shape[1], query.shape[3], value.shape[3])
+        return passes_trial(device, query.dtype, query.shape[1] // key.shape[1], query.shape[3], value.shape[3])
     except torch.OutOfMemoryError:  # memory is full now; it may be free for the next image
         return False
-
-
-def is_wanted(device: torch.device, on_cpu: bool) -> bool:
-    """Whether to look for a kernel: always on other devices, on a CPU only with `on_cpu` or Triton's interpreter."""
-    return on_cpu or not _takes_loops(device)
 
 
 def _takes_loops(device: torch.device) -> bool:
@@ -150,12 +148,13 @@ def decode(
     run(query, new_key, new_value, keys, values, scores, heads, mask, step, scaling, buffer, output)
 
 
-def _launch(query: torch.Tensor, *arguments) -> None:
-    if _takes_loops(query.device):
-        return cpu_kernels.launch(query, *arguments)
+def _launch(*arguments) -> None:
+    given = Arguments(*arguments)
+    if _takes_loops(given.query.device):
+        return cpu_kernels.launch(given)
     from ssd_cache.kernels.triton_decode import launch
 
-    return launch(query, *arguments)
+    return launch(given)
 
 
 def _trace(query: torch.Tensor, *arguments) -> None:

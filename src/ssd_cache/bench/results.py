@@ -81,15 +81,7 @@ def summarize(
     work: StepWork,
     room: int | None = None,
 ) -> Row:
-    """Compute the row of one measurement.
-
-    Args:
-        measured: times and bytes.
-        windows: the visual tokens that were generated.
-        num_cells: visual tokens of an image.
-        machine, work: for the roofline.
-        room: bytes for caches, for the number of images that fit.
-    """
+    """Compute the row of one measurement of `windows` in an image of `num_cells`; `room` is the memory for caches."""
     generated = measured.batch_size * sum(map(len, windows))
     speed = generated / statistics.median(measured.seconds)
     medians = [1000 * statistics.median(step) for step in zip(*measured.steps, strict=True)]

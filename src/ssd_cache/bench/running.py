@@ -80,8 +80,7 @@ class Measurement:
     """Measured times and bytes of a case.
 
     Attributes:
-        case: the measured case.
-        batch_size: images at once.
+        case, batch_size: what was measured; `batch_size` counts images.
         seconds: seconds of each counted round, for the generated tokens.
         steps: seconds of each step in each counted round, one for each of `timed_positions`.
         key_value, bookkeeping: bytes that the cache holds at the end of an image.
@@ -108,17 +107,9 @@ def measure(
     rounds: int,
     progress: bool = False,
 ) -> list[Measurement]:
-    """Generate with every case once per round, after one uncounted round.
+    """Generate the windows with every case once per round, after one uncounted round; arguments as for `run`.
 
     A case that runs out of GPU memory, or cannot be compiled, is skipped in later rounds; `failure` states the reason.
-
-    Args:
-        subject: the model; its attention is set for every case and restored at the end.
-        cases: the cases to measure.
-        windows: the visual tokens to generate, as from `choose_windows`.
-        batch_size: images at once; guidance doubles the rows.
-        rounds: counted rounds.
-        progress: show a progress bar.
     """
     results = [Measurement(case, batch_size) for case in cases]
     static: list[Cache] = []

@@ -74,9 +74,11 @@ class Subject:
     def step_weights(self) -> list[torch.Tensor]:
         """Weights that every step reads completely; no embedding tables, since a step reads only a few rows of them."""
         decoder = self.model.get_decoder()
-        return [weight for part in (decoder.layers, decoder.norm, *self.heads()) for weight in part.parameters()]
+        return [
+            weight for part in (decoder.layers, decoder.norm, *self.output_modules()) for weight in part.parameters()
+        ]
 
-    def heads(self) -> list[torch.nn.Module]:
+    def output_modules(self) -> list[torch.nn.Module]:
         """Modules that a step runs in addition to the decoder."""
         return [self.model.lm_head]
 
@@ -132,7 +134,7 @@ class Subject:
 class JanusSubject(Subject):
     """Janus with its own `generate`, including sampling, guidance and masks."""
 
-    def heads(self) -> list[torch.nn.Module]:
+    def output_modules(self) -> list[torch.nn.Module]:
         return [self.model.model.generation_head, self.model.model.generation_aligner]
 
     def generate(self, cache: Cache, batch_size: int, num_tokens: int, on_step: OnStep) -> None:
@@ -169,16 +171,9 @@ class _Ticker(LogitsProcessor):
 
 
 def head_map_for(name: str, grid: Grid | None = None) -> HeadMap:
-    """The head map for a measurement, found without loading weights: the model's own map, or random labels.
+    """The model's own head map, or random labels, found without loading weights; arguments as for `load_subject`.
 
     Random labels are good enough, because the speed of a cache hardly depends on the labels.
-
-    Args:
-        name: a shape of `SHAPES`, or a checkpoint as for `find_generator`.
-        grid: rows and columns for a checkpoint, as for `find_generator`.
-
-    Raises:
-        GeneratorError: an unknown name, or a grid that the model does not generate.
     """
     if name in SHAPES:
         rows, columns = SHAPES[name].grid
@@ -198,7 +193,16 @@ def _random_map(num_layers: int, num_kv_heads: int, grid: Grid, previews: Sequen
 
 
 def load_subject(name: str, dtype: torch.dtype, device: torch.device, grid: Grid | None = None) -> Subject:
-    """Load a model by name, with the head map of `head_map_for`; raises GeneratorError as that function does."""
+    """Load a model by name, with the head map of `head_map_for`.
+
+    Args:
+        name: a shape of `SHAPES`, or a checkpoint as for `find_generator`.
+        dtype, device: of the model.
+        grid: rows and columns for a checkpoint, as for `find_generator`.
+
+    Raises:
+        GeneratorError: an unknown name, a grid that the model does not generate, or a model that is not like Llama.
+    """
     head_map = head_map_for(name, grid)
     if name in SHAPES:
         model, num_prompt = make_model(SHAPES[name], dtype, device), SHAPES[name].num_prompt

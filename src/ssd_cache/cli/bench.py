@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ssd_cache.bench import SHAPES, Report, choose_cases, choose_windows, load_subject, run
+from ssd_cache.bench import SHAPES, choose_cases, choose_windows, load_subject, run
 from ssd_cache.bench.roofline import COPY_BYTES
 from ssd_cache.bench.subject import head_map_for
 from ssd_cache.bench.tables import all_tables, condition_lines, to_markdown
@@ -110,13 +110,13 @@ def bench(
     in interleaved rounds. The baselines are transformers' own full caches and
     this machine's roofline. Random models have random head maps.
     """
-    batch_sizes, limit, rasters = _parse_batch_sizes(batch_size), _parse_memory(memory), parse_grid(grid)
+    batch_sizes, limit, asked_grid = _parse_batch_sizes(batch_size), _parse_memory(memory), parse_grid(grid)
     with refusing():
         where = resolve_device(device)
         if where.type not in COPY_BYTES:
             raise WrongUse(f"--device {device}: the bench measures on {' and '.join(COPY_BYTES)}")
         kind = resolve_dtype(dtype, where)
-        head_map = head_map_for(model, rasters)
+        head_map = head_map_for(model, asked_grid)
         cases = choose_cases(
             head_map,
             policies=policies,
@@ -128,7 +128,7 @@ def bench(
     if output is not None:
         check_place("--output", output, is_folder=True)
     with refusing():
-        subject = load_subject(model, kind, where, rasters)
+        subject = load_subject(model, kind, where, asked_grid)
     for report in run(
         subject,
         cases,
@@ -141,7 +141,9 @@ def bench(
         progress=True,
     ):
         if output is not None:
-            _write(report, output)
+            output.mkdir(parents=True, exist_ok=True)
+            pages = {"bench.json": report.to_json(), "bench.md": to_markdown(report)}
+            write_files({output / name: text.encode() for name, text in pages.items()})
     console = Console(highlight=False, markup=False)
     for cells in all_tables(report):
         console.print(cells.to_rich())
@@ -175,13 +177,3 @@ def _command(context: typer.Context) -> str:
         elif value is not None:
             words += [f"--{option}", value.name if isinstance(value, Path) else str(value)]
     return shlex.join(words)
-
-
-def _write(report: Report, output: Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    write_files(
-        {
-            output / "bench.json": report.to_json().encode(),
-            output / "bench.md": to_markdown(report).encode(),
-        }
-    )

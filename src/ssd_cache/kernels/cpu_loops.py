@@ -101,16 +101,9 @@ def is_packed(weight: torch.Tensor, place: torch.Tensor) -> bool:
 def linear(
     states: torch.Tensor, weight: torch.Tensor, place: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """`torch.nn.functional.linear` on a packed weight, in float32.
+    """`F.linear` of states `[..., in]` and a weight `[out, in]` that `pack` wrote to `place`, in float32.
 
-    Args:
-        states: `[..., in]`.
-        weight: `[out, in]`; 32 of its numbers are compared with the packed ones.
-        place: where `pack` wrote the weight.
-        bias: `[out]`, or None.
-
-    Returns:
-        `[..., out]`; None when the weight has changed since it was packed.
+    32 numbers of the weight are compared with the packed ones; if one differs, the result is None.
 
     Raises:
         ValueError: the loop cannot take these tensors; torch may still be able to multiply them.

@@ -84,11 +84,11 @@ def _try(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, v
     num_prompt, num_slots, number, buffer, scaling = 5, 150, 139, 8, head_dim**-0.5
     end, generator = num_prompt + number, torch.Generator().manual_seed(0)
 
-    def draw(*shape: int) -> torch.Tensor:
+    def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    query, new_key, new_value = draw(2, 2, groups, head_dim), draw(2, 2, 1, head_dim), draw(2, 2, 1, value_dim)
-    keys, values = draw(2, 2, num_prompt + num_slots, head_dim), draw(2, 2, num_prompt + num_slots, value_dim)
+    query, new_key, new_value = random(2, 2, groups, head_dim), random(2, 2, 1, head_dim), random(2, 2, 1, value_dim)
+    keys, values = random(2, 2, num_prompt + num_slots, head_dim), random(2, 2, num_prompt + num_slots, value_dim)
     heads, mask = torch.tensor([1, 0]), torch.ones(2, num_prompt + num_slots, dtype=torch.bool)
     mask[1, :2] = not has_mask
     given = [query, new_key, new_value, keys, values, torch.zeros(2, 1, num_slots), heads, mask, torch.tensor(number)]

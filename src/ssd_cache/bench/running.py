@@ -18,6 +18,7 @@ from ssd_cache.bench.cases import Case
 from ssd_cache.bench.roofline import synchronize
 from ssd_cache.bench.subject import Subject
 from ssd_cache.cache.cache import SSDCache
+from ssd_cache.io.showing import first_line
 
 NUM_WINDOWS = 4
 
@@ -127,8 +128,7 @@ def measure(
                     except Exception as error:  # the compiler's errors have no common class
                         if not result.case.is_compiled:
                             raise
-                        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                        result.failure = f"cannot be compiled here: {reason}"
+                        result.failure = f"cannot be compiled here: {first_line(error)}"
                 bar.update()
     return results
 

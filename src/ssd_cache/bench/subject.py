@@ -15,7 +15,6 @@ from transformers import (
     Cache,
     GlmImageForConditionalGeneration,
     JanusForConditionalGeneration,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
 )
@@ -143,6 +142,11 @@ class JanusSubject(Subject):
         prompt[:, 0], prompt[:, -1] = ids.bos_token_id, ids.generation_kwargs["boi_token_id"]
         if seen:
             prompt = prompt[:, -1:]  # the last token before the next step; all earlier tokens are in the cache
+
+        def tick(input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            on_step()
+            return logits
+
         config = model.model.vision_model.config
         whole, config.num_image_tokens = config.num_image_tokens, num_tokens
         try:
@@ -153,21 +157,10 @@ class JanusSubject(Subject):
                 **{CACHE: cache},
                 guidance_scale=GUIDANCE_SCALE,
                 do_sample=True,
-                logits_processor=LogitsProcessorList([_Ticker(on_step)]),
+                logits_processor=LogitsProcessorList([tick]),
             )
         finally:
             config.num_image_tokens = whole
-
-
-class _Ticker(LogitsProcessor):
-    """Calls `on_step` at every step; does not change the logits."""
-
-    def __init__(self, on_step: OnStep):
-        self.on_step = on_step
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.on_step()
-        return scores
 
 
 def head_map_for(name: str, grid: Grid | None = None) -> HeadMap:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ssd_cache.io.showing import first_line
 from ssd_cache.kernels import cpu_library
 from ssd_cache.kernels.checks import PLAIN, Arguments, check
 
@@ -37,8 +38,9 @@ def library() -> ctypes.CDLL | None:
         names = ("linear", "is_packed", *DECODERS.values())
         found = cpu_library.load(Path(__file__).with_suffix(".cpp"), functions=names)
     except Exception as error:  # compilers, loaders and torch's private modules raise many unrelated classes
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        warnings.warn(f"fast_decode goes on without ssd-cache's own loops for the CPU: {reason}", stacklevel=2)
+        warnings.warn(
+            f"fast_decode goes on without ssd-cache's own loops for the CPU: {first_line(error)}", stacklevel=2
+        )
         return None
     if found is None:
         return None

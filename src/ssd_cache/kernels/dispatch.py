@@ -14,6 +14,7 @@ import warnings
 
 import torch
 
+from ssd_cache.io.showing import first_line
 from ssd_cache.kernels import cpu_loops as cpu_kernels
 from ssd_cache.kernels.checks import DTYPES, PLAIN, Arguments
 
@@ -71,7 +72,7 @@ def passes_trial(device: torch.device, dtype: torch.dtype, groups: int, head_dim
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:  # compilers and drivers raise many unrelated classes
-        failed = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
+        failed = first_line(failure)
     if failed:
         warnings.warn(
             f"ssd-cache's kernel does not serve on this {device.type}, torch's attention does: {failed}", stacklevel=2

@@ -1,4 +1,4 @@
-"""Put what `make bench-gpu` measured into performance.md, and its JSON and plots beside that page.
+"""Put what `make bench-gpu` measured into performance.md, and its JSON beside that page.
 
     python docs/fill_gpu.py RESULTS
 
@@ -31,11 +31,9 @@ def main(results: Path, docs: Path = Path(__file__).parent) -> None:
     files, sections = {}, [HEADING]
     for folder in found:
         name = f"bench-gpu-{folder.name}"
-        files |= {docs / f"{name}{kind}": (folder / f"bench{kind}").read_bytes() for kind in (".json", ".png")}
+        files[docs / f"{name}.json"] = (folder / "bench.json").read_bytes()
         table = re.sub("^(#+ )", r"##\1", (folder / "bench.md").read_text("utf-8").strip(), flags=re.MULTILINE)
-        sections.append(
-            f"{table}\n\n![Speed and memory, {folder.name}]({name}.png)\n\n[All of it as JSON]({name}.json)\n"
-        )
+        sections.append(f"{table}\n\n[All of it as JSON]({name}.json)\n")
     # the page last, so that whatever it shows is there
     write_files({**files, page: (before + BEGIN + "\n".join(sections) + END + after).encode()})
     typer.echo(f"{page} holds the tables of {', '.join(folder.name for folder in found)}")

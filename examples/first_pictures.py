@@ -14,20 +14,19 @@ import torch
 import typer
 
 from ssd_cache._compat import CACHE
-from ssd_cache.bench.cases import choose, default_cases, rivals
+from ssd_cache.bench import choose_cases, load_subject
 from ssd_cache.bench.roofline import synchronize
-from ssd_cache.bench.subject import load_subject
 
 
 @torch.no_grad()
 def main(cache: str, steps: bool = False, model: str = "small-cpu", batch_size: int = 8, device: str = "cpu") -> None:
     """Print the seconds, and the tokens per second, of BATCH_SIZE images with guidance."""
     subject = load_subject(model, torch.float32, torch.device(device))
-    (case,) = choose([*rivals()[0], *default_cases()], [cache])
-    rows, number = subject.rows_per_picture * batch_size, subject.head_map.num_visual_tokens - steps
+    (case,) = choose_cases(subject.head_map, names=[cache])
+    rows, number = subject.rows_per_image * batch_size, subject.head_map.num_visual_tokens - steps
     with case.running(subject):
         if case.is_compiled:
-            subject.draw(case.make_cache(subject), batch_size, 3, lambda: None)
+            subject.generate(case.make_cache(subject), batch_size, 3, lambda: None)
         held = case.make_cache(subject)
         if steps:
             decoder = subject.model.get_decoder()
@@ -41,7 +40,7 @@ def main(cache: str, steps: bool = False, model: str = "small-cpu", batch_size: 
             for _ in range(number):
                 decoder(inputs_embeds=step, use_cache=True, **{CACHE: held})
         else:
-            subject.draw(held, batch_size, number, lambda: None)
+            subject.generate(held, batch_size, number, lambda: None)
         synchronize(subject.model.device)
         seconds = time.perf_counter() - start
     what = f"{number} steps" if steps else f"{batch_size} pictures"

@@ -20,9 +20,6 @@ from test_retention import runs, same_as_plain_loops
 
 from ssd_cache import HeadMap, SSDCache, fast_decode
 from ssd_cache._compat import CACHE
-from ssd_cache.bench.cases import Case
-from ssd_cache.bench.sizes import expected_bytes, held_bytes
-from ssd_cache.bench.subject import JanusSubject
 from ssd_cache.kernels import cpu_loops as cpu_kernels
 from ssd_cache.kernels import dispatch as fused
 
@@ -178,15 +175,6 @@ def test_gradients_and_another_attention_in_mid_picture_are_refused():
     model.set_attn_implementation("sdpa")
     with pytest.raises((ValueError, AttributeError), match="'ssd'"):
         model(inputs[:, :1], past_key_values=cache)
-
-
-@pytest.mark.parametrize("policy", ["ssd:buffer=2", "ssd:kv_dtype=int8,buffer=2"])
-def test_bytes_by_formula_are_those_of_the_tensors(policy):
-    subject = JanusSubject("tiny", tiny_janus(grid_side=4), LABELS, num_prompt=8)
-    case = Case(policy, 8, is_compiled=not INTERPRETS)  # the CPU's loops are chosen in compiled steps alone
-    cache = case.make_cache(subject)
-    subject.draw(cache, 2, 16, lambda: None)
-    assert held_bytes(cache) == expected_bytes(subject, case, num_pictures=2)
 
 
 def test_a_kernel_that_fails_or_errs_is_not_used(monkeypatch):

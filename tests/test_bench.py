@@ -5,6 +5,7 @@ How fast anything is, is not tested.
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import subprocess
@@ -16,50 +17,27 @@ import torch
 from compiling import needs_compiler
 from tiny_checkpoint import write_checkpoint
 from torch._dynamo.utils import counters
-from transformers import (
-    AttentionInterface,
-    DynamicCache,
-    JanusForConditionalGeneration,
-    LlamaConfig,
-    LlamaForCausalLM,
-    cache_utils,
-)
+from transformers import DynamicCache, JanusForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from ssd_cache.bench import (
-    SHAPES,
-    Case,
-    Plan,
-    Report,
-    choose,
-    choose_stretches,
-    default_cases,
-    load_subject,
-    product_cases,
-    rivals,
-    run,
-)
+from ssd_cache import HeadMap
+from ssd_cache.bench import SHAPES, Case, Report, choose_cases, choose_windows, load_subject, run
 from ssd_cache.bench import roofline as roofline_module
-from ssd_cache.bench.capacity import find_capacity, most, parse_memory, try_capacity
-from ssd_cache.bench.figure import draw_report
-from ssd_cache.bench.peak import can_tell_peak, peak_of
+from ssd_cache.bench.peak import can_read_peak, peak_of
 from ssd_cache.bench.results import Row, summarize
-from ssd_cache.bench.roofline import Machine, StepWork, measure_machine, step_work
-from ssd_cache.bench.running import Measurement, measure
+from ssd_cache.bench.roofline import Machine, StepWork, mean_tokens_read, measure_machine, step_work
+from ssd_cache.bench.run import weight_bytes
+from ssd_cache.bench.running import Measurement, held_bytes, measure, timed_positions
 from ssd_cache.bench.shapes import TINY_TOWERS, Shape, janus_config, make_model
-from ssd_cache.bench.sizes import expected_bytes, held_bytes, mean_tokens_read, weight_bytes
-from ssd_cache.bench.split import EVICTING, split_time
-from ssd_cache.bench.stretches import Stretch
-from ssd_cache.bench.subject import find_head_map
-from ssd_cache.bench.tables import all_tables, condition_lines, number, share, to_markdown
-from ssd_cache.cache.slots import SlotStore
+from ssd_cache.bench.subject import head_map_for
+from ssd_cache.bench.tables import all_tables, condition_lines, number, to_markdown
 from ssd_cache.cli import app
-from ssd_cache.evaluation.policies import parse_policies
+from ssd_cache.cli.bench import _parse_memory
+from ssd_cache.cli.errors import WrongUse
 
 ROOT = Path(__file__).parents[1]
 
 CPU = torch.device("cpu")
-HAS_FP8 = hasattr(cache_utils, "Fp8QuantizedLayer")
 
 
 def tiny_janus_config():
@@ -111,15 +89,10 @@ def janus():
     return load_subject("tiny-janus", torch.float32, CPU)
 
 
-CASES = [
-    Case("DynamicCache"),
-    Case("StaticCache"),
-    *product_cases(
-        parse_policies("full,ssd,ssd:buffer=1,ssd:num_sinks=2,ssd:kv_dtype=int8,h2o,streaming-llm,linear,margin"),
-        [0.4, 30],
-        is_compiled=False,
-    ),
-]
+HEAD_MAP = HeadMap(torch.tensor([[True, False], [False, True]]), (8, 8))
+POLICIES = "full,ssd,ssd:buffer=1,ssd:num_sinks=2,ssd:kv_dtype=int8,h2o,streaming-llm,linear,margin"
+MAP_24 = HEAD_MAP.with_grid((24, 24))
+CASES = choose_cases(HEAD_MAP, policies=POLICIES, budgets=[0.4, 30], is_compiled=False)
 
 
 # --- models by shape
@@ -161,68 +134,49 @@ def test_weights_are_random_repeatable_and_of_the_dtype():
     assert layer.mlp.up_proj.weight.float().std().item() == pytest.approx(0.02, rel=0.1)
 
 
-# --- drawing
+# --- generating
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[3]], ids=lambda case: case.name)
-def test_drawing_goes_on_from_a_filled_cache(subject, case):
+def test_generation_continues_from_a_filled_cache(subject, case):
     cache, ticks = case.make_cache(subject), []
     attention = subject.config._attn_implementation
     with case.running(subject):
         subject.fill(cache, 2, subject.num_prompt + 20)
         assert int(cache.get_seq_length()) == subject.num_prompt + 20
-        subject.draw(cache, 2, 5, lambda: ticks.append(1))
+        subject.generate(cache, 2, 5, lambda: ticks.append(1))
         assert int(cache.get_seq_length()) == subject.num_prompt + 25
         subject.fill(cache, 2, subject.num_prompt + 40)
-        subject.draw(cache, 2, 3, lambda: ticks.append(1))
+        subject.generate(cache, 2, 3, lambda: ticks.append(1))
     assert int(cache.get_seq_length()) == subject.num_prompt + 43
     assert len(ticks) == 8
     assert subject.config._attn_implementation == attention
     whole, cells = DynamicCache(), subject.head_map.num_visual_tokens
-    subject.draw(whole, 2, cells, lambda: None)
+    subject.generate(whole, 2, cells, lambda: None)
     assert whole.get_seq_length() == subject.length - 1  # the last token is not fed
-    assert whole.layers[0].keys.shape[0] == 4  # two rows a picture
+    assert whole.layers[0].keys.shape[0] == 4  # two rows an image
 
 
-def test_janus_draws_whole_pictures_again_afterwards(janus):
+def test_janus_generates_whole_images_again_afterwards(janus):
     with pytest.raises(ZeroDivisionError):
-        janus.draw(DynamicCache(), 1, 3, lambda: 1 / 0)
+        janus.generate(DynamicCache(), 1, 3, lambda: 1 / 0)
     assert janus.model.model.vision_model.config.num_image_tokens == 64
 
 
-def test_stretches_lie_around_the_middles_of_the_quarters():
-    assert choose_stretches(576, None) == [Stretch(0, 576)]
-    assert choose_stretches(576, 96) == [Stretch(start, 24) for start in (60, 204, 348, 492)]
-    mean = sum(sum(stretch.positions) for stretch in choose_stretches(576, 96)) / (4 * 23)
-    assert mean == 288
+def test_windows_lie_around_the_middles_of_the_quarters():
+    assert choose_windows(576, None) == [range(576)]
+    assert choose_windows(576, 96) == [range(start, start + 24) for start in (60, 204, 348, 492)]
+    positions = timed_positions(choose_windows(576, 96))
+    assert (len(positions), sum(positions) / len(positions)) == (4 * 23, 288)
+    assert timed_positions([range(5)]) == [0, 1, 2, 3], "the first step of an image feeds the prompt"
     for tokens in (8, 62):
-        stretches = choose_stretches(64, tokens)
-        assert all(stretch.start >= 1 and stretch.start + stretch.num_tokens <= 64 for stretch in stretches)
+        assert all(window.start >= 1 and window.stop <= 64 for window in choose_windows(64, tokens))
     for tokens in (-1, 7, 64):
-        with pytest.raises(ValueError, match=f"{tokens} tokens to draw: give 8 to 63"):
-            choose_stretches(64, tokens)
+        with pytest.raises(ValueError, match=f"{tokens} tokens to generate: give 8 to 63"):
+            choose_windows(64, tokens)
 
 
 # --- formulas against tensors and steps
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_expected_bytes_are_those_of_the_tensors(subject, case):
-    cache = case.make_cache(subject)
-    with case.running(subject):
-        subject.draw(cache, 2, subject.head_map.num_visual_tokens, lambda: None)
-    assert held_bytes(cache) == expected_bytes(subject, case, num_pictures=2)
-    one, three = (expected_bytes(subject, case, count).total for count in (1, 3))
-    assert three == 3 * one
-
-
-@pytest.mark.skipif(not HAS_FP8, reason="this version of transformers has no fp8 cache")
-def test_a_quantized_cache_is_counted_with_its_scales_and_has_no_formula(janus):
-    case = Case("QuantizedCache", backend="fp8")
-    cache = case.make_cache(janus)
-    janus.fill(cache, 1, 20)
-    assert held_bytes(cache).key_value == 2 * 2 * 2 * 2 * 20 * 16  # layers, K and V, rows, heads, tokens, one byte each
-    assert expected_bytes(janus, case) is None
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -232,19 +186,20 @@ def test_tokens_read_are_those_that_the_steps_see(subject, case, start):
 
     def look():
         if case.is_full:
-            return seen.append(int(cache.get_seq_length()))
+            return seen.append(int(cache.get_seq_length()) - subject.num_prompt)
         stored = [
             store.num_stored for layer in cache.layers for store in layer.stores for _ in range(store.keys.shape[1])
         ]
-        return seen.append(subject.num_prompt + sum(stored) / max(1, len(stored)))
+        return seen.append(sum(stored) / max(1, len(stored)))
 
-    stretch = Stretch(start, subject.head_map.num_visual_tokens - start)
+    window = range(start, subject.head_map.num_visual_tokens)
     with case.running(subject):
         if start:
             subject.fill(cache, 1, subject.num_prompt + start)
-        subject.draw(cache, 1, stretch.num_tokens, look)
-    assert len(seen[1:]) == len(stretch.positions)
-    assert mean_tokens_read(subject, case, list(stretch.positions)) == pytest.approx(sum(seen[1:]) / len(seen[1:]))
+        subject.generate(cache, 1, len(window), look)
+    positions = timed_positions([window])
+    assert len(seen[1:]) == len(positions)
+    assert mean_tokens_read(subject, case, positions) == pytest.approx(sum(seen[1:]) / len(seen[1:]))
 
 
 def test_a_steps_work_is_counted_out():
@@ -252,7 +207,7 @@ def test_a_steps_work_is_counted_out():
     cache = DynamicCache()
     subject.fill(cache, 3, subject.num_prompt + 10)  # visual tokens 0 to 9
     work = step_work(subject, Case("DynamicCache"), 3, [9])
-    assert work.key_value_bytes == held_bytes(cache).key_value
+    assert (work.key_value_bytes, 0) == held_bytes(cache)
     products = 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64) + 32 * 64  # q, k and v, o, MLP; the head
     norms = 2 * 2 * 32 + 32
     int8 = step_work(subject, Case("ssd:kv_dtype=int8", 1.0), 3, [9])
@@ -266,8 +221,6 @@ def test_a_step_takes_what_its_slower_half_takes():
     work = StepWork(weight_bytes=600, key_value_bytes=400.0, operations=50.0)
     assert work.least_seconds(Machine(copy_speed=100.0, matrix_speed=100.0)) == 10.0  # memory
     assert work.least_seconds(Machine(copy_speed=1000.0, matrix_speed=10.0)) == 5.0  # products
-    row = Row("x", 1, step_ms=40.0, least_ms=10.0)
-    assert row.roofline_share == 0.25
 
 
 def test_the_machine_is_measured():
@@ -276,51 +229,41 @@ def test_the_machine_is_measured():
     assert 0 < machine.matrix_speed < math.inf
 
 
-# --- pictures that fit
+# --- memory
 
 
 @pytest.mark.parametrize(
     ("text", "expected"), [("24GB", 24 * 10**9), ("24 GiB", 24 * 2**30), ("1.5gb", 15 * 10**8), ("80MB", 8 * 10**7)]
 )
 def test_memory_is_read(text, expected):
-    assert parse_memory(text) == expected
+    assert _parse_memory(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "24", "GB", "0GB", "24 apples", "-1GB"])
 def test_what_is_no_memory_is_refused(text):
-    with pytest.raises(ValueError, match="is no amount of memory"):
-        parse_memory(text)
+    with pytest.raises(WrongUse, match=f"--memory {text}: give a number and one of MB, GB"):
+        _parse_memory(text)
 
 
-def test_the_formula_says_how_many_pictures_fit(janus):
-    weights = weight_bytes(janus)
-    of_picture = 2 * 2 * 2 * 68 * 2 * 16 * 4  # rows, layers, heads, tokens, K and V, head_dim, bytes
-    for count in (0, 1, 7):
-        found = find_capacity(janus, Case("DynamicCache"), weights + count * of_picture + of_picture - 1)
-        assert (found.picture_bytes, found.by_formula, found.by_trying) == (of_picture, count, None)
-    assert find_capacity(janus, Case("DynamicCache"), 1).by_formula == 0
-    static, ssd = (find_capacity(janus, case, weights + 10**8) for case in (CASES[1], Case("ssd", 0.2)))
-    assert ssd.by_formula > 3 * static.by_formula
-
-
-@pytest.mark.parametrize("at_most", [0, 1, 7, 100])
-def test_trying_finds_the_most_that_fits(at_most):
-    for limit in range(at_most + 2):
-        asked = []
-
-        def fits(number, limit=limit, asked=asked):
-            asked.append(number)
-            return number <= limit
-
-        assert most(fits, at_most) == min(limit, at_most)
-        assert len(asked) == len(set(asked)) <= 1 + math.ceil(math.log2(at_most + 1))
+@pytest.mark.parametrize("windows", [None, 32], ids=["whole", "windows"])
+def test_bytes_are_those_at_the_end_of_an_image(janus, windows):
+    cases = [Case("DynamicCache"), Case("StaticCache"), Case("ssd", 16), Case("ssd:kv_dtype=int8", 16)]
+    results = measure(janus, cases, choose_windows(64, windows), batch_size=3, rounds=1)
+    heads, token = 3 * 2 * 2 * 2, 2 * 16 * 4  # images, rows, layers, heads; K and V, head_dim, bytes
+    assert [result.key_value for result in results] == [
+        heads * (5 + 63) * token,  # the last token is not fed
+        heads * (5 + 64) * token,
+        heads * (5 + 16) * token,
+        heads * (5 * token + 16 * 2 * (16 + 4)),  # a byte each, and a scale
+    ]
+    assert [result.bookkeeping > 0 for result in results] == [False, False, True, True]
 
 
 # --- caches to compare
 
 
 def test_a_checkpoint_is_measured_with_its_maps_own_settings():
-    names = [case.name for case in default_cases(True, find_head_map("shapes-janus"))]
+    names = [case.name for case in choose_cases(head_map_for("shapes-janus"))][3:]
     assert names[:5] == [
         "learned 100%",
         "learned 50%",
@@ -329,24 +272,25 @@ def test_a_checkpoint_is_measured_with_its_maps_own_settings():
         "learned:buffer=1 20%",
     ]
     assert names[5:] == ["ssd 20%", "h2o 20%", "streaming-llm 20%"]
-    assert [case.name for case in default_cases(True, find_head_map("small-cpu"))] == [
-        case.name for case in default_cases()
-    ]
+    names = [case.name for case in choose_cases(head_map_for("small-cpu"))][3:]
+    assert names[:5] == ["ssd 100%", "ssd 50%", "ssd 20%", "ssd 20%, fast_decode", "ssd:buffer=1 20%"]
+    assert names[5:] == ["h2o 20%", "streaming-llm 20%"]
 
 
 def test_names_of_cases_tell_them_apart():
-    cases = [*rivals()[0], *default_cases()]
+    cases = choose_cases(MAP_24)
     names = [case.name for case in cases]
     assert len(set(names)) == len(names)
     assert {"DynamicCache", "StaticCache", "StaticCache, compiled", "ssd 20%", "ssd 20%, fast_decode"} <= set(names)
-    assert choose(cases, ["ssd 20%", "DynamicCache"]) == [Case("DynamicCache"), Case("ssd", 0.2)]
+    chosen = choose_cases(MAP_24, names=["ssd 20%", "DynamicCache"])
+    assert chosen == [Case("DynamicCache"), Case("ssd", 0.2)]
     with pytest.raises(ValueError, match="no cache 'ssd 21%': give names of DynamicCache; "):
-        choose(cases, ["ssd 21%"])
-    assert not any(case.is_compiled for case in (*rivals(False)[0], *default_cases(False)))
+        choose_cases(MAP_24, names=["ssd 21%"])
+    assert not any(case.is_compiled for case in choose_cases(MAP_24, is_compiled=False))
 
 
 def test_every_policy_comes_at_every_budget():
-    cases = product_cases(parse_policies("full,ssd:buffer=4"), [0.5, 20], is_compiled=True)
+    cases = choose_cases(HEAD_MAP, policies="full,ssd:buffer=4", budgets=[0.5, 20])[3:]
     assert [case.name for case in cases] == [
         "full 100%",
         "full 100%, fast_decode",
@@ -359,20 +303,6 @@ def test_every_policy_comes_at_every_budget():
     assert (cache.buffer, cache.layers[0].plan.num_slots) == (4, (20, 20))
 
 
-def test_a_quantized_cache_without_a_backend_is_left_out_with_a_line(monkeypatch):
-    def quantized():
-        cases, left_out = rivals()
-        return [case.backend for case in cases if case.cache == "QuantizedCache"], [
-            line.split(":")[0] for line in left_out
-        ]
-
-    fp8, without_fp8 = (["fp8"], []) if HAS_FP8 else ([], ["QuantizedCache of fp8"])
-    monkeypatch.setattr("ssd_cache.bench.cases.QUANTIZED_BACKENDS", {"quanto": "no_such.module"})
-    assert quantized() == (fp8, [*without_fp8, "QuantizedCache of 4 bits"])
-    monkeypatch.setattr("ssd_cache.bench.cases.QUANTIZED_BACKENDS", {"quanto": "json"})
-    assert quantized() == ([*fp8, "quanto"], without_fp8)
-
-
 # --- running
 
 
@@ -380,134 +310,102 @@ def test_a_quantized_cache_without_a_backend_is_left_out_with_a_line(monkeypatch
 def test_compiled_caches_compile_once_and_leave_nothing(janus):
     cases = [Case("StaticCache"), Case("StaticCache", is_compiled=True), Case("ssd", 0.4, is_compiled=True)]
     counters.clear()
-    results = measure(janus, cases, choose_stretches(64, 16), batch_size=2, rounds=2)
+    results = measure(janus, cases, choose_windows(64, 16), batch_size=2, rounds=2)
     assert counters["stats"]["unique_graphs"] == 2, "one graph for each compiled cache, in the round that warms up"
     assert [result.failure for result in results] == [None] * 3
     assert [len(result.seconds) for result in results] == [2, 2, 2]
     assert "forward" not in vars(janus.model.get_decoder())
-    assert results[0].held == results[1].held == expected_bytes(janus, cases[0], 2)
-    split = split_time(janus, cases[2], 2, choose_stretches(64, 32))
-    assert split.attention is None
-    assert split.evicting > 0
+    assert results[0].key_value == results[1].key_value > results[2].key_value > 0
 
 
 @needs_compiler
-def test_what_can_not_be_compiled_says_so_and_the_rest_goes_on(janus):
+def test_what_cannot_be_compiled_says_so_and_the_rest_goes_on(janus):
     cases = [Case("StaticCache", is_compiled=True), Case("StaticCache")]
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}):
-        broken, fine = measure(janus, cases, choose_stretches(64, 16), batch_size=3, rounds=1)
-    assert broken.failure.startswith("can not be compiled here: ")
+        broken, fine = measure(janus, cases, choose_windows(64, 16), batch_size=3, rounds=1)
+    assert broken.failure.startswith("cannot be compiled here: ")
     assert (broken.seconds, len(fine.seconds)) == ([], 1)
     assert "forward" not in vars(janus.model.get_decoder())
     torch.compiler.reset()
 
 
-def test_the_time_is_split_into_parts_that_add_up(subject):
-    plain = {name: getattr(SlotStore, name) for name in EVICTING}
-    attention = dict(AttentionInterface())
-    stretches = choose_stretches(subject.head_map.num_visual_tokens, 32)
-    for case in (Case("DynamicCache"), Case("ssd:buffer=1", 0.4)):
-        split = split_time(subject, case, 1, stretches)
-        parts = split.attention, split.storing, split.evicting, split.elsewhere
-        assert sum(parts) == pytest.approx(1)
-        assert min(split.attention, split.storing, split.elsewhere) > 0
-        assert (split.evicting > 0) == (not case.is_full)
-    assert {name: getattr(SlotStore, name) for name in EVICTING} == plain
-    assert dict(AttentionInterface()) == attention
-
-
-@pytest.mark.skipif(not can_tell_peak(), reason="this system does not tell the peak of a process")
+@pytest.mark.skipif(not can_read_peak(), reason="this system does not report the peak of a process")
 def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path):
     folder = write_checkpoint(tmp_path / "model")
     ballast = torch.ones(2**28)  # 1 GiB here must not be seen there
     small, large = (peak_of(str(folder), torch.float32, Case("DynamicCache"), batch) for batch in (1, 400))
     del ballast
-    assert 0 < small.before <= small.peak < 2**30
-    grown = 399 * 2 * 2 * 32 * 2 * 4 * 80  # pictures, rows, layers, hidden, K and V, bytes, tokens: at least so much
-    assert large.peak > small.peak + grown
+    assert 0 < small < 2**30
+    grown = 399 * 2 * 2 * 32 * 2 * 4 * 80  # images, rows, layers, hidden, K and V, bytes, tokens: at least so much
+    assert large > small + grown
+
+
+RUN_CASES = [Case("DynamicCache"), Case("StaticCache"), Case("ssd", 0.4)]
 
 
 @pytest.fixture
-def plan(janus):
-    cases = [Case("DynamicCache"), Case("StaticCache"), Case("ssd", 0.4)]
-    return Plan(cases, [1, 2], choose_stretches(64, None), 2, 10**8, False, "ssd-cache bench --x", ["a line"])
+def reports(janus):
+    sizes = {"batch_sizes": [1, 2], "windows": choose_windows(64, None), "rounds": 2, "memory": 10**8}
+    return list(run(janus, RUN_CASES, **sizes, command="ssd-cache bench --x"))
 
 
-@pytest.fixture
-def reports(janus, plan):
-    return list(run(janus, plan))
-
-
-def test_a_run_tells_speed_bytes_time_and_pictures(janus, plan, reports):
-    assert [len(report.rows) for report in reports] == [3, 6, 6]  # after each batch size, then the pictures that fit
+def test_a_run_gives_speed_bytes_and_images(janus, reports):
+    assert [len(report.rows) for report in reports] == [3, 6], "after each batch size"
     report = reports[-1]
     assert [(row.cache, row.batch_size) for row in report.rows] == [
-        (case.name, batch) for batch in (1, 2) for case in plan.cases
+        (case.name, batch) for batch in (1, 2) for case in RUN_CASES
     ]
-    for row, case in zip(report.rows, plan.cases * 2, strict=True):
+    for row in report.rows:
         assert len(row.seconds) == 2
         assert row.slowest <= row.tokens_per_second <= row.fastest
         assert row.tokens_per_second == pytest.approx(64 * row.batch_size / (sum(row.seconds) / 2))
-        assert row.pictures_per_second == pytest.approx(row.tokens_per_second / 64)
+        assert row.images_per_second == pytest.approx(row.tokens_per_second / 64)
         assert [position for position, _ in row.curve] == list(range(63))
         assert row.step_ms == pytest.approx(sum(ms for _, ms in row.curve) / 63, rel=0.01)
         assert len(row.quarters_ms) == 4
-        assert (row.key_value, row.bookkeeping) == (
-            expected_bytes(janus, case, row.batch_size).key_value,
-            expected_bytes(janus, case, row.batch_size).bookkeeping,
-        )
-        assert row.split.elsewhere > 0
+        of_image = (row.key_value + row.bookkeeping) // row.batch_size
+        assert row.images_that_fit == (10**8 - weight_bytes(janus)) // of_image
         assert row.least_ms == pytest.approx(1000 * row.work.least_seconds(report.machine))
-    assert [entry.cache for entry in report.capacities] == [case.name for case in plan.cases]
+    dynamic, static, ssd = (row.images_that_fit for row in report.rows[:3])
+    assert ssd > 1.5 * dynamic >= 1.5 * static
 
 
-def test_seconds_become_speeds_and_growth():
+def test_seconds_become_speeds():
     steps = [[0.010 + 0.0001 * position for position in range(63)] for _ in range(3)]
     steps[1] = [2 * step for step in steps[1]]  # a slow round does not move the medians
     steps[0][20], steps[2][20] = 9.0, 9.0  # nor a slow step, but for the mean
-    measured = Measurement(Case("DynamicCache"), 2, seconds=[1.0, 2.0, 0.5], steps=steps)
-    row = summarize(measured, choose_stretches(64, None), 64, machine=Machine(1, 1))
-    assert (row.slowest, row.tokens_per_second, row.fastest, row.pictures_per_second) == (64, 128, 256, 2)
+    measured = Measurement(Case("DynamicCache"), 2, seconds=[1.0, 2.0, 0.5], steps=steps, key_value=100)
+    row = summarize(measured, choose_windows(64, None), 64, machine=Machine(1, 1), work=StepWork(1, 1.0, 1.0))
+    assert (row.slowest, row.tokens_per_second, row.fastest, row.images_per_second) == (64, 128, 256, 2)
     assert row.quarters_ms == pytest.approx([10.75, 12.45, 13.95, 15.5])
-    assert row.growth_ms == pytest.approx(10, rel=0.02)
     assert row.step_ms == pytest.approx(10 + 0.1 * 31 + (9000 - 12) / 63)
 
 
-def test_results_survive_json(reports):
+def test_tables_and_json_hold_the_run(reports):
     report = reports[-1]
-    again = Report.from_json(report.to_json())
-    assert again == report
-    assert to_markdown(again) == to_markdown(report)
-    with pytest.raises(ValueError, match="no result of a bench"):
-        Report.from_json("[1]")
-    with pytest.raises(ValueError, match="no result of a bench"):
-        Report.from_json(report.to_json().replace("bench 1", "bench 2"))
-
-
-def test_tables_and_plot_tell_the_run(reports):
-    report = reports[-1]
-    speed, steps, cost, *_, fit = all_tables(report)
+    speed, steps, memory, *others = all_tables(report)
     row = report.rows[2]
     cells = dict(zip(speed.heads, speed.rows[2], strict=True))
     assert cells["cache"] == "ssd 40%"
     assert cells["tokens/s"] == number(row.tokens_per_second)
     assert cells["to Dynamic"] == f"{row.tokens_per_second / report.rows[0].tokens_per_second:.2f}x"
-    assert len(steps.rows) == len(cost.rows) == len(fit.rows) == 3
-    assert dict(zip(steps.heads, steps.rows[2], strict=True))["of it"] == share(row.roofline_share)
+    assert len(others) == len(steps.rows) == len(memory.rows) == 3
+    assert dict(zip(memory.heads, memory.rows[2], strict=True))["images in 0.1 GB"] == str(row.images_that_fit)
     text = to_markdown(report)
-    for line in [report.command, *condition_lines(report)[:-1]]:
+    for line in [report.command, *condition_lines(report)]:
         assert line in text
-    assert draw_report(report).startswith(b"\x89PNG")
+    values = json.loads(report.to_json())
+    assert values["format"] == "ssd-cache bench 2"
+    assert values["rows"][2]["tokens_per_second"] == row.tokens_per_second
+    assert values["rows"][2]["work"]["weight_bytes"] == row.work.weight_bytes
 
 
-def test_a_failure_has_a_row_and_no_place_in_the_plot():
+def test_a_failure_has_a_row():
     failed = Row("StaticCache", 4, failure="out of memory")
     report = Report("c", {"weights": 1, "model": "m"}, Machine(1, 1), [failed])
-    speed, steps, cost = all_tables(report)
-    assert len(steps.rows[0]) == len(steps.heads)
-    assert speed.rows[0][:3] == ["StaticCache", "out of memory", "-"]
-    assert len(cost.rows[0]) == len(cost.heads)
-    assert draw_report(report).startswith(b"\x89PNG")
+    tables = all_tables(report)
+    assert tables[0].rows[0][:3] == ["StaticCache", "out of memory", "-"]
+    assert all(len(cells.rows[0]) == len(cells.heads) for cells in tables)
 
 
 @pytest.mark.parametrize(
@@ -536,22 +434,22 @@ def test_the_command_line_fills_a_folder_and_its_command_repeats_it(bench, tmp_p
         *("--caches", "DynamicCache;ssd 50%", "--no-peak", "--output", "out"),
     )
     assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.json", "bench.md", "bench.png"]
-    report = Report.from_json((tmp_path / "out" / "bench.json").read_text())
-    assert [(row.cache, row.batch_size) for row in report.rows] == [
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.json", "bench.md"]
+    report = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert [(row["cache"], row["batch_size"]) for row in report["rows"]] == [
         ("DynamicCache", 1),
         ("ssd 50%", 1),
         ("DynamicCache", 2),
         ("ssd 50%", 2),
     ]
-    assert report.conditions["head map"] == "made up for tests"
+    assert report["conditions"]["head map"] == "made up for tests"
     for text in ("Speed, batch 2", "ssd 50%", "to repeat it: ssd-cache bench"):
         assert text in result.stdout
     (tmp_path / "out" / "bench.md").unlink()
-    program, command, *arguments = shlex.split(report.command)
+    program, command, *arguments = shlex.split(report["command"])
     assert (program, command) == ("ssd-cache", "bench")
     assert bench(*arguments).exit_code == 0
-    assert report.command in (tmp_path / "out" / "bench.md").read_text()
+    assert report["command"] in (tmp_path / "out" / "bench.md").read_text()
 
 
 def test_the_page_on_speed_is_filled_with_what_was_measured(bench, tmp_path):
@@ -573,9 +471,7 @@ def test_the_page_on_speed_is_filled_with_what_was_measured(bench, tmp_path):
     assert "Not yet measured on a GPU" not in text
     assert text.count("#### Speed, batch 1") == 2, "each folder once, though the first was there before"
     for name in ("first", "second"):
-        report = Report.from_json((docs / f"bench-gpu-{name}.json").read_text())
-        assert report.command in text
-        assert f"(bench-gpu-{name}.png)" in text
+        assert json.loads((docs / f"bench-gpu-{name}.json").read_text())["command"] in text
     before, after = (ROOT / "docs" / "performance.md").read_text().split("<!-- /bench-gpu -->")
     assert text.startswith(before.split("<!-- bench-gpu -->")[0])
     assert text.endswith(after)
@@ -586,15 +482,15 @@ def test_the_page_on_speed_is_filled_with_what_was_measured(bench, tmp_path):
     [
         (["--batch-size", "0"], "--batch-size 0: give whole numbers from 1 up"),
         (["--batch-size", "1,x"], "--batch-size 1,x: give whole numbers"),
-        (["--rounds", "0"], "--rounds 0"),
+        (["--rounds", "0"], "--rounds"),
         (["--model", "no/such/model"], "no/such/model"),
-        (["--caches", "ssd 21%"], "--caches: no cache 'ssd 21%'"),
+        (["--caches", "ssd 21%"], "no cache 'ssd 21%'"),
         (["--policies", "sdd"], "unknown policy 'sdd'; did you mean 'ssd'?"),
         (["--policies", "ssd:buffer=1000"], "buffer=1000"),
         (["--budgets", "0.01"], "the budget gives a"),
         (["--budgets", "x"], "give a fraction of the grid"),
-        (["--tokens", "7"], "7 tokens to draw: give 8 to 575"),
-        (["--memory", "24"], "'24' is no amount of memory"),
+        (["--tokens", "7"], "7 tokens to generate: give 8 to 575"),
+        (["--memory", "24"], "--memory 24: give a number and one of MB, GB"),
         (["--dtype", "int8"], "unknown dtype 'int8'"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--device", "meta"], "--device meta: the bench measures on cpu and cuda"),
@@ -618,12 +514,8 @@ def test_help_fits_80_columns(bench, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="peaks and pictures that fit are measured on a CUDA device")
-def test_a_gpu_tells_its_peak_and_the_pictures_that_fit():
-    device = torch.device("cuda")
-    subject = load_subject("tiny-janus", torch.bfloat16, device)
-    (result,) = measure(subject, [Case("ssd", 0.4)], choose_stretches(64, 32), batch_size=2, rounds=1)
-    assert result.peak > weight_bytes(subject) + result.held.total
-    memory = torch.cuda.memory_reserved(device) + 2 * 10**8
-    expected = find_capacity(subject, Case("ssd", 0.4), memory).by_formula
-    assert 0 < try_capacity(subject, Case("ssd", 0.4), memory, expected) <= expected
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch reports the peak of a CUDA device")
+def test_a_gpu_reports_its_peak():
+    subject = load_subject("tiny-janus", torch.bfloat16, torch.device("cuda"))
+    (result,) = measure(subject, [Case("ssd", 0.4)], choose_windows(64, 32), batch_size=2, rounds=1)
+    assert result.peak > weight_bytes(subject) + result.key_value + result.bookkeeping

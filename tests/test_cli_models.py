@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from ssd_cache import HeadMap, SSDCache
-from ssd_cache.bench.peak import can_tell_peak
+from ssd_cache.bench.peak import can_read_peak
 from ssd_cache.cli import app
 from ssd_cache.models import Checkpoint, find_generator
 
@@ -160,12 +160,12 @@ def test_bench_measures_a_checkpoint_in_a_stated_grid(run, name):
     rows, columns = GRIDS[name]
     preview, cells = ("22 x 11+", 22 * 11 + rows * columns) if name == "glm" else ("", rows * columns)
     assert f"{preview}{rows} x {columns} = {cells} visual tokens" in result.stdout
-    guidance = "none, one row a picture" if name == "glm" else "5, two rows a picture"
-    assert f"guidance {guidance}, head map" in result.stdout
+    guidance = "none, one row an image" if name == "glm" else "5, two rows an image"
+    assert f"guidance: {guidance}\n" in result.stdout
     full, small = json.loads(Path("bench/bench.json").read_text())["rows"]
     assert full["cache"] == "DynamicCache"
     assert small["key_value"] < 0.7 * full["key_value"]
-    assert (small["peak"] is not None) == (name == "llama" and can_tell_peak())
+    assert (small["peak"] is not None) == (name == "llama" and can_read_peak())
     assert f"--grid {rows}x{columns}" in result.stdout
 
 

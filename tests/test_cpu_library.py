@@ -12,7 +12,7 @@ import warnings
 import pytest
 from compiling import needs_compiler
 
-from ssd_cache.kernels import cpu_library, private_cache
+from ssd_cache.kernels import cpu_library
 from ssd_cache.kernels import cpu_loops as cpu_kernels
 
 FUNCTIONS = ("first", "second")
@@ -24,7 +24,6 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="owners and modes are
 def home(tmp_path, monkeypatch):
     """The user's cache folder, not made yet."""
     tmp_path.chmod(0o755)
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -56,7 +55,7 @@ def test_it_is_built_once_in_a_folder_of_this_users_own(home, source, umask):
     (library,) = libraries(home)
     assert library.parent == home / "ssd-cache"
     assert [mode(path) for path in (home, library.parent)] == [0o700, 0o700]
-    private_cache.check(library)
+    cpu_library.check_private(library)
     assert [path.name for path in library.parent.iterdir()] == [library.name], "the folder of the build is gone"
     built = library.stat().st_ino
     assert cpu_library.load(source, FUNCTIONS) is not None
@@ -90,7 +89,7 @@ def test_a_cached_library_that_is_wrong_is_built_again(home, source, what, tmp_p
     assert [getattr(found, name)() for name in FUNCTIONS] == [7, 7]
     libraries_now = [path for path in libraries(home) if not path.is_dir()]
     assert len(libraries_now) == 1
-    private_cache.check(libraries_now[0])
+    cpu_library.check_private(libraries_now[0])
     built = libraries_now[0].stat().st_ino
     assert cpu_library.load(source, FUNCTIONS) is not None
     assert libraries_now[0].stat().st_ino == built, "the one that was built again serves"
@@ -133,22 +132,10 @@ def test_several_processes_may_build_at_once(home, source):
 # Where it is kept
 
 
-def test_inductors_folder_serves_when_the_user_chose_it(home, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    assert private_cache.find_folder() == tmp_path / "inductor" / "ssd-cache"
-    (tmp_path / "inductor").chmod(0o777)
-    assert private_cache.find_folder() == home / "ssd-cache", "others can replace what is in it"
-    # what torch itself sets the variable to
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "torchinductor_me"))
-    assert private_cache.find_folder() == home / "ssd-cache"
-
-
 def test_a_relative_cache_home_is_ignored(tmp_path, monkeypatch):
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert private_cache.find_folder() == tmp_path / ".cache" / "ssd-cache"
+    assert cpu_library.find_folder() == tmp_path / ".cache" / "ssd-cache"
 
 
 WRONG = {
@@ -162,37 +149,38 @@ WRONG = {
 
 @needs_compiler
 @pytest.mark.parametrize("spoil", WRONG.values(), ids=WRONG)
-def test_a_folder_that_others_can_write_to_is_not_used(home, source, spoil):
-    folder = private_cache.find_folder()
+def test_a_folder_that_others_can_write_to_is_not_used(home, spoil):
+    folder = cpu_library.find_folder()
     spoil(folder)
-    with pytest.raises(OSError, match="ssd-cache"):
-        private_cache.find_folder()
-    with pytest.warns(UserWarning, match="anew in every process.*XDG_CACHE_HOME"):
-        assert cpu_library.load(source, FUNCTIONS) is not None
+    with pytest.raises(OSError, match="ssd-cache.*; set XDG_CACHE_HOME to a folder that only you can write to"):
+        cpu_library.find_folder()
+    cpu_kernels.library.cache_clear()
+    with pytest.warns(UserWarning, match="without ssd-cache's own loops.*XDG_CACHE_HOME"):
+        assert cpu_kernels.library() is None
+    cpu_kernels.library.cache_clear()
     assert not libraries(home)
 
 
 @pytest.mark.skipif(os.name == "posix" and os.geteuid() != 0, reason="only root can give files away")
 @pytest.mark.parametrize("is_above", [False, True])
 def test_a_folder_of_another_user_is_not_used(home, is_above):
-    folder = private_cache.find_folder()
+    folder = cpu_library.find_folder()
     os.chown(folder.parent if is_above else folder, 12345, 12345)
-    with pytest.raises(PermissionError, match="another user|other users"):
-        private_cache.find_folder()
+    with pytest.raises(OSError, match="another user|other users"):
+        cpu_library.find_folder()
 
 
 def test_a_sticky_folder_above_is_no_objection(home):
     """As /tmp: others can add files there, and not replace ours."""
-    folder = private_cache.find_folder()
+    folder = cpu_library.find_folder()
     home.chmod(0o1777)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert private_cache.find_folder() == folder
+        assert cpu_library.find_folder() == folder
 
 
 @needs_compiler
 def test_folders_with_spaces_in_their_names(source, tmp_path, monkeypatch):
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a folder; of 'mine'"))
     assert cpu_library.load(source, FUNCTIONS) is not None
     assert len(libraries(tmp_path)) == 1

@@ -19,10 +19,6 @@ from hostile import mutants
 from tiny_checkpoint import SIDE, write_checkpoint
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache, learn_score, profile_heads
-from ssd_cache.bench.capacity import Capacity
-from ssd_cache.bench.results import Report, Row
-from ssd_cache.bench.roofline import Machine, StepWork
-from ssd_cache.bench.split import TimeSplit
 from ssd_cache.evaluation.dpg.reading import DPGError
 from ssd_cache.evaluation.dpg.result_file import ResultFile
 from ssd_cache.evaluation.export import ExportError, claim_folder, read_settings
@@ -89,7 +85,6 @@ def formats(generator, profiled, tmp_path, request) -> Format:
         "geneval scores": _geneval_scores,
         "dpg lines": _dpg,
         "dpg scores": _dpg_scores,
-        "bench": _bench,
     }[request.param](generator, profiled, tmp_path)
 
 
@@ -105,7 +100,7 @@ FORMATS = (
         "shapes lines",
         "export",
     ),
-    *("geneval lines", "geneval scores", "dpg lines", "dpg scores", "bench"),
+    *("geneval lines", "geneval scores", "dpg lines", "dpg scores"),
 )
 
 
@@ -299,16 +294,6 @@ def _dpg(generator, profiled, tmp_path):
 def _dpg_scores(generator, profiled, tmp_path):
     path, _ = _dpg_rows(tmp_path)
     return Format(path, lambda: read_prompt_scores(path), (ValueError,))
-
-
-def _bench(generator, profiled, tmp_path):
-    split = TimeSplit(**dict.fromkeys(TimeSplit.__dataclass_fields__, 0.25))
-    row = Row("SSD", 2, seconds=[1.0], step_ms=1.5, curve=[(0, 1.5), (9, 1.25)], split=split, work=StepWork(1, 2.0, 3))
-    report = Report("ssd-cache bench", {"model": "m"}, Machine(1e9, 1e12), [row], [Capacity("SSD", 9, 1)], ["why"])
-    path = tmp_path / "bench.json"
-    path.write_text(report.to_json())
-    assert Report.from_json(path.read_text()) == report
-    return Format(path, lambda: Report.from_json(path.read_bytes()), (ValueError,), names_file=False)
 
 
 def attack(one: Format, generator, number: int, seed: int) -> int:

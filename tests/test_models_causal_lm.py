@@ -33,7 +33,7 @@ def test_full_attention_is_dynamic_cache_at_a_full_budget_and_works_at_a_fifth(m
     assert torch.equal(generate(model, SSDCache(HEAD_MAP, 1.0)), expected)
     cache = SSDCache(HEAD_MAP, 0.2, buffer=2)
     assert not torch.equal(generate(model, cache), expected)
-    assert {store.num_slots for layer in cache.layers for store in layer.stores} == {19}
+    assert {store.plan.num_slots for layer in cache.layers for store in layer.stores} == {19}
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "gemma"])

@@ -123,7 +123,7 @@ def test_the_loop_is_that_of_the_script(generator, monkeypatch, tmp_path):
 def test_the_script_takes_a_small_cache_after_two_lines(generator, monkeypatch, tmp_path):
     cache = SSDCache(HEAD_MAP, 0.2)
     tokens = run_script(generator, monkeypatch, tmp_path, cache)
-    assert {store.num_slots for layer in cache.layers for store in layer.stores} == {115}
+    assert {store.plan.num_slots for layer in cache.layers for store in layer.stores} == {115}
     assert torch.equal(generate(generator, SSDCache(HEAD_MAP, 0.2)), tokens)
     assert not torch.equal(generate(generator), tokens)
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from ssd_cache import HeadMap, SSDCache, enable, measure_heads, profile_heads
 from ssd_cache.bench.cases import Case
-from ssd_cache.bench.sizes import expected_bytes, held_bytes
+from ssd_cache.bench.running import held_bytes
 from ssd_cache.bench.subject import load_subject
 from ssd_cache.evaluation.fidelity import draw_fidelity, measure_fidelity
 from ssd_cache.layout import ImageLayout
@@ -88,7 +88,7 @@ def test_a_full_budget_generates_what_dynamic_cache_generates(generator):
     small = SSDCache(HEAD_MAP, 0.2)
     assert not torch.equal(generator.generate(PROMPTS, small, seed=1), expected)
     slots = round(0.2 * CELLS)
-    assert {store.num_slots for layer in small.layers for store in layer.stores} == {slots}
+    assert {store.plan.num_slots for layer in small.layers for store in layer.stores} == {slots}
 
 
 def test_prompts_generated_together_are_those_generated_alone(generator):
@@ -190,15 +190,16 @@ def test_fidelity_is_exact_where_nothing_is_evicted_and_goes_row_by_row_through_
     assert "preview" in panel.get_xlabel()
 
 
-def test_the_bench_generates_one_row_a_image_and_knows_its_bytes(folder):
+def test_the_bench_generates_one_row_an_image(folder):
     subject = load_subject(str(folder), torch.float32, torch.device("cpu"), GRID)
     assert subject.length == subject.num_prompt + CELLS
-    for case in (Case("DynamicCache"), Case("ssd", 0.5)):
+    heads = subject.config.num_hidden_layers * subject.config.num_key_value_heads
+    for case, held in ((Case("DynamicCache"), CELLS - 1), (Case("ssd", 0.5), round(0.5 * CELLS))):
         cache = case.make_cache(subject)
         with case.running(subject):
             subject.fill(cache, 3, subject.length - 3)
-            subject.draw(cache, 3, 2, lambda: None)
-        assert held_bytes(cache) == expected_bytes(subject, case, 3)
+            subject.generate(cache, 3, 2, lambda: None)
+        assert held_bytes(cache)[0] == 3 * heads * (subject.num_prompt + held) * 2 * 4 * subject.head_dim
         assert cache.get_seq_length() == subject.length - 1
 
 
@@ -206,7 +207,7 @@ def test_diffusers_pipeline_generates_with_a_fifth_of_the_tokens(pipe, made):
     with enable(pipe.vision_language_encoder, HEAD_MAP, budget=0.2):
         images = generate(pipe, PROMPTS)
     assert images.shape == (2, 32 * GRID[0], 32 * GRID[1], 3)
-    assert {store.num_slots for layer in made[-1].layers for store in layer.stores} == {round(0.2 * CELLS)}
+    assert {store.plan.num_slots for layer in made[-1].layers for store in layer.stores} == {round(0.2 * CELLS)}
 
 
 def test_a_pipeline_is_not_its_autoregressive_part(pipe):

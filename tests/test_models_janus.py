@@ -75,6 +75,6 @@ def test_a_small_cache_given_by_hand_to_a_call_for_text_is_used(asked, expected)
     try:
         cache = SSDCache(head_map(), 12, buffer=2)
         assert answer(asked, past_key_values=cache).shape == expected.shape
-        assert {store.num_slots for layer in cache.layers for store in layer.stores} == {12}
+        assert {store.plan.num_slots for layer in cache.layers for store in layer.stores} == {12}
     finally:
         model.set_attn_implementation({"text_config": "sdpa"})

@@ -51,7 +51,7 @@ def test_a_fifth_generates_whole_images(family):
     tokens = generator.generate(PROMPTS, cache, seed=1)
     assert tokens.shape == (2, cells)
     assert not torch.equal(tokens, generator.generate(PROMPTS, DynamicCache(), seed=1))
-    assert {store.num_slots for layer in cache.layers for store in layer.stores} == {round(0.2 * cells)}
+    assert {store.plan.num_slots for layer in cache.layers for store in layer.stores} == {round(0.2 * cells)}
     stats = cache.memory_stats()
     prompt = cache.layers[0].num_prompt
     assert stats.key_value / stats.full_cache == pytest.approx((prompt + round(0.2 * cells)) / (prompt + cells - 1))

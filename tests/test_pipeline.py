@@ -37,7 +37,7 @@ def test_every_call_of_a_pipeline_gets_a_cache_of_its_own(pipe, prompts, num_cal
     assert len(results) == number
     used = [cache for cache in made if cache.get_seq_length()]  # the first was made to check the settings
     assert len(used) == 2 * num_calls
-    assert all(store.num_slots == 30 for cache in used for layer in cache.layers for store in layer.stores)
+    assert all(store.plan.num_slots == 30 for cache in used for layer in cache.layers for store in layer.stores)
     for result, repeated in zip(results, again, strict=True):
         first, second = (entry[0] if isinstance(entry, list) else entry for entry in (result, repeated))
         assert first["generated_image"].size == (128, 128)

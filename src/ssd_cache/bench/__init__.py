@@ -4,24 +4,11 @@
 quality; `evaluation` measures quality.
 """
 
-from ssd_cache.bench.cases import Case, choose, default_cases, product_cases, rivals
+from ssd_cache.bench.cases import Case, choose_cases
 from ssd_cache.bench.results import Report, Row
-from ssd_cache.bench.run import Plan, run
+from ssd_cache.bench.run import run
+from ssd_cache.bench.running import choose_windows
 from ssd_cache.bench.shapes import SHAPES
-from ssd_cache.bench.stretches import choose_stretches
 from ssd_cache.bench.subject import load_subject
 
-__all__ = [
-    "SHAPES",
-    "Case",
-    "Plan",
-    "Report",
-    "Row",
-    "choose",
-    "choose_stretches",
-    "default_cases",
-    "load_subject",
-    "product_cases",
-    "rivals",
-    "run",
-]
+__all__ = ["SHAPES", "Case", "Report", "Row", "choose_cases", "choose_windows", "load_subject", "run"]

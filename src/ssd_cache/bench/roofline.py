@@ -6,18 +6,18 @@ Both speeds are measured here, on the device and in the dtype of the run; no fig
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ssd_cache.bench.cases import Case
-from ssd_cache.bench.sizes import mean_tokens_read
 from ssd_cache.bench.subject import Subject
+from ssd_cache.cache.eviction import slot_of
 from ssd_cache.cache.quantized import slot_nbytes
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
-"""Size of the copied tensor, far larger than the caches of any processor."""
+"""Size of the copied tensor on each device that the bench supports, far larger than the caches of any processor."""
 
 MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 TRIES = 7
@@ -56,40 +56,47 @@ class StepWork:
         return max(memory, self.operations / machine.matrix_speed)
 
 
-def step_work(subject: Subject, case: Case, batch_size: int, positions: list[int]) -> StepWork:
+def step_work(subject: Subject, case: Case, batch_size: int, positions: Sequence[int]) -> StepWork:
     """The mean work of a step over these positions."""
-    config, rows = subject.config, subject.rows_per_picture * batch_size
-    weights = subject.step_weights()
-    tokens = mean_tokens_read(subject, case, positions)
+    config, rows, weights = subject.config, subject.rows_per_image * batch_size, subject.step_weights()
     kv_dtype = None if case.is_full else case.make_ssd(subject.head_map).kv_dtype
     of_prompt, of_slot = (
         slot_nbytes(subject.head_dim, subject.model.dtype.itemsize, kind) for kind in (None, kv_dtype)
     )
-    of_head = subject.num_prompt * of_prompt + (tokens - subject.num_prompt) * of_slot
+    visual = mean_tokens_read(subject, case, positions)
     products = sum(weight.numel() for weight in weights if weight.dim() > 1)
-    attention = config.num_hidden_layers * config.num_attention_heads * subject.head_dim * tokens
+    attention = config.num_hidden_layers * config.num_attention_heads * subject.head_dim * (subject.num_prompt + visual)
+    heads = config.num_hidden_layers * config.num_key_value_heads
     return StepWork(
         weight_bytes=sum(weight.nbytes for weight in weights),
-        key_value_bytes=config.num_hidden_layers * config.num_key_value_heads * rows * of_head,
+        key_value_bytes=rows * heads * (subject.num_prompt * of_prompt + visual * of_slot),
         operations=rows * (2 * products + 4 * attention),
     )
 
 
+def mean_tokens_read(subject: Subject, case: Case, positions: Sequence[int]) -> float:
+    """Visual tokens whose K and V a step must read, its own included: mean over heads and steps.
+
+    A full cache has seen `position + 1` visual tokens. A head with fewer slots than that holds between `slots - buffer`
+    and `slots` older ones. Further reads, for example of masked free slots, are overhead and do not count.
+    """
+    if case.is_full:
+        return sum(positions) / len(positions) + 1
+    plans = [layer.plan for layer in case.make_ssd(subject.head_map).layers]
+    kinds = [(slots, min(plan.buffer, slots)) for plan in plans for slots in plan.num_slots]
+    means = {kind: sum(slot_of(position, *kind) + 1 for position in positions) / len(positions) for kind in set(kinds)}
+    return sum(means[kind] for kind in kinds) / len(kinds)
+
+
 def measure_machine(dtype: torch.dtype, device: torch.device) -> Machine:
     """Copy a large tensor and multiply large matrices, `TRIES` times each; the best time counts."""
-    return Machine(_copy_speed(dtype, device), _matrix_speed(dtype, device))
-
-
-def _copy_speed(dtype: torch.dtype, device: torch.device) -> float:
     source = torch.zeros(COPY_BYTES[device.type] // dtype.itemsize, dtype=dtype, device=device)
-    target = torch.zeros_like(source)
-    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device)
-
-
-def _matrix_speed(dtype: torch.dtype, device: torch.device) -> float:
-    side = MATRIX_SIDE[device.type]
+    target, side = torch.zeros_like(source), MATRIX_SIDE[device.type]
     left, right = torch.randn(2, side, side, device=device).to(dtype)
-    return 2 * side**3 / _best_seconds(lambda: left @ right, device)
+    return Machine(
+        copy_speed=2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device),
+        matrix_speed=2 * side**3 / _best_seconds(lambda: left @ right, device),
+    )
 
 
 def _best_seconds(work: Callable[[], object], device: torch.device) -> float:

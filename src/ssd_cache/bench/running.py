@@ -16,11 +16,44 @@ from transformers import Cache
 
 from ssd_cache.bench.cases import Case
 from ssd_cache.bench.roofline import synchronize
-from ssd_cache.bench.sizes import CacheBytes, held_bytes
-from ssd_cache.bench.stretches import Stretch
 from ssd_cache.bench.subject import Subject
+from ssd_cache.cache.cache import SSDCache
+from ssd_cache.io.showing import first_line
 
-OUT_OF_MEMORY = "out of memory"
+NUM_WINDOWS = 4
+
+
+def choose_windows(num_cells: int, num_tokens: int | None) -> list[range]:
+    """The visual tokens to generate: the whole image, or a window around the middle of each quarter.
+
+    Steps of a full cache become slower along the image, so early steps alone would favour it.
+
+    Args:
+        num_cells: visual tokens of the image.
+        num_tokens: steps in all windows together; None for the whole image. A multiple of 4 grid rows has evictions in
+            their true proportion.
+
+    Raises:
+        ValueError: fewer than 8 tokens, or as many as the image has.
+    """
+    if num_tokens is None:
+        return [range(num_cells)]
+    if not 2 * NUM_WINDOWS <= num_tokens < num_cells:
+        raise ValueError(
+            f"{num_tokens} tokens to generate: give {2 * NUM_WINDOWS} to {num_cells - 1}, or none for the whole image"
+        )
+    length = num_tokens // NUM_WINDOWS
+    middles = [(2 * quarter + 1) * num_cells // (2 * NUM_WINDOWS) for quarter in range(NUM_WINDOWS)]
+    starts = [max(1, middle - length // 2) for middle in middles]
+    return [range(start, start + length) for start in starts]
+
+
+def timed_positions(windows: Sequence[range]) -> list[int]:
+    """The visual tokens that the timed steps feed. The first step is not timed: it contains the start of the call.
+
+    The first step of a whole image feeds the prompt, so the first timed step feeds visual token 0.
+    """
+    return [position for window in windows for position in (window[1:] if window.start else window[:-1])]
 
 
 class StepClock:
@@ -48,12 +81,11 @@ class Measurement:
     """Measured times and bytes of a case.
 
     Attributes:
-        case: the measured case.
-        batch_size: images at once.
+        case, batch_size: what was measured; `batch_size` counts images.
         seconds: seconds of each counted round, for the generated tokens.
-        steps: seconds of each step in each counted round; as many steps as the stretches have `positions`.
-        held: bytes that the cache held at the end.
-        peak: on a GPU, torch's peak of allocated memory, weights included.
+        steps: seconds of each step in each counted round, one for each of `timed_positions`.
+        key_value, bookkeeping: bytes that the cache holds at the end of an image.
+        peak: on a GPU, torch's peak of allocated memory, weights included; else set later, if at all.
         failure: the reason if there are no results.
     """
 
@@ -61,7 +93,8 @@ class Measurement:
     batch_size: int
     seconds: list[float] = field(default_factory=list)
     steps: list[list[float]] = field(default_factory=list)
-    held: CacheBytes = field(default_factory=lambda: CacheBytes(0, 0))
+    key_value: int = 0
+    bookkeeping: int = 0
     peak: int | None = None
     failure: str | None = None
 
@@ -69,95 +102,91 @@ class Measurement:
 def measure(
     subject: Subject,
     cases: Sequence[Case],
-    stretches: Sequence[Stretch],
+    windows: Sequence[range],
     *,
     batch_size: int,
     rounds: int,
     progress: bool = False,
 ) -> list[Measurement]:
-    """Generate with every case once per round, after one uncounted round.
+    """Generate the windows with every case once per round, after one uncounted round; arguments as for `run`.
 
     A case that runs out of GPU memory, or cannot be compiled, is skipped in later rounds; `failure` states the reason.
-
-    Args:
-        subject: the model; its attention is set for every case and restored at the end.
-        cases: the cases to measure.
-        stretches: the steps of an image to generate.
-        batch_size: images at once; guidance doubles the rows.
-        rounds: counted rounds.
-        progress: show a progress bar.
     """
     results = [Measurement(case, batch_size) for case in cases]
-    kept: dict[str, Cache] = {}
+    static: list[Cache] = []
     torch.compiler.reset()  # compile for this batch size alone; else torch compiles for dynamic sizes
-    with tqdm(total=(rounds + 1) * len(cases), unit="drawing", disable=not progress) as bar:
-        for turn in range(rounds + 1):
+    with tqdm(total=(rounds + 1) * len(cases), disable=not progress) as bar:
+        for number in range(rounds + 1):
             for result in results:
                 bar.set_description(f"batch {batch_size}, {result.case.name}")
                 if result.failure is None:
-                    _measure_once(subject, result, stretches, kept, is_counted=turn > 0)
+                    try:
+                        _measure_once(subject, result, windows, static, is_counted=number > 0)
+                    except torch.OutOfMemoryError:
+                        static.clear()
+                        result.failure = "out of memory"
+                    except Exception as error:  # the compiler's errors have no common class
+                        if not result.case.is_compiled:
+                            raise
+                        result.failure = f"cannot be compiled here: {first_line(error)}"
                 bar.update()
     return results
 
 
 def _measure_once(
-    subject: Subject, result: Measurement, stretches: Sequence[Stretch], kept: dict[str, Cache], *, is_counted: bool
+    subject: Subject, result: Measurement, windows: Sequence[range], static: list[Cache], *, is_counted: bool
 ) -> None:
-    try:
-        cache = _cache_for(subject, result.case, kept)
-        others = sum(held_bytes(other).total for other in kept.values() if other is not cache)
-        if subject.model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(subject.model.device)
-        with result.case.running(subject):
-            seconds, steps = draw_stretches(subject, cache, result.batch_size, stretches)
-    except torch.OutOfMemoryError:
-        kept.pop(result.case.cache, None)
-        result.failure = OUT_OF_MEMORY
-        return
-    except Exception as error:  # the compiler's errors have no common class
-        if not result.case.is_compiled:
-            raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        result.failure = f"can not be compiled here: {reason}"
-        return
-    if subject.model.device.type == "cuda":
-        result.peak = max(result.peak or 0, torch.cuda.max_memory_allocated(subject.model.device) - others)
-    result.held = held_bytes(cache)
-    if is_counted:
-        result.seconds.append(seconds)
-        result.steps.append(steps)
+    """One case in one round. The StaticCache in `static` is reused, because compiled steps are tied to one."""
+    case, device = result.case, subject.model.device
+    if case.cache == "StaticCache":
+        static[:] = static or [case.make_cache(subject)]
+        cache = static[0]
+        cache.reset()
+    else:
+        cache = case.make_cache(subject)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with case.running(subject):
+        seconds, steps = generate_windows(subject, cache, result.batch_size, windows)
+        if device.type == "cuda":
+            others = sum(sum(held_bytes(other)) for other in static if other is not cache)
+            result.peak = max(result.peak or 0, torch.cuda.max_memory_allocated(device) - others)
+        if not is_counted:
+            subject.fill(cache, result.batch_size, subject.length - 1)  # the last generated token is never fed
+            result.key_value, result.bookkeeping = held_bytes(cache)
+            return
+    result.seconds.append(seconds)
+    result.steps.append(steps)
 
 
-def _cache_for(subject: Subject, case: Case, kept: dict[str, Cache]) -> Cache:
-    """A new cache; a StaticCache is reset and reused, because compiled steps are tied to one StaticCache."""
-    if case.cache != "StaticCache":
-        return case.make_cache(subject)
-    if case.cache not in kept:
-        kept[case.cache] = case.make_cache(subject)
-    kept[case.cache].reset()
-    return kept[case.cache]
-
-
-def draw_stretches(
-    subject: Subject, cache: Cache, batch_size: int, stretches: Sequence[Stretch]
+def generate_windows(
+    subject: Subject, cache: Cache, batch_size: int, windows: Sequence[range]
 ) -> tuple[float, list[float]]:
-    """Generate the stretches with one cache, filled up to the start of each; returns total seconds and step seconds.
+    """Generate the windows with one cache, filled up to the start of each; returns total seconds and step seconds.
 
-    For a whole image, the total is wall time, including the prompt and the start of the call. For stretches, it is the
+    For a whole image, the total is wall time, including the prompt and the start of the call. For windows, it is the
     mean step time multiplied by the number of steps.
     """
     device, steps, wall = subject.model.device, [], 0.0
-    for stretch in stretches:
-        if stretch.start:
-            subject.fill(cache, batch_size, subject.num_prompt + stretch.start)
+    for window in windows:
+        if window.start:
+            subject.fill(cache, batch_size, subject.num_prompt + window.start)
         clock = StepClock(device)
         torch.manual_seed(0)
         synchronize(device)
         begin = time.perf_counter()
-        subject.draw(cache, batch_size, stretch.num_tokens, clock.tick)
+        subject.generate(cache, batch_size, len(window), clock.tick)
         synchronize(device)
         wall += time.perf_counter() - begin
         steps += clock.intervals()
-    if len(stretches) > 1:
-        wall = sum(steps) / len(steps) * sum(stretch.num_tokens for stretch in stretches)
+    if len(windows) > 1:
+        wall = sum(steps) / len(steps) * sum(map(len, windows))
     return wall, steps
+
+
+def held_bytes(cache: Cache) -> tuple[int, int]:
+    """Bytes that a cache holds now: K and V, and other tensors beside them."""
+    if isinstance(cache, SSDCache):
+        stats = cache.memory_stats()
+        return stats.key_value, stats.bookkeeping
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers), 0

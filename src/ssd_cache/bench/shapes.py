@@ -55,49 +55,29 @@ class Shape:
     num_prompt: int
 
 
-def janus_config(
-    hidden_size: int,
-    intermediate_size: int,
-    num_layers: int,
-    num_heads: int,
-    *,
-    vocab_size=102400,
-    length=16384,
-    **towers,
-) -> JanusConfig:
-    """Configuration of a Janus-Pro with these decoder sizes; default towers and 16384 codes are those of Janus-Pro."""
-    wide = {"projection_dim": hidden_size}
-    return JanusConfig(
-        text_config={
-            "model_type": "llama",
-            "vocab_size": vocab_size,
-            "hidden_size": hidden_size,
-            "intermediate_size": intermediate_size,
-            "num_hidden_layers": num_layers,
-            "num_attention_heads": num_heads,
-            "num_key_value_heads": num_heads,
-            "max_position_embeddings": length,
-        },
-        vision_config={**towers.get("vision_config", {}), **wide},
-        vq_config={**towers.get("vq_config", {}), **wide, "image_token_embed_dim": hidden_size},
-        image_token_id=6,
+def llama_config(
+    hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, *, vocab_size: int, length: int
+) -> LlamaConfig:
+    """Configuration of a Llama without grouped heads."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        max_position_embeddings=length,
     )
 
 
-def llamagen_config() -> LlamaConfig:
-    """Configuration of LlamaGen's GPT-XL as a Llama: the same layers, with positions along one axis instead of two.
-
-    36 layers, 20 heads of size 64, and an MLP size of 2/3 of 4 x 1280 rounded up to a multiple of 256
-    (FoundationVision's `autoregressive/models/gpt.py`). Here the class token is part of the vocabulary.
-    """
-    return LlamaConfig(
-        vocab_size=16384,
-        hidden_size=1280,
-        intermediate_size=3584,
-        num_hidden_layers=36,
-        num_attention_heads=20,
-        num_key_value_heads=20,
-        max_position_embeddings=1024,
+def janus_config(*sizes: int, vocab_size: int = 102400, length: int = 16384, **towers) -> JanusConfig:
+    """Configuration of a Janus-Pro with a decoder of these sizes; default towers and codes are those of Janus-Pro."""
+    text, width = llama_config(*sizes, vocab_size=vocab_size, length=length), sizes[0]
+    return JanusConfig(
+        text_config=text.to_dict(),
+        vision_config={**towers.get("vision_config", {}), "projection_dim": width},
+        vq_config={**towers.get("vq_config", {}), "projection_dim": width, "image_token_embed_dim": width},
+        image_token_id=6,
     )
 
 
@@ -110,10 +90,16 @@ SHAPES = {
     ),
     "janus-pro-1b": Shape(JanusForConditionalGeneration, lambda: janus_config(2048, 5632, 24, 16), (24, 24), 16),
     "janus-pro-7b": Shape(JanusForConditionalGeneration, lambda: janus_config(4096, 11008, 30, 32), (24, 24), 16),
-    "llamagen-xl": Shape(LlamaForCausalLM, llamagen_config, (24, 24), 1),
+    "llamagen-xl": Shape(
+        LlamaForCausalLM, lambda: llama_config(1280, 3584, 36, 20, vocab_size=16384, length=1024), (24, 24), 1
+    ),
     "emu3": Shape(Emu3ForCausalLM, Emu3TextConfig, (90, 91), 16),
 }
-"""Shapes by name. Janus-Pro has the sizes of its checkpoints, Emu3 the defaults of its configuration class."""
+"""Shapes by name. Janus-Pro has the sizes of its checkpoints, Emu3 the defaults of its configuration class.
+
+LlamaGen's GPT-XL is here a Llama: the same layers, with positions along one axis instead of two, and with the class
+token as part of the vocabulary (sizes from FoundationVision's `autoregressive/models/gpt.py`).
+"""
 
 
 def make_model(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> PreTrainedModel:

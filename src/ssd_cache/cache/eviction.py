@@ -10,6 +10,18 @@ from __future__ import annotations
 import torch
 
 
+def slot_of(number: int, num_slots, buffer):
+    """The slot of visual token `number`: slots fill in order; when all are taken, the last `buffer` are filled again.
+
+    `num_slots` and `buffer` are ints, or tensors of one shape; so is the result.
+
+    >>> [slot_of(number, num_slots=5, buffer=2) for number in range(9)]
+    [0, 1, 2, 3, 4, 3, 4, 3, 4]
+    """
+    refilled = num_slots - buffer + (number - num_slots) % buffer  # at least `number` until the slots are full
+    return refilled.clamp(max=number) if isinstance(refilled, torch.Tensor) else min(refilled, number)
+
+
 def is_spared(positions: torch.Tensor, num_seen: int, num_recent: int, num_sinks: int) -> torch.Tensor:
     """Which tokens a semantic head may not drop: the `num_recent` newest and the image's first `num_sinks`.
 

@@ -16,7 +16,6 @@ from ssd_cache.cache.eviction import compact, select_victims
 from ssd_cache.cache.online import prefers_window
 from ssd_cache.cache.plans import GroupPlan
 from ssd_cache.cache.scorers import attention_weights
-from ssd_cache.kernels import huge_pages
 
 Slot = int | torch.Tensor
 """A slot: an int in an eager step, a 0-d int64 tensor in a static step, where no Python number may change."""
@@ -86,9 +85,7 @@ class SlotStore:
     def _allocate(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Allocate K and V."""
         self.keys, self.values = (
-            huge_pages.zeros(
-                (*states.shape[:2], self.num_prompt + self.plan.num_slots, states.shape[3]), states.dtype, states.device
-            )
+            states.new_zeros(*states.shape[:2], self.num_prompt + self.plan.num_slots, states.shape[3])
             for states in (keys, values)
         )
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ssd_cache.cache.eviction import slot_of
 from ssd_cache.cache.layer import SSDLayer
 from ssd_cache.cache.slots import normal_tensors
 
@@ -28,12 +29,8 @@ class StaticSlots:
         self._of_size = dict(zip(sizes, self._slots.unbind(), strict=True))
 
     def fill(self, number: int) -> None:
-        """Compute the slots of visual token `number`, without waiting for the device.
-
-        Slots fill in order; when all are taken, the last `buffer` of them are freed and filled again in order.
-        """
-        refilled = self._num_slots - self._buffer + (number - self._num_slots) % self._buffer
-        torch.clamp(refilled, max=number, out=self._slots)  # before the slots are full, token n takes slot n
+        """Compute the slots of visual token `number`, without waiting for the device."""
+        self._slots.copy_(slot_of(number, self._num_slots, self._buffer))
 
     def of(self, layer: SSDLayer) -> list[torch.Tensor]:
         """The slot of each of a layer's stores."""

@@ -7,6 +7,7 @@ data, so it never waits for a device. The kernels themselves check the data (hea
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import NamedTuple
 
 import torch
 
@@ -17,20 +18,24 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 """Types whose `data_ptr` is the address of the tensor's data; this need not hold for a subclass."""
 
 
-def check(
-    query: torch.Tensor,
-    new_key: torch.Tensor,
-    new_value: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scores: torch.Tensor,
-    heads: torch.Tensor,
-    mask: torch.Tensor | None,
-    slot: torch.Tensor,
-    output: torch.Tensor,
-    dtypes: Container[torch.dtype],
-) -> tuple[int, ...]:
-    """Refuse arguments of `dispatch.decode` that do not fit together.
+class Arguments(NamedTuple):
+    """The arguments of `dispatch.decode`, which gives their shapes."""
+
+    query: torch.Tensor
+    new_key: torch.Tensor
+    new_value: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor
+    heads: torch.Tensor
+    mask: torch.Tensor | None
+    slot: torch.Tensor
+    scaling: float
+    output: torch.Tensor
+
+
+def check(given: Arguments, dtypes: Container[torch.dtype]) -> tuple[int, ...]:
+    """Refuse arguments that do not fit together.
 
     Returns:
         batch, kv_heads, groups, head_dim, value_dim, heads of the store, heads that are scored, num_prompt, num_slots.
@@ -38,32 +43,32 @@ def check(
     Raises:
         ValueError: the kernel cannot take a shape, dtype, device or layout; the message names it and what is expected.
     """
+    query, keys, values, scores = given.query, given.keys, given.values, given.scores
     dtype, device = query.dtype, query.device
     if dtype not in dtypes or type(query) not in PLAIN:
         raise ValueError(f"the decode kernel does not take a {type(query).__name__} in {dtype}: use torch's attention")
     if not (query.dim() == keys.dim() == values.dim() == 4 and scores.dim() == 3):
-        sizes = [tuple(tensor.shape) for tensor in (query, keys, values, scores)]
-        raise ValueError(f"query, keys, values and scores have 4, 4, 4 and 3 dimensions, got {sizes}")
+        shapes = [tuple(tensor.shape) for tensor in (query, keys, values, scores)]
+        raise ValueError(f"query, keys, values and scores have 4, 4, 4 and 3 dimensions, got {shapes}")
     batch, kv_heads, groups, head_dim = query.shape
     num_heads, length, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
     num_scored, num_slots = scores.shape[1], scores.shape[2]
     if not 1 <= num_slots <= length:
-        raise ValueError(f"{length} columns cannot hold {num_slots} slots; give 1 to {length}")
+        raise ValueError(f"{length} columns cannot hold {num_slots} slots: give 1 to {length}")
     if num_scored > num_heads or not (groups and head_dim and value_dim):
-        raise ValueError(
-            f"{num_scored} of {num_heads} heads cannot be scored, or there are no query heads or no numbers in a head"
-        )
-    for name, tensor, own, shape, is_in_place in (
-        ("new_key", new_key, dtype, (batch, kv_heads, 1, head_dim), False),
-        ("new_value", new_value, dtype, (batch, kv_heads, 1, value_dim), False),
-        ("keys", keys, dtype, (batch, num_heads, length, head_dim), True),
-        ("values", values, dtype, (batch, num_heads, length, value_dim), True),
-        ("scores", scores, torch.float32, (batch, num_scored, num_slots), True),
-        ("heads", heads, torch.int64, (num_heads,), True),
-        ("mask", mask, torch.bool, (batch, length), True),
-        ("slot", slot, torch.int64, (), False),
-        ("output", output, dtype, (batch, kv_heads, groups, value_dim), True),
+        raise ValueError(f"{num_scored} of {num_heads} heads cannot be scored, or a head has no queries or no numbers")
+    for name, own, shape, is_in_place in (
+        ("new_key", dtype, (batch, kv_heads, 1, head_dim), False),
+        ("new_value", dtype, (batch, kv_heads, 1, value_dim), False),
+        ("keys", dtype, (batch, num_heads, length, head_dim), True),
+        ("values", dtype, (batch, num_heads, length, value_dim), True),
+        ("scores", torch.float32, (batch, num_scored, num_slots), True),
+        ("heads", torch.int64, (num_heads,), True),
+        ("mask", torch.bool, (batch, length), True),
+        ("slot", torch.int64, (), False),
+        ("output", dtype, (batch, kv_heads, groups, value_dim), True),
     ):
+        tensor = getattr(given, name)
         if tensor is not None and not (
             tensor.shape == shape
             and tensor.dtype is own

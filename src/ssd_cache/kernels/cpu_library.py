@@ -1,9 +1,8 @@
-"""Builds and loads a C++ source of this package as a library, with the compiler and flags that `torch.compile` uses.
+"""Builds the C++ loops with the compiler and flags of `torch.compile`, and keeps them in a folder of this user alone.
 
-Libraries are kept in this user's cache folder (see `private_cache.py`). The file name holds two hashes. One covers the
-source, the command and the processor, so a changed source, or another machine with the same home folder, gets its own
-library. The other covers the library itself and detects damage. Several processes may build at the same time: each
-builds in a temporary folder, loads the library from there, and moves it into place in one step.
+Loading a library runs it, and another user could supply one in a folder under a shared one, such as torch's default
+under /tmp. So folder and library are checked first. A file name holds two hashes: one of source, command and processor,
+and one of the library, which detects damage. Processes may build at the same time; each moves its library into place.
 """
 
 from __future__ import annotations
@@ -14,13 +13,11 @@ import hashlib
 import os
 import platform
 import shlex
+import stat
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-
-from ssd_cache.kernels import private_cache
 
 
 def load(source: Path, functions: Sequence[str]) -> ctypes.CDLL | None:
@@ -31,36 +28,66 @@ def load(source: Path, functions: Sequence[str]) -> ctypes.CDLL | None:
         functions: names that the library must export; a cached library that lacks one is built again.
 
     Raises:
-        Exception: the compiler or the loader failed; exceptions of many classes.
-
-    Warns:
-        UserWarning: no cache folder passes the checks, so every process builds its own library.
+        Exception: no folder is safe, or the compiler or the loader failed; exceptions of many classes.
     """
     if os.name != "posix":
         raise OSError("they are built on POSIX systems alone")
     command = _command(source)
     if command is None:
         return None
-    text = source.read_text()
+    folder, text = find_folder(), source.read_text()
     key = _digest("\0".join([text, *command, _processor()]).encode())
-    try:
-        folder = private_cache.find_folder()
-    except OSError as error:
-        warnings.warn(
-            f"ssd-cache builds its loops for the CPU anew in every process: {error}. Set XDG_CACHE_HOME to a folder "
-            "that only you can write to.",
-            stacklevel=3,
-        )
-        return _build(command, text, functions)
     name = f"{source.stem}-{key}"
     for place in folder.glob(f"{name}-*.so"):
         with contextlib.suppress(OSError, AttributeError):  # an untrusted file, or a library without the functions
-            private_cache.check(place)
+            check_private(place)
             if place.stem == f"{name}-{_digest(place.read_bytes())}":  # a truncated file crashes the loader
                 return _open(place, functions)
         with contextlib.suppress(OSError):
             place.unlink()
     return _build(command, text, functions, folder, name)
+
+
+def find_folder() -> Path:
+    """`$XDG_CACHE_HOME/ssd-cache`, else `~/.cache/ssd-cache`; missing folders are created with mode 0700.
+
+    Raises:
+        OSError: it cannot be created, or does not pass `check_private`.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not home.is_absolute():  # the specification says to ignore relative paths
+        home = Path("~/.cache").expanduser()
+    folder = home / "ssd-cache"
+    try:
+        for path in reversed([folder, *folder.parents]):
+            if not path.is_dir():
+                path.mkdir(mode=0o700, exist_ok=True)
+        check_private(folder)
+    except OSError as error:
+        raise OSError(f"{error}; set XDG_CACHE_HOME to a folder that only you can write to") from error
+    return folder
+
+
+def check_private(path: Path) -> None:
+    """Refuse a folder or file that another user could have written or can replace.
+
+    Raises:
+        OSError: it does not exist, is a symbolic link, belongs to another user, can be written by others, or lies in a
+            folder where others can replace it.
+    """
+    found = path.lstat()
+    if not (stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)):
+        raise PermissionError(f"{path} is neither a folder nor a file, or is a symbolic link")
+    if found.st_uid != os.geteuid():
+        raise PermissionError(f"{path} belongs to another user")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{path} can be written by other users")
+    for parent in {*path.absolute().parents, *path.resolve().parents}:
+        above = parent.stat()
+        # in a folder with the sticky bit, such as /tmp, others can add files but not replace ours
+        is_open = above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX
+        if is_open or above.st_uid not in (0, os.geteuid()):
+            raise PermissionError(f"{path} lies in {parent}, where other users can replace it")
 
 
 def _digest(content: bytes) -> str:
@@ -92,12 +119,9 @@ def _processor() -> str:
     return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(kinds)})])
 
 
-def _build(
-    command: list[str], text: str, functions: Sequence[str], folder: Path | None = None, name: str = ""
-) -> ctypes.CDLL:
-    """Build and load a library; move it to `folder`, if given, under `name` and the library's digest."""
+def _build(command: list[str], text: str, functions: Sequence[str], folder: Path, name: str) -> ctypes.CDLL:
+    """Build and load a library, and move it to `folder` under `name` and the library's digest."""
     with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as temporary:
-        private_cache.check(Path(temporary))
         library = Path(temporary, command[command.index("-o") + 1])
         library.with_suffix(".cpp").write_text(text)
         done = subprocess.run(command, cwd=temporary, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -107,10 +131,9 @@ def _build(
             raise RuntimeError(f"the compiler failed: {reason}")
         # Load before the move: the loader caches libraries by path, and could return a wrong one from the final path.
         found = _open(library, functions)
-        if folder is not None:
-            library.chmod(0o700)  # the umask may have let the group write to it
-            with contextlib.suppress(OSError):  # the library is already loaded; the next process builds it again
-                os.replace(library, folder / f"{name}-{_digest(library.read_bytes())}.so")
+        library.chmod(0o700)  # the umask may have let the group write to it
+        with contextlib.suppress(OSError):  # the library is already loaded; the next process builds it again
+            os.replace(library, folder / f"{name}-{_digest(library.read_bytes())}.so")
     return found
 
 

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <memory>
-#include <new>
 #include <vector>
 
 namespace {
@@ -20,8 +18,6 @@ constexpr int LANES = 4, ROWS = 6;
 constexpr int PANEL = 16;  // outputs of a linear layer computed together
 constexpr int64_t AHEAD = 2048;  // prefetch distance in floats; see `multiply`
 constexpr int64_t SAMPLES = 32;  // numbers of a weight that each product compares with the packed ones
-
-enum Status : int { DONE = 0, NO_MEMORY = 1, NO_SUCH_HEAD = 2, WEIGHT_CHANGED = 3 };
 
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
@@ -68,15 +64,16 @@ void add_scaled(float* sums, float scale, const T* values, int64_t size) {
   for (; dim < size; dim++) sums[dim] += scale * load(values + dim);
 }
 
+// False, with nothing written, if `heads` has a head that the layer does not have.
 template <typename T>
-int decode(const T* query, const T* new_key, const T* new_value, T* keys, T* values, float* scores,
+bool decode(const T* query, const T* new_key, const T* new_value, T* keys, T* values, float* scores,
             const int64_t* heads, const bool* mask, float scaling, T* output, const int64_t* sizes) {
   const int64_t batch = sizes[0], kv_heads = sizes[1], groups = sizes[2], head_dim = sizes[3], value_dim = sizes[4],
                 num_heads = sizes[5], num_scored = sizes[6], num_prompt = sizes[7], num_slots = sizes[8], slot = sizes[9];
   const int64_t length = num_prompt + num_slots, end = num_prompt + slot;  // columns before `end` hold earlier tokens
   for (int64_t head = 0; head < num_heads; head++)
-    if (heads[head] < 0 || heads[head] >= kv_heads) return NO_SUCH_HEAD;
-  if (batch == 0) return DONE;  // without rows, the number of columns is unbounded
+    if (heads[head] < 0 || heads[head] >= kv_heads) return false;
+  if (batch == 0) return true;  // without rows, the number of columns is unbounded
 #pragma omp parallel
   {
     std::vector<float> scaled(head_dim), weights(end + 1), sums(value_dim);
@@ -117,7 +114,7 @@ int decode(const T* query, const T* new_key, const T* new_value, T* keys, T* val
       }
     }
   }
-  return DONE;
+  return true;
 }
 
 inline uint32_t bits_of(const float* at) {
@@ -168,15 +165,15 @@ void multiply_last(int64_t left, const float* states, const float* panel, const 
 // Python checks sizes, dtypes and devices before each call; this file checks the data (heads, changed weights).
 extern "C" {
 
-int decode_float32(const float* query, const float* new_key, const float* new_value, float* keys, float* values,
-                   float* scores, const int64_t* heads, const bool* mask, float scaling, float* output,
-                   const int64_t* sizes) {
+bool decode_float32(const float* query, const float* new_key, const float* new_value, float* keys, float* values,
+                    float* scores, const int64_t* heads, const bool* mask, float scaling, float* output,
+                    const int64_t* sizes) {
   return decode(query, new_key, new_value, keys, values, scores, heads, mask, scaling, output, sizes);
 }
 
-int decode_bfloat16(const BFloat16* query, const BFloat16* new_key, const BFloat16* new_value, BFloat16* keys,
-                    BFloat16* values, float* scores, const int64_t* heads, const bool* mask, float scaling,
-                    BFloat16* output, const int64_t* sizes) {
+bool decode_bfloat16(const BFloat16* query, const BFloat16* new_key, const BFloat16* new_value, BFloat16* keys,
+                     BFloat16* values, float* scores, const int64_t* heads, const bool* mask, float scaling,
+                     BFloat16* output, const int64_t* sizes) {
   return decode(query, new_key, new_value, keys, values, scores, heads, mask, scaling, output, sizes);
 }
 
@@ -192,12 +189,12 @@ bool is_packed(const float* weight, const float* packed, int64_t in, int64_t out
   return different == 0;
 }
 
-int linear(const float* states, const float* weight, const float* packed, const float* bias, float* output,
-           int64_t num_rows, int64_t in, int64_t out) {
-  if (!is_sample_same(weight, packed, in, out)) return WEIGHT_CHANGED;
+// False, with nothing written, if the weight differs from its packed copy in one of SAMPLES numbers.
+bool linear(const float* states, const float* weight, const float* packed, const float* bias, float* output,
+            int64_t num_rows, int64_t in, int64_t out) {
+  if (!is_sample_same(weight, packed, in, out)) return false;
   // copy of the states in blocks of ROWS rows, each block stored column by column
-  std::unique_ptr<float[]> turned(new (std::nothrow) float[num_rows * in]);
-  if (!turned) return NO_MEMORY;
+  std::vector<float> turned(num_rows * in);
   for (int64_t first = 0; first < num_rows; first += ROWS) {
     const int64_t rows = std::min<int64_t>(num_rows - first, ROWS);
     for (int64_t row = 0; row < rows; row++)
@@ -214,6 +211,6 @@ int linear(const float* states, const float* weight, const float* packed, const 
     if (row < num_rows)
       multiply_last<ROWS - 1>(num_rows - row, &turned[row * in], panel, shift, output + row * out + at, in, out);
   }
-  return DONE;
+  return true;
 }
 }

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from ssd_cache.io.showing import first_line
 from ssd_cache.kernels import cpu_library
-from ssd_cache.kernels.checks import PLAIN, check
+from ssd_cache.kernels.checks import PLAIN, Arguments, check
 
 PANEL = 16
 """Outputs of a linear layer computed together; must equal `PANEL` in the C++ source."""
@@ -24,7 +25,6 @@ DECODERS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
 """Name of the decode loop for each dtype of K and V."""
 
 _Sizes = ctypes.c_int64 * 10
-_DONE, _NO_MEMORY, _NO_SUCH_HEAD, _WEIGHT_CHANGED = range(4)  # `Status` in the C++ source
 
 
 @functools.cache
@@ -35,21 +35,22 @@ def library() -> ctypes.CDLL | None:
         UserWarning: once, with the reason, when the compiler fails. `torch.compile` itself reports a missing compiler.
     """
     try:
-        found = cpu_library.load(
-            Path(__file__).with_suffix(".cpp"), functions=("linear", "is_packed", *DECODERS.values())
-        )
+        names = ("linear", "is_packed", *DECODERS.values())
+        found = cpu_library.load(Path(__file__).with_suffix(".cpp"), functions=names)
     except Exception as error:  # compilers, loaders and torch's private modules raise many unrelated classes
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        warnings.warn(f"fast_decode goes on without ssd-cache's own loops for the CPU: {reason}", stacklevel=2)
+        warnings.warn(
+            f"fast_decode goes on without ssd-cache's own loops for the CPU: {first_line(error)}", stacklevel=2
+        )
         return None
     if found is None:
         return None
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     found.linear.argtypes = [pointer] * 5 + [size] * 3
     found.is_packed.argtypes = [pointer] * 2 + [size] * 2
-    found.is_packed.restype = ctypes.c_bool
     for name in DECODERS.values():
         getattr(found, name).argtypes = [pointer] * 8 + [ctypes.c_float] + [pointer] * 2
+    for name in names:
+        getattr(found, name).restype = ctypes.c_bool
     return found
 
 
@@ -78,10 +79,7 @@ def takes_weight(weight: torch.Tensor) -> bool:
 def _check_weight(weight: torch.Tensor, place: torch.Tensor) -> None:
     is_place = _is_float32(place) and place.numel() == weight.numel() and place.is_contiguous()
     if not (is_place and takes_weight(weight)):
-        raise ValueError(
-            f"a weight of shape {tuple(weight.shape)} in {weight.dtype} on {weight.device} cannot be packed into "
-            f"{place.numel()} numbers: use torch.nn.functional.linear"
-        )
+        raise ValueError(f"a weight {tuple(weight.shape)} in {weight.dtype} cannot be packed: use F.linear")
 
 
 def pack(weight: torch.Tensor, place: torch.Tensor) -> None:
@@ -105,20 +103,12 @@ def is_packed(weight: torch.Tensor, place: torch.Tensor) -> bool:
 def linear(
     states: torch.Tensor, weight: torch.Tensor, place: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """`torch.nn.functional.linear` on a packed weight, in float32.
+    """`F.linear` of states `[..., in]` and a weight `[out, in]` that `pack` wrote to `place`, in float32.
 
-    Args:
-        states: `[..., in]`.
-        weight: `[out, in]`; 32 of its numbers are compared with the packed ones.
-        place: where `pack` wrote the weight.
-        bias: `[out]`, or None.
-
-    Returns:
-        `[..., out]`; None when the weight has changed since it was packed.
+    32 numbers of the weight are compared with the packed ones; if one differs, the result is None.
 
     Raises:
         ValueError: the loop cannot take these tensors; torch may still be able to multiply them.
-        MemoryError: no memory for the product.
     """
     _check_weight(weight, place)
     out_features, in_features = weight.shape
@@ -126,15 +116,10 @@ def linear(
     if bias is not None:
         fits = fits and _is_float32(bias) and bias.shape == (out_features,) and bias.is_contiguous()
     if not fits:
-        tensors = {"states": states, "bias": bias}
-        given = [f"{name} {tuple(t.shape)} {t.dtype} on {t.device}" for name, t in tensors.items() if t is not None]
-        raise ValueError(
-            f"the loop for linear layers got {' and '.join(given)} for a float32 weight {tuple(weight.shape)} on the "
-            "CPU: use torch.nn.functional.linear"
-        )
+        raise ValueError(f"states {tuple(states.shape)} in {states.dtype}, or the bias, do not fit: use F.linear")
     states = states.contiguous()
     output = states.new_empty(*states.shape[:-1], out_features)
-    status = _loops().linear(
+    is_done = _loops().linear(
         states.data_ptr(),
         weight.data_ptr(),
         place.data_ptr(),
@@ -144,48 +129,28 @@ def linear(
         in_features,
         out_features,
     )
-    if status == _NO_MEMORY:
-        raise MemoryError(f"no memory for a product of states {tuple(states.shape)}")
-    return None if status == _WEIGHT_CHANGED else output
+    return output if is_done else None
 
 
-def launch(
-    query: torch.Tensor,
-    new_key: torch.Tensor,
-    new_value: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scores: torch.Tensor,
-    heads: torch.Tensor,
-    mask: torch.Tensor | None,
-    slot: torch.Tensor,
-    scaling: float,
-    output: torch.Tensor,
-) -> None:
-    """Run the decode loop over a store; see `dispatch.decode` for the shapes.
+def launch(given: Arguments) -> None:
+    """Run the decode loop over a store; see `dispatch.decode`.
 
     Raises:
         ValueError: as for `checks.check`; also for a slot that is not there, or for heads that the layer does not have.
     """
-    sizes = check(query, new_key, new_value, keys, values, scores, heads, mask, slot, output, dtypes=DECODERS)
-    if not query.is_cpu:
-        raise ValueError(f"the loops for the CPU got a query on {query.device}")
-    query, new_key, new_value = query.contiguous(), new_key.contiguous(), new_value.contiguous()
-    number, num_slots = int(slot), sizes[-1]
-    if not 0 <= number < num_slots:
-        raise ValueError(f"slot is {number}: the store has slots 0 to {num_slots - 1}")
-    status = getattr(_loops(), DECODERS[query.dtype])(
-        query.data_ptr(),
-        new_key.data_ptr(),
-        new_value.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        scores.data_ptr(),
-        heads.data_ptr(),
-        None if mask is None else mask.data_ptr(),
-        scaling,
-        output.data_ptr(),
-        _Sizes(*sizes, number),
+    sizes = check(given, dtypes=DECODERS)
+    if not given.query.is_cpu:
+        raise ValueError(f"the loops for the CPU got a query on {given.query.device}")
+    slot, num_slots = int(given.slot), sizes[-1]
+    if not 0 <= slot < num_slots:
+        raise ValueError(f"slot is {slot}: the store has slots 0 to {num_slots - 1}")
+    new = [states.contiguous() for states in (given.query, given.new_key, given.new_value)]  # kept alive by the list
+    is_done = getattr(_loops(), DECODERS[given.query.dtype])(
+        *(tensor.data_ptr() for tensor in (*new, given.keys, given.values, given.scores, given.heads)),
+        None if given.mask is None else given.mask.data_ptr(),
+        given.scaling,
+        given.output.data_ptr(),
+        _Sizes(*sizes, slot),
     )
-    if status == _NO_SUCH_HEAD:
-        raise ValueError(f"heads {heads.tolist()} are not all among the layer's {query.shape[1]} KV heads")
+    if not is_done:
+        raise ValueError(f"heads {given.heads.tolist()} are not all among the layer's {sizes[1]} KV heads")

@@ -14,8 +14,9 @@ import warnings
 
 import torch
 
+from ssd_cache.io.showing import first_line
 from ssd_cache.kernels import cpu_loops as cpu_kernels
-from ssd_cache.kernels.checks import DTYPES, PLAIN
+from ssd_cache.kernels.checks import DTYPES, PLAIN, Arguments
 
 
 def can_serve(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, on_cpu: bool = False) -> bool:
@@ -27,21 +28,19 @@ def can_serve(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, on_cp
     Warns:
         UserWarning: once for each set of sizes, when an available kernel fails or is inaccurate in a small trial.
     """
-    if torch.is_grad_enabled() or not query.dtype == key.dtype == value.dtype:
-        return False
-    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        return False
-    if any(type(states) not in PLAIN for states in (query, key, value)) or not is_wanted(query.device, on_cpu):
+    device = query.device
+    if (
+        torch.is_grad_enabled()
+        or not query.dtype == key.dtype == value.dtype
+        or any(type(states) not in PLAIN for states in (query, key, value))
+        or (device.type == "cpu" and torch.is_autocast_enabled("cpu"))
+        or (_takes_loops(device) and not on_cpu)
+    ):
         return False
     try:
-        return passes_trial(query.device, query.dtype, query.shape[1] // key.shape[1], query.shape[3], value.shape[3])
+        return passes_trial(device, query.dtype, query.shape[1] // key.shape[1], query.shape[3], value.shape[3])
     except torch.OutOfMemoryError:  # memory is full now; it may be free for the next image
         return False
-
-
-def is_wanted(device: torch.device, on_cpu: bool) -> bool:
-    """Whether to look for a kernel: always on other devices, on a CPU only with `on_cpu` or Triton's interpreter."""
-    return on_cpu or not _takes_loops(device)
 
 
 def _takes_loops(device: torch.device) -> bool:
@@ -73,7 +72,7 @@ def passes_trial(device: torch.device, dtype: torch.dtype, groups: int, head_dim
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:  # compilers and drivers raise many unrelated classes
-        failed = next(iter(str(failure).strip().splitlines()), type(failure).__name__)
+        failed = first_line(failure)
     if failed:
         warnings.warn(
             f"ssd-cache's kernel does not serve on this {device.type}, torch's attention does: {failed}", stacklevel=2
@@ -86,11 +85,11 @@ def _try(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, v
     num_prompt, num_slots, number, scaling = 5, 150, 139, head_dim**-0.5
     end, generator = num_prompt + number, torch.Generator().manual_seed(0)
 
-    def draw(*shape: int) -> torch.Tensor:
+    def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    query, new_key, new_value = draw(2, 2, groups, head_dim), draw(2, 2, 1, head_dim), draw(2, 2, 1, value_dim)
-    keys, values = draw(2, 2, num_prompt + num_slots, head_dim), draw(2, 2, num_prompt + num_slots, value_dim)
+    query, new_key, new_value = random(2, 2, groups, head_dim), random(2, 2, 1, head_dim), random(2, 2, 1, value_dim)
+    keys, values = random(2, 2, num_prompt + num_slots, head_dim), random(2, 2, num_prompt + num_slots, value_dim)
     heads, mask = torch.tensor([1, 0]), torch.ones(2, num_prompt + num_slots, dtype=torch.bool)
     mask[1, :2] = not has_mask
     given = [query, new_key, new_value, keys, values, torch.zeros(2, 1, num_slots), heads, mask, torch.tensor(number)]
@@ -148,12 +147,13 @@ def decode(
     run(query, new_key, new_value, keys, values, scores, heads, mask, slot, scaling, output)
 
 
-def _launch(query: torch.Tensor, *arguments) -> None:
-    if _takes_loops(query.device):
-        return cpu_kernels.launch(query, *arguments)
+def _launch(*arguments) -> None:
+    given = Arguments(*arguments)
+    if _takes_loops(given.query.device):
+        return cpu_kernels.launch(given)
     from ssd_cache.kernels.triton_decode import launch
 
-    return launch(query, *arguments)
+    return launch(given)
 
 
 def _trace(query: torch.Tensor, *arguments) -> None:

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 
 from ssd_cache.kernels import cpu_loops as cpu_kernels
-from ssd_cache.kernels import huge_pages
 from ssd_cache.kernels.checks import PLAIN
 
 MAX_ROWS = 512
@@ -73,17 +72,16 @@ def _can_be_packed(module: torch.nn.Linear) -> bool:
 
 def _enter(linears: list[torch.nn.Linear]) -> list[tuple[torch.nn.Linear, torch.Tensor, PackedWeight]]:
     """Attach a `PackedWeight` to each weight and set each layer's class; returns (layer, weight, packed) for each."""
-    weights = [linear.weight for linear in linears]
-    new = {id(weight): weight for weight in weights if getattr(weight, COPY, None) is None}
-    sizes = [weight.numel() for weight in new.values()]
-    room = huge_pages.zeros((sum(sizes),), torch.float32, torch.device("cpu"))  # takes no memory until it is written
-    prompts = _Prompts()
-    for weight, place in zip(new.values(), room.split(sizes), strict=True):
-        setattr(weight, COPY, PackedWeight(place, prompts))
-    entered = [(linear, weight, getattr(weight, COPY)) for linear, weight in zip(linears, weights, strict=True)]
-    for linear, _, packed in entered:
+    prompts, entered = _Prompts(), []
+    for linear in linears:
+        weight = linear.weight
+        packed: PackedWeight | None = getattr(weight, COPY, None)
+        if packed is None:
+            packed = PackedWeight(weight, prompts)
+            setattr(weight, COPY, packed)
         packed.users[linear] += 1
         linear.__class__ = _PackedLinear
+        entered.append((linear, weight, packed))
     return entered
 
 
@@ -108,16 +106,14 @@ class _Prompts:
 class PackedWeight:
     """A weight's copy in the layout of `cpu_loops.linear`, and the state of the weight when it was copied.
 
-    Args:
-        place: memory for the copy, with as many numbers as the weight.
-        prompts: the prompt count, shared by the weights of a block.
-
     Attributes:
+        place: memory for the copy, not written before the first product.
+        prompts: the prompt count, shared by the weights of a block.
         users: layers with this weight, and the number of blocks that each is in.
     """
 
-    def __init__(self, place: torch.Tensor, prompts: _Prompts):
-        self.place, self.prompts = place, prompts
+    def __init__(self, weight: torch.Tensor, prompts: _Prompts):
+        self.place, self.prompts = torch.empty(weight.numel(), dtype=torch.float32, device="cpu"), prompts
         self.users: Counter[torch.nn.Module] = Counter()
         self.made_of: tuple | None = None
         self.storage: torch.UntypedStorage | None = None  # kept alive, so that no other tensor reuses its address
@@ -129,8 +125,7 @@ class PackedWeight:
 
     def multiply(self, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         """The result of `F.linear`, or None where the caller must run `F.linear` itself."""
-        shape = states.shape
-        if len(shape) == 3 and shape[1] > 1:
+        if states.dim() == 3 and states.shape[1] > 1:
             self.prompts.num_seen += 1
             return None
         try:

@@ -11,72 +11,42 @@ import torch
 import triton
 import triton.language as tl
 
-from ssd_cache.kernels.checks import DTYPES, check
+from ssd_cache.kernels.checks import DTYPES, Arguments, check
 
 TILE = 1 << 14
 """Bytes in a tile of keys: 64 tokens of 128 numbers in bfloat16. The compiler reports 107 registers per thread, so that
 four programs run at once on a multiprocessor of an H100. It was not tuned on a GPU."""
 
 
-def launch(
-    query: torch.Tensor,
-    new_key: torch.Tensor,
-    new_value: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scores: torch.Tensor,
-    heads: torch.Tensor,
-    mask: torch.Tensor | None,
-    slot: torch.Tensor,
-    scaling: float,
-    output: torch.Tensor,
-) -> None:
-    """Run the kernel over a store; see `dispatch.decode` for the shapes.
+def launch(given: Arguments) -> None:
+    """Run the kernel over a store; see `dispatch.decode`.
 
     Invalid heads or an invalid slot give NaN, since checking them would mean waiting for the device.
 
     Raises:
         ValueError: as for `checks.check`.
     """
-    check(query, new_key, new_value, keys, values, scores, heads, mask, slot, output, dtypes=DTYPES)
-    if not keys.shape[0]:
+    batch, kv_heads, groups, head_dim, value_dim, num_heads, num_scored, num_prompt, num_slots = check(given, DTYPES)
+    if not batch:
         return
-    query, new_key, new_value = (
-        states if states.stride(-1) == 1 else states.contiguous() for states in (query, new_key, new_value)
-    )
-    batch, num_kv_heads, groups, head_dim = query.shape
-    num_heads, num_scored, num_slots = keys.shape[1], scores.shape[1], scores.shape[2]
+    query, keys, scores = given.query, given.keys, given.scores
+    new = [states.contiguous() for states in (query, given.new_key, given.new_value)]
+    logits = scores.new_empty(batch, num_scored, groups, num_slots)
+    mask = scores if given.mask is None else given.mask
+    pointers = (*new, keys, given.values, scores, logits, mask, given.heads, given.slot, given.output)
     # Triton launches on the current device, which may not be the device of this layer
-    device = torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext()
-    with device:
+    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         decode_kernel[(num_heads, batch)](
-            query,
-            new_key,
-            new_value,
-            keys,
-            values,
-            scores,
-            scores.new_empty(batch, num_scored, groups, num_slots),
-            scores if mask is None else mask,
-            heads,
-            slot,
-            output,
-            *query.stride()[:3],
-            *new_key.stride()[:2],
-            *new_value.stride()[:2],
-            scaling,
-            num_kv_heads,
-            num_scored,
-            keys.shape[2] - num_slots,
-            num_slots,
+            *pointers,
+            *(given.scaling, kv_heads, num_scored, num_prompt, num_slots),
             GROUPS=groups,
             HEAD_DIM=head_dim,
-            VALUE_DIM=values.shape[3],
-            HAS_MASK=mask is not None,
+            VALUE_DIM=value_dim,
+            HAS_MASK=given.mask is not None,
             # Triton's interpreter, used without a GPU, does not support bfloat16 matrix products
-            UPCAST=query.device.type != "cuda",
+            UPCAST=not query.is_cuda,
             num_stages=2,
-            **block_sizes(groups, head_dim, values.shape[3], keys.itemsize),
+            **block_sizes(groups, head_dim, value_dim, keys.itemsize),
         )
 
 
@@ -105,13 +75,6 @@ def decode_kernel(
     heads,
     slot_pointer,
     output,
-    query_row,
-    query_head,
-    query_group,
-    key_row,
-    key_head,
-    value_row,
-    value_head,
     scaling,
     num_kv_heads,
     num_scored,
@@ -148,10 +111,11 @@ def decode_kernel(
     in_value = value_dim < VALUE_DIM
     column = tl.arange(0, BLOCK_COLUMNS)
 
-    q_at = row * query_row + model_head * query_head + group[:, None] * query_group + dim[None, :]
+    layer_head = row * num_kv_heads + model_head
+    q_at = (layer_head * GROUPS + group[:, None]) * HEAD_DIM + dim[None, :]
     q = tl.load(query + q_at, mask=in_group[:, None] & in_head[None, :], other=0.0)
-    own_key = tl.load(new_key + row * key_row + model_head * key_head + dim, mask=in_head, other=0.0)
-    own_value = tl.load(new_value + row * value_row + model_head * value_head + value_dim, mask=in_value, other=0.0)
+    own_key = tl.load(new_key + layer_head * HEAD_DIM + dim, mask=in_head, other=0.0)
+    own_value = tl.load(new_value + layer_head * VALUE_DIM + value_dim, mask=in_value, other=0.0)
     tl.store(keys + (first + end) * HEAD_DIM + dim, own_key, mask=in_head)
     tl.store(values + (first + end) * VALUE_DIM + value_dim, own_value, mask=in_value)
 
@@ -198,7 +162,7 @@ def decode_kernel(
         result = result * shrink[:, None] + sums
         highest = higher
 
-    out_at = (row * num_kv_heads + model_head) * GROUPS + group
+    out_at = layer_head * GROUPS + group
     tl.store(
         output + out_at[:, None] * VALUE_DIM + value_dim[None, :],
         (result / total[:, None]).to(output.dtype.element_ty),

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from ssd_cache.budget import Amount, check_count, least_slots, resolve_amount, resolve_recent
+from ssd_cache.cache.eviction import slot_of
 from ssd_cache.layout import ImageLayout
 
 Rows = Literal["all", "conditional", "unconditional"]
@@ -35,7 +36,7 @@ class Level:
 
     def oldest(self, token: int) -> int:
         """The oldest token, sinks excepted, that a spatial head holds at the query of `token >= num_slots`."""
-        num_held = self.num_slots - self.buffer + 1 + (token - self.num_slots) % self.buffer
+        num_held = slot_of(token, self.num_slots, self.buffer) + 1
         return token + 1 - (num_held - self.num_sinks)
 
 

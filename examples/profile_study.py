@@ -1,4 +1,4 @@
-"""How reliable is a head map, and what does it cost? Tables, figures and JSON about profiling one model.
+"""How reliable is a head map, and what does it cost? Tables and JSON about profiling one model.
 
     python examples/profile_study.py --num-prompts 128 --output study
 
@@ -26,22 +26,20 @@ import typer
 from tqdm import tqdm
 
 from ssd_cache import HeadMap, SSDCache
-from ssd_cache.analysis.plotting import check_packages, to_png
-from ssd_cache.analysis.sensitivity import draw_halves, draw_maps, draw_sensitivity, rows_agreement, vary_labels
 from ssd_cache.decode.attention_switch import ssd_attention
 from ssd_cache.models import Generator, find_generator
 from ssd_cache.profiling.allocation import allocate_budgets, fit_heads, retained_attention
 from ssd_cache.profiling.labels import (
     METHODS,
+    Method,
     label_agreement,
     label_heads,
     map_scores,
-    resolve_window,
     split_half_agreement,
     total,
 )
 from ssd_cache.profiling.measuring import measure_heads
-from ssd_cache.profiling.statistics import HeadStatistics
+from ssd_cache.profiling.statistics import HeadStatistics, widest_window
 from ssd_cache.profiling.watching_cost import watching_cost
 from ssd_cache.shapes import KINDS, make_prompts
 
@@ -128,7 +126,7 @@ def measure_parts(
     ]
 
 
-def draw_online(
+def generate_online(
     generator: Generator, prompts: list[str], batch_size: int, head_map: HeadMap, slots: int, seed: int, **settings
 ) -> tuple[list[torch.Tensor], dict[str, float]]:
     """Labels that online caches find, per batch; and seconds per image, online and with a map, measured alternately."""
@@ -147,6 +145,40 @@ def draw_online(
             assert found is not None
             labels.append(found.is_spatial)
     return labels, {name: value / len(prompts) for name, value in spent.items()}
+
+
+def vary_labels(statistics: HeadStatistics) -> list[dict[str, Any]]:
+    """Label heads with one setting of `label_heads` changed at a time, and compare with the default labels.
+
+    The window takes two tokens, and half a grid row to four rows plus a token; the slots take every measured level.
+    """
+    columns, widest = statistics.grid[1], widest_window(statistics.grid, statistics.previews)
+    windows = sorted({2, columns // 2 + 1, *(rows * columns + 1 for rows in range(1, 5))})
+    slots = sorted(level.num_slots for level in statistics.levels)
+    changes: list[tuple[str, tuple[Method, ...], list]] = [
+        ("window", ("window",), [window for window in windows if window <= widest]),
+        ("threshold", ("window",), [step / 10 for step in range(1, 10)]),
+        ("num_slots", METHODS, slots),
+        ("rows", METHODS, ["conditional", "unconditional"]),
+    ]
+    found = []
+    for setting, methods, values in changes:
+        for method in methods:
+            usual, _ = label_heads(statistics, method=method)
+            for value in values:
+                labels, threshold = label_heads(statistics, method=method, **{setting: value})
+                found.append(
+                    {
+                        "setting": setting,
+                        "value": value,
+                        "method": method,
+                        "threshold": threshold,
+                        "num_spatial": int(labels.sum()),
+                        "agreement": label_agreement(labels, usual),
+                        "retained": retained_attention(statistics, statistics.levels[0].num_slots, labels),
+                    }
+                )
+    return found
 
 
 def mean(values: list[float]) -> float:
@@ -171,8 +203,7 @@ def main(
     device: str = "auto",
     output: Path = Path("profile-study"),
 ) -> None:
-    """Profile NUM_PROMPTS captions in parts of PART_SIZE, and write study.md, study.json and three figures."""
-    check_packages("matplotlib")
+    """Profile NUM_PROMPTS captions in parts of PART_SIZE, and write study.md and study.json."""
     checkpoint = find_generator(model)
     generator = checkpoint.load(device=device)
     own = generator.guidance_scale
@@ -191,7 +222,7 @@ def main(
     numbers["seconds"] = time_side_by_side(generator, timed, rounds, budget=budget, num_recent=num_recent)
     rows: list[list] = [[turn, *row.values()] for turn, row in enumerate(numbers["seconds"], 1)]
     rows.append(["mean", *(mean([row[name] for row in numbers["seconds"]]) for name in ("plain", "watched", "ratio"))])
-    text.append(table(f"Seconds for {len(timed)} pictures in one batch.", ["round", "plain", "watched", "ratio"], rows))
+    text.append(table(f"Seconds for {len(timed)} images in one batch.", ["round", "plain", "watched", "ratio"], rows))
     num_rows, longest = (
         len(generator.is_unconditional(len(timed))),
         max(generator.prepare([prompt])["attention_mask"].shape[1] for prompt in timed),
@@ -212,31 +243,31 @@ def main(
         more = (numbers["peak"]["watched"] - numbers["peak"]["plain"]) / cost.full_cache
         rows.append(["more at the peak, of the full cache", f"{more:.1%}"])
     rows.append(["by the formula at most, of the full cache", f"{cost.share:.1%}"])
-    text.append(table(f"Memory for {len(timed)} pictures in one batch.", ["bytes", ""], rows))
+    text.append(table(f"Memory for {len(timed)} images in one batch.", ["bytes", ""], rows))
 
     # dependence of the labels on the settings
     started = time.perf_counter()
     parts = measure_parts(generator, prompts, part_size, output, own, seed, **settings)
     numbers["profiling_seconds"] = time.perf_counter() - started
-    text.append(
-        f"\nThe {len(prompts)} pictures took {numbers['profiling_seconds']:.0f} s, less what was there from before."
-    )
+    text.append(f"\nThe {len(prompts)} images took {numbers['profiling_seconds']:.0f} s, stored parts excluded.")
     unlike = total(measure_parts(generator, prompts, part_size, output, other_guidance, seed, **settings))
     statistics = total(parts)
     agreement = {method: split_half_agreement(parts, method=method) for method in METHODS}
     numbers["halves"] = agreement
     rows = [[number, *agreement["coverage"][number], *agreement["window"][number]] for number in agreement["coverage"]]
     columns = ["prompts", "coverage", "lowest", "window", "lowest"]
-    text.append(table("Heads labelled alike by two halves of the prompts, over 50 draws.", columns, rows))
-    variants = vary_labels(statistics)
-    numbers["sensitivity"] = [dataclasses.asdict(variant) for variant in variants]
+    text.append(table("Heads labelled alike by two halves of the prompts, over 50 random splits.", columns, rows))
+    numbers["sensitivity"] = vary_labels(statistics)
     columns = ["setting", "value", "method", "threshold", "spatial heads", "agrees with the usual labels", "retained"]
-    rows = [["-" if value is None else value for value in dataclasses.astuple(variant)] for variant in variants]
+    rows = [["-" if value is None else value for value in variant.values()] for variant in numbers["sensitivity"]]
     text.append(table("Labels with one setting changed.", columns, rows))
     usual = {method: label_heads(statistics, method=method)[0] for method in METHODS}
     numbers["agreement"] = {
         method: {
-            "conditional and unconditional rows": rows_agreement(statistics, method),
+            "conditional and unconditional rows": label_agreement(
+                label_heads(statistics, method=method, rows="conditional")[0],
+                label_heads(statistics, method=method, rows="unconditional")[0],
+            ),
             f"guidance {own:g} and {other_guidance:g}": label_agreement(
                 usual[method], label_heads(unlike, method=method)[0]
             ),
@@ -260,7 +291,7 @@ def main(
     }
     retained["online"], numbers["online"] = {}, {}
     for size, slots in sizes.items():
-        found, spent = draw_online(
+        found, spent = generate_online(
             generator, prompts[:online_prompts], timed_prompts, fitted, slots, seed, num_recent=num_recent
         )
         retained["online"][size] = mean([retained_attention(statistics, slots, of) for of in found])
@@ -268,8 +299,8 @@ def main(
             "agrees with coverage": mean([label_agreement(of, labels) for of in found]),
             "agrees with window": mean([label_agreement(of, usual["window"]) for of in found]),
             "agreement of two batches": mean([label_agreement(of, found[0]) for of in found[1:]] or [1.0]),
-            "seconds a picture, online": spent["online"],
-            "seconds a picture, with a map": spent["offline"],
+            "seconds per image, online": spent["online"],
+            "seconds per image, with a map": spent["offline"],
         }
     retained["budgets fitted"] = {
         size: retained_attention(fitted, allocate_budgets(fitted, slots)) for size, slots in sizes.items()
@@ -280,7 +311,7 @@ def main(
     rows = [[name, *values.values()] for name, values in retained.items()]
     text.append(table("Retained attention, mean over the heads.", ["map", *sizes], rows))
     rows = [[name, *(of[name] for of in numbers["online"].values())] for name in numbers["online"][next(iter(sizes))]]
-    text.append(table(f"Labels found while drawing ({online_prompts} prompts).", ["online", *sizes], rows))
+    text.append(table(f"Labels found during generation ({online_prompts} prompts).", ["online", *sizes], rows))
     budgets = allocate_budgets(fitted, next(iter(sizes.values())))
     text.append(f"\nBudgets fitted at {next(iter(sizes))}: {budgets}")
     names = ["window_mass", "margin", "margin_chance", "prompt", "entropy", "top_share", "coverage"]
@@ -291,13 +322,7 @@ def main(
     ]
     text.append(table("Every head.", ["layer.head", "label", *names], rows))
 
-    marks = {"window": float(resolve_window(statistics.grid, None)), "num_slots": float(statistics.levels[0].num_slots)}
-    threshold = label_heads(statistics, method="window")[1]
-    marks |= {} if threshold is None else {"threshold": threshold}
-    figures = {"halves": draw_halves(agreement), "sensitivity": draw_sensitivity(variants, marks)}
-    figures["maps"] = draw_maps(retained)
-    files = {f"{name}.png": to_png(figure) for name, figure in figures.items()}
-    files |= {"study.md": ("\n".join(text) + "\n").encode(), "study.json": json.dumps(numbers, indent=1).encode()}
+    files = {"study.md": ("\n".join(text) + "\n").encode(), "study.json": json.dumps(numbers, indent=1).encode()}
     for name, content in files.items():
         part = output / f"{name}.part"
         part.write_bytes(content)

@@ -1,6 +1,6 @@
 """The short examples, run whole on small random models: what they write and print is real, if not pretty.
 
-examples/train_shapes_janus.py has tests of its own, and examples/profile_study.py is how figures in the docs were made.
+examples/train_shapes_janus.py has tests of its own, and examples/profile_study.py is how tables in the docs were made.
 """
 
 from __future__ import annotations

@@ -31,8 +31,6 @@ from typer.testing import CliRunner
 
 from ssd_cache import HeadMap, SSDCache, profile_heads
 from ssd_cache._compat import CACHE
-from ssd_cache.analysis.plotting import to_png
-from ssd_cache.analysis.sensitivity import draw_halves, draw_maps, draw_sensitivity, rows_agreement, vary_labels
 from ssd_cache.cache.retention import select_victims
 from ssd_cache.cli import app
 from ssd_cache.layout import count_cells
@@ -370,8 +368,6 @@ def test_after_a_preview_windows_stay_within_the_picture():
         statistics.window_mass(12)
     with pytest.raises(ValueError, match="window=12 is out of range: give 1 to 11 visual tokens"):
         label_heads(statistics, method="window", window=12)
-    tried = [variant.value for variant in vary_labels(statistics) if variant.setting == "window"]
-    assert tried == [2, 3, 6, 11]  # 16 and 21 would reach too far
     both = statistics + filled(1, previews=[(3, 7)])
     assert both.empty().num_before == 21
     retained = both.retained("spatial", 8).maximum(both.retained("semantic", 8)).mean().item()
@@ -634,38 +630,6 @@ def test_small_fractions_are_measured_at_the_least_slots_that_a_cache_holds(grid
     SSDCache(own, least, **{"buffer": grid[1], "num_recent": 0.25, **settings})
     with pytest.raises(ValueError, match="fewer than buffer"):
         SSDCache(own, least - 1, **settings)
-
-
-# --- how much labels depend on
-
-
-def test_each_setting_is_varied_alone(planted):
-    variants = vary_labels(planted, windows=(2, 9, 30), thresholds=(0.2, 0.5))
-    usual = {method: label_heads(planted, method=method)[0] for method in ("coverage", "window")}
-    assert [(v.setting, v.value, v.method) for v in variants] == [
-        *(("window", window, "window") for window in (2, 9, 30)),
-        *(("threshold", threshold, "window") for threshold in (0.2, 0.5)),
-        *(("num_slots", slots, method) for method in ("coverage", "window") for slots in (16, 20, 24, 26)),
-        *(("rows", rows, method) for method in ("coverage", "window") for rows in ("conditional", "unconditional")),
-    ]
-    for variant in variants:
-        labels, threshold = label_heads(planted, method=variant.method, **{variant.setting: variant.value})
-        assert (variant.threshold, variant.num_spatial) == (threshold, int(labels.sum()))
-        assert variant.agreement == label_agreement(labels, usual[variant.method])
-        assert variant.retained == pytest.approx(retained_attention(planted, 24, labels))
-    by_window = {variant.value: variant for variant in variants if variant.setting == "window"}
-    assert by_window[9].agreement == 1  # holds the token right above
-    assert by_window[9].retained > by_window[2].retained  # where no head looks
-    assert rows_agreement(planted, "coverage") == rows_agreement(planted, "window") == 1
-    assert [variant.value for variant in vary_labels(planted) if variant.setting == "window"] == [2, 5, 9, 17, 25, 33]
-
-
-def test_figures_of_the_study_are_drawn(planted):
-    halves = {"coverage": {4: (0.9, 0.8), 8: (1.0, 1.0)}, "window": {4: (0.7, 0.5), 8: (0.9, 0.6)}}
-    maps = {"window": {"20%": 0.8, "50%": 0.9}, "online": {"20%": 0.7}}
-    marks = {"window": 9.0, "num_slots": 24.0, "threshold": 0.4}
-    for figure in (draw_halves(halves), draw_maps(maps), draw_sensitivity(vary_labels(planted), marks)):
-        assert to_png(figure, dpi=40).startswith(b"\x89PNG")
 
 
 # --- the command line

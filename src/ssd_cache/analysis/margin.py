@@ -6,7 +6,6 @@ It works on sums over cells; `concentration.py` computes these sums.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -21,7 +20,7 @@ class MarginTest:
         share: the share of the sum in the first and the last column.
         chance: the average share of two columns.
         p_value: fraction of random shifts with at least this `share`; the unshifted data counts as one shift.
-        num_units: number of images, or of image rows, that were shifted independently.
+        num_units: number of images.
     """
 
     share: float
@@ -30,14 +29,7 @@ class MarginTest:
     num_units: int
 
 
-def margin_test(
-    difference: torch.Tensor,
-    columns: int,
-    *,
-    unit: Literal["picture", "row"] = "picture",
-    num_shifts: int = NUM_SHIFTS,
-    seed: int = 0,
-) -> MarginTest:
+def margin_test(difference: torch.Tensor, columns: int, *, num_shifts: int = NUM_SHIFTS, seed: int = 0) -> MarginTest:
     """Test the share of the first and the last column against cyclic shifts of the columns.
 
     The null hypothesis is that margin columns are like all other columns, so a cyclic shift changes nothing. The test
@@ -49,27 +41,23 @@ def margin_test(
     Args:
         difference: `[images, tokens]`, not negative; an incomplete last row is ignored.
         columns: number of grid columns.
-        unit: what is shifted independently. "row" shifts every row separately. This assumes that the rows of an image
-            are independent; if they are not, p is too small.
         num_shifts: number of random shifts.
         seed: seed of the random shifts.
 
     Raises:
         ValueError: there are fewer than three columns, or no complete row.
     """
-    if columns < 3 or difference.shape[1] < columns:
+    num_images, tokens = difference.shape
+    if columns < 3 or tokens < columns:
         raise ValueError(
-            f"{difference.shape[1]} tokens on a grid of {columns} columns: margins need three columns and a whole row"
+            f"{tokens} tokens on a grid of {columns} columns: the margin test needs three columns and a complete row"
         )
-    pictures, tokens = difference.shape
-    complete = tokens // columns * columns
-    units = difference[:, :complete].double().cpu().reshape(pictures, -1, columns)
-    units = units.sum(1) if unit == "picture" else units.flatten(0, 1)
-    pairs = units + units.roll(1, dims=1)  # [:, s]: sum in the margins after a shift by s; s = 0 is unshifted
-    total = units.sum().clamp(min=1e-300)
+    by_column = difference[:, : tokens // columns * columns].double().cpu().unflatten(1, (-1, columns)).sum(1)
+    pairs = by_column + by_column.roll(1, dims=1)  # [:, s]: sum in the margins after a shift by s; s = 0 is unshifted
+    total = by_column.sum().clamp(min=1e-300)
     share = (pairs[:, 0].sum() / total).item()
     generator = torch.Generator().manual_seed(seed)
-    shifts = torch.randint(columns, (len(units), num_shifts), generator=generator)
+    shifts = torch.randint(columns, (num_images, num_shifts), generator=generator)
     shifted = pairs.gather(1, shifts).sum(0) / total
     hits = int((shifted >= share * (1 - 1e-9)).sum())  # a different order of summation may change the last digits
-    return MarginTest(share, min(2, columns) / columns, (1 + hits) / (1 + num_shifts), len(units))
+    return MarginTest(share, 2 / columns, (1 + hits) / (1 + num_shifts), num_images)

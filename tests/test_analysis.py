@@ -150,8 +150,8 @@ def test_the_clearest_heads_are_chosen_and_a_wanted_one_takes_its_kinds_place():
     assert choose_heads(scores, (0, 0)) == ((0, 0), (1, 0))
     assert choose_heads(scores, (0, 1)) == ((0, 2), (0, 1))
     prompt = torch.tensor([[0.1, 0.2, 0.8], [0.9, 0.1, 0.7]])  # heads that look at the prompt come after others
-    told = head_scores(HeadMap(is_spatial, (6, 6), scores={"window": score, "prompt": prompt}, threshold=0.5))
-    assert choose_heads(told) == ((1, 1), (0, 1))
+    with_prompt = head_scores(HeadMap(is_spatial, (6, 6), scores={"window": score, "prompt": prompt}, threshold=0.5))
+    assert choose_heads(with_prompt) == ((1, 1), (0, 1))
     everywhere = HeadMap(is_spatial, (6, 6), scores={"window": score, "prompt": torch.ones(2, 3)}, threshold=0.5)
     assert choose_heads(head_scores(everywhere)) == ((0, 2), (1, 0))
     low_is_spatial = head_scores(HeadMap(is_spatial, (6, 6), scores=-score))
@@ -200,13 +200,13 @@ def test_concentration_is_that_of_plain_loops_and_the_same_for_every_full_cache(
     for curve in result.curves:
         heads = {"spatial": [(0, 0)], "semantic": [(0, 1), (1, 0), (1, 1)]}[curve.kind]
         assert curve.difference.shape == (3, 35)
-        for picture in range(3):
+        for image in range(3):
             for token in range(35):
                 total = 0.0
                 for layer, head in heads:
                     states = getattr(dynamic.layers[layer], curve.states)[:, head, 5 + token].double()
-                    total += sum((c - u) ** 2 for c, u in zip(states[picture], states[3 + picture], strict=True)) / 16
-                assert curve.difference[picture, token].item() == pytest.approx(float(total) / len(heads), rel=1e-5)
+                    total += sum((c - u) ** 2 for c, u in zip(states[image], states[3 + image], strict=True)) / 16
+                assert curve.difference[image, token].item() == pytest.approx(float(total) / len(heads), rel=1e-5)
         rows = curve.difference[:, :30].reshape(3, 5, 6)
         assert curve.margin.share == pytest.approx(share_at_margins(rows))
         assert curve.margin.chance == pytest.approx(1 / 3)
@@ -588,6 +588,14 @@ def test_a_failure_while_writing_leaves_what_was_there(analysis, tmp_path, monke
 def test_the_same_analysis_gives_the_same_files(analysis, report, tmp_path):
     again = write_report(analysis, tmp_path / "again")
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in report]
+
+
+def test_a_map_without_statistics_has_a_report(analysis, tmp_path):
+    scores = head_scores(HeadMap(head_map().is_spatial, (SIDE, SIDE)))
+    page, _ = write_report(replace(analysis, scores=scores), tmp_path)
+    text = page.read_text("utf-8")
+    assert Page(text).alts[0] == "Heat map of labels by layer and KV head, spatial heads marked."
+    assert "<td>None</td>" not in text
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])

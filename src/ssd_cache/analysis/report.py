@@ -73,6 +73,7 @@ def render(analysis: Analysis) -> str:
         vars(analysis),
         captions=CAPTIONS,
         titles=titles,
+        condition_rows=[[name.replace("_", " "), _shown(value)] for name, value in analysis.conditions.items()],
         head_rows=_head_rows(analysis),
         margin_rows=[
             [c.states, c.kind, c.num_heads, _share(c.margin.share), _share(c.margin.chance), f"{c.margin.p_value:.2g}"]
@@ -96,6 +97,12 @@ def _embedded(figure: Figure | Image.Image) -> str:
 def _width(figure: Figure | Image.Image) -> int:
     """Width on the page in CSS pixels, 96 to the inch."""
     return 384 if isinstance(figure, Image.Image) else round(96 * figure.get_figwidth())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " x ".join(map(str, value))
+    return "not given" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _share(value: float | None) -> str:

@@ -98,14 +98,11 @@ def analyze(
         prompt: the text prompt of all images.
         head_map: the map with the labels.
         processor: the processor of the model. Default: loaded from the same source as the model.
-        budget: visual tokens that a head may hold, as for `SSDCache`. Default: the map's own budget, or 0.2.
-        buffer: as for `SSDCache`.
+        budget, buffer: as for `SSDCache`, for every policy.
         step: number of visual tokens seen when the contents of the heads are read. Default: three quarters of the grid.
         head: a (layer, head) to plot. It replaces the most spatial or the most semantic head, depending on its kind.
         num_images: images per batch; the margin test needs several (see `margin_test`).
-        guidance_scale: as for `Generator.generate`.
-        temperature: as for `Generator.generate`.
-        seed: as for `Generator.generate`.
+        guidance_scale, temperature, seed: as for `Generator.generate`.
         progress: show a progress bar that counts visual tokens.
 
     Raises:
@@ -165,7 +162,7 @@ def run_plan(generator: Generator, prompt: str, plan: Plan, *, progress: bool = 
     settings: dict[str, Any] = dataclasses.asdict(plan.sampling)
     is_unconditional = generator.is_unconditional(plan.num_images)
     row = int(is_unconditional.long().argmin())  # the conditional row of the first image
-    tokens: dict[str, torch.Tensor] = {}
+    tokens: dict[str, torch.Tensor] = {}  # of the first image, by policy
     retention: dict[str, Retention] = {}
     memory: dict[str, MemoryStats] = {}
     bar = tqdm(

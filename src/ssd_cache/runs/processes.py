@@ -71,9 +71,9 @@ class Processes:
             ProfilingError: settings differ; raised in every process, with the values of process 0 and of the first
                 process that differs.
         """
-        told = self.gather_all(dict(facts))
-        for number, other in enumerate(told):
-            if differing := differences(told[0], other, ("in process 0", f"in process {number}")):
+        found = self.gather_all(dict(facts))
+        for number, other in enumerate(found):
+            if differing := differences(found[0], other, ("in process 0", f"in process {number}")):
                 raise ProfilingError(
                     f"processes 0 and {number} of {self.count} do not agree: {differing}; give all of them the same"
                 )

@@ -5,8 +5,7 @@ has a function for its numbers and one for its figure. Figures need `pip install
 """
 
 from ssd_cache.analysis.attention import AttentionRecorder, HeadAttention, draw_first_rows, draw_queries
-from ssd_cache.analysis.concentration import Concentration, draw_curves, semantic_concentration
-from ssd_cache.analysis.margin import MarginTest, margin_test
+from ssd_cache.analysis.concentration import Concentration, MarginTest, draw_curves, margin_test, semantic_concentration
 from ssd_cache.analysis.report import as_json, write_report
 from ssd_cache.analysis.retention import Retention, draw_heads, read_retention
 from ssd_cache.analysis.scores import HeadScores, choose_heads, draw_scores, head_scores

@@ -477,7 +477,7 @@ def test_a_full_disk_leaves_the_older_state(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ProfilingError, match="sums of the first 4 batches can not be written .No space left on device"):
+    with pytest.raises(ProfilingError, match="sums of the first 4 batches cannot be written .No space left on device"):
         save_state(path, filled(2), 4, {"seed": 0})
     assert [item.name for item in tmp_path.iterdir()] == ["sums"]
     statistics = filled(0).empty()
@@ -695,7 +695,7 @@ def test_a_full_disk_is_one_line_and_no_map(run, monkeypatch):
     assert list(Path("head-map").iterdir()) == []
     result = run(PROMPTS[0])
     assert result.exit_code == 1
-    assert "head-map.state: the sums of the first 1 batches can not be written" in result.stderr
+    assert "head-map.state: the sums of the first 1 batches cannot be written" in result.stderr
 
 
 def test_help_fits_80_columns_and_names_every_option(run):

@@ -4,19 +4,11 @@
 has a function for its numbers and one for its figure. Figures need `pip install 'ssd-cache[plot]'`; measuring does not.
 """
 
-from ssd_cache.analysis.attention import AttentionRecorder, HeadAttention, choose_heads, draw_first_rows, draw_queries
-from ssd_cache.analysis.concentration import Concentration, draw_columns, draw_curves, semantic_concentration
-from ssd_cache.analysis.margin import MarginTest, margin_test
+from ssd_cache.analysis.attention import AttentionRecorder, HeadAttention, draw_first_rows, draw_queries
+from ssd_cache.analysis.concentration import Concentration, MarginTest, draw_curves, margin_test, semantic_concentration
 from ssd_cache.analysis.report import as_json, write_report
-from ssd_cache.analysis.retention_map import (
-    Retention,
-    RetentionProbe,
-    draw_heads,
-    draw_over_picture,
-    over_picture,
-    read_retention,
-)
-from ssd_cache.analysis.scores import HeadScores, draw_scores, head_scores
+from ssd_cache.analysis.retention import Retention, draw_heads, read_retention
+from ssd_cache.analysis.scores import HeadScores, choose_heads, draw_scores, head_scores
 from ssd_cache.analysis.study import Analysis, analyze
 
 __all__ = [
@@ -27,20 +19,16 @@ __all__ = [
     "HeadScores",
     "MarginTest",
     "Retention",
-    "RetentionProbe",
     "analyze",
     "as_json",
     "choose_heads",
-    "draw_columns",
     "draw_curves",
     "draw_first_rows",
     "draw_heads",
-    "draw_over_picture",
     "draw_queries",
     "draw_scores",
     "head_scores",
     "margin_test",
-    "over_picture",
     "read_retention",
     "semantic_concentration",
     "write_report",

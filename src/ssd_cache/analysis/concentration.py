@@ -1,20 +1,18 @@
 """Semantic concentration: at which visual tokens K and V differ between the conditional and the unconditional row.
 
 Both rows hold the same image, so any difference comes from the prompt. The paper finds spikes at the margin columns;
-`margin_test` tests whether they exceed chance. It reads a full cache and generates nothing. A significant result does
-not give the cause: a model may also treat margins differently because of the image content there.
+`margin_test` tests whether they exceed chance. This module reads a full cache and generates nothing. A significant
+result does not give the cause: a model may also treat margins differently because of the image content there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import Cache
 
-from ssd_cache.analysis.margin import MarginTest, margin_test
 from ssd_cache.analysis.plotting import new_figure
 from ssd_cache.cache.layer import SSDLayer
 from ssd_cache.head_map.card import SEMANTIC, SPATIAL
@@ -24,6 +22,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIGNIFICANT = 0.05
+NUM_SHIFTS = 9999
+STATES: tuple[Literal["keys", "values"], ...] = ("keys", "values")
+
+
+@dataclass(frozen=True)
+class MarginTest:
+    """Result of a test whether the margin columns hold more of a sum over the grid than expected by chance.
+
+    Attributes:
+        share: the share of the sum in the first and the last column.
+        chance: the average share of two columns.
+        p_value: fraction of random shifts with at least this `share`; the unshifted data counts as one shift.
+        num_units: number of images.
+    """
+
+    share: float
+    chance: float
+    p_value: float
+    num_units: int
 
 
 @dataclass(frozen=True)
@@ -70,19 +87,17 @@ class Concentration:
 
     def sentence(self, model: str) -> str:
         """The finding as a sentence with its numbers."""
-        found = [c for c in self.curves if c.kind == "semantic"]
+        found = [curve for curve in self.curves if curve.kind == "semantic"]
         if not found:
-            return f"{model} has no semantic head by this map, so its concentration can not be told."
-        parts = [
-            f"the margin columns hold {c.margin.share:.1%} of the difference in {c.states} (p = {c.margin.p_value:.2g})"
-            for c in found
-        ]
-        verdict = "shows" if self.is_shown else "does not show"
-        pictures = len(found[0].difference)
+            return f"{model} has no semantic head by this map, so semantic concentration cannot be measured."
+        parts = " and ".join(
+            f"{curve.margin.share:.1%} of the difference in {curve.states} (p = {curve.margin.p_value:.2g})"
+            for curve in found
+        )
+        verdict, number = "shows" if self.is_shown else "does not show", found[0].margin.num_units
         return (
-            f"{model} {verdict} semantic concentration at the margins: in its semantic heads "
-            f"{' and '.join(parts)}, where chance gives {found[0].margin.chance:.1%}; {pictures} "
-            f"picture{'s' if pictures > 1 else ''}."
+            f"{model} {verdict} semantic concentration at the margins: in its semantic heads the margin columns hold "
+            f"{parts}, where chance gives {found[0].margin.chance:.1%}; {number} image{'s' if number > 1 else ''}."
         )
 
 
@@ -112,44 +127,38 @@ def semantic_concentration(
     Raises:
         ValueError: tokens were evicted, no visual token is stored, the rows do not form pairs, or the map does not fit.
     """
-    differences: dict[str, list[torch.Tensor]] = {"keys": [], "values": []}
-    for layer in cache.layers:
-        for name, states in zip(("keys", "values"), _visual_states(layer, num_prompt), strict=True):
-            differences[name].append(_difference(states, is_unconditional))
-    head_map.check_fits("the cache", len(cache.layers), differences["keys"][0].shape[1])
-    curves, head_shares = [], {}
-    complete = differences["keys"][0].shape[2] // head_map.grid[1] * head_map.grid[1]
-    if complete == 0:
-        raise ValueError("the cache holds less than one grid row of visual tokens: draw a picture first")
-    for name in ("keys", "values"):
-        stacked = torch.stack(differences[name], dim=1)  # [images, layers, kv_heads, tokens]
-        by_column = stacked[..., :complete].unflatten(-1, (-1, head_map.grid[1])).sum((0, 3))
-        head_shares[name] = (by_column[..., 0] + by_column[..., -1]) / by_column.sum(-1).clamp(min=1e-300)
+    columns, curves = head_map.grid[1], []
+    head_shares: dict[str, torch.Tensor] = {}
+    for states in STATES:
+        by_layer = [_difference(_visual(layer, states, num_prompt), is_unconditional) for layer in cache.layers]
+        difference = torch.stack(by_layer, dim=1)  # [images, layers, kv_heads, tokens]
+        head_map.check_fits("the cache", *difference.shape[1:3])
+        complete = difference.shape[-1] // columns * columns
+        by_column = difference[..., :complete].unflatten(-1, (-1, columns)).sum((0, 3))
+        head_shares[states] = by_column[..., [0, -1]].sum(-1) / by_column.sum(-1).clamp(min=1e-300)
         for kind, labels in (("spatial", head_map.is_spatial), ("semantic", ~head_map.is_spatial)):
             if labels.any():
-                mean = stacked[:, labels].mean(1)
-                test = margin_test(mean, head_map.grid[1], seed=seed)
-                curves.append(Curve(name, kind, int(labels.sum()), mean, test))  # type: ignore[arg-type]
+                mean = difference[:, labels].mean(1)
+                test = margin_test(mean, columns, seed=seed)
+                curves.append(Curve(states, kind, int(labels.sum()), mean, test))  # type: ignore[arg-type]
     return Concentration(head_map.grid, tuple(curves), head_shares)
 
 
-def _visual_states(layer: Any, num_prompt: int | None) -> Iterator[torch.Tensor]:
-    """Keys, then values, of the visual tokens in raster order, `[rows, kv_heads, tokens, head_dim]`."""
-    if isinstance(layer, SSDLayer):
-        if not layer.stores:
-            raise ValueError("the cache holds no visual token: draw a picture with it first")
-        if any(store.num_stored < layer.num_visual for store in layer.stores):
-            raise ValueError(
-                "the cache has dropped visual tokens, so rows can not be compared: use SSDCache(head_map, budget=1.0)"
-            )
-        states = [store.states(store.num_stored - 1) for store in layer.stores]
-        for parts in zip(*states, strict=True):
-            yield layer.groups.join([part[:, :, layer.num_prompt :] for part in parts])
-        return
-    if num_prompt is None:
-        raise ValueError(f"a {type(layer).__name__} does not know where the prompt ends: give num_prompt=...")
-    yield layer.keys[:, :, num_prompt:]
-    yield layer.values[:, :, num_prompt:]
+def _visual(layer: Any, states: str, num_prompt: int | None) -> torch.Tensor:
+    """Keys or values of the visual tokens in raster order, `[rows, kv_heads, tokens, head_dim]`."""
+    if not isinstance(layer, SSDLayer):
+        if num_prompt is None:
+            raise ValueError(f"a {type(layer).__name__} does not store the length of the prompt: give num_prompt=...")
+        return getattr(layer, states)[:, :, num_prompt:]
+    if not layer.stores:
+        raise ValueError("the cache holds no visual token: generate an image with it first")
+    if any(store.num_stored < layer.num_visual for store in layer.stores):
+        raise ValueError(
+            "the cache has evicted visual tokens, so rows cannot be compared: use SSDCache(head_map, budget=1.0)"
+        )
+    which = ("keys", "values").index(states)
+    parts = [store.states(store.num_stored - 1)[which][:, :, store.num_prompt :] for store in layer.stores]
+    return layer.groups.join(parts)
 
 
 def _difference(states: torch.Tensor, is_unconditional: torch.Tensor | None) -> torch.Tensor:
@@ -157,20 +166,54 @@ def _difference(states: torch.Tensor, is_unconditional: torch.Tensor | None) -> 
     rows = states.shape[0]
     unconditional = torch.arange(rows) >= rows // 2 if is_unconditional is None else is_unconditional.cpu()
     if len(unconditional) != rows or 2 * int(unconditional.sum()) != rows:
-        raise ValueError(f"the cache holds {rows} row(s) that are no pairs of guidance: draw with guidance")
+        raise ValueError(f"the cache holds {rows} row(s), which are not pairs: generate with guidance")
     where = unconditional.to(states.device)
     return (states[~where].float() - states[where].float()).square().mean(-1).double().cpu()
 
 
-def draw_curves(concentration: Concentration) -> Figure:
-    """Plot the difference by visual token, averaged over images.
+def margin_test(difference: torch.Tensor, columns: int, *, num_shifts: int = NUM_SHIFTS, seed: int = 0) -> MarginTest:
+    """Test the share of the first and the last column against cyclic shifts of the columns.
 
-    K is above and V below, with one line per kind of head. Thin vertical lines separate grid rows.
+    The null hypothesis is that margin columns are like all other columns, so a cyclic shift changes nothing. The test
+    shifts each image by a random number of columns, all rows together, and repeats this `num_shifts` times. The first
+    and the last column stay neighbours. Correlations between neighbouring rows and columns are also kept, so an object
+    in an image does not give a false positive. p = (1 + shifts with at least the true share) / (1 + num_shifts). With
+    one image of 24 columns, p cannot fall below about 1/24, so generate several images.
+
+    Args:
+        difference: `[images, tokens]`, not negative; an incomplete last row is ignored.
+        columns: number of grid columns.
+        num_shifts: number of random shifts.
+        seed: seed of the random shifts.
+
+    Raises:
+        ValueError: there are fewer than three columns, or no complete row.
+    """
+    num_images, tokens = difference.shape
+    if columns < 3 or tokens < columns:
+        raise ValueError(
+            f"{tokens} tokens on a grid of {columns} columns: the margin test needs three columns and a complete row"
+        )
+    by_column = difference[:, : tokens // columns * columns].double().cpu().unflatten(1, (-1, columns)).sum(1)
+    pairs = by_column + by_column.roll(1, dims=1)  # [:, s]: sum in the margins after a shift by s; s = 0 is unshifted
+    total = by_column.sum().clamp(min=1e-300)
+    share = (pairs[:, 0].sum() / total).item()
+    generator = torch.Generator().manual_seed(seed)
+    shifts = torch.randint(columns, (num_images, num_shifts), generator=generator)
+    shifted = pairs.gather(1, shifts).sum(0) / total
+    hits = int((shifted >= share * (1 - 1e-9)).sum())  # a different order of summation may change the last digits
+    return MarginTest(share, 2 / columns, (1 + hits) / (1 + num_shifts), num_images)
+
+
+def draw_curves(concentration: Concentration) -> Figure:
+    """Plot the difference by visual token, averaged over images; thin vertical lines separate grid rows.
+
+    K is above and V below, with one line per kind of head.
     """
     rows, columns = concentration.grid
     figure = new_figure(5.2)
     panels = figure.subplots(2, 1, sharex=True)
-    for axes, states in zip(panels, ("keys", "values"), strict=True):
+    for axes, states in zip(panels, STATES, strict=True):
         for edge in range(0, rows * columns + 1, columns):
             axes.axvline(edge - 0.5, color="#cccccc", linewidth=0.5)
         for curve in concentration.curves:
@@ -183,43 +226,7 @@ def draw_curves(concentration: Concentration) -> Figure:
                     label=f"{curve.kind} ({curve.num_heads})",
                 )
         axes.set(ylabel=f"squared difference\nof {states}", ylim=(0, None), xlim=(-0.5, rows * columns - 0.5))
-    step = next(step for step in (1, 2, 3, 4, 6, 8, 12, 24, rows) if rows / step <= 8)
-    panels[1].set_xticks(range(0, rows * columns, step * columns))
+    panels[1].set_xticks(range(0, rows * columns, -(-rows // 8) * columns))
     panels[1].set_xlabel(f"visual token, a line every {columns} (a grid row)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-    return figure
-
-
-def draw_columns(concentration: Concentration) -> Figure:
-    """Plot the difference by grid column, divided by the mean of all columns.
-
-    The margin columns are shaded. Each thin line is one image.
-    """
-    columns = concentration.grid[1]
-    figure = new_figure(5.2)
-    panels = figure.subplots(2, 1, sharex=True)
-    for axes, states in zip(panels, ("keys", "values"), strict=True):
-        for edge in (0, columns - 1):
-            axes.axvspan(edge - 0.5, edge + 0.5, color="#ececec", linewidth=0)
-        axes.axhline(1, color="#888888", linewidth=0.8, linestyle=":")
-        for curve in concentration.curves:
-            if curve.states != states:
-                continue
-            complete = curve.difference.shape[1] // columns * columns
-            profile = curve.difference[:, :complete].unflatten(1, (-1, columns)).sum(1)
-            color = SEMANTIC if curve.kind == "semantic" else SPATIAL
-            if len(profile) > 1:
-                axes.plot((profile / profile.mean(1, keepdim=True)).T.numpy(), color=color, linewidth=0.5, alpha=0.45)
-            axes.plot(
-                (profile.sum(0) / profile.sum(0).mean()).numpy(),
-                color=color,
-                linewidth=1.8,
-                marker="o" if curve.kind == "semantic" else "s",
-                markersize=3.5,
-                label=f"{curve.kind} ({curve.num_heads})",
-            )
-        axes.set(ylabel=f"difference of {states},\nmean column = 1", ylim=(0, None), xlim=(-0.5, columns - 0.5))
-    panels[1].set_xticks(sorted({*range(0, columns - 2, max(1, columns // 6)), columns - 1}))
-    panels[1].set_xlabel("column of the grid (margins shaded)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure

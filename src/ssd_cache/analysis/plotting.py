@@ -1,6 +1,6 @@
 """Shared helpers for figures: matplotlib on demand, a size readable on a phone, colours, and PNG output.
 
-Figures are plain matplotlib `Figure` objects, without pyplot, global state or windows. No code here is about heads.
+Figures are plain matplotlib `Figure` objects, without pyplot, global state or windows.
 """
 
 from __future__ import annotations
@@ -9,21 +9,23 @@ import io
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+import torch
+
 from ssd_cache.io.showing import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-REMEDY = "pip install 'ssd-cache[plot]'"
 WIDTH = 5.0
 """Figure width in inches. At this width, 10-point text is readable on a phone."""
 
 COLOR_MAP = "cividis"
 """Looks the same with any colour vision (Nuñez, Anderton and Renslow 2018). Bright means a high value."""
 
-TO_COME, MARK = "#cfcfcf", "#D55E00"
-"""Colours of cells not generated yet, and of outlines that mark a cell."""
+TO_COME = "#cfcfcf"
+"""Colour of cells not generated yet."""
 
 
 def check_packages(*names: str) -> None:
@@ -34,7 +36,9 @@ def check_packages(*names: str) -> None:
     """
     missing = [name for name in names or ("jinja2", "matplotlib") if find_spec(name) is None]
     if missing:
-        raise ImportError(f"figures and reports need {' and '.join(missing)}, not installed here: {REMEDY}")
+        raise ImportError(
+            f"figures and reports need {' and '.join(missing)}, not installed here: pip install 'ssd-cache[plot]'"
+        )
 
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:
@@ -53,28 +57,21 @@ def color_map(bad: str = TO_COME):
     return colormaps[COLOR_MAP].with_extremes(bad=bad)
 
 
-def draw_grid_axes(axes: Axes, grid: tuple[int, int]) -> None:
-    """Label the rows and columns of an image grid, always including the first and the last."""
-    rows, columns = grid
-    axes.set_xticks(sorted({0, (columns - 1) // 2, columns - 1}))
-    axes.set_yticks(sorted({0, (rows - 1) // 2, rows - 1}))
-    axes.tick_params(length=2, labelsize=9)
+def index_ticks(axis: Axis, number: int, spacing: float = 1.0, start: float = 0.0) -> None:
+    """Number the layers or heads on an axis, at most 16 of them."""
+    shown = range(0, number, -(-number // 16))
+    axis.set_ticks([start + index * spacing for index in shown], list(map(str, shown)))
 
 
-def root_norm(top: float):
-    """A square-root colour scale from 0 to `top`, which keeps small weights visible."""
-    check_packages("matplotlib")
-    from matplotlib.colors import PowerNorm
-
-    return PowerNorm(0.5, vmin=0, vmax=max(top, 1e-6))
-
-
-def outline_cell(axes: Axes, row: int, column: int) -> None:
-    """Outline one cell of a grid, visible on bright and on dark colours."""
-    from matplotlib.patches import Rectangle
-
-    for color, width in (("white", 2.6), (MARK, 1.4)):
-        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=color, linewidth=width))
+def mark_spatial(axes: Axes, is_spatial: torch.Tensor) -> None:
+    """Label the axes of a heat map `[layers, kv_heads]`, and mark spatial heads with a dot."""
+    row, column = is_spatial.numpy().nonzero()
+    size = max(4.0, min(60.0, 4000 / max(is_spatial.shape) ** 2))
+    dots = axes.scatter(column, row, s=size, color="white", edgecolors="black", linewidths=0.8)
+    dots.set_label(f"spatial ({len(row)} of {is_spatial.numel()})")
+    axes.set(xlabel="KV head", ylabel="layer")
+    index_ticks(axes.yaxis, is_spatial.shape[0])
+    index_ticks(axes.xaxis, is_spatial.shape[1])
 
 
 def plain_label(text: str) -> str:

@@ -1,67 +1,137 @@
 """The report of an analysis: one self-contained HTML page, and a JSON file with all its numbers.
 
-Images are embedded in the page, and nothing is loaded from a network. `page.py` defines the content of the page.
+`report.html.j2` has the text and the figures of the page; this module makes the rows of its tables. Jinja2 escapes all
+text. Images are embedded, and nothing is loaded from a network.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import json
 import os
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 
-from ssd_cache.analysis.page import render
-from ssd_cache.analysis.plotting import check_packages
+from ssd_cache.analysis.attention import draw_first_rows, draw_queries
+from ssd_cache.analysis.concentration import draw_curves
+from ssd_cache.analysis.plotting import check_packages, to_png
+from ssd_cache.analysis.retention import draw_heads
+from ssd_cache.analysis.scores import draw_scores
 from ssd_cache.analysis.study import Analysis
 from ssd_cache.io.writing import write_files
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def write_report(analysis: Analysis, output: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Write the page and its JSON file, either both or neither. Returns their paths.
+CAPTIONS = {
+    "window_mass": "Share of a head's visual attention on the tokens of the last grid row and one more.",
+    "margin": "Share of a head's visual attention on the first and last column.",
+}
+"""Statistics that the paper discusses; they are plotted where the map has them."""
+
+TITLES = {"h2o": "H2O", "streaming-llm": "StreamingLLM"}
+
+
+def write_report(analysis: Analysis, folder: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Write report.html and report.json, either both or neither. Returns their paths.
 
     Args:
         analysis: the analysis to report.
-        output: a file name that ends with .html; the JSON file is written next to it. Any other name is a folder,
-            created if missing, for report.html and report.json.
+        folder: created if missing; older files of these names are replaced.
 
     Raises:
         ImportError: matplotlib or jinja2 is not installed.
         OSError: a file cannot be written; existing files are unchanged.
     """
     check_packages()
-    page, numbers = report_paths(output)
-    texts = {page: render(analysis), numbers: json.dumps(as_json(analysis), allow_nan=False, ensure_ascii=False)}
-    is_new = not page.parent.exists()
-    page.parent.mkdir(exist_ok=True)
-    try:
-        write_files({path: text.encode() for path, text in texts.items()})
-    except BaseException:
-        if is_new and not any(page.parent.iterdir()):
-            page.parent.rmdir()
-        raise
+    folder = Path(folder).expanduser().absolute()
+    page, numbers = folder / "report.html", folder / "report.json"
+    data = json.dumps(as_json(analysis), allow_nan=False, ensure_ascii=False)
+    write_files({page: render(analysis).encode(), numbers: data.encode()})
     return page, numbers
 
 
-def report_paths(output: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The paths where `write_report` writes the page and its JSON file."""
-    path = Path(output).expanduser().absolute()
-    page = path if path.suffix.lower() in (".html", ".htm") else path / "report.html"
-    return page, page.with_suffix(".json")
+def render(analysis: Analysis) -> str:
+    """Render the analysis as an HTML page."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"embedded": _embedded, "width": _width}
+    functions = (draw_curves, draw_first_rows, draw_heads, draw_queries, draw_scores)
+    environment.globals.update({function.__name__: function for function in functions})
+    template = environment.from_string(files(__package__).joinpath("report.html.j2").read_text("utf-8"))
+    own, words = next(iter(analysis.retention)), analysis.conditions["policy"].rpartition(": ")[2]
+    titles = TITLES | {own: f"SSD, {words}"}
+    return template.render(
+        vars(analysis),
+        captions=CAPTIONS,
+        titles=titles,
+        condition_rows=[[name.replace("_", " "), _shown(value)] for name, value in analysis.conditions.items()],
+        head_rows=_head_rows(analysis),
+        margin_rows=[
+            [c.states, c.kind, c.num_heads, _share(c.margin.share), _share(c.margin.chance), f"{c.margin.p_value:.2g}"]
+            for c in analysis.concentration.curves
+        ],
+        retention_rows=[[titles[policy], *_retention_row(analysis, policy)] for policy in analysis.retention],
+    )
+
+
+def _embedded(figure: Figure | Image.Image) -> str:
+    """A PNG as the address of an image."""
+    if isinstance(figure, Image.Image):
+        buffer = io.BytesIO()
+        figure.save(buffer, "PNG")
+        content = buffer.getvalue()
+    else:
+        content = to_png(figure)
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def _width(figure: Figure | Image.Image) -> int:
+    """Width on the page in CSS pixels, 96 to the inch."""
+    return 384 if isinstance(figure, Image.Image) else round(96 * figure.get_figwidth())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " x ".join(map(str, value))
+    return "not given" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _share(value: float | None) -> str:
+    return "none" if value is None else f"{value:.1%}"
+
+
+def _head_rows(analysis: Analysis) -> list[list[str | int]]:
+    statistics, shares = analysis.scores.all.values(), analysis.concentration.head_shares
+    return [
+        ["spatial" if is_spatial else "semantic", layer, head]
+        + [f"{values[layer, head].item():.3f}" for values in statistics]
+        + [_share(shares[states][layer, head].item()) for states in ("keys", "values")]
+        for layer, labels in enumerate(analysis.scores.is_spatial.tolist())
+        for head, is_spatial in enumerate(labels)
+    ]
+
+
+def _retention_row(analysis: Analysis, policy: str) -> list[str]:
+    retention, memory = analysis.retention[policy], analysis.memory[policy]
+    shares = [retention.lost_share, retention.margin_share("spatial"), retention.margin_share("semantic")]
+    return [f"{retention.mean_held:.1f}", *map(_share, shares), f"{memory.full_cache / memory.key_value:.2f}"]
 
 
 def as_json(analysis: Analysis) -> dict[str, Any]:
     """All numbers of an analysis as JSON types, with floats to seven digits and without images."""
-    numbers = {
-        field.name: plain(getattr(analysis, field.name))
-        for field in dataclasses.fields(analysis)
-        if field.name != "pictures"
-    }
-    numbers["concentration"]["is_shown"] = analysis.concentration.is_shown
-    numbers["concentration"]["sentence"] = analysis.concentration.sentence(analysis.conditions["model"])
+    numbers = plain({name: value for name, value in vars(analysis).items() if name != "images"})
+    concentration = analysis.concentration
+    numbers["concentration"]["is_shown"] = concentration.is_shown
+    numbers["concentration"]["sentence"] = concentration.sentence(analysis.conditions["model"])
     for policy, retention in analysis.retention.items():
         numbers["retention"][policy] |= plain(
             {

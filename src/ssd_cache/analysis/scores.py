@@ -1,6 +1,6 @@
-"""The scores behind a head map, layers by heads, and their heat map with the labels marked.
+"""The statistics behind a head map's labels, layers by heads, and their heat map with the labels marked.
 
-It reads a `HeadMap` and decides nothing: the scores come from `profiling`, the labels from the map.
+It reads a `HeadMap` and decides nothing: the statistics come from `profiling`, the labels from the map.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ssd_cache.analysis.plotting import WIDTH, color_map, new_figure
+from ssd_cache.analysis.plotting import WIDTH, color_map, mark_spatial, new_figure
 from ssd_cache.budget import KINDS
-from ssd_cache.head_map.card import SEMANTIC, SPATIAL
 from ssd_cache.head_map.head_map import HeadMap
 
 if TYPE_CHECKING:
@@ -21,19 +20,19 @@ if TYPE_CHECKING:
 
 
 OWN_COVERAGE = "coverage_at_own_slots"
-"""Name of the score that determined the labels of a fitted map."""
+"""Name of the statistic that determined the labels of a fitted map."""
 
 
 @dataclass(frozen=True)
 class HeadScores:
-    """The labels and scores of a head map.
+    """The labels of a head map and the statistics behind them.
 
     Attributes:
         is_spatial: bool, `[layers, kv_heads]`.
-        name: name of the score that determined the labels; None if the map has no score.
-        values: that score, float32, `[layers, kv_heads]`, or None.
-        threshold: heads with at least this score are spatial; None if unknown.
-        others: the map's other scores by name, with the same shape.
+        name: name of the statistic that determined the labels; None if the map has no statistics.
+        values: that statistic, float32, `[layers, kv_heads]`, or None.
+        threshold: heads with at least this value are spatial; None if unknown.
+        others: the map's other statistics by name, with the same shape.
     """
 
     is_spatial: torch.Tensor
@@ -44,68 +43,33 @@ class HeadScores:
 
     @property
     def all(self) -> dict[str, torch.Tensor]:
-        """Every score by name: first the one that determined the labels, then the others sorted by name.
+        """Every statistic: first the one that determined the labels, then the others by name and number."""
 
-        Numbers within names are sorted by value.
-        """
+        def by_number(name: str) -> list[str | int]:  # puts "retained_spatial-86" before "retained_spatial-115"
+            return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
         first = {} if self.name is None or self.values is None else {self.name: self.values}
-        return first | {name: self.others[name] for name in sorted(self.others, key=_by_number)}
-
-    def most(self, kind: str) -> list[tuple[int, int]]:
-        """All heads as (layer, head): first those of `kind` ("spatial" or "semantic"), the clearest scores first."""
-        wanted = self.is_spatial if kind == "spatial" else ~self.is_spatial
-        clear = torch.zeros(wanted.shape, dtype=torch.float64)
-        if self.values is not None:
-            clear = (self.values if kind == "spatial" else -self.values).double() * self._direction
-        order = sorted(range(wanted.numel()), key=lambda i: (not wanted.flatten()[i], -clear.flatten()[i].item(), i))
-        return [divmod(index, wanted.shape[1]) for index in order]
-
-    @property
-    def _direction(self) -> int:
-        """1 if spatial heads have higher scores than semantic heads, -1 if lower."""
-        assert self.values is not None
-        if self.is_spatial.all() or not self.is_spatial.any():
-            return 1
-        return 1 if self.values[self.is_spatial].mean() >= self.values[~self.is_spatial].mean() else -1
+        return first | {name: self.others[name] for name in sorted(self.others, key=by_number)}
 
 
-def _by_number(name: str) -> list[str | int]:
-    """Sort key that puts "retained_spatial-86" before "retained_spatial-115"."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+def head_scores(head_map: HeadMap) -> HeadScores:
+    """The labels of a map, and the statistics behind them.
 
-
-def head_scores(head_map: HeadMap, name: str | None = None) -> HeadScores:
-    """The labels of a map and one of its scores.
-
-    Args:
-        head_map: any map that has labels.
-        name: name of the score. Default: the score that determined the labels. This is the first of the following that
-            exists: for a fitted map, the attention that each head retains as spatial minus as semantic, at its own
-            slots; the score that gives the labels when compared with the threshold; the score named after the
-            method; the first score of the map.
-
-    Raises:
-        ValueError: the map has no score of that name.
+    The statistic that determined the labels is the first of the following that exists: for a fitted map, the attention
+    that each head retains as spatial minus as semantic, at its own slots; the statistic that gives the labels when
+    compared with the threshold; the one named after the method; the first one of the map.
     """
-    if name is None and (own := _coverage_at_own_slots(head_map)) is not None:
+    own = _coverage_at_own_slots(head_map)
+    if own is not None:
         return HeadScores(head_map.is_spatial, OWN_COVERAGE, own, 0.0, dict(head_map.scores))
-    deciding = _deciding(head_map)
-    name = deciding if name is None else name
-    if name is not None and name not in head_map.scores:
-        known = ", ".join(map(repr, head_map.scores)) or "none"
-        raise ValueError(f"the head map ({head_map.origin}) has no score {name!r}; its scores are: {known}")
-    others = {other: values for other, values in head_map.scores.items() if other != name}
-    values = None if name is None else head_map.scores[name]
-    threshold = head_map.threshold if name == deciding else None
-    return HeadScores(head_map.is_spatial, name, values, threshold, others)
+    others = dict(head_map.scores)
+    name = _deciding(head_map)
+    values = None if name is None else others.pop(name)
+    return HeadScores(head_map.is_spatial, name, values, head_map.threshold, others)
 
 
 def _coverage_at_own_slots(head_map: HeadMap) -> torch.Tensor | None:
-    """The score by which `fit_heads` chose the kinds.
-
-    It is the attention retained as spatial minus as semantic, at the slots of each head. None if the labels do not
-    follow from it, or if those numbers of slots were not measured.
-    """
+    """The statistic by which `fit_heads` chose the kinds; None if it does not give the labels, or was not measured."""
     if head_map.slots is None:
         return None
     own = torch.zeros(head_map.is_spatial.shape)
@@ -119,7 +83,7 @@ def _coverage_at_own_slots(head_map: HeadMap) -> torch.Tensor | None:
 
 
 def _deciding(head_map: HeadMap) -> str | None:
-    """Name of the score that determined the labels. A map may have many scores, so each one is tried."""
+    """Name of the statistic that determined the labels. A map may have many, so each one is tried."""
     cut = 0.0 if head_map.threshold is None else head_map.threshold
     for name, values in head_map.scores.items():
         if torch.equal(values.double() >= cut, head_map.is_spatial):
@@ -129,45 +93,42 @@ def _deciding(head_map: HeadMap) -> str | None:
     return method if method in head_map.scores else next(iter(head_map.scores), None)
 
 
-def draw_scores(scores: HeadScores) -> Figure:
-    """Plot layers (rows) by KV heads (columns), coloured by score.
+def choose_heads(scores: HeadScores, wanted: tuple[int, int] | None = None) -> tuple[tuple[int, int], ...]:
+    """The most spatial and the most semantic head; `wanted` replaces the one of its own kind.
+
+    If the map has the statistic "prompt", heads with more than half of their attention on the prompt come last within
+    their kind. They attend too little to the image to illustrate a kind.
+    """
+    is_spatial, zeros = scores.is_spatial, torch.zeros(scores.is_spatial.shape)
+    on_prompt = scores.all.get("prompt", zeros) > 0.5
+    values = zeros if scores.values is None else scores.values.double()
+    if values[is_spatial].mean() < values[~is_spatial].mean():  # spatial heads are those with low values
+        values = -values
+    heads = [divmod(index, is_spatial.shape[1]) for index in range(is_spatial.numel())]
+    spatial = min(heads, key=lambda head: (not is_spatial[head], on_prompt[head].item(), -values[head].item()))
+    semantic = min(heads, key=lambda head: (bool(is_spatial[head]), on_prompt[head].item(), values[head].item()))
+    if wanted is not None:
+        spatial, semantic = (wanted, semantic) if is_spatial[wanted] else (spatial, wanted)
+    return tuple(dict.fromkeys((spatial, semantic)))
+
+
+def draw_scores(scores: HeadScores, name: str | None = None) -> Figure:
+    """Plot layers (rows) by KV heads (columns), coloured by the statistic `name`, or by the one behind the labels.
 
     A dot marks a spatial head. A line on the colour bar marks the threshold.
     """
     layers, heads = scores.is_spatial.shape
+    name = scores.name if name is None else name
+    values = scores.is_spatial if name is None else scores.all[name]  # a map without statistics still has labels
     width = max(WIDTH, 1.6 + 0.22 * heads)
     figure = new_figure(max(2.2, 1.5 + layers * min(0.5, (width - 1.6) / heads)), width)
     axes = figure.add_subplot()
-    if scores.values is None:
-        from matplotlib.colors import ListedColormap
-
-        axes.imshow(scores.is_spatial.numpy(), cmap=ListedColormap([SEMANTIC, SPATIAL]), vmin=0, vmax=1, aspect="auto")
-    else:
-        low, high, cmap = _scale(scores.values)
-        image = axes.imshow(scores.values.numpy(), cmap=cmap, vmin=low, vmax=high, aspect="auto")
-        bar = figure.colorbar(image, ax=axes, label=(scores.name or "").replace("_", " "))
-        if scores.threshold is not None and low < scores.threshold < high:
-            bar.ax.axhline(scores.threshold, color="white", linewidth=3)
-            bar.ax.axhline(scores.threshold, color="black", linewidth=1.2)
-            bar.ax.text(-0.25, scores.threshold, f"{scores.threshold:.3g}", ha="right", va="center", fontsize=9)
-    row, column = scores.is_spatial.numpy().nonzero()
-    size = max(4.0, min(60.0, 4000 / max(layers, heads) ** 2))
-    dots = axes.scatter(column, row, s=size, color="white", edgecolors="black", linewidths=0.8)
-    dots.set_label(f"spatial ({len(row)} of {layers * heads})")
-    figure.legend(handles=[dots], loc="outside upper left", frameon=False)
-    axes.set(xlabel="KV head", ylabel="layer")
-    for axis, number in ((axes.xaxis, heads), (axes.yaxis, layers)):
-        step = next(step for step in (1, 2, 4, 5, 10, 20, 50, 100, 500) if number / step <= 16)
-        axis.set_ticks(range(0, number, step))
+    low, high = min(0.0, values.min().item()), values.max().item()
+    image = axes.imshow(values.numpy(), cmap=color_map(), vmin=low, vmax=high, aspect="auto")
+    bar = figure.colorbar(image, ax=axes, label=(name or "spatial").replace("_", " "))
+    if name == scores.name and scores.threshold is not None and low < scores.threshold < high:
+        bar.ax.axhline(scores.threshold, color="white", linewidth=3)
+        bar.ax.axhline(scores.threshold, color="black", linewidth=1.2)
+    mark_spatial(axes, scores.is_spatial)
+    figure.legend(loc="outside upper left", frameon=False)
     return figure
-
-
-def _scale(values: torch.Tensor):
-    """Ends of the colour scale, and its colours: orange to purple around 0 if there are negative scores."""
-    from matplotlib import colormaps
-
-    low, high = values.min().item(), values.max().item()
-    if low < 0:
-        most = max(-low, high)
-        return -most, most, colormaps["PuOr"]
-    return 0.0, 1.0 if high <= 1 else high, color_map()

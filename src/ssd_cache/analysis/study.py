@@ -1,12 +1,12 @@
 """`analyze`: generates images with a full cache and under every policy, and measures all phenomena of the paper.
 
-It fixes the order of work and records the conditions. The other files of this package measure; `report.py` writes the
-report.
+It checks the settings, fixes the order of work and records the conditions. The other files of this package measure and
+plot; `report.py` writes the report.
 """
 
 from __future__ import annotations
 
-import sys
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,18 +19,22 @@ from transformers import PreTrainedModel, ProcessorMixin
 import ssd_cache
 from ssd_cache.analysis.attention import AttentionRecorder, HeadAttention
 from ssd_cache.analysis.concentration import Concentration, semantic_concentration
-from ssd_cache.analysis.plan import NUM_IMAGES, Plan, plan_analysis
-from ssd_cache.analysis.retention_map import Retention, RetentionProbe
-from ssd_cache.analysis.scores import HeadScores, head_scores
+from ssd_cache.analysis.retention import Retention, read_retention
+from ssd_cache.analysis.scores import HeadScores, choose_heads, head_scores
 from ssd_cache.budget import Budget, is_amount
-from ssd_cache.cache.cache import MemoryStats
-from ssd_cache.cache.policies import words_of
+from ssd_cache.cache.cache import MemoryStats, SSDCache
+from ssd_cache.cache.policies import own_policy, policy_label, words_of
 from ssd_cache.cache.sharding import check_whole
 from ssd_cache.decode.attention_switch import ssd_attention
-from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.models import Generator, Sampling, generator_of
+from ssd_cache.head_map.head_map import HeadMap, HeadMapError
+from ssd_cache.models import Checkpoint, Generator, Sampling, generator_of
 from ssd_cache.profiling.measuring import check_prompts, draw_watched
 from ssd_cache.profiling.recorder import RecordingCache
+
+BASELINES = ("h2o", "streaming-llm")
+"""Policies that are measured in addition to the head map's own settings."""
+
+NUM_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,12 @@ class Analysis:
 
     Attributes:
         conditions: the model, settings and versions of the measurement, as JSON types.
-        scores: labels and scores of the head map.
+        scores: labels of the head map and the statistics behind them.
         attention: attention of the most spatial and the most semantic head, during generation with a full cache.
         concentration: semantic concentration over all images of the full cache.
-        retention: by policy, the tokens of the first image that each head held.
+        retention: by policy, the tokens of the first image that each head held; the map's own policy comes first.
         memory: by policy, bytes at the end, for all images together.
-        pictures: the first image by policy, "full" first.
+        images: the first image by policy, "full" first.
     """
 
     conditions: dict[str, Any]
@@ -53,7 +57,19 @@ class Analysis:
     concentration: Concentration
     retention: dict[str, Retention]
     memory: dict[str, MemoryStats]
-    pictures: dict[str, Image.Image]
+    images: dict[str, Image.Image]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The checked settings of an analysis; see `analyze`. The head map's own policy comes first in `caches`."""
+
+    head_map: HeadMap
+    heads: tuple[tuple[int, int], ...]
+    step: int
+    num_images: int
+    caches: dict[str, SSDCache]
+    sampling: Sampling
 
 
 def analyze(
@@ -63,7 +79,6 @@ def analyze(
     *,
     processor: ProcessorMixin | None = None,
     budget: Budget | None = None,
-    slots: str | None = None,
     buffer: int | None = None,
     step: int | None = None,
     head: tuple[int, int] | None = None,
@@ -83,112 +98,113 @@ def analyze(
         prompt: the text prompt of all images.
         head_map: the map with the labels.
         processor: the processor of the model. Default: loaded from the same source as the model.
-        budget: visual tokens that a head may hold, as for `SSDCache`. Default: the map's own budget, or 0.2.
-        slots: as for `SSDCache`, for the head map's own policy.
-        buffer: as for `SSDCache`.
-        step: number of visual tokens seen when the retention map is read. Default: three quarters of the grid.
+        budget, buffer: as for `SSDCache`, for every policy.
+        step: number of visual tokens seen when the contents of the heads are read. Default: three quarters of the grid.
         head: a (layer, head) to plot. It replaces the most spatial or the most semantic head, depending on its kind.
         num_images: images per batch; the margin test needs several (see `margin_test`).
-        guidance_scale: as for `Generator.generate`.
-        temperature: as for `Generator.generate`.
-        seed: as for `Generator.generate`.
+        guidance_scale, temperature, seed: as for `Generator.generate`.
         progress: show a progress bar that counts visual tokens.
 
     Raises:
         ValueError: a setting is out of range, the model or the map does not fit, or attention is not finite.
     """
-    Sampling(guidance_scale, temperature, seed)
+    sampling = Sampling(guidance_scale, temperature, seed)
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
-    plan = plan_analysis(
-        generator.checkpoint,
-        head_map,
-        budget=budget,
-        slots=slots,
-        buffer=buffer,
-        step=step,
-        head=head,
-        num_images=num_images,
-    )
-    return run_plan(
-        generator, prompt, plan, guidance_scale=guidance_scale, temperature=temperature, seed=seed, progress=progress
-    )
+    plan = plan_analysis(generator.checkpoint, head_map, sampling, budget, buffer, step, head, num_images)
+    return run_plan(generator, prompt, plan, progress=progress)
 
 
-def run_plan(
-    generator: Generator,
-    prompt: str,
-    plan: Plan,
-    *,
-    guidance_scale: float | None = None,
-    temperature: float | None = None,
-    seed: int = 0,
-    progress: bool = True,
-) -> Analysis:
+def plan_analysis(
+    checkpoint: Checkpoint,
+    head_map: HeadMap,
+    sampling: Sampling,
+    budget: Budget | None = None,
+    buffer: int | None = None,
+    step: int | None = None,
+    head: tuple[int, int] | None = None,
+    num_images: int = NUM_IMAGES,
+) -> Plan:
+    """Check the settings of `analyze` for a model that may not be loaded yet. Raises the same errors as `analyze`."""
+    if head_map.is_online:
+        raise HeadMapError("an online map has no labels to analyze: give a head map, or profile the model first")
+    others = "`ssd-cache profile` and `eval fidelity` support it"
+    if checkpoint.layout.draft_grids:
+        raise ValueError(f"{checkpoint.name} generates a draft grid first; the analysis plots one grid. {others}")
+    if checkpoint.family.default_guidance is None:
+        raise ValueError(f"{checkpoint.name} has no guidance, whose rows the analysis compares. {others}")
+    checkpoint.check_head_map(head_map)
+    cells = head_map.num_visual_tokens
+    if isinstance(budget, int) and budget > cells:
+        raise ValueError(f"budget={budget}: the grid has {cells} visual tokens; give at most {cells}")
+    step = cells * 3 // 4 if step is None else step
+    if not 1 <= step < cells:
+        raise ValueError(f"step={step} is out of range: give 1 to {cells - 1} visual tokens")
+    if num_images < 1:
+        raise ValueError(f"num_images={num_images} is out of range: give 1 or more")
+    limits = {"layer": head_map.num_layers, "head": head_map.num_kv_heads}
+    for (name, limit), number in zip(limits.items(), head or (0, 0), strict=True):
+        if not 0 <= number < limit:
+            raise ValueError(f"{name}={number} is out of range: {checkpoint.name} has {limit}, counted from 0")
+    policy, settings = own_policy(head_map)
+    label = policy_label(policy, settings)
+    if not (budget is None or is_amount(budget)):  # this form of budget already sets the slots per head
+        settings = {}
+    caches = {label: SSDCache.from_policy(policy, head_map, budget, buffer=buffer, **settings)}
+    caches |= {name: SSDCache.from_policy(name, head_map, budget, buffer=buffer) for name in BASELINES}
+    return Plan(head_map, choose_heads(head_scores(head_map), head), step, num_images, caches, sampling)
+
+
+def run_plan(generator: Generator, prompt: str, plan: Plan, *, progress: bool = True) -> Analysis:
     """Generate the images and measure them by the plan; see `analyze`."""
     check_whole(generator.language_model)
     check_prompts(generator, [prompt])
-    checkpoint, head_map = generator.checkpoint, plan.head_map
+    checkpoint, prompts = generator.checkpoint, [prompt] * plan.num_images
+    settings: dict[str, Any] = dataclasses.asdict(plan.sampling)
     is_unconditional = generator.is_unconditional(plan.num_images)
     row = int(is_unconditional.long().argmin())  # the conditional row of the first image
-    recorder = AttentionRecorder(plan.heads, checkpoint.grid, row=row)
-    watching = RecordingCache(checkpoint.layout, checkpoint.num_layers, checkpoint.num_kv_heads, recorder)
-    probes = {policy: RetentionProbe(cache, plan.step, row=row) for policy, cache in plan.caches.items()}
+    tokens: dict[str, torch.Tensor] = {}  # of the first image, by policy
     retention: dict[str, Retention] = {}
     memory: dict[str, MemoryStats] = {}
-    drawn: dict[str, torch.Tensor] = {}
-    total = (1 + len(probes)) * plan.num_images * head_map.num_visual_tokens
-    with (
-        ssd_attention(generator.language_model),
-        tqdm(
-            total=total,
-            unit=" visual tokens",
-            mininterval=0.1 if sys.stderr.isatty() else 10,  # write few lines to a log file
-            disable=not progress,
-        ) as bar,
-    ):
-        prompts = [prompt] * plan.num_images
-        settings: dict[str, Any] = {"guidance_scale": guidance_scale, "temperature": temperature, "seed": seed}
-        bar.set_description("full")
-        drawn["full"] = draw_watched(generator, prompts, watching, on_tokens=bar.update, **settings)[:1]
-        attention = recorder.result()
-        concentration = semantic_concentration(watching, head_map, is_unconditional=is_unconditional, seed=seed)
-        dtype, device = watching.layers[0].dtype, watching.layers[0].device
-        del watching  # free the memory of the full cache
-        for policy, probe in probes.items():
-            cache = plan.caches[policy]
-            cache.reset()
-
-            def on_tokens(number: int, probe: RetentionProbe = probe) -> None:
-                bar.update(number)
-                probe(number)
-
-            bar.set_description(policy)
-            drawn[policy] = generator.generate(prompts, cache, on_tokens=on_tokens, **settings)[:1]
-            assert probe.result is not None
-            retention[policy], memory[policy] = probe.result, cache.memory_stats()
-            cache.reset()
-        pictures = generator.to_images(torch.cat(list(drawn.values())))
-    conditions = _conditions(generator, plan) | {
-        "prompt": prompt,
-        "seed": seed,
-        "guidance_scale": generator.guidance_scale if guidance_scale is None else guidance_scale,
-        "temperature": generator.temperature if temperature is None else temperature,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-    }
-    return Analysis(
-        conditions,
-        head_scores(head_map),
-        attention,
-        concentration,
-        retention,
-        memory,
-        dict(zip(drawn, pictures, strict=True)),
+    bar = tqdm(
+        total=(1 + len(plan.caches)) * plan.num_images * checkpoint.num_visual_tokens,
+        unit=" visual tokens",
+        disable=not progress,
     )
 
+    def generate(policy: str, cache: SSDCache) -> None:
+        def on_tokens(number: int) -> None:
+            bar.update(number)
+            # called after a forward pass: the token just fed is stored, the next one is not generated yet
+            if cache.layers[-1].num_visual == plan.step:
+                retention[policy] = read_retention(cache, row=row)
 
-def _conditions(generator: Generator, plan: Plan) -> dict[str, Any]:
-    checkpoint, head_map, cache = generator.checkpoint, plan.head_map, plan.caches[plan.own]
+        cache.reset()
+        bar.set_description(policy)
+        tokens[policy] = generator.generate(prompts, cache, on_tokens=on_tokens, **settings)[:1]
+        memory[policy] = cache.memory_stats()
+        cache.reset()
+
+    with ssd_attention(generator.language_model), bar:
+        bar.set_description("full")
+        recorder = AttentionRecorder(plan.heads, checkpoint.grid, row=row)
+        full = RecordingCache(checkpoint.layout, checkpoint.num_layers, checkpoint.num_kv_heads, recorder)
+        tokens["full"] = draw_watched(generator, prompts, full, on_tokens=bar.update, **settings)[:1]
+        concentration = semantic_concentration(
+            full, plan.head_map, is_unconditional=is_unconditional, seed=plan.sampling.seed
+        )
+        del full  # free its memory
+        for policy, cache in plan.caches.items():
+            generate(policy, cache)
+        images = dict(zip(tokens, generator.to_images(torch.cat(list(tokens.values()))), strict=True))
+    conditions = _conditions(generator, prompt, plan)
+    scores = head_scores(plan.head_map)
+    return Analysis(conditions, scores, recorder.result(), concentration, retention, memory, images)
+
+
+def _conditions(generator: Generator, prompt: str, plan: Plan) -> dict[str, Any]:
+    checkpoint, head_map, sampling = generator.checkpoint, plan.head_map, plan.sampling
+    policy, cache = next(iter(plan.caches.items()))
+    device = generator.model.device
     return {
         "model": checkpoint.name,
         "revision": getattr(checkpoint.config, "_commit_hash", None),
@@ -199,11 +215,17 @@ def _conditions(generator: Generator, plan: Plan) -> dict[str, Any]:
         "head_map_digest": head_map.digest,
         "head_map_method": head_map.method,
         "head_map_threshold": head_map.threshold,
-        "policy": f"{plan.own}: {words_of(cache.slots, cache.score)}",
+        "policy": f"{policy}: {words_of(cache.slots, cache.score)}",
         "budget": cache.budget if is_amount(cache.budget) else cache.mean_slots,
         "buffer": cache.buffer,
         "step": plan.step,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "ssd_cache": ssd_cache.__version__,
+        "prompt": prompt,
+        "seed": sampling.seed,
+        "guidance_scale": generator.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale,
+        "temperature": generator.temperature if sampling.temperature is None else sampling.temperature,
+        "dtype": str(generator.model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
     }

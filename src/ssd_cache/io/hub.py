@@ -43,18 +43,17 @@ def hub_download(repo_id: str, name: str, **options: Any) -> Any:
         LocalEntryNotFoundError: there is no cached copy, and the Hub cannot be reached; `__cause__` is the reason.
         Exception: as for `hf_hub_download`.
     """
-    problem = _unreachable(repo_id, name, **options)
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    timeout = ATTEMPT_SECONDS if timeout == constants.DEFAULT_ETAG_TIMEOUT else timeout
+    problem = None
+    if not (options.get("local_files_only") or options.get("force_download") or _is_cached(repo_id, name, options)):
+        problem = _unreachable(repo_id, name, options, timeout)
+    if problem is not None:
+        options["local_files_only"] = True
     try:
-        return hf_hub_download(
-            repo_id,
-            name,
-            etag_timeout=_timeout(),
-            **options | ({} if problem is None else {"local_files_only": True}),
-        )
+        return hf_hub_download(repo_id, name, etag_timeout=timeout, **options)
     except LocalEntryNotFoundError as error:
-        if problem is None:
-            raise
-        raise error from problem
+        raise error from problem or error.__cause__
 
 
 def describe_failure(error: BaseException, missing: str) -> tuple[bool, str]:
@@ -103,37 +102,21 @@ def describe_failure(error: BaseException, missing: str) -> tuple[bool, str]:
     return False, f"the transfer failed: {type(error).__name__} {told}; check network and disk, then try again"
 
 
-def _unreachable(
-    repo_id: str,
-    name: str,
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: bool | str | None = None,
-    cache_dir: Any = None,
-    local_files_only: bool = False,
-    force_download: bool = False,
-    **_: Any,
-) -> Exception | None:
-    """The error when the Hub cannot be reached for a file without a cached copy; None if it can or is not needed."""
-    path = f"{subfolder}/{name}" if subfolder else name
-    if local_files_only or force_download or constants.is_offline_mode():
-        return None
-    if isinstance(try_to_load_from_cache(repo_id, path, cache_dir=cache_dir, revision=revision), str):
-        return None
+def _is_cached(repo_id: str, name: str, options: dict[str, Any]) -> bool:
+    path = f"{options['subfolder']}/{name}" if options.get("subfolder") else name
+    where = {key: options.get(key) for key in ("cache_dir", "revision")}
+    return isinstance(try_to_load_from_cache(repo_id, path, **where), str)
+
+
+def _unreachable(repo_id: str, name: str, options: dict[str, Any], timeout: float) -> Exception | None:
+    """The error when the Hub cannot be reached; None if it answers, or if `hf_hub_download` raises the error itself."""
     try:
-        get_hf_file_metadata(
-            hf_hub_url(repo_id, name, subfolder=subfolder, revision=revision), token=token, timeout=_timeout()
-        )
+        url = hf_hub_url(repo_id, name, subfolder=options.get("subfolder"), revision=options.get("revision"))
+        get_hf_file_metadata(url, token=options.get("token"), timeout=timeout)
     except (HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled):
-        return None  # hf_hub_download raises them again
+        return None
     except HfHubHTTPError as error:
         return error if error.response.status_code >= 500 else None
     except Exception as error:  # from the HTTP client: no connection, timeout, proxy, certificates
         return error
     return None
-
-
-def _timeout() -> float:
-    given = constants.HF_HUB_ETAG_TIMEOUT
-    return ATTEMPT_SECONDS if given == constants.DEFAULT_ETAG_TIMEOUT else given

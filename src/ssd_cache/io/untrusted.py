@@ -42,28 +42,28 @@ def parse_json(content: str | bytes, max_depth: int = MAX_DEPTH) -> Any:
     """
     try:
         value = json.loads(content.decode() if isinstance(content, bytes) else content)
-    except UnicodeDecodeError as error:
-        raise ReadableError(f"it is not UTF-8 text (byte {error.start})") from error
-    except ValueError as error:  # raised by json, or by int for thousands of digits
+        _check_parsed(value, max_depth)
+    except ReadableError:
+        raise
+    except ValueError as error:  # raised by decode, by json, or by int for thousands of digits
         raise ReadableError(error) from error
     except RecursionError as error:
         raise ReadableError(f"it nests deeper than {max_depth} levels") from error
-    todo = [(value, 0)]
-    while todo:
-        part, depth = todo.pop()
-        if isinstance(part, (dict, list)):
-            if depth == max_depth:
-                raise ReadableError(f"it nests deeper than {max_depth} levels")
-            todo += [(child, depth + 1) for child in (part.values() if isinstance(part, dict) else part)]
-            todo += [(name, depth + 1) for name in part] if isinstance(part, dict) else []
-        elif isinstance(part, str):
-            if not is_unicode(part):
-                raise ReadableError(f"the text {shown(part)} holds half of a surrogate pair")
-        elif isinstance(part, float) and not math.isfinite(part):
-            raise ReadableError(f"the number {part} is not finite")
-        elif isinstance(part, int) and abs(part) > MAX_INT:
-            raise ReadableError(f"the number {shown(part)} is too large")
     return value
+
+
+def _check_parsed(value: Any, levels: int) -> None:
+    if isinstance(value, dict | list):
+        if levels == 0:
+            raise RecursionError
+        for child in [*value, *value.values()] if isinstance(value, dict) else value:
+            _check_parsed(child, levels - 1)
+    elif isinstance(value, str) and not is_unicode(value):
+        raise ReadableError(f"the text {shown(value)} holds half of a surrogate pair")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ReadableError(f"the number {value} is not finite")
+    elif isinstance(value, int) and abs(value) > MAX_INT:
+        raise ReadableError(f"the number {shown(value)} is too large")
 
 
 def is_unicode(text: str) -> bool:
@@ -75,12 +75,10 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def name_problem(name: object) -> str:
+def name_problem(name: str) -> str:
     """Why a text cannot be the name of a file, folder, revision or repository; "" if it can."""
-    if not isinstance(name, str):
-        return f"it is a {type(name).__name__}, not a text"
     if len(name) > MAX_NAME:
-        return f"it has {len(name)} characters, and at most {MAX_NAME} can be looked up"
+        return f"it has {len(name)} characters, the limit is {MAX_NAME}"
     if "\0" in name:
         return "it holds a NUL character"
     try:
@@ -99,30 +97,21 @@ def checked(kind: Any, value: Any, name: str = "it") -> Any:
     Raises:
         ValueError: another type, or an object with missing or unknown fields; the message gives `name` as the place.
     """
+    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    matching = [one for one in options if _matches(one, value)]
+    if not matching:
+        raise ReadableError(f"{name}={shown(value)}, expected {' or '.join(dict.fromkeys(map(_described, options)))}")
+    kind = type(value) if type(value) in matching else matching[0]
     origin, arguments = get_origin(kind) or kind, get_args(kind)
-    if origin is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        if type(value) in arguments:
-            return value
-        for one in arguments:
-            if _is_of(one, value):
-                return checked(one, value, name)
-        raise _mistyped(name, value, arguments)
-    if origin is Literal:
-        if not any(value == one and type(value) is type(one) for one in arguments):
-            raise ReadableError(f"{name}={shown(value)}, expected one of {', '.join(map(repr, arguments))}")
-        return value
-    if not _is_of(kind, value):
-        raise _mistyped(name, value, (kind,))
     if is_dataclass(origin):
         return _checked_object(origin, value, name)
     if origin in (list, tuple) and arguments:
-        if origin is tuple and arguments[-1] is not Ellipsis:
-            if len(arguments) != len(value):
-                raise ReadableError(f"{name} holds {len(value)} values, expected {len(arguments)}")
-            return tuple(checked(*pair, f"{name}[{i}]") for i, pair in enumerate(zip(arguments, value, strict=True)))
-        return origin(checked(arguments[0], entry, f"{name}[{index}]") for index, entry in enumerate(value))
+        kinds = [arguments[0]] * len(value) if origin is list or arguments[-1] is Ellipsis else list(arguments)
+        if len(kinds) != len(value):
+            raise ReadableError(f"{name} holds {len(value)} values, expected {len(kinds)}")
+        return origin(
+            checked(one, entry, f"{name}[{i}]") for i, (one, entry) in enumerate(zip(kinds, value, strict=True))
+        )
     if origin is dict and arguments:
         return {key: checked(arguments[1], entry, f"{name}[{shown(key, 40)}]") for key, entry in value.items()}
     return value
@@ -151,20 +140,24 @@ def _checked_object(kind: Any, value: dict[str, Any], name: str) -> Any:
     return kind(**{field: checked(hints[field], entry, prefix + field) for field, entry in value.items()})
 
 
-def _is_of(kind: Any, value: Any) -> bool:
-    """Whether the type of a JSON value matches a hint; the contents are not checked."""
-    origin = get_origin(kind) or kind
-    if origin is Literal:
-        return any(type(value) is type(one) for one in get_args(kind))
-    wanted = dict if is_dataclass(origin) else {tuple: list, None: type(None)}.get(origin, origin)
+def _matches(kind: Any, value: Any) -> bool:
+    """Whether the type of a JSON value matches a hint; the contents of lists and objects are not checked."""
+    if get_origin(kind) is Literal:
+        return any(value == one and type(value) is type(one) for one in get_args(kind))
+    wanted = _json_type(kind)
     return wanted is Any or type(value) is wanted or (wanted is float and type(value) is int)
 
 
-def _mistyped(name: str, value: Any, kinds: tuple[Any, ...]) -> ReadableError:
-    origins = [get_origin(kind) or kind for kind in kinds]
-    wanted = [dict if is_dataclass(origin) else list if origin is tuple else origin for origin in origins]
-    names = dict.fromkeys("None" if kind is type(None) else kind.__name__ for kind in wanted)
-    return ReadableError(f"{name}={shown(value)}, expected {' or '.join(names)}")
+def _described(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(repr, get_args(kind)))}"
+    return "None" if kind is type(None) else _json_type(kind).__name__
+
+
+def _json_type(kind: Any) -> Any:
+    """The type of the JSON values that a hint accepts."""
+    origin = get_origin(kind) or kind
+    return dict if is_dataclass(origin) else {tuple: list, None: type(None)}.get(origin, origin)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

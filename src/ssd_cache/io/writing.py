@@ -14,12 +14,15 @@ from pathlib import Path
 def write_files(contents: Mapping[Path, bytes]) -> None:
     """Write every file under a temporary name, then rename them in order, so a reader sees only whole files.
 
+    Missing folders are created.
+
     Raises:
         OSError: a file cannot be written; if none was renamed yet, all older files are unchanged.
     """
     parts = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}.part") for path in contents}
     try:
         for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
             with parts[path].open("xb") as file:
                 file.write(content)
                 file.flush()
@@ -28,5 +31,4 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
             os.replace(part, path)
     finally:
         for part in parts.values():
-            if os.path.lexists(part):
-                part.unlink()
+            part.unlink(missing_ok=True)

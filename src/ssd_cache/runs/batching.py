@@ -6,7 +6,6 @@ and because it is halved, small changes of free memory do not change it. An expl
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -53,8 +52,9 @@ def default_batch_size(
     free = free_memory(device)
     if free is not None:
         free //= processes.count if device.type == "cpu" else 1
-        of_image = image_nbytes(generator, max(map(_num_tokens, prompts)), cache)
-        size = fitting_batch_size(most, of_image, free, unit)
+        # a high estimate of the longest prompt's tokens, including the chat template, without the tokenizer
+        num_prompt = max(len(prompt.encode()) for prompt in prompts) // 3 + 64
+        size = fitting_batch_size(most, image_nbytes(generator, num_prompt, cache), free, unit)
     size = min(processes.gather_all(size))
     if size < min(most, len(prompts)) and processes.is_main:
         warnings.warn(
@@ -84,54 +84,39 @@ def image_nbytes(generator: Generator, num_prompt: int, cache: SSDCache | None =
         num_prompt: tokens of the prompt.
         cache: the cache that is used; a full cache when not given.
     """
-    checkpoint = generator.checkpoint
+    checkpoint, itemsize = generator.checkpoint, generator.model.dtype.itemsize
     config = checkpoint.family.text_config_of(checkpoint.config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    of_token = slot_nbytes(head_dim, generator.model.dtype.itemsize, None)
     heads, cells = checkpoint.num_layers * checkpoint.num_kv_heads, checkpoint.num_visual_tokens
-    if cache is None:
-        of_row = heads * (num_prompt + cells) * of_token
-    else:
+    of_token = slot_nbytes(head_dim, itemsize, None)
+    of_row = heads * (num_prompt + cells) * of_token
+    if cache is not None:
         slots = sum(min(held, cells) for layer in cache.layers for held in layer.plan.num_slots)
-        of_slot = slot_nbytes(head_dim, generator.model.dtype.itemsize, cache.kv_dtype)
-        of_row = heads * num_prompt * of_token + slots * of_slot
+        of_row = heads * num_prompt * of_token + slots * slot_nbytes(head_dim, itemsize, cache.kv_dtype)
     return len(generator.is_unconditional(1)) * of_row
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that new tensors on a device can take; None where the system does not report it."""
+    """Bytes that new tensors on a device can take; None where the system does not report it.
+
+    On a CPU: what Linux has available without swapping, and what a container's limit (cgroup v2) leaves. Page cache
+    that can be dropped counts as free.
+    """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type != "cpu":
-        return None
-    found = [_available(), _left_in_group()]
-    return min((number for number in found if number is not None), default=None)
+    found, group = [], Path("/sys/fs/cgroup")
+    if device.type == "cpu":
+        with suppress(OSError, ValueError):
+            found.append(1024 * _entry(Path("/proc/meminfo"), "MemAvailable:"))
+        with suppress(OSError, ValueError):
+            limit = int((group / "memory.max").read_text("ascii"))  # without a limit this is "max", a ValueError
+            used = int((group / "memory.current").read_text("ascii"))
+            found.append(max(0, limit - used + _entry(group / "memory.stat", "inactive_file")))
+    return min(found, default=None)
 
 
-def _available() -> int | None:
-    """Bytes available without swapping on Linux; elsewhere the free pages, if the system reports them."""
-    with suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        [line] = [line for line in lines if line.startswith("MemAvailable:")]
-        return 1024 * int(line.split()[1])
-    with suppress(OSError, ValueError, AttributeError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
-
-
-def _left_in_group() -> int | None:
-    """Bytes left under a container's limit (cgroup v2); page cache that can be dropped counts as free."""
-    with suppress(OSError, ValueError, IndexError):
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text("ascii"))  # without a limit this is "max", a ValueError
-        used = int((group / "memory.current").read_text("ascii"))
-        lines = (group / "memory.stat").read_text("ascii").splitlines()
-        [dropped] = [int(line.split()[1]) for line in lines if line.startswith("inactive_file ")]
-        return max(0, limit - used + dropped)
-    return None
-
-
-def _num_tokens(prompt: str) -> int:
-    """A high estimate of a prompt's tokens, including the chat template, made without the tokenizer."""
-    return len(prompt.encode()) // 3 + 64
+def _entry(path: Path, name: str) -> int:
+    """The number after a name in a file of names and numbers."""
+    [line] = [line for line in path.read_text("ascii").splitlines() if line.split()[:1] == [name]]
+    return int(line.split()[1])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ssd_cache.io.showing import differences
 from ssd_cache.runs.run_state import ProfilingError
 
 
@@ -70,17 +71,11 @@ class Processes:
             ProfilingError: settings differ; raised in every process, with the values of process 0 and of the first
                 process that differs.
         """
-        told = self.gather_all(dict(facts))
-        for number, other in enumerate(told):
-            differing = [
-                f"{name} {told[0].get(name)!r} and {other.get(name)!r}"
-                for name in sorted(told[0].keys() | other.keys())
-                if told[0].get(name) != other.get(name)
-            ]
-            if differing:
+        found = self.gather_all(dict(facts))
+        for number, other in enumerate(found):
+            if differing := differences(found[0], other, ("in process 0", f"in process {number}")):
                 raise ProfilingError(
-                    f"processes 0 and {number} of {self.count} do not agree: {'; '.join(differing)}; give all of them "
-                    "the same"
+                    f"processes 0 and {number} of {self.count} do not agree: {differing}; give all of them the same"
                 )
 
     def gather_all(self, value: Any) -> list[Any]:

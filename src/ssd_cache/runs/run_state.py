@@ -73,11 +73,10 @@ def write_state(path: Path, kind: str, state: RunState, what: str) -> None:
     }
     tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_files({path: safetensors.torch.save(tensors, metadata=header)})
     except OSError as error:
         raise ProfilingError(
-            f"{path}: {what} can not be written ({error.strerror}); make room, or give another file"
+            f"{path}: {what} cannot be written ({error.strerror}); make room, or give another file"
         ) from error
 
 

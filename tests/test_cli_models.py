@@ -199,12 +199,6 @@ def test_geneval_is_exported_in_a_stated_grid(run):
 REFUSED = [
     ("generate", "llama", ["--head-map", "online"], "can not decode them: take the tokens .* .safetensors"),
     ("generate", "glm", ["--head-map", "online"], "pipe.vision_language_encoder"),
-    (
-        "generate",
-        "glm",
-        ["--head-map", "online", "--budget", "275", "-o", "a.safetensors"],
-        "draws 22 x 11.8 x 4 = 274 visual tokens",
-    ),
     ("profile", "glm", ["--method", "window", "--window", "10"], "window=10 is out of range: give 1 to 9 visual"),
     ("fit", "glm", [], "has no head map in its folder: give --head-map"),
     ("eval fidelity", "glm", ["--policies", "margin,h2o"], "margin needs a head map"),

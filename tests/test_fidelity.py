@@ -553,7 +553,7 @@ WRONG = [
     (["--num-images", "0"], "num_images=0 is out of range"),
     (["--temperature", "0"], "temperature=0 leaves one token"),
     (["--guidance", "0.5"], "guidance_scale=0.5 is out of range"),
-    (["--prompts-file", "missing.txt"], "can not read --prompts-file missing.txt"),
+    (["--prompts-file", "missing.txt"], "cannot read --prompts-file missing.txt"),
     ([" "], "prompt 1 is empty"),
     (["--output", "file"], "--output file is a file; give a folder"),
     (["--head-map", "./nowhere"], "nowhere"),

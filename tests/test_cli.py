@@ -1,7 +1,7 @@
 """The command line, from arguments to files and exit codes, on a small random Janus; at the end as real processes.
 
-The pictures themselves are noise. That they are those of the library's own call is tested; what a trained model draws
-is not.
+The images themselves are noise. That they equal those of the library's own call is tested; what a trained model
+generates is not.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def test_an_unknown_command_is_one_line(run):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_can_not_be_written_is_refused(run, tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused(run, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     result = run(CIRCLE, "-o", "locked/a.png")
     assert result.exit_code == 2
@@ -189,7 +189,7 @@ def test_a_budget_is_a_fraction_or_a_count(text, budget):
     assert type(parse_budget(text)) is type(budget)
 
 
-# --- drawing
+# --- generating
 
 
 def table(stdout):
@@ -201,7 +201,7 @@ def table(stdout):
 @pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler on the CPU"
 )
-def test_fast_draws_the_same_picture(run):
+def test_fast_generates_the_same_image(run):
     for name, options in (("a.png", []), ("b.png", ["--fast"])):
         torch._dynamo.reset()
         counters.clear()
@@ -211,7 +211,7 @@ def test_fast_draws_the_same_picture(run):
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
-def test_one_picture_is_the_librarys_own(run, generator):
+def test_one_image_is_the_librarys_own(run, generator):
     result = run(CIRCLE, "--budget", "0.4", "--seed", "3", "--guidance", "3", "--temperature", "0.9", "-o", "a.png")
     assert result.exit_code == 0, result.output
     assert files() == ["a.png"]
@@ -219,8 +219,8 @@ def test_one_picture_is_the_librarys_own(run, generator):
     tokens = generator.generate([CIRCLE], cache, guidance_scale=3.0, temperature=0.9, seed=3)
     np.testing.assert_array_equal(Image.open("a.png"), generator.to_images(tokens)[0])
     stats = cache.memory_stats()
-    tokens_drawn, now, full, ratio, beside, speed, seconds = table(result.stdout)["ssd"]
-    assert tokens_drawn == str(CELLS)
+    num_tokens, now, full, ratio, beside, speed, seconds = table(result.stdout)["ssd"]
+    assert num_tokens == str(CELLS)
     assert now == f"{stats.key_value / 1000:.1f} kB"
     assert full == f"{stats.full_cache / 1000:.1f} kB"
     assert ratio == f"{stats.full_cache / stats.key_value:.1f}x"
@@ -260,7 +260,7 @@ def test_a_fitted_map_is_used_with_its_slots_unless_equal_ones_are_asked_for(run
     own = replace(head_map(), budget=[[20, 40], [26, 18]])
     own.save_pretrained("fitted")
 
-    def drawn(*options):
+    def generated(*options):
         result = run(CIRCLE, "--head-map", "fitted", *options, "-o", "a.safetensors")
         assert result.exit_code == 0, result.output
         return load_file("a.safetensors")
@@ -269,16 +269,16 @@ def test_a_fitted_map_is_used_with_its_slots_unless_equal_ones_are_asked_for(run
         return generator.generate([CIRCLE], SSDCache(own, *args, **settings))
 
     for options in ((), ("--budget", "26"), ("--policy", "ssd", "--slots", "fitted")):
-        [(name, tokens)] = drawn(*options).items()
+        [(name, tokens)] = generated(*options).items()
         assert name == "ssd:slots=fitted"
         assert torch.equal(tokens, expected())
-    assert torch.equal(drawn("--budget", "0.6")["ssd:slots=fitted"], expected(0.6))
+    assert torch.equal(generated("--budget", "0.6")["ssd:slots=fitted"], expected(0.6))
     for options in (("--slots", "uniform"), ("--policy", "ssd"), ("--policy", "ssd", "--slots", "uniform")):
-        [(name, tokens)] = drawn(*options).items()
+        [(name, tokens)] = generated(*options).items()
         assert name == "ssd"
         assert torch.equal(tokens, expected(slots="uniform"))
-    assert not torch.equal(expected(), expected(slots="uniform")), "both draw the same, so this tests nothing"
-    compared = drawn("--compare")
+    assert not torch.equal(expected(), expected(slots="uniform")), "both generate the same, so this tests nothing"
+    compared = generated("--compare")
     assert sorted(compared) == ["full", "h2o", "ssd", "ssd:slots=fitted", "streaming-llm"]
     assert torch.equal(compared["h2o"], generator.generate([CIRCLE], SSDCache.from_policy("h2o", own, 26)))
     for options, message in (
@@ -291,7 +291,7 @@ def test_a_fitted_map_is_used_with_its_slots_unless_equal_ones_are_asked_for(run
         assert message in " ".join(result.stderr.split())
 
 
-def test_the_same_command_draws_the_same_and_another_seed_does_not(run):
+def test_the_same_command_generates_the_same_and_another_seed_does_not(run):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert run(CIRCLE, "--budget", "0.5", "--seed", seed, "-o", f"{name}.png").exit_code == 0
     a, b, c = (Path(f"{name}.png").read_bytes() for name in "abc")
@@ -309,28 +309,28 @@ def test_formats_go_by_the_name_and_an_older_file_is_replaced(run, suffix):
     assert files() == [place.name]
 
 
-def find_pictures(sheet, pictures):
-    """Upper left corner (row, column) of every picture on the sheet, each found exactly once."""
+def find_images(sheet, images):
+    """Upper left corner (row, column) of every image on the sheet, each found exactly once."""
     pixels = np.asarray(sheet.convert("RGB"))
     corners = []
-    for picture in map(np.asarray, pictures):
-        first = np.argwhere((pixels[: 1 - PIXELS, : 1 - PIXELS] == picture[0, 0]).all(-1))
+    for image in map(np.asarray, images):
+        first = np.argwhere((pixels[: 1 - PIXELS, : 1 - PIXELS] == image[0, 0]).all(-1))
         found = [
             (int(row), int(column))
             for row, column in first
-            if np.array_equal(pixels[row : row + PIXELS, column : column + PIXELS], picture)
+            if np.array_equal(pixels[row : row + PIXELS, column : column + PIXELS], image)
         ]
         assert len(found) == 1
         corners += found
     return corners
 
 
-def test_several_pictures_come_as_a_sheet_of_a_row_for_each_prompt(run, generator):
+def test_several_images_come_as_a_sheet_of_a_row_for_each_prompt(run, generator):
     Path("prompts.txt").write_text(f"\ufeff{SQUARES}\n\n")
     result = run(CIRCLE, "--prompts-file", "prompts.txt", "--num-images", "2", "--budget", "0.5", "-o", "a.png")
     assert result.exit_code == 0, result.output
     tokens = generator.generate([CIRCLE, CIRCLE, SQUARES, SQUARES], SSDCache(head_map(), 0.5))
-    corners = find_pictures(Image.open("a.png"), generator.to_images(tokens))
+    corners = find_images(Image.open("a.png"), generator.to_images(tokens))
     assert corners[0][0] == corners[1][0] < corners[2][0] == corners[3][0]
     assert corners[0][1] == corners[2][1] < corners[1][1] == corners[3][1]
     assert table(result.stdout)["ssd"][0] == str(4 * CELLS)
@@ -343,7 +343,7 @@ def test_batches_have_seeds_of_their_own(run, generator):
     for seed, number in ((5, 2), (6, 1)):
         cache.reset()
         tokens.append(generator.generate([CIRCLE] * number, cache, seed=seed))
-    find_pictures(Image.open("a.png"), generator.to_images(torch.cat(tokens)))
+    find_images(Image.open("a.png"), generator.to_images(torch.cat(tokens)))
 
 
 def test_many_prompts_come_in_batches_of_a_fixed_size(run):
@@ -369,7 +369,7 @@ def test_short_memory_makes_smaller_batches_and_says_so(run, monkeypatch):
     assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
 
 
-def test_compare_draws_a_row_a_policy_on_the_same_seed(run, generator):
+def test_compare_generates_a_row_a_policy_on_the_same_seed(run, generator):
     result = run(CIRCLE, SQUARES, "--compare", "--budget", "0.4", "--seed", "2", "-o", "a.png")
     assert result.exit_code == 0, result.output
     rows = table(result.stdout)
@@ -378,7 +378,7 @@ def test_compare_draws_a_row_a_policy_on_the_same_seed(run, generator):
     for policy in COMPARED:
         cache = SSDCache.from_policy(policy, head_map(), 0.4)
         images = generator.to_images(generator.generate([CIRCLE, SQUARES], cache, seed=2))
-        first, second = find_pictures(Image.open("a.png"), images)
+        first, second = find_images(Image.open("a.png"), images)
         assert first[0] == second[0]
         assert first[1] < second[1]
         heights.append(first[0])
@@ -413,7 +413,7 @@ def test_a_map_can_be_given_and_is_used(run, folder):
     assert Path("a.png").read_bytes() == Path("c.png").read_bytes()  # the folder of a model that carries its map
 
 
-def test_a_model_without_a_map_draws_under_the_other_policies(run, tmp_path):
+def test_a_model_without_a_map_generates_under_the_other_policies(run, tmp_path):
     model = write_checkpoint(tmp_path / "mapless", with_head_map=False)
     result = run(CIRCLE, "--model", model, "--policy", "h2o", "--budget", "0.4", "-o", "a.png")
     assert result.exit_code == 0, result.output
@@ -521,7 +521,7 @@ def test_inspect_refuses_what_is_no_map_in_one_line(run, source):
 
 
 def squares(number, side=PIXELS):
-    """Pictures of one colour each, none of them white."""
+    """Images of one colour each, none of them white."""
     return [Image.new("RGB", (side, side), (10 * index, 100, 200 - 10 * index)) for index in range(number)]
 
 
@@ -533,7 +533,7 @@ def corner_of(sheet, color):
 def test_what_does_not_fit_side_by_side_goes_on_below():
     images = squares(14)
     sheet = contact_sheet([Row(images[:7], "one"), Row(images[7:], "two")], [f"caption {n}" for n in range(7)], 3)
-    corners = find_pictures(sheet, images)
+    corners = find_images(sheet, images)
     tops, lefts = (sorted({corner[axis] for corner in corners}) for axis in (0, 1))
     assert (len(tops), len(lefts)) == (6, 3)  # three blocks of two rows
     for index, (top, left) in enumerate(corners):
@@ -547,7 +547,7 @@ def test_nothing_touches_the_rim_and_captions_are_drawn():
     for rim in (pixels[:4], pixels[-4:], pixels[:, :4], pixels[:, -4:]):
         assert (rim == 255).all()
     (top, left), _ = corner_of(sheet, (0, 100, 200))
-    assert (pixels[:top, left:] < 128).any()  # ink above the pictures
+    assert (pixels[:top, left:] < 128).any()  # ink above the images
     assert (pixels[top:, : left - 4] < 128).any()  # and at their left
     assert (pixels[:, left - 4 : left] == 255).all()
 
@@ -583,7 +583,7 @@ def test_ctrl_c_ends_with_1_one_line_and_no_file(folder, child, tmp_path):
         "generate", CIRCLE, "--model", folder, "--num-images", 1000, "--batch-size", 1, "--budget", "0.4", "-o", "a.png"
     )
     seen = ""
-    while not re.search(r"[1-9]\d*/\d", seen):  # the bar has moved: it is drawing
+    while not re.search(r"[1-9]\d*/\d", seen):  # the bar has moved: it is generating
         character = process.stderr.read(1)
         assert character, f"it ended by itself: {seen}"
         seen += character
@@ -653,7 +653,7 @@ def test_a_model_and_a_map_come_from_the_hub(folder, child, tmp_path):
             assert message in err
 
 
-def test_the_bundled_model_draws_its_prompt(child, tmp_path):
+def test_the_bundled_model_generates_its_prompt(child, tmp_path):
     process = child("generate", "a photo of a red circle and a blue square")
     out, err = process.communicate()
     assert process.returncode == 0, err

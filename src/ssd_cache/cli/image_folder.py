@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -35,6 +33,12 @@ from ssd_cache.evaluation.runner import digest_of
 
 CACHE_SETTINGS = ("buffer", "num_recent", "num_sinks", "score", "kv_dtype")
 
+IMAGE_FACTS = (
+    *("model", "policy", "budget", "num_slots", "head_map", "guidance_scale", "temperature", "batch_size"),
+    *("dtype", "device", "settings", "ssd_cache", "torch", "transformers"),
+)
+"""Settings of the folder that each image carries as metadata."""
+
 
 def generate_folder(job: Job, output_dir: Path) -> None:
     """Generate the missing images of the folder, or of a subfolder for each policy, and print how many there are."""
@@ -45,10 +49,9 @@ def generate_folder(job: Job, output_dir: Path) -> None:
             f"--output-dir {output_dir}: it holds the images of one policy; give another folder for --compare"
         )
     folders = {name: output_dir / name if compare else output_dir for name in job.caches}
-    generator, main = None, job.processes.is_main
+    first, generator, processes = next(iter(folders.values())), None, job.processes
     with refusing():
-        first = next(iter(folders.values()))
-        batch_size = job.batch_size or job.processes.gather_all(recorded_batch_size(first))[0]
+        batch_size = job.batch_size or processes.gather_all(recorded_batch_size(first))[0]
         if batch_size is None:  # the default depends on the memory left beside the weights
             for folder in folders.values():
                 check_unclaimed(folder)
@@ -58,19 +61,19 @@ def generate_folder(job: Job, output_dir: Path) -> None:
     generator = generator or job.load()
     with job.compiled(generator):
         for name, images in sets.items():
-            with interruptible(partial(_kept, images, main)):
+            with interruptible(partial(_kept, images, processes.is_main)):
                 made = draw_pictures(
                     generator,
                     images,
                     partial(_reset, job.caches[name]),
                     batch_size=batch_size,
-                    processes=job.processes,
+                    processes=processes,
                     seed_of_batch=batch_seed,
                     title=name,
                     **asdict(job.sampling),
                 )
-            if main:
-                share = f"{made} generated now" if job.processes.count == 1 else f"{job.processes.count} processes"
+            if processes.is_main:
+                share = f"{made} generated now" if processes.count == 1 else f"{processes.count} processes"
                 typer.echo(_summary(images, share))
 
 
@@ -87,7 +90,6 @@ def _kept(images: ImageFiles, is_main: bool) -> str:
 def _claim(job: Job, name: str, folder: Path, batch_size: int) -> ImageFiles:
     """Write the settings into the folder of a policy, or compare them with the recorded settings."""
     cache, texts = job.caches[name], job.texts
-    own = _policy_facts(name, cache)
     conditions = drawing_conditions(
         job.checkpoint,
         [(str(number), json.dumps(text)) for number, text in enumerate(texts)],
@@ -101,7 +103,10 @@ def _claim(job: Job, name: str, folder: Path, batch_size: int) -> ImageFiles:
     slots = json.dumps([layer.plan.num_slots for layer in cache.layers])  # equal unless the map is fitted
     settings = {
         "format": "ssd-cache generate 1",
-        **own,
+        "policy": name,
+        "budget": cache.budget if isinstance(cache.budget, int | float) else "fitted",
+        "num_slots": mean_slots(cache),
+        "head_map": digest_of(cache.head_map),
         "slots_sha256": hashlib.sha256(slots.encode()).hexdigest(),
         "seed": job.sampling.seed,
         "num_prompts": len(texts) // job.num_images,
@@ -114,18 +119,8 @@ def _claim(job: Job, name: str, folder: Path, batch_size: int) -> ImageFiles:
     job.processes.check_agreement(settings)
     prompts = "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
     claim_folder(folder, settings, prompts, write=job.processes.is_main)
-    names = ("model", *own, "guidance_scale", "temperature", "batch_size", "dtype", "device")
-    facts = {key: settings[key] for key in (*names, "settings", "ssd_cache", "torch", "transformers")}
+    facts = {name: settings[name] for name in IMAGE_FACTS}
     return ImageFiles(folder, texts, job.num_images, batch_size, job.sampling.seed, facts)
-
-
-def _policy_facts(name: str, cache: SSDCache) -> Mapping[str, Any]:
-    return {
-        "policy": name,
-        "budget": cache.budget if isinstance(cache.budget, int | float) else "fitted",
-        "num_slots": mean_slots(cache),
-        "head_map": digest_of(cache.head_map),
-    }
 
 
 def _summary(images: ImageFiles, share: str) -> str:

@@ -18,7 +18,7 @@ from ssd_cache.cache.presets import words_of
 from ssd_cache.cli.errors import WrongUse
 from ssd_cache.cli.loading import load_generator
 from ssd_cache.decode.fast_decode import fast_decode
-from ssd_cache.evaluation.policies import DEFAULT, Policy, choose_head_map, resolve_policies
+from ssd_cache.evaluation.policies import DEFAULT, WITHOUT_LABELS, Policy, choose_head_map, resolve_policies
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Checkpoint, Generator, Sampling
 from ssd_cache.runs.batching import default_batch_size, image_nbytes
@@ -26,9 +26,6 @@ from ssd_cache.runs.processes import Processes
 
 COMPARED = ("full", "ssd", "h2o", "streaming-llm")
 """Policies of `--compare`, as in the paper's tables. The head map's own settings are added to them."""
-
-LABELLED = ("ssd", "learned", "margin")
-"""Policies that need a head map's labels."""
 
 ONLINE = "online"
 """Value of `--head-map` for no map: the cache labels the heads during generation."""
@@ -122,5 +119,5 @@ def make_caches(
 
 def described(caches: Mapping[str, SSDCache]) -> str:
     """Slots and score of the policies that use a map's labels, in words, each after a semicolon."""
-    own = {label: cache for label, cache in caches.items() if label.partition(":")[0] in LABELLED}
+    own = {label: cache for label, cache in caches.items() if label not in WITHOUT_LABELS}
     return "".join(f"; {label}: {words_of(cache.slots, cache.score)}" for label, cache in own.items())

@@ -77,8 +77,8 @@ class _Layout:
         heading = [(_wrap(caption, self.font, self.span(number)), number) for caption, number in groups]
         top = max(len(lines) for lines, _ in heading) * self.line + self.gap
         height = top + len(self.rows) * (self.height + self.gap) - self.gap
-        image = Image.new("RGB", (self.label_width + self.span(self.columns), height), PAPER)
-        draw, left = ImageDraw.Draw(image), self.label_width
+        block = Image.new("RGB", (self.label_width + self.span(self.columns), height), PAPER)
+        draw, left = ImageDraw.Draw(block), self.label_width
         for lines, number in heading:
             for above, line in enumerate(reversed(lines), 1):  # the last line is right above the image
                 draw.text((left, top - self.gap - above * self.line), line, INK, self.font)
@@ -86,12 +86,12 @@ class _Layout:
         for row in self.rows:
             self._draw_label(draw, row, top)
             for column, cell in enumerate(cells):
-                picture = row.images[cell].convert("RGB")
-                if picture.size != (self.width, self.height):
-                    picture = picture.resize((self.width, self.height), Image.Resampling.BOX)
-                image.paste(picture, (self.label_width + column * (self.width + self.gap), top))
+                image = row.images[cell].convert("RGB")
+                if image.size != (self.width, self.height):
+                    image = image.resize((self.width, self.height), Image.Resampling.BOX)
+                block.paste(image, (self.label_width + column * (self.width + self.gap), top))
             top += self.height + self.gap
-        return image
+        return block
 
     def _draw_label(self, draw: ImageDraw.ImageDraw, row: Row, top: int) -> None:
         top += (self.height - self.title_line - len(row.notes) * self.line) // 2

@@ -554,7 +554,7 @@ WRONG = [
     (["--temperature", "0"], "temperature=0 leaves one token"),
     (["--guidance", "0.5"], "guidance_scale=0.5 is out of range"),
     (["--prompts-file", "missing.txt"], "cannot read --prompts-file missing.txt"),
-    ([" "], "prompt 1 is empty"),
+    ([" "], "none that is empty"),
     (["--output", "file"], "--output file is a file; give a folder"),
     (["--head-map", "./nowhere"], "nowhere"),
     (["--head-map", "other"], "24 x 24"),

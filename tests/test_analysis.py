@@ -692,7 +692,7 @@ def test_the_help_of_analyze_fits_80_columns(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([" "], "prompt 1 is empty"),
+        ([" "], "none that is empty"),
         ([CIRCLE, "-o", "a-file"], "is a file; give a folder, or a name that ends in .html"),
         ([CIRCLE, "-o", "nowhere/deep/folder"], "nowhere/deep does not exist; make it first"),
         ([CIRCLE, "-o", "nowhere/a.html"], "nowhere does not exist; make it first"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 from PIL import Image, ImageDraw
 
-from ssd_cache.cli.files import check_output, save_picture
+from ssd_cache.cli.files import check_output, save_image
 from ssd_cache.cli.sheet import Row, contact_sheet
 from ssd_cache.evaluation.policies import choose_head_map, parse_policies
 from ssd_cache.evaluation.runner import budget_name
@@ -65,7 +65,7 @@ def main(
         for caption, verdict in zip(captions, verdicts, strict=True):
             if not verdict.correct:
                 print(f"{policy.label} {budget_name(own)}: {caption}: {verdict.reason}")
-    save_picture(contact_sheet(rows, captions, columns=len(captions)), output)
+    save_image(contact_sheet(rows, captions, columns=len(captions)), output)
     print(f"wrote {output}")
 
 

@@ -658,7 +658,7 @@ def test_the_help_of_analyze_fits_80_columns(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([" "], "prompt 1 is empty"),
+        ([" "], "none that is empty"),
         ([CIRCLE, "-o", "a-file"], "--output a-file is a file; give a folder"),
         ([CIRCLE, "--layer", "0"], "--layer and --head name one head together"),
         ([CIRCLE, "--layer", "2", "--head", "0"], "layer=2 is out of range"),

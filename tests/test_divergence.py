@@ -224,8 +224,8 @@ def test_the_command_fits_a_profiled_map(checkpoint, profiled, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--levels", "17"], "--levels 17: the map was measured at 16, 24, 40 slots"),
-        (["--batch-size", "0"], "--batch-size 0: give a whole number from 1 up"),
+        (["--levels", "17"], "level 17 was not measured: the map's levels are [16, 24, 40]"),
+        (["--batch-size", "0"], "Invalid value for '--batch-size'"),
         (["--temperature", "0"], "temperature=0 leaves one token"),
         (["--budget", "8"], "the budget is 8 slots a head, fewer than the lowest level, 16"),
         (["--budget", "20", "--levels", "40,24"], "the budget is 20 slots a head, fewer than the lowest level, 24"),

@@ -373,7 +373,7 @@ def test_a_full_disk_is_told_and_what_was_drawn_stays(model, tmp_path):
         (("geneval", "export", "-o", "out", "--prompts-file", "no.jsonl"), "no.jsonl: the prompts can not be read"),
         (("geneval", "export", "-o", "out", "--prompts-file", "bad.jsonl"), "bad.jsonl, line 2: tag is 'color'"),
         (("geneval", "export", "-o", "g.jsonl", "--prompts-file", "g.jsonl"), "--output g.jsonl is a file"),
-        (("geneval", "export", "-o", "g.jsonl/x", "--prompts-file", "g.jsonl"), "can not write into g.jsonl"),
+        (("geneval", "export", "-o", "g.jsonl/x", "--prompts-file", "g.jsonl"), "cannot write into g.jsonl"),
         (("geneval", "export", "-o", "out", "--prompts-file", "g.jsonl", "--samples", 0), "num_samples=0"),
         (("geneval", "export", "-o", "out", "--prompts-file", "g.jsonl", "--policy", "sdd"), "did you mean 'ssd'"),
         (("geneval", "export", "-o", "out", "--prompts-file", "g.jsonl", "--budget", "2.0"), "--budget 2.0"),

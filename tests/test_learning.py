@@ -454,9 +454,6 @@ def test_the_command_writes_a_map_that_a_cache_takes(generator, tmp_path):
     assert "learned score" in result.output
     written = HeadMap.from_pretrained(output)
     assert written == learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=2)
-    result = CliRunner().invoke(app, ["learn", *PROMPTS, *arguments, "--fit"])
-    assert result.exit_code == 2
-    assert "--fit shares out the slots of --budget" in result.output
     result = CliRunner().invoke(app, ["learn", *PROMPTS, *arguments, "--rate", "3"])
     assert result.exit_code == 2
     assert "learning_rate=3.0" in result.output

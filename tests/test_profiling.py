@@ -662,8 +662,8 @@ def test_the_documented_levels_work_on_januss_grid(run, tmp_path):
     [
         (("--prompts-file", "bad.jsonl"), 2, 'line 2: not a JSON object with a text under "prompt"'),
         ((PROMPTS[0], "--output", "bad.jsonl"), 2, "--output bad.jsonl is a file; give a folder"),
-        ((PROMPTS[0], "--output", "bad.jsonl/map"), 2, "can not write into bad.jsonl"),
-        ((PROMPTS[0], "--resume", "nowhere/sums"), 2, "can not write into nowhere"),
+        ((PROMPTS[0], "--output", "bad.jsonl/map"), 2, "cannot write into bad.jsonl"),
+        ((PROMPTS[0], "--resume", "nowhere/sums"), 2, "cannot write into nowhere"),
         ((PROMPTS[0], "--resume", "."), 2, "--resume . is a folder; give a file"),
         ((PROMPTS[0], "--resume", "bad.jsonl"), 2, "bad.jsonl: not the sums of a profiling run"),
         ((PROMPTS[0], "--levels", "0.4,much"), 2, "--levels much: give a fraction"),

@@ -76,18 +76,18 @@ def test_fit_goes_on_after_the_last_pass(checkpoint, generator, profiled, tmp_pa
     monkeypatch.setattr(
         divergence, "measure_fidelity", lambda *args, **kwargs: heads.extend(args[2]) or real(*args, **kwargs)
     )
-    drawn = []
+    generated = []
     generate = type(generator).generate
 
     def counted(self, prompts, cache=None, **settings):
-        drawn.append(cache)
+        generated.append(cache)
         return generate(self, prompts, cache, **settings)
 
     monkeypatch.setattr(type(generator), "generate", counted)
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert len(heads) == total - kept
-    assert None not in drawn  # images are not generated again
+    assert None not in generated  # images are not generated again
     levels = {"levels": [16, 40]}
     expected = fit_heads(measure_divergence(generator, PROMPTS, profiled, batch_size=1, progress=False, **levels), 24)
     assert HeadMap.from_pretrained(output) == expected
@@ -145,19 +145,21 @@ def test_profile_goes_on_after_the_last_batch_and_takes_more_prompts(checkpoint,
         return read_state(state, PROFILE, "").counts["num_batches"] if state.exists() else 0
 
     ended(how, *interrupt(command, lambda: num_batches() >= 2, how), state)
-    kept, drawn = num_batches(), []
+    kept, generated = num_batches(), []
     assert 2 <= kept < 12
     assert not output.exists()
     generate = type(generator).generate
     monkeypatch.setattr(
-        type(generator), "generate", lambda self, *args, **kwargs: drawn.append(1) or generate(self, *args, **kwargs)
+        type(generator),
+        "generate",
+        lambda self, *args, **kwargs: generated.append(1) or generate(self, *args, **kwargs),
     )
     for more in (0, 2):
-        drawn.clear()
+        generated.clear()
         texts = [*prompts, *PROMPTS[:more]]
         result = CliRunner().invoke(app, ["profile", *texts, *options, "-o", str(output)])
         assert result.exit_code == 0, result.output
-        assert len(drawn) == (1 if more else 12 - kept)
+        assert len(generated) == (1 if more else 12 - kept)
         expected = profile_heads(generator, texts, budget=24, batch_size=2, progress=False)
         assert HeadMap.from_pretrained(output) == expected
 

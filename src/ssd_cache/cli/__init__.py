@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import ssd_cache
-from ssd_cache.cli import analyze, bench, eval, fit, generate, inspect, learn, profile
+from ssd_cache.cli import analyze, bench, eval, generate, head_maps, inspect
 from ssd_cache.cli.errors import OneLineGroup
 
 app = typer.Typer(
@@ -21,9 +21,9 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
-app.command("profile")(profile.profile)
-app.command("fit")(fit.fit)
-app.command("learn")(learn.learn)
+app.command("profile")(head_maps.profile)
+app.command("fit")(head_maps.fit)
+app.command("learn")(head_maps.learn)
 app.command("analyze")(analyze.analyze)
 app.command("bench")(bench.bench)
 app.add_typer(eval.app, name="eval")

@@ -1,6 +1,7 @@
 """Errors of the command line: each becomes one line on stderr and an exit code.
 
-This covers the library's own errors and those of the system. Any other exception is a bug and shows its traceback.
+This covers the library's own errors, which are ValueErrors, and those of the system. Any other exception is a bug and
+shows its traceback.
 """
 
 from __future__ import annotations
@@ -21,22 +22,19 @@ from ssd_cache.io.showing import printable
 from ssd_cache.io.untrusted import WrongFileError
 
 TYPER_INTERRUPTED = 130
-"""Exit code that typer returns after Ctrl-C."""
+"""Exit code that typer returns after Ctrl-C; older versions raise Abort."""
 
 
 class Failure(Exception):
     """Ends the run with a message for the user."""
 
-    def __init__(self, message: str, exit_code: int = 1):
-        super().__init__(message)
-        self.exit_code = exit_code
+    exit_code = 1
 
 
 class WrongUse(Failure):
     """The options cannot be used; no work was started."""
 
-    def __init__(self, message: str):
-        super().__init__(message, exit_code=2)
+    exit_code = 2
 
 
 def failure(error: ValueError) -> Failure:
@@ -79,28 +77,29 @@ class OneLineGroup(TyperGroup):
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra) or 0
             if code != TYPER_INTERRUPTED:
                 return code
-            _say("interrupted")
+            failed = Failure("interrupted")
         except typer.Abort:
-            _say("interrupted")
+            failed = Failure("interrupted")
         except Failure as error:
-            _say(str(error))
-            return error.exit_code
+            failed = error
         except torch.OutOfMemoryError:
-            _say("out of GPU memory: draw fewer pictures at once (--batch-size), or lower --budget")
-        except OSError as error:
-            _say(str(error))
+            failed = Failure("out of GPU memory: generate fewer images at once (--batch-size), or lower --budget")
+        except OSError as error:  # also when the Hub cannot be reached
+            failed = Failure(str(error))
+        except ValueError as error:  # NaN, a prompt that is too long, another run's state
+            failed = failure(error)
         except Exception as error:
             if not hasattr(error, "format_message"):  # only typer's own errors have it: options, numbers, choices
                 raise
-            _say(error.format_message())
-            return error.exit_code  # type: ignore[attr-defined]
-        return 1
-
-
-def _say(message: str) -> None:
-    typer.echo(f"ssd-cache: {' '.join(printable(message).split())}", err=True)
+            failed = WrongUse(error.format_message())
+        typer.echo(_one_line(str(failed)), err=True)
+        return failed.exit_code
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     # tqdm.write redraws a progress bar that is on the line
-    tqdm.write(f"ssd-cache: warning: {' '.join(printable(str(message)).split())}", file=sys.stderr)
+    tqdm.write(_one_line(f"warning: {message}"), file=sys.stderr)
+
+
+def _one_line(message: str) -> str:
+    return f"ssd-cache: {' '.join(printable(message).split())}"

@@ -1,95 +1,64 @@
 """Files of the command line: read prompts, check output paths, write images.
 
-Checks run before any work. An image is written under a temporary name in the same folder and then renamed. An
-interrupted run therefore leaves the older file, or none.
+Paths are checked before any work. A file is written completely or not at all, so an interrupted run leaves the older
+file, or none.
 """
 
 from __future__ import annotations
 
-import os
+import io
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from ssd_cache.cli.errors import WrongUse
+from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.io.untrusted import parse_json
+from ssd_cache.io.writing import write_files
+from ssd_cache.models.settings import check_texts
 
 TOKENS = ".safetensors"
 """Suffix of a file of visual tokens: integers `[images, cells]` under the name of each policy."""
 
-PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def read_prompts(prompts: Sequence[str], prompts_file: Path | None) -> list[str]:
-    """The prompts of the command line, then those of the file, one a line. Empty lines are skipped.
-
-    A line of a `.jsonl` file is an object with the text under "prompt", as in GenEval's evaluation_metadata.jsonl.
-
-    Raises:
-        WrongUse: no prompt at all, an empty one, or a file that cannot be read.
-    """
-    found = [prompt.strip() for prompt in prompts]
-    if not all(found):
-        raise WrongUse(f"prompt {found.index('') + 1} is empty; write what the picture is to show")
+def read_prompts(prompts: Sequence[str] | None, prompts_file: Path | None) -> list[str]:
+    """The prompts of the command line, then those of the file: one a line, or JSON lines. Raises WrongUse."""
+    found = [prompt.strip() for prompt in prompts or ()]
     if prompts_file is not None:
         try:
-            lines = prompts_file.read_text(encoding="utf-8-sig").split("\n")  # prompts may hold other separators
+            lines = prompts_file.read_text("utf-8-sig").split("\n")  # prompts may hold other separators
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise WrongUse(f"can not read --prompts-file {prompts_file}: {reason}") from error
+            raise WrongUse(f"cannot read --prompts-file {prompts_file}: {error}") from error
         if prompts_file.suffix.lower() == ".jsonl":
             lines = [_prompt_of(line, number, prompts_file) for number, line in enumerate(lines, 1) if line.strip()]
         found += [line.strip() for line in lines if line.strip()]
-    for number, text in enumerate(found, 1):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise WrongUse(f"prompt {number} is not valid Unicode text; give it in UTF-8") from error
     if not found:
-        where = f"; {prompts_file} has none" if prompts_file else ""
-        raise WrongUse(
-            f'no prompt{where}: give one or more ("a photo of a red circle"), or a --prompts-file with one a line'
-        )
+        raise WrongUse('no prompt: give one or more ("a photo of a red circle"), or a --prompts-file with one a line')
+    with refusing():
+        check_texts(found)
     return found
 
 
 def _prompt_of(line: str, number: int, prompts_file: Path) -> str:
-    place = f"--prompts-file {prompts_file}, line {number}"
     try:
         entry = parse_json(line)
+        if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
+            return entry["prompt"]
+        raise ValueError('not a JSON object with a text under "prompt"')
     except ValueError as error:
-        raise WrongUse(f"{place}: {error}") from error
-    if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
-        return entry["prompt"]
-    raise WrongUse(f'{place}: not a JSON object with a text under "prompt"')
+        raise WrongUse(f"--prompts-file {prompts_file}, line {number}: {error}") from error
 
 
-def check_output(output: Path, formats: Sequence[str] = tuple(PICTURE_FORMATS)) -> Path:
-    """The path of an image, or of another format in `formats`, made absolute.
-
-    Raises:
-        WrongUse: another format, a missing folder, or a path that cannot be written.
-    """
-    output = output.expanduser().absolute()
+def check_output(output: Path, formats: Sequence[str] = tuple(IMAGE_FORMATS)) -> Path:
+    """The path of an image, or of another format in `formats`. Raises WrongUse if it cannot be written."""
+    output = output.expanduser()
     if output.suffix.lower() not in formats:
         raise WrongUse(f"--output {output.name}: give a name that ends with {', '.join(formats)}")
-    if output.is_dir():
-        raise WrongUse(f"--output {output} is a folder; give a file in it")
-    if not output.parent.is_dir():
-        raise WrongUse(f"--output {output}: the folder {output.parent} does not exist; make it first")
-    check_writable("--output", output, output.parent)
+    check_place("--output", output, is_folder=False)
     return output
-
-
-def check_writable(option: str, place: Path, folder: Path) -> None:
-    """Raise WrongUse, naming the option and its `place`, if `folder` is not writable."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise WrongUse(f"{option} {place}: can not write into {folder}: {error.strerror}") from error
 
 
 def check_place(option: str, place: Path, is_folder: bool) -> None:
@@ -100,16 +69,20 @@ def check_place(option: str, place: Path, is_folder: bool) -> None:
     folder = place if is_folder else place.parent
     while not folder.exists() and is_folder:  # missing parent folders are created later
         folder = folder.parent
-    if not folder.is_dir():
-        raise WrongUse(f"{option} {place}: can not write into {folder}, which is no folder; give another place")
     check_writable(option, place, folder)
 
 
-def save_picture(image: Image.Image, output: Path) -> None:
-    """Write an image completely or not at all."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
+def check_writable(option: str, place: Path, folder: Path) -> None:
+    """Raise WrongUse, naming the option and its `place`, if `folder` is not writable."""
     try:
-        image.save(temporary, format=PICTURE_FORMATS[output.suffix.lower()])
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise WrongUse(f"{option} {place}: cannot write into {folder}: {error.strerror}") from error
+
+
+def save_image(image: Image.Image, output: Path) -> None:
+    """Write an image in the format of its suffix, completely or not at all."""
+    content = io.BytesIO()
+    image.save(content, format=IMAGE_FORMATS[output.suffix.lower()])
+    write_files({output: content.getvalue()})

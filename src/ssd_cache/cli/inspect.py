@@ -19,7 +19,8 @@ from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.policies import own_policy, policy_label
 from ssd_cache.cache.scorers import SCORES
 from ssd_cache.cli.errors import refusing
-from ssd_cache.cli.files import check_output, save_picture
+from ssd_cache.cli.files import check_output, save_image
+from ssd_cache.cli.options import output_option
 from ssd_cache.head_map.card import picture
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import BUNDLED, find_head_map
@@ -29,27 +30,32 @@ def inspect(
     source: Annotated[
         str, typer.Argument(help=f"Folder or Hub id of a head map, folder of a model with a map, or {BUNDLED}.")
     ] = BUNDLED,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Also save the map as an image: .png, .jpg, .webp.",
-            metavar="FILE",
-            show_default=False,
-        ),
-    ] = None,
+    output: Annotated[Path | None, output_option("Also save the map as an image: .png, .jpg, .webp.", "FILE")] = None,
 ) -> None:
-    """Print a head map: its origin, its default settings, and every head's kind and
-    slots.
-    """
+    """Print a head map: its origin, its default settings, and every head's kind and slots."""
     place = None if output is None else check_output(output)
     with refusing():
         head_map = find_head_map(source)
-    console = Console(highlight=False, markup=False)
-    scores = head_scores(head_map)
-    num_spatial = int(head_map.is_spatial.sum())
-    facts = {
+    statistics = head_scores(head_map)
+    for name, value in (_facts(head_map, statistics) | _use(head_map)).items():
+        if value is not None:
+            typer.echo(f"{name:<11}{value}")
+    console, (table, caption) = Console(), _layers(head_map, statistics)
+    # with many heads, print longer lines instead of folded ones
+    width = console.measure(table, options=console.options.update(width=10_000)).maximum
+    Console(highlight=False, markup=False, width=max(console.width, width)).print(table)
+    typer.echo(caption)
+    if place is not None:
+        image = picture(head_map)
+        save_image(image, place)
+        typer.echo(f"wrote {place} ({image.width} x {image.height})")
+
+
+def _facts(head_map: HeadMap, statistics: HeadScores) -> dict[str, str | None]:
+    """What the map is, and how it was made."""
+    num_heads, num_spatial = head_map.is_spatial.numel(), int(head_map.is_spatial.sum())
+    cut = "" if statistics.threshold is None else f", spatial above {statistics.threshold:g}"
+    return {
         "from": head_map.origin,
         "model": head_map.model_id,
         "revision": head_map.revision,
@@ -57,80 +63,58 @@ def inspect(
         "grid": f"{head_map.layout.text()} visual tokens",
         "method": head_map.method,
         "threshold": None if head_map.threshold is None else f"{head_map.threshold:g}",
-        "labels by": _words(scores),
-        "statistics": ", ".join(name for name in scores.all if name in head_map.scores) or None,
+        "labels by": None if statistics.name is None else statistics.name.replace("_", " ") + cut,
+        "statistics": ", ".join(name for name in statistics.all if name in head_map.scores) or None,
         "digest": head_map.digest,
         "heads": f"{head_map.num_layers} layers x {head_map.num_kv_heads} KV heads: {num_spatial} spatial, "
-        f"{head_map.is_spatial.numel() - num_spatial} semantic",
-        **_use(head_map),
+        f"{num_heads - num_spatial} semantic",
     }
-    for name, value in facts.items():
-        if value is not None:
-            console.print(f"{name:<11}{value}", soft_wrap=True)
-    layers, caption = _layers(head_map, scores)
-    wide = max(
-        console.width, console.measure(layers, options=console.options.update(width=10_000)).maximum
-    )  # with many heads, print longer lines instead of folded ones
-    Console(highlight=False, markup=False, width=wide).print(layers)
-    console.print(caption, soft_wrap=True)
-    if place is not None:
-        image = picture(head_map)
-        save_picture(image, place)
-        console.print(f"wrote {output} ({image.width} x {image.height})", soft_wrap=True)
 
 
-def _words(scores: HeadScores) -> str | None:
-    """The statistic that the labels are based on, in words."""
-    if scores.name is None:
-        return None
-    from_ = "" if scores.threshold is None else f", spatial above {scores.threshold:g}"
-    return scores.name.replace("_", " ") + from_
-
-
-def _use(head_map: HeadMap) -> dict[str, str]:
+def _use(head_map: HeadMap) -> dict[str, str | None]:
     """The settings that `SSDCache(head_map)` uses for this map, in words."""
-    name, settings = own_policy(head_map)
     learned = "carried by this map" if head_map.learned is not None else "this map carries no learned score"
-    found = {"score": f"{SCORES['sum' if head_map.learned is None else 'learned']} ({learned})"}
+    score = f"{SCORES['sum' if head_map.learned is None else 'learned']} ({learned})"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about short windows matter only for generation
             cache = SSDCache(head_map)
     except ValueError as error:
-        return {**found, "by default": f"refused: {error}"}
+        return {"score": score, "by default": f"refused: {error}"}
     held = [slots for layer in cache.num_slots for slots in layer]
     share = f"{cache.mean_slots:.1f} a head on average, {cache.mean_slots / head_map.num_visual_tokens:.1%} of the grid"
-    own = f"fitted, {min(held)} to {max(held)}; {share}"
+    fitted = f"fitted, {min(held)} to {max(held)}; {share}"
     kept = f"num_recent {cache.num_recent:g}, num_sinks {cache.num_sinks}"
     return {
-        "slots": own if cache.slots == "fitted" else f"none of its own; {share} unless a budget is given",
-        **found,
-        "by default": f"policy {policy_label(name, settings)}, buffer {cache.buffer}, {kept}",
+        "slots": fitted if cache.slots == "fitted" else f"none of its own; {share} unless a budget is given",
+        "score": score,
+        "by default": f"policy {policy_label(*own_policy(head_map))}, buffer {cache.buffer}, {kept}",
     }
 
 
-def _layers(head_map: HeadMap, scores: HeadScores) -> tuple[Table, str]:
+def _layers(head_map: HeadMap, statistics: HeadScores) -> tuple[Table, str]:
     """Table of every layer's labels, slots and statistic, and a caption that explains the symbols."""
-    caption = "# spatial, . semantic"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("layer", "spatial", "semantic"):
-        table.add_column(title, justify="right")
-    table.add_column("KV heads")
-    columns = []
+    labels, caption = head_map.is_spatial.tolist(), "# spatial, . semantic"
+    columns = {
+        "layer": [str(index) for index in range(head_map.num_layers)],
+        "spatial": [str(sum(row)) for row in labels],
+        "semantic": [str(len(row) - sum(row)) for row in labels],
+        "KV heads": ["".join(".#"[is_spatial] for is_spatial in row) for row in labels],
+    }
     if head_map.slots is not None:
-        table.add_column("slots")
         width = max(len(str(number)) for layer in head_map.slots for number in layer)
-        columns.append([" ".join(f"{number:>{width}}" for number in layer) for layer in head_map.slots])
+        columns["slots"] = [" ".join(f"{number:>{width}}" for number in layer) for layer in head_map.slots]
         caption += "; slots of each head"
-    if scores.values is not None:
-        table.add_column((scores.name or "").replace("_", " "))
-        if scores.values.min() >= 0 and scores.values.max() <= 1:
-            columns.append(["".join(map(str, row)) for row in (scores.values * 10).int().clamp(max=9).tolist()])
+    if (values := statistics.values) is not None:
+        name = (statistics.name or "").replace("_", " ")
+        if values.min() >= 0 and values.max() <= 1:
+            columns[name] = ["".join(map(str, row)) for row in (values * 10).int().clamp(max=9).tolist()]
             caption += "; the statistic of each head in tenths"
         else:
-            columns.append([f"{min(row):+.3f} to {max(row):+.3f}" for row in scores.values.tolist()])
-    for index, row in enumerate(head_map.is_spatial.tolist()):
-        kinds = "".join(".#"[spatial] for spatial in row)
-        counts = str(sum(row)), str(len(row) - sum(row))
-        table.add_row(str(index), *counts, kinds, *(column[index] for column in columns))
+            columns[name] = [f"{min(row):+.3f} to {max(row):+.3f}" for row in values.tolist()]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in columns:
+        table.add_column(title, justify="right" if title in ("layer", "spatial", "semantic") else "left")
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
     return table, caption

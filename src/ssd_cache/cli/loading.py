@@ -1,6 +1,6 @@
-"""Find and load the model of `--model` and `--grid`. transformers' progress bar is shown only for downloads.
+"""Find and load the model of `--model` and `--grid`, and its head map.
 
-Which models and grids are supported is defined in `ssd_cache.models`.
+Which models, grids and head maps a name means is defined in `ssd_cache.models`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from ssd_cache.cli.errors import WrongUse
+from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Checkpoint, Generator, find_generator
 
 
@@ -29,8 +30,17 @@ def find_model(name: str, grid: str | None) -> Checkpoint:
     return find_generator(name, parse_grid(grid))
 
 
+def find_labels(checkpoint: Checkpoint, name: str | None) -> HeadMap:
+    """The head map of `--head-map` for a command that needs one; raises WrongUse, or HeadMapError."""
+    head_map = checkpoint.head_map(name)
+    if head_map is None:
+        raise WrongUse(f"{checkpoint.name} has no head map in its folder: give --head-map, as `profile` makes it")
+    checkpoint.check_head_map(head_map)
+    return head_map
+
+
 def load_generator(checkpoint: Checkpoint, dtype: str | torch.dtype, device: str | torch.device) -> Generator:
-    """Call `Checkpoint.load`, without a progress bar if the model is a local folder."""
+    """Call `Checkpoint.load`, without the progress bar of transformers if the model is a local folder."""
     quiet = Path(checkpoint.source).is_dir() and transformers_logging.is_progress_bar_enabled()
     if quiet:
         transformers_logging.disable_progress_bar()

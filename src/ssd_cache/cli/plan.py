@@ -1,4 +1,4 @@
-"""Turn command-line arguments into caches: policies, budget and head map.
+"""The plan of a `generate` call: policies, budget and head map become caches, and all options one checked job.
 
 All checks use only the model's configuration and run before its weights are loaded.
 """
@@ -6,33 +6,62 @@ All checks use only the model's configuration and run before its weights are loa
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
+import torch
+
+from ssd_cache.budget import Amount
 from ssd_cache.cache.cache import SSDCache
-from ssd_cache.cache.policies import POLICIES, words_of
-from ssd_cache.cache.settings import SLOTS
+from ssd_cache.cache.policies import words_of
 from ssd_cache.cli.errors import WrongUse
-from ssd_cache.evaluation.policies import DEFAULT, Policy, resolve_policies
+from ssd_cache.cli.loading import load_generator
+from ssd_cache.decode.fast_decode import fast_decode
+from ssd_cache.evaluation.policies import DEFAULT, WITHOUT_LABELS, Policy, choose_head_map, resolve_policies
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.models import Checkpoint
+from ssd_cache.models import Checkpoint, Generator, Sampling
+from ssd_cache.runs.batching import default_batch_size, image_nbytes
+from ssd_cache.runs.processes import Processes
 
 COMPARED = ("full", "ssd", "h2o", "streaming-llm")
 """Policies of `--compare`, as in the paper's tables. The head map's own settings are added to them."""
-
-LABELLED = ("ssd", "learned", "margin")
-"""Policies that need a head map's labels."""
 
 ONLINE = "online"
 """Value of `--head-map` for no map: the cache labels the heads during generation."""
 
 
-def parse_budget(text: str, option: str = "--budget", least: int = 2) -> int | float:
-    """Parse a whole number from `least` up as tokens, any other number as a fraction of the grid (`1` is all).
+@dataclass(frozen=True)
+class Job:
+    """The checked options of a `generate` call; `texts` has the prompt of every image."""
 
-    Raises:
-        WrongUse: the text is neither.
-    """
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    device: torch.device
+    texts: list[str]
+    num_images: int  # of each prompt
+    caches: Mapping[str, SSDCache]  # by the policies' exact names
+    sampling: Sampling
+    batch_size: int | None  # None means the one recorded in a folder, else the default
+    fast: bool
+    processes: Processes
+
+    def load(self) -> Generator:
+        """Load the model."""
+        return load_generator(self.checkpoint, self.dtype, self.device)
+
+    def default_batch_size(self, generator: Generator) -> int:
+        """The default batch size for the cache that takes the most memory."""
+        largest = max(self.caches.values(), key=lambda cache: image_nbytes(generator, 0, cache))
+        return default_batch_size(generator, self.texts, cache=largest, processes=self.processes)
+
+    def compiled(self, generator: Generator) -> AbstractContextManager:
+        """Context in which decode steps are compiled if the user asked for it."""
+        return fast_decode(generator.model) if self.fast else nullcontext()
+
+
+def parse_budget(text: str, option: str = "--budget", least: int = 2) -> Amount:
+    """Parse a whole number from `least` up as tokens, else a fraction of the grid (`1` is all); raises WrongUse."""
     try:
         amount = float(text)
     except ValueError:
@@ -47,55 +76,34 @@ def parse_budget(text: str, option: str = "--budget", least: int = 2) -> int | f
     )
 
 
-def choose_policies(policy: str | None, compare: bool) -> tuple[str, ...]:
-    """The policies in the order of the rows; empty means the head map's own settings. Raises WrongUse."""
+def choose_policies(policy: str | None, compare: bool, slots: str | None) -> list[Policy]:
+    """The policies in the order of the rows. `slots` applies to the chosen policy, not to those beside it."""
     if compare and policy is not None:
-        raise WrongUse(f"--compare draws with {', '.join(COMPARED)}: leave --policy out")
-    if policy is not None and policy not in POLICIES:
-        raise WrongUse(f"--policy {policy}: the policies are {', '.join(POLICIES)}")
-    return COMPARED if compare else () if policy is None else (policy,)
+        raise WrongUse(f"--compare generates with {', '.join(COMPARED)}: leave --policy out")
+    if slots == "uniform" and policy in ("ssd", "margin"):  # the name already implies equal slots
+        slots = None
+    chosen = Policy(policy or DEFAULT, MappingProxyType({} if slots is None else {"slots": slots}))
+    others = [Policy(name, MappingProxyType({})) for name in COMPARED]
+    return [others[0], chosen, *others[1:]] if compare else [chosen]
 
 
 def make_caches(
     checkpoint: Checkpoint,
-    policies: tuple[str, ...],
+    policies: list[Policy],
     head_map: str | None,
-    budget: int | float | None,
+    budget: Amount | None,
     buffer: int | None,
-    kv_dtype: str | None = None,
-    slots: str | None = None,
+    kv_dtype: str | None,
 ) -> dict[str, SSDCache]:
-    """Create a cache for every policy, by its exact name, and check budget and map; raises ValueError or WrongUse.
+    """Create a cache for every policy, by its exact name; raises ValueError or WrongUse.
 
-    Without policies, the map's own settings are used; `--compare` also includes them. `slots` applies only to policies
-    that use a map's slots. A full cache beside other policies keeps the model's dtype. A full cache alone is quantised
-    by `kv_dtype`.
+    A full cache beside other policies keeps the model's dtype. A full cache alone is quantised by `kv_dtype`.
     """
-    if slots is not None and slots not in SLOTS:
-        raise WrongUse(f"--slots {slots}: give {' or '.join(SLOTS)}")
-    if slots is not None and policies not in ((), COMPARED) and policies[0] not in LABELLED:
-        raise WrongUse(f"--slots {slots}: policy {policies[0]} takes no slots of a head map; leave --slots out")
-    if isinstance(budget, int) and budget > (cells := checkpoint.num_visual_tokens):
-        raise WrongUse(
-            f"--budget {budget}: {checkpoint.name} draws {checkpoint.layout.text()} = {cells} visual "
-            f"tokens; give at most {cells}, or a fraction up to 1"
-        )
-    shape: dict[str, Any] = {"num_layers": checkpoint.num_layers, "num_kv_heads": checkpoint.num_kv_heads}
     if head_map == ONLINE:
-        labels: HeadMap | None = HeadMap.online(**shape).with_layout(checkpoint.layout)
+        labels = HeadMap.online(num_layers=checkpoint.num_layers, num_kv_heads=checkpoint.num_kv_heads)
+        labels = labels.with_layout(checkpoint.layout)
     else:
-        labels = checkpoint.head_map(head_map)
-    needy = next((name for name in policies or ("ssd",) if name in LABELLED), None)
-    if labels is None and needy is not None:
-        online = f", or {ONLINE!r} to label heads while drawing" if needy == "ssd" else ""
-        others = ", ".join(name for name in POLICIES if name not in LABELLED)
-        raise WrongUse(
-            f"policy {needy} needs a head map, and {checkpoint.name} has none in its folder: give --head-map "
-            f"(a map{online}), or another --policy: {others}"
-        )
-    if labels is None:  # the other policies need only the shape
-        labels = HeadMap.uniform("semantic", **shape).with_layout(checkpoint.layout)
-    checkpoint.check_head_map(labels)
+        labels = choose_head_map(checkpoint, head_map, policies)
     return {
         policy.label: SSDCache.from_policy(
             policy.name,
@@ -105,23 +113,11 @@ def make_caches(
             kv_dtype=None if policy.name == "full" and len(policies) > 1 else kv_dtype,
             **policy.settings,
         )
-        for policy in _named(policies, labels, slots)
+        for policy in resolve_policies(policies, labels)
     }
 
 
 def described(caches: Mapping[str, SSDCache]) -> str:
     """Slots and score of the policies that use a map's labels, in words, each after a semicolon."""
-    own = {label: cache for label, cache in caches.items() if label.partition(":")[0] in LABELLED}
+    own = {label: cache for label, cache in caches.items() if label not in WITHOUT_LABELS}
     return "".join(f"; {label}: {words_of(cache.slots, cache.score)}" for label, cache in own.items())
-
-
-def _named(policies: tuple[str, ...], labels: HeadMap, slots: str | None) -> list[Policy]:
-    """The policies by their exact names, each once. `slots` applies to the chosen policy, not to those beside it."""
-    asked = MappingProxyType({} if slots is None else {"slots": slots})
-    nothing: MappingProxyType = MappingProxyType({})
-    if len(policies) == 1:
-        usual = slots == "uniform" and policies[0] in ("ssd", "margin")  # the name already implies equal slots
-        return [Policy(policies[0], nothing if usual else asked)]
-    default = Policy(DEFAULT, asked)
-    chosen = [Policy(name, nothing) for name in policies]
-    return resolve_policies([*chosen[:1], default, *chosen[1:]], labels)

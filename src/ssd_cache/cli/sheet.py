@@ -6,9 +6,9 @@ Uses only Pillow and is independent of models and caches.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import groupby
 from math import ceil
 
 from PIL import Image, ImageDraw, ImageFont
@@ -42,99 +42,83 @@ def contact_sheet(rows: Sequence[Row], captions: Sequence[str], columns: int) ->
     columns = min(columns, len(captions))
     width, height = rows[0].images[0].size
     shrink = max(1, ceil(columns * width / MAX_WIDTH))  # a whole number, so that all cells of pixel art keep equal size
-    sheet = _Sheet(width // shrink, height // shrink, rows)
-    blocks = [range(start, min(start + columns, len(captions))) for start in range(0, len(captions), columns)]
-    headings = [list(sheet.headings(captions, block)) for block in blocks]
-    image = Image.new("RGB", (sheet.width(columns), sheet.height(headings, len(rows))), PAPER)
-    top = sheet.margin
-    for block, heading in zip(blocks, headings, strict=True):
-        top = sheet.draw_block(ImageDraw.Draw(image), image, top, block, heading)
-    return image
+    layout = _Layout(width // shrink, height // shrink, columns, rows)
+    starts = range(0, len(captions), columns)
+    blocks = [layout.block(captions, range(start, min(start + columns, len(captions)))) for start in starts]
+    margin = layout.margin
+    size = blocks[0].width + 2 * margin, sum(block.height + margin for block in blocks) + margin
+    sheet, top = Image.new("RGB", size, PAPER), margin
+    for block in blocks:
+        sheet.paste(block, (margin, top))
+        top += block.height + margin
+    return sheet
 
 
-class _Sheet:
-    """Sizes of one sheet, all derived from the size of a cell."""
+class _Layout:
+    """Sizes and fonts of one sheet, all derived from the size of a cell."""
 
-    def __init__(self, cell_width: int, cell_height: int, rows: Sequence[Row]):
-        self.cell_width, self.cell_height, self.rows = cell_width, cell_height, rows
-        self.text_size = max(11, cell_width // 19)
-        self.gap, self.margin = max(4, cell_width // 32), max(8, cell_width // 16)
-        self.font = ImageFont.load_default(self.text_size)
-        self.title_font = ImageFont.load_default(self.text_size * 1.25)
-        self.line = round(self.text_size * LINE_HEIGHT)
-        self.title_line = round(self.text_size * 1.25 * LINE_HEIGHT)
-        widths = [self.title_font.getlength(row.title) for row in rows]
-        widths += [self.font.getlength(note) for row in rows for note in row.notes]
-        self.label_width = ceil(max(widths)) + self.margin if any(row.title for row in rows) else 0
-
-    def width(self, columns: int) -> int:
-        return 2 * self.margin + self.label_width + self.span(columns)
+    def __init__(self, width: int, height: int, columns: int, rows: Sequence[Row]):
+        self.width, self.height, self.columns, self.rows = width, height, columns, rows
+        self.gap, self.margin = max(4, width // 32), max(8, width // 16)
+        text_size = max(11, width // 19)
+        self.font, self.title_font = ImageFont.load_default(text_size), ImageFont.load_default(text_size * 1.25)
+        self.line, self.title_line = round(text_size * LINE_HEIGHT), round(text_size * 1.25 * LINE_HEIGHT)
+        lengths = [self.title_font.getlength(row.title) for row in rows]
+        lengths += [self.font.getlength(note) for row in rows for note in row.notes]
+        self.label_width = ceil(max(lengths)) + self.margin if any(row.title for row in rows) else 0
 
     def span(self, columns: int) -> int:
         """Width of neighbouring cells, including the gaps between them."""
-        return columns * (self.cell_width + self.gap) - self.gap
+        return columns * (self.width + self.gap) - self.gap
 
-    def height(self, headings: Sequence[Sequence[tuple[int, list[str]]]], num_rows: int) -> int:
-        blocks = sum(self.heading_height(heading) + num_rows * (self.cell_height + self.gap) for heading in headings)
-        return blocks - self.gap + 2 * self.margin + (len(headings) - 1) * (self.margin - self.gap)
-
-    def heading_height(self, heading: Sequence[tuple[int, list[str]]]) -> int:
-        return max(len(lines) for _, lines in heading) * self.line + self.gap
-
-    def headings(self, captions: Sequence[str], block: range) -> Iterator[tuple[int, list[str]]]:
-        """Yield (number of cells, lines) for every caption of a block."""
-        for caption, cells in groupby(block, key=lambda index: captions[index]):
-            number = len(list(cells))
-            yield number, _wrap(caption, self.font, self.span(number))
-
-    def draw_block(self, draw: ImageDraw.ImageDraw, image: Image.Image, top: int, block: range, heading) -> int:
-        """Draw captions and rows of one block; returns where the next one starts."""
-        first = self.margin + self.label_width
-        left, bottom = first, top + self.heading_height(heading) - self.gap
-        for number, lines in heading:
-            for index, line in enumerate(lines):  # the last line is right above the image
-                draw.text((left, bottom - (len(lines) - index) * self.line), line, INK, self.font)
+    def block(self, captions: Sequence[str], cells: range) -> Image.Image:
+        """Captions and all rows of some neighbouring images."""
+        groups = [(caption, len(list(group))) for caption, group in groupby(captions[cell] for cell in cells)]
+        heading = [(_wrap(caption, self.font, self.span(number)), number) for caption, number in groups]
+        top = max(len(lines) for lines, _ in heading) * self.line + self.gap
+        height = top + len(self.rows) * (self.height + self.gap) - self.gap
+        block = Image.new("RGB", (self.label_width + self.span(self.columns), height), PAPER)
+        draw, left = ImageDraw.Draw(block), self.label_width
+        for lines, number in heading:
+            for above, line in enumerate(reversed(lines), 1):  # the last line is right above the image
+                draw.text((left, top - self.gap - above * self.line), line, INK, self.font)
             left += self.span(number) + self.gap
-        top = bottom + self.gap
         for row in self.rows:
             self._draw_label(draw, row, top)
-            for column, index in enumerate(block):
-                picture = row.images[index].convert("RGB")
-                if picture.size != (self.cell_width, self.cell_height):
-                    picture = picture.resize((self.cell_width, self.cell_height), Image.Resampling.BOX)
-                image.paste(picture, (first + column * (self.cell_width + self.gap), top))
-            top += self.cell_height + self.gap
-        return top - self.gap + self.margin
+            for column, cell in enumerate(cells):
+                image = row.images[cell].convert("RGB")
+                if image.size != (self.width, self.height):
+                    image = image.resize((self.width, self.height), Image.Resampling.BOX)
+                block.paste(image, (self.label_width + column * (self.width + self.gap), top))
+            top += self.height + self.gap
+        return block
 
     def _draw_label(self, draw: ImageDraw.ImageDraw, row: Row, top: int) -> None:
-        top += (self.cell_height - self.title_line - len(row.notes) * self.line) // 2
-        draw.text((self.margin, top), row.title, INK, self.title_font)
+        top += (self.height - self.title_line - len(row.notes) * self.line) // 2
+        draw.text((0, top), row.title, INK, self.title_font)
         for index, note in enumerate(row.notes):
-            draw.text((self.margin, top + self.title_line + index * self.line), note, FAINT, self.font)
+            draw.text((0, top + self.title_line + index * self.line), note, FAINT, self.font)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """Split text into at most `MAX_LINES` lines no wider than `width`. Cut text ends in dots."""
 
-    def length(part: str) -> float:
-        return float(font.getlength(part))
+    def num_fitting(part: str) -> int:
+        """How many first characters of a text fit into a line; at least one."""
+        ends = range(1, len(part) + 1)
+        return max(1, bisect_right(ends, 0.0, key=lambda end: font.getlength(part[:end]) - width))
 
-    lines = [""]
-    for word in printable(text, MAX_TEXT).split():
-        pieces = [word]
-        while font.getlength(pieces[-1]) > width and len(pieces[-1]) > 1:  # split a word that is wider than a line
-            rest = pieces.pop()
-            fit = bisect_right([*accumulate(rest)], float(width), 1, len(rest) - 1, key=length)
-            pieces += [rest[:fit], rest[fit:]]
-        for piece in pieces:
-            longer = f"{lines[-1]} {piece}".strip()
-            if font.getlength(longer) <= width or not lines[-1]:
-                lines[-1] = longer
-            else:
-                lines.append(piece)
-    if len(lines) > MAX_LINES:
-        last = lines[MAX_LINES - 1]
+    rest = " ".join(printable(text, MAX_TEXT).split())
+    lines: list[str] = []
+    while rest and len(lines) < MAX_LINES:
+        end = num_fitting(rest)
+        if end < len(rest) and (space := rest.rfind(" ", 1, end + 1)) > 0:  # else the word is wider than a line
+            end = space
+        lines.append(rest[:end].rstrip())
+        rest = rest[end:].lstrip()
+    if rest:
+        last = lines[-1]
         while last and font.getlength(last + "...") > width:
             last = last[:-1]
-        lines = [*lines[: MAX_LINES - 1], last.rstrip() + "..."]
-    return lines
+        lines[-1] = last.rstrip() + "..."
+    return lines or [""]

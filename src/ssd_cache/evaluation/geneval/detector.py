@@ -7,6 +7,7 @@ not mmdet's, so scores are never official GenEval scores. `rules.py` decides whi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,11 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoConfig, Mask2FormerForUniversalSegmentation
+from transformers import Mask2FormerForUniversalSegmentation
 
 from ssd_cache.evaluation.geneval.names import CLASSES
 from ssd_cache.evaluation.geneval.rules import Detection
-from ssd_cache.models.settings import resolve_device
+from ssd_cache.evaluation.judge_models import load_judge
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 """The closest to GenEval's own: the same architecture and training images, other weights."""
@@ -31,34 +32,31 @@ _CHUNK = 16
 """Number of masks resized to full size at once."""
 
 
+@dataclass
 class Detector:
     """Mask2Former with GenEval's pre- and post-processing.
 
     Attributes:
-        name: the checkpoint, for results.
         model: in float32 and evaluation mode.
+        name: the checkpoint, for results.
         short_side, long_side: limits of the input; an image is resized to the largest size within both, in proportion.
     """
 
-    def __init__(self, model, name: str, *, short_side: int = SHORT_SIDE, long_side: int = LONG_SIDE):
-        if model.config.num_labels != len(CLASSES):
-            raise ValueError(
-                f"{name}: a detector of {model.config.num_labels} classes, GenEval needs COCO's {len(CLASSES)} in "
-                f"COCO's order; give an instance segmentation checkpoint such as {DETECTOR}"
-            )
-        self.model, self.name = model.float().eval(), name
-        self.short_side, self.long_side = short_side, long_side
+    model: Mask2FormerForUniversalSegmentation
+    name: str
+    short_side: int = SHORT_SIDE
+    long_side: int = LONG_SIDE
 
     @classmethod
     def from_pretrained(
-        cls,
-        source: str | Path = DETECTOR,
-        *,
-        device: str | torch.device = "auto",
-        short_side: int = SHORT_SIDE,
-        long_side: int = LONG_SIDE,
+        cls, source: str | Path = DETECTOR, *, device: str | torch.device = "auto", **sizes: int
     ) -> Detector:
         """Load a Mask2Former of COCO's 80 classes from a folder or the Hub.
+
+        Args:
+            source: folder or Hub id.
+            device: "auto" is a GPU if there is one.
+            sizes: `short_side` and `long_side`.
 
         Raises:
             ImportError: scipy is missing; transformers' Mask2Former needs it.
@@ -67,15 +65,15 @@ class Detector:
         """
         if find_spec("scipy") is None:
             raise ImportError("GenEval's detector needs scipy, not installed here: pip install 'ssd-cache[eval]'")
-        kind = AutoConfig.from_pretrained(source).model_type
-        if kind != "mask2former":
-            raise ValueError(f"{source}: a {kind!r} model, not 'mask2former'; give one such as {DETECTOR}")
-        model, loading = Mask2FormerForUniversalSegmentation.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
+        model = load_judge(
+            Mask2FormerForUniversalSegmentation, source, kind="mask2former", dtype="float32", device=device
         )
-        if missing := sorted(set(loading["missing_keys"]) & {name for name, _ in model.named_parameters()}):
-            raise ValueError(f"{source}: {len(missing)} weights are missing, such as {missing[0]}; fetch it anew")
-        return cls(model.to(resolve_device(device)), str(source), short_side=short_side, long_side=long_side)
+        if model.config.num_labels != len(CLASSES):
+            raise ValueError(
+                f"{source}: a detector of {model.config.num_labels} classes, GenEval needs COCO's {len(CLASSES)}; give "
+                f"an instance segmentation checkpoint such as {DETECTOR}"
+            )
+        return cls(model, str(source), **sizes)
 
     @torch.inference_mode()
     def detect(self, image: Image.Image) -> list[Detection]:

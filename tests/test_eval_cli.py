@@ -39,7 +39,6 @@ from ssd_cache.evaluation.geneval.prompts import parse_prompt
 from ssd_cache.evaluation.metrics import MetricsError, fid, load_inception
 from ssd_cache.evaluation.picture_folders import find_captioned, find_pictures
 from ssd_cache.models import find_generator
-from ssd_cache.runs import batching
 
 PIXELS = SIDE * 16
 LINES = [
@@ -316,23 +315,6 @@ def test_a_folder_drawn_otherwise_is_refused_with_the_field(geneval, export):
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("no picture", "utf-8")
     assert "it is not empty and has no settings.json" in export("geneval", "mine").stderr
-
-
-def test_a_default_batch_is_16_or_what_fits_and_a_folder_keeps_its_own(model, monkeypatch):
-    def export(folder):
-        arguments = export_arguments("dpg", model, folder)
-        place = arguments.index("--batch-size")
-        result = run(*arguments[:place], *arguments[place + 2 :])
-        assert result.exit_code == 0, result.output
-        return json.loads(Path(folder, "settings.json").read_text("utf-8"))["batch_size"]
-
-    assert export("many") == 16
-    whole = contents("many")
-    monkeypatch.setattr(batching, "free_memory", lambda device: 2 * 10**5)
-    assert export("few") == 4  # the four images of a sheet
-    Path("many/0.png").unlink()
-    assert export("many") == 16  # the folder was begun with it
-    assert contents("many") == whole
 
 
 def test_a_full_disk_is_told_and_what_was_drawn_stays(model, tmp_path):

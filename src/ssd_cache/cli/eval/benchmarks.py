@@ -28,16 +28,12 @@ from ssd_cache.cli.options import SAMPLING
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.evaluation.conditions import drawing_conditions
 from ssd_cache.evaluation.dpg import SheetFolder
-from ssd_cache.evaluation.export import check_unclaimed, claim_folder, draw_pictures, recorded_batch_size
+from ssd_cache.evaluation.export import claim_folder, draw_pictures
 from ssd_cache.evaluation.geneval import SampleFolder
 from ssd_cache.evaluation.policies import SETTINGS, choose_head_map, mean_slots, parse_policy, resolve_policies
-from ssd_cache.models import Generator, Sampling, resolve_device, resolve_dtype
+from ssd_cache.models import Sampling, resolve_device, resolve_dtype
 from ssd_cache.models.find import find_folder
-from ssd_cache.runs.batching import default_batch_size
 from ssd_cache.runs.processes import Processes
-
-EXPORT_BATCH_SIZE = 16
-"""Default batch size if memory suffices; a multiple of the units of both benchmarks."""
 
 Folder = Annotated[
     Path,
@@ -65,14 +61,7 @@ BudgetText = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        help="Images at once; part of the settings.",
-        metavar="N",
-        min=1,
-        show_default=f"{EXPORT_BATCH_SIZE}, or fewer if memory is short",
-        rich_help_panel=SAMPLING,
-    ),
+    int, typer.Option(help="Images at once; part of the settings.", metavar="N", min=1, rich_help_panel=SAMPLING)
 ]
 ExportSeed = Annotated[
     int,
@@ -99,7 +88,7 @@ class Options:
     head_map: str | None
     policy: str
     budget: str | None
-    batch_size: int | None
+    batch_size: int
     guidance: float | None
     temperature: float | None
     seed: int
@@ -127,10 +116,10 @@ def export(
     with refusing():
         policy = parse_policy(options.policy)
         sampling = Sampling(options.guidance, options.temperature, options.seed)
-        wanted = options.batch_size
-        if wanted is not None and wanted % images.unit:
+        if options.batch_size % images.unit:
             raise WrongUse(
-                f"--batch-size {wanted}: {images.unit} images are written as one; give a multiple of {images.unit}"
+                f"--batch-size {options.batch_size}: {images.unit} images are written as one; give a multiple of "
+                f"{images.unit}"
             )
         check_place("--output", images.root, is_folder=True)
         processes = Processes()
@@ -142,15 +131,6 @@ def export(
         [policy] = resolve_policies([policy], labels)
         [amount] = policy.budgets([equal_budget(labels) if budget is None else budget])
         cache = policy.make_cache(labels, amount)
-        generator: Generator | None = None
-        batch_size = wanted or processes.gather_all(recorded_batch_size(images.root))[0]
-        if batch_size is None:  # the default depends on the memory left beside the weights
-            check_unclaimed(images.root)
-            generator = load_generator(checkpoint, dtype, device)
-            # computed for a full cache, so that the folders of all policies have the same batch size
-            batch_size = default_batch_size(
-                generator, images.texts, EXPORT_BATCH_SIZE, unit=images.unit, processes=processes
-            )
         settings: dict[str, Any] = {
             "format": f"ssd-cache {benchmark} export 1",
             "model": checkpoint.name,
@@ -167,7 +147,7 @@ def export(
                 prompts,
                 dtype=dtype,
                 device=device,
-                batch_size=batch_size,
+                batch_size=options.batch_size,
                 guidance_scale=sampling.guidance_scale,
                 temperature=sampling.temperature,
                 settings={name: getattr(cache, name) for name in SETTINGS if name != "slots"},
@@ -178,10 +158,10 @@ def export(
         claim_folder(images.root, settings, lines, write=processes.is_main)
     try:
         generated = draw_pictures(
-            generator or load_generator(checkpoint, dtype, device),
+            load_generator(checkpoint, dtype, device),
             images,
             lambda: policy.make_cache(labels, amount),
-            batch_size=batch_size,
+            batch_size=options.batch_size,
             seed=sampling.seed,
             guidance_scale=sampling.guidance_scale,
             temperature=sampling.temperature,

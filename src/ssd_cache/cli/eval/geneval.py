@@ -57,7 +57,7 @@ def export_geneval(
     head_map: HeadMapName = None,
     policy: benchmarks.PolicyName = DEFAULT,
     budget: benchmarks.BudgetText = None,
-    batch_size: benchmarks.BatchSize = None,
+    batch_size: benchmarks.BatchSize = 16,
     guidance: Guidance = None,
     temperature: Temperature = None,
     seed: benchmarks.ExportSeed = 42,

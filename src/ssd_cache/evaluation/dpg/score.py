@@ -74,34 +74,24 @@ def score_sheets(
     path = None if results is None else Path(results)
     earlier = read_results(path, {"name": name, "side": side, "official": official})
     answers: dict[str, Answers] = {}
-    counted: dict[str, list[list[bool]]] = {}
     unreadable: dict[str, str] = {}
     for item_id in (item_id for item_id in wanted if item_id not in dropped):
-        asked = questions[item_id]
-        content = sheets[item_id].read_bytes()
-        try:
-            sheet = decode_image(content)
-        except ValueError as error:
-            unreadable[item_id] = f"{sheets[item_id]}: {error}"
-            append_row(path, {"item_id": item_id, "unreadable": unreadable[item_id]})
-        else:
-            crops = cut_sheet(sheet, side, str(sheets[item_id]))
-            key = hashlib.sha256(repr(tuple(asked)).encode() + b"\0" + content).hexdigest()
-            row = earlier.get(item_id, {})
-            if row.get("key") == key and list(map(len, row["answers"])) == [len(asked)] * NUM_IMAGES:
-                answers[item_id] = [list(map(bool, crop)) for crop in row["answers"]]
+        asked, content = questions[item_id], sheets[item_id].read_bytes()
+        key = hashlib.sha256(repr(tuple(asked)).encode() + b"\0" + content).hexdigest()
+        row = earlier.get(item_id, {})
+        if row.get("key") != key or list(map(len, row["answers"])) != [len(asked)] * NUM_IMAGES:
+            try:
+                sheet = decode_image(content)
+            except ValueError as error:
+                row = {"item_id": item_id, "unreadable": f"{sheets[item_id]}: {error}"}
             else:
-                answers[item_id] = [vqa.answers(crop, [question.text for question in asked]) for crop in crops]
-            counted[item_id] = [apply_dependencies(crop, asked) for crop in answers[item_id]]
-            found = {
-                "item_id": item_id,
-                "key": key,
-                "answers": [list(map(int, crop)) for crop in answers[item_id]],
-                "scores": [list(map(int, crop)) for crop in counted[item_id]],
-                "score": prompt_score(counted[item_id]),
-            }
-            if row != found:
-                append_row(path, found)
+                crops = cut_sheet(sheet, side, str(sheets[item_id]))
+                row = _row(item_id, key, [vqa.answers(crop, [one.text for one in asked]) for crop in crops], asked)
+            append_row(path, row)
+        if "unreadable" in row:
+            unreadable[item_id] = row["unreadable"]
+        else:
+            answers[item_id] = [list(map(bool, crop)) for crop in row["answers"]]
         if on_prompt is not None:
             on_prompt(item_id)
     if not answers:
@@ -110,7 +100,7 @@ def score_sheets(
     answered = [(questions[item_id], crops[-1:] if official else crops) for item_id, crops in answers.items()]
     return DPGScore(
         name=name,
-        prompts={item_id: prompt_score(crops) for item_id, crops in counted.items()},
+        prompts={item_id: prompt_score(_counted(crops, questions[item_id])) for item_id, crops in answers.items()},
         level1=category_scores(answered, lambda question: question.broad),
         level2=category_scores(answered, lambda question: question.category),
         num_prompts=len(wanted),
@@ -162,6 +152,22 @@ def read_results(path: Path | None, settings: Mapping[str, Any]) -> dict[str, di
     if not rows:
         append_row(path, settings)
     return {row["item_id"]: row for row in rows if "answers" in row}
+
+
+def _row(item_id: str, key: str, answers: Answers, questions: Sequence[Question]) -> dict[str, Any]:
+    """The row of a prompt in the file of results."""
+    counted = _counted(answers, questions)
+    return {
+        "item_id": item_id,
+        "key": key,
+        "answers": [list(map(int, crop)) for crop in answers],
+        "scores": [list(map(int, crop)) for crop in counted],
+        "score": prompt_score(counted),
+    }
+
+
+def _counted(answers: Answers, questions: Sequence[Question]) -> list[list[bool]]:
+    return [apply_dependencies(crop, questions) for crop in answers]
 
 
 def _why_dropped(item_id: str, sheets: Mapping[str, Path], questions: Questions) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -65,22 +64,28 @@ class BlipVQA(VQAModel):
         pixels = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
         pixels = pixels.to(self.model.device, self.model.dtype)  # [1, 3, height, width]
         ids = [self.processor.tokenizer(question)["input_ids"] for question in questions]
-        by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        by_length: dict[int, list[int]] = {}
+        for row, tokens in enumerate(ids):
+            by_length.setdefault(len(tokens), []).append(row)
         texts = [""] * len(questions)
-        for _, group in groupby(by_length, key=lambda row: len(ids[row])):
-            rows = list(group)
-            for batch in (rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)):
-                input_ids = torch.tensor([ids[row] for row in batch], device=self.model.device)  # [batch, tokens]
-                output = self.model.generate(
-                    input_ids=input_ids,
-                    attention_mask=torch.ones_like(input_ids),
-                    pixel_values=pixels.expand(len(batch), -1, -1, -1),
-                    max_new_tokens=MAX_ANSWER_TOKENS,
-                    do_sample=False,
-                )
-                for row, text in zip(batch, self.processor.batch_decode(output, skip_special_tokens=True), strict=True):
-                    texts[row] = text.strip().lower()
+        for rows in by_length.values():
+            for start in range(0, len(rows), self.batch_size):
+                batch = rows[start : start + self.batch_size]
+                for row, text in zip(batch, self._generate(pixels, [ids[row] for row in batch]), strict=True):
+                    texts[row] = text
         return texts
+
+    def _generate(self, pixels: torch.Tensor, ids: list[list[int]]) -> list[str]:
+        """The answers to questions with the same number of tokens."""
+        input_ids = torch.tensor(ids, device=self.model.device)  # [batch, tokens]
+        output = self.model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            pixel_values=pixels.expand(len(ids), -1, -1, -1),
+            max_new_tokens=MAX_ANSWER_TOKENS,
+            do_sample=False,
+        )
+        return [text.strip().lower() for text in self.processor.batch_decode(output, skip_special_tokens=True)]
 
 
 class ChatVQA(VQAModel):

@@ -27,9 +27,7 @@ DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 SHORT_SIDE, LONG_SIDE, MULTIPLE = 800, 1333, 32
 MAX_DETECTIONS = 100
-
-_CHUNK = 16
-"""Number of masks resized to full size at once."""
+CHUNK = 16  # masks resized to full size at once
 
 
 @dataclass
@@ -51,12 +49,7 @@ class Detector:
     def from_pretrained(
         cls, source: str | Path = DETECTOR, *, device: str | torch.device = "auto", **sizes: int
     ) -> Detector:
-        """Load a Mask2Former of COCO's 80 classes from a folder or the Hub.
-
-        Args:
-            source: folder or Hub id.
-            device: "auto" is a GPU if there is one.
-            sizes: `short_side` and `long_side`.
+        """Load a Mask2Former of COCO's 80 classes from a folder or the Hub; `sizes` are `short_side` and `long_side`.
 
         Raises:
             ImportError: scipy is missing; transformers' Mask2Former needs it.
@@ -92,14 +85,11 @@ class Detector:
 def prepare(
     image: Image.Image, short_side: int = SHORT_SIDE, long_side: int = LONG_SIDE
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The model's input for an image, and (height, width) of the image in it.
+    """Pixels `[1, 3, padded height, padded width]` for the model, and (height, width) of the image in them.
 
     The image is resized bilinearly without antialiasing, as in OpenCV, and rounded to whole numbers; then normalised;
-    then padded with zeros on the right and below to multiples of 32. A square becomes 800 x 800; an image 512 wide and
-    384 high becomes 1067 x 800 in 1088 x 800.
-
-    Returns:
-        Pixels `[1, 3, padded height, padded width]`, and the size before padding.
+    then padded with zeros on the right and below to multiples of 32. An image 512 wide and 384 high becomes 1067 x 800
+    in 1088 x 800.
     """
     rgb = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
     scale = min(long_side / max(image.size), short_side / min(image.size))
@@ -117,7 +107,7 @@ def read_detections(
     resized: tuple[int, int],
     original: tuple[int, int],
 ) -> list[Detection]:
-    """Detections of one image from the model's raw outputs.
+    """At most 100 detections of one image, with masks `[height, width]` of its original size.
 
     A score is the probability of the class times the mean probability of the pixels in the mask. The mask contains the
     pixels with a logit above 0 in the image's own size. One query can give several classes. An empty mask has score 0.
@@ -126,9 +116,6 @@ def read_detections(
         class_logits: `[queries, classes + 1]`, the last of them "no object".
         mask_logits: `[queries, height / 4, width / 4]` of the padded image.
         padded, resized, original: (height, width) of the model's input, of the image in it, and of the image.
-
-    Returns:
-        At most 100 detections, with masks `[height, width]` of the original size.
     """
     probabilities = class_logits.softmax(-1)[:, :-1]
     num_classes = probabilities.shape[1]
@@ -136,7 +123,7 @@ def read_detections(
     queries = best.indices // num_classes
     used, place = queries.unique(return_inverse=True)
     masks, certainty = [], []
-    for chunk in used.split(_CHUNK):
+    for chunk in used.split(CHUNK):
         logits = F.interpolate(mask_logits[chunk][None], size=padded, mode="bilinear", align_corners=False)
         logits = logits[..., : resized[0], : resized[1]]
         logits = F.interpolate(logits, size=original, mode="bilinear", align_corners=False)[0]

@@ -67,11 +67,7 @@ def judge(prompt: GenEvalPrompt, objects: FoundObjects, colors_of: ColorsOf) -> 
 
     Colour and position are checked for the best `count` objects of a class only. Additional objects of a class are
     wrong only if the prompt excludes them (counting); objects of other classes are never wrong.
-
-    Args:
-        prompt: the requirements.
-        objects: as `objects_of` returns them.
-        colors_of: called only where the prompt requires a colour, with the objects to classify.
+    `colors_of` is called only where the prompt requires a colour.
     """
     reasons: list[str] = []
     matched: list[Sequence[Detection] | None] = []

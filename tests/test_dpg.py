@@ -81,7 +81,7 @@ def squares(side=SIDE, colours=COLOURS):
 
 
 class OneColour:
-    """Looks at the picture: yes to every question about a picture of its colour. Notes what it was asked."""
+    """Answers yes to every question about an image of its colour, and records the questions."""
 
     def __init__(self, colour="red"):
         self.colour, self.name, self.asked = Image.new("RGB", (1, 1), colour).getpixel((0, 0)), colour, []
@@ -314,7 +314,7 @@ def test_scores_of_a_run(tmp_path):
     assert official.level1 == {"attribute": 0, "entity": 50, "global": 100, "relation": 0}
 
 
-def test_missing_and_strange_pictures(tmp_path):
+def test_missing_and_unexpected_images(tmp_path):
     write_sheet(tmp_path, "0", squares())
     vqa = OneColour()
     with pytest.raises(ValueError, match="1 of 2 sheets; missing: whoops5; generate them"):
@@ -344,8 +344,8 @@ def test_official_run_drops_the_first_prompt(tmp_path):
         score_sheets(tmp_path / "sheets", questions, OneColour(), SIDE)
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"no picture"])
-def test_unreadable_picture_is_named_and_the_run_goes_on(tmp_path, damage):
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"no image"])
+def test_an_unreadable_image_is_named_and_the_run_continues(tmp_path, damage):
     path = write_sheet(tmp_path, "0", squares())
     path.write_bytes(damage(path.read_bytes()))
     write_sheet(tmp_path, "whoops5", squares())
@@ -361,7 +361,7 @@ def test_unreadable_picture_is_named_and_the_run_goes_on(tmp_path, damage):
         score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, item_ids=["0"])
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path):
+def test_a_run_resumes_where_it_stopped(tmp_path):
     for item_id in QUESTIONS:
         write_sheet(tmp_path, item_id, squares())
     results = tmp_path / "r.jsonl"
@@ -374,7 +374,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     assert score_sheets(tmp_path, QUESTIONS, vqa, SIDE, results=results) == whole
     assert set(vqa.asked) == {"Is this a photo?", "Is there a dog?"}
     assert results.read_text("utf-8").splitlines() == [header, first, second]
-    write_sheet(tmp_path, "0", squares(colours=["red"] * 4))  # another picture: asked anew
+    write_sheet(tmp_path, "0", squares(colours=["red"] * 4))  # another image: asked again
     assert score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, results=results).prompts["0"] == 1
     with pytest.raises(ValueError, match="r.jsonl, line 1: a result of another run"):
         score_sheets(tmp_path, QUESTIONS, OneColour("blue"), SIDE, results=results)

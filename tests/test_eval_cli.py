@@ -117,7 +117,7 @@ def export(model):
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory, model):
-    """Folders of both benchmarks, drawn once; tests get copies."""
+    """Folders of both benchmarks, generated once; tests get copies."""
     folder = tmp_path_factory.mktemp("drawn")
     write_inputs(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -166,10 +166,10 @@ def contents(folder):
     }
 
 
-# --- drawing
+# --- generating
 
 
-def test_geneval_is_drawn_into_the_official_layout(export, model):
+def test_geneval_is_generated_into_the_official_layout(export, model):
     result = export("geneval", "out")
     assert result.exit_code == 0, result.output
     assert "out: 6 of 6 images (6 generated now; " in result.stdout
@@ -237,7 +237,7 @@ def test_an_export_uses_a_maps_own_settings_and_names_them(export, model):
     assert "slots" not in equal
 
 
-def test_dpg_is_drawn_as_sheets(dpg, model):
+def test_dpg_is_generated_as_sheets(dpg, model):
     assert sorted(contents("out")) == sorted(["0.png", "vrd7.png", "whoops5.png", "prompts.jsonl", "settings.json"])
     generator = find_generator(str(model)).load(device="cpu")
     with warnings.catch_warnings():
@@ -250,7 +250,7 @@ def test_dpg_is_drawn_as_sheets(dpg, model):
 
 
 @pytest.mark.parametrize("bench", ["geneval", "dpg"])
-def test_what_is_missing_is_drawn_again_and_nothing_else(drawn, export, bench):
+def test_only_missing_images_are_generated_again(drawn, export, bench):
     shutil.copytree(drawn / bench, "out")
     whole = contents("out")
     lost = Path("out/00001/samples/00000.png" if bench == "geneval" else "out/vrd7.png")
@@ -265,7 +265,7 @@ def test_what_is_missing_is_drawn_again_and_nothing_else(drawn, export, bench):
     assert "(0 generated now; " in export(bench, "out").stdout
 
 
-def test_a_killed_run_ends_as_an_unbroken_one(drawn, export, child):
+def test_a_killed_run_ends_like_an_uninterrupted_one(drawn, export, child):
     process = child("geneval", "killed")
     deadline = time.monotonic() + 300
     while not list(Path("killed").rglob("[!.]*.png")):
@@ -279,7 +279,7 @@ def test_a_killed_run_ends_as_an_unbroken_one(drawn, export, child):
     assert contents("killed") == contents(drawn / "geneval")
 
 
-def test_two_processes_draw_what_one_draws(drawn, child):
+def test_two_processes_generate_the_same_as_one(drawn, child):
     pytest.importorskip("accelerate")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -294,7 +294,7 @@ def test_two_processes_draw_what_one_draws(drawn, child):
     assert contents("both") == contents(drawn / "dpg")
 
 
-def test_a_folder_drawn_otherwise_is_refused_with_the_field(geneval, export):
+def test_a_folder_with_other_settings_is_refused(geneval, export):
     before = contents("out")
     for options, message in (
         (("--seed", 1), "seed 42 there, 1 now"),
@@ -317,29 +317,29 @@ def test_a_folder_drawn_otherwise_is_refused_with_the_field(geneval, export):
     assert "it is not empty and has no settings.json" in export("geneval", "mine").stderr
 
 
-def test_a_full_disk_is_told_and_what_was_drawn_stays(model, tmp_path):
+def test_a_full_disk_is_reported_and_images_are_kept(model, tmp_path):
     generator = find_generator(str(model)).load(device="cpu")
     folder = SampleFolder(tmp_path / "out", [parse_prompt(line) for line in LINES], 1)
 
-    def draw():
+    def generate():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return draw_pictures(
                 generator, folder, lambda: SSDCache(head_map(), 0.5), batch_size=1, seed=0, progress=False
             )
 
-    assert draw() == 3
+    assert generate() == 3
     folder.path(1).unlink()
     before = contents(tmp_path / "out")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # the system refuses to write more, as on a full disk
     try:
         with pytest.raises(ExportError, match="can not be written .* make room, and run the same command again"):
-            draw()
+            generate()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert contents(tmp_path / "out") == before
-    assert draw() == 1
+    assert generate() == 1
     assert not folder.missing()
 
 
@@ -382,7 +382,7 @@ def test_a_full_disk_is_told_and_what_was_drawn_stays(model, tmp_path):
         (("clipscore", "."), "nothing says what its pictures are of"),
     ],
 )
-def test_wrong_use_is_told_in_one_line_before_anything_is_loaded(arguments, message):
+def test_wrong_use_is_reported_in_one_line_before_loading(arguments, message):
     Path("bad.jsonl").write_text(LINES[0] + "\n" + LINES[1].replace('"colors"', '"color"') + "\n", "utf-8")
     Path("twice.jsonl").write_text('{"item_id": "a", "prompt": "x"}\n' * 2, "utf-8")
     Path("short.csv").write_text("item_id,proposition_id,tuple,question_natural_language\n", "utf-8")
@@ -404,7 +404,7 @@ def test_a_bench_alone_shows_its_commands(bench):
 # --- scoring
 
 
-def test_geneval_from_pictures_to_a_table(geneval, judges):
+def test_geneval_from_images_to_a_table(geneval, judges):
     score = ("geneval", "score", "out", "--detector", judges["detector"], "--clip", judges["clip"])
     score += ("--short-side", 64, "--device", "cpu")
     result = run(*score)
@@ -431,7 +431,7 @@ def test_geneval_from_pictures_to_a_table(geneval, judges):
     assert "a result of another run" in other.stderr
 
 
-def test_geneval_pictures_that_are_missing_or_cut_short(geneval, export, judges):
+def test_geneval_images_that_are_missing_or_truncated(geneval, export, judges):
     score = ("geneval", "score", "out", "--detector", judges["detector"], "--clip", judges["clip"], "-o", "results")
     score += ("--short-side", 64, "--device", "cpu")
     cut = Path("out/00000/samples/00001.png")
@@ -464,7 +464,7 @@ def test_geneval_without_scipy_says_so(geneval, judges, monkeypatch):
     assert (result.exit_code, "pip install 'ssd-cache[eval]'" in result.stderr) == (1, True)
 
 
-def test_a_judge_that_is_not_there_is_named(geneval, judges):
+def test_a_missing_judge_is_named(geneval, judges):
     place = ("geneval", "score", "out", "--clip", judges["clip"], "--detector", "user/nowhere")
     for arguments, named in (
         (place, "--detector user/nowhere: "),
@@ -510,7 +510,7 @@ def test_dpg_from_sheets_to_a_table(dpg, judges):
     assert (result.exit_code, "a result of another run" in result.stderr) == (2, True)
 
 
-def test_dpg_sheets_that_are_missing_or_cut_short(dpg, judges):
+def test_dpg_sheets_that_are_missing_or_truncated(dpg, judges):
     score = ("dpg", "score", "out", "--vqa", judges["vqa"], "--questions", "q.csv", "--device", "cpu")
     Path("out/0.png").write_bytes(Path("out/0.png").read_bytes()[:500])
     result = run(*score)

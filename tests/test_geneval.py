@@ -1,7 +1,7 @@
 """GenEval's rules against vectors that its own code gave, the folder, and the whole run with small random models.
 
 The rules are held to numbers of the official functions, the detector to a recomputation in plain loops. What trained
-weights see in real pictures is not tested here.
+weights detect in real images is not tested here.
 """
 
 from __future__ import annotations
@@ -425,7 +425,7 @@ def overwrite(folder, number, image):
 @pytest.fixture
 def folder(tmp_path):
     prompts = [parse_prompt(line) for line in (BENCH, CLOCKS, BLUE_CAR, DOG_RIGHT, TWO)]
-    folder = SampleFolder(tmp_path / "pictures", prompts, 2)
+    folder = SampleFolder(tmp_path / "images", prompts, 2)
     fill(folder)
     return folder
 
@@ -489,7 +489,7 @@ def test_unreadable_images_are_named(folder, detector, classifier, tmp_path):
     path = tmp_path / "results.jsonl"
     content = folder.path(0).read_bytes()
     folder.path(0).write_bytes(content[: len(content) // 2])
-    folder.path(5).write_bytes(b"no picture")
+    folder.path(5).write_bytes(b"no image")
     score = score_folder(folder, detector, classifier, results_file=path)
     assert score.unreadable == ("00000/samples/00000.png", "00002/samples/00001.png")
     assert score.tags["single_object"] == 0.5

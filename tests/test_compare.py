@@ -382,8 +382,8 @@ class Colours(VQAModel):
 
     name = "colours"
 
-    def answer(self, image, question):
-        return image.getpixel((0, 0))[("red", "green", "blue").index(question)] > 100
+    def answers(self, image, questions):
+        return [image.getpixel((0, 0))[("red", "green", "blue").index(question)] > 100 for question in questions]
 
 
 def noise(rng, side=32):
@@ -408,8 +408,7 @@ def test_what_geneval_score_wrote_is_compared(tmp_path):
     for name, seed in (("a", 0), ("b", 1)):
         rng = np.random.default_rng(seed)
         folder = SampleFolder(name, list(map(parse_prompt, LINES)), 2)
-        for place in folder:
-            folder.write(*place, noise(rng))
+        folder.write(range(len(folder)), [noise(rng) for _ in range(len(folder))])
         judges = ("--detector", detector, "--clip", clip, "--short-side", 64, "--device", "cpu")
         scored = run("geneval", "score", name, "--prompts-file", "prompts.jsonl", "--samples", 2, *judges)
         assert scored.exit_code == 0, scored.output
@@ -436,8 +435,8 @@ def test_what_dpg_score_wrote_is_compared():
     result = run("compare", "a/results.jsonl", "b", "-o", "out")
     assert result.exit_code == 0, result.output
     first, second = json.loads(Path("out/comparison.json").read_text("utf-8"))["rows"]
-    assert [first["score"], second["score"]] == pytest.approx([result.score.overall for result in results])
-    one, other = (result.score.prompts for result in results)
+    assert [first["score"], second["score"]] == pytest.approx([result.overall for result in results])
+    one, other = (result.prompts for result in results)
     differences = [other[item_id] - one[item_id] for item_id in QUESTIONS]
     assert len(set(differences)) > 1  # else neither sign nor pairs would be seen
     assert second["difference"]["difference"] == pytest.approx(100 * np.mean(differences))

@@ -32,14 +32,13 @@ from ssd_cache import SSDCache
 from ssd_cache.cli import app
 from ssd_cache.evaluation.clip_score import clip_score
 from ssd_cache.evaluation.conditions import draw_seed
-from ssd_cache.evaluation.dpg import DPGPictures, cut_sheet, load_vqa
+from ssd_cache.evaluation.dpg import SheetFolder, cut_sheet, load_vqa
 from ssd_cache.evaluation.export import ExportError, draw_pictures
-from ssd_cache.evaluation.geneval import SCORER, GenEvalPictures, SampleFolder
+from ssd_cache.evaluation.geneval import SCORER, SampleFolder
 from ssd_cache.evaluation.geneval.prompts import parse_prompt
 from ssd_cache.evaluation.metrics import MetricsError, fid, load_inception
 from ssd_cache.evaluation.picture_folders import find_captioned, find_pictures
 from ssd_cache.models import find_generator
-from ssd_cache.runs import batching
 
 PIXELS = SIDE * 16
 LINES = [
@@ -118,7 +117,7 @@ def export(model):
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory, model):
-    """Folders of both benchmarks, drawn once; tests get copies."""
+    """Folders of both benchmarks, generated once; tests get copies."""
     folder = tmp_path_factory.mktemp("drawn")
     write_inputs(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -167,13 +166,13 @@ def contents(folder):
     }
 
 
-# --- drawing
+# --- generating
 
 
-def test_geneval_is_drawn_into_the_official_layout(export, model):
+def test_geneval_is_generated_into_the_official_layout(export, model):
     result = export("geneval", "out")
     assert result.exit_code == 0, result.output
-    assert "out: 6 of 6 pictures (6 drawn now; " in result.stdout
+    assert "out: 6 of 6 images (6 generated now; " in result.stdout
     places = [f"{prompt:05d}/{name}" for prompt in range(3) for name in ("metadata.jsonl", "samples/00000.png")]
     places += [f"{prompt:05d}/samples/00001.png" for prompt in range(3)]
     assert sorted(contents("out")) == sorted([*places, "prompts.jsonl", "settings.json"])
@@ -238,7 +237,7 @@ def test_an_export_uses_a_maps_own_settings_and_names_them(export, model):
     assert "slots" not in equal
 
 
-def test_dpg_is_drawn_as_sheets(dpg, model):
+def test_dpg_is_generated_as_sheets(dpg, model):
     assert sorted(contents("out")) == sorted(["0.png", "vrd7.png", "whoops5.png", "prompts.jsonl", "settings.json"])
     generator = find_generator(str(model)).load(device="cpu")
     with warnings.catch_warnings():
@@ -251,7 +250,7 @@ def test_dpg_is_drawn_as_sheets(dpg, model):
 
 
 @pytest.mark.parametrize("bench", ["geneval", "dpg"])
-def test_what_is_missing_is_drawn_again_and_nothing_else(drawn, export, bench):
+def test_only_missing_images_are_generated_again(drawn, export, bench):
     shutil.copytree(drawn / bench, "out")
     whole = contents("out")
     lost = Path("out/00001/samples/00000.png" if bench == "geneval" else "out/vrd7.png")
@@ -260,13 +259,13 @@ def test_what_is_missing_is_drawn_again_and_nothing_else(drawn, export, bench):
     half.write_bytes(b"half")
     times = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.png")}
     result = export(bench, "out")
-    assert "(4 drawn now; " in result.stdout
+    assert "(4 generated now; " in result.stdout
     assert contents("out") == whole
     assert all(path.stat().st_mtime_ns == before for path, before in times.items())
-    assert "(0 drawn now; " in export(bench, "out").stdout
+    assert "(0 generated now; " in export(bench, "out").stdout
 
 
-def test_a_killed_run_ends_as_an_unbroken_one(drawn, export, child):
+def test_a_killed_run_ends_like_an_uninterrupted_one(drawn, export, child):
     process = child("geneval", "killed")
     deadline = time.monotonic() + 300
     while not list(Path("killed").rglob("[!.]*.png")):
@@ -280,7 +279,7 @@ def test_a_killed_run_ends_as_an_unbroken_one(drawn, export, child):
     assert contents("killed") == contents(drawn / "geneval")
 
 
-def test_two_processes_draw_what_one_draws(drawn, child):
+def test_two_processes_generate_the_same_as_one(drawn, child):
     pytest.importorskip("accelerate")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -290,12 +289,12 @@ def test_two_processes_draw_what_one_draws(drawn, child):
     processes = [child("dpg", "both", RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
     outputs = [process.communicate(timeout=500) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "both: 12 of 12 pictures (2 processes; " in outputs[0][0]
+    assert "both: 12 of 12 images (2 processes; " in outputs[0][0]
     assert (outputs[1][0], "drawing" in outputs[1][1]) == ("", False)
     assert contents("both") == contents(drawn / "dpg")
 
 
-def test_a_folder_drawn_otherwise_is_refused_with_the_field(geneval, export):
+def test_a_folder_with_other_settings_is_refused(geneval, export):
     before = contents("out")
     for options, message in (
         (("--seed", 1), "seed 42 there, 1 now"),
@@ -318,48 +317,30 @@ def test_a_folder_drawn_otherwise_is_refused_with_the_field(geneval, export):
     assert "it is not empty and has no settings.json" in export("geneval", "mine").stderr
 
 
-def test_a_default_batch_is_16_or_what_fits_and_a_folder_keeps_its_own(model, monkeypatch):
-    def export(folder):
-        arguments = export_arguments("dpg", model, folder)
-        place = arguments.index("--batch-size")
-        result = run(*arguments[:place], *arguments[place + 2 :])
-        assert result.exit_code == 0, result.output
-        return json.loads(Path(folder, "settings.json").read_text("utf-8"))["batch_size"]
-
-    assert export("many") == 16
-    whole = contents("many")
-    monkeypatch.setattr(batching, "free_memory", lambda device: 2 * 10**5)
-    assert export("few") == 4  # the four images of a sheet
-    Path("many/0.png").unlink()
-    assert export("many") == 16  # the folder was begun with it
-    assert contents("many") == whole
-
-
-def test_a_full_disk_is_told_and_what_was_drawn_stays(model, tmp_path):
+def test_a_full_disk_is_reported_and_images_are_kept(model, tmp_path):
     generator = find_generator(str(model)).load(device="cpu")
     folder = SampleFolder(tmp_path / "out", [parse_prompt(line) for line in LINES], 1)
-    pictures = GenEvalPictures(folder)
 
-    def draw():
+    def generate():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return draw_pictures(
-                generator, pictures, lambda: SSDCache(head_map(), 0.5), batch_size=1, seed=0, progress=False
+                generator, folder, lambda: SSDCache(head_map(), 0.5), batch_size=1, seed=0, progress=False
             )
 
-    assert draw() == 3
-    folder.picture(1, 0).unlink()
+    assert generate() == 3
+    folder.path(1).unlink()
     before = contents(tmp_path / "out")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # the system refuses to write more, as on a full disk
     try:
         with pytest.raises(ExportError, match="can not be written .* make room, and run the same command again"):
-            draw()
+            generate()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert contents(tmp_path / "out") == before
-    assert draw() == 1
-    assert not pictures.missing(range(3))
+    assert generate() == 1
+    assert not folder.missing()
 
 
 # --- wrong use
@@ -370,29 +351,38 @@ def test_a_full_disk_is_told_and_what_was_drawn_stays(model, tmp_path):
     [
         (("genevall",), "Did you mean 'geneval'"),
         (("geneval", "export", "--prompts-file", "g.jsonl"), "Missing option '--output'"),
-        (("geneval", "export", "-o", "out", "--prompts-file", "no.jsonl"), "no.jsonl: the prompts can not be read"),
-        (("geneval", "export", "-o", "out", "--prompts-file", "bad.jsonl"), "bad.jsonl, line 2: tag is 'color'"),
+        (("geneval", "export", "-o", "out", "--prompts-file", "no.jsonl"), "'no.jsonl' does not exist"),
+        (("geneval", "export", "-o", "out", "--prompts-file", "bad.jsonl"), "bad.jsonl, line 2: tag='color'"),
         (("geneval", "export", "-o", "g.jsonl", "--prompts-file", "g.jsonl"), "--output g.jsonl is a file"),
         (("geneval", "export", "-o", "g.jsonl/x", "--prompts-file", "g.jsonl"), "cannot write into g.jsonl"),
-        (("geneval", "export", "-o", "out", "--prompts-file", "g.jsonl", "--samples", 0), "num_samples=0"),
+        (
+            ("geneval", "export", "-o", "out", "--prompts-file", "g.jsonl", "--samples", 0),
+            "for '--samples'",
+        ),
         (("geneval", "export", "-o", "out", "--prompts-file", "g.jsonl", "--policy", "sdd"), "did you mean 'ssd'"),
         (("geneval", "export", "-o", "out", "--prompts-file", "g.jsonl", "--budget", "2.0"), "--budget 2.0"),
-        (("geneval", "export", "-o", "out", "--prompts-file", "g.jsonl", "--batch-size", 0), "batch_size=0"),
+        (
+            ("geneval", "export", "-o", "out", "--prompts-file", "g.jsonl", "--batch-size", 0),
+            "Invalid value for '--batch-size'",
+        ),
         (("geneval", "export", "-o", "out", "--prompts-file", "g.jsonl", "--model", "./no"), "no such folder"),
-        (("geneval", "score", "no", "--detector", "x", "--clip", "x"), "no: no such folder; draw the pictures first"),
-        (("geneval", "score", ".", "--detector", "x", "--clip", "x"), "give the file that its pictures are of"),
-        (("dpg", "export", "-o", "out", "--prompts-file", "no.jsonl"), "can not read --prompts-file no.jsonl: No such"),
-        (("dpg", "export", "-o", "out", "--prompts-file", "twice.jsonl"), "twice.jsonl, line 2: item id 'a' stands in"),
+        (("geneval", "score", "no", "--detector", "x", "--clip", "x"), "'no' does not exist"),
+        (("geneval", "score", ".", "--detector", "x", "--clip", "x"), "give the prompt file of its images"),
+        (("dpg", "export", "-o", "out", "--prompts-file", "no.jsonl"), "'no.jsonl' does not exist"),
+        (
+            ("dpg", "export", "-o", "out", "--prompts-file", "twice.jsonl"),
+            "item id 'a' occurs twice",
+        ),
         (("dpg", "export", "-o", "out", "--prompts-file", "d.jsonl", "--batch-size", 6), "give a multiple of 4"),
-        (("dpg", "score", "no", "--questions", "q.csv", "--vqa", "x"), "no: no such folder"),
-        (("dpg", "score", ".", "--questions", "no.csv", "--vqa", "x"), "can not read --questions no.csv: No such"),
-        (("dpg", "score", ".", "--questions", "short.csv", "--vqa", "x"), "short.csv, line 1: no column dependency"),
+        (("dpg", "score", "no", "--questions", "q.csv", "--vqa", "x"), "'no' does not exist"),
+        (("dpg", "score", ".", "--questions", "no.csv", "--vqa", "x"), "'no.csv' does not exist"),
+        (("dpg", "score", ".", "--questions", "short.csv", "--vqa", "x"), "short.csv: no column dependency"),
         (("fid", "no", "--reference", "."), "no is no folder"),
         (("fid", ".", "--reference", "."), "has no pictures"),
         (("clipscore", "."), "nothing says what its pictures are of"),
     ],
 )
-def test_wrong_use_is_told_in_one_line_before_anything_is_loaded(arguments, message):
+def test_wrong_use_is_reported_in_one_line_before_loading(arguments, message):
     Path("bad.jsonl").write_text(LINES[0] + "\n" + LINES[1].replace('"colors"', '"color"') + "\n", "utf-8")
     Path("twice.jsonl").write_text('{"item_id": "a", "prompt": "x"}\n' * 2, "utf-8")
     Path("short.csv").write_text("item_id,proposition_id,tuple,question_natural_language\n", "utf-8")
@@ -414,7 +404,7 @@ def test_a_bench_alone_shows_its_commands(bench):
 # --- scoring
 
 
-def test_geneval_from_pictures_to_a_table(geneval, judges):
+def test_geneval_from_images_to_a_table(geneval, judges):
     score = ("geneval", "score", "out", "--detector", judges["detector"], "--clip", judges["clip"])
     score += ("--short-side", 64, "--device", "cpu")
     result = run(*score)
@@ -433,15 +423,15 @@ def test_geneval_from_pictures_to_a_table(geneval, judges):
     table = Path("out/results/summary.md").read_text("utf-8")
     assert f"## {SCORER}" in table
     assert f"| overall | {summary['overall']:.4f} | - | 6 | 3 |" in table
-    for words in ("6 pictures of 3 prompts (a part: GenEval has 553 prompts)", "policy ssd", "seed 42", "not official"):
+    for words in ("6 images of 3 prompts (a part: GenEval has 553 prompts)", "policy ssd", "seed 42", "not official"):
         assert words in table
-    assert "of the pictures" in table
+    assert "of the images" in table
     other = run(*score[:-4], "--short-side", 96, "--device", "cpu")
     assert other.exit_code == 2
     assert "a result of another run" in other.stderr
 
 
-def test_geneval_pictures_that_are_missing_or_cut_short(geneval, export, judges):
+def test_geneval_images_that_are_missing_or_truncated(geneval, export, judges):
     score = ("geneval", "score", "out", "--detector", judges["detector"], "--clip", judges["clip"], "-o", "results")
     score += ("--short-side", 64, "--device", "cpu")
     cut = Path("out/00000/samples/00001.png")
@@ -449,13 +439,13 @@ def test_geneval_pictures_that_are_missing_or_cut_short(geneval, export, judges)
     cut.write_bytes(whole[:300])
     result = run(*score)
     assert result.exit_code == 1
-    assert "1 of 6 pictures could not be read and count as wrong: 00000/samples/00001.png; delete them" in result.stderr
+    assert "1 of 6 images could not be read and count as wrong: 00000/samples/00001.png; delete them" in result.stderr
     assert json.loads(Path("results/summary.json").read_text("utf-8"))["unreadable"] == ["00000/samples/00001.png"]
     assert SCORER in result.stdout
     cut.unlink()
     result = run(*score)
     assert result.exit_code == 2
-    assert "5 of 6 pictures (3 prompts x 2); missing: 00000/samples/00001.png" in result.stderr
+    assert "5 of 6 images (3 prompts x 2); missing: 00000/samples/00001.png" in result.stderr
     assert export("geneval", "out").exit_code == 0
     assert cut.read_bytes() == whole
     result = run(*score)
@@ -463,7 +453,7 @@ def test_geneval_pictures_that_are_missing_or_cut_short(geneval, export, judges)
     Path("full.jsonl").write_text("\n".join([*LINES, LINES[0]]) + "\n", "utf-8")
     result = run(*score, "--prompts-file", "full.jsonl")
     assert result.exit_code == 2
-    assert "6 of 8 pictures (4 prompts x 2); missing: 00003/samples/00000.png" in result.stderr
+    assert "6 of 8 images (4 prompts x 2); missing: 00003/samples/00000.png" in result.stderr
 
 
 def test_geneval_without_scipy_says_so(geneval, judges, monkeypatch):
@@ -474,7 +464,7 @@ def test_geneval_without_scipy_says_so(geneval, judges, monkeypatch):
     assert (result.exit_code, "pip install 'ssd-cache[eval]'" in result.stderr) == (1, True)
 
 
-def test_a_judge_that_is_not_there_is_named(geneval, judges):
+def test_a_missing_judge_is_named(geneval, judges):
     place = ("geneval", "score", "out", "--clip", judges["clip"], "--detector", "user/nowhere")
     for arguments, named in (
         (place, "--detector user/nowhere: "),
@@ -517,23 +507,23 @@ def test_dpg_from_sheets_to_a_table(dpg, judges):
     assert official["name"] == f"{name}, official quirks"
     assert official["dropped"] == {"0": "no question 1, on which others depend"}
     result = run(*score, "--questions", "q.csv", "--official")
-    assert (result.exit_code, "holds results of" in result.stderr) == (2, True)
+    assert (result.exit_code, "a result of another run" in result.stderr) == (2, True)
 
 
-def test_dpg_sheets_that_are_missing_or_cut_short(dpg, judges):
+def test_dpg_sheets_that_are_missing_or_truncated(dpg, judges):
     score = ("dpg", "score", "out", "--vqa", judges["vqa"], "--questions", "q.csv", "--device", "cpu")
     Path("out/0.png").write_bytes(Path("out/0.png").read_bytes()[:500])
     result = run(*score)
     assert result.exit_code == 1
-    assert "1 of 3 sheets could not be read and are left out: out/0.png: not a whole picture" in result.stderr
+    assert "1 of 3 sheets could not be read and are left out: out/0.png: the image cannot be read" in result.stderr
     Path("out/0.png").unlink()
     result = run(*score)
-    assert (result.exit_code, "out has 2 of 3 sheets, not '0': draw them" in result.stderr) == (2, True)
-    result = run(*score, "--side", 100, "--official")
+    assert (result.exit_code, "out has 2 of 3 sheets; missing: 0; generate them" in result.stderr) == (2, True)
+    result = run(*score, "--side", 100, "--official", "-o", "other")
     assert "with side=100 it must be 200 x 200" in result.stderr
     for name in ("settings.json", "prompts.jsonl"):
         Path("out", name).unlink()
-    assert "another program drew it; give the pixels of one picture's side" in run(*score, "--official").stderr
+    assert "another program generated it; give the side of one image" in run(*score, "--official").stderr
 
 
 def test_a_model_that_answers_no_questions_is_refused(dpg, judges):
@@ -672,7 +662,7 @@ def test_captions_from_a_list():
     for broken, message in (
         ({"file_name": "2.png", "prompt": "a car"}, "line 3: the picture '2.png' is not there"),
         ({"file_name": "0.png", "prompt": "a car"}, "line 3: the picture '0.png' stands in it twice"),
-        ({"file_name": "0.png"}, "line 3: no 'prompt'"),
+        ({"file_name": "0.png"}, 'line 3: .* needs texts as "file_name" and "prompt"'),
     ):
         text = "".join(json.dumps(line) + "\n" for line in [*lines, broken])
         Path("a/metadata.jsonl").write_text(text, "utf-8")
@@ -680,8 +670,8 @@ def test_captions_from_a_list():
             find_captioned("a")
 
 
-def test_dpg_pictures_hand_back_their_prompts(tmp_path):
-    text = DPGPictures(tmp_path, PROMPTS).prompts
+def test_the_prompts_of_sheets_are_written_as_json_lines(tmp_path):
+    text = SheetFolder(tmp_path, PROMPTS).prompt_lines()
     assert [json.loads(line) for line in text.splitlines()] == [
         {"item_id": item_id, "prompt": prompt} for item_id, prompt in PROMPTS.items()
     ]

@@ -19,8 +19,7 @@ from hostile import mutants
 from tiny_checkpoint import SIDE, write_checkpoint
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache, learn_score, profile_heads
-from ssd_cache.evaluation.dpg.reading import DPGError
-from ssd_cache.evaluation.dpg.result_file import ResultFile
+from ssd_cache.evaluation.dpg import score as dpg_score
 from ssd_cache.evaluation.export import ExportError, claim_folder, read_settings
 from ssd_cache.evaluation.fidelity import measure_divergence
 from ssd_cache.evaluation.fidelity.parts import measure_in_parts
@@ -29,6 +28,7 @@ from ssd_cache.evaluation.geneval.summary import ImageResult
 from ssd_cache.evaluation.prompt_scores import read_prompt_scores
 from ssd_cache.evaluation.records import Record
 from ssd_cache.evaluation.reporting import read_summary, write_report
+from ssd_cache.evaluation.result_file import append_row
 from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder
 from ssd_cache.evaluation.tables import to_json, to_markdown
 from ssd_cache.io.showing import ReadableError
@@ -260,8 +260,8 @@ def _geneval(generator, profiled, tmp_path):
     path = _image_results(tmp_path)
 
     def read():
-        results = geneval_score._read_results(path, JUDGE)
-        geneval_score._write_results(tmp_path / "again.jsonl", results)
+        results = geneval_score.read_results(path, JUDGE)
+        json.dumps([asdict(result) for result in results])
         geneval_score.summarize(results or [ImageResult("", "colors", "0", True, "", "")])
 
     return Format(path, read, (ValueError,))
@@ -274,9 +274,10 @@ def _geneval_scores(generator, profiled, tmp_path):
 
 def _dpg_rows(tmp_path):
     path, settings = tmp_path / "results.jsonl", {"name": "vqa", "official": False, "crops": 2}
-    file = ResultFile(path, settings)
+    dpg_score.read_results(path, settings)  # begins the file
     for item_id in ("a", "b"):
-        file.add({"item_id": item_id, "key": "k", "answers": [[True, False], [True, True]], "score": 0.75})
+        row = {"item_id": item_id, "key": "k", "answers": [[1, 0], [1, 1]], "score": 0.75}
+        append_row(path, row)
     return path, settings
 
 
@@ -284,11 +285,10 @@ def _dpg(generator, profiled, tmp_path):
     path, settings = _dpg_rows(tmp_path)
 
     def read():
-        file = ResultFile(path, settings)
-        for item_id in ("a", "b"):
-            file.kept_answers(item_id, "k", (2, 2))
+        for row in dpg_score.read_results(path, settings).values():
+            json.dumps([list(map(bool, crop)) for crop in row["answers"]])
 
-    return Format(path, read, (DPGError,))
+    return Format(path, read, (ValueError,))
 
 
 def _dpg_scores(generator, profiled, tmp_path):

@@ -1,6 +1,6 @@
-"""Small random models that look at pictures, as folders: a Mask2Former, a CLIP, a BLIP for VQA, of the real classes.
+"""Small random judges of images, as folders: a Mask2Former, a CLIP, a BLIP for VQA, of the real classes.
 
-What they say means nothing; how they are loaded, fed and read is what is tested with them.
+Their answers mean nothing; the tests check how they are loaded and called.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WORDS += ["Is", "there", "a", "car", "dog", "photo", "this", "the", "red", "driv
 
 
 def write_detector(folder, labels=80):
-    """A small random Mask2Former that sees a car and a bench in every picture."""
+    """A small random Mask2Former that detects a car and a bench in every image."""
     pytest.importorskip("scipy", reason="transformers' Mask2Former is built with scipy")
 
     backbone = SwinConfig(
@@ -58,7 +58,7 @@ def write_detector(folder, labels=80):
     torch.manual_seed(3)
     model = Mask2FormerForUniversalSegmentation(config)
     with torch.no_grad():
-        # queries that differ, whatever transformers' version draws them from
+        # queries that differ, whatever the version of transformers initialises them with
         for name, weights in model.named_parameters():
             if "queries" in name:
                 weights.normal_()
@@ -106,7 +106,7 @@ def tiny_tokenizer():
 
 
 def write_blip(folder, side):
-    """A small random BLIP for VQA that looks at pictures of `side` pixels, in words of these tests."""
+    """A small random BLIP for VQA for images of `side` pixels, with the words of these tests."""
     torch.manual_seed(3)
     shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = BlipConfig(
@@ -114,7 +114,7 @@ def write_blip(folder, side):
             **shared,
             "vocab_size": len(WORDS),
             "max_position_embeddings": 64,
-            "initializer_range": 0.5,  # sharp enough that picture and question matter
+            "initializer_range": 0.5,  # large enough that image and question matter
             "pad_token_id": 0,
             "sep_token_id": 3,
             "bos_token_id": 4,

@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
-from ssd_cache.models.settings import resolve_device
+from ssd_cache.evaluation.judge_models import load_judge
 
 CLIP = "openai/clip-vit-large-patch14"
 """The weights that GenEval and torchmetrics' CLIPScore use, with their own activation (quick_gelu)."""
@@ -23,11 +23,5 @@ def load_clip(source: str | Path = CLIP, *, device: str | torch.device = "auto")
         ValueError: another kind of model, or weights are missing.
         OSError: it cannot be found.
     """
-    kind = AutoConfig.from_pretrained(source).model_type
-    if kind != "clip":
-        raise ValueError(f"{source}: a {kind!r} model, not 'clip'; give one such as {CLIP}")
-    model, loading = CLIPModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    if missing := sorted(set(loading["missing_keys"]) & {name for name, _ in model.named_parameters()}):
-        raise ValueError(f"{source}: {len(missing)} weights are missing, such as {missing[0]}; fetch it anew")
-    processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(source), AutoTokenizer.from_pretrained(source))
-    return model.to(resolve_device(device)).eval(), processor
+    model = load_judge(CLIPModel, source, kind="clip", dtype="float32", device=device)
+    return model, CLIPProcessor(CLIPImageProcessorPil.from_pretrained(source), AutoTokenizer.from_pretrained(source))

@@ -11,11 +11,11 @@ from pathlib import Path
 from PIL import Image
 
 from ssd_cache.evaluation.dpg.prompts import read_prompts as read_dpg_prompts
-from ssd_cache.evaluation.dpg.reading import as_text, field, json_rows
-from ssd_cache.evaluation.dpg.sheet import PICTURES, cut_sheet, find_sheets
+from ssd_cache.evaluation.dpg.sheet import NUM_IMAGES, cut_sheet, find_sheets
 from ssd_cache.evaluation.export import PROMPTS_FILE
-from ssd_cache.evaluation.geneval.prompts import parse_prompt
+from ssd_cache.evaluation.geneval.prompts import read_prompts
 from ssd_cache.io.showing import ReadableError, shown
+from ssd_cache.io.untrusted import read_json_lines
 
 CAPTIONS_FILE = "metadata.jsonl"
 """A list of captions next to the images, as in image folders of the Hub: file_name and prompt (or text) per line."""
@@ -101,8 +101,7 @@ def _geneval_folders(folder: Path) -> list[Path]:
 
 
 def _geneval_pictures(root: Path, folder: Path) -> list[Captioned]:
-    line = folder / CAPTIONS_FILE
-    text = parse_prompt(line.read_text("utf-8"), str(line)).prompt
+    text = read_prompts(folder / CAPTIONS_FILE)[0].prompt
     found = sorted((folder / "samples").glob("*.png"))
     return [(Picture(path.relative_to(root).as_posix(), path), text) for path in found if path.stem.isdigit()]
 
@@ -117,16 +116,15 @@ def _sheets(folder: Path) -> dict[str, Path]:
 
 
 def _quarters(item_id: str, path: Path) -> list[Picture]:
-    return [Picture(f"{path.name} [{quarter}]", path, quarter) for quarter in range(PICTURES)]
+    return [Picture(f"{path.name} [{quarter}]", path, quarter) for quarter in range(NUM_IMAGES)]
 
 
 def _listed(folder: Path) -> list[Captioned]:
     found: dict[str, Captioned] = {}
-    for where, row in json_rows(folder / CAPTIONS_FILE):
-        name = as_text(field(row, "file_name", where), "file_name", where)
-        text = as_text(
-            row["text"] if "text" in row and "prompt" not in row else field(row, "prompt", where), "prompt", where
-        )
+    for where, row in read_json_lines(folder / CAPTIONS_FILE):
+        name, text = row.get("file_name"), row.get("prompt", row.get("text"))
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise PictureFolderError(f'{where}: {shown(row)} needs texts as "file_name" and "prompt"')
         path = folder / name
         if name in found or not path.is_file():
             problem = "stands in it twice" if name in found else "is not there"

@@ -6,7 +6,7 @@ sequences or characters that cannot be encoded. This module does not check wheth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_VALUE, MAX_MESSAGE = 80, 2000
@@ -54,6 +54,12 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any], words: tupl
         for name in dict.fromkeys([*second, *first])
         if first.get(name) != second.get(name)
     )
+
+
+def first_names(names: Sequence[str], most: int = 5) -> str:
+    """The first few of some names, and the number of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(printable(name, MAX_VALUE) for name in names[:most]) + more
 
 
 class ReadableError(ValueError):

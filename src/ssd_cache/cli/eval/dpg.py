@@ -5,34 +5,24 @@ Options, progress and tables. Rules, models and files are in `ssd_cache.evaluati
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from PIL import Image
 from rich.console import Console
-from tqdm import tqdm
 
-from ssd_cache.cli.errors import Failure, WrongUse, failure, refusing
-from ssd_cache.cli.eval.drawing import (
-    BatchSize,
-    BudgetText,
-    ExportSeed,
-    Options,
-    Output,
-    PolicyName,
-    described,
-    export,
-    judge,
-)
+from ssd_cache.cli.errors import Failure, WrongUse, refusing
+from ssd_cache.cli.eval import benchmarks
 from ssd_cache.cli.eval.options import HeadMapName
 from ssd_cache.cli.eval.score_table import Report, print_and_save
 from ssd_cache.cli.files import check_place
 from ssd_cache.cli.options import MODEL, Device, Dtype, Grid, Guidance, ModelName, Temperature
 from ssd_cache.evaluation.dpg import (
-    PICTURES,
-    DPGPictures,
-    DPGResult,
+    NUM_IMAGES,
+    DPGScore,
+    SheetFolder,
     check_complete,
     find_sheets,
     load_vqa,
@@ -57,20 +47,22 @@ def root(context: typer.Context) -> None:
 
 @app.command("export")
 def export_dpg(
-    output: Output,
+    output: benchmarks.Output,
     prompts_file: Annotated[
         Path,
-        typer.Option(help="JSON lines with item_id and prompt, or a folder of files <item_id>.txt.", metavar="PATH"),
+        typer.Option(
+            help="JSON lines with item_id and prompt, or a folder of files <item_id>.txt.", metavar="PATH", exists=True
+        ),
     ] = Path("prompts.jsonl"),
     model: ModelName = BUNDLED,
     grid: Grid = None,
     head_map: HeadMapName = None,
-    policy: PolicyName = DEFAULT,
-    budget: BudgetText = None,
-    batch_size: BatchSize = None,
+    policy: benchmarks.PolicyName = DEFAULT,
+    budget: benchmarks.BudgetText = None,
+    batch_size: benchmarks.BatchSize = 16,
     guidance: Guidance = None,
     temperature: Temperature = None,
-    seed: ExportSeed = 42,
+    seed: benchmarks.ExportSeed = 42,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -81,26 +73,22 @@ def export_dpg(
     `accelerate launch -m ssd_cache.cli eval dpg export ...`.
     """
     with refusing():
-        try:
-            prompts = read_prompts(prompts_file)
-        except OSError as error:
-            raise WrongUse(f"can not read --prompts-file {prompts_file}: {error.strerror}") from error
-    options = Options(
-        model, grid, head_map, policy, budget, output, batch_size, guidance, temperature, seed, dtype, device
+        prompts = read_prompts(prompts_file)
+    options = benchmarks.Options(
+        model, grid, head_map, policy, budget, batch_size, guidance, temperature, seed, dtype, device
     )
-    pictures = DPGPictures(output, prompts)
-    export("dpg", pictures, pictures.prompts, list(prompts.items()), PICTURES, options)
+    benchmarks.export("dpg", SheetFolder(output, prompts), list(prompts.items()), NUM_IMAGES, options)
 
 
 @app.command("score")
 def score_dpg(
-    folder: Annotated[Path, typer.Argument(help="The folder of the sheets.", metavar="FOLDER", show_default=False)],
+    folder: benchmarks.Folder,
     questions: Annotated[
         Path,
         typer.Option(
-            help="DPG-Bench's questions: dpg_bench.csv, or a copy as .jsonl, .json, .parquet.",
+            help="DPG-Bench's questions: dpg_bench.csv, or a re-packed copy as .jsonl.",
             metavar="FILE",
-            show_default=False,
+            exists=True,
         ),
     ],
     vqa: Annotated[
@@ -111,12 +99,7 @@ def score_dpg(
             show_default=False,
         ),
     ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Output folder of the results.", metavar="FOLDER", show_default="results in FOLDER"
-        ),
-    ] = None,
+    output: benchmarks.Results = None,
     official: Annotated[
         bool, typer.Option("--official", help="Reproduce the official script's quirks: missing answers are left out.")
     ] = False,
@@ -136,84 +119,64 @@ def score_dpg(
     sheet is an error. A sheet that cannot be read is skipped and named, and the
     exit code is then 1.
     """
+    results = output or folder / "results"
     with refusing():
-        if not folder.is_dir():
-            raise WrongUse(f"{folder}: no such folder; draw the pictures first (ssd-cache eval dpg export)")
         settings = read_settings(folder)
         own = folder / PROMPTS_FILE
+        asked = read_questions(questions, official=official)
         item_ids = list(read_prompts(own)) if own.is_file() else None
-        try:
-            asked = read_questions(questions, official=official)
-        except OSError as error:
-            raise WrongUse(f"can not read --questions {questions}: {error.strerror}") from error
         if not official:
             check_complete(folder, asked, item_ids)
-        side = side or _side(folder, exported=bool(settings))
-        results = output or folder / "results"
+        if side is None and not settings:
+            raise WrongUse(f"{folder}: another program generated it; give the side of one image, --side 384 for Janus")
+        side = side or _side(folder)
         check_place("--output", results, is_folder=True)
-        with judge("--vqa", vqa):
+        with benchmarks.judge("--vqa", vqa):
             answerer = load_vqa(vqa, dtype=dtype, device=device, batch_size=batch_size)
-    try:
-        results.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=len(asked if item_ids is None else item_ids), desc="scoring", unit=" sheets") as bar:
-            result = score_sheets(
-                folder,
-                asked,
-                answerer,
-                side,
-                item_ids=item_ids,
-                official=official,
-                results=results / "results.jsonl",
-                on_prompt=lambda _: bar.update(),
-            )
-        report = _report(result, described(settings), settings)
-        print_and_save(report, results, Console(highlight=False, markup=False))
-    except ValueError as error:
-        raise failure(error) from error
-    except OSError as error:
+    with benchmarks.scoring(results, len(asked if item_ids is None else item_ids), " sheets") as bar:
+        score = score_sheets(
+            folder,
+            asked,
+            answerer,
+            side,
+            item_ids=item_ids,
+            official=official,
+            results=results / "results.jsonl",
+            on_prompt=lambda _: bar.update(),
+        )
+    print_and_save(_report(score, settings), results, Console(highlight=False, markup=False))
+    if score.unreadable:
         raise Failure(
-            f"{results} can not be written ({error.strerror}); the answers so far are kept: make room, and run the "
-            "same command again to go on"
-        ) from error
-    if result.unreadable:
-        raise Failure(
-            f"{len(result.unreadable)} of {result.num_prompts} sheets could not be read and are left out: "
-            f"{'; '.join(result.unreadable.values())}; delete them, export again, and score again"
+            f"{len(score.unreadable)} of {score.num_prompts} sheets could not be read and are left out: "
+            f"{'; '.join(score.unreadable.values())}; delete them, export again, and score again"
         )
 
 
-def _side(folder: Path, *, exported: bool) -> int:
-    """The side of one image: half the first readable sheet. Only an exported folder is known to hold sheets."""
-    if not exported:
-        raise WrongUse(
-            f"{folder}: another program drew it; give the pixels of one picture's side, --side 384 for Janus"
-        )
+def _side(folder: Path) -> int:
+    """The side of one image: half the first readable sheet."""
     for path in find_sheets(folder).values():
-        try:
-            with Image.open(path) as sheet:
-                return sheet.width // 2
-        except OSError:  # scoring names this sheet later
-            continue
-    raise WrongUse(f"{folder} has no sheet that can be read; draw them (ssd-cache eval dpg export)")
+        with suppress(OSError), Image.open(path) as sheet:  # scoring names a sheet that cannot be read
+            return sheet.width // 2
+    raise WrongUse(f"{folder} has no sheet that can be read; generate them (ssd-cache eval dpg export)")
 
 
-def _report(result: DPGResult, drawn: str, settings: dict) -> Report:
+def _report(score: DPGScore, settings: dict) -> Report:
     """Table of the overall score, the broad categories and the finer categories."""
-    score, error = result.score, result.score.standard_error
+    error = score.standard_error
     rows = [("overall", f"{score.overall:.2f}", "-" if error is None else f"{error:.2f}")]
     rows += [(name, f"{value:.2f}", "") for level in (score.level1, score.level2) for name, value in level.items()]
     notes = [
-        f"{len(score.prompts)} of {result.num_prompts} prompts, {PICTURES} pictures each; categories by raw answers of "
-        f"{'the last picture' if result.is_official else 'all pictures'}",
+        f"{len(score.prompts)} of {score.num_prompts} prompts, {NUM_IMAGES} images each; categories by raw answers of "
+        f"{'the last image' if score.is_official else 'all images'}",
         "not official DPG-Bench: another VQA model",
-        drawn,
+        benchmarks.described(settings),
     ]
     if score.dropped:
         notes.insert(1, f"dropped: {'; '.join(f'{item_id}: {why}' for item_id, why in score.dropped.items())}")
     return Report(
-        title=result.name,
+        title=score.name,
         columns=("category", "score", "standard error"),
         rows=rows,
         notes=notes,
-        data={**result.to_dict(), "pictures": settings},
+        data={**score.to_dict(), "pictures": settings},
     )

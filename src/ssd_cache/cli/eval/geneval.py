@@ -10,20 +10,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from tqdm import tqdm
 
-from ssd_cache.cli.errors import Failure, WrongUse, failure, refusing
-from ssd_cache.cli.eval.drawing import (
-    BatchSize,
-    BudgetText,
-    ExportSeed,
-    Options,
-    Output,
-    PolicyName,
-    described,
-    export,
-    judge,
-)
+from ssd_cache.cli.errors import Failure, WrongUse, refusing
+from ssd_cache.cli.eval import benchmarks
 from ssd_cache.cli.eval.options import HeadMapName
 from ssd_cache.cli.eval.score_table import Report, print_and_save
 from ssd_cache.cli.files import check_place
@@ -36,7 +25,6 @@ from ssd_cache.evaluation.geneval import (
     NUM_SAMPLES,
     ColorClassifier,
     Detector,
-    GenEvalPictures,
     GenEvalScore,
     SampleFolder,
     read_prompts,
@@ -58,21 +46,21 @@ def root(context: typer.Context) -> None:
 
 @app.command("export")
 def export_geneval(
-    output: Output,
+    output: benchmarks.Output,
     prompts_file: Annotated[
         Path,
-        typer.Option(help="GenEval's evaluation_metadata.jsonl, or some of its lines.", metavar="FILE"),
+        typer.Option(help="GenEval's evaluation_metadata.jsonl, or some of its lines.", metavar="FILE", exists=True),
     ] = Path("evaluation_metadata.jsonl"),
-    samples: Annotated[int, typer.Option(help="Images of each prompt.", metavar="N")] = NUM_SAMPLES,
+    samples: Annotated[int, typer.Option(help="Images of each prompt.", metavar="N", min=1)] = NUM_SAMPLES,
     model: ModelName = BUNDLED,
     grid: Grid = None,
     head_map: HeadMapName = None,
-    policy: PolicyName = DEFAULT,
-    budget: BudgetText = None,
-    batch_size: BatchSize = None,
+    policy: benchmarks.PolicyName = DEFAULT,
+    budget: benchmarks.BudgetText = None,
+    batch_size: benchmarks.BatchSize = 16,
     guidance: Guidance = None,
     temperature: Temperature = None,
-    seed: ExportSeed = 42,
+    seed: benchmarks.ExportSeed = 42,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -84,27 +72,21 @@ def export_geneval(
     """
     with refusing():
         prompts = read_prompts(prompts_file)
-        folder = SampleFolder(output, prompts, samples)
-    options = Options(
-        model, grid, head_map, policy, budget, output, batch_size, guidance, temperature, seed, dtype, device
+        images = SampleFolder(output, prompts, samples)
+    options = benchmarks.Options(
+        model, grid, head_map, policy, budget, batch_size, guidance, temperature, seed, dtype, device
     )
-    pictures = GenEvalPictures(folder)
-    export("geneval", pictures, pictures.prompts, [(it.tag, it.prompt) for it in prompts], samples, options)
+    benchmarks.export("geneval", images, [(prompt.tag, prompt.prompt) for prompt in prompts], samples, options)
 
 
 @app.command("score")
 def score_geneval(
-    folder: Annotated[Path, typer.Argument(help="The folder of the images.", metavar="FOLDER", show_default=False)],
+    folder: benchmarks.Folder,
     detector: Annotated[
         str, typer.Option(help="A Mask2Former for COCO's 80 classes: a folder or a Hub id.", metavar="NAME")
     ] = DETECTOR,
     clip: Annotated[str, typer.Option(help="A CLIP model: a folder or a Hub id.", metavar="NAME")] = CLIP,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Output folder of the results.", metavar="FOLDER", show_default="results in FOLDER"
-        ),
-    ] = None,
+    output: benchmarks.Results = None,
     prompts_file: Annotated[
         Path | None,
         typer.Option(
@@ -113,7 +95,7 @@ def score_geneval(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(help="Images of each prompt.", metavar="N", show_default="as drawn, or 4"),
+        typer.Option(help="Images of each prompt.", metavar="N", show_default="as generated, or 4"),
     ] = None,
     short_side: Annotated[
         int,
@@ -129,68 +111,56 @@ def score_geneval(
     weights. A missing image is an error. An image that cannot be read counts as
     wrong and is named, and the exit code is then 1.
     """
+    results = output or folder / "results"
     with refusing():
-        if not folder.is_dir():
-            raise WrongUse(f"{folder}: no such folder; draw the pictures first (ssd-cache eval geneval export)")
         settings = read_settings(folder)
         own = folder / PROMPTS_FILE
         if prompts_file is None and not own.is_file():
             raise WrongUse(
-                f"{folder} has no {PROMPTS_FILE}: give the file that its pictures are of, as --prompts-file "
+                f"{folder} has no {PROMPTS_FILE}: give the prompt file of its images, as --prompts-file "
                 "evaluation_metadata.jsonl"
             )
-        prompts = read_prompts(prompts_file or own)
-        pictures = SampleFolder(folder, prompts, samples or settings.get("num_samples", NUM_SAMPLES))
-        pictures.check_complete()
-        results = output or folder / "results"
+        samples = samples or settings.get("num_samples", NUM_SAMPLES)
+        images = SampleFolder(folder, read_prompts(prompts_file or own), samples)
+        images.check_complete()
         check_place("--output", results, is_folder=True)
-        with judge("--detector", detector):
+        with benchmarks.judge("--detector", detector):
             eyes = Detector.from_pretrained(detector, device=device, short_side=short_side)
-        with judge("--clip", clip):
+        with benchmarks.judge("--clip", clip):
             colors = ColorClassifier.from_pretrained(clip, device=device)
-    try:
-        results.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=len(pictures), desc="scoring", unit=" pictures") as bar:
-            score = score_folder(
-                pictures, eyes, colors, results_file=results / "results.jsonl", on_image=lambda _: bar.update()
-            )
-        print_and_save(_report(score, described(settings), settings), results, Console(highlight=False, markup=False))
-    except ValueError as error:
-        raise failure(error) from error
-    except OSError as error:
-        raise Failure(
-            f"{results} can not be written ({error.strerror}); the results so far are kept: make room, and run the "
-            "same command again to go on"
-        ) from error
+    with benchmarks.scoring(results, len(images), " images") as bar:
+        score = score_folder(
+            images, eyes, colors, results_file=results / "results.jsonl", on_image=lambda _: bar.update()
+        )
+    print_and_save(_report(score, settings), results, Console(highlight=False, markup=False))
     if score.unreadable:
         raise Failure(
-            f"{len(score.unreadable)} of {len(pictures)} pictures could not be read and count as wrong: "
+            f"{len(score.unreadable)} of {len(images)} images could not be read and count as wrong: "
             f"{', '.join(score.unreadable)}; delete them, export again, and score again"
         )
 
 
-def _report(score: GenEvalScore, drawn: str, settings: dict) -> Report:
+def _report(score: GenEvalScore, settings: dict) -> Report:
     """Table of the six tags and their mean, with standard errors and notes."""
-    rows = [
-        (tag, f"{value:.4f}", _error(score.tag_errors[tag]), score.num_images[tag], score.num_prompts[tag])
-        for tag, value in score.tags.items()
-    ]
     num_images, num_prompts = sum(score.num_images.values()), sum(score.num_prompts.values())
-    rows.append(("overall", f"{score.overall:.4f}", _error(score.standard_error), num_images, num_prompts))
+    lines = [
+        (tag, score.tags[tag], score.tag_errors[tag], score.num_images[tag], score.num_prompts[tag])
+        for tag in score.tags
+    ]
+    lines.append(("overall", score.overall, score.standard_error, num_images, num_prompts))
     part = "" if num_prompts == NUM_PROMPTS else f" (a part: GenEval has {NUM_PROMPTS} prompts)"
     return Report(
         title=score.scorer,
-        columns=("tag", "score", "standard error", "pictures", "prompts"),
-        rows=rows,
+        columns=("tag", "score", "standard error", "images", "prompts"),
+        rows=[
+            (name, f"{value:.4f}", "-" if error is None else f"{error:.4f}", *numbers)
+            for name, value, error, *numbers in lines
+        ],
         notes=(
-            f"{num_images} pictures of {num_prompts} prompts{part}; {100 * score.images_correct:.2f}% of the pictures "
-            f"and {100 * score.prompts_correct:.2f}% of the prompts (any of their pictures) are correct",
+            f"{num_images} images of {num_prompts} prompts{part}; {100 * score.images_correct:.2f}% of the images and "
+            f"{100 * score.prompts_correct:.2f}% of the prompts (any of their images) are correct",
             f"detector {score.settings['detector']}, colours by {score.settings['classifier']}: not official GenEval",
-            drawn,
+            benchmarks.described(settings),
         ),
         data={**score.to_dict(), "pictures": settings},
     )
-
-
-def _error(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

@@ -5,43 +5,25 @@ not its mPLUG, so results are named "DPG rules (VQA = ...)". Use them to compare
 Prompts and questions are read from given paths; the package contains none.
 """
 
-from ssd_cache.evaluation.dpg.export import DPGPictures
 from ssd_cache.evaluation.dpg.prompts import read_prompts
 from ssd_cache.evaluation.dpg.questions import Question, read_questions
-from ssd_cache.evaluation.dpg.reading import DPGError
-from ssd_cache.evaluation.dpg.rules import DPGScore, score_answers
-from ssd_cache.evaluation.dpg.score import DPGResult, check_complete, score_sheets
-from ssd_cache.evaluation.dpg.sheet import (
-    PICTURES,
-    check_sheets,
-    cut_sheet,
-    find_sheets,
-    make_sheet,
-    missing_sheets,
-    write_sheet,
-)
-from ssd_cache.evaluation.dpg.vqa import BlipVQA, ChatVQA, VQAModel, load_vqa
+from ssd_cache.evaluation.dpg.rules import DPGScore
+from ssd_cache.evaluation.dpg.score import check_complete, score_sheets
+from ssd_cache.evaluation.dpg.sheet import NUM_IMAGES, SheetFolder, cut_sheet, find_sheets, write_sheet
+from ssd_cache.evaluation.dpg.vqa import VQAModel, load_vqa
 
 __all__ = [
-    "PICTURES",
-    "BlipVQA",
-    "ChatVQA",
-    "DPGError",
-    "DPGPictures",
-    "DPGResult",
+    "NUM_IMAGES",
     "DPGScore",
     "Question",
+    "SheetFolder",
     "VQAModel",
     "check_complete",
-    "check_sheets",
     "cut_sheet",
     "find_sheets",
     "load_vqa",
-    "make_sheet",
-    "missing_sheets",
     "read_prompts",
     "read_questions",
-    "score_answers",
     "score_sheets",
     "write_sheet",
 ]

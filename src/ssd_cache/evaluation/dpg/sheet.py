@@ -1,82 +1,96 @@
 """One 2 x 2 sheet of images per prompt, as the official DPG-Bench script reads it: TL, TR, BL, BR, no gutter.
 
-It writes, finds, checks and cuts sheets. Generating the images and asking the questions are done elsewhere.
+It writes, finds and cuts sheets. Generating the images and asking the questions are done elsewhere.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from ssd_cache.evaluation.dpg.reading import DPGError, named
+from ssd_cache.evaluation.judge_models import encode_png
+from ssd_cache.io.showing import ReadableError
 from ssd_cache.io.writing import write_files
 
-PICTURES = 4
+NUM_IMAGES = 4
 """Number of images on a sheet."""
 
 
-def make_sheet(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Make a sheet `[2 * side, 2 * side]` of four square images `[side, side]`, in the order TL, TR, BL, BR.
+class SheetFolder:
+    """A folder with a sheet per prompt; the constructor reads and writes no files.
+
+    Images are numbered: image `n` is part `n % 4` of the sheet of prompt `n // 4`.
+
+    Attributes:
+        root: the folder of the sheets, `<item_id>.png`.
+        prompts: prompts by item id, as `read_prompts` returns them.
+        texts: the text to generate each image from.
+        unit: number of images that are written together.
+    """
+
+    unit = NUM_IMAGES
+
+    def __init__(self, root: str | Path, prompts: Mapping[str, str]):
+        self.root, self.prompts, self._item_ids = Path(root), prompts, list(prompts)
+        self.texts: Sequence[str] = [text for text in prompts.values() for _ in range(NUM_IMAGES)]
+
+    def prompt_lines(self) -> str:
+        """The prompts as JSON lines that `read_prompts` can read."""
+        rows = ({"item_id": item_id, "prompt": text} for item_id, text in self.prompts.items())
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def missing(self, numbers: range) -> list[int]:
+        """Those of some images whose sheet does not exist yet."""
+        return [n for n in numbers if not (self.root / f"{self._item_ids[n // NUM_IMAGES]}.png").is_file()]
+
+    def write(self, numbers: range, images: Sequence[Image.Image]) -> None:
+        """Write the sheets of some images that do not exist yet; raises OSError if one cannot be written."""
+        for number in self.missing(numbers)[::NUM_IMAGES]:
+            start = number - numbers[0]
+            write_sheet(self.root, self._item_ids[number // NUM_IMAGES], images[start : start + NUM_IMAGES])
+
+
+def write_sheet(folder: str | Path, item_id: str, images: Sequence[Image.Image]) -> Path:
+    """Write four square images `[side, side]` as the sheet `<folder>/<item_id>.png`, `[2 * side, 2 * side]`.
 
     Raises:
-        DPGError: there are not four images, or they are not all square and of one size.
+        ValueError: there are not four images, or they are not all square and of one size.
+        OSError: the file cannot be written; an existing file is then unchanged.
     """
-    sizes = [picture.size for picture in pictures]
-    if len(sizes) != PICTURES or len(set(sizes)) != 1 or sizes[0][0] != sizes[0][1]:
-        raise DPGError(f"{len(sizes)} pictures of sizes {sizes}: a sheet takes {PICTURES} squares of one size")
+    sizes = [image.size for image in images]
     side = sizes[0][0]
+    if sizes != [(side, side)] * NUM_IMAGES:
+        raise ReadableError(f"{len(sizes)} images of sizes {sizes}: a sheet takes {NUM_IMAGES} squares of one size")
     sheet = Image.new("RGB", (2 * side, 2 * side))
-    for picture, box in zip(pictures, _boxes(side), strict=True):
-        sheet.paste(picture.convert("RGB"), box[:2])
-    return sheet
-
-
-def write_sheet(folder: str | Path, item_id: str, pictures: Sequence[Image.Image]) -> Path:
-    """Write an item's sheet atomically as `<folder>/<item_id>.png`. An existing file is replaced.
-
-    Raises:
-        DPGError: see `make_sheet`; or the item id is not a plain file name.
-        OSError: the file cannot be written.
-    """
-    if not item_id or Path(item_id).name != item_id or "." in item_id:
-        raise DPGError(f"item id {item_id!r} can not name a picture; give one without dots and slashes")
-    content = io.BytesIO()
-    make_sheet(pictures).save(content, "PNG")
+    for image, box in zip(images, _boxes(side), strict=True):
+        sheet.paste(image.convert("RGB"), box[:2])
     path = Path(folder) / f"{item_id}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_files({path: content.getvalue()})
+    write_files({path: encode_png(sheet)})
     return path
 
 
-def cut_sheet(sheet: Image.Image, side: int) -> list[Image.Image]:
+def cut_sheet(sheet: Image.Image, side: int, name: str = "the sheet") -> list[Image.Image]:
     """Cut a sheet into its four images `[side, side]`, RGB, in the order TL, TR, BL, BR.
 
-    The official script does not check `side`, and silently cuts wrong areas. Here, the size must match.
+    The official script does not check `side`, and silently cuts wrong areas. Here, the size must match; `name` stands
+    for the sheet in the message.
 
     Raises:
-        DPGError: the sheet is not `2 * side` wide and high.
+        ValueError: the sheet is not `2 * side` wide and high.
     """
-    check_side(sheet.size, side, "the sheet")
-    sheet = sheet.convert("RGB")
-    return [sheet.crop(box) for box in _boxes(side)]
-
-
-def check_side(size: tuple[int, int], side: int, what: str) -> None:
-    """Check the size of a sheet against the side of one of its images.
-
-    Raises:
-        DPGError: the sheet is not `2 * side` wide and high.
-    """
-    if size != (2 * side, 2 * side):
-        width, height = size
-        remedy = f"pass side={width // 2}" if width == height and width % 2 == 0 else "draw it anew"
-        raise DPGError(
-            f"{what} is {width} x {height}; with side={side} it must be {2 * side} x {2 * side}, four pictures in a "
+    width, height = sheet.size
+    if (width, height) != (2 * side, 2 * side):
+        remedy = f"pass side={width // 2}" if width == height and width % 2 == 0 else "generate it again"
+        raise ReadableError(
+            f"{name} is {width} x {height}; with side={side} it must be {2 * side} x {2 * side}, four images in a "
             f"square: {remedy}"
         )
+    sheet = sheet.convert("RGB")
+    return [sheet.crop(box) for box in _boxes(side)]
 
 
 def find_sheets(folder: str | Path) -> dict[str, Path]:
@@ -85,59 +99,18 @@ def find_sheets(folder: str | Path) -> dict[str, Path]:
     All formats that PIL supports are accepted. Other files, hidden files and subfolders are ignored.
 
     Raises:
-        DPGError: two image files have the same id, or the folder does not exist.
+        ValueError: two image files have the same id.
+        OSError: the folder does not exist.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DPGError(f"{folder} is no folder: give the one that holds the sheets, <item_id>.png")
-    formats = Image.registered_extensions()
     sheets: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.suffix.lower() not in formats or not path.is_file():
-            continue
-        item_id = path.name.split(".")[0]
-        if item_id in sheets:
-            raise DPGError(f"{sheets[item_id]} and {path.name} are both of item {item_id!r}: take one out")
-        sheets[item_id] = path
+    formats = Image.registered_extensions()
+    for path in sorted(Path(folder).iterdir()):
+        if not path.name.startswith(".") and path.suffix.lower() in formats and path.is_file():
+            item_id = path.name.split(".")[0]
+            if item_id in sheets:
+                raise ReadableError(f"{sheets[item_id]} and {path.name} are both of item {item_id!r}; remove one")
+            sheets[item_id] = path
     return sheets
-
-
-def missing_sheets(folder: str | Path, item_ids: Iterable[str]) -> list[str]:
-    """Items that still lack a sheet, in the given order. If the folder does not exist, these are all items.
-
-    Sheets are not opened, because `write_sheet` never leaves incomplete files.
-    """
-    sheets = find_sheets(folder) if Path(folder).exists() else {}
-    return [item_id for item_id in item_ids if item_id not in sheets]
-
-
-def check_sheets(folder: str | Path, item_ids: Iterable[str], side: int) -> dict[str, Path]:
-    """Check that every item has a sheet, that there are no other images, and that each sheet has the right size.
-
-    Returns the sheets by item id, in the order of `item_ids`. Only the header of each image file is read.
-
-    Raises:
-        DPGError: a sheet is missing, unexpected, unreadable or of another size. The message names the sheets and says
-            how many exist.
-    """
-    item_ids = list(item_ids)
-    sheets = find_sheets(folder)
-    missing = [item_id for item_id in item_ids if item_id not in sheets]
-    if missing:
-        raise DPGError(
-            f"{folder} has {len(item_ids) - len(missing)} of {len(item_ids)} sheets, not {named(missing)}: draw them"
-        )
-    unknown = sorted(sheets.keys() - set(item_ids))
-    if unknown:
-        raise DPGError(f"{folder} has pictures of no item asked for, {named(unknown)}: take them out")
-    for item_id in item_ids:
-        try:
-            with Image.open(sheets[item_id]) as sheet:
-                size = sheet.size
-        except OSError as error:
-            raise DPGError(f"{sheets[item_id]} can not be read ({error}): draw it anew") from error
-        check_side(size, side, str(sheets[item_id]))
-    return {item_id: sheets[item_id] for item_id in item_ids}
 
 
 def _boxes(side: int) -> list[tuple[int, int, int, int]]:

@@ -20,8 +20,9 @@ from transformers import (
     BlipProcessor,
 )
 
-from ssd_cache.evaluation.dpg.reading import DPGError, named
-from ssd_cache.models.settings import resolve_device, resolve_dtype
+from ssd_cache.budget import check_count
+from ssd_cache.evaluation.judge_models import load_judge
+from ssd_cache.io.showing import ReadableError, first_line
 
 MAX_ANSWER_TOKENS = 10
 """Maximum length of BLIP's answer, the same as for mPLUG in the official script. "yes" is one token."""
@@ -40,12 +41,8 @@ class VQAModel(ABC):
     name: str
 
     @abstractmethod
-    def answer(self, image: Image.Image, question: str) -> bool:
-        """Whether the answer to one question is yes."""
-
     def answers(self, image: Image.Image, questions: Sequence[str]) -> list[bool]:
-        """Whether the answer to each question is yes. Runs one question at a time; subclasses may batch them."""
-        return [self.answer(image, question) for question in questions]
+        """Whether the answer to each question is yes."""
 
 
 class BlipVQA(VQAModel):
@@ -55,30 +52,8 @@ class BlipVQA(VQAModel):
     padding, so with mixed lengths an answer would depend on the other questions of its batch.
     """
 
-    def __init__(self, model: BlipForQuestionAnswering, processor: BlipProcessor, name: str, batch_size: int = 16):
-        self.model, self.processor, self.name, self.batch_size = model.eval(), processor, name, _checked(batch_size)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        name: str | None = None,
-        dtype: str | torch.dtype = "float32",
-        device: str | torch.device = "auto",
-        batch_size: int = 16,
-    ) -> BlipVQA:
-        """Load a folder or a Hub id; the name is the source unless given.
-
-        Raises:
-            DPGError: the checkpoint is not a BLIP for VQA, or a setting is out of range.
-        """
-        _checked(batch_size)
-        model = _load(BlipForQuestionAnswering, source, dtype, device)
-        return cls(model, BlipProcessor.from_pretrained(source), name or str(source), batch_size)
-
-    def answer(self, image: Image.Image, question: str) -> bool:
-        return self.answers(image, [question])[0]
+    def __init__(self, model: BlipForQuestionAnswering, processor: BlipProcessor, name: str, batch_size: int = 8):
+        self.model, self.processor, self.name, self.batch_size = model, processor, name, batch_size
 
     def answers(self, image: Image.Image, questions: Sequence[str]) -> list[bool]:
         return [text == "yes" for text in self.texts(image, questions)]
@@ -89,19 +64,28 @@ class BlipVQA(VQAModel):
         pixels = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
         pixels = pixels.to(self.model.device, self.model.dtype)  # [1, 3, height, width]
         ids = [self.processor.tokenizer(question)["input_ids"] for question in questions]
+        by_length: dict[int, list[int]] = {}
+        for row, tokens in enumerate(ids):
+            by_length.setdefault(len(tokens), []).append(row)
         texts = [""] * len(questions)
-        for rows in _batches_of_one_length(ids, self.batch_size):
-            input_ids = torch.tensor([ids[row] for row in rows], device=self.model.device)  # [batch, tokens]
-            output = self.model.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                pixel_values=pixels.expand(len(rows), -1, -1, -1),
-                max_new_tokens=MAX_ANSWER_TOKENS,
-                do_sample=False,
-            )
-            for row, text in zip(rows, self.processor.batch_decode(output, skip_special_tokens=True), strict=True):
-                texts[row] = text.strip().lower()
+        for rows in by_length.values():
+            for start in range(0, len(rows), self.batch_size):
+                batch = rows[start : start + self.batch_size]
+                for row, text in zip(batch, self._generate(pixels, [ids[row] for row in batch]), strict=True):
+                    texts[row] = text
         return texts
+
+    def _generate(self, pixels: torch.Tensor, ids: list[list[int]]) -> list[str]:
+        """The answers to questions with the same number of tokens."""
+        input_ids = torch.tensor(ids, device=self.model.device)  # [batch, tokens]
+        output = self.model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            pixel_values=pixels.expand(len(ids), -1, -1, -1),
+            max_new_tokens=MAX_ANSWER_TOKENS,
+            do_sample=False,
+        )
+        return [text.strip().lower() for text in self.processor.batch_decode(output, skip_special_tokens=True)]
 
 
 class ChatVQA(VQAModel):
@@ -113,31 +97,9 @@ class ChatVQA(VQAModel):
 
     def __init__(self, model: Any, processor: Any, name: str, batch_size: int = 8):
         if not getattr(processor, "chat_template", None) or not hasattr(processor, "image_processor"):
-            raise DPGError(f"{name} has no chat template, or no image processor: give a chat model that takes images")
-        self.model, self.processor, self.name, self.batch_size = model.eval(), processor, name, _checked(batch_size)
+            raise ReadableError(f"{name} has no chat template, or no image processor; give a chat model for images")
+        self.model, self.processor, self.name, self.batch_size = model, processor, name, batch_size
         self.yes_ids, self.no_ids = (self._token_ids(word) for word in ("yes", "no"))
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        name: str | None = None,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "auto",
-        batch_size: int = 8,
-    ) -> ChatVQA:
-        """Load a folder or a Hub id; the name is the source unless given.
-
-        Raises:
-            DPGError: weights are missing, there is no chat template, or a setting is out of range.
-        """
-        _checked(batch_size)
-        model = _load(AutoModelForImageTextToText, source, dtype, device)
-        return cls(model, AutoProcessor.from_pretrained(source), name or str(source), batch_size)
-
-    def answer(self, image: Image.Image, question: str) -> bool:
-        return self.answers(image, [question])[0]
 
     def answers(self, image: Image.Image, questions: Sequence[str]) -> list[bool]:
         return [yes > no for yes, no in self.log_probabilities(image, questions)]
@@ -159,9 +121,9 @@ class ChatVQA(VQAModel):
             output = self.model.generate(  # handles each family's positions, and keeps the logits of one token only
                 **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
             )
-            scores = output.logits[0].float().log_softmax(-1)  # [batch, vocabulary]
-            both = torch.stack([scores[:, ids].logsumexp(-1) for ids in (self.yes_ids, self.no_ids)], dim=-1)
-            pairs += [(yes, no) for yes, no in both.tolist()]
+            log_probabilities = output.logits[0].float().log_softmax(-1)  # [batch, vocabulary]
+            yes, no = (log_probabilities[:, ids].logsumexp(-1).tolist() for ids in (self.yes_ids, self.no_ids))
+            pairs += zip(yes, no, strict=True)
         return pairs
 
     @staticmethod
@@ -170,52 +132,44 @@ class ChatVQA(VQAModel):
         return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
 
     def _token_ids(self, word: str) -> list[int]:
+        """Ids of the spellings of a word that are one token."""
         tokenizer = self.processor.tokenizer
         spellings = [blank + form(word) for blank in ("", " ") for form in FORMS]
         encoded = [tokenizer.encode(spelling, add_special_tokens=False) for spelling in spellings]
         ids = sorted({one[0] for one in encoded if len(one) == 1 and one[0] != tokenizer.unk_token_id})
         if not ids:
-            raise DPGError(f"{self.name} has no single token for any of {named(spellings)}: give another chat model")
+            raise ReadableError(f"{self.name} has no single token for {word!r}; give another chat model")
         return ids
 
 
-def load_vqa(source: str | Path, **settings) -> BlipVQA | ChatVQA:
+def load_vqa(
+    source: str | Path,
+    *,
+    name: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    batch_size: int = 8,
+) -> BlipVQA | ChatVQA:
     """Load the VQA model of a folder or a Hub id, as `BlipVQA` for BLIP and as `ChatVQA` for any other model.
 
     Args:
         source: folder or Hub id.
-        settings: `name`, `dtype`, `device` and `batch_size`, as for the classes' `from_pretrained`.
+        name: name stored in the results; the source if not given.
+        dtype: "auto" is float32 on a CPU, else bfloat16.
+        device: "auto" is a GPU if there is one.
+        batch_size: questions answered at once.
 
     Raises:
-        DPGError: the model is neither, or some of its weights are missing.
+        ValueError: the model is neither, some of its weights are missing, or it has no chat template.
         OSError: the model cannot be found.
     """
-    family = BlipVQA if AutoConfig.from_pretrained(source).model_type == "blip" else ChatVQA
+    check_count("batch_size", batch_size, 1)
+    is_blip = AutoConfig.from_pretrained(source).model_type == "blip"
+    model_class = BlipForQuestionAnswering if is_blip else AutoModelForImageTextToText
     try:
-        return family.from_pretrained(source, **settings)
+        model = load_judge(model_class, source, dtype=dtype, device=device)
     except ValueError as error:  # transformers has no image-text class for this model type
-        raise DPGError(" ".join(str(error).split())[:300]) from error
-
-
-def _checked(batch_size: int) -> int:
-    if batch_size < 1:
-        raise DPGError(f"batch_size={batch_size} is out of range: give 1 or more questions at once")
-    return batch_size
-
-
-def _batches_of_one_length(ids: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Group the rows of `ids` into batches of at most `batch_size` with the same number of tokens."""
-    by_length: dict[int, list[int]] = {}
-    for row, tokens in enumerate(ids):
-        by_length.setdefault(len(tokens), []).append(row)
-    return [rows[i : i + batch_size] for rows in by_length.values() for i in range(0, len(rows), batch_size)]
-
-
-def _load(family: Any, source: str | Path, dtype: str | torch.dtype, device: str | torch.device) -> Any:
-    """Load a model and check its weights: transformers only warns when it initialises missing weights randomly."""
-    device = resolve_device(device)
-    model, info = family.from_pretrained(source, dtype=resolve_dtype(dtype, device), output_loading_info=True)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise DPGError(f"{source} has no weights for {named(missing)} of {type(model).__name__}: give one that fits")
-    return model.to(device)
+        raise ReadableError(first_line(error)) from error
+    if is_blip:
+        return BlipVQA(model, BlipProcessor.from_pretrained(source), name or str(source), batch_size)
+    return ChatVQA(model, AutoProcessor.from_pretrained(source), name or str(source), batch_size)

@@ -6,11 +6,9 @@ detector". Generating the images is not done here; the command line is in `cli`.
 
 from ssd_cache.evaluation.geneval.colors import ColorClassifier
 from ssd_cache.evaluation.geneval.detector import DETECTOR, Detector
-from ssd_cache.evaluation.geneval.export import GenEvalPictures
 from ssd_cache.evaluation.geneval.folder import NUM_SAMPLES, SampleFolder
 from ssd_cache.evaluation.geneval.prompts import NUM_PROMPTS, GenEvalPrompt, read_prompts
-from ssd_cache.evaluation.geneval.rules import Detection, Rules
-from ssd_cache.evaluation.geneval.score import score_folder, score_image
+from ssd_cache.evaluation.geneval.score import score_folder
 from ssd_cache.evaluation.geneval.summary import SCORER, GenEvalScore, ImageResult, summarize
 
 __all__ = [
@@ -19,16 +17,12 @@ __all__ = [
     "NUM_SAMPLES",
     "SCORER",
     "ColorClassifier",
-    "Detection",
     "Detector",
-    "GenEvalPictures",
     "GenEvalPrompt",
     "GenEvalScore",
     "ImageResult",
-    "Rules",
     "SampleFolder",
     "read_prompts",
     "score_folder",
-    "score_image",
     "summarize",
 ]

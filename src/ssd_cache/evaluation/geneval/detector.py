@@ -7,6 +7,7 @@ not mmdet's, so scores are never official GenEval scores. `rules.py` decides whi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,11 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoConfig, Mask2FormerForUniversalSegmentation
+from transformers import Mask2FormerForUniversalSegmentation
 
 from ssd_cache.evaluation.geneval.names import CLASSES
 from ssd_cache.evaluation.geneval.rules import Detection
-from ssd_cache.models.settings import resolve_device
+from ssd_cache.evaluation.judge_models import load_judge
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 """The closest to GenEval's own: the same architecture and training images, other weights."""
@@ -26,39 +27,29 @@ DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 SHORT_SIDE, LONG_SIDE, MULTIPLE = 800, 1333, 32
 MAX_DETECTIONS = 100
-
-_CHUNK = 16
-"""Number of masks resized to full size at once."""
+CHUNK = 16  # masks resized to full size at once
 
 
+@dataclass
 class Detector:
     """Mask2Former with GenEval's pre- and post-processing.
 
     Attributes:
-        name: the checkpoint, for results.
         model: in float32 and evaluation mode.
+        name: the checkpoint, for results.
         short_side, long_side: limits of the input; an image is resized to the largest size within both, in proportion.
     """
 
-    def __init__(self, model, name: str, *, short_side: int = SHORT_SIDE, long_side: int = LONG_SIDE):
-        if model.config.num_labels != len(CLASSES):
-            raise ValueError(
-                f"{name}: a detector of {model.config.num_labels} classes, GenEval needs COCO's {len(CLASSES)} in "
-                f"COCO's order; give an instance segmentation checkpoint such as {DETECTOR}"
-            )
-        self.model, self.name = model.float().eval(), name
-        self.short_side, self.long_side = short_side, long_side
+    model: Mask2FormerForUniversalSegmentation
+    name: str
+    short_side: int = SHORT_SIDE
+    long_side: int = LONG_SIDE
 
     @classmethod
     def from_pretrained(
-        cls,
-        source: str | Path = DETECTOR,
-        *,
-        device: str | torch.device = "auto",
-        short_side: int = SHORT_SIDE,
-        long_side: int = LONG_SIDE,
+        cls, source: str | Path = DETECTOR, *, device: str | torch.device = "auto", **sizes: int
     ) -> Detector:
-        """Load a Mask2Former of COCO's 80 classes from a folder or the Hub.
+        """Load a Mask2Former of COCO's 80 classes from a folder or the Hub; `sizes` are `short_side` and `long_side`.
 
         Raises:
             ImportError: scipy is missing; transformers' Mask2Former needs it.
@@ -67,15 +58,15 @@ class Detector:
         """
         if find_spec("scipy") is None:
             raise ImportError("GenEval's detector needs scipy, not installed here: pip install 'ssd-cache[eval]'")
-        kind = AutoConfig.from_pretrained(source).model_type
-        if kind != "mask2former":
-            raise ValueError(f"{source}: a {kind!r} model, not 'mask2former'; give one such as {DETECTOR}")
-        model, loading = Mask2FormerForUniversalSegmentation.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
+        model = load_judge(
+            Mask2FormerForUniversalSegmentation, source, kind="mask2former", dtype="float32", device=device
         )
-        if missing := sorted(set(loading["missing_keys"]) & {name for name, _ in model.named_parameters()}):
-            raise ValueError(f"{source}: {len(missing)} weights are missing, such as {missing[0]}; fetch it anew")
-        return cls(model.to(resolve_device(device)), str(source), short_side=short_side, long_side=long_side)
+        if model.config.num_labels != len(CLASSES):
+            raise ValueError(
+                f"{source}: a detector of {model.config.num_labels} classes, GenEval needs COCO's {len(CLASSES)}; give "
+                f"an instance segmentation checkpoint such as {DETECTOR}"
+            )
+        return cls(model, str(source), **sizes)
 
     @torch.inference_mode()
     def detect(self, image: Image.Image) -> list[Detection]:
@@ -94,14 +85,11 @@ class Detector:
 def prepare(
     image: Image.Image, short_side: int = SHORT_SIDE, long_side: int = LONG_SIDE
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The model's input for an image, and (height, width) of the image in it.
+    """Pixels `[1, 3, padded height, padded width]` for the model, and (height, width) of the image in them.
 
     The image is resized bilinearly without antialiasing, as in OpenCV, and rounded to whole numbers; then normalised;
-    then padded with zeros on the right and below to multiples of 32. A square becomes 800 x 800; an image 512 wide and
-    384 high becomes 1067 x 800 in 1088 x 800.
-
-    Returns:
-        Pixels `[1, 3, padded height, padded width]`, and the size before padding.
+    then padded with zeros on the right and below to multiples of 32. An image 512 wide and 384 high becomes 1067 x 800
+    in 1088 x 800.
     """
     rgb = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()
     scale = min(long_side / max(image.size), short_side / min(image.size))
@@ -119,7 +107,7 @@ def read_detections(
     resized: tuple[int, int],
     original: tuple[int, int],
 ) -> list[Detection]:
-    """Detections of one image from the model's raw outputs.
+    """At most 100 detections of one image, with masks `[height, width]` of its original size.
 
     A score is the probability of the class times the mean probability of the pixels in the mask. The mask contains the
     pixels with a logit above 0 in the image's own size. One query can give several classes. An empty mask has score 0.
@@ -128,9 +116,6 @@ def read_detections(
         class_logits: `[queries, classes + 1]`, the last of them "no object".
         mask_logits: `[queries, height / 4, width / 4]` of the padded image.
         padded, resized, original: (height, width) of the model's input, of the image in it, and of the image.
-
-    Returns:
-        At most 100 detections, with masks `[height, width]` of the original size.
     """
     probabilities = class_logits.softmax(-1)[:, :-1]
     num_classes = probabilities.shape[1]
@@ -138,7 +123,7 @@ def read_detections(
     queries = best.indices // num_classes
     used, place = queries.unique(return_inverse=True)
     masks, certainty = [], []
-    for chunk in used.split(_CHUNK):
+    for chunk in used.split(CHUNK):
         logits = F.interpolate(mask_logits[chunk][None], size=padded, mode="bilinear", align_corners=False)
         logits = logits[..., : resized[0], : resized[1]]
         logits = F.interpolate(logits, size=original, mode="bilinear", align_corners=False)[0]

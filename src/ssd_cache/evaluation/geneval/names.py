@@ -6,7 +6,14 @@ never by name. Source: github.com/djghosh13/geneval, evaluation/object_names.txt
 
 from __future__ import annotations
 
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+from typing import Literal, get_args
+
+Tag = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+Color = Literal["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
+Relation = Literal["left of", "right of", "above", "below"]
+
+TAGS: tuple[Tag, ...] = get_args(Tag)
+COLORS: tuple[Color, ...] = get_args(Color)
 
 _CLASSES = """
 person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
@@ -19,7 +26,3 @@ teddy bear, hair drier, toothbrush
 """
 
 CLASSES = tuple(name.strip() for name in _CLASSES.split(","))
-
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-
-RELATIONS = ("left of", "right of", "above", "below")

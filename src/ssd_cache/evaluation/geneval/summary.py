@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ssd_cache.evaluation.geneval.names import TAGS
+from ssd_cache.evaluation.geneval.names import TAGS, Tag
 
 SCORER = "GenEval rules, HF detector"
 """Stored in all results: the rules are GenEval's, the detector's weights are not, so scores are not official."""
@@ -35,7 +35,7 @@ class ImageResult:
     """
 
     filename: str
-    tag: str
+    tag: Tag
     prompt: str
     correct: bool
     reason: str
@@ -45,6 +45,11 @@ class ImageResult:
     sha256: str = ""
     scorer: str = SCORER
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def judge(self) -> dict[str, Any]:
+        """The scorer and its settings; results of different judges are not mixed."""
+        return {"scorer": self.scorer, **self.settings}
 
 
 @dataclass(frozen=True)
@@ -85,39 +90,37 @@ def summarize(results: Sequence[ImageResult]) -> GenEvalScore:
     """Compute the score of some images.
 
     Raises:
-        ValueError: there are no images, a tag is unknown, or the results are of several scorers or settings.
+        ValueError: there are no images, or the results are of several scorers or settings.
     """
     if not results:
-        raise ValueError("no results: give those of one picture or more")
+        raise ValueError("no results: give those of at least one image")
     first = results[0]
-    if other := next((it for it in results if (it.scorer, it.settings) != (first.scorer, first.settings)), None):
-        raise ValueError(
-            f"results of two runs: {first.filename} by {first.scorer!r} with {first.settings}, {other.filename} by "
-            f"{other.scorer!r} with {other.settings}; give those of one"
-        )
-    if unknown := sorted({result.tag for result in results} - set(TAGS)):
-        raise ValueError(f"results of unknown tags {', '.join(unknown)}; GenEval's are {', '.join(TAGS)}")
-    tags, num_images, num_prompts, errors = {}, {}, {}, {}
-    prompts: dict[str, list[bool]] = {}
-    for result in results:
-        prompts.setdefault(result.metadata, []).append(result.correct)
+    if other := next((result for result in results if result.judge != first.judge), None):
+        raise ValueError(f"results of two runs: {first.filename} by {first.judge}, {other.filename} by {other.judge}")
+    tags: dict[str, float] = {}
+    by_prompt: dict[str, dict[str, list[bool]]] = {}
     for tag in TAGS:
         if part := [result for result in results if result.tag == tag]:
-            tags[tag] = sum(result.correct for result in part) / len(part)
-            means = [statistics.fmean(prompts[metadata]) for metadata in dict.fromkeys(it.metadata for it in part)]
-            num_images[tag], num_prompts[tag] = len(part), len(means)
-            errors[tag] = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
+            tags[tag], by_prompt[tag] = statistics.fmean(result.correct for result in part), {}
+            for result in part:
+                by_prompt[tag].setdefault(result.metadata, []).append(result.correct)
+    errors = {tag: _error([statistics.fmean(images) for images in by_prompt[tag].values()]) for tag in tags}
     known = [error for error in errors.values() if error is not None]
     return GenEvalScore(
         tags=tags,
         overall=sum(tags.values()) / len(tags),
-        images_correct=sum(result.correct for result in results) / len(results),
-        prompts_correct=sum(map(any, prompts.values())) / len(prompts),
-        num_images=num_images,
-        num_prompts=num_prompts,
+        images_correct=statistics.fmean(result.correct for result in results),
+        prompts_correct=statistics.fmean(any(images) for prompts in by_prompt.values() for images in prompts.values()),
+        num_images={tag: sum(map(len, prompts.values())) for tag, prompts in by_prompt.items()},
+        num_prompts={tag: len(prompts) for tag, prompts in by_prompt.items()},
         tag_errors=errors,
         standard_error=math.hypot(*known) / len(tags) if len(known) == len(tags) else None,
         unreadable=tuple(result.filename for result in results if not result.readable),
         scorer=first.scorer,
         settings=first.settings,
     )
+
+
+def _error(means: Sequence[float]) -> float | None:
+    """Standard error of the mean of independent values."""
+    return statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None

@@ -66,6 +66,23 @@ def parse_json(content: str | bytes, max_depth: int = MAX_DEPTH) -> Any:
     return value
 
 
+def read_json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a file of JSON lines, each with its place: the file and the line number. Skips blank lines.
+
+    Raises:
+        ValueError: a line is not a JSON object; the message names its place.
+        OSError: the file cannot be read.
+    """
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # a prompt may hold other line separators
+        if line.strip():
+            try:
+                found.append((f"{path}, line {number}", checked(dict, parse_json(line))))
+            except ValueError as error:
+                raise ReadableError(f"{path}, line {number}: not a JSON object ({error})") from error
+    return found
+
+
 def is_unicode(text: str) -> bool:
     """Whether a text can be encoded in UTF-8; a text with half of a surrogate pair cannot."""
     try:

@@ -64,7 +64,7 @@ def read_prompt_results(path: str | Path) -> PromptResults:
         if "official" in first:
             return _read(path, DPG, lines[1:], first)
         if "scorer" in first:
-            return _read(path, GENEVAL, lines, _geneval_judge(checked_fields(GENEVAL_LINE, first)))
+            return _read(path, GENEVAL, lines, _geneval_judge(first))
         raise ReadableError(f"{path}: no results of single prompts of GenEval or DPG-Bench in it")
     except OSError as error:
         raise ReadableError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
@@ -94,7 +94,8 @@ def _read(path: Path, benchmark: str, lines: list[tuple[str, dict[str, Any]]], j
 
 
 def _geneval_judge(row: dict[str, Any]) -> dict[str, Any]:
-    return {"scorer": row["scorer"], **row["settings"]}
+    settings = row.get("settings")
+    return {"scorer": row["scorer"], **(settings if isinstance(settings, dict) else {})}
 
 
 def _geneval_images(row: dict[str, Any], judge: dict[str, Any]) -> tuple[str, str, dict[str, float]]:

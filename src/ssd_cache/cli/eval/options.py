@@ -22,8 +22,8 @@ CACHE = "Cache"
 DEFAULT_POLICIES = ",".join(["full", DEFAULT, *(name for name in POLICIES if name not in ("full", "learned"))])
 
 
-def _option(help: str, metavar: str, default: str | bool = "the policy's own", panel: str = CACHE) -> Any:
-    return typer.Option(help=help, metavar=metavar, show_default=default, rich_help_panel=panel)
+def _option(text: str, metavar: str, default: str | bool = "the policy's own", panel: str = CACHE) -> Any:
+    return typer.Option(help=text, metavar=metavar, show_default=default, rich_help_panel=panel)
 
 
 _BUDGETS = "Visual tokens a head may hold: fractions of the grid, or counts (115). full has one, everything."

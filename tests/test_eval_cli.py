@@ -290,7 +290,7 @@ def test_two_processes_draw_what_one_draws(drawn, child):
     outputs = [process.communicate(timeout=500) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "both: 12 of 12 pictures (2 processes; " in outputs[0][0]
-    assert (outputs[1][0], "drawing" in outputs[1][1]) == ("", False)
+    assert (outputs[1][0], "generating" in outputs[1][1]) == ("", False)
     assert contents("both") == contents(drawn / "dpg")
 
 

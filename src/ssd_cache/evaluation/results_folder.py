@@ -55,7 +55,8 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def recorded_batch_size(folder: Path) -> int | None:
     """The batch size of the results in a folder; None for a folder without results."""
-    return read_run(folder)["conditions"]["batch_size"] if (folder / RUN_FILE).exists() else None
+    found = read_run(folder)["conditions"]["batch_size"] if (folder / RUN_FILE).exists() else 0
+    return found if found > 0 else None
 
 
 def merge_runs(place: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

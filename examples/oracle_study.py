@@ -20,16 +20,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ssd_cache import HeadMap, SSDCache
-from ssd_cache.evaluation.bootstrap import compare, score
+from ssd_cache.evaluation.bootstrap import compare, mean, standard_error
 from ssd_cache.evaluation.conditions import draw_seed
 from ssd_cache.evaluation.policies import choose_head_map, parse_policies
 from ssd_cache.evaluation.shapes import check_model, shapes_prompts
-from ssd_cache.evaluation.tables import interval_text
 from ssd_cache.models import Generator, find_generator
 from ssd_cache.shapes import KINDS, judge
 
 NAME = "oracle"
-Verdicts = dict[str, dict[int, dict[int, bool]]]
 Hide = Callable[[int, torch.Tensor], torch.Tensor | None]
 """Maps a layer index and the attention that the visual tokens of a step receive to a mask of tokens to hide.
 
@@ -180,7 +178,7 @@ def main(
     num_slots = torch.tensor([layer.plan.num_slots for layer in cache.layers])
     prompts = shapes_prompts(per_kind, prompt_seed)
     generator = checkpoint.load("float32", "cpu")
-    found: dict[str, Verdicts] = {}
+    found: dict[str, dict[str, dict[int, float]]] = {}  # oracle -> kind -> caption -> whether it is correct
     for number, start in enumerate(tqdm(range(0, len(prompts), batch_size), unit="batch")):
         batch, recorder = prompts[start : start + batch_size], Recorder(head_map.num_layers)
         for name, make in {
@@ -191,13 +189,14 @@ def main(
             tokens = draw(generator, head_map, make(), [caption for _, caption in batch], draw_seed(seed, number))
             for index, picture in enumerate(tokens.cpu().numpy(), start):
                 kind, caption = prompts[index]
-                found.setdefault(name, {}).setdefault(kind, {})[index] = {seed: judge(picture, caption).correct}
-    for name, verdicts in found.items():
-        reached, less = score(verdicts, KINDS), compare(verdicts, found["everything"], KINDS)
-        kinds = ", ".join(f"{kind} {share:.2f}" for kind, share in reached.kinds.items())
+                of_kind = found.setdefault(name, {kind: {} for kind in KINDS})[kind]
+                of_kind[index] = float(judge(picture, caption).correct)
+    for name, results in found.items():
+        kinds = ", ".join(f"{kind} {mean({kind: results[kind]}):.2f}" for kind in KINDS)
+        difference, interval, _ = compare(results, found["everything"]).cells(3)
         print(
-            f"{name}: {reached.overall:.3f} +- {reached.standard_error:.3f} ({kinds}); less everything "
-            f"{less.difference:+.3f}, 95% {interval_text(less, 3)}, {less.num_pictures} pictures"
+            f"{name}: {mean(results):.3f} +- {standard_error(results):.3f} ({kinds}); less everything {difference}, "
+            f"95% {interval}, {len(prompts)} images"
         )
 
 

@@ -17,7 +17,7 @@ import typer
 from PIL import Image
 
 from ssd_cache import SSDCache
-from ssd_cache.evaluation.export import claim_folder, draw_pictures
+from ssd_cache.evaluation.export import claim_folder, generate_images
 from ssd_cache.io.writing import write_files
 from ssd_cache.models import find_generator, resolve_device, resolve_dtype
 from ssd_cache.profiling.measuring import prompts_sha256
@@ -26,7 +26,7 @@ from ssd_cache.runs.processes import Processes
 
 @dataclass(frozen=True)
 class Pictures:
-    """One file per prompt, in the form that `draw_pictures` requires (`PictureSet`)."""
+    """One file per prompt, in the form that `generate_images` requires (`ImageSet`)."""
 
     root: Path
     texts: Sequence[str]
@@ -76,7 +76,7 @@ def main(
     claim_folder(output, settings, "\n".join(prompts) + "\n", write=processes.is_main)
 
     pictures = Pictures(output, prompts)
-    drawn = draw_pictures(
+    drawn = generate_images(
         checkpoint.load(kind, where),
         pictures,
         lambda: SSDCache(labels, budget),

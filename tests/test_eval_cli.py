@@ -30,14 +30,13 @@ from typer.testing import CliRunner
 
 from ssd_cache import SSDCache
 from ssd_cache.cli import app
-from ssd_cache.evaluation.clip_score import clip_score
 from ssd_cache.evaluation.conditions import draw_seed
 from ssd_cache.evaluation.dpg import SheetFolder, cut_sheet, load_vqa
-from ssd_cache.evaluation.export import ExportError, draw_pictures
+from ssd_cache.evaluation.export import ExportError, generate_images
 from ssd_cache.evaluation.geneval import SCORER, SampleFolder
 from ssd_cache.evaluation.geneval.prompts import parse_prompt
-from ssd_cache.evaluation.metrics import MetricsError, fid, load_inception
-from ssd_cache.evaluation.picture_folders import find_captioned, find_pictures
+from ssd_cache.evaluation.image_folders import find_captioned, find_images
+from ssd_cache.evaluation.metrics import MetricsError, clip_score, fid, load_inception
 from ssd_cache.models import find_generator
 
 PIXELS = SIDE * 16
@@ -290,7 +289,7 @@ def test_two_processes_generate_the_same_as_one(drawn, child):
     outputs = [process.communicate(timeout=500) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "both: 12 of 12 images (2 processes; " in outputs[0][0]
-    assert (outputs[1][0], "drawing" in outputs[1][1]) == ("", False)
+    assert (outputs[1][0], "generating" in outputs[1][1]) == ("", False)
     assert contents("both") == contents(drawn / "dpg")
 
 
@@ -324,7 +323,7 @@ def test_a_full_disk_is_reported_and_images_are_kept(model, tmp_path):
     def generate():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return draw_pictures(
+            return generate_images(
                 generator, folder, lambda: SSDCache(head_map(), 0.5), batch_size=1, seed=0, progress=False
             )
 
@@ -334,7 +333,7 @@ def test_a_full_disk_is_reported_and_images_are_kept(model, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # the system refuses to write more, as on a full disk
     try:
-        with pytest.raises(ExportError, match="can not be written .* make room, and run the same command again"):
+        with pytest.raises(ExportError, match="cannot be written .* make room, and run the same command again"):
             generate()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -377,9 +376,9 @@ def test_a_full_disk_is_reported_and_images_are_kept(model, tmp_path):
         (("dpg", "score", "no", "--questions", "q.csv", "--vqa", "x"), "'no' does not exist"),
         (("dpg", "score", ".", "--questions", "no.csv", "--vqa", "x"), "'no.csv' does not exist"),
         (("dpg", "score", ".", "--questions", "short.csv", "--vqa", "x"), "short.csv: no column dependency"),
-        (("fid", "no", "--reference", "."), "no is no folder"),
-        (("fid", ".", "--reference", "."), "has no pictures"),
-        (("clipscore", "."), "nothing says what its pictures are of"),
+        (("fid", "no", "--reference", "."), "no has no images"),
+        (("fid", ".", "--reference", "."), "has no images"),
+        (("clipscore", "."), ". has no captions; give GenEval's layout"),
     ],
 )
 def test_wrong_use_is_reported_in_one_line_before_loading(arguments, message):
@@ -569,27 +568,27 @@ def test_fid_is_the_frechet_distance_of_features(inception):
     noise("b", 12, 90, 160, name="below/{}.jpg")
     features = []
     for folder in ("a", "b"):
-        pictures = [np.array(picture.open(), dtype=float) for picture in find_pictures(folder)]
+        pictures = [np.array(picture.open(), dtype=float) for picture in find_images(folder)]
         features.append(np.array([picture.mean((0, 1)) for picture in pictures]))
     (first, second), covariances = [part.mean(0) for part in features], [np.cov(part.T) for part in features]
     root = scipy.sqrtm(covariances[0] @ covariances[1]).real
     expected = ((first - second) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
-    result = run("fid", "a", "--reference", "b", "--inception", inception, "-o", "fid", "--batch-size", 4)
+    result = run("fid", "a", "--reference", "b", "--inception", inception, "-o", "fid")
     assert result.exit_code == 0, result.output
     summary = json.loads(Path("fid/summary.json").read_text("utf-8"))
     assert summary["value"] == pytest.approx(expected, rel=1e-3)  # features and their mean in float32
     assert (summary["num_pictures"], summary["num_references"]) == (9, 12)
-    assert "of fewer than 10000 pictures an FID is too high" in " ".join(result.stdout.split())
+    assert "with fewer than 10000 images an FID is too high" in " ".join(result.stdout.split())
     Path("a/0.png").write_bytes(b"no picture")
     result = run("fid", "a", "--reference", "b", "--inception", inception)
     assert result.exit_code == 1
-    assert "1 pictures could not be read and count for nothing: 0.png" in result.stderr
+    assert "1 images could not be read and are left out: 0.png" in result.stderr
 
 
 def test_fid_takes_any_module(inception):
     pytest.importorskip("torchmetrics")
     noise("a", 5, 40, 200)
-    pictures = find_pictures("a")
+    pictures = find_images("a")
 
     class Plain(torch.nn.Module):
         def forward(self, pictures):
@@ -597,7 +596,7 @@ def test_fid_takes_any_module(inception):
 
     assert fid(pictures, pictures, Plain()).value == pytest.approx(0, abs=0.05)  # of a spread of about 2000, in float32
     assert fid(pictures, pictures, load_inception(inception)).value == pytest.approx(0, abs=0.05)
-    with pytest.raises(MetricsError, match="1 pictures: FID compares covariances"):
+    with pytest.raises(MetricsError, match="1 readable images of 1: FID needs two or more"):
         fid(pictures[:1], pictures, Plain())
 
 
@@ -606,16 +605,15 @@ def test_fid_says_what_is_missing(monkeypatch):
     noise("a", 3, 40, 200)
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # Python's own way to make an import fail
     result = run("fid", "a", "--reference", "a")
-    assert result.exit_code == 1
-    assert "torch-fidelity, which can not be imported here" in result.stderr
+    assert result.exit_code == 2
+    assert "FID needs torchmetrics and an Inception-V3" in result.stderr
     assert "--inception" in result.stderr
     result = run("fid", "a", "--reference", "a", "--inception", "a/0.png")
     assert (result.exit_code, "a/0.png is no TorchScript file" in result.stderr) == (2, True)
 
 
 def test_clip_score_is_the_mean_cosine(geneval, judges):
-    pytest.importorskip("torchmetrics")
-    result = run("clipscore", "out", "--clip", judges["clip"], "-o", "clip", "--batch-size", 4, "--device", "cpu")
+    result = run("clipscore", "out", "--clip", judges["clip"], "-o", "clip", "--device", "cpu")
     assert result.exit_code == 0, result.output
     model, processor = CLIPModel.from_pretrained(judges["clip"]), CLIPProcessor.from_pretrained(judges["clip"])
     expected = []
@@ -632,36 +630,38 @@ def test_clip_score_is_the_mean_cosine(geneval, judges):
     assert (summary["num_pictures"], summary["num_cut"]) == (6, 0)
 
 
-def test_clip_score_of_sheets_and_of_long_prompts(dpg, judges):
-    pytest.importorskip("torchmetrics")
-    captioned = find_captioned("out")
-    assert [(picture.name, text) for picture, text in captioned[4:6]] == [
-        ("vrd7.png [0]", PROMPTS["vrd7"]),
-        ("vrd7.png [1]", PROMPTS["vrd7"]),
-    ]
-    with Image.open("out/vrd7.png") as sheet:
-        assert captioned[5][0].open().tobytes() == cut_sheet(sheet, PIXELS)[1].tobytes()
+def test_clip_score_of_long_prompts(judges):
+    noise("a", 4, 40, 200)
+    texts = ["a car", LONG, "a bench", LONG]
+    lines = [json.dumps({"file_name": f"{number}.png", "prompt": text}) + "\n" for number, text in enumerate(texts)]
+    Path("a/metadata.jsonl").write_text("".join(lines), "utf-8")
+    captioned = find_captioned("a")
     result = clip_score(captioned, judges["clip"], device="cpu")
-    assert (result.num_pictures, result.num_cut) == (12, 4)
+    assert (result.num_pictures, result.num_cut) == (4, 2)
     model, processor = CLIPModel.from_pretrained(judges["clip"]), CLIPProcessor.from_pretrained(judges["clip"])
     expected = []
-    for picture, text in captioned:  # the end mark of a long prompt stays, or its features would be read elsewhere
-        inputs = processor(text=text, images=picture.open(), return_tensors="pt", truncation=True, max_length=77)
+    for image in captioned:  # the end mark of a long prompt stays, or its features would be read elsewhere
+        inputs = processor(text=image.caption, images=image.open(), return_tensors="pt", truncation=True, max_length=77)
         with torch.no_grad():
             outputs = model(**inputs)
         expected.append(100 * torch.cosine_similarity(outputs.image_embeds, outputs.text_embeds).item())
-    assert result.value == pytest.approx(sum(expected) / 12, abs=1e-3)  # of 100, in float32
+    assert result.value == pytest.approx(max(0, sum(expected) / 4), abs=1e-3)  # of 100, in float32
     assert sum(expected) > 0  # below it stands for nothing: the score is cut at 0
+
+
+def test_fid_refuses_sheets(dpg):
+    result = run("fid", "out", "--reference", "out")
+    assert (result.exit_code, "out has sheets of four images" in result.stderr) == (2, True)
 
 
 def test_captions_from_a_list():
     noise("a", 2, 40, 200)
     lines = [{"file_name": "0.png", "prompt": "a car"}, {"file_name": "1.png", "text": "a bench"}]
     Path("a/metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-    assert [(picture.name, text) for picture, text in find_captioned("a")] == [("0.png", "a car"), ("1.png", "a bench")]
+    assert [(image.name, image.caption) for image in find_captioned("a")] == [("0.png", "a car"), ("1.png", "a bench")]
     for broken, message in (
-        ({"file_name": "2.png", "prompt": "a car"}, "line 3: the picture '2.png' is not there"),
-        ({"file_name": "0.png", "prompt": "a car"}, "line 3: the picture '0.png' stands in it twice"),
+        ({"file_name": "2.png", "prompt": "a car"}, "line 3: the image '2.png' does not exist"),
+        ({"file_name": "0.png", "prompt": "a car"}, "line 3: the image '0.png' is listed twice"),
         ({"file_name": "0.png"}, 'line 3: .* needs texts as "file_name" and "prompt"'),
     ):
         text = "".join(json.dumps(line) + "\n" for line in [*lines, broken])

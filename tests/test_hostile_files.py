@@ -25,7 +25,7 @@ from ssd_cache.evaluation.fidelity import measure_divergence
 from ssd_cache.evaluation.fidelity.parts import measure_in_parts
 from ssd_cache.evaluation.geneval import score as geneval_score
 from ssd_cache.evaluation.geneval.summary import ImageResult
-from ssd_cache.evaluation.prompt_scores import read_prompt_scores
+from ssd_cache.evaluation.prompt_results import read_prompt_results
 from ssd_cache.evaluation.records import Record
 from ssd_cache.evaluation.reporting import read_summary, write_report
 from ssd_cache.evaluation.result_file import append_row
@@ -269,7 +269,7 @@ def _geneval(generator, profiled, tmp_path):
 
 def _geneval_scores(generator, profiled, tmp_path):
     path = _image_results(tmp_path)
-    return Format(path, lambda: read_prompt_scores(path), (ValueError,))
+    return Format(path, lambda: read_prompt_results(path), (ValueError,))
 
 
 def _dpg_rows(tmp_path):
@@ -293,7 +293,7 @@ def _dpg(generator, profiled, tmp_path):
 
 def _dpg_scores(generator, profiled, tmp_path):
     path, _ = _dpg_rows(tmp_path)
-    return Format(path, lambda: read_prompt_scores(path), (ValueError,))
+    return Format(path, lambda: read_prompt_results(path), (ValueError,))
 
 
 def attack(one: Format, generator, number: int, seed: int) -> int:

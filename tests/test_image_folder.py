@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from ssd_cache import SSDCache
 from ssd_cache.cli import app
 from ssd_cache.cli.plan import COMPARED
-from ssd_cache.evaluation.picture_folders import find_captioned, find_pictures
+from ssd_cache.evaluation.image_folders import find_captioned, find_images
 from ssd_cache.models import Checkpoint, find_generator
 
 CIRCLE, SQUARES = "a photo of a red circle", "a photo of two squares"
@@ -88,8 +88,8 @@ def test_each_image_is_the_librarys_own_and_carries_its_metadata(whole, model):
         expected |= {"model": str(model), "batch_size": 3, "head_map": head_map().digest, "dtype": "float32"}
         assert expected.items() <= line.items()
         assert {"ssd_cache", "torch", "transformers", "temperature", "device", "settings"} <= line.keys()
-    assert [(image.name, text) for image, text in find_captioned(whole)] == list(zip(IMAGES, texts, strict=True))
-    assert [image.name for image in find_pictures(whole)] == list(IMAGES)
+    assert [(image.name, image.caption) for image in find_captioned(whole)] == list(zip(IMAGES, texts, strict=True))
+    assert [image.name for image in find_images(whole)] == list(IMAGES)
 
 
 def test_a_second_call_generates_what_is_missing_and_nothing_else(whole, run, monkeypatch):

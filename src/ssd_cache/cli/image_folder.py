@@ -24,7 +24,7 @@ from ssd_cache.evaluation.export import (
     SETTINGS_FILE,
     check_unclaimed,
     claim_folder,
-    draw_pictures,
+    generate_images,
     recorded_batch_size,
 )
 from ssd_cache.evaluation.image_files import ImageFiles, batch_seed
@@ -62,7 +62,7 @@ def generate_folder(job: Job, output_dir: Path) -> None:
     with job.compiled(generator):
         for name, images in sets.items():
             with interruptible(partial(_kept, images, processes.is_main)):
-                made = draw_pictures(
+                made = generate_images(
                     generator,
                     images,
                     partial(_reset, job.caches[name]),

@@ -1,6 +1,6 @@
 """Loads CLIP: model, tokenizer and an image processor that resizes with PIL on every machine.
 
-`geneval/colors.py` uses it for colours, `clip_score.py` for whole images.
+`geneval/colors.py` uses it for colours, `metrics.py` for whole images.
 """
 
 from __future__ import annotations

@@ -1,39 +1,34 @@
 """Compares results of GenEval or DPG-Bench: every file against the first, with a test of each difference.
 
 It refuses files that are not comparable. It does not know which policy generated which images; the user who names the
-files does. `prompt_scores.py` reads the files, `bootstrap.py` has the statistics.
+files does. `prompt_results.py` reads the files, `bootstrap.py` has the statistics.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssd_cache.evaluation.bootstrap import (
-    NUM_RESAMPLES,
-    Difference,
-    bootstrap_difference,
-    bootstrap_error,
-    stratified_mean,
-)
-from ssd_cache.evaluation.prompt_scores import PromptScores, differing, read_prompt_scores
+from ssd_cache.evaluation import bootstrap
+from ssd_cache.evaluation.bootstrap import NUM_RESAMPLES, Difference, to_json
+from ssd_cache.evaluation.prompt_results import PromptResults, read_prompt_results
+from ssd_cache.io.showing import differences, shown
 
 OVERALL = "overall"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One score of one file.
+    """One result of one file.
 
     Attributes:
         task: `OVERALL`, or one of GenEval's tags.
         results: short name of the file: the parts of its path that differ from the other paths. For example `full` and
             `ssd-20` for `full/results/results.jsonl` and `ssd-20/results/results.jsonl`.
         score: for GenEval the share of correct images, and overall the mean of the tags; for DPG-Bench 0 to 100.
-        standard_error: of the score, by bootstrap over prompts.
+        standard_error: of the score, from the spread between prompts; NaN if a tag has a single prompt.
         difference: score minus that of the first file; None for the first file.
     """
 
@@ -48,20 +43,20 @@ class Row:
 class Comparison:
     """All rows, overall first, and the compared files, in the order given."""
 
-    files: tuple[PromptScores, ...]
+    files: tuple[PromptResults, ...]
     rows: tuple[Row, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The comparison without the scores of single prompts, for a JSON file."""
+        """The comparison without the results of single prompts, for a JSON file."""
         first = self.files[0]
         return {
             "benchmark": first.benchmark,
             "judge": first.judge,
             "files": [str(file.path) for file in self.files],
             "num_prompts": len(first.prompts),
-            "num_pictures": first.num_pictures,
+            "num_pictures": first.num_images,
             "num_resamples": NUM_RESAMPLES,
-            "rows": [_finite(asdict(row)) for row in self.rows],
+            "rows": [to_json(row) for row in self.rows],
         }
 
 
@@ -72,86 +67,38 @@ def compare_results(paths: Sequence[str | Path]) -> Comparison:
     resample holds the same prompts of both files, so the difficulty of a prompt does not affect a difference.
 
     Raises:
-        ValueError: fewer than two files, a file that cannot be read (see `read_prompt_scores`) or is given twice, files
-            with different benchmarks, judges, prompts or numbers of images, or a tag with a single prompt.
+        ValueError: fewer than two files, a file that cannot be read (see `read_prompt_results`), or files with
+            different benchmarks, judges, prompts or numbers of images.
     """
     if len(paths) < 2:
-        raise ValueError(
-            f"{len(paths)} file(s) of results: give two or more; the first is what the others are held against"
-        )
-    files: list[PromptScores] = []
-    for path in paths:
-        file = read_prompt_scores(path)
-        if any(file.path.samefile(other.path) for other in files):
-            raise ValueError(f"{file.path}: given twice; give the results of another folder of pictures")
-        if files:
-            _check_alike(files[0], file)
-        files.append(file)
-    first = files[0]
-    for stratum, of_prompts in first.strata.items():
-        if len(of_prompts) < 2:
-            raise ValueError(
-                f"{first.path}: 1 prompt of {stratum}, and chance is told from how prompts differ; score two or more"
-            )
+        raise ValueError(f"{len(paths)} file(s) of results: give two or more; the others are compared with the first")
+    first, *others = files = [read_prompt_results(path) for path in paths]
+    for other in others:
+        _check_alike(first, other)
     names = _short_names([file.path for file in files])
     tasks = {OVERALL: list(first.strata)}
     if len(first.strata) > 1:
         tasks |= {stratum: [stratum] for stratum in first.strata}
-    return Comparison(
-        files=tuple(files),
-        rows=tuple(
-            _row(task, name, strata, file, first)
-            for task, strata in tasks.items()
-            for name, file in zip(names, files, strict=True)
-        ),
-    )
+    rows = []
+    for task, strata in tasks.items():
+        results = [{stratum: file.strata[stratum] for stratum in strata} for file in files]
+        for name, found in zip(names, results, strict=True):
+            difference = None if found is results[0] else bootstrap.compare(found, results[0])
+            rows.append(Row(task, name, bootstrap.mean(found), bootstrap.standard_error(found), difference))
+    return Comparison(tuple(files), tuple(rows))
 
 
-def _finite(value: Any) -> Any:
-    """Replace NaN, which JSON does not have, by None."""
-    if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _row(task: str, name: str, strata: Sequence[str], file: PromptScores, first: PromptScores) -> Row:
-    scores = [list(file.strata[stratum].values()) for stratum in strata]
-    difference = None
-    if file is not first:
-        difference = bootstrap_difference(
-            [
-                [file.strata[stratum][prompt] - score for prompt, score in first.strata[stratum].items()]
-                for stratum in strata
-            ],
-            num_pictures=sum(map(len, scores)) * file.num_pictures,
-        )
-    return Row(task, name, stratified_mean(scores), bootstrap_error(scores), difference)
-
-
-def _check_alike(first: PromptScores, other: PromptScores) -> None:
+def _check_alike(first: PromptResults, other: PromptResults) -> None:
     """Refuse a file that is not comparable to the first."""
-    if first.benchmark != other.benchmark:
+    wanted, found = (
+        {"benchmark": file.benchmark, **file.judge, "images of a prompt": file.num_images} for file in (first, other)
+    )
+    if differing := differences(wanted, found, ("there", "here")):
+        raise ValueError(f"{other.path}: not comparable with {first.path} ({differing}); score both in the same way")
+    if changed := sorted(first.prompts ^ other.prompts):
         raise ValueError(
-            f"{other.path}: results of {other.benchmark}, but {first.path} is of {first.benchmark}; compare like"
-            " with like"
-        )
-    if first.judge != other.judge:
-        raise ValueError(
-            f"{other.path}: judged otherwise than {first.path} ({differing(first.judge, other.judge)}); score both "
-            "with the same judge and settings"
-        )
-    missing = [prompt for prompt in first.prompts if prompt not in other.prompts]
-    more = [prompt for prompt in other.prompts if prompt not in first.prompts]
-    if missing or more:
-        raise ValueError(
-            f"{other.path}: other prompts than {first.path}: {len(missing)} of its {len(first.prompts)} are missing, "
-            f"{len(more)} are more, as {(missing or more)[0][1]}; "
-            "score the same prompts and questions, both to the end"
-        )
-    if first.num_pictures != other.num_pictures:
-        raise ValueError(
-            f"{other.path}: {other.num_pictures} pictures of each prompt, but {first.path} has {first.num_pictures}; "
-            "score as many of both"
+            f"{other.path}: other prompts or questions than {first.path}: {len(changed)} are in one of them only, "
+            f"such as {shown(changed[0][1])}; score the same prompts, both to the end"
         )
 
 

@@ -18,8 +18,6 @@ from transformers import GenerationConfig
 import ssd_cache
 from ssd_cache.models import Checkpoint
 
-SEEDS = "first 63 bits of sha256('seed batch')"
-
 
 def draw_seed(seed: int, batch: int) -> int:
     """torch's seed for a batch; it depends only on these two numbers, so every policy uses the same random numbers."""
@@ -37,19 +35,8 @@ def drawing_conditions(
     temperature: float | None,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The conditions of a run as JSON values.
-
-    Args:
-        checkpoint: the model.
-        prompts: (kind, caption), in the order of generation.
-        dtype: dtype of the decoder.
-        device: device of the decoder.
-        batch_size: images generated at once.
-        guidance_scale: the checkpoint's own when not given.
-        temperature: the checkpoint's own when not given.
-        settings: settings of every policy's cache; settings in a policy's name take precedence.
-    """
-    own = _own_sampling(checkpoint)
+    """The conditions of a run as JSON values; `prompts` are (kind, caption), `settings` those of every cache."""
+    own_guidance, own_temperature = _own_sampling(checkpoint)
     texts = "\n".join(f"{kind}\t{caption}" for kind, caption in prompts)
     return {
         **checkpoint.layout.as_json(),
@@ -62,9 +49,9 @@ def drawing_conditions(
         "model_sha256": model_sha256(checkpoint),
         "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         "batch_size": batch_size,
-        "seeds": SEEDS,
-        "guidance_scale": own["guidance_scale"] if guidance_scale is None else float(guidance_scale),
-        "temperature": own["temperature"] if temperature is None else float(temperature),
+        "seeds": "first 63 bits of sha256('seed batch')",
+        "guidance_scale": float(own_guidance if guidance_scale is None else guidance_scale),
+        "temperature": float(own_temperature if temperature is None else temperature),
         "settings": dict(settings),
     }
 
@@ -81,13 +68,12 @@ def model_sha256(checkpoint: Checkpoint) -> str:
     return found.hexdigest()
 
 
-def _own_sampling(checkpoint: Checkpoint) -> dict[str, float]:
-    """The values that `Generator.guidance_scale` and `.temperature` will have once the weights are loaded."""
+def _own_sampling(checkpoint: Checkpoint) -> tuple[float, float]:
+    """The guidance scale and temperature that a generator will have once the weights are loaded."""
     try:
         config = GenerationConfig.from_pretrained(checkpoint.source)
     except OSError:  # a checkpoint without generation_config.json
         config = GenerationConfig()
     default = checkpoint.family.default_guidance
     guidance = None if default is None else config.guidance_scale
-    found = {"guidance_scale": guidance or default or 1.0, "temperature": config.temperature}
-    return {name: 1.0 if value is None else float(value) for name, value in found.items()}
+    return guidance or default or 1.0, 1.0 if config.temperature is None else config.temperature

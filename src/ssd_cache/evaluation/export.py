@@ -6,7 +6,6 @@ The folder records the settings of its images, and a run with other settings is 
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from transformers import Cache
 from ssd_cache.budget import check_count
 from ssd_cache.evaluation.conditions import draw_seed
 from ssd_cache.io.showing import ReadableError, differences
-from ssd_cache.io.untrusted import checked, parse_json
+from ssd_cache.io.untrusted import checked_fields, parse_json
 from ssd_cache.io.writing import write_files
 from ssd_cache.models import Generator
 from ssd_cache.runs.processes import Processes
@@ -36,7 +35,7 @@ class ExportError(ReadableError):
     """A folder that a run cannot generate into, or can no longer write to."""
 
 
-class PictureSet(Protocol):
+class ImageSet(Protocol):
     """The images of a benchmark, numbered from 0, and their files.
 
     Attributes:
@@ -59,22 +58,16 @@ class PictureSet(Protocol):
 def claim_folder(root: Path, settings: Mapping[str, Any], prompts: str, *, write: bool = True) -> None:
     """Record settings and prompts in a new or empty folder, or check that they equal the recorded ones.
 
-    Args:
-        root: the folder.
-        settings: everything that the images depend on, as JSON values.
-        prompts: the text of `PROMPTS_FILE`.
-        write: create the folder; only one of several processes does.
+    `settings` are everything that the images depend on, `prompts` the text of `PROMPTS_FILE`. Only one of several
+    processes writes.
 
     Raises:
-        ExportError: the settings differ (the message lists each field with both values), or the folder holds files of
-            unknown origin.
-        OSError: the folder cannot be written.
+        ExportError: the settings differ, or the folder holds files of unknown origin.
     """
     if (root / SETTINGS_FILE).exists():
         if differing := differences(read_settings(root), json.loads(json.dumps(settings))):
             raise ExportError(
-                f"{root}: its pictures were drawn with other settings ({differing}); give another folder, "
-                "or the settings it was begun with"
+                f"{root}: its images have other settings ({differing}); give another folder, or the same settings"
             )
     elif write:
         check_unclaimed(root)
@@ -90,43 +83,35 @@ def check_unclaimed(root: Path) -> None:
     """Refuse a folder that has files but no settings; raises ExportError."""
     if root.exists() and (not root.is_dir() or any(path.name != PROMPTS_FILE for path in root.iterdir())):
         raise ExportError(
-            f"{root}: it is not empty and has no {SETTINGS_FILE}, so what is there is unknown; give a new folder"
+            f"{root}: it is not empty and has no {SETTINGS_FILE}, so its content is unknown; give a new folder"
         )
 
 
 def read_settings(root: Path) -> dict[str, Any]:
-    """Settings that the images of a folder were generated with; empty for a folder that another program wrote.
-
-    Raises:
-        ExportError: the file cannot be read.
-    """
+    """Settings of the images in a folder, empty if another program wrote it; raises ExportError."""
     path = root / SETTINGS_FILE
     if not path.exists():
         return {}
     try:
-        settings = checked(dict, parse_json(path.read_bytes()))
-        if not str(settings.get("format")).startswith("ssd-cache "):
-            raise ValueError("ssd-cache did not write it")
+        settings = checked_fields({"format": str}, parse_json(path.read_bytes()))
+        if not settings["format"].startswith("ssd-cache "):
+            raise ReadableError("ssd-cache did not write it")
     except (OSError, ValueError) as error:
         raise ExportError(
-            f"{path}: the settings of the pictures can not be read ({error}); take the file away, or draw them anew"
+            f"{path}: not the settings of images ({error}); delete it, or generate into another"
         ) from error
     return settings
 
 
 def recorded_batch_size(root: Path) -> int | None:
-    """The batch size recorded in a folder; None for a folder without settings.
-
-    Raises:
-        ExportError: the settings cannot be read.
-    """
+    """The batch size recorded in a folder; None for a folder without settings."""
     found = read_settings(root).get("batch_size")
     return found if type(found) is int and found > 0 else None
 
 
-def draw_pictures(
+def generate_images(
     generator: Generator,
-    pictures: PictureSet,
+    pictures: ImageSet,
     make_cache: Callable[[], Cache],
     *,
     batch_size: int,
@@ -136,15 +121,14 @@ def draw_pictures(
     processes: Processes | None = None,
     progress: bool = True,
     seed_of_batch: Callable[[int, int], int] = draw_seed,
-    title: str = "drawing",
+    title: str = "generating",
 ) -> int:
     """Generate the missing images; returns how many this process generated.
 
-    Image number n always belongs to batch n // batch_size. The random numbers of a batch depend only on `seed` and its
-    number (`seed_of_batch`). Complete batches are skipped. If a batch lacks an image, the whole batch is generated, and
-    only the missing images are written. This has three effects. A run that was killed and resumed writes the same bytes
-    as an uninterrupted one. Every policy gets the same random numbers. The first prompts of a file give the same images
-    as in the whole file, except in an incomplete last batch.
+    Image number n always belongs to batch n // batch_size, and the random numbers of a batch depend only on `seed` and
+    its number (`seed_of_batch`). If a batch lacks an image, the whole batch is generated, and only the missing images
+    are written. So a run that was killed and resumed writes the same bytes as an uninterrupted one, and every policy
+    gets the same random numbers.
 
     Args:
         generator: generates the images.
@@ -163,26 +147,25 @@ def draw_pictures(
         ExportError: an image cannot be written; earlier ones are kept.
         ValueError: the batch size is not valid.
     """
-    check_count("batch_size", batch_size, 1)
-    if batch_size % pictures.unit:
+    if check_count("batch_size", batch_size, 1) % pictures.unit:
         raise ExportError(
-            f"batch_size={batch_size}: {pictures.unit} pictures are written as one; give a multiple of {pictures.unit}"
+            f"batch_size={batch_size}: {pictures.unit} images are written as one; give a multiple of {pictures.unit}"
         )
     processes = Processes() if processes is None else processes
     total, cells = len(pictures.texts), generator.checkpoint.num_visual_tokens
     batches = [range(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
-    todo = [index for index, numbers in enumerate(batches) if pictures.missing(numbers)]
-    wait_for_all(processes)  # all must list what is missing before one writes, or their lists would differ
-    own, drawn = todo[processes.index :: processes.count], 0
+    todo = [(index, numbers) for index, numbers in enumerate(batches) if pictures.missing(numbers)]
+    processes.gather_all(None)  # all must list what is missing before one writes, or their lists would differ
+    own = todo[processes.index :: processes.count]
+    count = sum(len(numbers) for _, numbers in own)
     with tqdm(
-        total=cells * sum(len(batches[index]) for index in own),
+        total=cells * count,
         desc=title,
         unit=" visual tokens",
         disable=not (progress and processes.is_main),
         mininterval=0.1 if sys.stderr.isatty() else 10,  # fewer lines in a log file
     ) as bar:
-        for index in own:
-            numbers = batches[index]
+        for index, numbers in own:
             tokens = generator.generate(
                 [pictures.texts[number] for number in numbers],
                 make_cache(),
@@ -196,15 +179,8 @@ def draw_pictures(
                 pictures.write(numbers, images)
             except OSError as error:
                 raise ExportError(
-                    f"{pictures.root}: pictures can not be written ({error.strerror}); those that are there are kept: "
-                    "make room, and run the same command again to go on"
+                    f"{pictures.root}: images cannot be written ({error.strerror}); earlier ones are kept: make room, "
+                    "and run the same command again to resume"
                 ) from error
-            drawn += len(numbers)
-    wait_for_all(processes)
-    return drawn
-
-
-def wait_for_all(processes: Processes) -> None:
-    """Wait until every process has reached this call."""
-    if processes.count > 1:
-        importlib.import_module("accelerate").PartialState().wait_for_everyone()
+    processes.gather_all(None)
+    return count

@@ -1,4 +1,4 @@
-"""Numbered PNG files, each with its metadata: a `PictureSet` for prompts that belong to no benchmark.
+"""Numbered PNG files, each with its metadata: an `ImageSet` for prompts that belong to no benchmark.
 
 The name of a file is the number of its image, so prompts may hold any characters. Each file carries its metadata in a
 PNG text chunk, as JSON, and `metadata.jsonl` lists the files that are there.
@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from ssd_cache.evaluation.picture_folders import CAPTIONS_FILE
+from ssd_cache.evaluation.image_folders import CAPTIONS_FILE
 from ssd_cache.io.writing import write_files
 
 CHUNK = "ssd-cache"
@@ -29,16 +29,7 @@ def batch_seed(seed: int, batch: int) -> int:
 
 @dataclass
 class ImageFiles:
-    """The images of some prompts under one policy.
-
-    Attributes:
-        root: their folder.
-        texts: the prompt of every image.
-        num_images: images of each prompt; they have consecutive numbers.
-        batch_size: images generated at once.
-        seed: seed of the first batch.
-        facts: metadata that all images share.
-    """
+    """The images of some prompts under one policy, `num_images` of each; `facts` are metadata that all share."""
 
     root: Path
     texts: Sequence[str]
@@ -56,10 +47,10 @@ class ImageFiles:
         """Numbers of the images that do not exist yet."""
         return [number for number in numbers if not self.path(number).exists()]
 
-    def metadata(self, number: int) -> dict[str, Any]:
-        """The settings that an image was generated with. The images of a batch share its seed."""
+    def metadata(self, number: int) -> str:
+        """The settings that an image was generated with, as JSON. The images of a batch share its seed."""
         batch = number // self.batch_size
-        return {
+        own = {
             "file_name": self.path(number).name,
             "prompt": self.texts[number],
             "index": number,
@@ -67,22 +58,20 @@ class ImageFiles:
             "seed": self.seed,
             "batch": batch,
             "batch_seed": batch_seed(self.seed, batch),
-            **self.facts,
         }
+        return json.dumps({**own, **self.facts})
 
     def write(self, numbers: range, images: Sequence[Image.Image]) -> None:
         """Write the images of a batch that do not exist yet, each completely or not at all."""
         for number in self.missing(numbers):
-            text = PngImagePlugin.PngInfo()
-            text.add_text(CHUNK, json.dumps(self.metadata(number)))
-            content = io.BytesIO()
+            text, content = PngImagePlugin.PngInfo(), io.BytesIO()
+            text.add_text(CHUNK, self.metadata(number))
             images[number - numbers.start].save(content, format="PNG", pnginfo=text)
             write_files({self.path(number): content.getvalue()})
 
     def write_list(self) -> int:
         """Write `metadata.jsonl`, one line for each existing image; returns their number."""
-        missing = set(self.missing(range(len(self.texts))))
-        there = [number for number in range(len(self.texts)) if number not in missing]
-        lines = "".join(json.dumps(self.metadata(number)) + "\n" for number in there)
+        existing = [number for number in range(len(self.texts)) if self.path(number).exists()]
+        lines = "".join(f"{self.metadata(number)}\n" for number in existing)
         write_files({self.root / CAPTIONS_FILE: lines.encode()})
-        return len(there)
+        return len(existing)

@@ -1,24 +1,24 @@
-"""FID between a folder of images and a folder of references, with torchmetrics' own class.
+"""FID between a folder of images and a folder of references, and CLIPScore of images and their captions.
 
-It generates nothing. A missing package or missing weights are reported, not replaced. `clip_score.py` shares the
-batched reading and the result class.
+FID is torchmetrics' own class. Nothing is generated here, and a missing package or missing weights are an error.
 """
 
 from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from tqdm import tqdm
 
-from ssd_cache.budget import check_count
-from ssd_cache.evaluation.picture_folders import Picture
-from ssd_cache.io.showing import ReadableError
+from ssd_cache.evaluation.clip import CLIP, load_clip
+from ssd_cache.evaluation.image_folders import FolderImage
+from ssd_cache.io.showing import ReadableError, first_line
 from ssd_cache.models.settings import resolve_device
 
 USUAL_FID = 10_000
@@ -51,52 +51,50 @@ class MetricResult:
 
 
 def fid(
-    pictures: Sequence[Picture],
-    references: Sequence[Picture],
+    pictures: Sequence[FolderImage],
+    references: Sequence[FolderImage],
     extractor: torch.nn.Module | None = None,
     *,
     name: str = "Inception-V3",
-    batch_size: int = 16,
     device: str | torch.device = "auto",
-    on_picture: Callable[[str], object] | None = None,
+    progress: bool = True,
 ) -> MetricResult:
     """The Fréchet distance between the features of two sets of images (Heusel et al., arXiv 1706.08500).
 
     Args:
-        pictures: images, as from `find_pictures`; each is passed at its own size, and the extractor resizes it.
+        pictures: images, as from `find_images`; each is passed at its own size, and the extractor resizes it.
         references: likewise; crop them to squares first if the reference must be square.
-        extractor: from uint8 `[batch, 3, height, width]` to features `[batch, n]`; see `load_inception`.
+        extractor: from uint8 `[1, 3, height, width]` to features `[1, n]`; see `load_inception`.
             Default: torch-fidelity's Inception-V3 with the weights of the original FID.
         name: name of the feature model, for the result.
-        batch_size: images per forward pass, if they have one size.
         device: device of the extractor.
-        on_picture: called with the name of every image after it is processed.
+        progress: show a progress bar over images.
 
     Raises:
-        MetricsError: fewer than two images in a set, a missing package, or weights that are not available.
+        MetricsError: fewer than two readable images in a set, a missing package, or weights that are not available.
     """
-    check_count("batch_size", batch_size, 1)
-    where, network = resolve_device(device), torchmetrics_module("image.fid").FrechetInceptionDistance
-    for what, given in (("pictures", pictures), ("references", references)):
-        if len(given) < 2:
-            raise MetricsError(f"{len(given)} {what}: FID compares covariances; give a folder with two or more")
-    metric = _with_own_inception(network) if extractor is None else network(feature=extractor.eval())
+    where = resolve_device(device)
+    try:
+        network = importlib.import_module("torchmetrics.image.fid").FrechetInceptionDistance
+        metric = network(feature=2048, antialias=False) if extractor is None else network(feature=extractor.eval())
+    except (ImportError, OSError, RuntimeError) as error:  # no package, no download, torchvision for another torch
+        raise MetricsError(
+            f"FID needs torchmetrics and an Inception-V3 ({first_line(error)}): pip install 'ssd-cache[eval]' "
+            "torch-fidelity, or give a TorchScript Inception (--inception, load_inception)"
+        ) from error
     metric = metric.to(where)
     unreadable: dict[str, str] = {}
-    counts = []
+    counts = {True: 0, False: 0}
     with torch.inference_mode():
         for is_real, given in ((True, references), (False, pictures)):
-            count = 0
-            for _, batch in read_batches(given, batch_size, unreadable, on_picture):
-                metric.update(torch.stack(batch).to(where), real=is_real)
-                count += len(batch)
-            if count < 2:
-                raise MetricsError(
-                    f"{count} pictures of {len(given)} can be read ({first_reason(unreadable)}); FID needs two"
-                )
-            counts.append(count)
+            for _, image in _readable(given, unreadable, "FID" if progress else None):
+                metric.update(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(where), real=is_real)
+                counts[is_real] += 1
+            if counts[is_real] < 2:
+                what = "references" if is_real else "images"
+                raise MetricsError(f"{counts[is_real]} readable {what} of {len(given)}: FID needs two or more")
         value = metric.compute().item()
-    return MetricResult(f"FID ({name})", value, counts[1], counts[0], unreadable=unreadable)
+    return MetricResult(f"FID ({name})", value, counts[False], counts[True], unreadable=unreadable)
 
 
 def load_inception(path: str | Path, *, device: str | torch.device = "auto") -> torch.nn.Module:
@@ -112,11 +110,10 @@ def load_inception(path: str | Path, *, device: str | torch.device = "auto") -> 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is deprecated; the file uses it
-            return _Features(torch.jit.load(str(path), map_location=where)).to(where).eval()
+            return _Features(torch.jit.load(str(path), map_location=where)).eval()
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise MetricsError(
-            f"{path} is no TorchScript file ({reason}); give StyleGAN's inception-2015-12-05.pt"
+            f"{path} is no TorchScript file ({first_line(error)}); give StyleGAN's inception-2015-12-05.pt"
         ) from error
 
 
@@ -131,63 +128,52 @@ class _Features(torch.nn.Module):
         return self.network(pictures, return_features=True)
 
 
-def torchmetrics_module(module: str) -> Any:
-    """Import a module of torchmetrics; raises MetricsError if it is not installed."""
-    try:
-        return importlib.import_module(f"torchmetrics.{module}")
-    except ImportError as error:
-        raise MetricsError(
-            f"FID and CLIPScore need torchmetrics, not installed here ({error}): pip install 'ssd-cache[eval]'"
-        ) from error
+def clip_score(
+    captioned: Sequence[FolderImage],
+    source: str | Path = CLIP,
+    *,
+    device: str | torch.device = "auto",
+    progress: bool = True,
+) -> MetricResult:
+    """Mean of 100 times the cosine between an image and its caption (Hessel et al., arXiv 2104.08718), at least 0.
 
+    Args:
+        captioned: images with their captions, as from `find_captioned`.
+        source: a CLIP model in a folder or on the Hub; it sees the middle square of an image.
+        device: device of the model.
+        progress: show a progress bar over images.
 
-def _with_own_inception(network: Any) -> Any:
-    """torchmetrics' FID with torch-fidelity's Inception, which resizes as the original does.
-
-    Raises MetricsError with what is missing.
+    Raises:
+        MetricsError: no readable image.
+        ValueError: the model is not a CLIP, or its weights are incomplete.
+        OSError: the model cannot be found.
     """
-    other = "or give a TorchScript Inception (--inception, load_inception), which needs neither"
-    try:
-        importlib.import_module("torch_fidelity")
-    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch
+    model, processor = load_clip(source, device=device)
+    longest = model.config.text_config.max_position_embeddings
+    unreadable: dict[str, str] = {}
+    cosines, num_cut = [], 0
+    with torch.inference_mode():
+        for one, image in _readable(captioned, unreadable, "CLIPScore" if progress else None):
+            num_cut += len(processor.tokenizer(one.caption)["input_ids"]) > longest
+            inputs = processor(text=one.caption, images=image, truncation=True, max_length=longest, return_tensors="pt")
+            outputs = model(**inputs.to(model.device))
+            cosines.append(torch.cosine_similarity(outputs.image_embeds, outputs.text_embeds).item())
+    if not cosines:
         raise MetricsError(
-            f"FID's Inception-V3 comes with torch-fidelity, which can not be imported here ({error}): pip install "
-            f"torch-fidelity, with a torchvision that fits this torch; {other}"
-        ) from error
-    try:
-        return network(feature=2048, antialias=False)
-    except (OSError, RuntimeError) as error:  # URLError is an OSError
-        raise MetricsError(
-            f"FID's Inception-V3 weights can not be had ({error}): they are downloaded from GitHub once; {other}"
-        ) from error
+            f"none of {len(captioned)} images can be read ({next(iter(unreadable.values()), 'no images')})"
+        )
+    value = max(0.0, 100 * sum(cosines) / len(cosines))
+    return MetricResult(f"CLIPScore ({source})", value, len(cosines), num_cut=num_cut, unreadable=unreadable)
 
 
-def read_batches(
-    pictures: Iterable[Picture],
-    batch_size: int,
-    unreadable: dict[str, str],
-    on_picture: Callable[[str], object] | None,
-) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
-    """Yield names and uint8 images `[3, height, width]`, neighbours of equal size together; note unreadable images."""
-    names: list[str] = []
-    batch: list[torch.Tensor] = []
-    for picture in pictures:
+def _readable(
+    images: Sequence[FolderImage], unreadable: dict[str, str], title: str | None
+) -> Iterator[tuple[FolderImage, Image.Image]]:
+    """Yield each image with its pixels, RGB, and note those that cannot be read; shows a bar if it has a title."""
+    for one in tqdm(images, desc=title, unit=" images", disable=title is None):
         try:
-            image = torch.from_numpy(np.array(picture.open())).permute(2, 0, 1)
+            image = one.open()
         except Exception as error:  # PIL's formats raise OSError, SyntaxError, ValueError, struct.error and more
-            unreadable[picture.name] = str(error)
+            unreadable[one.name] = str(error)
         else:
-            if batch and (len(batch) == batch_size or image.shape != batch[0].shape):
-                yield names, batch
-                names, batch = [], []
-            names.append(picture.name)
-            batch.append(image)
-        if on_picture is not None:
-            on_picture(picture.name)
-    if batch:
-        yield names, batch
-
-
-def first_reason(unreadable: dict[str, str]) -> str:
-    """The first of the unreadable images, and why it is unreadable."""
-    return next((f"{name}: {why}" for name, why in unreadable.items()), "there are none")
+            yield one, image

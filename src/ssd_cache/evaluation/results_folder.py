@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,12 +21,10 @@ from ssd_cache.layout import ImageLayout
 RUN_FILE = "run.json"
 FORMAT = "ssd-cache eval shapes 1"
 
-RUN = {"format": str, "conditions": dict, "policies": dict, "command": dict}
-CONDITIONS = {
+RUN = {"format": str, "conditions": dict, "policies": dict[str, dict], "command": dict}
+CONDITIONS: dict[str, Any] = {
     **dict.fromkeys(("num_per_kind", "prompt_seed", "batch_size"), int),
-    **dict.fromkeys(("guidance_scale", "temperature"), float),
-    **dict.fromkeys(("dtype", "device"), str),
-    **{"grid": list, "settings": dict},
+    **{"grid": list, "settings": dict, "guidance_scale": float, "temperature": float, "dtype": str, "device": str},
 }
 POLICY = {"settings": dict, "slots": dict, "head_map": str}
 COMMAND = {"model": str, "head_map": str | None}
@@ -39,118 +36,80 @@ class ResultsError(ReadableError):
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The content of `run.json`: "conditions", "policies" and "command".
-
-    Raises:
-        ResultsError: it is missing, or has another format.
-    """
+    """The content of `run.json`: "conditions", "policies" and "command"; raises ResultsError."""
     path = folder / RUN_FILE
     try:
         run = checked_fields(RUN, parse_json(path.read_bytes()))
         if run["format"] != FORMAT:
-            raise ValueError(f"its format is {shown(run['format'])}")
+            raise ReadableError(f"its format is {shown(run['format'])}")
+        ImageLayout(checked_fields(CONDITIONS, run["conditions"], "conditions")["grid"])
         for label, entry in run["policies"].items():
             checked_fields(POLICY, entry, f"policies[{shown(label, 40)}]")
+        checked_fields(COMMAND, run["command"], "command")
     except FileNotFoundError as error:
         raise ResultsError(f"{folder} has no {RUN_FILE}: give a folder that `ssd-cache eval shapes` wrote") from error
     except (OSError, ValueError) as error:
-        raise ResultsError(
-            f"{path} can not be read ({error}): it should be as `ssd-cache eval shapes` wrote it"
-        ) from error
+        raise ResultsError(f"{path}: not a {RUN_FILE} of `ssd-cache eval shapes` ({error})") from error
     return run
 
 
 def recorded_batch_size(folder: Path) -> int | None:
-    """The batch size of the results in a folder; None for a folder without results.
-
-    Raises:
-        ResultsError: `run.json` cannot be read.
-    """
-    if not (folder / RUN_FILE).exists():
-        return None
-    found = read_run(folder)["conditions"].get("batch_size")
-    return found if type(found) is int and found > 0 else None
-
-
-def read_reported_run(folder: Path) -> dict[str, Any]:
-    """Like `read_run`, but also checks the fields that a report needs.
-
-    Raises:
-        ResultsError: as `read_run`, or a field is missing or has another type.
-    """
-    run = read_run(folder)
-    try:
-        ImageLayout(checked_fields(CONDITIONS, run["conditions"], "conditions")["grid"])
-        checked_fields(COMMAND, run["command"], "command")
-    except ValueError as error:
-        raise ResultsError(
-            f"{folder / RUN_FILE} can not be read ({error}): it should be as `ssd-cache eval shapes` wrote it"
-        ) from error
-    return run
-
-
-def check_same(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse conditions that differ; raises ResultsError with every such field and both values."""
-    if differing := differences(found, wanted):
-        raise ResultsError(
-            f"{place}: results of other conditions ({differing}), not to be compared: give another folder"
-        )
+    """The batch size of the results in a folder; None for a folder without results."""
+    found = read_run(folder)["conditions"]["batch_size"] if (folder / RUN_FILE).exists() else 0
+    return found if found > 0 else None
 
 
 def merge_runs(place: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """The first run with the policies and budgets of the second added.
-
-    Raises:
-        ResultsError: the conditions differ, or a policy of the same name has different caches.
-    """
-    check_same(place, first["conditions"], second["conditions"])
-    policies = {label: {**entry, "slots": dict(entry["slots"])} for label, entry in first["policies"].items()}
+    """The first run with the policies and budgets of the second added; raises ResultsError where the two differ."""
+    _check_same(place, first["conditions"], second["conditions"])
+    policies = dict(first["policies"])
     for label, entry in second["policies"].items():
-        known = policies.setdefault(label, {**entry, "slots": {}})
-        shared = known["slots"].keys() & entry["slots"].keys()
-        check_same(
-            f"{place}, policy {label}",
-            {**known, "slots": {budget: known["slots"][budget] for budget in shared}},
-            {**entry, "slots": {budget: entry["slots"][budget] for budget in shared}},
-        )
-        known["slots"].update(entry["slots"])
+        known = policies.get(label, entry)
+        slots = {**known["slots"], **entry["slots"]}
+        _check_same(f"{place}, policy {label}", {**known, "slots": slots | known["slots"]}, {**entry, "slots": slots})
+        policies[label] = {**entry, "slots": slots}
     return {**first, "policies": policies}
 
 
+def _check_same(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    if differing := differences(found, wanted):
+        raise ResultsError(f"{place}: results of other conditions ({differing}): give another folder")
+
+
+def check_folder(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `run.json` if this run continues in the folder; raises ResultsError, and writes nothing."""
+    if not (folder / RUN_FILE).exists():
+        if folder.is_dir() and any(folder.glob(PATTERN)):
+            raise ResultsError(f"{folder} has results and no {RUN_FILE}, so their conditions are unknown: give another")
+        return dict(run)
+    merged = merge_runs(str(folder), read_run(folder), run)
+    _, problems = read_records([folder])
+    if problems:
+        raise ResultsError(f"{problems[0]}; delete this line, and start again to generate what is missing")
+    return merged
+
+
 class ResultsFolder:
-    """A results folder as one process writes it; a context manager that closes the file.
+    """A results folder as one process writes it; a context manager that keeps other runs out.
 
-    Args:
-        folder: made when missing.
-        run: conditions, policies and command of this run.
-        process: this process's number, from 0; process 0 writes `run.json`.
-
-    Attributes:
-        done: images that already have a line, from any process.
+    `done` has the images that already have a line, from any process. Process 0 writes `run.json`.
 
     Raises:
-        ResultsError: results of other conditions, a damaged line, or another run that is writing to this folder.
+        ResultsError: other conditions, a damaged line, or a folder that another run uses or that cannot be written.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any], process: int = 0):
-        self.folder = folder
         self.path = folder / f"results-{process}.jsonl"
-        self._file: IO[bytes] | None = None
         merged = check_folder(folder, run)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab")
-            _lock(self._file, self.path)
+            self._lock = _locked(self.path)
             if process == 0:
                 text = json.dumps({"format": FORMAT, **merged}, indent=1, ensure_ascii=False) + "\n"
                 write_files({folder / RUN_FILE: text.encode()})
-            self._drop_half_line()
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)  # drops an incomplete last line
         except OSError as error:
-            self.close()
-            raise ResultsError(f"{folder} can not be written ({error.strerror}); make room, or give another") from error
-        except BaseException:
-            self.close()
-            raise
+            raise ResultsError(f"{folder} cannot be written ({error.strerror}); make room, or give another") from error
         self.done: set[Key] = {record.key for record in read_records([folder])[0]}
 
     def __enter__(self) -> ResultsFolder:
@@ -160,67 +119,35 @@ class ResultsFolder:
         self.close()
 
     def append(self, records: Iterable[Record]) -> None:
-        """Write the records that have no line yet, and wait until they are on the disk.
-
-        Raises:
-            ResultsError: they cannot be written; the file is restored.
-        """
+        """Write the records that have no line yet, and wait until they are on the disk; raises ResultsError."""
         new = [record for record in records if record.key not in self.done]
-        assert self._file is not None
-        size = self._file.seek(0, os.SEEK_END)
         try:
-            self._file.write("".join(record.line() for record in new).encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with self.path.open("ab") as file:
+                file.write("".join(record.line() for record in new).encode())
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
-            self.close()
-            with suppress(OSError):
-                os.truncate(self.path, size)
             raise ResultsError(
-                f"{self.path} can not be written ({error.strerror}); the lines before are kept: make room, and run the "
-                "same command again to go on"
+                f"{self.path} cannot be written ({error.strerror}); the lines before are kept: make room, and run the "
+                "same command again to resume"
             ) from error
         self.done.update(record.key for record in new)
 
     def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            file, self._file = self._file, None
-            with suppress(OSError):  # `append` has already reported a failed write
-                file.close()
-
-    def _drop_half_line(self) -> None:
-        content = self.path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            os.truncate(self.path, content.rfind(b"\n") + 1)
+        """Let other runs write."""
+        self._lock.close()
 
 
-def check_folder(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of `run.json` if this run continues in the folder; writes nothing.
-
-    Raises:
-        ResultsError: as `ResultsFolder`.
-    """
-    if not (folder / RUN_FILE).exists():
-        if folder.is_dir() and any(folder.glob(PATTERN)):
-            raise ResultsError(f"{folder} has results and no {RUN_FILE}, so their conditions are unknown: give another")
-        return dict(run)
-    merged = merge_runs(str(folder), read_run(folder), run)
-    _, problems = read_records([folder])
-    if problems:
-        raise ResultsError(f"{problems[0]}; delete this line, and start again to draw what is missing")
-    return merged
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    """Refuse a second run, which would generate everything twice; without file locks there is no such check."""
+def _locked(path: Path) -> IO[bytes]:
+    """Open a file that a second run cannot open in this way; without file locks there is no such check."""
+    file = path.open("ab")
     try:
         import fcntl  # not on Windows
-    except ImportError:
-        return
-    try:
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        file.close()
         raise ResultsError(f"{path}: another run is writing here; wait for its end, or give another folder") from error
-    except OSError:  # a network file system without locks
-        return
+    except (ImportError, OSError):  # or a network file system without locks
+        pass
+    return file

@@ -19,16 +19,9 @@ from ssd_cache.head_map.head_map import HeadMap
 
 @dataclass(frozen=True)
 class Plan:
-    """The images to generate.
+    """The images to generate: one of every (kind, caption) in `prompts` for each policy, budget and seed.
 
-    Attributes:
-        policies: as `parse_policies` returns them.
-        budgets: budgets of every policy except `full`.
-        seeds: each seed gives one sample of every prompt.
-        prompts: (kind, caption).
-        batch_size: images generated at once.
-        head_map: the head map of the run.
-        settings: settings of every cache; a policy's own settings take precedence.
+    `settings` are those of every cache; a policy's own settings take precedence.
     """
 
     policies: Sequence[Policy]
@@ -60,11 +53,7 @@ class Plan:
         return own, [batch for batch in own if not done.issuperset(batch.pictures())]
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """The settings, labels and slots per budget of every policy, as stored in `run.json`.
-
-        Raises:
-            ValueError: a setting or budget is out of range, or a head map does not fit.
-        """
+        """The settings, labels and slots per budget of every policy, as stored in `run.json`; raises ValueError."""
         described: dict[str, dict[str, Any]] = {}
         for policy in self.policies:
             entry: dict[str, Any] = {"settings": self.settings_of(policy), "slots": {}}

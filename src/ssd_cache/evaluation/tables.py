@@ -5,20 +5,30 @@ The summary is written as Markdown and as JSON. `bootstrap.py` has the statistic
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ssd_cache.budget import Amount
-from ssd_cache.evaluation.bootstrap import MIN_PAIRS, NUM_RESAMPLES, Difference, Score, compare, score
+from ssd_cache.evaluation import bootstrap
+from ssd_cache.evaluation.bootstrap import NUM_RESAMPLES, TOO_FEW, Difference, cell
 from ssd_cache.evaluation.records import Record
 from ssd_cache.evaluation.runner import budget_name
-from ssd_cache.io.markdown import code_block, escape
+from ssd_cache.io.markdown import code_block, escape, table
 from ssd_cache.shapes import KINDS
 
 FULL, OURS = "full", ("fitted:score=learned", "learned", "ssd:slots=fitted", "ssd", "fitted")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of correct images of each kind, the mean of the kinds, its standard error, and the number of images."""
+
+    kinds: dict[str, float]
+    overall: float
+    standard_error: float
+    num_pictures: int
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,7 @@ class Row:
     budget: Amount
     share: float
     num_slots: float
-    score: Score
+    score: Accuracy
 
 
 @dataclass(frozen=True)
@@ -53,171 +63,128 @@ class Summary:
 
 
 def summarize(records: Iterable[Record], run: Mapping[str, Any]) -> Summary:
-    """Scores of all policies and budgets in the order of the run; each compared with `full`, `OURS` with all others."""
-    verdicts: dict[tuple[str, Amount], dict[str, dict[int, dict[int, bool]]]] = {}
-    slots, seeds = {}, set()
+    """Accuracy of each policy and budget in the order of the run; compares each with `full`, and `OURS` with all."""
+    of_case: dict[tuple[str, Amount], list[Record]] = {}
     for record in records:
-        of_kind = verdicts.setdefault((record.policy, record.budget), {}).setdefault(record.kind, {})
-        of_kind.setdefault(record.prompt, {})[record.seed] = record.correct
-        slots[record.policy, record.budget] = record.num_slots
-        seeds.add(record.seed)
-    labels = list(dict.fromkeys([*run["policies"], *(label for label, _ in verdicts)]))
-    keys = sorted(verdicts, key=lambda key: (labels.index(key[0]), slots[key], str(key[1])))
-    rows, columns = run["conditions"]["grid"]
-    pairs = [(key, (FULL, 1.0)) for key in keys if key[0] != FULL and (FULL, 1.0) in verdicts]
+        of_case.setdefault((record.policy, record.budget), []).append(record)
+    labels = list(dict.fromkeys([*run["policies"], *(label for label, _ in of_case)]))
+    cases = sorted(of_case, key=lambda case: (labels.index(case[0]), of_case[case][0].num_slots, str(case[1])))
+    results = {case: _results(of_case[case]) for case in cases}
+    pairs = [(case, (FULL, 1.0)) for case in cases if case[0] != FULL and (FULL, 1.0) in results]
     for ours in (name for name in OURS if name in labels):
-        others = [key for key in keys if key[0] not in (FULL, ours) and (ours, key[1]) in verdicts]
-        pairs += [((ours, key[1]), key) for key in others]
+        others = [case for case in cases if case[0] not in (FULL, ours) and (ours, case[1]) in results]
+        pairs += [((ours, case[1]), case) for case in others]
+    rows, columns = run["conditions"]["grid"]
     return Summary(
-        rows=[Row(*key, _share(key[1], rows * columns), slots[key], score(verdicts[key], KINDS)) for key in keys],
+        rows=[
+            Row(
+                *(policy, budget, budget / (rows * columns) if isinstance(budget, int) else budget),
+                *(of_case[policy, budget][0].num_slots, _accuracy(found, len(of_case[policy, budget]))),
+            )
+            for (policy, budget), found in results.items()
+        ],
         comparisons=[
-            Comparison(first[0], second[0], first[1], compare(verdicts[first], verdicts[second], KINDS))
+            Comparison(first[0], second[0], first[1], bootstrap.compare(results[first], results[second]))
             for first, second in pairs
         ],
         run=run,
-        seeds=sorted(seeds),
+        seeds=sorted({record.seed for of_one in of_case.values() for record in of_one}),
     )
+
+
+def _results(records: Iterable[Record]) -> dict[str, dict[int, float]]:
+    """Share of correct samples of each prompt, by kind."""
+    samples: dict[str, dict[int, list[bool]]] = {kind: {} for kind in KINDS}
+    for record in records:
+        samples[record.kind].setdefault(record.prompt, []).append(record.correct)
+    return {kind: {prompt: sum(of) / len(of) for prompt, of in prompts.items()} for kind, prompts in samples.items()}
+
+
+def _accuracy(results: bootstrap.Results, num_images: int) -> Accuracy:
+    kinds = {kind: bootstrap.mean({kind: prompts}) for kind, prompts in results.items()}
+    return Accuracy(kinds, bootstrap.mean(results), bootstrap.standard_error(results), num_images)
 
 
 def score_table(summary: Summary) -> str:
     """Markdown table: policies and budgets in rows, the six kinds and their mean in columns."""
-    lines = [f"| policy | budget | {' | '.join(KINDS)} | overall | s.e. | pictures |", _rule(len(KINDS) + 5, 2)]
+    rows = []
     for row in summary.rows:
-        kinds = " | ".join(_number(row.score.kinds[kind], 2) for kind in KINDS)
-        overall, error = _number(row.score.overall, 3), _number(row.score.standard_error, 3)
-        lines.append(
-            f"| {escape(row.policy)} | {budget_name(row.budget)} | {kinds} | **{overall}** | {error} | "
-            f"{row.score.num_pictures} |"
-        )
-    return "\n".join(lines)
+        found = row.score
+        kinds = [cell(found.kinds[kind], 2) for kind in KINDS]
+        overall = [cell(found.overall, 3), cell(found.standard_error, 3), str(found.num_pictures)]
+        rows.append([row.policy, budget_name(row.budget), *kinds, *overall])
+    return table(["policy", "budget", *KINDS, "overall", "s.e.", "images"], rows, num_left=2)
 
 
 def difference_table(summary: Summary) -> str:
     """Markdown table with one paired difference per row."""
-    lines = ["| policy | against | budget | difference | 95% interval | p | pairs |", _rule(7, 3)]
+    rows = []
     for entry in summary.comparisons:
-        found = entry.difference
-        lines.append(
-            f"| {escape(entry.policy)} | {escape(entry.against)} | {budget_name(entry.budget)} | "
-            f"{_number(found.difference, 3, signed=True)} | {interval_text(found, 3)} | {p_text(found.p)} | "
-            f"{found.num_pictures} |"
-        )
-    return "\n".join(lines)
+        cells = (*entry.difference.cells(3), str(entry.difference.num_prompts))
+        rows.append([entry.policy, entry.against, budget_name(entry.budget), *cells])
+    heads = ["policy", "against", "budget", "difference", "95% interval", "p", "prompts"]
+    return table(heads, rows, num_left=3)
 
 
 def to_markdown(summary: Summary) -> str:
     """The whole report as Markdown."""
-    facts = summary.run["conditions"].items()
-    conditions = "\n".join(f"- {escape(name)}: {escape(_plain(value))}" for name, value in facts)
-    policies = "\n".join(
-        f"- {escape(label)}: head map {escape(entry['head_map'])}, {escape(_slots(entry['slots']))}, "
-        f"{escape(_plain(entry['settings']) or 'no settings')}"
+    conditions = [f"- {escape(name)}: {escape(_plain(value))}" for name, value in summary.run["conditions"].items()]
+    policies = [
+        f"- {escape(label)}: head map {escape(entry['head_map'])}, {escape(_plain(entry['settings']) or 'no settings')}"
         for label, entry in summary.run["policies"].items()
-    )
-    differences = (
-        "## Paired differences\n\n"
-        f"Of overall. Paired bootstrap over prompts within kinds, {NUM_RESAMPLES} resamples: 95% percentile interval "
-        f"and two-sided p, not corrected for their number; {TOO_FEW}.\n\n{difference_table(summary)}\n\n"
-    )
-    return (
-        "# Shapes: share of correct pictures\n\n"
-        "Overall is the mean of the six kinds; s.e. is its standard error, from the spread between prompts.\n\n"
-        f"{score_table(summary)}\n\n{differences if summary.comparisons else ''}"
-        f"## Conditions\n\n{conditions}\n\nPolicies:\n\n{policies}\n\nTo repeat it:\n\n"
-        f"{code_block(chr(10).join(commands(summary)), 'bash')}\n"
-    )
-
-
-def to_json(summary: Summary) -> dict[str, Any]:
-    """The numbers of the report; floats have seven digits, missing values are null."""
-    return {
-        "rows": [_finite(asdict(row)) for row in summary.rows],
-        "differences": [_finite(asdict(entry)) for entry in summary.comparisons],
-        "num_resamples": NUM_RESAMPLES,
-        "seeds": summary.seeds,
-        "commands": commands(summary),
-        **{name: summary.run[name] for name in ("conditions", "policies")},
-    }
-
-
-def commands(summary: Summary) -> list[str]:
-    """Command lines that generate the same images again; policies with the same budgets share one line."""
-    conditions, given = summary.run["conditions"], summary.run["command"]
-    budgets: dict[str, list[str]] = {}
-    for row in summary.rows:
-        budgets.setdefault(row.policy, []).extend([] if row.policy == FULL else [str(row.budget)])
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for label, of_label in budgets.items():
-        groups.setdefault(tuple(of_label), []).append(label)
-    if () in groups and len(groups) > 1:  # the full cache joins the first group
-        full = groups.pop(())
-        groups[next(iter(groups))][:0] = full
-    options = {
-        "model": given["model"],
-        "head-map": given["head_map"],
-        "num-per-kind": conditions["num_per_kind"],
-        "prompt-seed": conditions["prompt_seed"],
-        "seeds": ",".join(map(str, summary.seeds)),
-        "batch-size": conditions["batch_size"],
-        **{name.replace("_", "-"): value for name, value in conditions["settings"].items()},
-        "guidance": conditions["guidance_scale"],
-        "temperature": conditions["temperature"],
-        "dtype": conditions["dtype"],
-        "device": conditions["device"].partition(" ")[0],
-    }
-    return [
-        shlex.join(
-            [
-                *("ssd-cache", "eval", "shapes", "--policies", ",".join(labels)),
-                *(["--budgets", ",".join(of_labels)] if of_labels else []),
-                *(word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))),
-                *("--output", "results"),
-            ]
-        )
-        for of_labels, labels in groups.items()
     ]
-
-
-TOO_FEW = f"- where there are fewer than {MIN_PAIRS} prompts, or one in a kind: too few to tell"
-"""Explanation in tables of a missing interval and p."""
-
-
-def interval_text(found: Difference, digits: int) -> str:
-    """An interval for a table; "-" where there are too few pairs."""
-    return "-" if math.isnan(found.low) else f"{found.low:+.{digits}f} to {found.high:+.{digits}f}"
-
-
-def p_text(value: float) -> str:
-    """A p value for a table, with three digits, or "< 0.001"; "-" where there are too few pairs."""
-    if math.isnan(value):
-        return "-"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _share(budget: Amount, num_cells: int) -> float:
-    return budget / num_cells if isinstance(budget, int) else budget
-
-
-def _rule(columns: int, words: int) -> str:
-    return "|" + "---|" * words + "---:|" * (columns - words)
-
-
-def _number(value: float, digits: int, signed: bool = False) -> str:
-    return "-" if math.isnan(value) else f"{value:{'+' if signed else ''}.{digits}f}"
+    differences = [
+        "## Paired differences",
+        f"Of overall. Paired bootstrap over prompts within kinds, {NUM_RESAMPLES} resamples: 95% percentile interval "
+        f"and two-sided p, not corrected for their number; {TOO_FEW}.",
+        difference_table(summary),
+    ]
+    parts = [
+        "# Shapes: share of correct images",
+        "Overall is the mean of the six kinds; s.e. is its standard error, from the spread between prompts.",
+        score_table(summary),
+        *(differences if summary.comparisons else []),
+        "## Conditions",
+        "\n".join(conditions),
+        "Policies:",
+        "\n".join(policies),
+        "To repeat it:",
+        code_block(command(summary), "bash"),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _plain(value: Any) -> str:
     return ", ".join(f"{name} {entry}" for name, entry in value.items()) if isinstance(value, dict) else str(value)
 
 
-def _slots(by_budget: Mapping[str, Any]) -> str:
-    is_equal = all(isinstance(slots, int) for slots in by_budget.values())
-    return "the same slots in every head" if is_equal else "slots head by head"
+def to_json(summary: Summary) -> dict[str, Any]:
+    """The numbers of the report; missing values are null."""
+    return {
+        "rows": [bootstrap.to_json(row) for row in summary.rows],
+        "differences": [bootstrap.to_json(entry) for entry in summary.comparisons],
+        "num_resamples": NUM_RESAMPLES,
+        "seeds": summary.seeds,
+        "command": command(summary),
+        **{name: summary.run[name] for name in ("conditions", "policies")},
+    }
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
-    if isinstance(value, float):
-        return None if math.isnan(value) else float(f"{value:.7g}")
-    return value
+def command(summary: Summary) -> str:
+    """A command line that generates the images again: every policy with every budget."""
+    conditions = summary.run["conditions"]
+    options = {
+        "policies": ",".join(dict.fromkeys(row.policy for row in summary.rows)),
+        "budgets": ",".join(dict.fromkeys(str(row.budget) for row in summary.rows if row.policy != FULL)) or None,
+        **summary.run["command"],
+        "seeds": ",".join(map(str, summary.seeds)),
+        **{name: conditions[name] for name in ("num_per_kind", "prompt_seed", "batch_size", "temperature", "dtype")},
+        **conditions["settings"],
+        "guidance": conditions["guidance_scale"],
+        "device": conditions["device"].partition(" ")[0],
+        "output": "results",
+    }
+    words = ["ssd-cache", "eval", "shapes"]
+    for name, value in options.items():
+        words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)

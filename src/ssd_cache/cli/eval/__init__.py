@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from ssd_cache.cli.eval import compare, dpg, fidelity, geneval, metrics, report, shapes
+from ssd_cache.cli.eval import compare, dpg, fidelity, geneval, report, shapes
 
 app = typer.Typer()
 app.command("shapes")(shapes.shapes)
@@ -17,8 +17,8 @@ app.command("fidelity")(fidelity.fidelity)
 app.add_typer(geneval.app, name="geneval")
 app.add_typer(dpg.app, name="dpg")
 app.command("compare")(compare.compare)
-app.command("fid")(metrics.fid)
-app.command("clipscore")(metrics.clipscore)
+app.command("fid")(compare.fid)
+app.command("clipscore")(compare.clipscore)
 
 
 @app.callback(invoke_without_command=True)

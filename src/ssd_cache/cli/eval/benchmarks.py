@@ -28,7 +28,7 @@ from ssd_cache.cli.options import SAMPLING
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.evaluation.conditions import drawing_conditions
 from ssd_cache.evaluation.dpg import SheetFolder
-from ssd_cache.evaluation.export import claim_folder, draw_pictures
+from ssd_cache.evaluation.export import claim_folder, generate_images
 from ssd_cache.evaluation.geneval import SampleFolder
 from ssd_cache.evaluation.policies import SETTINGS, choose_head_map, mean_slots, parse_policy, resolve_policies
 from ssd_cache.models import Sampling, resolve_device, resolve_dtype
@@ -157,7 +157,7 @@ def export(
         processes.check_agreement(settings | {"prompts": hashlib.sha256(lines.encode()).hexdigest()})
         claim_folder(images.root, settings, lines, write=processes.is_main)
     try:
-        generated = draw_pictures(
+        generated = generate_images(
             load_generator(checkpoint, dtype, device),
             images,
             lambda: policy.make_cache(labels, amount),

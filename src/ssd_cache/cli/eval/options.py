@@ -21,75 +21,30 @@ CACHE = "Cache"
 
 DEFAULT_POLICIES = ",".join(["full", DEFAULT, *(name for name in POLICIES if name not in ("full", "learned"))])
 
+
+def _option(text: str, metavar: str, default: str | bool = "the policy's own", panel: str = CACHE) -> Any:
+    return typer.Option(help=text, metavar=metavar, show_default=default, rich_help_panel=panel)
+
+
+_BUDGETS = "Visual tokens a head may hold: fractions of the grid, or counts (115). full has one, everything."
+
 Policies = Annotated[
     str,
-    typer.Option(
-        help=f"Policies to compare: {', '.join((*POLICIES, *OWN))}, a folder with a head map. default is the head "
+    _option(
+        f"Policies to compare: {', '.join((*POLICIES, *OWN))}, a folder with a head map. default is the head "
         "map's own settings, shown under their exact name. Settings of one policy follow a colon: "
         "ssd:num_recent=0.5,buffer=8.",
-        metavar="NAME,NAME",
-        rich_help_panel=CACHE,
+        "NAME,NAME",
+        default=True,
     ),
 ]
-Budgets = Annotated[
-    str,
-    typer.Option(
-        help="Visual tokens a head may hold: fractions of the grid, or counts (115). full has one, everything.",
-        metavar="X,X",
-        rich_help_panel=CACHE,
-    ),
-]
-OwnBudgets = Annotated[
-    str | None,
-    typer.Option(
-        help="Visual tokens a head may hold: fractions of the grid, or counts (115). full has one, everything.",
-        metavar="X,X",
-        show_default="what the head map was fitted to, or 0.2",
-        rich_help_panel=CACHE,
-    ),
-]
-HeadMapName = Annotated[
-    str | None,
-    typer.Option(
-        help="A folder or Hub id.", metavar="NAME", show_default="in the model's folder", rich_help_panel=MODEL
-    ),
-]
-Buffer = Annotated[
-    int | None,
-    typer.Option(
-        help="Eviction interval: visual tokens evicted at once.",
-        metavar="N",
-        show_default="a row of the grid",
-        rich_help_panel=CACHE,
-    ),
-]
-NumRecent = Annotated[
-    str | None,
-    typer.Option(
-        help="Newest tokens that a semantic head keeps: tokens, or a fraction.",
-        metavar="N",
-        show_default="the policy's own",
-        rich_help_panel=CACHE,
-    ),
-]
-NumSinks = Annotated[
-    int | None,
-    typer.Option(
-        help="First tokens that every head keeps.",
-        metavar="N",
-        show_default="the policy's own",
-        rich_help_panel=CACHE,
-    ),
-]
-ScoreName = Annotated[
-    str | None,
-    typer.Option(
-        help=f"Score by which semantic heads keep tokens: {', '.join(SCORES)}.",
-        metavar="NAME",
-        show_default="the policy's own",
-        rich_help_panel=CACHE,
-    ),
-]
+Budgets = Annotated[str, _option(_BUDGETS, "X,X", default=True)]
+OwnBudgets = Annotated[str | None, _option(_BUDGETS, "X,X", "what the head map was fitted to, or 0.2")]
+HeadMapName = Annotated[str | None, _option("A folder or Hub id.", "NAME", "in the model's folder", MODEL)]
+Buffer = Annotated[int | None, _option("Eviction interval: visual tokens evicted at once.", "N", "a row of the grid")]
+NumRecent = Annotated[str | None, _option("Newest tokens that a semantic head keeps: tokens, or a fraction.", "N")]
+NumSinks = Annotated[int | None, _option("First tokens that every head keeps.", "N")]
+ScoreName = Annotated[str | None, _option(f"Score by which semantic heads keep tokens: {', '.join(SCORES)}.", "NAME")]
 
 
 def parse_budgets(text: str) -> list[Amount]:

@@ -1,0 +1,96 @@
+"""Finds the images of a folder and their captions: GenEval's layout, or files and a list.
+
+It opens no image. Names and order are the same on every machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from ssd_cache.evaluation.export import read_settings
+from ssd_cache.evaluation.geneval.prompts import parse_prompt
+from ssd_cache.io.showing import ReadableError, shown
+from ssd_cache.io.untrusted import read_json_lines
+
+CAPTIONS_FILE = "metadata.jsonl"
+"""A list of captions next to the images, as in image folders of the Hub: file_name and prompt (or text) per line."""
+
+
+class ImageFolderError(ReadableError):
+    """A folder whose images or captions cannot be found."""
+
+
+@dataclass(frozen=True)
+class FolderImage:
+    """An image in a folder, with its caption if the folder has one; `name` is the path below the folder."""
+
+    name: str
+    path: Path
+    caption: str = ""
+
+    def open(self) -> Image.Image:
+        """Read the image, completely and as RGB; raises the exceptions of PIL."""
+        with Image.open(self.path) as file:
+            return file.convert("RGB")
+
+
+def find_images(folder: str | Path) -> list[FolderImage]:
+    """The samples of GenEval's layout, or all images in a folder and its subfolders, by name.
+
+    Raises:
+        ImageFolderError: no such folder, no image in it, or the sheets of `eval dpg export`.
+        ValueError: a damaged metadata.jsonl in GenEval's layout.
+    """
+    folder, formats = Path(folder), Image.registered_extensions()
+    if str(read_settings(folder).get("format")).startswith("ssd-cache dpg"):
+        raise ImageFolderError(f"{folder} has sheets of four images; give a folder with single images")
+    paths = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in formats and path.is_file())
+    found = _geneval_images(folder) or [
+        FolderImage(path.relative_to(folder).as_posix(), path) for path in paths if not path.name.startswith(".")
+    ]
+    if not found:
+        raise ImageFolderError(f"{folder} has no images; give a folder with .png, .jpg and the like")
+    return found
+
+
+def find_captioned(folder: str | Path) -> list[FolderImage]:
+    """Images with their captions: GenEval's layout, or a `metadata.jsonl`.
+
+    Raises:
+        ImageFolderError: none of these; a line of the list without an image, or an image listed twice.
+        ValueError: a file that cannot be read; the message names the line.
+    """
+    folder = Path(folder)
+    found = _geneval_images(folder) or _listed_images(folder)
+    if not found:
+        raise ImageFolderError(
+            f"{folder} has no captions; give GenEval's layout, or images and a {CAPTIONS_FILE} with "
+            '{"file_name": ..., "prompt": ...} on each line'
+        )
+    return found
+
+
+def _geneval_images(folder: Path) -> list[FolderImage]:
+    found = []
+    for captions in sorted(folder.glob(f"[0-9]*/{CAPTIONS_FILE}")):
+        if samples := sorted((captions.parent / "samples").glob("[0-9]*.png")):
+            text = parse_prompt(captions.read_text("utf-8"), str(captions)).prompt
+            found += [FolderImage(path.relative_to(folder).as_posix(), path, text) for path in samples]
+    return found
+
+
+def _listed_images(folder: Path) -> list[FolderImage]:
+    found: dict[str, FolderImage] = {}
+    lines = read_json_lines(folder / CAPTIONS_FILE) if (folder / CAPTIONS_FILE).is_file() else []
+    for place, row in lines:
+        name, text = row.get("file_name"), row.get("prompt", row.get("text"))
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise ImageFolderError(f'{place}: {shown(row)} needs texts as "file_name" and "prompt"')
+        if name in found or not (folder / name).is_file():
+            problem = "is listed twice" if name in found else "does not exist"
+            raise ImageFolderError(f"{place}: the image {shown(name)} {problem}; correct the list")
+        found[name] = FolderImage(name, folder / name, text)
+    return list(found.values())

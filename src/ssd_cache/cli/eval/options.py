@@ -92,9 +92,13 @@ ScoreName = Annotated[
 ]
 
 
-def parse_budgets(text: str) -> list[Amount]:
-    """Parse a comma-separated list of budgets, without duplicates; raises WrongUse."""
-    return list(dict.fromkeys(parse_budget(part.strip()) for part in text.split(",")))
+def parse_budgets(text: str, num_cells: int | None = None) -> list[Amount]:
+    """Parse a comma-separated list of budgets of at most `num_cells` tokens, without duplicates; raises WrongUse."""
+    budgets = list(dict.fromkeys(parse_budget(part.strip()) for part in text.split(",")))
+    for budget in budgets:
+        if isinstance(budget, int) and num_cells is not None and budget > num_cells:
+            raise WrongUse(f"--budgets {budget}: an image has {num_cells} visual tokens; give at most {num_cells}")
+    return budgets
 
 
 def parse_seeds(text: str) -> list[int]:

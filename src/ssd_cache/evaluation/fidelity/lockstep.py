@@ -1,75 +1,119 @@
-"""Runs a full cache and compressed caches in lockstep: each input of the full cache also goes through the others.
+"""Runs compressed caches beside a full cache, on the same inputs at every step, and measures how they differ.
 
-It puts hooks on the decoder, on its attention outputs and on the head that scores visual tokens. The model's own
-`generate` runs the loop. Only a few numbers per step are stored, not the attention weights.
+The model's own `generate` runs the loop. Hooks on the decoder, on its attention outputs and on the head that scores
+visual tokens do the rest. Only a few numbers per step are stored, not the attention weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from tqdm import tqdm
 
 from ssd_cache._compat import CACHE, take_cache
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.layer import SSDLayer
-from ssd_cache.models import Generator, GeneratorError
+from ssd_cache.decode.attention_switch import ssd_attention
+from ssd_cache.evaluation.fidelity.result import MEASURED, Fidelity
+from ssd_cache.models import Generator, GeneratorError, Sampling
+from ssd_cache.profiling.measuring import draw_watched
 from ssd_cache.profiling.watching import WatchingCache
 from ssd_cache.training.likelihood import certain_scores, kl_divergence, log_probabilities
 
 
-class Trace:
-    """The measurements of one compressed cache; the tensors are those of `Fidelity`, not yet on the CPU."""
+def compare_caches(
+    generator: Generator,
+    prompts: Sequence[str],
+    caches: Mapping[str, SSDCache],
+    sampling: Sampling,
+    tokens: torch.Tensor | None = None,
+    progress: bool = False,
+) -> dict[str, Fidelity]:
+    """Measure fresh caches in one batch. `measure_fidelity` describes and checks the arguments.
 
-    def __init__(self, cache: SSDCache, pictures: int, steps: int, device: torch.device, home: torch.device):
-        shape = steps, cache.head_map.num_layers
-        self.cache = cache
-        self.kl = torch.zeros(pictures, steps, dtype=torch.float64, device=home)
-        self.agrees = torch.zeros(pictures, steps, dtype=torch.bool, device=home)
-        self.attention_error = torch.zeros(shape, device=device)
-        self.retained = torch.zeros(*shape, cache.head_map.num_kv_heads, device=device)
-        self.hidden: torch.Tensor | None = None  # of the newest token, `[rows, 1, hidden]`
+    Raises:
+        GeneratorError: the tokens do not fit, or the hooks did not see every step.
+        ValueError: the model's outputs are not finite.
+    """
+    name, cells = generator.checkpoint.name, generator.checkpoint.num_visual_tokens
+    lockstep = _Lockstep(generator, caches, len(prompts), sampling, tokens)
+    if tokens is not None:
+        sampling = replace(sampling, temperature=0.0)  # the given tokens are made the most likely ones
+    with (
+        ssd_attention(generator.language_model),
+        lockstep.hooked(),
+        tqdm(
+            total=len(prompts) * cells,
+            unit=" visual tokens",
+            desc=f"full and {len(caches)} more",
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # few lines in a log file
+            disable=not progress,
+        ) as bar,
+    ):
+        generated = draw_watched(generator, prompts, lockstep.full, on_tokens=bar.update, **vars(sampling)).cpu()
+    if lockstep.num_compared != cells - 1 or not (tokens is None or torch.equal(generated, tokens.cpu().long())):
+        raise GeneratorError(
+            f"{name} cannot be compared: {lockstep.num_compared} of its {cells - 1} steps were seen, or it did not "
+            "take the given tokens; its decoder or its head works in an unknown way"
+        )
+    results = {name: run.finish(generated) for name, run in lockstep.runs.items()}
+    lockstep.release()
+    if not all(result.kl.isfinite().all() and result.retained.isfinite().all() for result in results.values()):
+        raise ValueError(
+            f"{name} gives NaN or infinite numbers: its numbers overflow, as they may in float16; load it in "
+            "bfloat16 or float32"
+        )
+    return results
 
 
-class Lockstep:
-    """Runs compressed caches beside a full one, inside `with lockstep.hooked():`; the caller generates with `full`.
+@dataclass
+class _Run:
+    """A compressed cache, its measurements, and the hidden states `[rows, 1, hidden]` of the newest token."""
 
-    Args:
-        generator: its attention implementation must be "ssd".
-        caches: fresh caches.
-        num_pictures: number of prompts that will be generated.
-        guidance_scale, temperature: settings of the compared distribution.
-        tokens: `[images, cells]`, the tokens that the model is forced to generate; None to let it sample.
+    cache: SSDCache
+    result: Fidelity
+    hidden: torch.Tensor | None = None
 
-    Attributes:
-        full: the cache to generate with.
-        traces: one per cache, in order.
-        num_compared: number of steps whose distributions were compared.
+    def finish(self, tokens: torch.Tensor) -> Fidelity:
+        """The result on the CPU, with the tokens and with labels that an online cache found."""
+        labels = self.cache.labels or self.cache.head_map
+        tensors = {name: getattr(self.result, name).cpu() for name in MEASURED}
+        return replace(self.result, tokens=tokens, is_spatial=labels.is_spatial, **tensors)
+
+
+class _Lockstep:
+    """Runs compressed caches beside `full`, the cache to generate with, while `hooked()` is open.
+
+    The generator's attention implementation must be "ssd". `num_compared` counts the compared distributions.
     """
 
     def __init__(
         self,
         generator: Generator,
-        caches: Sequence[SSDCache],
-        num_pictures: int,
-        guidance_scale: float,
-        temperature: float,
-        tokens: torch.Tensor | None = None,
+        caches: Mapping[str, SSDCache],
+        num_images: int,
+        sampling: Sampling,
+        tokens: torch.Tensor | None,
     ):
-        checkpoint = generator.checkpoint
+        checkpoint, own = generator.checkpoint, generator.guidance_scale
         cells = checkpoint.num_visual_tokens
-        self.generator, self.guidance_scale, self.temperature = generator, guidance_scale, temperature
+        self.generator, self.tokens = generator, tokens
+        self.guidance_scale = own if sampling.guidance_scale is None else sampling.guidance_scale
+        self.temperature = generator.temperature if sampling.temperature is None else sampling.temperature
         device = generator.model.device
         self.home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-        self.is_unconditional = generator.is_unconditional(num_pictures).to(self.home)
-        self.tokens = tokens
+        self.is_unconditional = generator.is_unconditional(num_images).to(self.home)
         # declared as a grid with one column, so that it holds at most one query
         self.full = WatchingCache((cells, 1), checkpoint.num_layers, checkpoint.num_kv_heads, self)
-        self.traces = [Trace(cache, num_pictures, cells - 1, device, self.home) for cache in caches]
+        blank = torch.zeros(num_images, cells, dtype=torch.int64, device=self.home)
+        self.runs = {name: _Run(cache, Fidelity.empty(checkpoint, cache, blank)) for name, cache in caches.items()}
         self.num_compared = 0
-        self._running: Trace | None = None  # None while the full cache runs
+        self._running: _Run | None = None  # None while the full cache runs
         self._weights: dict[int, list[torch.Tensor]] = {}
         self._outputs: dict[int, torch.Tensor] = {}
 
@@ -77,21 +121,17 @@ class Lockstep:
     def hooked(self) -> Iterator[None]:
         """Put the hooks on the model; they are removed at the end, also after an exception."""
         decoder, head, projections = parts_of(self.generator)
-        handles = []
-        try:
-            handles.append(decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
-            handles.append(head.register_forward_hook(self._after_head))
+        with ExitStack() as hooks:
+            hooks.enter_context(decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
+            hooks.enter_context(head.register_forward_hook(self._after_head))
             for layer, projection in projections.items():
-                handles.append(projection.register_forward_pre_hook(partial(self._before_projection, layer)))
+                hooks.enter_context(projection.register_forward_pre_hook(partial(self._before_projection, layer)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def release(self) -> None:
         """Free all K and V now; the full cache and its observer form a reference cycle, which Python frees late."""
         self.full.reset()
-        self.traces.clear()
+        self.runs.clear()
 
     @property
     def step(self) -> int:
@@ -113,18 +153,18 @@ class Lockstep:
         for layer in self.full.layers:
             for store in layer.stores:
                 store.score_held()  # passes pending queries to the observer now instead of at the next token
-        for trace in self.traces:
-            self._running = trace
+        for run in self.runs.values():
+            self._running = run
             try:
-                states = decoder(*args, **others, **{CACHE: trace.cache}).last_hidden_state
+                states = decoder(*args, **others, **{CACHE: run.cache}).last_hidden_state
             finally:
                 self._running = None
-            trace.hidden = states[:, -1:]
+            run.hidden = states[:, -1:]
             if self.step < 0:
                 continue
-            for layer_idx, layer in enumerate(trace.cache.layers):
+            for layer_idx, layer in enumerate(run.cache.layers):
                 share = retained_share(torch.cat(self._weights[layer_idx]), layer)
-                trace.retained[self.step, layer_idx] = share.mean(0)
+                run.result.retained[self.step, layer_idx] = share.mean(0)
 
     def _before_projection(self, layer_idx: int, projection: torch.nn.Module, args: tuple) -> None:
         """Receive an attention output, `[rows, new, heads * head_dim]`, and compare it with the full cache's."""
@@ -136,33 +176,36 @@ class Lockstep:
             return
         full = self._outputs[layer_idx]
         error = (output - full).norm(dim=-1) / full.norm(dim=-1).clamp_min(torch.finfo(full.dtype).tiny)
-        self._running.attention_error[self.step, layer_idx] = error.mean()
+        self._running.result.attention_error[self.step, layer_idx] = error.mean()
 
     def _after_head(self, head: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        """After the full cache's token scores: compute those of the other caches, and compare."""
+        """After the full cache's logits: compute those of the other caches, and compare."""
         if self.step >= 0:
             log_p = self._log_probabilities(output)
-            for trace in self.traces:
-                assert trace.hidden is not None
-                log_q = self._log_probabilities(head.forward(trace.hidden.reshape(args[0].shape)))
-                trace.kl[:, self.step] = kl_divergence(log_p, log_q)
-                trace.agrees[:, self.step] = log_p.argmax(-1) == log_q.argmax(-1)
+            for run in self.runs.values():
+                assert run.hidden is not None
+                log_q = self._log_probabilities(head.forward(run.hidden.reshape(args[0].shape)))
+                run.result.kl[:, self.step] = kl_divergence(log_p, log_q)
+                run.result.agrees[:, self.step] = log_p.argmax(-1) == log_q.argmax(-1)
             self.num_compared += 1
-        return None if self.tokens is None else self._forced(output, self.tokens)
+        if self.tokens is None:
+            return None
+        if self.step < 0:
+            self._check_tokens(self.tokens, output.shape[-1])
+        return certain_scores(output, self.tokens[:, self.step + 1], self.is_unconditional)
 
-    def _log_probabilities(self, scores: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of sampling, float64 `[images, vocabulary]`, from the head's scores, one token per row."""
-        scores = scores.reshape(len(scores), -1).to(self.home, torch.float64)
-        return log_probabilities(scores, self.is_unconditional, self.guidance_scale, self.temperature)
-
-    def _forced(self, output: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Scores in the shape of `output` that make the given token the most likely one, with or without guidance."""
-        if (limit := output.shape[-1]) <= tokens.max():
+    def _check_tokens(self, tokens: torch.Tensor, num_tokens: int) -> None:
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= num_tokens:
+            name = self.generator.checkpoint.name
             raise GeneratorError(
-                f"tokens hold {int(tokens.max())}, but {self.generator.checkpoint.name} has {limit} visual tokens, "
-                "counted from 0"
+                f"tokens range from {low} to {high}: the visual tokens of {name} end at {num_tokens - 1}"
             )
-        return certain_scores(output, tokens[:, self.step + 1], self.is_unconditional)
+
+    def _log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of sampling, float64 `[images, vocabulary]`, from the head's logits, one token per row."""
+        logits = logits.reshape(len(logits), -1).to(self.home, torch.float64)
+        return log_probabilities(logits, self.is_unconditional, self.guidance_scale, self.temperature)
 
 
 def retained_share(weights: torch.Tensor, layer: SSDLayer) -> torch.Tensor:
@@ -180,9 +223,7 @@ def retained_share(weights: torch.Tensor, layer: SSDLayer) -> torch.Tensor:
     return share
 
 
-def parts_of(
-    generator: Generator,
-) -> tuple[torch.nn.Module, torch.nn.Module, dict[int, torch.nn.Module]]:
+def parts_of(generator: Generator) -> tuple[torch.nn.Module, torch.nn.Module, dict[int, torch.nn.Module]]:
     """The decoder, the head that scores visual tokens, and the output projection of each layer's attention.
 
     Raises:
@@ -197,8 +238,8 @@ def parts_of(
     num_layers = generator.checkpoint.num_layers
     if head is None or sorted(projections) != list(range(num_layers)):
         raise GeneratorError(
-            f"{generator.checkpoint.name} can not be watched: its decoder has {num_layers} layers, and "
-            f"{len(projections)} attention outputs (o_proj) were found in it, {'no' if head is None else 'a'} head "
-            "that scores tokens"
+            f"{generator.checkpoint.name} cannot be compared: its decoder has {num_layers} layers, and "
+            f"{len(projections)} attention outputs (o_proj) and {'no' if head is None else 'a'} head that scores "
+            "tokens were found"
         )
     return decoder, head, projections

@@ -18,17 +18,7 @@ from ssd_cache.budget import Amount
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.presets import equal_budget
 from ssd_cache.cli.errors import WrongUse, refusing
-from ssd_cache.cli.eval.options import (
-    Buffer,
-    HeadMapName,
-    NumRecent,
-    NumSinks,
-    OwnBudgets,
-    Policies,
-    ScoreName,
-    cache_settings,
-    parse_budgets,
-)
+from ssd_cache.cli.eval.options import Buffer, HeadMapName, OwnBudgets, Policies, parse_budgets
 from ssd_cache.cli.eval.score_table import Report
 from ssd_cache.cli.files import check_place, read_prompts
 from ssd_cache.cli.loading import find_model, load_generator
@@ -85,9 +75,6 @@ def fidelity(
     dtype: Dtype = "auto",
     device: Device = "auto",
     buffer: Buffer = None,
-    num_recent: NumRecent = None,
-    num_sinks: NumSinks = None,
-    score: ScoreName = None,
     guidance: Guidance = None,
     temperature: OfDistribution = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the images.", metavar="N", rich_help_panel=SAMPLING)] = 0,
@@ -108,7 +95,7 @@ def fidelity(
         check_packages("matplotlib")
     except ImportError as error:
         raise WrongUse(str(error)) from error
-    settings = cache_settings(buffer, num_recent, num_sinks, score)
+    settings = {} if buffer is None else {"buffer": buffer}
     with refusing():
         check_settings(guidance, temperature, seed)
         where = resolve_device(device)

@@ -5,17 +5,16 @@ Types for the signatures. Defaults are in the commands. Policy names are parsed 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ssd_cache.budget import Amount
 from ssd_cache.cache.presets import POLICIES
-from ssd_cache.cache.retention import SCORES
 from ssd_cache.cli.errors import WrongUse
 from ssd_cache.cli.options import MODEL
 from ssd_cache.cli.plan import parse_budget
-from ssd_cache.evaluation.policies import DEFAULT, OWN, SETTINGS
+from ssd_cache.evaluation.policies import DEFAULT, OWN
 
 CACHE = "Cache"
 
@@ -63,33 +62,6 @@ Buffer = Annotated[
         rich_help_panel=CACHE,
     ),
 ]
-NumRecent = Annotated[
-    str | None,
-    typer.Option(
-        help="Newest tokens that a semantic head keeps: tokens, or a fraction.",
-        metavar="N",
-        show_default="the policy's own",
-        rich_help_panel=CACHE,
-    ),
-]
-NumSinks = Annotated[
-    int | None,
-    typer.Option(
-        help="First tokens that every head keeps.",
-        metavar="N",
-        show_default="the policy's own",
-        rich_help_panel=CACHE,
-    ),
-]
-ScoreName = Annotated[
-    str | None,
-    typer.Option(
-        help=f"Score by which semantic heads keep tokens: {', '.join(SCORES)}.",
-        metavar="NAME",
-        show_default="the policy's own",
-        rich_help_panel=CACHE,
-    ),
-]
 
 
 def parse_budgets(text: str, num_cells: int | None = None) -> list[Amount]:
@@ -107,18 +79,3 @@ def parse_seeds(text: str) -> list[int]:
     if not all(part.isdecimal() for part in parts):
         raise WrongUse(f"--seeds {text}: give whole numbers from 0 up, with commas between (0,1,2)")
     return list(dict.fromkeys(map(int, parts)))
-
-
-def cache_settings(
-    buffer: int | None, num_recent: str | None, num_sinks: int | None, score: str | None
-) -> dict[str, Any]:
-    """The given settings for all caches, by their names in `SSDCache`; raises WrongUse."""
-    texts = {"buffer": buffer, "num_recent": num_recent, "num_sinks": num_sinks, "score": score}
-    settings = {}
-    for name, text in texts.items():
-        if text is not None:
-            try:
-                settings[name] = SETTINGS[name](str(text).strip())
-            except ValueError as error:
-                raise WrongUse(f"--{name.replace('_', '-')} {text}: {error}") from error
-    return settings

@@ -18,11 +18,7 @@ from ssd_cache.cli.eval.options import (
     Budgets,
     Buffer,
     HeadMapName,
-    NumRecent,
-    NumSinks,
     Policies,
-    ScoreName,
-    cache_settings,
     parse_budgets,
     parse_seeds,
 )
@@ -64,9 +60,6 @@ def shapes(
     dtype: Dtype = "auto",
     device: Device = "auto",
     buffer: Buffer = None,
-    num_recent: NumRecent = None,
-    num_sinks: NumSinks = None,
-    score: ScoreName = None,
     guidance: Guidance = None,
     temperature: Temperature = None,
     batch_size: Annotated[
@@ -89,7 +82,7 @@ def shapes(
     `accelerate launch -m ssd_cache.cli eval shapes ...`.
     """
     check_place("--output", output, is_folder=True)
-    settings = cache_settings(buffer, num_recent, num_sinks, score)
+    settings = {} if buffer is None else {"buffer": buffer}
     with refusing():
         sampling = Sampling(guidance, temperature)
         processes = Processes()

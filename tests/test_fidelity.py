@@ -344,7 +344,7 @@ BAD = [
     (
         {"tokens": torch.full((2, 36), 32)},
         GeneratorError,
-        "tokens range from 32 to 32: the visual tokens of .* end at 31",
+        "tokens range from 32 to 32: the visual tokens are 0 to 31",
     ),
 ]
 

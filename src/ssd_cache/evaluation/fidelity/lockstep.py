@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -61,8 +61,7 @@ def compare_caches(
             f"{name} cannot be compared: {lockstep.num_compared} of its {cells - 1} steps were seen, or it did not "
             "take the given tokens; its decoder or its head works in an unknown way"
         )
-    results = {name: run.finish(generated) for name, run in lockstep.runs.items()}
-    lockstep.release()
+    results = lockstep.finish(generated)
     if not all(result.kl.isfinite().all() and result.retained.isfinite().all() for result in results.values()):
         raise ValueError(
             f"{name} gives NaN or infinite numbers: its numbers overflow, as they may in float16; load it in "
@@ -71,23 +70,8 @@ def compare_caches(
     return results
 
 
-@dataclass
-class _Run:
-    """A compressed cache, its measurements, and the hidden states `[rows, 1, hidden]` of the newest token."""
-
-    cache: SSDCache
-    result: Fidelity
-    hidden: torch.Tensor | None = None
-
-    def finish(self, tokens: torch.Tensor) -> Fidelity:
-        """The result on the CPU, with the tokens and with labels that an online cache found."""
-        labels = self.cache.labels or self.cache.head_map
-        tensors = {name: getattr(self.result, name).cpu() for name in MEASURED}
-        return replace(self.result, tokens=tokens, is_spatial=labels.is_spatial, **tensors)
-
-
 class _Lockstep:
-    """Runs compressed caches beside `full`, the cache to generate with, while `hooked()` is open.
+    """Runs `caches` beside `full`, the cache to generate with, while `hooked()` is open.
 
     The generator's attention implementation must be "ssd". `num_compared` counts the compared distributions.
     """
@@ -100,22 +84,23 @@ class _Lockstep:
         sampling: Sampling,
         tokens: torch.Tensor | None,
     ):
-        checkpoint, own = generator.checkpoint, generator.guidance_scale
-        cells = checkpoint.num_visual_tokens
+        checkpoint, device = generator.checkpoint, generator.model.device
         self.generator, self.tokens = generator, tokens
-        self.guidance_scale = own if sampling.guidance_scale is None else sampling.guidance_scale
-        self.temperature = generator.temperature if sampling.temperature is None else sampling.temperature
-        device = generator.model.device
+        self.guidance_scale = sampling.guidance_scale or generator.guidance_scale
+        self.temperature = sampling.temperature or generator.temperature
         self.home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         self.is_unconditional = generator.is_unconditional(num_images).to(self.home)
         # declared as a grid with one column, so that it holds at most one query
+        cells = checkpoint.num_visual_tokens
         self.full = WatchingCache((cells, 1), checkpoint.num_layers, checkpoint.num_kv_heads, self)
+        self.caches = dict(caches)
         blank = torch.zeros(num_images, cells, dtype=torch.int64, device=self.home)
-        self.runs = {name: _Run(cache, Fidelity.empty(checkpoint, cache, blank)) for name, cache in caches.items()}
+        self.results = {name: Fidelity.empty(checkpoint, cache, blank) for name, cache in caches.items()}
         self.num_compared = 0
-        self._running: _Run | None = None  # None while the full cache runs
+        self._running: str | None = None  # None while the full cache runs
         self._weights: dict[int, list[torch.Tensor]] = {}
         self._outputs: dict[int, torch.Tensor] = {}
+        self._hidden: dict[str, torch.Tensor] = {}  # of the newest token, `[rows, 1, hidden]`
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -128,10 +113,20 @@ class _Lockstep:
                 hooks.enter_context(projection.register_forward_pre_hook(partial(self._before_projection, layer)))
             yield
 
-    def release(self) -> None:
-        """Free all K and V now; the full cache and its observer form a reference cycle, which Python frees late."""
-        self.full.reset()
-        self.runs.clear()
+    def finish(self, tokens: torch.Tensor) -> dict[str, Fidelity]:
+        """The results for the generated tokens, on the CPU, with labels that online caches found; frees all K and V."""
+        results = {
+            name: replace(
+                result,
+                tokens=tokens,
+                is_spatial=(self.caches[name].labels or self.caches[name].head_map).is_spatial,
+                **{part: getattr(result, part).cpu() for part in MEASURED},
+            )
+            for name, result in self.results.items()
+        }
+        self.full.reset()  # it and its observer form a reference cycle, which Python frees late
+        self.caches.clear()
+        return results
 
     @property
     def step(self) -> int:
@@ -153,18 +148,16 @@ class _Lockstep:
         for layer in self.full.layers:
             for store in layer.stores:
                 store.score_held()  # passes pending queries to the observer now instead of at the next token
-        for run in self.runs.values():
-            self._running = run
+        for name, cache in self.caches.items():
+            self._running = name
             try:
-                states = decoder(*args, **others, **{CACHE: run.cache}).last_hidden_state
+                self._hidden[name] = decoder(*args, **others, **{CACHE: cache}).last_hidden_state[:, -1:]
             finally:
                 self._running = None
-            run.hidden = states[:, -1:]
-            if self.step < 0:
-                continue
-            for layer_idx, layer in enumerate(run.cache.layers):
-                share = retained_share(torch.cat(self._weights[layer_idx]), layer)
-                run.result.retained[self.step, layer_idx] = share.mean(0)
+            if self.step >= 0:
+                for layer_idx, layer in enumerate(cache.layers):
+                    share = retained_share(torch.cat(self._weights[layer_idx]), layer)
+                    self.results[name].retained[self.step, layer_idx] = share.mean(0)
 
     def _before_projection(self, layer_idx: int, projection: torch.nn.Module, args: tuple) -> None:
         """Receive an attention output, `[rows, new, heads * head_dim]`, and compare it with the full cache's."""
@@ -176,31 +169,24 @@ class _Lockstep:
             return
         full = self._outputs[layer_idx]
         error = (output - full).norm(dim=-1) / full.norm(dim=-1).clamp_min(torch.finfo(full.dtype).tiny)
-        self._running.result.attention_error[self.step, layer_idx] = error.mean()
+        self.results[self._running].attention_error[self.step, layer_idx] = error.mean()
 
     def _after_head(self, head: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         """After the full cache's logits: compute those of the other caches, and compare."""
         if self.step >= 0:
             log_p = self._log_probabilities(output)
-            for run in self.runs.values():
-                assert run.hidden is not None
-                log_q = self._log_probabilities(head.forward(run.hidden.reshape(args[0].shape)))
-                run.result.kl[:, self.step] = kl_divergence(log_p, log_q)
-                run.result.agrees[:, self.step] = log_p.argmax(-1) == log_q.argmax(-1)
+            for name, result in self.results.items():
+                log_q = self._log_probabilities(head.forward(self._hidden[name].reshape(args[0].shape)))
+                result.kl[:, self.step] = kl_divergence(log_p, log_q)
+                result.agrees[:, self.step] = log_p.argmax(-1) == log_q.argmax(-1)
             self.num_compared += 1
         if self.tokens is None:
             return None
         if self.step < 0:
-            self._check_tokens(self.tokens, output.shape[-1])
+            low, high, limit = int(self.tokens.min()), int(self.tokens.max()), output.shape[-1]
+            if low < 0 or high >= limit:
+                raise GeneratorError(f"tokens range from {low} to {high}: the visual tokens are 0 to {limit - 1}")
         return certain_scores(output, self.tokens[:, self.step + 1], self.is_unconditional)
-
-    def _check_tokens(self, tokens: torch.Tensor, num_tokens: int) -> None:
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= num_tokens:
-            name = self.generator.checkpoint.name
-            raise GeneratorError(
-                f"tokens range from {low} to {high}: the visual tokens of {name} end at {num_tokens - 1}"
-            )
 
     def _log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of sampling, float64 `[images, vocabulary]`, from the head's logits, one token per row."""

@@ -95,17 +95,22 @@ def draw_fidelity(results: Mapping[str, Fidelity]) -> Figure:
         policies.setdefault(name.rpartition(" ")[0] or name, []).append(name)
     name, first = next(iter(results.items()))
     layers, heads = first.is_spatial.shape
-    by_budget = [2.2] if max(map(len, policies.values())) > 1 else []
+    by_budget = [2.2] if len(results) > len(policies) else []
     heights = [2.2, 2.0, *by_budget, 1.0 + min(4.0, max(1.2, (WIDTH - 1.4) * layers / heads))]
     figure = new_figure(sum(heights) + 0.4 + 0.2 * -(-len(results) // 2))
     panels = figure.subplots(len(heights), height_ratios=heights)
+    for axes in panels[:2]:
+        axes.set_xlabel("row of the draft grid, then of the image" if first.previews else "grid row")
+        axes.set_xlim(0, len(row_lengths(first.grid, first.previews)) - 1)
+        for order in range(len(first.previews)):
+            axes.axvline(sum(rows for rows, _ in first.previews[: order + 1]) - 0.5, color="0.7", linestyle=":")
+    for axes in panels[:-1]:
+        axes.grid(axis="y", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
     _draw_by_row(panels[0], panels[1], results, list(policies.values()))
     if by_budget:
         _draw_by_budget(panels[2], results, list(policies.values()))
     _draw_heads(figure, panels[-1], name, first)
-    for axes in panels[:-1]:
-        axes.grid(axis="y", color="0.9")
-        axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9, handlelength=3)
     return figure
 
@@ -113,33 +118,23 @@ def draw_fidelity(results: Mapping[str, Fidelity]) -> Figure:
 def _draw_by_row(
     divergence: Axes, agreement: Axes, results: Mapping[str, Fidelity], policies: Sequence[list[str]]
 ) -> None:
-    order = list(results)
-    first = results[order[0]]
-    for axes, title in ((divergence, "KL(full || compressed), nats"), (agreement, "same most likely token, share")):
-        axes.set_title(title, fontsize=10, loc="left")
-        axes.set_xlabel("row of the draft grid, then of the image" if first.previews else "grid row")
-        axes.set_xlim(0, len(row_lengths(first.grid, first.previews)) - 1)
-        for index in range(len(first.previews)):
-            axes.axvline(sum(rows for rows, _ in first.previews[: index + 1]) - 0.5, color="0.7", linestyle=":")
-    lowest = 0.99
-    for name in order:
-        policy, names = next((index, names) for index, names in enumerate(policies) if name in names)
-        style: dict[str, Any] = {
-            "color": COLORS[policy % len(COLORS)],
-            "linestyle": DASHES[names.index(name) % len(DASHES)],
-            "linewidth": 1.5 if len(results) <= 8 else 1.0,
-            "zorder": 3 - order.index(name) / len(order),  # the first is on top
-        }
-        result = results[name]
-        agrees = result.by_grid_row(result.agrees.T).mean(1)
-        lowest = min(lowest, agrees.min().item())
-        divergence.plot(_positive(result.by_grid_row(result.kl.T).mean(1)), label=plain_label(name), **style)
-        agreement.plot(agrees, **style)
+    for policy, names in enumerate(policies):
+        for index, name in enumerate(names):
+            result = results[name]
+            style: dict[str, Any] = {
+                "color": COLORS[policy % len(COLORS)],
+                "linestyle": DASHES[index % len(DASHES)],
+                "zorder": 3 - list(results).index(name) / len(results),  # the first is on top
+            }
+            divergence.plot(_positive(result.by_grid_row(result.kl.T).mean(1)), label=plain_label(name), **style)
+            agreement.plot(result.by_grid_row(result.agrees.T).mean(1), **style)
+    divergence.set_title("KL(full || compressed), nats", fontsize=10, loc="left")
     divergence.set_yscale("log")
     low, high = divergence.get_ylim()
     if high > 10 * LOWEST_KL:
         divergence.set_ylim(max(LOWEST_KL, low), high)
-    agreement.set_ylim(1 - 1.05 * (1 - lowest), 1 + 0.05 * (1 - lowest))
+    agreement.set_title("same most likely token, share", fontsize=10, loc="left")
+    agreement.set_ylim(min(0.99, agreement.get_ylim()[0]), 1.0005)
 
 
 def _draw_by_budget(axes: Axes, results: Mapping[str, Fidelity], policies: Sequence[list[str]]) -> None:
@@ -161,9 +156,8 @@ def _draw_by_budget(axes: Axes, results: Mapping[str, Fidelity], policies: Seque
 def _draw_heads(figure: Figure, axes: Axes, name: str, result: Fidelity) -> None:
     """Layers by KV heads; a dot marks a head with the spatial rule."""
     retained = result.retained_by_head
-    image = axes.imshow(
-        retained.numpy(), cmap=color_map(), vmin=min(0.95, int(retained.min() * 20) / 20), vmax=1, aspect="auto"
-    )
+    low = min(0.95, int(retained.min() * 20) / 20)
+    image = axes.imshow(retained.numpy(), cmap=color_map(), vmin=low, vmax=1, aspect="auto")
     figure.colorbar(image, ax=axes)
     layers, heads = result.is_spatial.numpy().nonzero()
     size = max(4.0, min(60.0, 4000 / max(retained.shape) ** 2))

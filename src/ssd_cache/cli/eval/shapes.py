@@ -5,7 +5,6 @@ Holds the options and the order of work. All checks run before weights are loade
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,15 +28,11 @@ from ssd_cache.cli.options import SAMPLING, Device, Dtype, Guidance, ModelName, 
 from ssd_cache.evaluation.conditions import drawing_conditions
 from ssd_cache.evaluation.policies import choose_head_map, parse_policies, resolve_policies
 from ssd_cache.evaluation.records import read_records
-from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder, check_folder, recorded_batch_size
+from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder
 from ssd_cache.evaluation.runner import Plan
 from ssd_cache.evaluation.shapes import check_model, run_shapes, shapes_prompts
-from ssd_cache.models import BUNDLED, Generator, Sampling, find_generator, resolve_device, resolve_dtype
-from ssd_cache.runs.batching import default_batch_size
+from ssd_cache.models import BUNDLED, Sampling, find_generator, resolve_device, resolve_dtype
 from ssd_cache.runs.processes import Processes
-
-BATCH_SIZE = 60
-"""Default batch size if memory suffices."""
 
 
 def shapes(
@@ -63,15 +58,8 @@ def shapes(
     guidance: Guidance = None,
     temperature: Temperature = None,
     batch_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Images at once; part of the conditions.",
-            metavar="N",
-            show_default=f"{BATCH_SIZE}, or fewer if memory is short",
-            rich_help_panel=SAMPLING,
-            min=1,
-        ),
-    ] = None,
+        int, typer.Option(help="Images at once; part of the conditions.", metavar="N", min=1, rich_help_panel=SAMPLING)
+    ] = 60,
 ) -> None:
     """Measure cache policies on shapes-janus with the same seeds and an exact judge.
 
@@ -97,19 +85,10 @@ def shapes(
             budgets=parse_budgets(budgets, labels.num_visual_tokens),
             seeds=parse_seeds(seeds),
             prompts=shapes_prompts(num_per_kind, prompt_seed),
-            batch_size=batch_size or BATCH_SIZE,
+            batch_size=batch_size,
             head_map=labels,
             settings=settings,
         )
-        described = plan.describe()
-        generator: Generator | None = None
-        size = batch_size or processes.gather_all(recorded_batch_size(output))[0]
-        if size is None:  # the default depends on the memory left beside the weights
-            check_folder(output, {})
-            generator = load_generator(checkpoint, kind, where)
-            texts = [text for _, text in plan.prompts]
-            size = default_batch_size(generator, texts, BATCH_SIZE, processes=processes)
-        plan = replace(plan, batch_size=size)
         run: dict[str, Any] = {
             "conditions": {
                 "bench": "shapes",
@@ -120,22 +99,21 @@ def shapes(
                     plan.prompts,
                     dtype=kind,
                     device=where,
-                    batch_size=size,
+                    batch_size=batch_size,
                     guidance_scale=guidance,
                     temperature=temperature,
                     settings=settings,
                 ),
             },
-            "policies": described,
+            "policies": plan.describe(),
             "command": {"model": model, "head_map": head_map},
         }
-        processes.check_agreement(run["conditions"] | {"policies": described})
+        processes.check_agreement(run["conditions"] | {"policies": run["policies"]})
         results = ResultsFolder(output, run, processes.index)
     try:
         with results:
             if plan.share(processes.index, processes.count, results.done)[1]:
-                generator = generator or load_generator(checkpoint, kind, where)
-                run_shapes(generator, plan, results, sampling, processes)
+                run_shapes(load_generator(checkpoint, kind, where), plan, results, sampling, processes)
     except ResultsError as error:
         raise Failure(str(error)) from error
     except KeyboardInterrupt as error:

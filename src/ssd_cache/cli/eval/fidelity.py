@@ -173,21 +173,16 @@ def _facts(policy: str, amount: Amount, cache: SSDCache) -> dict[str, Any]:
 
 def _report(results: dict[str, Fidelity], conditions: dict[str, Any]) -> Report:
     """Table with one row for each policy and budget."""
-
-    def cells(name: str, result: Fidelity) -> tuple[str, ...]:
+    rows = []
+    for name, result in results.items():
         error = result.kl_standard_error
-        return (
-            *name.rsplit(" ", 1),
-            f"{result.mean_kl:.4f}" + ("" if error is None else f" ± {error:.4f}"),
-            f"{result.agreement:.2%}",
-            f"{result.mean_attention_error:.1%}",
-            f"{result.mean_retained:.1%}",
-        )
-
+        divergence = f"{result.mean_kl:.4f}" + ("" if error is None else f" ± {error:.4f}")
+        shares = f"{result.agreement:.2%}", f"{result.mean_attention_error:.1%}", f"{result.mean_retained:.1%}"
+        rows.append((*name.rsplit(" ", 1), divergence, *shares))
     return Report(
         title="Fidelity to the full cache",
         columns=("policy", "budget", "mean KL,\nnats", "same\ntop-1", "attention\nerror", "retained\nmass"),
-        rows=[cells(name, result) for name, result in results.items()],
+        rows=rows,
         notes=(
             "means over all steps; KL with its standard error over images",
             f"{conditions['model']}, {len(conditions['prompts'])} image(s), guidance {conditions['guidance_scale']:g}, "

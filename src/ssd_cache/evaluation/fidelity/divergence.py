@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -83,47 +84,46 @@ def measure_divergence(
     check_count("batch_size", batch_size, 1)
     wanted = check_levels(head_map, levels)
     check_run(generator, prompts)
+    prompts = list(prompts)
     run = fingerprint(generator, prompts, batch_size, sampling)
     settings = {**run, "levels": wanted, "kinds": _digest(head_map, wanted), **_profiled(head_map)}
     batches = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
     images = torch.zeros(len(prompts), head_map.num_visual_tokens, dtype=torch.int64)
     num_generated = torch.zeros(1, dtype=torch.int64)  # batches
     # by level, `[layers, kv_heads]`: the KL divergence, summed over the images of finished batches, and their number
-    sums = {level: torch.zeros(head_map.is_spatial.shape, dtype=torch.float64) for level in wanted}
-    num_done = {level: torch.zeros(head_map.is_spatial.shape, dtype=torch.int64) for level in wanted}
+    shape = head_map.is_spatial.shape
+    sums = {level: torch.zeros(shape, dtype=torch.float64) for level in wanted}
+    num_done = {level: torch.zeros(shape, dtype=torch.int64) for level in wanted}
     tensors = {"images": images, "num_generated": num_generated}
-    tensors |= {f"sum.{level}": sums[level] for level in wanted} | {
-        f"done.{level}": num_done[level] for level in wanted
-    }
+    tensors |= {f"sum.{level}": tensor for level, tensor in sums.items()}
+    tensors |= {f"done.{level}": tensor for level, tensor in num_done.items()}
     state = MeasurementState(state_file, FORMAT, WHAT, settings, tensors)
-    for index in tqdm(
-        range(int(num_generated), len(batches)), unit=" batches", desc="generating", disable=not progress
-    ):
-        part = batches[index]
-        images[part] = generator.generate(prompts[part], **vars(replace(sampling, seed=seed + index))).cpu()
+    left = range(int(num_generated), len(batches))
+    for index in tqdm(left, unit=" batches", desc="generating", disable=not progress):
+        seeded = replace(sampling, seed=seed + index)
+        images[batches[index]] = generator.generate(prompts[batches[index]], **vars(seeded)).cpu()
         num_generated += 1
         state.save()
-    bar = tqdm(total=len(wanted) * head_map.is_spatial.numel() * len(batches), unit=" passes", disable=not progress)
+    bar = tqdm(total=len(wanted) * shape.numel() * len(batches), unit=" passes", disable=not progress)
     bar.update(sum(int(count.sum()) for count in num_done.values()))
     with bar, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # windows shorter than a row are intended here
         for below, level in zip([None, *wanted], wanted, strict=False):
+            bar.set_description(f"{level} slots")
             kinds = best_kinds(head_map, level)
-            for layer, (total, done) in enumerate(zip(sums[level], num_done[level], strict=True)):
-                bar.set_description(f"{level} slots, layer {layer}")
-                if below is not None:
-                    cheap = (done < len(batches)) & (sums[below][layer] / len(prompts) < NEGLIGIBLE)
-                    bar.update(int((len(batches) - done)[cheap].sum()))
-                    total[cheap], done[cheap] = sums[below][layer][cheap], len(batches)
-                for index, part in enumerate(batches):
-                    while heads := (done == index).nonzero().flatten().tolist()[:NUM_CACHES]:
-                        caches = {str(head): _lone(head_map, kinds, layer, head, level) for head in heads}
-                        results = compare_caches(generator, prompts[part], caches, sampling, images[part])
-                        for head in heads:
-                            total[head] += results[str(head)].kl.sum()
-                        done[heads] += 1
-                        state.save()
-                        bar.update(len(heads))
+            if below is not None:
+                cheap = (num_done[level] < len(batches)) & (sums[below] / len(prompts) < NEGLIGIBLE)
+                bar.update(int((len(batches) - num_done[level])[cheap].sum()))
+                sums[level][cheap], num_done[level][cheap] = sums[below][cheap], len(batches)
+            for layer, (index, part) in product(range(head_map.num_layers), enumerate(batches)):
+                done = num_done[level][layer]
+                while heads := (done == index).nonzero().flatten().tolist()[:NUM_CACHES]:
+                    caches = {str(head): _lone(head_map, kinds, layer, head, level) for head in heads}
+                    results = compare_caches(generator, prompts[part], caches, sampling, images[part])
+                    sums[level][layer, heads] += torch.stack([result.kl.sum() for result in results.values()])
+                    done[heads] += 1
+                    state.save()
+                    bar.update(len(heads))
     state.save(is_finished=True)
     scores = {divergence_name(level): (sums[level] / len(prompts)).float() for level in wanted}
     facts = {name: run[name] for name in run if name not in ("model", "weights", "dtype")}

@@ -70,6 +70,7 @@ def measure_fidelity(
     """
     sampling = check_settings(guidance_scale, temperature, seed)
     check_run(generator, prompts)
+    prompts = list(prompts)
     made = _make(generator.checkpoint, caches)
     total, shape = len(prompts), (len(prompts), generator.checkpoint.num_visual_tokens)
     if tokens is not None and (tokens.dtype.is_floating_point or tokens.dtype == torch.bool or tokens.shape != shape):

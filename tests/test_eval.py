@@ -566,11 +566,10 @@ def test_a_report_is_written_whole_or_not_at_all(run, monkeypatch):
         (("shape",), "Did you mean 'shapes'?"),
         (("shapes", "--policies", "h2"), "did you mean 'h2o'?"),
         (("shapes", "--budgets", "0.2,2.5"), "--budget 2.5: give a fraction"),
-        (("shapes", "--budgets", "577"), "--budgets 577: a picture has 576 visual tokens"),
+        (("shapes", "--budgets", "577"), "--budgets 577: an image has 576 visual tokens"),
         (("shapes", "--seeds", "0,x"), "--seeds 0,x: give whole numbers"),
-        (("shapes", "--num-recent", "much"), "--num-recent much: give a whole number (8) or a fraction"),
-        (("shapes", "--score", "man"), "score='man' is unknown"),
-        (("shapes", "--num-per-kind", "0"), "--num-per-kind 0: give a whole number from 1 up"),
+        (("shapes", "--policies", "ssd:score=man"), "score='man' is unknown"),
+        (("shapes", "--num-per-kind", "0"), "Invalid value for '--num-per-kind'"),
         (("shapes", "--budgets", "0.02"), "raise the budget, or lower buffer"),
         (("shapes", "--head-map", "online"), "give the policy online"),
         (("shapes", "--guidance", "0.5"), "guidance_scale=0.5 is out of range"),
@@ -738,7 +737,7 @@ def test_an_interruption_says_how_to_go_on(model, tmp_path, monkeypatch):
     monkeypatch.setattr(JanusForConditionalGeneration, "generate", interrupt)
     result = CliRunner().invoke(app, ["eval", *arguments_of(model, tmp_path / "results")])
     assert result.exit_code == 1
-    assert "keeps 0 pictures: run the same command again to go on" in result.stderr.splitlines()[-1]
+    assert "keeps 0 images: run the same command again to resume" in result.stderr.splitlines()[-1]
 
 
 def test_models_that_draw_another_world_are_refused(run, tmp_path):
@@ -746,4 +745,4 @@ def test_models_that_draw_another_world_are_refused(run, tmp_path):
     config.save_pretrained(tmp_path / "small")
     result = run("shapes", "--model", tmp_path / "small")
     assert result.exit_code == 2
-    assert "draws 8 x 8 visual tokens out of 32; the judge of shapes reads 24 x 24 out of 21" in result.stderr
+    assert "generates 8 x 8 visual tokens out of 32; the judge of shapes reads 24 x 24 out of 21" in result.stderr

@@ -35,8 +35,7 @@ from typer.testing import CliRunner
 from ssd_cache import HeadMap, HeadMapError, SSDCache
 from ssd_cache._compat import CACHE
 from ssd_cache.cli import app
-from ssd_cache.evaluation.fidelity import Fidelity, draw_fidelity, measure_fidelity, parts
-from ssd_cache.evaluation.fidelity.parts import measure_in_parts
+from ssd_cache.evaluation.fidelity import Fidelity, draw_fidelity, measure, measure_fidelity
 from ssd_cache.layout import ImageLayout
 from ssd_cache.models import Checkpoint, Generator, GeneratorError, find_generator, generator_of
 from ssd_cache.runs.run_state import ProfilingError
@@ -324,7 +323,7 @@ REUSED = SSDCache(HeadMap(LABELS, GRID), 14, buffer=3)
 BAD = [
     ({"caches": {}}, ValueError, "caches is empty: give at least one"),
     ({"caches": {"dynamic": DynamicCache}}, ValueError, r"caches\['dynamic'\] makes a DynamicCache"),
-    ({"caches": {"a": lambda: REUSED, "b": lambda: REUSED}}, ValueError, "give one cache twice, or one that was used"),
+    ({"caches": {"a": lambda: REUSED, "b": lambda: REUSED}}, ValueError, "gives one cache twice, or a used one"),
     ({"caches": {"a": lambda: SSDCache(HeadMap(LABELS), 115)}}, HeadMapError, "24 x 24"),
     ({"caches": {"a": lambda: SSDCache(HeadMap(LABELS[:1], GRID), 14, buffer=3)}}, HeadMapError, "1 layers"),
     ({"temperature": 0}, GeneratorError, "temperature=0 leaves one token"),
@@ -337,8 +336,12 @@ BAD = [
     ({"tokens": torch.zeros(2, 35, dtype=torch.long)}, GeneratorError, r"int64 \[2, 35\]: give integers \[2, 36\]"),
     ({"tokens": torch.zeros(1, 36, dtype=torch.long)}, GeneratorError, r"give integers \[2, 36\]"),
     ({"tokens": torch.zeros(2, 36)}, GeneratorError, "tokens are torch.float32"),
-    ({"tokens": torch.full((2, 36), -1)}, GeneratorError, "tokens hold -1"),
-    ({"tokens": torch.full((2, 36), 32)}, GeneratorError, "tokens hold 32, but .* has 32 visual tokens"),
+    ({"tokens": torch.full((2, 36), -1)}, GeneratorError, "tokens range from -1 to -1"),
+    (
+        {"tokens": torch.full((2, 36), 32)},
+        GeneratorError,
+        "tokens range from 32 to 32: the visual tokens are 0 to 31",
+    ),
 ]
 
 
@@ -354,7 +357,7 @@ def test_a_model_built_otherwise_is_refused():
     attention = generator.model.get_decoder().layers[0].self_attn
     attention.out, attention.o_proj = attention.o_proj, None
     del attention.o_proj
-    with pytest.raises(GeneratorError, match=r"can not be watched: its decoder has 2 layers, and 1 attention outputs"):
+    with pytest.raises(GeneratorError, match=r"cannot be compared: its decoder has 2 layers, and 1 attention outputs"):
         measure_fidelity(generator, PROMPTS, h2o())
 
 
@@ -479,7 +482,7 @@ def parted(generator, **settings):
     caches = {
         name: lambda options=options: SSDCache(HeadMap(LABELS, GRID), **options) for name, options in PARTED.items()
     }
-    return measure_in_parts(generator, TEXTS, caches, **{"guidance_scale": 2.0, "seed": 5, **settings})
+    return measure_fidelity(generator, TEXTS, caches, **{"guidance_scale": 2.0, "seed": 5, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -502,7 +505,7 @@ def test_parts_are_measured_on_the_images_of_one_batch(whole):
 
 def test_an_interrupted_measurement_goes_on_after_its_last_part(tmp_path, monkeypatch):
     generator, state = make_generator("janus"), tmp_path / "state"
-    expected, calls, real = parted(generator, batch_size=2), [], parts.measure_fidelity
+    expected, calls, real = parted(generator, batch_size=2), [], measure.compare_caches
 
     def stops(*args, **kwargs):
         calls.append(len(args[1]))
@@ -510,7 +513,7 @@ def test_an_interrupted_measurement_goes_on_after_its_last_part(tmp_path, monkey
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(parts, "measure_fidelity", stops)
+    monkeypatch.setattr(measure, "compare_caches", stops)
     with pytest.raises(KeyboardInterrupt):
         parted(generator, batch_size=2, state_file=state)
     before = state.read_bytes()
@@ -535,19 +538,19 @@ def test_labels_found_while_a_cache_runs_are_found_in_one_batch(tmp_path):
     generator = make_generator("janus")
     caches = {"online": lambda: SSDCache(HeadMap.online(num_layers=2, num_kv_heads=2, grid=GRID), 24, buffer=2)}
     settings = {"batch_size": 1, "state_file": tmp_path / "state", "guidance_scale": 2.0}
-    found = measure_in_parts(generator, PROMPTS, caches, **settings)["online"]
+    found = measure_fidelity(generator, PROMPTS, caches, **settings)["online"]
     assert torch.equal(found.kl, measure_fidelity(generator, PROMPTS, caches, guidance_scale=2.0)["online"].kl)
     assert not (tmp_path / "state").exists()
 
 
 WRONG = [
-    (["--batch-size", "0"], "batch_size=0 is out of range"),
+    (["--batch-size", "0"], "Invalid value for '--batch-size'"),
     (["--policies", "sdd"], "unknown policy 'sdd'; did you mean 'ssd'?"),
     (["--policies", "ssd:bufer=3"], "unknown setting 'bufer'; did you mean 'buffer'?"),
     (["--budgets", "0"], "give a fraction of the grid above 0"),
-    (["--budgets", "0.2,65"], "--budgets 65: a picture has 64 visual tokens; give at most 64"),
+    (["--budgets", "0.2,65"], "--budgets 65: an image has 64 visual tokens; give at most 64"),
     (["--budgets", "0.1"], "raise the budget, or lower buffer"),
-    (["--num-images", "0"], "num_images=0 is out of range"),
+    (["--num-images", "0"], "Invalid value for '--num-images'"),
     (["--temperature", "0"], "temperature=0 leaves one token"),
     (["--guidance", "0.5"], "guidance_scale=0.5 is out of range"),
     (["--prompts-file", "missing.txt"], "cannot read --prompts-file missing.txt"),

@@ -21,8 +21,7 @@ from tiny_checkpoint import SIDE, write_checkpoint
 from ssd_cache import HeadMap, HeadMapError, SSDCache, learn_score, profile_heads
 from ssd_cache.evaluation.dpg import score as dpg_score
 from ssd_cache.evaluation.export import ExportError, claim_folder, read_settings
-from ssd_cache.evaluation.fidelity import measure_divergence
-from ssd_cache.evaluation.fidelity.parts import measure_in_parts
+from ssd_cache.evaluation.fidelity import measure_divergence, measure_fidelity
 from ssd_cache.evaluation.geneval import score as geneval_score
 from ssd_cache.evaluation.geneval.summary import ImageResult
 from ssd_cache.evaluation.prompt_results import read_prompt_results
@@ -140,7 +139,7 @@ def _fidelity(generator, profiled, tmp_path):
 
     def read():
         caches = {name: lambda: SSDCache(profiled, 24, buffer=5) for name in ("one", "other")}
-        return measure_in_parts(generator, PROMPTS, caches, batch_size=1, state_file=path)
+        return measure_fidelity(generator, PROMPTS, caches, batch_size=1, state_file=path)
 
     read()
     return Format(path, read, (ProfilingError,))

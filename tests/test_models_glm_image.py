@@ -187,7 +187,7 @@ def test_fidelity_is_exact_where_nothing_is_evicted_and_goes_row_by_row_through_
     torch.testing.assert_close(by_row[22], small.retained[242:246].double().mean(0))  # the image's first
     panel = draw_fidelity(results).axes[0]
     assert panel.get_xlim() == (0, PREVIEW[0] + GRID[0] - 1)
-    assert "preview" in panel.get_xlabel()
+    assert "draft grid" in panel.get_xlabel()
 
 
 def test_the_bench_generates_one_row_an_image(folder):

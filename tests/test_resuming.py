@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from ssd_cache import HeadMap, fit_heads, learn_score, profile_heads
 from ssd_cache.cli import app
-from ssd_cache.evaluation.fidelity import divergence, divergence_state, measure_divergence, parts
+from ssd_cache.evaluation.fidelity import divergence, measure, measure_divergence
 from ssd_cache.models import find_generator
 from ssd_cache.profiling import measuring
 from ssd_cache.profiling.state import FORMAT as PROFILE
@@ -65,16 +65,16 @@ def test_fit_goes_on_after_the_last_pass(checkpoint, generator, profiled, tmp_pa
     def finished() -> int:
         if not state.exists():
             return 0
-        tensors = read_state(state, divergence_state.FORMAT, divergence_state.WHAT).tensors
+        tensors = read_state(state, divergence.FORMAT, divergence.WHAT).tensors
         return sum(int(tensor.sum()) for name, tensor in tensors.items() if name.startswith("done."))
 
     ended(how, *interrupt(command, lambda: finished() >= 3, how), state)
     kept, total = finished(), 2 * 4 * len(PROMPTS)
     assert 3 <= kept < total
     assert not output.exists()
-    heads, real = [], divergence.measure_fidelity
+    heads, real = [], divergence.compare_caches
     monkeypatch.setattr(
-        divergence, "measure_fidelity", lambda *args, **kwargs: heads.extend(args[2]) or real(*args, **kwargs)
+        divergence, "compare_caches", lambda *args, **kwargs: heads.extend(args[2]) or real(*args, **kwargs)
     )
     generated = []
     generate = type(generator).generate
@@ -205,13 +205,13 @@ def test_eval_fidelity_goes_on_after_the_last_part(checkpoint, generator, tmp_pa
     command += ["--num-images", "7", "--batch-size", "1", "--policies", "ssd", "-o"]
 
     def num_done() -> int:
-        return len(read_state(state, parts.FORMAT, "").tensors.get("ssd 24.kl", [])) if state.exists() else 0
+        return int(read_state(state, measure.FORMAT, "").tensors["num_done"]) if state.exists() else 0
 
     ended(how, *interrupt([*command, str(output)], lambda: num_done() >= 2, how), state)
-    kept, calls, real = num_done(), [], parts.measure_fidelity
+    kept, calls, real = num_done(), [], measure.compare_caches
     assert 2 <= kept < 7
     assert not output.exists()
-    monkeypatch.setattr(parts, "measure_fidelity", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    monkeypatch.setattr(measure, "compare_caches", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
     for place in (output, tmp_path / "whole"):
         calls.clear()
         result = CliRunner().invoke(app, [*command, str(place)])

@@ -221,7 +221,7 @@ def test_other_heights_are_refused(rows):
     ],
 )
 def test_an_unreadable_caption_is_an_error_that_shows_readable_ones(caption):
-    with pytest.raises(ValueError, match="can not read the caption") as error:
+    with pytest.raises(ValueError, match="cannot read the caption") as error:
         judge(draw(()), caption)
     assert repr(caption) in str(error.value)
     assert judge(draw((SceneObject("circle", "red", 0, 0),)), "A photo  of a\tred circle").correct

@@ -4,23 +4,7 @@ shapes-janus, the small trained Janus in `checkpoint/`, generates such images; `
 used here.
 """
 
-from ssd_cache.shapes.judge import FoundObject, Requirement, Verdict, judge, parse_caption, read_objects, to_tokens
-from ssd_cache.shapes.scenes import GRID, KINDS, PALETTE, Scene, SceneObject, draw, make_prompts, make_scene
+from ssd_cache.shapes.judge import Verdict, judge
+from ssd_cache.shapes.scenes import GRID, KINDS, PALETTE, Scene, make_prompts, make_scene
 
-__all__ = [
-    "GRID",
-    "KINDS",
-    "PALETTE",
-    "FoundObject",
-    "Requirement",
-    "Scene",
-    "SceneObject",
-    "Verdict",
-    "draw",
-    "judge",
-    "make_prompts",
-    "make_scene",
-    "parse_caption",
-    "read_objects",
-    "to_tokens",
-]
+__all__ = ["GRID", "KINDS", "PALETTE", "Scene", "Verdict", "judge", "make_prompts", "make_scene"]

@@ -85,7 +85,7 @@ def parse_caption(caption: str) -> Requirement:
         relation = None if match[3] == "and" else match[3]
         return Requirement(((match[2], match[1]), (match[5], match[4])), relation)
     raise ValueError(
-        f"the judge of shapes can not read the caption {caption!r}; it knows 'a photo of a red circle', "
+        f"the judge of shapes cannot read the caption {caption!r}; it knows 'a photo of a red circle', "
         "'a photo of three squares', 'a photo of a circle left of a square', "
         "'a photo of a red circle and a blue square'"
     )
@@ -98,23 +98,19 @@ def to_tokens(picture: np.ndarray | Image.Image | Sequence[int]) -> np.ndarray:
         ValueError: an image of another size.
     """
     if isinstance(picture, Image.Image):
-        pixels = np.asarray(picture.convert("RGB"), dtype=np.int64)
-        height, width = pixels.shape[:2]
-        if height < GRID[0] or width < GRID[1]:
-            raise ValueError(f"a picture of {width} x {height} pixels has fewer than 24 x 24 cells")
-        rows = (np.arange(GRID[0]) * 2 + 1) * height // (2 * GRID[0])
-        columns = (np.arange(GRID[1]) * 2 + 1) * width // (2 * GRID[1])
-        cells = pixels[rows][:, columns]
+        if picture.width < GRID[1] or picture.height < GRID[0]:
+            raise ValueError(f"an image of {picture.width} x {picture.height} pixels has fewer than 24 x 24 cells")
+        cells = np.asarray(picture.convert("RGB").resize(GRID[::-1], Image.Resampling.NEAREST), dtype=np.int64)
         return ((cells[:, :, None] - np.array(PALETTE)) ** 2).sum(-1).argmin(-1)
     tokens = np.asarray(picture)
     if tokens.size != GRID[0] * GRID[1]:
-        raise ValueError(f"a picture of shapes has {GRID[0] * GRID[1]} tokens, got {tokens.size}")
+        raise ValueError(f"an image of shapes has {GRID[0] * GRID[1]} tokens, got {tokens.size}")
     return tokens.reshape(GRID)
 
 
-def _blots(picture: np.ndarray):
+def _blots(tokens: np.ndarray):
     """Yield groups of connected cells (4 neighbours) of one colour in any shade: (colour, cells `[n, 2]`)."""
-    family = np.where(picture < NUM_BACKGROUNDS, -1, (picture - NUM_BACKGROUNDS) // SHADES)
+    family = np.where(tokens < NUM_BACKGROUNDS, -1, (tokens - NUM_BACKGROUNDS) // SHADES)
     todo = {(int(row), int(column)) for row, column in zip(*np.nonzero(family >= 0), strict=True)}
     while todo:
         start = min(todo)  # raster order makes the result deterministic

@@ -18,43 +18,28 @@ GRID = (24, 24)
 TILE = 8
 """Side of a tile in cells. Every object lies inside one tile, away from one edge, so that neighbours never touch."""
 
+BACKGROUNDS = ((245, 240, 230), (226, 238, 246), (236, 230, 243))
+COLOR_SHADES = {
+    "red": ((250, 138, 126), (222, 64, 56), (140, 28, 24)),
+    "green": ((144, 220, 150), (74, 176, 92), (28, 98, 44)),
+    "blue": ((136, 182, 250), (62, 114, 214), (24, 54, 128)),
+    "yellow": ((255, 236, 150), (246, 204, 64), (170, 128, 16)),
+    "purple": ((204, 156, 238), (150, 88, 196), (84, 38, 122)),
+    "black": ((146, 146, 152), (84, 84, 88), (18, 18, 20)),
+}
+"""RGB of the light, middle and dark shade of every colour."""
+
+PALETTE = (*BACKGROUNDS, *(shade for shades in COLOR_SHADES.values() for shade in shades))
+"""RGB of every token."""
+
+NUM_BACKGROUNDS, SHADES = len(BACKGROUNDS), 3
+
 SHAPES = ("circle", "square", "triangle")
-COLORS = ("red", "green", "blue", "yellow", "purple", "black")
+COLORS = tuple(COLOR_SHADES)
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = ("left of", "right of", "above", "below")
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 """The six kinds of caption, named as GenEval's tags."""
-
-NUM_BACKGROUNDS = 3
-SHADES = 3
-"""Light, middle and dark shade of every colour: consecutive tokens in `PALETTE`."""
-
-PALETTE = (
-    # three light backgrounds
-    (245, 240, 230),
-    (226, 238, 246),
-    (236, 230, 243),
-    # light, middle and dark of every colour, in the order of COLORS
-    (250, 138, 126),
-    (222, 64, 56),
-    (140, 28, 24),
-    (144, 220, 150),
-    (74, 176, 92),
-    (28, 98, 44),
-    (136, 182, 250),
-    (62, 114, 214),
-    (24, 54, 128),
-    (255, 236, 150),
-    (246, 204, 64),
-    (170, 128, 16),
-    (204, 156, 238),
-    (150, 88, 196),
-    (84, 38, 122),
-    (146, 146, 152),
-    (84, 84, 88),
-    (18, 18, 20),
-)
-"""RGB of every token."""
 
 # Lit from the upper left. All rows of the three shapes differ, so a row determines the rows below it, as in most
 # natural images. A cache that keeps little more than a row can therefore still complete an object.
@@ -93,13 +78,13 @@ class Scene:
 
 def draw(objects: tuple[SceneObject, ...], background: int = 0, rows: int = GRID[0]) -> np.ndarray:
     """Paint objects onto a background; returns tokens `[rows, 24]`, int64."""
-    picture = np.full((rows, GRID[1]), background, dtype=np.int64)
+    tokens = np.full((rows, GRID[1]), background, dtype=np.int64)
     for item in objects:
         bitmap = BITMAPS[item.shape]
         lightest = NUM_BACKGROUNDS + SHADES * COLORS.index(item.color)
-        view = picture[item.row : item.row + OBJECT_SIZE, item.column : item.column + OBJECT_SIZE]
+        view = tokens[item.row : item.row + OBJECT_SIZE, item.column : item.column + OBJECT_SIZE]
         view[bitmap > 0] = lightest + bitmap[bitmap > 0] - 1
-    return picture
+    return tokens
 
 
 def _caption(kind: str, rng: random.Random, max_count: int, relations: tuple[str, ...]):

@@ -11,11 +11,10 @@ import typer
 
 from ssd_cache.budget import Amount
 from ssd_cache.cache.policies import POLICIES
-from ssd_cache.cache.scorers import SCORES
 from ssd_cache.cli.errors import WrongUse
 from ssd_cache.cli.options import MODEL
 from ssd_cache.cli.plan import parse_budget
-from ssd_cache.evaluation.policies import DEFAULT, OWN, SETTINGS
+from ssd_cache.evaluation.policies import DEFAULT, OWN
 
 CACHE = "Cache"
 
@@ -42,14 +41,15 @@ Budgets = Annotated[str, _option(_BUDGETS, "X,X", default=True)]
 OwnBudgets = Annotated[str | None, _option(_BUDGETS, "X,X", "what the head map was fitted to, or 0.2")]
 HeadMapName = Annotated[str | None, _option("A folder or Hub id.", "NAME", "in the model's folder", MODEL)]
 Buffer = Annotated[int | None, _option("Eviction interval: visual tokens evicted at once.", "N", "a row of the grid")]
-NumRecent = Annotated[str | None, _option("Newest tokens that a semantic head keeps: tokens, or a fraction.", "N")]
-NumSinks = Annotated[int | None, _option("First tokens that every head keeps.", "N")]
-ScoreName = Annotated[str | None, _option(f"Score by which semantic heads keep tokens: {', '.join(SCORES)}.", "NAME")]
 
 
-def parse_budgets(text: str) -> list[Amount]:
-    """Parse a comma-separated list of budgets, without duplicates; raises WrongUse."""
-    return list(dict.fromkeys(parse_budget(part.strip()) for part in text.split(",")))
+def parse_budgets(text: str, num_cells: int | None = None) -> list[Amount]:
+    """Parse a comma-separated list of budgets of at most `num_cells` tokens, without duplicates; raises WrongUse."""
+    budgets = list(dict.fromkeys(parse_budget(part.strip()) for part in text.split(",")))
+    for budget in budgets:
+        if isinstance(budget, int) and num_cells is not None and budget > num_cells:
+            raise WrongUse(f"--budgets {budget}: an image has {num_cells} visual tokens; give at most {num_cells}")
+    return budgets
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -58,18 +58,3 @@ def parse_seeds(text: str) -> list[int]:
     if not all(part.isdecimal() for part in parts):
         raise WrongUse(f"--seeds {text}: give whole numbers from 0 up, with commas between (0,1,2)")
     return list(dict.fromkeys(map(int, parts)))
-
-
-def cache_settings(
-    buffer: int | None, num_recent: str | None, num_sinks: int | None, score: str | None
-) -> dict[str, Any]:
-    """The given settings for all caches, by their names in `SSDCache`; raises WrongUse."""
-    texts = {"buffer": buffer, "num_recent": num_recent, "num_sinks": num_sinks, "score": score}
-    settings = {}
-    for name, text in texts.items():
-        if text is not None:
-            try:
-                settings[name] = SETTINGS[name](str(text).strip())
-            except ValueError as error:
-                raise WrongUse(f"--{name.replace('_', '-')} {text}: {error}") from error
-    return settings

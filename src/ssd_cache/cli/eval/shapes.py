@@ -5,48 +5,40 @@ Holds the options and the order of work. All checks run before weights are loade
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from ssd_cache.cli.errors import Failure, WrongUse, refusing
+from ssd_cache.cli.errors import Failure, refusing
 from ssd_cache.cli.eval.options import (
     DEFAULT_POLICIES,
     Budgets,
     Buffer,
     HeadMapName,
-    NumRecent,
-    NumSinks,
     Policies,
-    ScoreName,
-    cache_settings,
     parse_budgets,
     parse_seeds,
 )
 from ssd_cache.cli.eval.report import finish
+from ssd_cache.cli.files import check_place
 from ssd_cache.cli.loading import load_generator
 from ssd_cache.cli.options import SAMPLING, Device, Dtype, Guidance, ModelName, Temperature
 from ssd_cache.evaluation.conditions import drawing_conditions
 from ssd_cache.evaluation.policies import choose_head_map, parse_policies, resolve_policies
 from ssd_cache.evaluation.records import read_records
-from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder, check_folder, recorded_batch_size
+from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder
 from ssd_cache.evaluation.runner import Plan
 from ssd_cache.evaluation.shapes import check_model, run_shapes, shapes_prompts
-from ssd_cache.models import BUNDLED, Generator, Sampling, find_generator, resolve_device, resolve_dtype
-from ssd_cache.runs.batching import default_batch_size
+from ssd_cache.models import BUNDLED, Sampling, find_generator, resolve_device, resolve_dtype
 from ssd_cache.runs.processes import Processes
-
-BATCH_SIZE = 60
-"""Default batch size if memory suffices."""
 
 
 def shapes(
     policies: Policies = DEFAULT_POLICIES,
     budgets: Budgets = "0.2,0.5",
-    num_per_kind: Annotated[int, typer.Option(help="Captions of each of the six kinds.", metavar="N")] = 100,
+    num_per_kind: Annotated[int, typer.Option(help="Captions of each of the six kinds.", metavar="N", min=1)] = 100,
     seeds: Annotated[str, typer.Option(help="Seeds: one image of every caption for each seed.", metavar="N,N")] = "0",
     prompt_seed: Annotated[int, typer.Option(help="Seed that determines the captions.", metavar="N")] = 1,
     output: Annotated[
@@ -63,22 +55,13 @@ def shapes(
     dtype: Dtype = "auto",
     device: Device = "auto",
     buffer: Buffer = None,
-    num_recent: NumRecent = None,
-    num_sinks: NumSinks = None,
-    score: ScoreName = None,
     guidance: Guidance = None,
     temperature: Temperature = None,
     batch_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Images at once; part of the conditions.",
-            metavar="N",
-            show_default=f"{BATCH_SIZE}, or fewer if memory is short",
-            rich_help_panel=SAMPLING,
-        ),
-    ] = None,
+        int, typer.Option(help="Images at once; part of the conditions.", metavar="N", min=1, rich_help_panel=SAMPLING)
+    ] = 60,
 ) -> None:
-    """Score cache policies on shapes-janus with the same seeds and an exact judge.
+    """Measure cache policies on shapes-janus with the same seeds and an exact judge.
 
     Every policy generates images of the same captions. Prints the share of
     correct images for each kind of caption, and paired differences. You can stop
@@ -86,39 +69,26 @@ def shapes(
     work under
     `accelerate launch -m ssd_cache.cli eval shapes ...`.
     """
-    for option, number in (("--num-per-kind", num_per_kind), ("--batch-size", batch_size)):
-        if number is not None and number < 1:
-            raise WrongUse(f"{option} {number}: give a whole number from 1 up")
-    if output.exists() and not output.is_dir():
-        raise WrongUse(f"--output {output} is a file; give a folder")
+    check_place("--output", output, is_folder=True)
+    settings = {} if buffer is None else {"buffer": buffer}
     with refusing():
-        Sampling(guidance, temperature)
+        sampling = Sampling(guidance, temperature)
         processes = Processes()
         where = resolve_device(processes.choose_device(device))
         kind = resolve_dtype(dtype, where)
         checkpoint = find_generator(model)
         check_model(checkpoint)
-        settings = cache_settings(buffer, num_recent, num_sinks, score)
         chosen = parse_policies(policies)
         labels = choose_head_map(checkpoint, head_map, chosen)
         plan = Plan(
             policies=resolve_policies(chosen, labels, settings),
-            budgets=_budgets(budgets, checkpoint.grid),
+            budgets=parse_budgets(budgets, labels.num_visual_tokens),
             seeds=parse_seeds(seeds),
             prompts=shapes_prompts(num_per_kind, prompt_seed),
-            batch_size=batch_size or BATCH_SIZE,
+            batch_size=batch_size,
             head_map=labels,
             settings=settings,
         )
-        described = plan.describe()
-        generator: Generator | None = None
-        size = batch_size or processes.gather_all(recorded_batch_size(output))[0]
-        if size is None:  # the default depends on the memory left beside the weights
-            check_folder(output, {})
-            generator = load_generator(checkpoint, kind, where)
-            texts = [text for _, text in plan.prompts]
-            size = default_batch_size(generator, texts, BATCH_SIZE, processes=processes)
-        plan = replace(plan, batch_size=size)
         run: dict[str, Any] = {
             "conditions": {
                 "bench": "shapes",
@@ -129,13 +99,13 @@ def shapes(
                     plan.prompts,
                     dtype=kind,
                     device=where,
-                    batch_size=size,
+                    batch_size=batch_size,
                     guidance_scale=guidance,
                     temperature=temperature,
-                    settings=plan.settings,
+                    settings=settings,
                 ),
             },
-            "policies": described,
+            "policies": plan.describe(),
             "command": {"model": model, "head_map": head_map},
         }
         processes.check_agreement(run["conditions"] | {"policies": run["policies"]})
@@ -143,37 +113,15 @@ def shapes(
     try:
         with results:
             if plan.share(processes.index, processes.count, results.done)[1]:
-                run_shapes(
-                    generator or load_generator(checkpoint, kind, where),
-                    plan,
-                    results,
-                    guidance_scale=guidance,
-                    temperature=temperature,
-                    process=processes.index,
-                    num_processes=processes.count,
-                    progress=processes.is_main,
-                )
+                run_shapes(load_generator(checkpoint, kind, where), plan, results, sampling, processes)
     except ResultsError as error:
         raise Failure(str(error)) from error
     except KeyboardInterrupt as error:
         raise Failure(
-            f"interrupted; {output} keeps {len(results.done)} pictures: run the same command again to go on"
+            f"interrupted; {output} keeps {len(results.done)} images: run the same command again to resume"
         ) from error
-    _tell(plan, output, processes)
-
-
-def _budgets(text: str, grid: tuple[int, int]) -> list[int | float]:
-    budgets, cells = parse_budgets(text), grid[0] * grid[1]
-    for budget in budgets:
-        if isinstance(budget, int) and budget > cells:
-            raise WrongUse(f"--budgets {budget}: a picture has {cells} visual tokens; give at most {cells}")
-    return budgets
-
-
-def _tell(plan: Plan, output: Path, processes: Processes) -> None:
-    """Write and print the tables after the last of several processes has finished."""
     wanted = {key for batch in plan.batches() for key in batch.pictures()}
-    if wanted <= {record.key for record in read_records([output])[0]}:
+    if wanted <= {record.key for record in read_records([output])[0]}:  # the last of several processes
         finish([output], output)
     elif processes.is_main:
         Console(highlight=False, markup=False).print(

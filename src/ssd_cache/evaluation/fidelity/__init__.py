@@ -5,9 +5,8 @@ measures the effect of each head alone. No judge is needed; image quality is mea
 """
 
 from ssd_cache.evaluation.fidelity.divergence import measure_divergence
-from ssd_cache.evaluation.fidelity.figure import draw_fidelity
 from ssd_cache.evaluation.fidelity.measure import measure_fidelity
-from ssd_cache.evaluation.fidelity.report import write_fidelity
+from ssd_cache.evaluation.fidelity.report import draw_fidelity, write_fidelity
 from ssd_cache.evaluation.fidelity.result import Fidelity
 
 __all__ = ["Fidelity", "draw_fidelity", "measure_divergence", "measure_fidelity", "write_fidelity"]

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,24 +19,20 @@ from tqdm import tqdm
 
 from ssd_cache.budget import Amount, Budget, check_count
 from ssd_cache.cache.cache import SSDCache
-from ssd_cache.cache.sharding import check_whole
-from ssd_cache.evaluation.fidelity.divergence_state import DivergenceState
-from ssd_cache.evaluation.fidelity.lockstep import parts_of
-from ssd_cache.evaluation.fidelity.measure import check_settings, measure_fidelity
+from ssd_cache.evaluation.fidelity.lockstep import compare_caches
+from ssd_cache.evaluation.fidelity.measure import check_run, check_settings, fingerprint
+from ssd_cache.evaluation.fidelity.state import MeasurementState
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Generator
 from ssd_cache.profiling.allocation import best_kinds, divergence_name, fit_heads, measured_levels
-from ssd_cache.profiling.measuring import check_prompts, prompts_sha256, weights_sha256
-from ssd_cache.runs.run_state import check_state_place
+
+FORMAT, WHAT = "ssd-cache fit 3", "the measurements of ssd-cache fit"
 
 NEGLIGIBLE = 0.005
 """Nats per image: a head below this is not measured at larger budgets, where it would cost no more."""
 
-CACHES = 8
-"""Maximum number of compressed caches beside the full one; each needs almost as much memory as the full cache."""
-
-PASS_SECONDS = 20
-"""Target maximum duration of a pass, to limit the work lost when a run is killed."""
+NUM_CACHES = 8
+"""Compressed caches beside the full one; each needs almost as much memory as the full cache."""
 
 
 def measure_divergence(
@@ -63,7 +57,7 @@ def measure_divergence(
     images, in nats. The head uses the retention rule of the kind that retains more of its attention at that level,
     with the profile's eviction interval, recents and sinks.
 
-    The cost is one pass over the images for every head and level, with up to `CACHES` of them at once. Heads below
+    The cost is one pass over the images for every head and level, with up to `NUM_CACHES` of them at once. Heads below
     `NEGLIGIBLE` at a lower level are skipped, and their score is repeated.
 
     Args:
@@ -85,79 +79,54 @@ def measure_divergence(
         ProfilingError: the state file is of another run, or cannot be written.
         ValueError: the map has no levels, a level was not measured, or numbers are not finite.
     """
-    checkpoint = generator.checkpoint
-    check_whole(generator.language_model)
-    checkpoint.check_head_map(head_map)
+    generator.checkpoint.check_head_map(head_map)
+    sampling = check_settings(guidance_scale, temperature, seed)
     check_count("batch_size", batch_size, 1)
-    check_settings(None if generator.default_guidance is None else guidance_scale, temperature, seed)
     wanted = check_levels(head_map, levels)
-    check_prompts(generator, prompts)
-    parts_of(generator)
-    settings = {
-        "seed": seed,
-        "guidance_scale": generator.guidance_scale if guidance_scale is None else guidance_scale,
-        "temperature": temperature,
-    }
-    facts = {
-        "num_prompts": len(prompts),
-        "prompts_sha256": prompts_sha256(prompts),
-        "batch_size": batch_size,
-        **settings,
-    }
-    fingerprint = {
-        "model": checkpoint.name,
-        "weights": weights_sha256(generator.model),
-        "dtype": str(generator.model.dtype),
-        "levels": wanted,
-        "kinds": _digest(head_map, wanted),
-        **_profiled(head_map),
-        **facts,
-    }
-    shape = head_map.num_layers, head_map.num_kv_heads
-    path = None if state_file is None else Path(state_file)
-    state = DivergenceState.empty(wanted, shape)
-    if path is not None:
-        check_state_place(path)
-        if path.exists():
-            state = DivergenceState.load(path, fingerprint, wanted, shape, head_map.num_visual_tokens)
-    batches = [list(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
-
-    def save() -> None:
-        if path is not None:
-            state.save(path, fingerprint, len(batches))
-
-    left = range(len(state.images), len(batches))
-    for index in tqdm(left, unit=" batches", desc="generating", disable=not (progress and left)):
-        drawn = generator.generate(batches[index], **{**settings, "seed": seed + index})  # type: ignore[arg-type]
-        state.images.append(drawn.cpu())
-        save()
-    bar = tqdm(total=len(wanted) * head_map.is_spatial.numel() * len(batches), unit=" passes", disable=not progress)
-    bar.update(sum(int(count.sum()) for count in state.num_done.values()))
-    num_caches = 1  # until the duration of a pass is known
+    check_run(generator, prompts)
+    prompts = list(prompts)
+    run = fingerprint(generator, prompts, batch_size, sampling)
+    settings = {**run, "levels": wanted, "kinds": _digest(head_map, wanted), **_profiled(head_map)}
+    batches = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
+    images = torch.zeros(len(prompts), head_map.num_visual_tokens, dtype=torch.int64)
+    num_generated = torch.zeros(1, dtype=torch.int64)  # batches
+    # by level, `[layers, kv_heads]`: the KL divergence, summed over the images of finished batches, and their number
+    shape = head_map.is_spatial.shape
+    sums = {level: torch.zeros(shape, dtype=torch.float64) for level in wanted}
+    num_done = {level: torch.zeros(shape, dtype=torch.int64) for level in wanted}
+    tensors = {"images": images, "num_generated": num_generated}
+    tensors |= {f"sum.{level}": tensor for level, tensor in sums.items()}
+    tensors |= {f"done.{level}": tensor for level, tensor in num_done.items()}
+    state = MeasurementState(state_file, FORMAT, WHAT, settings, tensors)
+    left = range(int(num_generated), len(batches))
+    for index in tqdm(left, unit=" batches", desc="generating", disable=not progress):
+        seeded = replace(sampling, seed=seed + index)
+        images[batches[index]] = generator.generate(prompts[batches[index]], **vars(seeded)).cpu()
+        num_generated += 1
+        state.save()
+    bar = tqdm(total=len(wanted) * shape.numel() * len(batches), unit=" passes", disable=not progress)
+    bar.update(sum(int(count.sum()) for count in num_done.values()))
     with bar, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # windows shorter than a row are intended here
-        for number, level in enumerate(wanted):
-            kinds, below = best_kinds(head_map, level), wanted[number - 1] if number else None
-            for layer in range(head_map.num_layers):
-                bar.set_description(f"{level} slots, layer {layer}")
-                sums, num_done = state.sums[level][layer], state.num_done[level][layer]
-                if below is not None:
-                    cheap = (num_done < len(batches)) & (state.sums[below][layer] / len(prompts) < NEGLIGIBLE)
-                    bar.update(int((len(batches) - num_done)[cheap].sum()))
-                    sums[cheap], num_done[cheap] = state.sums[below][layer][cheap], len(batches)
-                asked = (num_done < len(batches)).nonzero()[:, 0].tolist()
-                for index, batch in enumerate(batches):
-                    while part := [head for head in asked if num_done[head] == index][:num_caches]:
-                        makers = {str(head): partial(_lone, head_map, kinds, layer, head, level) for head in part}
-                        started = time.monotonic()
-                        results = measure_fidelity(generator, batch, makers, tokens=state.images[index], **settings)  # type: ignore[arg-type]
-                        num_caches = _caches_in(PASS_SECONDS, len(part), time.monotonic() - started)
-                        for head in part:
-                            sums[head] += results[str(head)].kl.sum()
-                            num_done[head] += 1
-                        save()
-                        bar.update(len(part))
-    scores = {divergence_name(level): (state.sums[level] / len(prompts)).float() for level in wanted}
+        for below, level in zip([None, *wanted], wanted, strict=False):
+            bar.set_description(f"{level} slots")
+            kinds = best_kinds(head_map, level)
+            if below is not None:
+                cheap = (num_done[level] < len(batches)) & (sums[below] / len(prompts) < NEGLIGIBLE)
+                bar.update(int((len(batches) - num_done[level])[cheap].sum()))
+                sums[level][cheap], num_done[level][cheap] = sums[below][cheap], len(batches)
+            for layer, (index, part) in product(range(head_map.num_layers), enumerate(batches)):
+                done = num_done[level][layer]
+                while heads := (done == index).nonzero().flatten().tolist()[:NUM_CACHES]:
+                    caches = {str(head): _lone(head_map, kinds, layer, head, level) for head in heads}
+                    results = compare_caches(generator, prompts[part], caches, sampling, images[part])
+                    sums[level][layer, heads] += torch.stack([result.kl.sum() for result in results.values()])
+                    done[heads] += 1
+                    state.save()
+                    bar.update(len(heads))
+    state.save(is_finished=True)
+    scores = {divergence_name(level): (sums[level] / len(prompts)).float() for level in wanted}
+    facts = {name: run[name] for name in run if name not in ("model", "weights", "dtype")}
     return replace(head_map, scores={**head_map.scores, **scores}, profile={**head_map.profile, "divergence": facts})
 
 
@@ -202,12 +171,6 @@ def _lone(head_map: HeadMap, kinds: torch.Tensor, layer: int, head: int, slots: 
 def _cache(head_map: HeadMap, kinds: torch.Tensor, budget: Budget) -> SSDCache:
     """A cache with the map's settings and the given labels."""
     return SSDCache(HeadMap(kinds).with_layout(head_map.layout), budget, **_profiled(head_map))
-
-
-def _caches_in(seconds: float, num_caches: int, took: float) -> int:
-    """How many caches can run beside the full one in `seconds`, given that `num_caches` of them took `took` seconds."""
-    each = took / (num_caches + 1)
-    return max(1, min(CACHES, int(seconds / each) - 1 if each > 0 else CACHES))
 
 
 def _profiled(head_map: HeadMap) -> dict[str, Any]:

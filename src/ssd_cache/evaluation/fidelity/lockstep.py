@@ -1,97 +1,132 @@
-"""Runs a full cache and compressed caches in lockstep: each input of the full cache also goes through the others.
+"""Runs compressed caches beside a full cache, on the same inputs at every step, and measures how they differ.
 
-It puts hooks on the decoder, on its attention outputs and on the head that scores visual tokens. The model's own
-`generate` runs the loop. Only a few numbers per step are stored, not the attention weights.
+The model's own `generate` runs the loop. Hooks on the decoder, on its attention outputs and on the head that scores
+visual tokens do the rest. Only a few numbers per step are stored, not the attention weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
+from tqdm import tqdm
 
 from ssd_cache._compat import CACHE, take_cache
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.layer import SSDLayer
-from ssd_cache.models import Generator, GeneratorError
+from ssd_cache.decode.attention_switch import ssd_attention
+from ssd_cache.evaluation.fidelity.result import MEASURED, Fidelity
+from ssd_cache.models import Generator, GeneratorError, Sampling
+from ssd_cache.profiling.measuring import draw_watched
 from ssd_cache.profiling.recorder import RecordingCache
 from ssd_cache.training.likelihood import certain_scores, kl_divergence, log_probabilities
 
 
-class Trace:
-    """The measurements of one compressed cache; the tensors are those of `Fidelity`, not yet on the CPU."""
+def compare_caches(
+    generator: Generator,
+    prompts: Sequence[str],
+    caches: Mapping[str, SSDCache],
+    sampling: Sampling,
+    tokens: torch.Tensor | None = None,
+    progress: bool = False,
+) -> dict[str, Fidelity]:
+    """Measure fresh caches in one batch. `measure_fidelity` describes and checks the arguments.
 
-    def __init__(self, cache: SSDCache, pictures: int, steps: int, device: torch.device, home: torch.device):
-        shape = steps, cache.head_map.num_layers
-        self.cache = cache
-        self.kl = torch.zeros(pictures, steps, dtype=torch.float64, device=home)
-        self.agrees = torch.zeros(pictures, steps, dtype=torch.bool, device=home)
-        self.attention_error = torch.zeros(shape, device=device)
-        self.retained = torch.zeros(*shape, cache.head_map.num_kv_heads, device=device)
-        self.hidden: torch.Tensor | None = None  # of the newest token, `[rows, 1, hidden]`
+    Raises:
+        GeneratorError: the tokens do not fit, or the hooks did not see every step.
+        ValueError: the model's outputs are not finite.
+    """
+    name, cells = generator.checkpoint.name, generator.checkpoint.num_visual_tokens
+    lockstep = _Lockstep(generator, caches, len(prompts), sampling, tokens)
+    if tokens is not None:
+        sampling = replace(sampling, temperature=0.0)  # the given tokens are made the most likely ones
+    with (
+        ssd_attention(generator.language_model),
+        lockstep.hooked(),
+        tqdm(
+            total=len(prompts) * cells,
+            unit=" visual tokens",
+            desc=f"full and {len(caches)} more",
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # few lines in a log file
+            disable=not progress,
+        ) as bar,
+    ):
+        generated = draw_watched(generator, prompts, lockstep.full, on_tokens=bar.update, **vars(sampling)).cpu()
+    if lockstep.num_compared != cells - 1 or not (tokens is None or torch.equal(generated, tokens.cpu().long())):
+        raise GeneratorError(
+            f"{name} cannot be compared: {lockstep.num_compared} of its {cells - 1} steps were seen, or it did not "
+            "take the given tokens; its decoder or its head works in an unknown way"
+        )
+    results = lockstep.finish(generated)
+    if not all(result.kl.isfinite().all() and result.retained.isfinite().all() for result in results.values()):
+        raise ValueError(
+            f"{name} gives NaN or infinite numbers: its numbers overflow, as they may in float16; load it in "
+            "bfloat16 or float32"
+        )
+    return results
 
 
-class Lockstep:
-    """Runs compressed caches beside a full one, inside `with lockstep.hooked():`; the caller generates with `full`.
+class _Lockstep:
+    """Runs `caches` beside `full`, the cache to generate with, while `hooked()` is open.
 
-    Args:
-        generator: its attention implementation must be "ssd".
-        caches: fresh caches.
-        num_pictures: number of prompts that will be generated.
-        guidance_scale, temperature: settings of the compared distribution.
-        tokens: `[images, cells]`, the tokens that the model is forced to generate; None to let it sample.
-
-    Attributes:
-        full: the cache to generate with.
-        traces: one per cache, in order.
-        num_compared: number of steps whose distributions were compared.
+    The generator's attention implementation must be "ssd". `num_compared` counts the compared distributions.
     """
 
     def __init__(
         self,
         generator: Generator,
-        caches: Sequence[SSDCache],
-        num_pictures: int,
-        guidance_scale: float,
-        temperature: float,
-        tokens: torch.Tensor | None = None,
+        caches: Mapping[str, SSDCache],
+        num_images: int,
+        sampling: Sampling,
+        tokens: torch.Tensor | None,
     ):
-        checkpoint = generator.checkpoint
-        cells = checkpoint.num_visual_tokens
-        self.generator, self.guidance_scale, self.temperature = generator, guidance_scale, temperature
-        device = generator.model.device
+        checkpoint, device = generator.checkpoint, generator.model.device
+        self.generator, self.tokens = generator, tokens
+        self.guidance_scale = sampling.guidance_scale or generator.guidance_scale
+        self.temperature = sampling.temperature or generator.temperature
         self.home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-        self.is_unconditional = generator.is_unconditional(num_pictures).to(self.home)
-        self.tokens = tokens
+        self.is_unconditional = generator.is_unconditional(num_images).to(self.home)
+        cells = checkpoint.num_visual_tokens
         shape = checkpoint.layout, checkpoint.num_layers, checkpoint.num_kv_heads
         self.full = RecordingCache(*shape, self, num_queries=1)
-        self.traces = [Trace(cache, num_pictures, cells - 1, device, self.home) for cache in caches]
+        self.caches = dict(caches)
+        blank = torch.zeros(num_images, cells, dtype=torch.int64, device=self.home)
+        self.results = {name: Fidelity.empty(checkpoint, cache, blank) for name, cache in caches.items()}
         self.num_compared = 0
-        self._running: Trace | None = None  # None while the full cache runs
+        self._running: str | None = None  # None while the full cache runs
         self._weights: dict[int, list[torch.Tensor]] = {}
         self._outputs: dict[int, torch.Tensor] = {}
+        self._hidden: dict[str, torch.Tensor] = {}  # of the newest token, `[rows, 1, hidden]`
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Put the hooks on the model; they are removed at the end, also after an exception."""
         decoder, head, projections = parts_of(self.generator)
-        handles = []
-        try:
-            handles.append(decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
-            handles.append(head.register_forward_hook(self._after_head))
+        with ExitStack() as hooks:
+            hooks.enter_context(decoder.register_forward_hook(self._after_decoder, with_kwargs=True))
+            hooks.enter_context(head.register_forward_hook(self._after_head))
             for layer, projection in projections.items():
-                handles.append(projection.register_forward_pre_hook(partial(self._before_projection, layer)))
+                hooks.enter_context(projection.register_forward_pre_hook(partial(self._before_projection, layer)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def release(self) -> None:
-        """Free all K and V now; the full cache and its observer form a reference cycle, which Python frees late."""
-        self.full.reset()
-        self.traces.clear()
+    def finish(self, tokens: torch.Tensor) -> dict[str, Fidelity]:
+        """The results for the generated tokens, on the CPU, with labels that online caches found; frees all K and V."""
+        results = {
+            name: replace(
+                result,
+                tokens=tokens,
+                is_spatial=(self.caches[name].labels or self.caches[name].head_map).is_spatial,
+                **{part: getattr(result, part).cpu() for part in MEASURED},
+            )
+            for name, result in self.results.items()
+        }
+        self.full.reset()  # it and its observer form a reference cycle, which Python frees late
+        self.caches.clear()
+        return results
 
     @property
     def step(self) -> int:
@@ -112,18 +147,16 @@ class Lockstep:
             return
         for layer in self.full.layers:
             layer.report()  # passes pending queries to the observer now instead of at the next token
-        for trace in self.traces:
-            self._running = trace
+        for name, cache in self.caches.items():
+            self._running = name
             try:
-                states = decoder(*args, **others, **{CACHE: trace.cache}).last_hidden_state
+                self._hidden[name] = decoder(*args, **others, **{CACHE: cache}).last_hidden_state[:, -1:]
             finally:
                 self._running = None
-            trace.hidden = states[:, -1:]
-            if self.step < 0:
-                continue
-            for layer_idx, layer in enumerate(trace.cache.layers):
-                share = retained_share(torch.cat(self._weights[layer_idx]), layer)
-                trace.retained[self.step, layer_idx] = share.mean(0)
+            if self.step >= 0:
+                for layer_idx, layer in enumerate(cache.layers):
+                    share = retained_share(torch.cat(self._weights[layer_idx]), layer)
+                    self.results[name].retained[self.step, layer_idx] = share.mean(0)
 
     def _before_projection(self, layer_idx: int, projection: torch.nn.Module, args: tuple) -> None:
         """Receive an attention output, `[rows, new, heads * head_dim]`, and compare it with the full cache's."""
@@ -135,33 +168,29 @@ class Lockstep:
             return
         full = self._outputs[layer_idx]
         error = (output - full).norm(dim=-1) / full.norm(dim=-1).clamp_min(torch.finfo(full.dtype).tiny)
-        self._running.attention_error[self.step, layer_idx] = error.mean()
+        self.results[self._running].attention_error[self.step, layer_idx] = error.mean()
 
     def _after_head(self, head: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        """After the full cache's token scores: compute those of the other caches, and compare."""
+        """After the full cache's logits: compute those of the other caches, and compare."""
         if self.step >= 0:
             log_p = self._log_probabilities(output)
-            for trace in self.traces:
-                assert trace.hidden is not None
-                log_q = self._log_probabilities(head.forward(trace.hidden.reshape(args[0].shape)))
-                trace.kl[:, self.step] = kl_divergence(log_p, log_q)
-                trace.agrees[:, self.step] = log_p.argmax(-1) == log_q.argmax(-1)
+            for name, result in self.results.items():
+                log_q = self._log_probabilities(head.forward(self._hidden[name].reshape(args[0].shape)))
+                result.kl[:, self.step] = kl_divergence(log_p, log_q)
+                result.agrees[:, self.step] = log_p.argmax(-1) == log_q.argmax(-1)
             self.num_compared += 1
-        return None if self.tokens is None else self._forced(output, self.tokens)
+        if self.tokens is None:
+            return None
+        if self.step < 0:
+            low, high, limit = int(self.tokens.min()), int(self.tokens.max()), output.shape[-1]
+            if low < 0 or high >= limit:
+                raise GeneratorError(f"tokens range from {low} to {high}: the visual tokens are 0 to {limit - 1}")
+        return certain_scores(output, self.tokens[:, self.step + 1], self.is_unconditional)
 
-    def _log_probabilities(self, scores: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of sampling, float64 `[images, vocabulary]`, from the head's scores, one token per row."""
-        scores = scores.reshape(len(scores), -1).to(self.home, torch.float64)
-        return log_probabilities(scores, self.is_unconditional, self.guidance_scale, self.temperature)
-
-    def _forced(self, output: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Scores in the shape of `output` that make the given token the most likely one, with or without guidance."""
-        if (limit := output.shape[-1]) <= tokens.max():
-            raise GeneratorError(
-                f"tokens hold {int(tokens.max())}, but {self.generator.checkpoint.name} has {limit} visual tokens, "
-                "counted from 0"
-            )
-        return certain_scores(output, tokens[:, self.step + 1], self.is_unconditional)
+    def _log_probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of sampling, float64 `[images, vocabulary]`, from the head's logits, one token per row."""
+        logits = logits.reshape(len(logits), -1).to(self.home, torch.float64)
+        return log_probabilities(logits, self.is_unconditional, self.guidance_scale, self.temperature)
 
 
 def retained_share(weights: torch.Tensor, layer: SSDLayer) -> torch.Tensor:
@@ -179,9 +208,7 @@ def retained_share(weights: torch.Tensor, layer: SSDLayer) -> torch.Tensor:
     return share
 
 
-def parts_of(
-    generator: Generator,
-) -> tuple[torch.nn.Module, torch.nn.Module, dict[int, torch.nn.Module]]:
+def parts_of(generator: Generator) -> tuple[torch.nn.Module, torch.nn.Module, dict[int, torch.nn.Module]]:
     """The decoder, the head that scores visual tokens, and the output projection of each layer's attention.
 
     Raises:
@@ -196,8 +223,8 @@ def parts_of(
     num_layers = generator.checkpoint.num_layers
     if head is None or sorted(projections) != list(range(num_layers)):
         raise GeneratorError(
-            f"{generator.checkpoint.name} can not be watched: its decoder has {num_layers} layers, and "
-            f"{len(projections)} attention outputs (o_proj) were found in it, {'no' if head is None else 'a'} head "
-            "that scores tokens"
+            f"{generator.checkpoint.name} cannot be compared: its decoder has {num_layers} layers, and "
+            f"{len(projections)} attention outputs (o_proj) and {'no' if head is None else 'a'} head that scores "
+            "tokens were found"
         )
     return decoder, head, projections

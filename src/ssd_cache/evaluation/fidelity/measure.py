@@ -1,23 +1,28 @@
-"""`measure_fidelity`: generate a few images with a full cache, and compare compressed caches at every step.
+"""`measure_fidelity`: compare compressed caches with the full cache at every step of a few images.
 
-It checks the settings and assembles the results. The comparison itself is in `lockstep.py`.
+It checks the settings and saves finished parts in a state file. The comparison itself is in `lockstep.py`.
 """
 
 from __future__ import annotations
 
-import sys
+import hashlib
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from ssd_cache.budget import check_count
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.sharding import check_whole
-from ssd_cache.decode.attention_switch import ssd_attention
-from ssd_cache.evaluation.fidelity.lockstep import Lockstep, Trace
-from ssd_cache.evaluation.fidelity.result import Fidelity
-from ssd_cache.evaluation.policies import mean_slots
+from ssd_cache.evaluation.fidelity.lockstep import compare_caches, parts_of
+from ssd_cache.evaluation.fidelity.result import MEASURED, Fidelity
+from ssd_cache.evaluation.fidelity.state import MeasurementState
 from ssd_cache.models import Checkpoint, Generator, GeneratorError, Sampling
+from ssd_cache.profiling.measuring import check_prompts, prompts_sha256, weights_sha256
+
+FORMAT, WHAT = "ssd-cache fidelity state 2", "the measurements of ssd-cache eval fidelity"
 
 
 def measure_fidelity(
@@ -25,6 +30,8 @@ def measure_fidelity(
     prompts: Sequence[str],
     caches: Mapping[str, Callable[[], SSDCache]],
     *,
+    batch_size: int | None = None,
+    state_file: str | os.PathLike[str] | None = None,
     seed: int = 0,
     guidance_scale: float | None = None,
     temperature: float = 1.0,
@@ -45,116 +52,106 @@ def measure_fidelity(
         generator: the model.
         prompts: one image is generated for each.
         caches: by name, a function that makes a fresh cache; called once.
+        batch_size: images compared at once; all of them when not given, and when a cache labels its heads online,
+            because online labels depend on the whole batch.
+        state_file: a file that is written after the images and after every `batch_size` of them; when it exists, the
+            run resumes from it. A run in one part writes no file.
         seed: seed of the batch; `Generator.generate` with this seed generates the same tokens.
         guidance_scale: as for `Generator.generate`.
         temperature: above 0.
         tokens: integers `[images, cells]`: visual tokens to feed instead of generated ones (teacher forcing).
-        progress: show a bar over visual tokens.
+        progress: show a bar over the visual tokens of every part.
 
     Raises:
         GeneratorError: a setting is out of range, there is no prompt, or the tokens do not fit.
         HeadMapError: a cache's map does not fit the model.
-        ValueError: there is no cache, one is used or not an `SSDCache`, or the model's outputs are not finite.
+        ProfilingError: the state file is of another run, or cannot be written.
+        ValueError: there is no cache, one is no new `SSDCache`, or the model's outputs are not finite.
     """
-    checkpoint = generator.checkpoint
-    check_whole(generator.language_model)
-    cells = checkpoint.num_visual_tokens
-    check_settings(None if generator.default_guidance is None else guidance_scale, temperature, seed)
-    guidance_scale = generator.guidance_scale if guidance_scale is None else guidance_scale
-    made = _fresh(checkpoint, caches)
-    if tokens is not None:
-        _check_tokens(tokens, len(prompts), cells)
-    lockstep = Lockstep(generator, list(made.values()), len(prompts), guidance_scale, temperature, tokens)
-    with (
-        ssd_attention(generator.language_model),
-        lockstep.hooked(),
-        tqdm(
-            total=len(prompts) * cells,
-            unit=" visual tokens",
-            desc=f"full and {len(made)} more",
-            mininterval=0.1 if sys.stderr.isatty() else 10,  # few lines in a log file
-            disable=not progress,
-        ) as bar,
-    ):
-        try:
-            drawn = generator.generate(
-                prompts,
-                lockstep.full,
-                guidance_scale=guidance_scale,
-                temperature=temperature if tokens is None else 0.0,  # given tokens are made the most likely ones
-                seed=seed,
-                on_tokens=bar.update,
-            )
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
-            lockstep.full.finish()  # raises an error that names the head, where the attention shows it
-            raise ValueError(_not_finite(checkpoint)) from error
-    lockstep.full.finish()
-    if lockstep.num_compared != cells - 1 or (tokens is not None and not torch.equal(drawn.cpu(), tokens.cpu().long())):
-        raise GeneratorError(
-            f"{checkpoint.name} can not be watched: {lockstep.num_compared} of its {cells - 1} steps were compared, or "
-            "it did not take the tokens given; its decoder or its head works otherwise than those known"
-        )
-    results = {name: _result(checkpoint, trace, drawn) for name, trace in zip(made, lockstep.traces, strict=True)}
-    lockstep.release()
-    if not all(result.kl.isfinite().all() and result.retained.isfinite().all() for result in results.values()):
-        raise ValueError(_not_finite(checkpoint))
+    sampling = check_settings(guidance_scale, temperature, seed)
+    check_run(generator, prompts)
+    prompts = list(prompts)
+    made = _make(generator.checkpoint, caches)
+    total, shape = len(prompts), (len(prompts), generator.checkpoint.num_visual_tokens)
+    if tokens is not None and (tokens.dtype.is_floating_point or tokens.dtype == torch.bool or tokens.shape != shape):
+        raise GeneratorError(f"tokens are {tokens.dtype} {list(tokens.shape)}: give integers {list(shape)}")
+    if batch_size is None or any(cache.head_map.is_online for cache in made.values()):
+        batch_size = total
+    if total <= check_count("batch_size", batch_size, 1):
+        return compare_caches(generator, prompts, made, sampling, tokens, progress)
+    settings = fingerprint(generator, prompts, batch_size, sampling) | {
+        "caches": {name: _digest(cache) for name, cache in made.items()},
+        "tokens": None if tokens is None else hashlib.sha256(tokens.cpu().long().numpy().tobytes()).hexdigest(),
+    }
+    images = torch.zeros(shape, dtype=torch.int64)
+    num_done = torch.zeros(1, dtype=torch.int64)
+    results = {name: Fidelity.empty(generator.checkpoint, cache, images) for name, cache in made.items()}
+    tensors = {"images": images, "num_done": num_done}
+    tensors |= {f"{name}.{part}": getattr(result, part) for name, result in results.items() for part in MEASURED}
+    state = MeasurementState(state_file, FORMAT, WHAT, settings, tensors)
+    if not state.is_resumed:
+        images.copy_(generator.generate(prompts, **vars(sampling)) if tokens is None else tokens)
+        state.save()
+    for start in range(int(num_done), total, batch_size):
+        for cache in made.values():
+            cache.reset()
+        part = slice(start, start + batch_size)
+        for name, found in compare_caches(generator, prompts[part], made, sampling, images[part], progress).items():
+            results[name].put(start, found)
+        num_done.fill_(min(start + batch_size, total))
+        state.save()
+    state.save(is_finished=True)
     return results
 
 
-def check_settings(guidance_scale: float | None = None, temperature: float = 1.0, seed: int = 0) -> None:
-    """Refuse settings that give no divergence to measure; raises GeneratorError."""
-    Sampling(guidance_scale, temperature, seed)
+def check_settings(guidance_scale: float | None = None, temperature: float = 1.0, seed: int = 0) -> Sampling:
+    """The settings of a comparison; raises GeneratorError for those that give no divergence to measure."""
     if temperature == 0:
         raise GeneratorError(
             "temperature=0 leaves one token that is certain, and no divergence to measure: give a number above 0; "
             "1 is usual"
         )
+    return Sampling(guidance_scale, temperature, seed)
 
 
-def _fresh(checkpoint: Checkpoint, caches: Mapping[str, Callable[[], SSDCache]]) -> dict[str, SSDCache]:
+def check_run(generator: Generator, prompts: Sequence[str]) -> None:
+    """Refuse, before any image is generated, a model that cannot be compared, and prompts that do not fit."""
+    check_whole(generator.language_model)
+    check_prompts(generator, prompts)
+    parts_of(generator)
+
+
+def fingerprint(generator: Generator, prompts: Sequence[str], batch_size: int, sampling: Sampling) -> dict[str, Any]:
+    """The facts that a state file of a run over these prompts depends on."""
+    own = generator.guidance_scale
+    return {
+        "model": generator.checkpoint.name,
+        "weights": weights_sha256(generator.model),
+        "dtype": str(generator.model.dtype),
+        "num_prompts": len(prompts),
+        "prompts_sha256": prompts_sha256(prompts),
+        "batch_size": batch_size,
+        "seed": sampling.seed,
+        "guidance_scale": own if sampling.guidance_scale is None else sampling.guidance_scale,
+        "temperature": sampling.temperature,
+    }
+
+
+def _make(checkpoint: Checkpoint, caches: Mapping[str, Callable[[], SSDCache]]) -> dict[str, SSDCache]:
     if not caches:
         raise ValueError("caches is empty: give at least one, as {'ssd 20%': lambda: SSDCache(head_map, 0.2)}")
     made = {name: make_cache() for name, make_cache in caches.items()}
     for name, cache in made.items():
         if not isinstance(cache, SSDCache):
-            raise ValueError(
-                f"caches[{name!r}] makes a {type(cache).__name__}, which does not tell what it holds: make an SSDCache"
-            )
+            raise ValueError(f"caches[{name!r}] makes a {type(cache).__name__}: make an SSDCache")
         checkpoint.check_head_map(cache.head_map)
-    if len({id(cache) for cache in made.values()}) < len(made) or any(
-        cache.get_seq_length() for cache in made.values()
-    ):
-        raise ValueError("caches give one cache twice, or one that was used: each must make a new SSDCache when called")
+    if len({id(cache) for cache in made.values()}) < len(made) or any(map(SSDCache.get_seq_length, made.values())):
+        raise ValueError("caches gives one cache twice, or a used one: each function must make a new SSDCache")
     return made
 
 
-def _check_tokens(tokens: torch.Tensor, pictures: int, cells: int) -> None:
-    if tokens.dtype.is_floating_point or tokens.dtype == torch.bool or tokens.shape != (pictures, cells):
-        raise GeneratorError(
-            f"tokens are {tokens.dtype} {list(tokens.shape)}: give integers [{pictures}, {cells}], one row a prompt "
-            "and one entry a cell of the grid"
-        )
-    if tokens.min() < 0:
-        raise GeneratorError(f"tokens hold {int(tokens.min())}: visual tokens are counted from 0")
-
-
-def _result(checkpoint: Checkpoint, trace: Trace, tokens: torch.Tensor) -> Fidelity:
-    return Fidelity(
-        layout=checkpoint.layout,
-        tokens=tokens.cpu(),
-        budget=mean_slots(trace.cache) / checkpoint.num_visual_tokens,
-        is_spatial=torch.tensor([layer.labels or layer.plan.is_spatial for layer in trace.cache.layers]),
-        kl=trace.kl.cpu(),
-        agrees=trace.agrees.cpu(),
-        attention_error=trace.attention_error.cpu(),
-        retained=trace.retained.cpu(),
-    )
-
-
-def _not_finite(checkpoint: Checkpoint) -> str:
-    return (
-        f"{checkpoint.name} gives NaN or infinite numbers: its numbers overflow, as they may in float16; load it in "
-        "bfloat16 or float32"
-    )
+def _digest(cache: SSDCache) -> str:
+    """A checksum over all settings that determine which tokens a cache keeps."""
+    names = ("buffer", "num_recent", "num_sinks", "score", "kv_dtype")
+    facts = [cache.head_map.digest, cache.num_slots, *(getattr(cache, name) for name in names)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]

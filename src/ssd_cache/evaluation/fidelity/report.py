@@ -1,30 +1,39 @@
-"""Writes the results of `measure_fidelity`: fidelity.json with the numbers, fidelity.png with the curves.
+"""Writes the results of `measure_fidelity`: fidelity.json with the numbers, fidelity.png with the figure.
 
-Both files are written, or neither. `result.py` defines the numbers, `figure.py` the figure.
+The figure shows divergence and agreement by grid row, divergence by budget, and a heat map of the heads. Colours
+distinguish policies, line styles the budgets of one policy.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ssd_cache.analysis.plotting import check_packages, to_png
+import torch
+
+from ssd_cache.analysis.plotting import WIDTH, check_packages, color_map, new_figure, plain_label, to_png
 from ssd_cache.analysis.report import plain
-from ssd_cache.evaluation.fidelity.figure import draw_fidelity
 from ssd_cache.evaluation.fidelity.result import Fidelity
+from ssd_cache.evaluation.plots import COLORS, MARKERS
 from ssd_cache.io.writing import write_files
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 FORMAT = "ssd-cache fidelity 1"
-NUMBERS, FIGURE = "fidelity.json", "fidelity.png"
+DASHES = ("-", "--", ":", "-.")
+LOWEST_KL = 1e-8
+"""Lower limit of the KL axis, in nats: smaller values are negligible and would take most of the axis."""
 
 
 def write_fidelity(
     results: Mapping[str, Fidelity], folder: str | os.PathLike[str], conditions: Mapping[str, Any] | None = None
 ) -> list[Path]:
-    """Write the numbers and the figure; returns their paths.
+    """Write the numbers and the figure, either both or neither; returns their paths.
 
     Args:
         results: as `measure_fidelity` returns them; see `draw_fidelity` for how names affect the figure.
@@ -36,29 +45,23 @@ def write_fidelity(
         OSError: a file cannot be written; older files are unchanged.
     """
     check_packages("matplotlib")
-    folder = Path(folder)
-    numbers = {"format": FORMAT, "conditions": dict(conditions or {}), **as_json(results)}
+    numbers = {"format": FORMAT, "conditions": dict(conditions or {}), **_as_json(results)}
     contents = {
-        folder / NUMBERS: json.dumps(numbers, allow_nan=False, ensure_ascii=False).encode() + b"\n",
-        folder / FIGURE: to_png(draw_fidelity(results)),
+        Path(folder) / "fidelity.json": json.dumps(numbers, allow_nan=False, ensure_ascii=False).encode() + b"\n",
+        Path(folder) / "fidelity.png": to_png(draw_fidelity(results)),
     }
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        write_files(contents)
-    except BaseException:
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_files(contents)
     return list(contents)
 
 
-def as_json(results: Mapping[str, Fidelity]) -> dict[str, Any]:
+def _as_json(results: Mapping[str, Fidelity]) -> dict[str, Any]:
     """The numbers as JSON types; floats have seven digits.
 
     KL and agreement are given for every image and step, attention errors for every step and layer. Retained mass is a
     mean over each grid row, since `[steps, layers, kv_heads]` is millions of numbers in a large model.
     """
+    measured = ("budget", "mean_kl", "kl_standard_error", "agreement", "mean_attention_error", "mean_retained")
     first = next(iter(results.values()))
     return {
         **first.layout.as_json(),
@@ -66,17 +69,9 @@ def as_json(results: Mapping[str, Fidelity]) -> dict[str, Any]:
         "results": {
             name: plain(
                 {
-                    "budget": result.budget,
-                    "mean_kl": result.mean_kl,
-                    "kl_standard_error": result.kl_standard_error,
-                    "agreement": result.agreement,
-                    "mean_attention_error": result.mean_attention_error,
-                    "mean_retained": result.mean_retained,
+                    **{key: getattr(result, key) for key in measured},
                     "mean_retained_by_kind": {kind: result.retained_by_kind(kind) for kind in ("spatial", "semantic")},
-                    "is_spatial": result.is_spatial,
-                    "retained_by_head": result.retained_by_head,
-                    "kl": result.kl,
-                    "agrees": result.agrees,
+                    **{key: getattr(result, key) for key in ("is_spatial", "retained_by_head", "kl", "agrees")},
                     "attention_error": result.attention_error,
                     "retained_by_grid_row": result.by_grid_row(result.retained),
                 }
@@ -84,3 +79,95 @@ def as_json(results: Mapping[str, Fidelity]) -> dict[str, Any]:
             for name, result in results.items()
         },
     }
+
+
+def draw_fidelity(results: Mapping[str, Fidelity]) -> Figure:
+    """Plot curves over grid rows, over the budget where there are several, and the first cache's retained mass by head.
+
+    Args:
+        results: by name; the text before the last space of a name is the policy: "ssd 20%" and "ssd 50%" are two
+            budgets of one policy.
+    """
+    policies: dict[str, list[str]] = {}
+    for name in results:
+        policies.setdefault(name.rpartition(" ")[0] or name, []).append(name)
+    name, first = next(iter(results.items()))
+    layers, heads = first.is_spatial.shape
+    by_budget = [2.2] if len(results) > len(policies) else []
+    heights = [2.2, 2.0, *by_budget, 1.0 + min(4.0, max(1.2, (WIDTH - 1.4) * layers / heads))]
+    figure = new_figure(sum(heights) + 0.4 + 0.2 * -(-len(results) // 2))
+    panels = figure.subplots(len(heights), height_ratios=heights)
+    for axes in panels[:2]:
+        axes.set_xlabel("row of the draft grid, then of the image" if first.layout.draft_grids else "grid row")
+        axes.set_xlim(0, len(first.layout.row_lengths) - 1)
+        for order in range(len(first.layout.draft_grids)):
+            axes.axvline(
+                sum(rows for rows, _ in first.layout.draft_grids[: order + 1]) - 0.5, color="0.7", linestyle=":"
+            )
+    for axes in panels[:-1]:
+        axes.grid(axis="y", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    _draw_by_row(panels[0], panels[1], results, list(policies.values()))
+    if by_budget:
+        _draw_by_budget(panels[2], results, list(policies.values()))
+    _draw_heads(figure, panels[-1], name, first)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9, handlelength=3)
+    return figure
+
+
+def _draw_by_row(
+    divergence: Axes, agreement: Axes, results: Mapping[str, Fidelity], policies: Sequence[list[str]]
+) -> None:
+    for policy, names in enumerate(policies):
+        for index, name in enumerate(names):
+            result = results[name]
+            style: dict[str, Any] = {
+                "color": COLORS[policy % len(COLORS)],
+                "linestyle": DASHES[index % len(DASHES)],
+                "zorder": 3 - list(results).index(name) / len(results),  # the first is on top
+            }
+            divergence.plot(_positive(result.by_grid_row(result.kl.T).mean(1)), label=plain_label(name), **style)
+            agreement.plot(result.by_grid_row(result.agrees.T).mean(1), **style)
+    divergence.set_title("KL(full || compressed), nats", fontsize=10, loc="left")
+    divergence.set_yscale("log")
+    low, high = divergence.get_ylim()
+    if high > 10 * LOWEST_KL:
+        divergence.set_ylim(max(LOWEST_KL, low), high)
+    agreement.set_title("same most likely token, share", fontsize=10, loc="left")
+    agreement.set_ylim(min(0.99, agreement.get_ylim()[0]), 1.0005)
+
+
+def _draw_by_budget(axes: Axes, results: Mapping[str, Fidelity], policies: Sequence[list[str]]) -> None:
+    for index, names in enumerate(policies):
+        budgets, divergences = zip(
+            *sorted((100 * results[name].budget, results[name].mean_kl) for name in names), strict=True
+        )
+        style: dict[str, Any] = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
+        axes.plot(budgets, _positive(torch.tensor(divergences)), markersize=5, **style)
+    shares = sorted({round(100 * result.budget, 1) for result in results.values()})
+    if len(shares) <= 8:
+        axes.set_xticks(shares, [f"{share:.2g}" for share in shares])
+    axes.set_xlim(0, 1.04 * shares[-1])
+    axes.set_yscale("log")
+    axes.set_title("KL by budget, mean over the image", fontsize=10, loc="left")
+    axes.set_xlabel("budget: slots of a head, in % of the grid")
+
+
+def _draw_heads(figure: Figure, axes: Axes, name: str, result: Fidelity) -> None:
+    """Layers by KV heads; a dot marks a head with the spatial rule."""
+    retained = result.retained_by_head
+    low = min(0.95, int(retained.min() * 20) / 20)
+    image = axes.imshow(retained.numpy(), cmap=color_map(), vmin=low, vmax=1, aspect="auto")
+    figure.colorbar(image, ax=axes)
+    layers, heads = result.is_spatial.numpy().nonzero()
+    size = max(4.0, min(60.0, 4000 / max(retained.shape) ** 2))
+    axes.scatter(heads, layers, s=size, color="white", edgecolors="black", linewidths=0.8)
+    title = f"{plain_label(name)}: the full cache's attention\non the tokens that a head holds (dot: spatial)"
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set(xlabel="KV head", ylabel="layer")
+    axes.locator_params(integer=True)
+
+
+def _positive(values: torch.Tensor) -> torch.Tensor:
+    """Values for a logarithmic axis: NaN in place of zeros."""
+    return torch.where(values > 0, values, torch.nan)

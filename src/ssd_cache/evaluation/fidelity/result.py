@@ -1,17 +1,21 @@
 """The measurements of one compressed cache against the full cache, and the means over them.
 
-It holds numbers only; `lockstep.py` measures them, `figure.py` plots them.
+It holds numbers only; `lockstep.py` measures them, `report.py` writes and plots them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
+from ssd_cache.cache.cache import SSDCache
 from ssd_cache.layout import ImageLayout
+from ssd_cache.models import Checkpoint
+
+MEASURED = ("kl", "agrees", "attention_error", "retained")
+"""Names of the measured tensors of a `Fidelity`."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,21 @@ class Fidelity:
     attention_error: torch.Tensor
     retained: torch.Tensor
 
+    @classmethod
+    def empty(cls, checkpoint: Checkpoint, cache: SSDCache, tokens: torch.Tensor) -> Fidelity:
+        """Zeros in the shapes of a measurement of `tokens`, `[images, cells]`, on the same device."""
+        (images, cells), shape = tokens.shape, (checkpoint.num_layers, checkpoint.num_kv_heads)
+        return cls(
+            layout=checkpoint.layout,
+            tokens=tokens,
+            budget=cache.mean_slots / cells,
+            is_spatial=cache.head_map.is_spatial,
+            kl=tokens.new_zeros(images, cells - 1, dtype=torch.float64),
+            agrees=tokens.new_zeros(images, cells - 1, dtype=torch.bool),
+            attention_error=tokens.new_zeros(cells - 1, shape[0], dtype=torch.float32),
+            retained=tokens.new_zeros(cells - 1, *shape, dtype=torch.float32),
+        )
+
     @property
     def mean_kl(self) -> float:
         """Mean over images and steps, in nats."""
@@ -51,8 +70,8 @@ class Fidelity:
     @property
     def kl_standard_error(self) -> float | None:
         """Standard error of `mean_kl`, from the spread over images; None with a single image."""
-        pictures = len(self.kl)
-        return None if pictures < 2 else self.kl.mean(1).std().item() / math.sqrt(pictures)
+        images = len(self.kl)
+        return None if images < 2 else self.kl.mean(1).std().item() / math.sqrt(images)
 
     @property
     def agreement(self) -> float:
@@ -88,19 +107,9 @@ class Fidelity:
         parts = values.split([*lengths, last - 1])
         return torch.stack([part.double().mean(0) for part in parts if len(part)])
 
-
-def merge(parts: Sequence[Fidelity]) -> Fidelity:
-    """Merge results of one cache over several sets of images; means over rows are weighted by the number of images."""
-    total = sum(len(part.tokens) for part in parts)
-
-    def mean(name: str) -> torch.Tensor:
-        return torch.stack([getattr(part, name) * (len(part.tokens) / total) for part in parts]).sum(0)
-
-    return replace(
-        parts[0],
-        tokens=torch.cat([part.tokens for part in parts]),
-        kl=torch.cat([part.kl for part in parts]),
-        agrees=torch.cat([part.agrees for part in parts]),
-        attention_error=mean("attention_error"),
-        retained=mean("retained"),
-    )
+    def put(self, start: int, part: Fidelity) -> None:
+        """Write the measurement of the images from number `start` on into this one; it holds those before `start`."""
+        end = start + len(part.tokens)
+        self.kl[start:end], self.agrees[start:end] = part.kl, part.agrees
+        for mean, new in ((self.attention_error, part.attention_error), (self.retained, part.retained)):
+            mean.lerp_(new, (end - start) / end)

@@ -57,9 +57,7 @@ def test_layers_of_sliding_attention_are_refused_before_anything_is_generated(mo
     with pytest.raises(ValueError, match="has layers of kind sliding_attention"):
         with enable(model, HEAD_MAP):
             pass
-    with pytest.raises(
-        ValueError, match="layer 0 attends a sliding window of 16 tokens, and prompt and image are 105"
-    ):
+    with pytest.raises(ValueError, match="layer 0 attends a sliding window of 16 tokens, and prompt and image are 105"):
         generate(model, SSDCache(HEAD_MAP, 0.3, buffer=2))
     assert model.config._attn_implementation == "ssd"
 
@@ -164,8 +162,8 @@ def test_a_grid_is_for_models_that_generate_in_several_sizes():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (AutoConfig.for_model("vit").to_dict(), "'vit', which is no causal language model of transformers"),
-        (AutoConfig.for_model("chameleon").to_dict(), "'chameleon', which is no causal language model"),
+        (AutoConfig.for_model("vit").to_dict(), "'vit', which is not a causal language model of transformers"),
+        (AutoConfig.for_model("chameleon").to_dict(), "'chameleon', which is not a causal language model"),
         ({"model_type": "nobody"}, "its config.json cannot be read: .*nobody"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "c.Config"}}, "code of its own.*grid=\\(rows, columns\\)"),
     ],

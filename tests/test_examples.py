@@ -88,7 +88,7 @@ def test_pictures_per_gpu_counts_what_a_cache_really_holds(folder, capsys):
     lines = capsys.readouterr().out.splitlines()
     full, half = (int(line.split("at most ")[1].split()[0]) for line in lines[1:3])
     assert 0 < full < half < 2 * full
-    assert example.Need(weights=10, picture=3).pictures(9) == 0
+    assert example.Need(weights=10, image=3).images(9) == 0
 
 
 def test_where_policies_fail_frames_what_is_wrong(tmp_path, capsys):
@@ -135,23 +135,23 @@ def test_hindsight_drops_what_has_least_to_come(buffer):
             assert {token for token in range(step + 1) if not hidden[row, head, token]} == set(tokens)
 
 
-def test_an_oracle_that_may_look_at_everything_draws_as_the_full_cache(folder):
+def test_an_oracle_that_sees_everything_generates_as_the_full_cache(folder):
     example, generator = load("oracle_study"), find_generator(str(folder)).load(torch.float32, "cpu")
     head_map = generator.checkpoint.head_map()
     expected = generator.generate(PROMPTS, seed=7)
 
-    def draw(hide):
-        return example.draw(generator, head_map, hide, PROMPTS, 7)
+    def generate(hide):
+        return example.generate_hidden(generator, head_map, hide, PROMPTS, 7)
 
     recorder = example.Recorder(head_map.num_layers)
     everything, few = (torch.full_like(head_map.is_spatial, size, dtype=torch.long) for size in (SIDE * SIDE, 4))
-    assert torch.equal(draw(recorder), expected)
+    assert torch.equal(generate(recorder), expected)
     received = [list(steps) for steps in recorder.received]
-    assert torch.equal(draw(example.InHindsight(recorder, everything, 2)), expected)
-    assert torch.equal(draw(example.AtEachStep(everything)), expected)
+    assert torch.equal(generate(example.InHindsight(recorder, everything, 2)), expected)
+    assert torch.equal(generate(example.AtEachStep(everything)), expected)
     recorder.received = received
-    assert not torch.equal(draw(example.InHindsight(recorder, few, 2)), expected)
-    assert not torch.equal(draw(example.AtEachStep(few)), expected)
+    assert not torch.equal(generate(example.InHindsight(recorder, few, 2)), expected)
+    assert not torch.equal(generate(example.AtEachStep(few)), expected)
 
 
 @pytest.mark.parametrize("name", ["DynamicCache", "ssd 50%"])

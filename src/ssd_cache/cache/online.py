@@ -19,7 +19,7 @@ def prefers_window(weights: torch.Tensor, scores: torch.Tensor, num_prompt: int,
     Args:
         weights: `[batch, kv_heads, groups, steps, num_prompt + stored]`, the attention of the newest queries, with
             every token still in the slot in which it arrived.
-        scores: `[batch, kv_heads, stored - steps]`, from `form_scores`, before these queries.
+        scores: `[batch, kv_heads, stored - steps]`, from a scorer's `rank`, before these queries.
         num_prompt: columns of the prompt.
         num_recent: newest tokens that a semantic head always keeps, out of all stored tokens; the half keeps the same
             fraction.

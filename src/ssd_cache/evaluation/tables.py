@@ -105,7 +105,7 @@ def _accuracy(results: bootstrap.Results, num_images: int) -> Accuracy:
     return Accuracy(kinds, bootstrap.mean(results), bootstrap.standard_error(results), num_images)
 
 
-def score_table(summary: Summary) -> str:
+def accuracy_table(summary: Summary) -> str:
     """Markdown table: policies and budgets in rows, the six kinds and their mean in columns."""
     rows = []
     for row in summary.rows:
@@ -142,7 +142,7 @@ def to_markdown(summary: Summary) -> str:
     parts = [
         "# Shapes: share of correct images",
         "Overall is the mean of the six kinds; s.e. is its standard error, from the spread between prompts.",
-        score_table(summary),
+        accuracy_table(summary),
         *(differences if summary.comparisons else []),
         "## Conditions",
         "\n".join(conditions),

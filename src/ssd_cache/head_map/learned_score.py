@@ -1,7 +1,7 @@
 """`LearnedScore`: predicts a visual token's future use to a head from the token's position, K and V.
 
 A head map may hold one. Semantic heads then rank their tokens by it (`score="learned"`), without queries. This module
-holds the tensors and the formula. `training/learning.py` trains them, and `cache/retention.py` decides what is evicted.
+holds the tensors and the formula. `training/learning.py` trains them, and `cache/eviction.py` decides what is evicted.
 """
 
 from __future__ import annotations

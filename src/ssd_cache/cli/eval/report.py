@@ -15,7 +15,7 @@ from rich.console import Console
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.files import check_writable
 from ssd_cache.evaluation.reporting import read_summary, write_report
-from ssd_cache.evaluation.tables import difference_table, score_table
+from ssd_cache.evaluation.tables import accuracy_table, difference_table
 
 
 def report(
@@ -56,7 +56,7 @@ def finish(folders: Sequence[Path], output: Path) -> None:
         typer.echo(f"ssd-cache: {problem}", err=True)
     paths, remedy = write_report(summary, output)
     console = Console(highlight=False, markup=False)
-    tables = [score_table(summary), *([difference_table(summary)] if summary.comparisons else [])]
+    tables = [accuracy_table(summary), *([difference_table(summary)] if summary.comparisons else [])]
     console.print("\n\n".join(tables), soft_wrap=True)
     console.print(f"\nwrote {', '.join(path.name for path in paths)} in {output}", soft_wrap=True)
     if remedy:

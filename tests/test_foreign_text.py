@@ -26,7 +26,7 @@ from ssd_cache.cli.sheet import Row as SheetRow
 from ssd_cache.cli.sheet import contact_sheet
 from ssd_cache.evaluation.plots import plot_result_by_budget
 from ssd_cache.evaluation.records import Record
-from ssd_cache.evaluation.tables import score_table, summarize, to_markdown
+from ssd_cache.evaluation.tables import accuracy_table, summarize, to_markdown
 from ssd_cache.head_map.card import card
 from ssd_cache.io.markdown import MAX_TEXT, code_block, escape
 
@@ -150,7 +150,7 @@ def test_the_tables_of_shapes_hold_no_foreign_markup(hostile):
         return summarize([record(text), record(text, 1), record("full", 1)], run_of(text))
 
     check(lambda text: to_markdown(summary(text)), hostile, is_short)
-    assert len(score_table(summary(hostile)).split("\n")) == 4
+    assert len(accuracy_table(summary(hostile)).split("\n")) == 4
 
 
 @pytest.mark.parametrize("hostile", WITH_LINES)

@@ -1,7 +1,7 @@
 """Turns policy names such as `ssd`, `random-1` or `ssd:buffer=8,num_recent=0.5` into fresh caches.
 
-It adds to the registry of `cache/policies.py`: labels found during generation, fitted slots, two controls, and head maps
-in folders. The rules of retention are in `cache/`; nothing is generated here.
+It adds to the registry of `cache/policies.py`: labels found during generation, fitted slots, two controls, and head
+maps in folders. The rules of retention are in `cache/`; nothing is generated here.
 """
 
 from __future__ import annotations

@@ -426,7 +426,7 @@ def test_warnings_are_one_line_each(run):
     assert result.exit_code == 0, result.output
     warnings = [line for line in result.stderr.replace("\r", "\n").splitlines() if "warning" in line]
     assert [line.split(": ")[:2] for line in warnings] == [["ssd-cache", "warning"]] * 2
-    assert "can not see the token right above" in warnings[0]
+    assert "cannot see the token right above" in warnings[0]
     assert "does not know 'dog'" in warnings[1]
 
 

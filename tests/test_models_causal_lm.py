@@ -57,9 +57,7 @@ def test_layers_of_sliding_attention_are_refused_before_anything_is_generated(mo
     with pytest.raises(ValueError, match="has layers of kind sliding_attention"):
         with enable(model, HEAD_MAP):
             pass
-    with pytest.raises(
-        ValueError, match="layer 0 attends a sliding window of 16 tokens, and prompt and picture are 105"
-    ):
+    with pytest.raises(ValueError, match="layer 0 attends a sliding window of 16 tokens, and prompt and image are 105"):
         generate(model, SSDCache(HEAD_MAP, 0.3, buffer=2))
     assert model.config._attn_implementation == "ssd"
 

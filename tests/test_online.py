@@ -107,7 +107,7 @@ def test_an_online_map_can_not_be_saved_or_inverted(tmp_path):
     assert repr(head_map) == "HeadMap(3 layers x 4 KV heads, online, grid 24x24, labels found at run time)"
     assert head_map != HeadMap.uniform("semantic", num_layers=3, num_kv_heads=4)
     for refused in (lambda: head_map.save_pretrained(tmp_path / "map"), lambda: ~head_map):
-        with pytest.raises(HeadMapError, match="an online map has no labels, so it can not be"):
+        with pytest.raises(HeadMapError, match="an online map has no labels, so it cannot be"):
             refused()
     assert not (tmp_path / "map").exists()
 

@@ -1,7 +1,7 @@
 """Turns policy names such as `ssd`, `random-1` or `ssd:buffer=8,num_recent=0.5` into fresh caches.
 
-It covers the cache's own policies, the controls, head maps in folders, and settings in names. The rules of retention
-are in `cache/`; nothing is generated here.
+It adds to the registry of `cache/policies.py`: labels found during generation, fitted slots, two controls, and head
+maps in folders. The rules of retention are in `cache/`; nothing is generated here.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from ssd_cache.budget import Amount
+from ssd_cache.budget import Amount, Budget, is_amount
 from ssd_cache.cache.cache import SSDCache
-from ssd_cache.cache.policies import POLICIES, own_policy, policy_label
+from ssd_cache.cache.policies import POLICIES, REGISTRY, Applied, NamedPolicy, own_policy, policy_label
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Checkpoint
 from ssd_cache.profiling.allocation import fit_heads
@@ -27,12 +27,47 @@ RANDOM = re.compile(r"random-(\d{1,9})")
 DEFAULT = "default"
 """The head map's own settings; `resolve_policies` replaces it by the policy that they amount to."""
 
-OWN = (DEFAULT, "online", "fitted", "inverted", "random-N")
-"""Policies in addition to `POLICIES`: the map's own settings, labels found during generation, kinds and slots of each
-head from `fit_heads` at every budget, and two controls."""
 
-WITHOUT_LABELS = ("full", "h2o", "streaming-llm", "linear", "online")
+def _online(head_map: HeadMap, budget: Budget | None) -> Applied:
+    """Labels found during generation; only the shape of the map is used."""
+    labels = HeadMap.online(num_layers=head_map.num_layers, num_kv_heads=head_map.num_kv_heads)
+    return labels.with_layout(head_map.layout), budget, {}
+
+
+def _fitted(head_map: HeadMap, budget: Budget | None) -> Applied:
+    """Kinds and slots of each head from `fit_heads`, at every budget."""
+    assert is_amount(budget)
+    return fit_heads(head_map, budget), None, {"score": "sum"}
+
+
+def _inverted(head_map: HeadMap, budget: Budget | None) -> Applied:
+    """A control: spatial heads treated as semantic, and semantic heads as spatial."""
+    return ~head_map, budget, {"slots": "uniform"}
+
+
+EXPERIMENTS = {
+    policy.name: policy
+    for policy in (
+        NamedPolicy("online", _online, needs_labels=False),
+        NamedPolicy("fitted", _fitted),
+        NamedPolicy("inverted", _inverted),
+    )
+}
+"""Policies in addition to the cache's own registry."""
+
+OWN = (DEFAULT, *EXPERIMENTS, "random-N")
+"""Names in addition to `POLICIES`. `random-N` is a control: as many spatial heads, placed at random with seed N."""
+
+WITHOUT_LABELS = tuple(name for name, policy in {**REGISTRY, **EXPERIMENTS}.items() if not policy.needs_labels)
 """Policies that use only the shape of a head map, or find their own labels."""
+
+
+def _find(name: str) -> NamedPolicy | None:
+    """The policy of a name, with `random-N`; None for an unknown name, which may be a folder."""
+    if match := RANDOM.fullmatch(name):
+        seed = int(match[1])
+        return NamedPolicy(name, lambda head_map, budget: (random_map(head_map, seed), budget, {}))
+    return REGISTRY.get(name) or EXPERIMENTS.get(name)
 
 
 def _count(text: str) -> int:
@@ -100,24 +135,17 @@ class Policy:
         """
         if self.name == DEFAULT:
             return _resolved(self, head_map, settings).make_cache(head_map, budget, **settings)
-        settings = {**settings, **self.settings}
         if self.name == "full":
             return SSDCache.from_policy("full", head_map)
-        if self.name in POLICIES:
-            return SSDCache.from_policy(self.name, head_map, budget, **settings)
-        if self.name == "fitted":
-            return SSDCache(fit_heads(head_map, budget), **{"score": "sum", **settings})
-        if self.name == "inverted":
-            return SSDCache(~head_map, budget, **{"slots": "uniform", **settings})
-        shape: dict[str, Any] = {"num_layers": head_map.num_layers, "num_kv_heads": head_map.num_kv_heads}
-        if self.name == "online":
-            labels = HeadMap.online(**shape).with_layout(head_map.layout)
-            return SSDCache(labels, budget, **settings)
-        if match := RANDOM.fullmatch(self.name):
-            return SSDCache(random_map(head_map, int(match[1])), budget, **settings)
-        own = HeadMap.from_pretrained(self.name)
-        own.check_fits("the model", **shape, layout=head_map.layout)
-        return SSDCache(own, budget, **settings)
+        policy = _find(self.name)
+        if policy is None:
+            own_map = HeadMap.from_pretrained(self.name)
+            shape = head_map.num_layers, head_map.num_kv_heads
+            own_map.check_fits("the model", *shape, layout=head_map.layout)
+            own: dict[str, Any] = {}
+        else:
+            own_map, budget, own = policy.apply(head_map, budget)  # type: ignore[assignment]
+        return SSDCache(own_map, budget, **{**own, **settings, **self.settings})
 
 
 def random_map(head_map: HeadMap, seed: int) -> HeadMap:
@@ -232,4 +260,4 @@ def parse_policy(text: str) -> Policy:
 
 
 def _is_known(name: str) -> bool:
-    return name in POLICIES or name in OWN[:-1] or RANDOM.fullmatch(name) is not None
+    return name == DEFAULT or _find(name) is not None

@@ -1,5 +1,5 @@
-# Everything this repository does, by name. Each target makes what it needs; `make demo` and `make test` start from
-# nothing but Python and a package index.
+# The tasks of this repository. Each target makes what it needs. `make demo` and `make test` need only Python and a
+# package index.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,19 +7,19 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 PROMPT ?= a photo of a red circle and a blue square
-PICTURE ?= demo.png
+OUTPUT ?= demo.png
 
 # Processes that share the tests, each with one thread: tests are small, and more threads do not speed them up.
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-# Of bench-gpu: where it writes, and counted rounds. With one round it is made to end within ten minutes.
+# Settings of bench-gpu: the output folder, and the number of measured rounds. One round takes at most ten minutes.
 RESULTS ?= bench-gpu
 ROUNDS ?= 1
 
 OLDEST = $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
-# All versions but one are those of constraints.txt. $(1): an environment, made if missing; $(2): that one.
+# All versions but one are those of constraints.txt. $(1): an environment, made if missing; $(2): the other version.
 define test_with
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	grep -v '^transformers==' constraints.txt > $(1)/constraints.txt
@@ -35,9 +35,9 @@ endef
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.runtime ## draw a prompt with the bundled model (PROMPT=..., PICTURE=...)
-	$(BIN)/ssd-cache generate "$(PROMPT)" --output "$(PICTURE)"
-	@echo "The picture is $(abspath $(PICTURE))"
+demo: $(VENV)/.runtime ## generate an image with the bundled model (PROMPT=..., OUTPUT=...)
+	$(BIN)/ssd-cache generate "$(PROMPT)" --output "$(OUTPUT)"
+	@echo "The image is $(abspath $(OUTPUT))"
 
 test: check ## run all checks, then the whole test suite (WORKERS=...: processes)
 	$(call PYTEST,$(VENV))

@@ -43,7 +43,7 @@ def main(cache: str, steps: bool = False, model: str = "small-cpu", batch_size: 
             subject.generate(held, batch_size, number, lambda: None)
         synchronize(subject.model.device)
         seconds = time.perf_counter() - start
-    what = f"{number} steps" if steps else f"{batch_size} pictures"
+    what = f"{number} steps" if steps else f"{batch_size} images"
     print(f"{case.name}: {what} of {rows} rows in {seconds:.1f} s, {batch_size * number / seconds:.0f} tokens/s")
 
 

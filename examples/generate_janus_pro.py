@@ -26,7 +26,7 @@ def main(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
-    output: Path = Path("pictures"),
+    output: Path = Path("images"),
 ) -> None:
     """Generate one image for each of PROMPTS, all at once, into the folder OUTPUT."""
     where = resolve_device(device)

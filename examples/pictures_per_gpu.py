@@ -28,11 +28,11 @@ class Need:
     """Bytes of the weights, and bytes of K and V per image, at its last token."""
 
     weights: int
-    picture: int
+    image: int
 
-    def pictures(self, memory: float) -> int:
+    def images(self, memory: float) -> int:
         """How many images fit into that many bytes."""
-        return max(0, int((memory - self.weights) // self.picture))
+        return max(0, int((memory - self.weights) // self.image))
 
 
 def build(checkpoint: Checkpoint, device: str | torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -53,12 +53,12 @@ def need(checkpoint: Checkpoint, cache: SSDCache, dtype: torch.dtype, rows: int,
     return Need(weights, rows * tokens * 2 * head_dim * dtype.itemsize)
 
 
-def largest(draw: Callable[[int], object], start: int = 1) -> int:
+def largest(generate: Callable[[int], object], start: int = 1) -> int:
     """Largest number of images generated at once, 0 for none: doubles until memory runs out, then bisects."""
 
     def fits(number: int) -> bool:
         try:
-            draw(number)
+            generate(number)
         except torch.OutOfMemoryError:
             return False
         finally:
@@ -93,22 +93,22 @@ def main(
         labels = HeadMap.from_pretrained(head_map)
         checkpoint.check_head_map(labels)
     caches = {"full": SSDCache(labels, 1.0), f"{budget:.0%}": SSDCache(labels, budget)}
-    print(f"{model}, {dtype}, {rows} rows a picture, prompts of {PROMPT} tokens, {memory:g} GB")
+    print(f"{model}, {dtype}, {rows} rows per image, prompts of {PROMPT} tokens, {memory:g} GB")
     for name, cache in caches.items():
         bytes_of = need(checkpoint, cache, kind, rows)
         print(
-            f"{name:>6}: weights {bytes_of.weights / 1e9:.2f} GB, a picture {bytes_of.picture / 1e6:.1f} MB, "
-            f"at most {bytes_of.pictures(1e9 * memory)} pictures at once"
+            f"{name:>6}: weights {bytes_of.weights / 1e9:.2f} GB, an image {bytes_of.image / 1e6:.1f} MB, "
+            f"at most {bytes_of.images(1e9 * memory)} images at once"
         )
     where = resolve_device(device)
     if where.type != "cuda":
         return
     janus, cells = build(checkpoint, where, kind), checkpoint.num_visual_tokens
     total = torch.cuda.get_device_properties(where).total_memory
-    print(f"by drawing, on {torch.cuda.get_device_name(where)} with {total / 1e9:.0f} GB:")
+    print(f"measured by generating, on {torch.cuda.get_device_name(where)} with {total / 1e9:.0f} GB:")
     for name, cache in caches.items():
 
-        def draw(number: int, cache: SSDCache = cache) -> None:
+        def generate(number: int, cache: SSDCache = cache) -> None:
             cache.reset()
             prompts = torch.randint(10, 100, (number, PROMPT), device=where)
             janus.generate(
@@ -122,7 +122,7 @@ def main(
             )
             cache.reset()
 
-        print(f"{name:>6}: {largest(draw)} pictures of {cells} tokens at once")
+        print(f"{name:>6}: {largest(generate)} images of {cells} tokens at once")
 
 
 if __name__ == "__main__":

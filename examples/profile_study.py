@@ -77,20 +77,20 @@ def time_side_by_side(generator: Generator, prompts: list[str], rounds: int, **s
     """Time profiling and plain generation of the same prompts alternately, under the same machine load."""
     generator.generate(prompts)  # warm up: the first run includes one-time costs
     found = []
-    for _ in tqdm(range(rounds), desc="plain and watched"):
+    for _ in tqdm(range(rounds), desc="plain and recorded"):
         plain = seconds(generator, lambda: generator.generate(prompts))
-        watched = seconds(
+        recorded = seconds(
             generator,
             lambda: measure_heads(generator, prompts, batch_size=len(prompts), progress=False, **settings),
         )
-        found.append({"plain": plain, "watched": watched, "ratio": watched / plain})
+        found.append({"plain": plain, "recorded": recorded, "ratio": recorded / plain})
     return found
 
 
 def peak_memory(model: str, prompts: list[str]) -> dict[str, int]:
     """Peak growth of a process in bytes while it generates the prompts in one batch, plain and profiled (on Linux)."""
     found = {}
-    for kind in ("plain", "watched"):
+    for kind in ("plain", "recorded"):
         done = subprocess.run([sys.executable, "-c", PEAK, kind, model, *prompts], capture_output=True, text=True)
         if done.returncode:
             raise typer.BadParameter(f"the process that measures peak memory failed: {done.stderr[-400:]}")
@@ -190,8 +190,8 @@ def split_half_agreement(
     while size <= len(parts):
         found = []
         for _ in range(num_draws):
-            drawn = chance.sample(parts, size)
-            halves = total(drawn[: size // 2]), total(drawn[size // 2 :])
+            sampled = chance.sample(parts, size)
+            halves = total(sampled[: size // 2]), total(sampled[size // 2 :])
             found.append(label_agreement(*(label_heads(half, **labelling)[0] for half in halves)))
         results[sum(part.num_pictures for part in parts[:size])] = (mean(found), min(found))
         size *= 2
@@ -258,8 +258,8 @@ def main(
     timed = prompts[:timed_prompts]
     numbers["seconds"] = time_side_by_side(generator, timed, rounds, budget=budget, num_recent=num_recent)
     rows: list[list] = [[turn, *row.values()] for turn, row in enumerate(numbers["seconds"], 1)]
-    rows.append(["mean", *(mean([row[name] for row in numbers["seconds"]]) for name in ("plain", "watched", "ratio"))])
-    text.append(table(f"Seconds for {len(timed)} images in one batch.", ["round", "plain", "watched", "ratio"], rows))
+    rows.append(["mean", *(mean([row[name] for row in numbers["seconds"]]) for name in ("plain", "recorded", "ratio"))])
+    text.append(table(f"Seconds for {len(timed)} images in one batch.", ["round", "plain", "recorded", "ratio"], rows))
     if memory and sys.platform == "linux":
         numbers["peak"] = peak_memory(model, timed)
         rows = [[f"peak of a process, {name}", f"{value / 1e6:.1f} MB"] for name, value in numbers["peak"].items()]

@@ -1,6 +1,6 @@
 """Generate many images on several GPUs: each process holds the whole model and generates its share of the batches.
 
-    accelerate launch examples/several_gpus.py prompts.txt --model deepseek-community/Janus-Pro-1B --output pictures
+    accelerate launch examples/several_gpus.py prompts.txt --model deepseek-community/Janus-Pro-1B --output images
 
 The images are the same with any number of processes. A restarted run generates only the missing images. To split a
 model that is too large for one GPU, see docs/devices.md.
@@ -25,7 +25,7 @@ from ssd_cache.runs.processes import Processes
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Images:
     """One file per prompt, in the form that `generate_images` requires (`ImageSet`)."""
 
     root: Path
@@ -57,7 +57,7 @@ def main(
     seed: int = 0,
     dtype: str = "auto",
     device: str = "auto",
-    output: Path = Path("pictures"),
+    output: Path = Path("images"),
 ) -> None:
     """Generate an image for each line of PROMPTS_FILE into OUTPUT/00000.png, 00001.png, ..."""
     prompts = [line.strip() for line in prompts_file.read_text("utf-8").splitlines() if line.strip()]
@@ -75,17 +75,17 @@ def main(
     processes.check_agreement(settings | {"prompts": prompts_sha256(prompts)})
     claim_folder(output, settings, "\n".join(prompts) + "\n", write=processes.is_main)
 
-    pictures = Pictures(output, prompts)
-    drawn = generate_images(
+    files = Images(output, prompts)
+    count = generate_images(
         checkpoint.load(kind, where),
-        pictures,
+        files,
         lambda: SSDCache(labels, budget),
         batch_size=batch_size,
         seed=seed,
         processes=processes,
     )
     # one write per line, to keep the lines of several processes separate
-    print(f"process {processes.index} of {processes.count} on {where}: {drawn} pictures\n", end="")
+    print(f"process {processes.index} of {processes.count} on {where}: {count} images\n", end="")
     processes.close()
 
 

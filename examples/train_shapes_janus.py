@@ -45,7 +45,7 @@ UNCONDITIONAL_SHARE = 0.1
 EVEN = dict.fromkeys(KINDS, 1)
 BINDING = {"single_object": 1, "two_object": 1, "counting": 4, "colors": 1, "position": 4, "color_attr": 4}
 COUNTING = {"single_object": 1, "two_object": 1, "counting": 6, "colors": 1, "position": 4, "color_attr": 2}
-"""Frequency of each kind while the model learns to draw, then the words of the caption, then numbers."""
+"""Frequency of each kind while the model learns to generate objects, then the words of the caption, then numbers."""
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<begin_of_image>", "<end_of_image>", "<image_placeholder>")
 WORDS = (
@@ -187,7 +187,7 @@ class Step:
 
 
 def schedule(draw: int, bind: int, middle: int, full: int, count: int, rounds: int, batch_size: int) -> list[Step]:
-    """Learn to draw, then which word belongs to which object, on low images; grow to the full height; learn to count.
+    """Learn objects, then which word belongs to which object, on low images; grow to the full height; learn to count.
 
     The learning rate rises for 100 steps, stays constant, and falls to zero over the last three quarters of the full
     images. Low images have no room for four objects and cannot teach counting. Counting has rounds of its own; in each,
@@ -256,20 +256,20 @@ def attention_mask(decoder, seen: torch.Tensor, length: int) -> torch.Tensor:
     return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -1e30)[:, None, None]
 
 
-def loss_of(model, decoder, prompts, seen, pictures) -> torch.Tensor:
+def loss_of(model, decoder, prompts, seen, images) -> torch.Tensor:
     """Cross-entropy of every image, in nats `[batch]`; the part that its caption does not determine cannot vanish."""
     parts = model.model
     inputs = torch.cat(
         [
             parts.language_model.embed_tokens(prompts),
-            parts.generation_aligner(parts.generation_embeddings(pictures[:, :-1])),
+            parts.generation_aligner(parts.generation_embeddings(images[:, :-1])),
         ],
         dim=1,
     )
     mask = attention_mask(parts.language_model, seen, inputs.shape[1])
     hidden = decoder(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
     logits = parts.generation_head(hidden[:, seen.shape[1] - 1 :])
-    return F.cross_entropy(logits.float().transpose(1, 2), pictures, reduction="none").sum(1)
+    return F.cross_entropy(logits.float().transpose(1, 2), images, reduction="none").sum(1)
 
 
 class Muon(torch.optim.Optimizer):

@@ -24,7 +24,7 @@ WRONG = (200, 30, 30)
 
 
 def framed(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
-    """A copy with a frame drawn inside its edge."""
+    """A copy with a frame inside its edge."""
     copy = image.convert("RGB")
     ImageDraw.Draw(copy).rectangle((0, 0, copy.width - 1, copy.height - 1), outline=color, width=copy.width // 32)
     return copy
@@ -55,7 +55,7 @@ def main(
     for policy in chosen:
         own = policy.budgets([budget])[0]
         tokens = generator.generate(captions, policy.make_cache(labels, own), seed=seed)
-        verdicts = [judge(picture, caption) for picture, caption in zip(tokens.cpu().numpy(), captions, strict=True)]
+        verdicts = [judge(image, caption) for image, caption in zip(tokens.cpu().numpy(), captions, strict=True)]
         images = [
             image if verdict.correct else framed(image, WRONG)
             for image, verdict in zip(generator.to_images(tokens), verdicts, strict=True)

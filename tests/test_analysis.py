@@ -31,9 +31,9 @@ from ssd_cache.analysis import (
     analyze,
     as_json,
     choose_heads,
-    draw_scores,
     head_scores,
     margin_test,
+    plot_scores,
     read_retention,
     semantic_concentration,
     write_report,
@@ -600,7 +600,7 @@ def test_without_the_optional_packages_the_remedy_is_told(analysis, tmp_path, mo
         write_report(analysis, tmp_path)
     if missing == "matplotlib":
         with pytest.raises(ImportError, match="ssd-cache"):
-            draw_scores(analysis.scores)
+            plot_scores(analysis.scores)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -609,7 +609,7 @@ def test_without_the_optional_packages_the_remedy_is_told(analysis, tmp_path, mo
 def test_score_figures_of_all_sizes_are_drawn(layers, heads, scored):
     scores = torch.rand(layers, heads)
     made = HeadMap(scores > 0.5, (24, 24), scores=scores if scored else None, threshold=0.5)
-    assert to_png(draw_scores(head_scores(made)), dpi=40).startswith(b"\x89PNG")
+    assert to_png(plot_scores(head_scores(made)), dpi=40).startswith(b"\x89PNG")
 
 
 # --- the command line

@@ -100,7 +100,7 @@ def test_a_library_that_lacks_a_function_even_when_new_is_not_used(home, monkeyp
     """`library` goes on without, and says so; it raises nothing."""
     monkeypatch.setattr(cpu_kernels, "DECODERS", {None: "no_such_function"})
     cpu_kernels.library.cache_clear()
-    with pytest.warns(UserWarning, match="goes on without ssd-cache's own loops.*no_such_function"):
+    with pytest.warns(UserWarning, match="continues without ssd-cache's CPU kernels.*no_such_function"):
         assert cpu_kernels.library() is None
     cpu_kernels.library.cache_clear()
 
@@ -108,7 +108,7 @@ def test_a_library_that_lacks_a_function_even_when_new_is_not_used(home, monkeyp
 def test_torch_without_its_private_modules_is_no_error(home, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch._inductor.cpp_builder", None)
     cpu_kernels.library.cache_clear()
-    with pytest.warns(UserWarning, match="goes on without ssd-cache's own loops"):
+    with pytest.warns(UserWarning, match="continues without ssd-cache's CPU kernels"):
         assert cpu_kernels.library() is None
     cpu_kernels.library.cache_clear()
 
@@ -155,7 +155,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(home, spoil):
     with pytest.raises(OSError, match="ssd-cache.*; set XDG_CACHE_HOME to a folder that only you can write to"):
         cpu_library.find_folder()
     cpu_kernels.library.cache_clear()
-    with pytest.warns(UserWarning, match="without ssd-cache's own loops.*XDG_CACHE_HOME"):
+    with pytest.warns(UserWarning, match="without ssd-cache's CPU kernels.*XDG_CACHE_HOME"):
         assert cpu_kernels.library() is None
     cpu_kernels.library.cache_clear()
     assert not libraries(home)

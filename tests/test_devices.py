@@ -167,7 +167,7 @@ def both(tmp_path_factory):
     return folder, [json.loads(stdout.splitlines()[-1]) for _, stdout, _ in answers]
 
 
-def test_two_processes_draw_what_one_draws(both):
+def test_two_processes_generate_the_same_as_one(both):
     folder, results = both
     model = load(LlamaForCausalLM, folder / "llama")
     for name, case in CASES.items():
@@ -178,13 +178,13 @@ def test_two_processes_draw_what_one_draws(both):
     assert len({str(result["cases"][name][0]) for result in results for name in CASES}) > 3  # the cases differ
 
 
-def test_two_processes_draw_a_janus_picture(both):
+def test_two_processes_generate_a_janus_image(both):
     folder, results = both
     tokens = draw_janus(load(JanusForConditionalGeneration, folder / "janus"))
     assert [result["janus"] for result in results] == [tokens, tokens]
 
 
-def test_two_processes_draw_a_glm_image_picture(both):
+def test_two_processes_generate_a_glm_image_image(both):
     folder, results = both
     tokens = draw_glm(load(GlmImageForConditionalGeneration, folder / "glm"))
     assert [result["glm"] for result in results] == [tokens, tokens]
@@ -206,7 +206,7 @@ def test_processes_that_do_not_agree_are_told_both_in_each(both):
 def test_heads_are_not_measured_on_a_tensor_parallel_model(both):
     for rank, result in enumerate(both[1]):
         message = result["errors"]["profile"]
-        assert f"LlamaForCausalLM is tensor parallel, and process {rank} of 2 sees its own heads alone" in message
+        assert f"LlamaForCausalLM is tensor parallel, and process {rank} of 2 has only its own heads" in message
         assert "without tp_plan" in message
 
 
@@ -230,7 +230,7 @@ def test_processes_that_share_prompts_and_do_not_agree_are_told_both_in_each(tmp
 
 def test_a_part_of_a_map_is_refused_where_there_is_none():
     three = HeadMap.uniform("spatial", num_layers=1, num_kv_heads=3, grid=(SIDE, SIDE))
-    with pytest.raises(HeadMapError, match="2 processes can not share 3 KV heads evenly.*divides 3"):
+    with pytest.raises(HeadMapError, match="2 processes cannot share the 3 KV heads .*evenly.*divides 3"):
         SSDCache(three, 1.0, shard=(0, 2))
     with pytest.raises(ValueError, match=r"shard=\(2, 2\): give \(number of this process"):
         SSDCache(MAP, 1.0, shard=(2, 2))

@@ -1,6 +1,6 @@
 """`ssd-cache eval shapes` and `report`: names of policies, lines of results, statistics on cases small enough to count.
 
-The pictures are noise of a small random Janus that draws in the palette of shapes. That a run which was killed, or
+The images are noise from a small random Janus that generates the palette of shapes. That a run which was killed, or
 shared by processes, ends with the lines of an unbroken one is tested with real processes.
 """
 
@@ -29,8 +29,8 @@ from ssd_cache.analysis import plotting
 from ssd_cache.cache.policies import words_of
 from ssd_cache.cli import app
 from ssd_cache.evaluation.bootstrap import compare, mean, standard_error
-from ssd_cache.evaluation.conditions import draw_seed, drawing_conditions
-from ssd_cache.evaluation.plots import draw_score_by_budget
+from ssd_cache.evaluation.conditions import hashed_seed, run_conditions
+from ssd_cache.evaluation.plots import plot_result_by_budget
 from ssd_cache.evaluation.policies import mean_slots, parse_policies, parse_policy, random_map, resolve_policies
 from ssd_cache.evaluation.records import Record, read_records
 from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder
@@ -217,10 +217,10 @@ def test_a_list_of_policies_keeps_settings_with_their_policy():
         ("buffer=8", "'buffer=8' is a setting without a policy: write it as ssd:buffer=8"),
         ("ssd,buffer=8", "'buffer=8' is a setting without a policy"),
         ("ssd:bufer=8", "unknown setting 'bufer'; did you mean 'buffer'?"),
-        ("ssd:buffer=8.5", "buffer='8.5' can not be read: give a whole number"),
-        ("ssd:num_recent=much", "num_recent='much' can not be read: give a whole number (8) or a fraction"),
-        ("ssd:num_recent=-1", "num_recent='-1' can not be read"),
-        ("ssd:score=", "score='' can not be read"),
+        ("ssd:buffer=8.5", "buffer='8.5' cannot be read: give a whole number"),
+        ("ssd:num_recent=much", "num_recent='much' cannot be read: give a whole number (8) or a fraction"),
+        ("ssd:num_recent=-1", "num_recent='-1' cannot be read"),
+        ("ssd:score=", "score='' cannot be read"),
         ("ssd:buffer=8,buffer=9", "buffer is given twice"),
         ("full:buffer=8", "the full cache keeps everything"),
     ],
@@ -431,16 +431,16 @@ def test_processes_share_every_batch_and_draw_none_twice():
     batches = plan.batches()
     assert [len(batch.prompts) for batch in batches] == [5, 5, 2] * 6
     assert [batch.number for batch in batches] == [0, 1, 2] * 6
-    assert len({key for batch in batches for key in batch.pictures()}) == 12 * 2 * 3
+    assert len({key for batch in batches for key in batch.image_keys()}) == 12 * 2 * 3
     for count in (1, 2, 5):
         shares = [plan.share(process, count, set())[1] for process in range(count)]
         assert sorted(batches.index(batch) for share in shares for batch in share) == list(range(18))
-    done = {*batches[0].pictures(), *batches[1].pictures()[1:]}
+    done = {*batches[0].image_keys(), *batches[1].image_keys()[1:]}
     assert plan.share(0, 1, done)[1] == batches[1:]
 
 
 def test_seeds_of_torch_depend_on_sample_and_batch_alone():
-    seeds = {draw_seed(seed, batch) for seed in range(20) for batch in range(20)}
+    seeds = {hashed_seed(seed, batch) for seed in range(20) for batch in range(20)}
     assert len(seeds) == 400
     assert all(0 <= seed < 2**63 for seed in seeds)
 
@@ -598,7 +598,7 @@ def test_help_fits_80_columns(run, bench):
 
 def test_the_plot_stands_many_policies_and_one_budget():
     shares = {("full", 1.0): 0.9, **{(f"random-{number}", 0.2): 0.5 for number in range(12)}}
-    assert draw_score_by_budget(summarize(lines_of(shares, 2), run_of("full"))).startswith(b"\x89PNG")
+    assert plot_result_by_budget(summarize(lines_of(shares, 2), run_of("full"))).startswith(b"\x89PNG")
 
 
 # --- whole runs, with real processes
@@ -664,9 +664,9 @@ def test_lines_hold_what_repeats_them(unbroken, model):
     assert conditions["torch"] == torch.__version__
     given = {"batch_size": 6, "guidance_scale": None, "temperature": None, "settings": {}}
     given |= {"dtype": torch.float32, "device": torch.device("cpu")}
-    found = drawing_conditions(generator.checkpoint, [], **given)["model_sha256"]
+    found = run_conditions(generator.checkpoint, [], **given)["model_sha256"]
     assert found == conditions["model_sha256"]
-    assert drawing_conditions(find_generator("shapes-janus"), [], **given)["model_sha256"] != found
+    assert run_conditions(find_generator("shapes-janus"), [], **given)["model_sha256"] != found
 
 
 def test_a_killed_run_goes_on_to_the_lines_of_an_unbroken_one(model, unbroken, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """The short examples, run whole on small random models: what they write and print is real, if not pretty.
 
-examples/train_shapes_janus.py has tests of its own, and examples/profile_study.py is how tables in the docs were made.
+examples/train_shapes_janus.py has its own tests, and examples/profile_study.py made tables of the documentation.
 """
 
 from __future__ import annotations
@@ -82,13 +82,13 @@ def test_pictures_per_gpu_counts_what_a_cache_really_holds(folder, capsys):
         generator.generate(PROMPTS[:1], cache)
         num_prompt = cache.layers[0].num_prompt
         counted = example.need(checkpoint, cache, torch.float32, rows=2, num_prompt=num_prompt)
-        assert counted.picture == cache.nbytes
+        assert counted.image == cache.nbytes
         assert counted.weights == sum(weight.nbytes for weight in generator.model.parameters())
     example.main(model=str(folder), budget=0.5, memory=0.01)
     lines = capsys.readouterr().out.splitlines()
     full, half = (int(line.split("at most ")[1].split()[0]) for line in lines[1:3])
     assert 0 < full < half < 2 * full
-    assert example.Need(weights=10, picture=3).pictures(9) == 0
+    assert example.Need(weights=10, image=3).images(9) == 0
 
 
 def test_where_policies_fail_frames_what_is_wrong(tmp_path, capsys):
@@ -135,32 +135,32 @@ def test_hindsight_drops_what_has_least_to_come(buffer):
             assert {token for token in range(step + 1) if not hidden[row, head, token]} == set(tokens)
 
 
-def test_an_oracle_that_may_look_at_everything_draws_as_the_full_cache(folder):
+def test_an_oracle_that_sees_everything_generates_as_the_full_cache(folder):
     example, generator = load("oracle_study"), find_generator(str(folder)).load(torch.float32, "cpu")
     head_map = generator.checkpoint.head_map()
     expected = generator.generate(PROMPTS, seed=7)
 
-    def draw(hide):
-        return example.draw(generator, head_map, hide, PROMPTS, 7)
+    def generate(hide):
+        return example.generate_hidden(generator, head_map, hide, PROMPTS, 7)
 
     recorder = example.Recorder(head_map.num_layers)
     everything, few = (torch.full_like(head_map.is_spatial, size, dtype=torch.long) for size in (SIDE * SIDE, 4))
-    assert torch.equal(draw(recorder), expected)
+    assert torch.equal(generate(recorder), expected)
     received = [list(steps) for steps in recorder.received]
-    assert torch.equal(draw(example.InHindsight(recorder, everything, 2)), expected)
-    assert torch.equal(draw(example.AtEachStep(everything)), expected)
+    assert torch.equal(generate(example.InHindsight(recorder, everything, 2)), expected)
+    assert torch.equal(generate(example.AtEachStep(everything)), expected)
     recorder.received = received
-    assert not torch.equal(draw(example.InHindsight(recorder, few, 2)), expected)
-    assert not torch.equal(draw(example.AtEachStep(few)), expected)
+    assert not torch.equal(generate(example.InHindsight(recorder, few, 2)), expected)
+    assert not torch.equal(generate(example.AtEachStep(few)), expected)
 
 
 @pytest.mark.parametrize("name", ["DynamicCache", "ssd 50%"])
-def test_first_pictures_are_timed(folder, capsys, name):
+def test_first_images_are_timed(folder, capsys, name):
     example = load("first_pictures")
     example.main(name, model=str(folder), batch_size=2)
     example.main(name, model=str(folder), batch_size=2, steps=True)
-    pictures, steps = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(rf"{name}: 2 pictures of 4 rows in \d+\.\d s, \d+ tokens/s", pictures)
+    images, steps = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"{name}: 2 images of 4 rows in \d+\.\d s, \d+ tokens/s", images)
     assert re.fullmatch(rf"{name}: {SIDE * SIDE - 1} steps of 4 rows in \d+\.\d s, \d+ tokens/s", steps)
 
 
@@ -168,18 +168,18 @@ def test_first_pictures_are_timed(folder, capsys, name):
 def test_pictures_per_gpu_finds_the_largest_batch(room):
     tried = []
 
-    def draw(number):
+    def generate(number):
         tried.append(number)
         if number > room:
             raise torch.OutOfMemoryError
 
-    assert load("pictures_per_gpu").largest(draw) == room
+    assert load("pictures_per_gpu").largest(generate) == room
     assert len(tried) <= 2 * (room + 2).bit_length()
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="what a GPU holds is found out on one")
-def test_pictures_per_gpu_draws_until_memory_ends(folder, capsys):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the number of images that fit in a GPU is measured on one")
+def test_pictures_per_gpu_generates_until_memory_is_full(folder, capsys):
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(200e6 / total)
     try:
@@ -190,7 +190,7 @@ def test_pictures_per_gpu_draws_until_memory_ends(folder, capsys):
     assert 0 < full <= half
 
 
-def test_several_gpus_give_one_process_pictures_and_go_on(folder, prompts_file, tmp_path):
+def test_several_gpus_give_the_images_of_one_process_and_resume(folder, prompts_file, tmp_path):
     pytest.importorskip("accelerate")
     # one thread each, since sums in another order round differently
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -212,11 +212,11 @@ def test_several_gpus_give_one_process_pictures_and_go_on(folder, prompts_file, 
         example.main(prompts_file, model=str(folder), budget=0.5, batch_size=1, device="cpu", output=tmp_path / "alone")
     finally:
         torch.set_num_threads(threads)
-    assert run(*launch) == ["process 0 of 2 on cpu: 2 pictures", "process 1 of 2 on cpu: 1 pictures"]
+    assert run(*launch) == ["process 0 of 2 on cpu: 2 images", "process 1 of 2 on cpu: 1 images"]
     alone, both = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("alone", "both"))
     assert alone == both
     assert {"00000.png", "00001.png", "00002.png"} < alone.keys()
-    # as if a process had died: a picture is missing, and another was being written
+    # as if a process had died: an image is missing, and another was being written
     (tmp_path / "both" / "00001.png").rename(tmp_path / "both" / ".00001.png.0.part")
     example.main(prompts_file, model=str(folder), budget=0.5, batch_size=1, device="cpu", output=tmp_path / "both")
     assert {path.name: path.read_bytes() for path in (tmp_path / "both").iterdir()} == alone

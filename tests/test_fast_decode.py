@@ -266,4 +266,4 @@ def test_where_its_loops_can_not_be_built_it_says_so_once_and_compiles_without(m
     assert counters["stats"]["unique_graphs"] == 1
     told = [str(warning.message) for warning in caught if "fast_decode goes on" in str(warning.message)]
     assert len(told) == 1
-    assert told[0].startswith("fast_decode goes on without ssd-cache's own loops for the CPU")
+    assert told[0].startswith("fast_decode continues without ssd-cache's CPU kernels")

@@ -323,7 +323,7 @@ REUSED = SSDCache(HeadMap(LABELS, GRID), 14, buffer=3)
 BAD = [
     ({"caches": {}}, ValueError, "caches is empty: give at least one"),
     ({"caches": {"dynamic": DynamicCache}}, ValueError, r"caches\['dynamic'\] makes a DynamicCache"),
-    ({"caches": {"a": lambda: REUSED, "b": lambda: REUSED}}, ValueError, "gives one cache twice, or a used one"),
+    ({"caches": {"a": lambda: REUSED, "b": lambda: REUSED}}, ValueError, "makes the same cache twice, or a used one"),
     ({"caches": {"a": lambda: SSDCache(HeadMap(LABELS), 115)}}, HeadMapError, "24 x 24"),
     ({"caches": {"a": lambda: SSDCache(HeadMap(LABELS[:1], GRID), 14, buffer=3)}}, HeadMapError, "1 layers"),
     ({"temperature": 0}, GeneratorError, "temperature=0 leaves one token"),
@@ -558,7 +558,7 @@ WRONG = [
     (["--output", "file"], "--output file is a file; give a folder"),
     (["--head-map", "./nowhere"], "nowhere"),
     (["--head-map", "other"], "24 x 24"),
-    (["--head-map", "online"], "--head-map online: labels found while drawing are a policy"),
+    (["--head-map", "online"], "--head-map online: online labels are a policy here"),
     (["--model", "./nowhere"], "no such folder"),
     (["--dtype", "int4"], "unknown dtype 'int4'"),
     (["--device", "cuda:99"], "cannot be used on this machine"),

@@ -24,7 +24,7 @@ from ssd_cache.bench.tables import to_markdown as bench_page
 from ssd_cache.cli.eval.score_table import Report
 from ssd_cache.cli.sheet import Row as SheetRow
 from ssd_cache.cli.sheet import contact_sheet
-from ssd_cache.evaluation.plots import draw_score_by_budget
+from ssd_cache.evaluation.plots import plot_result_by_budget
 from ssd_cache.evaluation.records import Record
 from ssd_cache.evaluation.tables import score_table, summarize, to_markdown
 from ssd_cache.head_map.card import card
@@ -194,7 +194,7 @@ def test_ordinary_names_stay_as_they_are():
 def test_figures_are_drawn_with_any_name(hostile):
     pytest.importorskip("matplotlib")
     summary = summarize([record(hostile), record(hostile, 1)], run_of(hostile))
-    assert Image.open(io.BytesIO(draw_score_by_budget(summary))).width < 4000
+    assert Image.open(io.BytesIO(plot_result_by_budget(summary))).width < 4000
     figure = new_figure(2)
     axes = figure.subplots()
     axes.plot([0, 1], label=plain_label(hostile))

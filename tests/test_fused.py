@@ -28,7 +28,7 @@ def test_cases_pass(interprets):
     if interprets == "1":
         pytest.importorskip("triton", reason="the kernel is written in Triton, which is not installed here")
     elif not has_compiler():
-        pytest.skip("the CPU's own loops need a C++ compiler")
+        pytest.skip("the CPU kernels need a C++ compiler")
     # one thread: what takes time is Python, and idle threads of torch would only get in its way
     environment = {**os.environ, "TRITON_INTERPRET": interprets, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ssd_cache.head_map.card import PICTURE_NAME, SEMANTIC, SPATIAL, card, picture, png
+from ssd_cache.head_map.card import PLOT_NAME, SEMANTIC, SPATIAL, card, plot_labels, png
 from ssd_cache.head_map.head_map import HeadMap, HeadMapError
 
 GOLDEN = Path(__file__).parent / "golden" / "head_map"
@@ -584,7 +584,7 @@ def test_hostile_headers_with_the_right_checksum_give_a_refusal_or_a_map(tmp_pat
     assert str(folder) in loaded if isinstance(loaded, str) else loaded.is_spatial.shape == (2, 3)
 
 
-# The card and the picture
+# The card and the plot
 
 
 def test_the_card_says_what_it_is_how_it_was_made_and_how_to_use_it():
@@ -594,7 +594,7 @@ def test_the_card_says_what_it_is_how_it_was_made_and_how_to_use_it():
     assert "base_model: user/model" in front_matter
     assert 'HeadMap.from_pretrained("user/my-map")' in body
     assert 'JanusForConditionalGeneration.from_pretrained("user/model", attn_implementation="ssd")' in body
-    assert f"({PICTURE_NAME})" in body
+    assert f"({PLOT_NAME})" in body
     assert "| layers x KV heads | 2 x 3 |" in body
     assert "| spatial, semantic | 3, 3 |" in body
     assert "| threshold | 0.6 |" in body
@@ -616,9 +616,9 @@ def test_the_example_of_the_card_names_a_class_that_transformers_has():
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (24, 16), (1, 300), (200, 2)])
-def test_the_picture_has_a_cell_for_every_head(shape):
+def test_the_plot_has_a_cell_for_every_head(shape):
     labels = torch.rand(shape) < 0.4
-    image = picture(HeadMap(labels, model_id="somebody/" + "long-name-" * 20))
+    image = plot_labels(HeadMap(labels, model_id="somebody/" + "long-name-" * 20))
     pixels = image.convert("RGB").tobytes()
     counts = {}
     for colour in (SPATIAL, SEMANTIC):

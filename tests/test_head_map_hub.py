@@ -173,7 +173,7 @@ def test_a_wrong_revision(hub):
     message = refusal(REPO, revision="v9")
     assert message.startswith(f"{hub.url}/user/map@v9: no such revision; revision= takes a branch")
     assert "no such revision" in refusal(REPO, revision="0" * 40)
-    assert "is no branch, tag or commit" in refusal(REPO, revision="../../main")
+    assert "is not a branch, tag or commit" in refusal(REPO, revision="../../main")
 
 
 @pytest.mark.parametrize("missing", ["config.json", "head_map.safetensors"])

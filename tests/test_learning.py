@@ -202,7 +202,7 @@ def test_an_interrupted_run_goes_on_to_the_same_score(generator, tmp_path, monke
     go_on()
     with pytest.raises(ProfilingError, match="learning_rate 0.02 there, 0.03 now"):
         learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=5, learning_rate=0.03, state_file=state)
-    with pytest.raises(ProfilingError, match="3 steps were taken, num_steps=2 are asked for: give at least 3"):
+    with pytest.raises(ProfilingError, match="3 steps were taken, but num_steps=2: give at least 3"):
         learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=2, state_file=state)
     with monkeypatch.context() as patch:
         forbid_images(generator, patch)
@@ -239,7 +239,7 @@ def test_more_steps_extend_a_run_on_the_schedule_of_the_new_total(generator, tmp
 
 
 def test_images_are_kept_batch_by_batch(generator, tmp_path, monkeypatch):
-    monkeypatch.setattr(learning, "DRAWN", 1)
+    monkeypatch.setattr(learning, "BATCHES_AT_ONCE", 1)
     state, drawn, generate = tmp_path / "state", [], type(generator).generate
 
     def stops(self, prompts, cache=None, **settings):

@@ -95,7 +95,7 @@ def test_folders_without_a_checkpoint_are_refused(tmp_path, make, message):
 
 
 def test_no_name_is_refused():
-    with pytest.raises(GeneratorError, match=r"model '' is no name \(it is empty\); give shapes-janus"):
+    with pytest.raises(GeneratorError, match=r"model '' is not a name \(it is empty\); give shapes-janus"):
         find_generator("")
 
 

@@ -162,8 +162,8 @@ def test_a_grid_is_for_models_that_generate_in_several_sizes():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (AutoConfig.for_model("vit").to_dict(), "'vit', which is no causal language model of transformers"),
-        (AutoConfig.for_model("chameleon").to_dict(), "'chameleon', which is no causal language model"),
+        (AutoConfig.for_model("vit").to_dict(), "'vit', which is not a causal language model of transformers"),
+        (AutoConfig.for_model("chameleon").to_dict(), "'chameleon', which is not a causal language model"),
         ({"model_type": "nobody"}, "its config.json cannot be read: .*nobody"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "c.Config"}}, "code of its own.*grid=\\(rows, columns\\)"),
     ],

@@ -236,5 +236,5 @@ def test_what_is_not_done_for_glm_image_is_told(generator):
     with pytest.raises(GeneratorError, match="guidance_scale=3.0: .* has no guidance"):
         generator.generate(PROMPTS, guidance_scale=3.0)
     assert generator.sampling(guidance_scale=1.0) == generator.checkpoint.sampling() == ResolvedSampling(1.0, 1.0, 0)
-    with pytest.raises(ValueError, match="score='margin' goes by the columns of a single grid"):
+    with pytest.raises(ValueError, match="score='margin' needs the columns of a single grid"):
         SSDCache(HEAD_MAP, score="margin")

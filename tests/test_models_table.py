@@ -96,7 +96,7 @@ def test_layers_on_several_devices_generate_the_same(family, tmp_path):
         ("GLM-Image, 1024 x 1024 pixels", GlmImageConfig(), (32, 32), 1),
     ],
 )
-def test_bytes_of_a_image(name, config, grid, num_rows):
+def test_bytes_of_an_image(name, config, grid, num_rows):
     """The row of docs/models.md, from the configuration of the real size."""
     checkpoint = Checkpoint(name, "", config, FAMILIES.get(config.model_type, CausalLMGenerator), grid)
     text = config.get_text_config(decoder=True)

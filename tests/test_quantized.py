@@ -111,7 +111,7 @@ def test_same_tokens_and_outputs_as_plain_loops_over_what_8_bits_hold(kv_dtype, 
 @pytest.mark.parametrize("kind", ["spatial", "semantic"])
 def test_codes_and_scales_move_with_their_tokens(kv_dtype, dtype, kind):
     head_map = HeadMap.uniform(kind, num_layers=1, num_kv_heads=2, grid=(6, 6))
-    # a score of positions alone, so that 8 bits can not change who stays
+    # a score of positions alone, so that 8 bits cannot change which tokens stay
     options = {"buffer": 4, "num_recent": 3, "score": "margin"}
     plain = SSDCache(head_map, 14, **options)
     cache = SSDCache(head_map, 14, kv_dtype=kv_dtype, **options)

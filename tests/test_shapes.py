@@ -247,9 +247,9 @@ CIRCLE = SceneObject("circle", "red", 8, 8)
     [
         ([(0, 0), (0, 1), (1, 0)], ""),  # three: noise
         ([(0, 0), (2, 2), (0, 4), (4, 0), (20, 20)], ""),  # single cells, however many
-        ([(0, 0), (0, 1), (1, 0), (1, 1)], "1 blot(s) that are no object"),
-        ([(row, column) for row in range(3) for column in range(5)], "1 blot(s) that are no object"),
-        ([(row, 0) for row in range(5)] + [(row, 22) for row in range(5)], "2 blot(s) that are no object"),
+        ([(0, 0), (0, 1), (1, 0), (1, 1)], "1 blot(s) that are not an object"),
+        ([(row, column) for row in range(3) for column in range(5)], "1 blot(s) that are not an object"),
+        ([(row, 0) for row in range(5)] + [(row, 22) for row in range(5)], "2 blot(s) that are not an object"),
     ],
 )
 def test_stray_cells_are_noise_up_to_a_size_and_junk_from_there(cells, reason):
@@ -264,7 +264,7 @@ def test_a_shape_may_lack_cells_but_not_many():
     picture[8, 8:12] = 0
     assert judge(picture, "a photo of a blue square").correct
     picture[8:11, 8:13] = 0
-    assert judge(picture, "a photo of a blue square").reason == "1 blot(s) that are no object"
+    assert judge(picture, "a photo of a blue square").reason == "1 blot(s) that are not an object"
 
 
 def test_an_object_that_nobody_asked_for_fails():

@@ -4,11 +4,11 @@
 has a function for its numbers and one for its figure. Figures need `pip install 'ssd-cache[plot]'`; measuring does not.
 """
 
-from ssd_cache.analysis.attention import AttentionRecorder, HeadAttention, draw_first_rows, draw_queries
-from ssd_cache.analysis.concentration import Concentration, MarginTest, draw_curves, margin_test, semantic_concentration
+from ssd_cache.analysis.attention import AttentionRecorder, HeadAttention, plot_first_rows, plot_queries
+from ssd_cache.analysis.concentration import Concentration, MarginTest, margin_test, plot_curves, semantic_concentration
 from ssd_cache.analysis.report import as_json, write_report
-from ssd_cache.analysis.retention import Retention, draw_heads, read_retention
-from ssd_cache.analysis.scores import HeadScores, choose_heads, draw_scores, head_scores
+from ssd_cache.analysis.retention import Retention, plot_heads, read_retention
+from ssd_cache.analysis.scores import HeadScores, choose_heads, head_scores, plot_scores
 from ssd_cache.analysis.study import Analysis, analyze
 
 __all__ = [
@@ -22,13 +22,13 @@ __all__ = [
     "analyze",
     "as_json",
     "choose_heads",
-    "draw_curves",
-    "draw_first_rows",
-    "draw_heads",
-    "draw_queries",
-    "draw_scores",
     "head_scores",
     "margin_test",
+    "plot_curves",
+    "plot_first_rows",
+    "plot_heads",
+    "plot_queries",
+    "plot_scores",
     "read_retention",
     "semantic_concentration",
     "write_report",

@@ -112,7 +112,7 @@ def default_queries(grid: tuple[int, int]) -> tuple[int, ...]:
     return tuple(sorted({max(0, min(row * columns + column, rows * columns - 2)) for row, column in cells}))
 
 
-def draw_queries(attention: HeadAttention) -> Figure:
+def plot_queries(attention: HeadAttention) -> Figure:
     """One panel per query, with its weights on the visual tokens so far. An outline marks the query."""
     (rows, columns), number = attention.grid, len(attention.queries)
     figure = new_figure(0.6 + (number + 1) // 2 * 2.15 * min(1.5, rows / columns))
@@ -138,7 +138,7 @@ def draw_queries(attention: HeadAttention) -> Figure:
     return figure
 
 
-def draw_first_rows(attention: HeadAttention) -> Figure:
+def plot_first_rows(attention: HeadAttention) -> Figure:
     """Weights by query (down) and key (across) over the first grid rows; lines separate the rows."""
     columns, weights = attention.grid[1], attention.first_rows
     to_come = torch.ones(weights.shape, dtype=torch.bool).triu(1)

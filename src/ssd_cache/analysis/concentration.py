@@ -206,7 +206,7 @@ def margin_test(difference: torch.Tensor, columns: int, *, num_shifts: int = NUM
     return MarginTest(share, 2 / columns, (1 + hits) / (1 + num_shifts), num_images)
 
 
-def draw_curves(concentration: Concentration) -> Figure:
+def plot_curves(concentration: Concentration) -> Figure:
     """Plot the difference by visual token, averaged over images; thin vertical lines separate grid rows.
 
     K is above and V below, with one line per kind of head.

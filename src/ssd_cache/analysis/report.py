@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from ssd_cache.analysis.attention import draw_first_rows, draw_queries
-from ssd_cache.analysis.concentration import draw_curves
+from ssd_cache.analysis.attention import plot_first_rows, plot_queries
+from ssd_cache.analysis.concentration import plot_curves
 from ssd_cache.analysis.plotting import check_packages, to_png
-from ssd_cache.analysis.retention import draw_heads
-from ssd_cache.analysis.scores import draw_scores
+from ssd_cache.analysis.retention import plot_heads
+from ssd_cache.analysis.scores import plot_scores
 from ssd_cache.analysis.study import Analysis
 from ssd_cache.io.writing import write_files
 
@@ -64,7 +64,7 @@ def render(analysis: Analysis) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"embedded": _embedded, "width": _width}
-    functions = (draw_curves, draw_first_rows, draw_heads, draw_queries, draw_scores)
+    functions = (plot_curves, plot_first_rows, plot_heads, plot_queries, plot_scores)
     environment.globals.update({function.__name__: function for function in functions})
     template = environment.from_string(files(__package__).joinpath("report.html.j2").read_text("utf-8"))
     own, words = next(iter(analysis.retention)), analysis.conditions["policy"].rpartition(": ")[2]

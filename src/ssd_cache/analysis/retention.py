@@ -82,7 +82,7 @@ def read_retention(cache: SSDCache, *, row: int = 0) -> Retention:
     return Retention(cache.head_map.grid, cache.layers[0].num_visual, tuple(positions), torch.tensor(kinds))
 
 
-def draw_heads(retention: Retention) -> Figure:
+def plot_heads(retention: Retention) -> Figure:
     """Plot a small grid for every head, with layers as rows and KV heads as columns."""
     (rows, columns), held = retention.grid, retention.held
     layers, heads = held.shape[:2]

@@ -112,7 +112,7 @@ def choose_heads(scores: HeadScores, wanted: tuple[int, int] | None = None) -> t
     return tuple(dict.fromkeys((spatial, semantic)))
 
 
-def draw_scores(scores: HeadScores, name: str | None = None) -> Figure:
+def plot_scores(scores: HeadScores, name: str | None = None) -> Figure:
     """Plot layers (rows) by KV heads (columns), coloured by the statistic `name`, or by the one behind the labels.
 
     A dot marks a spatial head. A line on the colour bar marks the threshold.

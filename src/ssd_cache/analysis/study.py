@@ -28,7 +28,7 @@ from ssd_cache.cache.sharding import check_whole
 from ssd_cache.decode.attention_switch import ssd_attention
 from ssd_cache.head_map.head_map import HeadMap, HeadMapError
 from ssd_cache.models import Checkpoint, Generator, Sampling, generator_of
-from ssd_cache.profiling.measuring import check_prompts, draw_watched
+from ssd_cache.profiling.measuring import check_prompts, generate_recorded
 from ssd_cache.profiling.recorder import RecordingCache
 
 BASELINES = ("h2o", "streaming-llm")
@@ -188,7 +188,7 @@ def run_plan(generator: Generator, prompt: str, plan: Plan, *, progress: bool = 
         bar.set_description("full")
         recorder = AttentionRecorder(plan.heads, checkpoint.grid, row=row)
         full = RecordingCache(checkpoint.layout, checkpoint.num_layers, checkpoint.num_kv_heads, recorder)
-        tokens["full"] = draw_watched(generator, prompts, full, on_tokens=bar.update, **settings)[:1]
+        tokens["full"] = generate_recorded(generator, prompts, full, on_tokens=bar.update, **settings)[:1]
         concentration = semantic_concentration(
             full, plan.head_map, is_unconditional=is_unconditional, seed=plan.sampling.seed
         )

@@ -154,7 +154,7 @@ class SSDLayer(CacheLayerMixin):
         if self.has_kernel:
             if dropout or (torch.is_grad_enabled() and query.requires_grad):
                 raise ValueError(
-                    "an image that was begun without gradients now asks for them, or for dropout, which the kernel of "
+                    "an image that was begun without gradients now needs them, or dropout, which the kernel of "
                     "SSDCache does not have: generate it to the end under torch.no_grad() and model.eval()"
                 )
             return attend_by_kernel(self.stores, self.slots, self.groups, query, key[0], value[0], scaling)

@@ -201,7 +201,7 @@ def _check_score(score: str, head_map: HeadMap) -> None:
         )
     if score == "margin" and head_map.layout.draft_grids:
         raise ValueError(
-            "score='margin' goes by the columns of a single grid, but this head map has draft grids of other widths: "
+            "score='margin' needs the columns of a single grid, but this head map has draft grids of other widths: "
             "give score='sum', 'mean' or 'last'"
         )
 

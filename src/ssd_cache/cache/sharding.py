@@ -42,8 +42,8 @@ def own_heads(head_map: HeadMap, shard: tuple[int, int]) -> slice:
     held, rest = divmod(head_map.num_kv_heads, count)
     if rest:
         raise HeadMapError(
-            f"{count} processes can not share {head_map.num_kv_heads} KV heads evenly, which is what the head map "
-            f"({head_map.origin}) has: use a number of processes that divides {head_map.num_kv_heads}"
+            f"{count} processes cannot share the {head_map.num_kv_heads} KV heads of the head map "
+            f"({head_map.origin}) evenly: use a number of processes that divides {head_map.num_kv_heads}"
         )
     return slice(index * held, (index + 1) * held)
 
@@ -57,9 +57,9 @@ def check_whole(model: PreTrainedModel) -> None:
     index, count = shard_of(model)
     if count > 1:
         raise ValueError(
-            f"this {type(model).__name__} is tensor parallel, and process {index} of {count} sees its own heads alone: "
-            "heads are measured on a whole model. Load it without tp_plan, with device_map='auto' if one device is too "
-            "small for it; pictures can be shared by processes (`accelerate launch`)"
+            f"this {type(model).__name__} is tensor parallel, and process {index} of {count} has only its own heads, "
+            "but heads are measured on a whole model. Load it without tp_plan, with device_map='auto' if one device "
+            "is too small for it. Several processes can share the images (`accelerate launch`)"
         )
 
 

@@ -21,7 +21,7 @@ from ssd_cache.cache.scorers import SCORES
 from ssd_cache.cli.errors import refusing
 from ssd_cache.cli.files import check_output, save_image
 from ssd_cache.cli.options import output_option
-from ssd_cache.head_map.card import picture
+from ssd_cache.head_map.card import plot_labels
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import BUNDLED, find_head_map
 
@@ -46,7 +46,7 @@ def inspect(
     Console(highlight=False, markup=False, width=max(console.width, width)).print(table)
     typer.echo(caption)
     if place is not None:
-        image = picture(head_map)
+        image = plot_labels(head_map)
         save_image(image, place)
         typer.echo(f"wrote {place} ({image.width} x {image.height})")
 

@@ -100,7 +100,7 @@ def fid(
 def load_inception(path: str | Path, *, device: str | torch.device = "auto") -> torch.nn.Module:
     """Load an extractor for `fid` from a TorchScript file such as StyleGAN's `inception-2015-12-05.pt`.
 
-    It does not need torchvision. Its `forward(pictures, return_features=True)` takes uint8 images and returns the
+    It does not need torchvision. Its `forward(images, return_features=True)` takes uint8 images and returns the
     features before the classifier.
 
     Raises:
@@ -113,7 +113,7 @@ def load_inception(path: str | Path, *, device: str | torch.device = "auto") -> 
             return _Features(torch.jit.load(str(path), map_location=where)).eval()
     except (RuntimeError, ValueError, OSError) as error:
         raise MetricsError(
-            f"{path} is no TorchScript file ({first_line(error)}); give StyleGAN's inception-2015-12-05.pt"
+            f"{path} is not a TorchScript file ({first_line(error)}); give StyleGAN's inception-2015-12-05.pt"
         ) from error
 
 
@@ -124,8 +124,8 @@ class _Features(torch.nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.network(pictures, return_features=True)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(images, return_features=True)
 
 
 def clip_score(

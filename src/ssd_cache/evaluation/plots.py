@@ -27,7 +27,7 @@ def line_style(number: int) -> dict[str, Any]:
     }
 
 
-def draw_score_by_budget(summary: Summary) -> bytes:
+def plot_result_by_budget(summary: Summary) -> bytes:
     """The plot as PNG; raises ImportError with the remedy where matplotlib is not installed."""
     by_policy: dict[str, list[Row]] = {}
     for row in summary.rows:

@@ -190,7 +190,7 @@ def choose_head_map(checkpoint: Checkpoint, name: str | None, policies: Sequence
         ValueError: a policy needs labels and there is no map, the map cannot be read, or its shape does not fit.
     """
     if name == "online":
-        raise ValueError("--head-map online: labels found while drawing are a policy here; give the policy online")
+        raise ValueError("--head-map online: online labels are a policy here: give the policy online")
     head_map = checkpoint.head_map(name)
     wanting = [policy.label for policy in policies if policy.needs_labels]
     if head_map is None and wanting:
@@ -253,7 +253,7 @@ def parse_policy(text: str) -> Policy:
         try:
             settings[key] = SETTINGS[key](value)
         except ValueError as error:
-            raise ValueError(f"policy {text!r}: {key}={value!r} can not be read: {error}") from error
+            raise ValueError(f"policy {text!r}: {key}={value!r} cannot be read: {error}") from error
     if name == "full" and settings:
         raise ValueError(f"policy {text!r}: the full cache keeps everything, so it takes no settings; write full")
     return Policy(name, MappingProxyType(settings))

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssd_cache.evaluation.plots import draw_score_by_budget
+from ssd_cache.evaluation.plots import plot_result_by_budget
 from ssd_cache.evaluation.records import read_records
 from ssd_cache.evaluation.results_folder import ResultsError, merge_runs, read_run
 from ssd_cache.evaluation.tables import Summary, summarize, to_json, to_markdown
@@ -43,7 +43,7 @@ def write_report(summary: Summary, folder: Path) -> tuple[list[Path], str]:
     contents = {folder / TABLE: to_markdown(summary).encode(), folder / NUMBERS: numbers.encode()}
     remedy = ""
     try:
-        contents[folder / PLOT] = draw_score_by_budget(summary)
+        contents[folder / PLOT] = plot_result_by_budget(summary)
     except ImportError as error:
         remedy = f"no {PLOT}: {error}"
     folder.mkdir(parents=True, exist_ok=True)

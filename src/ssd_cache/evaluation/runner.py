@@ -50,7 +50,7 @@ class Plan:
     def share(self, process: int, num_processes: int, done: set[Key]) -> tuple[list[Batch], list[Batch]]:
         """The batches of one process, and those among them with unfinished images."""
         own = self.batches()[process::num_processes]
-        return own, [batch for batch in own if not done.issuperset(batch.pictures())]
+        return own, [batch for batch in own if not done.issuperset(batch.image_keys())]
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """The settings, labels and slots per budget of every policy, as stored in `run.json`; raises ValueError."""
@@ -81,7 +81,7 @@ class Batch:
     number: int
     prompts: range
 
-    def pictures(self) -> list[Key]:
+    def image_keys(self) -> list[Key]:
         """The keys of its images in a results folder."""
         return [(self.policy.label, self.budget, self.seed, prompt) for prompt in self.prompts]
 

@@ -18,7 +18,7 @@ from ssd_cache.io.markdown import code_block, escape
 if TYPE_CHECKING:
     from ssd_cache.head_map.head_map import HeadMap
 
-PICTURE_NAME = "head_map.png"
+PLOT_NAME = "head_map.png"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 # Blue and orange of Okabe and Ito: distinguishable with any colour vision, and in grey.
@@ -36,7 +36,7 @@ far tokens that carry the prompt's meaning (*semantic*). With it, `ssd-cache` ru
 size: spatial heads keep a short recent window, semantic heads the few tokens that receive the most attention (SSD,
 Spatial-Semantic head Decoupling, [arXiv 2510.18716](https://arxiv.org/abs/2510.18716)).
 
-![{num_layers} layers by {num_kv_heads} KV heads, {num_spatial} of them spatial]({picture})
+![{num_layers} layers by {num_kv_heads} KV heads, {num_spatial} of them spatial]({plot})
 
 ## Use
 
@@ -102,7 +102,7 @@ def card(head_map: HeadMap, repo_id: str) -> str:
         num_layers=head_map.num_layers,
         num_kv_heads=head_map.num_kv_heads,
         num_spatial=num_spatial,
-        picture=PICTURE_NAME,
+        plot=PLOT_NAME,
         example=code_block(example, "python"),
         facts="\n".join(rows),
         profile=profile if head_map.profile else "It carries no record of how it was made.",
@@ -110,7 +110,7 @@ def card(head_map: HeadMap, repo_id: str) -> str:
     )
 
 
-def picture(head_map: HeadMap) -> Image.Image:
+def plot_labels(head_map: HeadMap) -> Image.Image:
     """A plot of layers (rows) by KV heads (columns), spatial blue, semantic orange; at least 520 pixels wide."""
     rows, columns = head_map.num_layers, head_map.num_kv_heads
     cell = max(2, min(26, 1400 // max(rows, columns)))
@@ -151,9 +151,9 @@ def picture(head_map: HeadMap) -> Image.Image:
 
 
 def png(head_map: HeadMap) -> bytes:
-    """The plot of [`picture`] as the bytes of a PNG file."""
+    """The plot of [`plot_labels`] as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    picture(head_map).save(buffer, format="PNG", optimize=True)
+    plot_labels(head_map).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -230,7 +230,7 @@ class HeadMap:
             HeadMapError: the map is online, or the upload fails.
         """
         self._check_labelled("pushed to the Hub")
-        files = self._files() | {head_map_card.PICTURE_NAME: head_map_card.png(self)}
+        files = self._files() | {head_map_card.PLOT_NAME: head_map_card.png(self)}
         for what, name in (("repo_id", repo_id), ("revision", revision)):
             head_map_files.check_name(what, name)
         repo_id = head_map_hub.create(repo_id, token=token, private=private, revision=revision)

@@ -51,7 +51,7 @@ def download(repo_id: str, revision: str | None, subfolder: str | None, **option
             return read_file(path, limit), path.parents[depth].name  # snapshots/<commit>/<subfolder>/<name>
 
     if revision is not None and ".." in revision:
-        raise HeadMapError(f"revision={shown(revision)} is no branch, tag or commit; give one like 'main'")
+        raise HeadMapError(f"revision={shown(revision)} is not a branch, tag or commit; give one like 'main'")
     depth = len(PurePosixPath(subfolder or "").parts)
     config, commit = fetch(CONFIG_NAME, MAX_CONFIG_BYTES, revision)
     tensors, _ = fetch(TENSORS_NAME, MAX_TENSORS_BYTES, commit)

@@ -38,9 +38,7 @@ def library() -> ctypes.CDLL | None:
         names = ("linear", "is_packed", *DECODERS.values())
         found = cpu_library.load(Path(__file__).with_suffix(".cpp"), functions=names)
     except Exception as error:  # compilers, loaders and torch's private modules raise many unrelated classes
-        warnings.warn(
-            f"fast_decode goes on without ssd-cache's own loops for the CPU: {first_line(error)}", stacklevel=2
-        )
+        warnings.warn(f"fast_decode continues without ssd-cache's CPU kernels: {first_line(error)}", stacklevel=2)
         return None
     if found is None:
         return None

@@ -64,7 +64,7 @@ def find_generator(name: str, grid: tuple[int, int] | None = None) -> Checkpoint
     family, grid = _choose_family(what, config, grid)
     if family is CausalLMGenerator and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise GeneratorError(
-            f"{what} is of type {shown(config.model_type)}, which is no causal language model of transformers "
+            f"{what} is of type {shown(config.model_type)}, which is not a causal language model of transformers "
             f"(AutoModelForCausalLM); ssd-cache supports these and {', '.join(sorted(FAMILIES))}"
         )
     is_local = name == BUNDLED or os.path.exists(os.path.expanduser(name))
@@ -83,7 +83,7 @@ def find_folder(name: str, what: str) -> Path:
         HubError: the Hub is out of reach, and the name is not in its local cache.
     """
     if problem := name_problem(name) or ("" if name.strip() else "it is empty"):
-        raise GeneratorError(f"{what} is no name ({problem}); give {BUNDLED}, a checkpoint folder, or a Hub id")
+        raise GeneratorError(f"{what} is not a name ({problem}); give {BUNDLED}, a checkpoint folder, or a Hub id")
     path = Path(os.path.expanduser(name))
     can_be_hub_id = not name.startswith((".", "/", "~")) and name.count("/") <= 1 and not name.endswith("/")
     if os.path.exists(path) or not can_be_hub_id:
@@ -94,7 +94,7 @@ def find_folder(name: str, what: str) -> Path:
         except RemoteEntryNotFoundError:
             return Path(hub_download(name, PIPELINE_FILE)).parent
     except (HfHubHTTPError, EntryNotFoundError, HFValidationError) as error:
-        answered, reason = describe_failure(error, "has no config.json, so it is no transformers checkpoint")
+        answered, reason = describe_failure(error, "has no config.json, so it is not a transformers checkpoint")
         raise (GeneratorError if answered else HubError)(f"{what}: {reason}{_nearest(name)}") from error
 
 

@@ -135,7 +135,7 @@ def best_choices(costs: list[np.ndarray], values: list[np.ndarray], capacity: in
 def _curves(head_map: HeadMap) -> dict[str, dict[int, np.ndarray]]:
     """Kind -> slots -> attention retained over a whole image, float64 `[layers, kv_heads]`.
 
-    Queries before the first eviction retain everything. The last token is not fed back, so it is no query.
+    Queries before the first eviction retain everything. The last token is not fed back, so it is not a query.
     """
     num_queries = head_map.num_visual_tokens - 1
     curves: dict[str, dict[int, np.ndarray]] = {kind: {} for kind in KINDS}

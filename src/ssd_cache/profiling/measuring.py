@@ -204,11 +204,11 @@ def _measure_batch(
     shape = checkpoint.layout, checkpoint.num_layers, checkpoint.num_kv_heads
     observer = HeadObserver(*shape, levels, generator.is_unconditional(len(prompts)))
     cache = RecordingCache(*shape, observer)
-    draw_watched(generator, prompts, cache, on_tokens=on_tokens, **settings)
+    generate_recorded(generator, prompts, cache, on_tokens=on_tokens, **settings)
     return observer.finish()
 
 
-def draw_watched(generator: Generator, prompts: Sequence[str], cache: RecordingCache, **settings) -> torch.Tensor:
+def generate_recorded(generator: Generator, prompts: Sequence[str], cache: RecordingCache, **settings) -> torch.Tensor:
     """Generate with a recording full cache and call its `finish`; returns tokens, as `Generator.generate`.
 
     Raises:

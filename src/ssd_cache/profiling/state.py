@@ -61,7 +61,7 @@ def load_state(
             if not ((value > -ROUNDING) & (value < LARGEST)).all():
                 raise ValueError(f"{name} holds sums below 0, or larger than any run counts")
         if sums["num_pictures"] != sums["num_pictures"].floor():
-            raise ValueError("num_pictures is no whole number")
+            raise ValueError("num_pictures is not a whole number")
     except ValueError as error:
         raise not_a_state(path, WHAT, error) from error
     statistics.load_state_dict(sums)

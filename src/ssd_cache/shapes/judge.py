@@ -172,7 +172,7 @@ def judge(picture, caption: str) -> Verdict:
     wanted = Counter(shape for shape, _ in requirement.objects)
     found = Counter(item.shape for item in objects)
     if junk:
-        return Verdict(False, f"{junk} blot(s) that are no object", objects)
+        return Verdict(False, f"{junk} blot(s) that are not an object", objects)
     if wanted != found:
         return Verdict(False, f"expected {_names(wanted)}, found {_names(found)}", objects)
     for shape, color in requirement.objects:

@@ -139,7 +139,7 @@ def make_scene(rng: random.Random, kind: str | None = None, rows: int = GRID[0])
             that does not fit (four objects, above and below).
 
     Raises:
-        ValueError: unknown kind, or a height that is no multiple of 8 up to 24.
+        ValueError: unknown kind, or a height that is not a multiple of 8 up to 24.
     """
     if rows not in range(TILE, GRID[0] + 1, TILE):
         raise ValueError(f"rows={rows}: a scene is 8, 16 or 24 rows high")

@@ -33,7 +33,7 @@ from ssd_cache.training.recording import check_trainable, record_images, replay_
 from ssd_cache.training.teacher_forcing import Recording
 from ssd_cache.training.trainer import Trainer, mean_attention
 
-DRAWN = 4
+BATCHES_AT_ONCE = 4
 """Batches generated together, since a few images take almost as long to generate as many."""
 
 NO_GUIDANCE = 0.01
@@ -167,7 +167,9 @@ def learn_score(
     run = LearningRun.open(None if state_file is None else Path(state_file), fingerprint, result)
     run.begin_stage(num_steps)
     if run.after is None:
-        *recordings, held_out = _recordings(generator, prompts, DRAWN * batch_size, seed, sampling, run, progress)
+        *recordings, held_out = _recordings(
+            generator, prompts, BATCHES_AT_ONCE * batch_size, seed, sampling, run, progress
+        )
         if run.learning is None:
             first = mean_attention(generator, recordings[0], head_map) if head_map.learned is None else head_map.learned
             run.learning = LearningState.beginning(first)

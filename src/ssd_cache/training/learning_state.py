@@ -158,7 +158,7 @@ class LearningRun:
         """Follow the schedule for `num_steps` total steps from the current step on; raises ProfilingError for fewer."""
         if self.num_steps > num_steps:
             raise ProfilingError(
-                f"{self.path}: {self.num_steps} steps were taken, num_steps={num_steps} are asked for: give at least "
+                f"{self.path}: {self.num_steps} steps were taken, but num_steps={num_steps}: give at least "
                 f"{self.num_steps}, or another file"
             )
         if self.stages and self.stages[-1][1] == num_steps:

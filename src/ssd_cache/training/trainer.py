@@ -103,7 +103,7 @@ def mean_attention(generator: Generator, recording: Recording, head_map: HeadMap
     found: dict[int, torch.Tensor] = {}
     dims: dict[str, int] = {}
 
-    def watch(layer_idx: int, logits: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def record(layer_idx: int, logits: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         weights, num_visual = logits.softmax(-1), keys.shape[2]
         received = weights[..., -num_visual:, -num_visual:].sum(2).mean(0)  # [kv_heads, tokens, tokens]
         received = torch.nn.functional.pad(received, (0, 1, 0, 1))  # the last token is never fed to the decoder
@@ -112,7 +112,7 @@ def mean_attention(generator: Generator, recording: Recording, head_map: HeadMap
         dims.update(key=keys.shape[3], value=values.shape[3])
         return weights
 
-    with teacher_forced(generator, recording, watch):
+    with teacher_forced(generator, recording, record):
         log_probabilities_of(generator, recording, guidance_scale=1.0, temperature=1.0)
     table = torch.stack([found[layer] for layer in sorted(found)])  # [layers, kv_heads, rows now, rows, columns]
     row = table.mean(-1)

@@ -26,7 +26,7 @@ from ssd_cache.cli.files import check_place
 from ssd_cache.cli.loading import find_model, load_generator
 from ssd_cache.cli.options import SAMPLING
 from ssd_cache.cli.plan import parse_budget
-from ssd_cache.evaluation.conditions import drawing_conditions
+from ssd_cache.evaluation.conditions import run_conditions
 from ssd_cache.evaluation.dpg import SheetFolder
 from ssd_cache.evaluation.export import claim_folder, generate_images
 from ssd_cache.evaluation.geneval import SampleFolder
@@ -142,7 +142,7 @@ def export(
             "seed": sampling.seed,
             "num_prompts": len(prompts),
             "num_samples": num_samples,
-            **drawing_conditions(
+            **run_conditions(
                 checkpoint,
                 prompts,
                 dtype=dtype,

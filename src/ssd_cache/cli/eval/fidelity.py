@@ -34,7 +34,7 @@ from ssd_cache.cli.options import (
     PromptsFile,
 )
 from ssd_cache.cli.resuming import Resume, StateFile
-from ssd_cache.evaluation.conditions import drawing_conditions
+from ssd_cache.evaluation.conditions import run_conditions
 from ssd_cache.evaluation.fidelity import Fidelity, measure_fidelity, write_fidelity
 from ssd_cache.evaluation.fidelity.measure import check_settings
 from ssd_cache.evaluation.policies import DEFAULT, choose_head_map, parse_policies, resolve_policies
@@ -113,7 +113,7 @@ def fidelity(
     conditions: dict[str, Any] = {
         "model": checkpoint.name,
         "head_map": labels.digest,
-        **drawing_conditions(
+        **run_conditions(
             checkpoint,
             [("", text) for text in texts],
             dtype=kind,

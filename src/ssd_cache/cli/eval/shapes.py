@@ -25,7 +25,7 @@ from ssd_cache.cli.eval.report import finish
 from ssd_cache.cli.files import check_place
 from ssd_cache.cli.loading import load_generator
 from ssd_cache.cli.options import SAMPLING, Device, Dtype, Guidance, ModelName, Temperature
-from ssd_cache.evaluation.conditions import drawing_conditions
+from ssd_cache.evaluation.conditions import run_conditions
 from ssd_cache.evaluation.policies import choose_head_map, parse_policies, resolve_policies
 from ssd_cache.evaluation.records import read_records
 from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder
@@ -94,7 +94,7 @@ def shapes(
                 "bench": "shapes",
                 "num_per_kind": num_per_kind,
                 "prompt_seed": prompt_seed,
-                **drawing_conditions(
+                **run_conditions(
                     checkpoint,
                     plan.prompts,
                     dtype=kind,
@@ -120,7 +120,7 @@ def shapes(
         raise Failure(
             f"interrupted; {output} keeps {len(results.done)} images: run the same command again to resume"
         ) from error
-    wanted = {key for batch in plan.batches() for key in batch.pictures()}
+    wanted = {key for batch in plan.batches() for key in batch.image_keys()}
     if wanted <= {record.key for record in read_records([output])[0]}:  # the last of several processes
         finish([output], output)
     elif processes.is_main:

@@ -21,7 +21,7 @@ from ssd_cache.cache.layer import SSDLayer
 from ssd_cache.decode.attention_switch import ssd_attention
 from ssd_cache.evaluation.fidelity.result import MEASURED, Fidelity
 from ssd_cache.models import Generator, GeneratorError, Sampling
-from ssd_cache.profiling.measuring import draw_watched
+from ssd_cache.profiling.measuring import generate_recorded
 from ssd_cache.profiling.recorder import RecordingCache
 from ssd_cache.training.likelihood import certain_scores, kl_divergence, log_probabilities
 
@@ -55,7 +55,7 @@ def compare_caches(
             disable=not progress,
         ) as bar,
     ):
-        generated = draw_watched(generator, prompts, lockstep.full, on_tokens=bar.update, **vars(sampling)).cpu()
+        generated = generate_recorded(generator, prompts, lockstep.full, on_tokens=bar.update, **vars(sampling)).cpu()
     if lockstep.num_compared != cells - 1 or not (tokens is None or torch.equal(generated, tokens.cpu().long())):
         raise GeneratorError(
             f"{name} cannot be compared: {lockstep.num_compared} of its {cells - 1} steps were seen, or it did not "

@@ -66,7 +66,7 @@ def measure_fidelity(
         GeneratorError: a setting is out of range, there is no prompt, or the tokens do not fit.
         HeadMapError: a cache's map does not fit the model.
         ProfilingError: the state file is of another run, or cannot be written.
-        ValueError: there is no cache, one is no new `SSDCache`, or the model's outputs are not finite.
+        ValueError: there is no cache, one is not a new `SSDCache`, or the model's outputs are not finite.
     """
     sampling = check_settings(guidance_scale, temperature, seed)
     check_run(generator, prompts)
@@ -146,7 +146,7 @@ def _make(checkpoint: Checkpoint, caches: Mapping[str, Callable[[], SSDCache]]) 
             raise ValueError(f"caches[{name!r}] makes a {type(cache).__name__}: make an SSDCache")
         checkpoint.check_head_map(cache.head_map)
     if len({id(cache) for cache in made.values()}) < len(made) or any(map(SSDCache.get_seq_length, made.values())):
-        raise ValueError("caches gives one cache twice, or a used one: each function must make a new SSDCache")
+        raise ValueError("caches makes the same cache twice, or a used one: each function must make a new SSDCache")
     return made
 
 

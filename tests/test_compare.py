@@ -368,7 +368,10 @@ def test_wrong_files_are_refused_in_one_line():
         (("a",), "1 file(s) of results: give two or more; the others are compared with the first"),
         (("a", "no.jsonl"), "no.jsonl: cannot be read (No such file or directory); give a complete results.jsonl of"),
         (("a", "."), "results.jsonl: cannot be read (No such file or directory)"),
-        (("a", "bytes.jsonl"), "bytes.jsonl, line 1: not a JSON object (it is not UTF-8 text (byte 0))"),
+        (
+            ("a", "bytes.jsonl"),
+            "bytes.jsonl, line 1: not a JSON object ('utf-8' codec can't decode byte 0xff in position 0",
+        ),
         (("a", "b", "--output", a), f"--output {a} is a file; give a folder"),
     ):
         result = run("compare", *arguments)

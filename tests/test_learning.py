@@ -148,7 +148,7 @@ def test_learning_lowers_the_divergence_and_leaves_the_model_as_it_was(generator
     learned = learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=40, learning_rate=0.05)
     assert divergence(generator, learned) < 0.7 * divergence(generator, start)
     assert all(torch.equal(*pair) for pair in zip(before, generator.model.parameters(), strict=True))
-    assert generator.language_model.config._attn_implementation == "ssd"
+    assert generator.language_model.get_decoder().config._attn_implementation == "ssd"
     assert all(parameter.requires_grad for parameter in generator.model.parameters())
     assert not any(hasattr(module, "ssd_attend") for module in generator.model.modules())
     assert (learned.budget, learned.profile["learning"]["num_steps"]) == (24, 40)

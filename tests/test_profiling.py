@@ -213,8 +213,8 @@ def test_recording_holds_little_beside_the_full_cache(drafts):
         layer.attend(states[:, :, token : token + 1], keys, values, 0.2, 0.0)
     with live:
         cache.finish()
-    # for each row: positions; for each of its heads: the queries of a grid row, and one number a level and cell
-    of_row = 4 * (num_fed + 1) + 4 * heads * (24 * dim + 2 * (num_fed + 1))
+    # for each head of a row: the queries of a grid row, and one number a level and cell
+    of_row = 4 * heads * (24 * dim + 2 * (num_fed + 1))
     assert rows * of_row <= cache.recording_nbytes + observer.nbytes < 1.01 * rows * of_row
     # a chunk of softmax weights with its copies, then sums in float64; not the weights of all rows at once
     weights_of_row = 4 * heads * 24 * (prompt + num_fed + 1)

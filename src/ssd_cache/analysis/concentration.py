@@ -147,6 +147,7 @@ def semantic_concentration(
 def _visual(layer: Any, states: str, num_prompt: int | None) -> torch.Tensor:
     """Keys or values of the visual tokens in raster order, `[rows, kv_heads, tokens, head_dim]`."""
     if not isinstance(layer, SSDLayer):
+        num_prompt = getattr(layer, "num_prompt", num_prompt)
         if num_prompt is None:
             raise ValueError(f"a {type(layer).__name__} does not store the length of the prompt: give num_prompt=...")
         return getattr(layer, states)[:, :, num_prompt:]

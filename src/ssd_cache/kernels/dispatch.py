@@ -2,7 +2,7 @@
 
 It runs a Triton kernel on CUDA, and a C++ loop on a CPU inside `fast_decode`, if that kernel passes a small trial
 against torch. A step's attention is added to the scores at once, so no queries are stored. This module handles only
-tensors. `cache/attention.py` calls it; where no kernel can run, torch's own attention does.
+tensors. `cache/backends.py` calls it; where no kernel can run, torch's own attention does.
 """
 
 from __future__ import annotations

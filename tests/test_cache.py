@@ -451,7 +451,7 @@ def test_more_tokens_than_the_grid_warn_once_and_go_on():
 def test_full_budget_past_the_grid_keeps_a_window():
     cache = SSDCache(mixed_map(), 1.0)
     feed(cache, random_states(3, 5, 0))
-    with pytest.warns(UserWarning, match="goes on"):
+    with pytest.warns(UserWarning, match="continues"):
         for step in range(40):
             feed(cache, random_states(3, 1, 1 + step))
     store = cache.layers[0].stores[0]

@@ -102,9 +102,9 @@ def test_a_step_is_recorded_once_and_failure_leaves_nothing(fails, monkeypatch):
         assert torch.equal(generate(model, cache), expected)
         assert patch.is_usable, "a failed capture was taken for a failed compiler"
         assert patch.is_recorded == (fails is None)
-    told = [str(warning.message) for warning in caught if "fast_decode goes on" in str(warning.message)]
+    told = [str(warning.message) for warning in caught if "fast_decode continues" in str(warning.message)]
     assert len(told) == (fails is not None)
-    assert all(text.startswith("fast_decode goes on without CUDA graphs") for text in told)
+    assert all(text.startswith("fast_decode continues without CUDA graphs") for text in told)
     assert driver.num_captures == 1
     # one visual token runs as ever, and the next WARM_UP before one is recorded
     assert driver.num_replays == (NUM_TOKENS - 1 - WARM_UP if fails is None else 0)

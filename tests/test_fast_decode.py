@@ -240,9 +240,9 @@ def test_without_a_compiler_it_says_so_once_and_goes_on():
                 assert torch.equal(draw(model, SSDCache(LABELS, 0.4)), expected)
     for answer in asked:
         answer.cache_clear()
-    told = [str(warning.message) for warning in caught if "fast_decode goes on" in str(warning.message)]
+    told = [str(warning.message) for warning in caught if "fast_decode continues" in str(warning.message)]
     assert len(told) == 1
-    assert told[0].startswith("fast_decode goes on uncompiled")
+    assert told[0].startswith("fast_decode continues uncompiled")
     assert "/no/such/compiler" in told[0]
 
 
@@ -264,6 +264,6 @@ def test_where_its_loops_can_not_be_built_it_says_so_once_and_compiles_without(m
         answer.cache_clear()
     assert not any(layer.has_kernel for layer in cache.layers)
     assert counters["stats"]["unique_graphs"] == 1
-    told = [str(warning.message) for warning in caught if "fast_decode goes on" in str(warning.message)]
+    told = [str(warning.message) for warning in caught if "fast_decode continues" in str(warning.message)]
     assert len(told) == 1
     assert told[0].startswith("fast_decode continues without ssd-cache's CPU kernels")

@@ -208,7 +208,7 @@ def test_ctrl_c_leaves_a_folder_that_the_same_command_completes(run, model):
     kept = contents("out")
     names = sorted(name for name in kept if name.endswith(".png"))
     assert 0 < len(names) < 60, "it was too fast to be interrupted"
-    last = f"ssd-cache: interrupted; out keeps {len(names)} of 60 images: run the same command again to go on"
+    last = f"ssd-cache: interrupted; out keeps {len(names)} of 60 images: run the same command again to resume"
     assert rest.splitlines()[-1] == last
     assert [json.loads(line)["file_name"] for line in kept["metadata.jsonl"].decode().splitlines()] == names
     result = run(CIRCLE, "--output-dir", "out", options=options)

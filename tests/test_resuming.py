@@ -52,7 +52,7 @@ def ended(how, code, stderr, state):
     assert code == ENDS[how], stderr
     if how != signal.SIGKILL:
         last = stderr.strip().splitlines()[-1]
-        assert last == f"ssd-cache: interrupted; {state} keeps the finished parts: run the same command again to go on"
+        assert last == f"ssd-cache: interrupted; {state} keeps the finished parts: run the same command again to resume"
         assert "Traceback" not in stderr
 
 
@@ -192,7 +192,7 @@ def test_an_unfinished_state_of_other_settings_is_never_replaced(checkpoint, tmp
         patch.setattr(measuring, "save_state", stops)
         result = CliRunner().invoke(app, command)
     assert result.exit_code == 1
-    assert "keeps the finished parts: run the same command again to go on" in " ".join(result.output.split())
+    assert "keeps the finished parts: run the same command again to resume" in " ".join(result.output.split())
     result = CliRunner().invoke(app, [*command, "--seed", "1"])
     assert result.exit_code == 2
     assert "seed 0 there, 1 now" in result.output

@@ -249,7 +249,7 @@ class SSDCache(Cache):
             layout = self.head_map.layout
             warnings.warn(
                 f"SSDCache is past the {layout.text()} = {layout.num_tokens} visual tokens of its head map's grid "
-                "and goes on; is the grid right for this model, or the cache used for a second image without "
+                "and continues; is the grid right for this model, or the cache used for a second image without "
                 "reset()?",
                 stacklevel=2,
             )

@@ -66,7 +66,7 @@ def interruptible(kept: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        raise Failure(f"interrupted; {kept()}: run the same command again to go on") from error
+        raise Failure(f"interrupted; {kept()}: run the same command again to resume") from error
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)

@@ -144,4 +144,4 @@ def _warn(how: str, error: Exception) -> None:
     """Warn with the error's first two lines, which have origin and reason; compiler and driver share no error class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = " ".join(lines[:2]) or type(error).__name__
-    warnings.warn(f"fast_decode goes on {how}: {reason}", stacklevel=4)
+    warnings.warn(f"fast_decode continues {how}: {reason}", stacklevel=4)

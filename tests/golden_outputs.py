@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import BOI, left_padded_prompts, random_score, tiny_janus, tiny_llama
-from tiny_checkpoint import write_checkpoint, write_family
+from helpers.models import BOI, left_padded_prompts, random_score, tiny_janus, tiny_llama
+from helpers.tiny_checkpoint import write_checkpoint, write_family
 
 from ssd_cache import (
     POLICIES,

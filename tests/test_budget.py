@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers.models import left_padded_prompts, random_score, tiny_janus
 from hypothesis import given
 from hypothesis import strategies as st
-from models import left_padded_prompts, random_score, tiny_janus
 
 from ssd_cache import HeadMap, SSDCache, enable, fit_heads
 from ssd_cache._compat import CACHE

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import left_padded_prompts, tiny_llama
+from helpers.models import left_padded_prompts, tiny_llama
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache

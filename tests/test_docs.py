@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 
 import pytest
-from janus_pipeline import janus_pipeline
-from tiny_checkpoint import head_map, write_checkpoint
+from helpers.janus_pipeline import janus_pipeline
+from helpers.tiny_checkpoint import head_map, write_checkpoint
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from tiny_checkpoint import head_map, write_checkpoint, write_family
+from helpers.tiny_checkpoint import head_map, write_checkpoint, write_family
 from typer.testing import CliRunner
 
 from ssd_cache import HeadMap

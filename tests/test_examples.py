@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_checkpoint import SIDE, write_checkpoint
 from PIL import Image
 from test_head_map_hub import hub  # noqa: F401, a fixture
-from tiny_checkpoint import SIDE, write_checkpoint
 
 from ssd_cache import HeadMap, SSDCache
 from ssd_cache.models import find_generator

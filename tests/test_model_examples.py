@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import emu3_processor, tiny_emu3
+from helpers.models import emu3_processor, tiny_emu3
 from PIL import Image
 
 from ssd_cache import HeadMap
@@ -38,7 +38,7 @@ def test_emu3(tmp_path, capsys, has_map):
 
 def test_glm_image(tmp_path, capsys):
     pytest.importorskip("diffusers", reason="diffusers is not installed (pip install 'ssd-cache[diffusers]')")
-    from models import glm_image_pipeline
+    from helpers.models import glm_image_pipeline
 
     glm_image_pipeline().save_pretrained(tmp_path / "model")
     arguments = ["a photo of a red circle", "--model", str(tmp_path / "model"), "--height", "128", "--width", "192"]

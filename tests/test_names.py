@@ -14,7 +14,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from hub_server import HubServer, Repo, connect
+from helpers.hub_server import HubServer, Repo, connect
 from typer.testing import CliRunner
 
 import ssd_cache

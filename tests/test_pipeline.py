@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from janus_pipeline import janus_pipeline
-from tiny_checkpoint import head_map, write_checkpoint
+from helpers.janus_pipeline import janus_pipeline
+from helpers.tiny_checkpoint import head_map, write_checkpoint
 
 from ssd_cache import enable
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tiny_checkpoint import load_example
 from safetensors.torch import load_file
-from tiny_checkpoint import load_example
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
 from ssd_cache.shapes.judge import judge

@@ -1,0 +1,251 @@
+"""A model on several devices: layers here and there, and heads shared by two processes as transformers splits them.
+
+There is no second device on a test machine, so layers on two of them run with fake tensors, which have a device (lazy:0
+will do) and no content: torch refuses to mix devices there as on real ones. Two real processes talk through gloo.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import left_padded_prompts, random_score, tiny_janus, tiny_llama
+from helpers.tensor_parallel_child import CASES, SIDE, draw, draw_glm, draw_janus, load
+from helpers.tiny_checkpoint import write_checkpoint, write_family
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, GlmImageForConditionalGeneration, JanusForConditionalGeneration, LlamaForCausalLM
+
+from ssd_cache import HeadMap, HeadMapError, SSDCache
+from ssd_cache.cache.sharding import own_heads, shard_of
+
+MAP = HeadMap(torch.tensor([[True, False], [False, True]]), (SIDE, SIDE))
+TESTS = Path(__file__).parents[1]
+
+
+# Layers on different devices
+
+
+def place(model, devices):
+    """Put each layer on its device, the rest on the last, and move what comes in; as accelerate's hooks do."""
+
+    def move(value, device):
+        if isinstance(value, tuple):
+            return tuple(move(part, device) for part in value)
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    def follow(device):
+        def hook(module, args, kwargs):
+            return move(args, device), {name: move(value, device) for name, value in kwargs.items()}
+
+        return hook
+
+    parts = [*zip(model.model.layers, devices, strict=True), (model.model.norm, devices[-1])]
+    for module, device in [*parts, (model.lm_head, devices[-1])]:
+        for part in module.modules():  # Module.to refuses fake weights
+            for name, weight in part.named_parameters(recurse=False):
+                setattr(part, name, torch.nn.Parameter(weight.to(device)))
+        module.register_forward_pre_hook(follow(device), with_kwargs=True)
+
+
+@pytest.mark.parametrize("budget", [1.0, 14, {"spatial": 14, "semantic": 16}], ids=str)
+@pytest.mark.parametrize("devices", [("lazy:0", "lazy:1"), ("cpu", "lazy:0")], ids=" ".join)
+def test_state_lives_with_its_layer(devices, budget):
+    with FakeTensorMode(), torch.no_grad():
+        model = tiny_llama()
+        place(model, devices)
+        cache = SSDCache(MAP, budget, buffer=4)
+        ids = torch.ones(2, 7, dtype=torch.long)
+        mask = torch.ones_like(ids)
+        for step in range(30):
+            logits = model(ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+            assert str(logits.device) == devices[-1]
+            assert cache.get_seq_length() == 7 + step
+            ids = torch.ones(2, 1, dtype=torch.long)
+            mask = torch.ones(2, 8 + step, dtype=torch.long)
+        for layer, device in zip(cache.layers, devices, strict=True):
+            held = [tensor for store in layer.stores for tensor in vars(store).values()]
+            held += [*vars(layer).values()]
+            places = {str(tensor.device) for tensor in held if isinstance(tensor, torch.Tensor)}
+            assert places == {device}
+
+
+def test_layers_that_accelerate_loads_from_disk_draw_the_same(tmp_path):
+    pytest.importorskip("accelerate")
+    tiny_llama(attn_implementation="sdpa").save_pretrained(tmp_path / "llama")
+    parts = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    parts |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    split = LlamaForCausalLM.from_pretrained(
+        tmp_path / "llama", device_map=parts, offload_folder=tmp_path / "off", attn_implementation="ssd"
+    ).eval()
+    assert split.model.layers[1].self_attn.k_proj.weight.device.type == "meta"  # it really is not here
+    whole = LlamaForCausalLM.from_pretrained(tmp_path / "llama", attn_implementation="ssd").eval()
+    for budget in (1.0, 14):
+        tokens = []
+        for model in (split, whole):
+            torch.manual_seed(0)
+            cache = SSDCache(MAP, budget, buffer=4)
+            tokens.append(model.generate(**left_padded_prompts([5, 9]), max_new_tokens=30, past_key_values=cache))
+        torch.testing.assert_close(*tokens, rtol=0, atol=0)
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operations that mix devices, indexing by a tensor of the CPU too: on a GPU it would wait for the copy."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        assert len({tensor.device for tensor in tensors}) <= 1, function
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_learned_score_stays_on_the_device_of_its_layer():
+    score = random_score(1, 2, 8, (SIDE, SIDE)).at(0).to(torch.device("meta"))
+    with OneDevice():
+        assert score.of_places(torch.zeros(3, 2, 5, dtype=torch.int32, device="meta"), 40).shape == (3, 2, 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device beside the CPU")
+def test_layers_on_cpu_and_gpu_draw_what_a_dynamic_cache_draws():
+    """The fake devices above compute nothing; this does."""
+    model = tiny_llama()
+    place(model, ("cpu", "cuda:0"))
+    inputs = left_padded_prompts([5, 9])
+    caches = DynamicCache(config=model.config), SSDCache(MAP, 1.0)
+    tokens = [model.generate(**inputs, max_new_tokens=30, past_key_values=cache) for cache in caches]
+    torch.testing.assert_close(*tokens, rtol=0, atol=0)
+
+
+# Heads shared by processes
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_both(command_of, **settings):
+    """Exit code, stdout and stderr of two processes of one group, each with its own command."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    children = [
+        subprocess.Popen(
+            command_of(rank),
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            **settings,
+        )
+        for rank in range(2)
+    ]
+    try:
+        answers = [child.communicate(timeout=240) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    return [(child.returncode, *answer) for child, answer in zip(children, answers, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The folder of a Llama of 4 KV heads, a Janus and a GLM-Image of 2, and what two processes drew with them."""
+    folder = tmp_path_factory.mktemp("parallel")
+    tiny_llama(heads=8, kv_heads=4, attn_implementation="sdpa").save_pretrained(folder / "llama")
+    tiny_janus(grid_side=SIDE, attn_implementation="sdpa").save_pretrained(folder / "janus")
+    write_family("glm", folder / "glm")
+    answers = run_both(lambda rank: [sys.executable, "-m", "helpers.tensor_parallel_child", folder], cwd=TESTS)
+    assert [code for code, _, _ in answers] == [0, 0], "\n".join(stderr for *_, stderr in answers)
+    return folder, [json.loads(stdout.splitlines()[-1]) for _, stdout, _ in answers]
+
+
+def test_two_processes_generate_the_same_as_one(both):
+    folder, results = both
+    model = load(LlamaForCausalLM, folder / "llama")
+    for name, case in CASES.items():
+        tokens, nbytes = draw(model, *case)
+        parts = [result["cases"][name] for result in results]
+        assert [part[0] for part in parts] == [tokens, tokens], name
+        assert sum(part[1] for part in parts) == nbytes, name  # each holds its own heads and no others
+    assert len({str(result["cases"][name][0]) for result in results for name in CASES}) > 3  # the cases differ
+
+
+def test_two_processes_generate_a_janus_image(both):
+    folder, results = both
+    tokens = draw_janus(load(JanusForConditionalGeneration, folder / "janus"))
+    assert [result["janus"] for result in results] == [tokens, tokens]
+
+
+def test_two_processes_generate_a_glm_image_image(both):
+    folder, results = both
+    tokens = draw_glm(load(GlmImageForConditionalGeneration, folder / "glm"))
+    assert [result["glm"] for result in results] == [tokens, tokens]
+
+
+def test_processes_that_do_not_agree_are_told_both_in_each(both):
+    _, results = both
+    for rank, result in enumerate(results):
+        for name in ("unlike maps", "unlike budgets"):
+            message = result["errors"][name]
+            assert "do not agree: process 0 has head map" in message
+            assert "process 1 has head map" in message
+        assert "'budget': 14, 'buffer': 4}, process 1" in result["errors"]["unlike budgets"]
+        assert "has 2 layers x 4 KV heads" in result["errors"]["not told"], rank
+        assert "over 2 processes, use enable or give shard=" in result["errors"]["not told"]
+        assert result["online heads"] == 2
+
+
+def test_heads_are_not_measured_on_a_tensor_parallel_model(both):
+    for rank, result in enumerate(both[1]):
+        message = result["errors"]["profile"]
+        assert f"LlamaForCausalLM is tensor parallel, and process {rank} of 2 has only its own heads" in message
+        assert "without tp_plan" in message
+
+
+def test_processes_that_share_prompts_and_do_not_agree_are_told_both_in_each(tmp_path):
+    pytest.importorskip("accelerate")
+    model = write_checkpoint(tmp_path / "janus")
+    labels = HeadMap(torch.tensor([[True, False], [False, True]]), (8, 8), model_id=str(model))
+    for rank, head_map in enumerate((labels, ~labels)):
+        head_map.save_pretrained(tmp_path / f"map-{rank}")
+    command = [sys.executable, "-m", "ssd_cache.cli", "generate", "a red circle", "a blue square", "--batch-size", "1"]
+    command += ["--model", str(model), "--budget", "14", "--buffer", "4", "--output-dir", "out"]
+    answers = run_both(lambda rank: [*command, "--head-map", f"map-{rank}"], cwd=tmp_path)
+    for code, _, stderr in answers:
+        assert code == 2, stderr
+        message = stderr.splitlines()[-1]
+        assert message.startswith("ssd-cache: processes 0 and 1 of 2 do not agree: ")
+        assert labels.digest in message
+        assert (~labels).digest in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_of_a_map_is_refused_where_there_is_none():
+    three = HeadMap.uniform("spatial", num_layers=1, num_kv_heads=3, grid=(SIDE, SIDE))
+    with pytest.raises(HeadMapError, match="2 processes cannot share the 3 KV heads .*evenly.*divides 3"):
+        SSDCache(three, 1.0, shard=(0, 2))
+    with pytest.raises(ValueError, match=r"shard=\(2, 2\): give \(number of this process"):
+        SSDCache(MAP, 1.0, shard=(2, 2))
+    assert shard_of(tiny_llama()) == (0, 1)
+    assert own_heads(MAP, (1, 2)) == slice(1, 2)
+    cache = SSDCache(MAP, 1.0, shard=(1, 2))
+    states = torch.zeros(1, 2, 3, 8)
+    with pytest.raises(HeadMapError, match="2 KV heads, of which process 1 of 2 holds its part.*has 2 KV heads: use"):
+        cache.update(states, states, 0)
+
+
+def test_a_torch_without_processes_is_not_asked_about_them(monkeypatch):
+    """Builds without the distributed part have no `is_initialized`."""
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    monkeypatch.delattr(torch.distributed, "is_initialized")
+    cache, states = SSDCache(MAP, 1.0), torch.zeros(1, 1, 3, 8)
+    with pytest.raises(HeadMapError, match="has 1 KV heads: use the map that was made for this model"):
+        cache.update(states, states, 0)

@@ -1,0 +1,338 @@
+"""SSDCache and the attention "ssd" against the plain loops of reference.py: same tokens kept, same outputs."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.models import random_score
+from helpers.reference import AmbiguousError, ReferenceHead, eight_bits, online_kind
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from ssd_cache import HeadMap, SSDCache
+from ssd_cache.cache.attention import ssd_attention_forward
+from ssd_cache.cache.eviction import compact, select_victims
+from ssd_cache.cache.scorers import SCORES, attention_weights, make_scorer
+
+MODULE = SimpleNamespace(num_key_value_groups=1, is_causal=True)
+
+
+def held_tokens(layer) -> dict[tuple[int, int], list[int]]:
+    """(row, KV head) -> visual tokens that a layer holds, ascending."""
+    return {
+        (row, head): tokens
+        for head, positions in enumerate(layer.held_positions())
+        for row, tokens in enumerate(positions.tolist())
+    }
+
+
+def step_through(cache, queries, keys, values, num_prompt, seen, is_counted=False):
+    """Feed one layer the way a model does; yields (step, output `[batch, heads, head_dim]`) for the visual tokens.
+
+    is_counted: from the second visual token on, inside `static_step`, as `fast_decode` does.
+    """
+    module = SimpleNamespace(num_key_value_groups=queries.shape[1] // keys.shape[1], is_causal=True)
+    total, start = keys.shape[2], 0
+    for end in [num_prompt, *range(num_prompt + 1, total + 1)]:
+        new = slice(start, end)
+        kv_length, _ = cache.get_mask_sizes(end - start, 0)
+        mask = None
+        if start == 0 and seen is not None:
+            causal = torch.ones(end, end, dtype=torch.bool).tril()
+            mask = (causal & seen[:, None, :]).unsqueeze(1)
+        counting = is_counted and cache.can_step_statically
+        with cache.static_step() if counting else nullcontext():
+            key_states, value_states = cache.update(keys[:, :, new], values[:, :, new], 0)
+            if isinstance(key_states, torch.Tensor) and not counting:
+                assert key_states.shape[2] == kv_length, "get_mask_sizes must announce what update returns"
+            output, weights = ssd_attention_forward(module, queries[:, :, new], key_states, value_states, mask)
+        assert weights is None
+        if start >= num_prompt:
+            yield start - num_prompt, output[:, 0]
+        start = end
+    assert cache.get_seq_length() == total
+
+
+def step_reference(reference, queries, keys, values, num_prompt, step, seen):
+    """The same step in plain loops: (row, KV head) -> outputs `[groups, head_dim]`, float64."""
+    at, groups, outputs = num_prompt + step, queries.shape[1] // keys.shape[1], {}
+    for (row, head), slow in reference.items():
+        try:
+            output = slow.step(
+                queries[row, head * groups : (head + 1) * groups, at].tolist(),
+                keys[row, head, at].tolist(),
+                values[row, head, at].tolist(),
+                keys[row, head, :num_prompt].tolist(),
+                values[row, head, :num_prompt].tolist(),
+                [True] * num_prompt if seen is None else seen[row].tolist(),
+                keys.shape[-1] ** -0.5,
+            )
+        except AmbiguousError:
+            assume(False)
+        outputs[row, head] = torch.tensor(output, dtype=torch.float64)
+    return outputs
+
+
+@st.composite
+def runs(draw, largest_side=5):
+    grid = (draw(st.integers(2, largest_side)), draw(st.integers(2, largest_side)))
+    cells = grid[0] * grid[1]
+    buffer = draw(st.integers(1, 6))
+    num_recent, num_sinks = draw(st.integers(0, 4)), draw(st.integers(0, 3))
+    least = buffer + num_recent + num_sinks
+    slots = {kind: draw(st.integers(min(least, cells), cells)) for kind in ("spatial", "semantic")}
+    if draw(st.booleans()):
+        slots["semantic"] = slots["spatial"]
+    kv_heads = draw(st.integers(1, 4))
+    return {
+        "grid": grid,
+        "buffer": buffer,
+        "num_recent": num_recent,
+        "num_sinks": num_sinks,
+        "score": draw(st.sampled_from(list(SCORES))),
+        "slots": slots,
+        "is_spatial": draw(st.lists(st.booleans(), min_size=kv_heads, max_size=kv_heads)),
+        "groups": draw(st.integers(1, 3)),
+        "batch": draw(st.integers(1, 3)),
+        "num_prompt": draw(st.integers(1, 4)),
+        "num_visual": draw(st.integers(1, cells + 3)),
+        "padded": draw(st.booleans()),
+        "sharpness": draw(st.sampled_from([0.3, 1.0, 3.0])),
+        "seed": draw(st.integers(0, 2**20)),
+    }
+
+
+@given(runs(), st.booleans())
+def test_same_tokens_and_outputs_as_plain_loops(run, is_counted):
+    same_as_plain_loops(run, is_counted)
+
+
+def same_as_plain_loops(run, is_counted, kv_dtype=None):
+    """Assert that a cache keeps the tokens of the plain loops at every step and attends as they do; returns it.
+
+    kv_dtype: of the cache; the plain loops then get the visual tokens as they come back from 8 bits.
+    """
+    torch.manual_seed(run["seed"])
+    batch, kv_heads, groups, dim = run["batch"], len(run["is_spatial"]), run["groups"], 4
+    total = run["num_prompt"] + run["num_visual"]
+    queries = torch.randn(batch, kv_heads * groups, total, dim) * run["sharpness"]
+    keys, values = torch.randn(batch, kv_heads, total, dim), torch.randn(batch, kv_heads, total, dim)
+    held_keys, held_values = keys, values
+    if kv_dtype is not None:
+        held_keys, held_values = (after_eight_bits(states, run["num_prompt"], kv_dtype) for states in (keys, values))
+    seen = None
+    if run["padded"]:
+        pads = torch.randint(0, run["num_prompt"], (batch,))
+        seen = torch.arange(run["num_prompt"]) >= pads[:, None]
+    learned = random_score(1, kv_heads, dim, run["grid"]) if run["score"] == "learned" else None
+    head_map = HeadMap(torch.tensor([run["is_spatial"]]), grid=run["grid"], learned=learned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # windows shorter than a row are drawn on purpose
+        cache = SSDCache(
+            head_map,
+            run["slots"],
+            buffer=run["buffer"],
+            num_recent=run["num_recent"],
+            num_sinks=run["num_sinks"],
+            score=run["score"],
+            kv_dtype=kv_dtype,
+        )
+        cells = run["grid"][0] * run["grid"][1]
+        reference = {
+            (row, head): ReferenceHead(
+                kind := "spatial" if spatial else "semantic",
+                run["slots"][kind],
+                cells,
+                run["buffer"],
+                run["num_recent"],
+                run["num_sinks"],
+                run["score"],
+                run["grid"][1],
+                learned and [getattr(learned, name)[0, head].tolist() for name in ("key", "value", "row", "column")],
+            )
+            for row in range(batch)
+            for head, spatial in enumerate(run["is_spatial"])
+        }
+        errors, torch_errors = [], []
+        for step, output in step_through(cache, queries, keys, values, run["num_prompt"], seen, is_counted):
+            held = held_tokens(cache.layers[0])
+            at = run["num_prompt"] + step
+            slowly = step_reference(reference, queries, held_keys, held_values, run["num_prompt"], step, seen)
+            for (row, head), slow in reference.items():
+                mine = slice(head * groups, (head + 1) * groups)
+                prompt_seen = [True] * run["num_prompt"] if seen is None else seen[row].tolist()
+                assert held[row, head] == sorted(slow.kept)
+                expected = slowly[row, head]
+                errors.append((output[row, mine].double() - expected).abs().max())
+                columns = [c for c in range(run["num_prompt"]) if prompt_seen[c]]
+                columns += [run["num_prompt"] + token for token in sorted(slow.kept)]
+                plain = F.scaled_dot_product_attention(
+                    queries[row, mine, at][:, None],
+                    held_keys[row, [head] * groups][:, columns],
+                    held_values[row, [head] * groups][:, columns],
+                )
+                torch_errors.append((plain[:, 0].double() - expected).abs().max())
+    # at most twice the error of torch's own attention over the same tokens; 1e-6 for runs in which that is nil
+    assert max(errors) <= 2 * max(torch_errors) + 1e-6
+    return cache
+
+
+def after_eight_bits(states, num_prompt, kv_dtype):
+    """`[batch, heads, tokens, head_dim]`, the visual ones of them quantised and back, in plain loops."""
+    visual = states[:, :, num_prompt:]
+    held = [eight_bits(numbers, kv_dtype)[2] for numbers in visual.flatten(0, 2).tolist()]
+    return torch.cat([states[:, :, :num_prompt], torch.tensor(held).view_as(visual)], dim=2)
+
+
+@given(runs(), st.integers(1, 30))
+def test_online_labels_and_tokens_as_plain_loops(run, num_slots):
+    torch.manual_seed(run["seed"])
+    batch, kv_heads, groups, dim = run["batch"], len(run["is_spatial"]), run["groups"], 4
+    grid, cells = run["grid"], run["grid"][0] * run["grid"][1]
+    least = run["buffer"] + run["num_recent"] + run["num_sinks"]
+    assume(least < cells)
+    num_slots = least + num_slots % (cells - least)
+    score = "sum" if run["score"] in ("margin", "learned") else run["score"]  # an online map refuses the others
+    num_prompt, total = run["num_prompt"], run["num_prompt"] + cells
+    queries = torch.randn(batch, kv_heads * groups, total, dim) * run["sharpness"]
+    keys, values = torch.randn(batch, kv_heads, total, dim), torch.randn(batch, kv_heads, total, dim)
+    for head in range(0, kv_heads, 2):  # every other head follows what came just before
+        for token in range(1, total):
+            keys[:, head, token] = 0.7 * keys[:, head, token - 1] + 0.7 * keys[:, head, token]
+            for query in range(head * groups, (head + 1) * groups):
+                queries[:, query, token] = 3 * keys[:, head, token]
+    settings = {name: run[name] for name in ("buffer", "num_recent", "num_sinks")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        head_map = HeadMap.online(num_layers=1, num_kv_heads=kv_heads, grid=grid)
+        cache = SSDCache(head_map, num_slots, score=score, **settings)
+    reference = {
+        (row, head): ReferenceHead("semantic", num_slots, cells, *settings.values(), score)
+        for row in range(batch)
+        for head in range(kv_heads)
+    }
+    kinds = None
+    for step, output in step_through(cache, queries, keys, values, num_prompt, None):
+        if step == num_slots:
+            try:
+                kinds = [online_kind([reference[row, head] for row in range(batch)]) for head in range(kv_heads)]
+            except AmbiguousError:
+                assume(False)
+            for (_, head), slow in reference.items():
+                slow.evicts_by_score = kinds[head] == "semantic"
+        expected = step_reference(reference, queries, keys, values, num_prompt, step, None)
+        assert held_tokens(cache.layers[0]) == {place: sorted(slow.kept) for place, slow in reference.items()}
+        for (row, head), rows in expected.items():
+            mine = output[row, head * groups : (head + 1) * groups].double()
+            torch.testing.assert_close(mine, rows, rtol=1e-4, atol=1e-5)
+        labels = cache.labels
+        assert (labels is None) == (step < num_slots)
+        if labels is not None:
+            assert labels.is_spatial[0].tolist() == [kind == "spatial" for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings"),
+    [
+        # semantic: num_recent, num_sinks, score
+        ("linear", (5, 4, "last")),
+        ("h2o", (10, 0, "sum")),
+        ("margin", (5, 0, "margin")),
+    ],
+)
+def test_policies_are_the_reference_with_their_settings(policy, settings):
+    num_recent, num_sinks, score = settings
+    grid, cells, slots, num_prompt = (6, 5), 30, 21, 3
+    queries, keys, values = (torch.randn(2, 2, num_prompt + cells, 4) for _ in range(3))
+    head_map = HeadMap.uniform("semantic", num_layers=1, num_kv_heads=2, grid=grid)
+    cache = SSDCache.from_policy(policy, head_map, 0.7)
+    reference = {
+        (row, head): ReferenceHead("semantic", slots, cells, 5, num_recent, num_sinks, score, grid[1])
+        for row in range(2)
+        for head in range(2)
+    }
+    for step, _ in step_through(cache, queries, keys, values, num_prompt, None):
+        step_reference(reference, queries, keys, values, num_prompt, step, None)
+        assert held_tokens(cache.layers[0]) == {place: sorted(slow.kept) for place, slow in reference.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slots", [{"spatial": 9, "semantic": 9}, {"spatial": 10, "semantic": 12}])
+def test_low_precision_outputs_over_the_kept_set(dtype, slots):
+    batch, kv_heads, groups, dim, num_prompt = 2, 3, 2, 16, 3
+    grid, total = (6, 5), 3 + 30
+    queries = torch.randn(batch, kv_heads * groups, total, dim).to(dtype)
+    keys, values = (torch.randn(batch, kv_heads, total, dim).to(dtype) for _ in range(2))
+    head_map = HeadMap(torch.tensor([[True, False, True]]), grid=grid)
+    cache = SSDCache(head_map, slots, buffer=3, num_recent=2)
+    errors, torch_errors = [0.0], [0.0]
+    for step, output in step_through(cache, queries, keys, values, num_prompt, None):
+        assert output.dtype == dtype
+        for (row, head), tokens in held_tokens(cache.layers[0]).items():
+            columns = [*range(num_prompt), *(num_prompt + token for token in tokens)]
+            mine = slice(head * groups, (head + 1) * groups)
+            query = queries[row, mine, num_prompt + step][:, None]
+            kept = keys[row, [head] * groups][:, columns], values[row, [head] * groups][:, columns]
+            exact = F.scaled_dot_product_attention(query.double(), *(part.double() for part in kept))
+            plain = F.scaled_dot_product_attention(query, *kept)
+            errors.append(float((output[row, mine].double() - exact[:, 0]).abs().max()))
+            torch_errors.append(float((plain.double() - exact).abs().max()))
+    assert max(errors) <= 2 * max(torch_errors)
+    assert all(len(tokens) <= 12 for tokens in held_tokens(cache.layers[0]).values())
+
+
+def test_half_precision_products_do_not_overflow_where_the_attention_does_not():
+    signs = torch.tensor([1.0, -1.0, 1.0])[None, None, :, None].expand(1, 1, 3, 16)
+    queries, keys = (64 * signs[:, :, None, 1:]).half(), (80 * signs).half()  # products of 81,920, a quarter scaled
+    weights = attention_weights(queries, keys, 0.25, num_prompt=1, num_first=1)
+    torch.testing.assert_close(weights[0, 0, 0], torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]))
+
+
+def test_victims_of_equal_score_go_oldest_first():
+    positions = torch.tensor([[[7, 2, 5, 3], [4, 5, 6, 7]]], dtype=torch.int32)
+    scores = torch.tensor([[[1.0, 1.0, 1.0, 0.5]]])
+    # semantic head: token 3 has the lowest score, then token 2 is the oldest of three equals; spatial: tokens 4 and 5
+    assert select_victims(positions, scores, num_evict=2, num_seen=8).tolist() == [[[1, 3], [0, 1]]]
+
+
+def test_sinks_are_spared_by_score_too():
+    positions = torch.tensor([[[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]])
+    scores = torch.tensor([[[0.1, 0.2, 0.9, 0.5, 0.3]]])
+    victims = select_victims(positions, scores, num_evict=2, num_seen=5, num_recent=1, num_sinks=1)
+    assert victims.tolist() == [[[1, 3], [1, 2]]]
+
+
+def test_scores_in_numbers():
+    attention = torch.tensor([[[1.4, 0.5, 0.4, 0.2]]])  # the table of docs/concepts.md
+    positions = torch.tensor([[[0, 1, 2, 3]]])
+    formed = {
+        name: make_scorer(name, 3, None).rank(attention, positions, 4, states=None)[0, 0].tolist()
+        for name in SCORES
+        if name != "learned"
+    }
+    assert formed["sum"] == formed["last"] == pytest.approx([1.4, 0.5, 0.4, 0.2])
+    assert formed["mean"] == pytest.approx([0.35, 0.5 / 3, 0.2, 0.2])
+    assert formed["margin"] == [1, 0, 1, 1]
+
+
+@given(st.integers(1, 9), st.data())
+def test_compact_keeps_survivors_and_moves_few_rows(num_slots, data):
+    num_evict = data.draw(st.integers(1, num_slots))
+    victims = torch.tensor(
+        [[sorted(data.draw(st.permutations(range(num_slots)))[:num_evict]) for _ in range(2)]], dtype=torch.long
+    )
+    before = torch.arange(num_slots).repeat(1, 2, 1)
+    slots, rows = before.clone(), before[..., None].expand(-1, -1, -1, 3).clone()
+    compact([slots, rows], victims)
+    left = num_slots - num_evict
+    for head in range(2):
+        survivors = set(range(num_slots)) - set(victims[0, head].tolist())
+        assert set(slots[0, head, :left].tolist()) == survivors
+        assert (rows[0, head, :left] == slots[0, head, :left, None]).all()
+        moved = (slots[0, head, :left] != before[0, head, :left]).sum()
+        assert moved <= num_evict

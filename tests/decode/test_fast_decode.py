@@ -1,0 +1,269 @@
+"""`fast_decode`: compiled steps give eager's tokens, compile once, and leave nothing on the model.
+
+Everything is compiled for real, on models so small that it takes seconds.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+
+import pytest
+import torch
+from helpers.compiling import needs_compiler, static_addresses
+from helpers.models import left_padded_prompts, tiny_janus, tiny_llama
+from torch._dynamo.utils import counters
+from transformers import DynamicCache
+
+from ssd_cache import HeadMap, SSDCache, enable, fast_decode
+from ssd_cache._compat import CACHE
+from ssd_cache.kernels import cpu_loops as cpu_kernels
+from ssd_cache.kernels import dispatch as fused
+
+GRID = (12, 12)
+LABELS = HeadMap(torch.tensor([[True, False], [False, True]]), grid=GRID)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def draw(model, cache, lengths=(5, 9, 3), **kwargs):
+    inputs = left_padded_prompts(lengths)
+    return model.generate(**inputs, generation_mode="image", **{CACHE: cache}, do_sample=False, **kwargs)
+
+
+SETTINGS = {
+    "one store": {"budget": 0.4, "buffer": 12},
+    "two stores": {"budget": {"spatial": 30, "semantic": 50}, "buffer": 12, "num_recent": 7},
+    "full": {"budget": 1.0},
+    "a buffer that does not divide the slots": {"budget": 50, "buffer": 8, "score": "mean", "num_sinks": 2},
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", SETTINGS)
+def test_compiled_pictures_are_eager_pictures_and_compile_once(name):
+    model = tiny_janus(grid_side=12)
+    eager = SSDCache(LABELS, **SETTINGS[name])
+    expected = draw(model, eager)
+    fast = SSDCache(LABELS, **SETTINGS[name])
+    with fast_decode(model):
+        assert torch.equal(draw(model, fast), expected)
+        assert counters["stats"]["unique_graphs"] == 1
+        assert torch.equal(draw(model, SSDCache(LABELS, **SETTINGS[name])), expected)
+        assert counters["stats"]["unique_graphs"] == 1, "the second picture compiled again"
+    for ours, theirs in zip(fast.layers, eager.layers, strict=True):
+        assert repr(ours) == repr(theirs)
+        assert ours.has_kernel
+        assert not theirs.has_kernel
+        for mine, other in zip(ours.stores, theirs.stores, strict=True):
+            assert mine.queries is None
+            other.score_window()
+            held = slice(other.num_stored)
+            assert torch.equal(mine.positions[..., held], other.positions[..., held])
+            # two orders of the same sums: float32 rounding, over at most 144 queries
+            torch.testing.assert_close(mine.received, other.received, rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+def test_online_labels_are_found_in_compiled_steps():
+    model = tiny_janus(grid_side=12)
+    online = HeadMap.online(num_layers=2, num_kv_heads=2, grid=GRID)
+    eager, fast = SSDCache(online, 0.4), SSDCache(online, 0.4)
+    expected = draw(model, eager)
+    with fast_decode(model):
+        assert torch.equal(draw(model, fast), expected)
+    assert fast.labels == eager.labels
+
+
+@needs_compiler
+def test_text_model_with_grouped_heads_and_left_padding():
+    model = tiny_llama()
+    inputs = left_padded_prompts((7, 4, 6))
+    options = {"do_sample": False, "max_new_tokens": 100}
+    expected = model.generate(**inputs, **{CACHE: SSDCache(LABELS, 0.4)}, **options)
+    with fast_decode(model):
+        assert torch.equal(model.generate(**inputs, **{CACHE: SSDCache(LABELS, 0.4)}, **options), expected)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@needs_compiler
+def test_other_sizes_compile_a_little_more_and_stay_right():
+    model = tiny_janus(grid_side=12)
+    sizes = [(5, 9, 3), (4,), (6, 6), (8, 3, 2, 7)]
+    expected = [draw(model, SSDCache(LABELS, 0.4), lengths=lengths) for lengths in sizes]
+    with fast_decode(model):
+        for lengths, tokens in zip(sizes, expected, strict=True):
+            assert torch.equal(draw(model, SSDCache(LABELS, 0.4), lengths=lengths), tokens)
+    assert counters["stats"]["unique_graphs"] <= 4
+
+
+@needs_compiler
+def test_the_decoder_itself_can_be_compiled_inside_counted_step():
+    """`torch.compile(model.model.language_model, fullgraph=True)`, as a loop of one's own would use it."""
+    model = tiny_janus(grid_side=12)
+    decoder = model.model.language_model
+    compiled = torch.compile(decoder, fullgraph=True)
+    tokens = torch.randint(10, 40, (2, 150))
+
+    def run(fast):
+        cache = SSDCache(LABELS, 0.4, buffer=12)
+        with torch.no_grad():
+            states = [decoder(input_ids=tokens[:, :6], past_key_values=cache).last_hidden_state[:, -1]]
+            for step in range(6, 150):
+                token = {"input_ids": tokens[:, step : step + 1], "past_key_values": cache}
+                if fast and cache.can_step_statically:
+                    token["position_ids"] = torch.full((1, 1), step)
+                    token["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+                    with cache.static_step():
+                        states.append(compiled(**token).last_hidden_state[:, -1])
+                else:
+                    states.append(decoder(**token).last_hidden_state[:, -1])
+        return torch.stack(states)
+
+    # float32 rounding of two ways to sum the same softmax
+    torch.testing.assert_close(run(True), run(False), rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_tensors_stay_in_place_during_an_image_and_after_reset():
+    """A recorded CUDA graph depends on it: the same addresses at every static step, with evictions in between."""
+    model = tiny_llama()
+    tokens = torch.randint(10, 40, (2, 150))
+    cache = SSDCache(LABELS, {"spatial": 30, "semantic": 50}, buffer=12)
+    addresses = static_addresses(model, cache, tokens)
+    assert len(set(addresses)) == 1
+    version = cache.version
+    held = [tensor.clone() for layer in cache.layers for tensor in layer.held_positions()]
+    cache.reset()
+    assert static_addresses(model, cache, tokens) == addresses
+    assert cache.version == version
+    again = [tensor for layer in cache.layers for tensor in layer.held_positions()]
+    assert all(map(torch.equal, again, held))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert cache.version != version
+    cache.reset()
+    version = cache.version
+    static_addresses(model, cache, tokens[:1])  # another batch size
+    assert cache.version != version
+
+
+@needs_compiler
+def test_enable_can_be_fast():
+    model = tiny_janus(grid_side=12)
+    inputs = {**left_padded_prompts((5, 9, 3)), "generation_mode": "image", "do_sample": False}
+    with enable(model, LABELS, budget=0.4):
+        expected = model.generate(**inputs)
+    before = dict(vars(model.get_decoder()))
+    for _ in range(2):
+        with enable(model, LABELS, fast=True, budget=0.4):
+            assert torch.equal(model.generate(**inputs), expected)
+    assert counters["stats"]["unique_graphs"] == 1, "the second block compiled again"
+    assert vars(model.get_decoder()) == before
+    assert "generate" not in vars(model)
+
+
+def test_steps_may_be_compiled_in_mid_picture_and_not():
+    """The decoder alone, step by step: eager and compiled steps in turn lead to the same states."""
+    model = tiny_llama()
+    tokens = torch.randint(10, 40, (2, 100))
+
+    def run(is_fast):
+        cache = SSDCache(LABELS, 0.4, buffer=10)
+        with torch.no_grad():
+            outputs = [model(tokens[:, :6], past_key_values=cache).logits[:, -1]]
+            for step in range(6, 100):
+                with fast_decode(model) if is_fast(step) else torch.no_grad():
+                    outputs.append(model(tokens[:, step : step + 1], past_key_values=cache).logits[:, -1])
+        return torch.stack(outputs)
+
+    # float32 rounding of two ways to sum the same softmax
+    torch.testing.assert_close(run(lambda step: step % 20 > 10), run(lambda step: False), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_a_picture_begun_inside_may_end_outside():
+    """The kernel that its prompt chose goes on, uncompiled, and the next picture is an eager one again."""
+    model = tiny_llama()
+    tokens = torch.randint(10, 40, (2, 100))
+    cache = SSDCache(LABELS, 0.4, buffer=10)
+
+    def run(inside):
+        with torch.no_grad(), fast_decode(model) if inside else nullcontext():
+            states = [model(tokens[:, :6], past_key_values=cache).logits[:, -1]]
+            for step in range(6, 40):
+                states.append(model(tokens[:, step : step + 1], past_key_values=cache).logits[:, -1])
+        with torch.no_grad():
+            for step in range(40, 100):
+                states.append(model(tokens[:, step : step + 1], past_key_values=cache).logits[:, -1])
+        assert all(layer.has_kernel == inside for layer in cache.layers)
+        cache.reset()
+        return torch.stack(states)
+
+    # float32 rounding of two ways to sum the same softmax
+    torch.testing.assert_close(run(inside=True), run(inside=False), rtol=1e-4, atol=1e-4)
+
+
+def test_other_caches_are_left_alone():
+    model = tiny_janus(grid_side=12)
+    expected = draw(model, DynamicCache())
+    with fast_decode(model):
+        assert torch.equal(draw(model, DynamicCache()), expected)
+    assert counters["stats"]["unique_graphs"] == 0
+
+
+def test_what_is_put_on_the_model_comes_off():
+    model = tiny_janus(grid_side=12)
+    decoder = model.get_decoder()
+    before = dict(vars(decoder))
+    with pytest.raises(KeyError), fast_decode(model):
+        assert "forward" in vars(decoder)
+        raise KeyError
+    assert vars(decoder) == before
+
+
+def test_without_a_compiler_it_says_so_once_and_goes_on():
+    model = tiny_janus(grid_side=12)
+    expected = draw(model, SSDCache(LABELS, 0.4))
+    # by torch's own patch: an entry that stands for another is gone once pytest's monkeypatch has put it back
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("/no/such/compiler",), "force_disable_caches": True})
+    asked = (cpu_kernels.library, fused.passes_trial)
+    for answer in asked:
+        answer.cache_clear()
+    with no_compiler, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with fast_decode(model):
+            for _ in range(2):
+                assert torch.equal(draw(model, SSDCache(LABELS, 0.4)), expected)
+    for answer in asked:
+        answer.cache_clear()
+    told = [str(warning.message) for warning in caught if "fast_decode continues" in str(warning.message)]
+    assert len(told) == 1
+    assert told[0].startswith("fast_decode continues uncompiled")
+    assert "/no/such/compiler" in told[0]
+
+
+@needs_compiler
+def test_where_its_loops_can_not_be_built_it_says_so_once_and_compiles_without(monkeypatch, tmp_path):
+    model = tiny_janus(grid_side=12)
+    expected = draw(model, SSDCache(LABELS, 0.4))
+    (tmp_path / "loops.cpp").write_text("#error not for this processor")
+    monkeypatch.setattr(cpu_kernels, "__file__", str(tmp_path / "loops.py"))
+    asked = (cpu_kernels.library, fused.passes_trial)
+    for answer in asked:
+        answer.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with fast_decode(model):
+            cache = SSDCache(LABELS, 0.4)
+            assert torch.equal(draw(model, cache), expected)
+    for answer in asked:
+        answer.cache_clear()
+    assert not any(layer.has_kernel for layer in cache.layers)
+    assert counters["stats"]["unique_graphs"] == 1
+    told = [str(warning.message) for warning in caught if "fast_decode continues" in str(warning.message)]
+    assert len(told) == 1
+    assert told[0].startswith("fast_decode continues without ssd-cache's CPU kernels")

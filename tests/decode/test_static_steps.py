@@ -1,0 +1,128 @@
+"""Static steps refuse what eager steps refuse, with the same errors, and work under autocast; no process ends."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from helpers.compiling import needs_compiler
+from helpers.models import left_padded_prompts, tiny_janus, tiny_llama
+
+from ssd_cache import HeadMap, SSDCache, fast_decode
+from ssd_cache._compat import CACHE
+
+LABELS = HeadMap(torch.tensor([[True, False], [False, True]]), grid=(12, 12))
+
+pytestmark = needs_compiler
+
+
+@pytest.fixture(autouse=True)
+def _compiler():
+    """A fresh one; and no error is raised for a warning that the compiler gives up before eager says what is wrong."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        yield
+
+
+SETTINGS = {"kernel": {}, "torch": {"kv_dtype": "int8"}}
+"""Settings of caches whose steps the loops do, and torch's own operations."""
+
+
+def begin(model, rows=2, steps=3, **settings):
+    """A cache in the middle of an image of `rows` rows; inside `fast_decode`, of static steps from the second on."""
+    cache = SSDCache(LABELS, 0.4, buffer=4, **settings)
+    tokens = torch.randint(10, 40, (rows, 6 + steps), generator=torch.Generator().manual_seed(0))
+    model(tokens[:, :6], past_key_values=cache)
+    for step in range(6, 6 + steps):
+        model(tokens[:, step : step + 1], past_key_values=cache)
+    return cache
+
+
+def token(rows):
+    return torch.full((rows, 1), 11)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("rows", [64, 1])
+def test_another_number_of_rows_is_refused_and_nothing_is_counted(rows, settings):
+    model = tiny_llama()
+    with fast_decode(model):
+        cache = begin(model, **settings)
+        seen = cache.get_seq_length()
+        with pytest.raises(ValueError, match=f"holds 2 rows and got {rows}"):
+            model(token(rows), past_key_values=cache)
+        assert cache.get_seq_length() == seen
+        model(token(2), past_key_values=cache)
+        assert cache.get_seq_length() == seen + 1
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_rows_selected_in_the_middle_of_an_image(settings):
+    """The cache goes on with the rows selected, as it does eagerly, and refuses the others."""
+    model = tiny_llama()
+    logits = []
+    for is_fast in (False, True):
+        with fast_decode(model) if is_fast else torch.no_grad():
+            cache = begin(model, rows=3, **settings)
+            cache.batch_select_indices(torch.tensor([2, 0]))
+            with pytest.raises(ValueError, match="holds 2 rows and got 3"):
+                model(token(3), past_key_values=cache)
+            logits.append(torch.stack([model(token(2), past_key_values=cache).logits for _ in range(40)]))
+            assert cache.layers[0].has_kernel == (is_fast and not settings)
+    # float32 rounding of two ways to sum the same softmax
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_dtype_in_the_middle_of_an_image_is_refused(dtype, settings):
+    model = tiny_llama()
+    with fast_decode(model):
+        cache = begin(model, **settings)
+        model.to(dtype)
+        with pytest.raises(ValueError, match=rf"torch.float32 and got one in {dtype}"):
+            model(token(2), past_key_values=cache)
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize("change", [lambda s: s.to("meta"), lambda s: s.double(), lambda s: s.repeat(32, 1, 1, 1)])
+def test_the_layer_refuses_it_in_either_kind_of_step(change, is_static):
+    model, states = tiny_llama(), torch.randn(2, 2, 1, 8)
+    for keys, values in ((change(states), change(states)), (states, change(states)), (change(states), states)):
+        cache = begin(model, steps=1)
+        with pytest.raises(ValueError, match="SSDCache holds"):
+            with cache.static_step() if is_static else torch.no_grad():
+                cache.update(keys, values, 0)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, lambda: tiny_janus(grid_side=12)], ids=["llama", "janus"])
+def test_autocast_generates_what_it_generates_eagerly(make):
+    model = make()
+    options = {**left_padded_prompts((5, 8)), "do_sample": False}
+    options |= {"max_new_tokens": 60} if make is tiny_llama else {"generation_mode": "image"}
+
+    def generate():
+        with torch.autocast("cpu", torch.bfloat16):
+            return model.generate(**options, **{CACHE: SSDCache(LABELS, 0.4, buffer=12)})
+
+    expected = generate()
+    with fast_decode(model):
+        for _ in range(2):
+            assert torch.equal(generate(), expected)
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_autocast_may_begin_in_the_middle_of_an_image(is_fast):
+    """New tokens are cast to what the cache holds, as a DynamicCache casts them."""
+    model = tiny_llama()
+    with fast_decode(model) if is_fast else torch.no_grad():
+        cache = begin(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = [model(token(2), past_key_values=cache).logits for _ in range(20)]
+    assert cache.layers[0].has_kernel == is_fast
+    cache = begin(model)
+    exact = [model(token(2), past_key_values=cache).logits for _ in range(20)]
+    # logits below 4 with 8 bits, each by way of a dozen such roundings
+    torch.testing.assert_close(torch.stack(logits).float(), torch.stack(exact), rtol=0, atol=0.2)

@@ -1,0 +1,518 @@
+"""DPG-Bench: files read, rules held to golden vectors and a plain loop, sheets, and whole runs with tiny VQA models.
+
+The golden vectors were made by executing the official script's functions (ELLA, `compute_dpg_bench.py`).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from helpers.tiny_judges import WORDS, tiny_tokenizer, write_blip
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ssd_cache.evaluation.dpg.prompts import read_prompts
+from ssd_cache.evaluation.dpg.questions import Question, read_questions
+from ssd_cache.evaluation.dpg.rules import apply_dependencies, category_scores, prompt_score
+from ssd_cache.evaluation.dpg.score import score_sheets
+from ssd_cache.evaluation.dpg.sheet import SheetFolder, cut_sheet, find_sheets, write_sheet
+from ssd_cache.evaluation.dpg.vqa import ChatVQA, load_vqa
+
+REAL_PROMPTS = Path(__file__).parents[3] / "shared" / "data" / "dpg_bench" / "prompts.jsonl"
+COLOURS = ["red", "green", "blue", "white"]
+SIDE = 32
+
+ROWS = [  # item, id, dependency, broad, detailed, tuple, question
+    ("0", "1", "0", "entity", "whole", "entity - whole (car)", "Is there a car?"),
+    ("0", "2", "1", "attribute", "color", "attribute - color (car, red)", 'Is the "car" red?'),
+    ("0", "3", "1, 2", "relation", "non-spatial", "relation - non-spatial (car, red)", "Is the car, red, driven?"),
+    ("whoops5", "1", "0", "global", "-", "global - - (photo)", "Is this a photo?"),
+    ("whoops5", "2", "0", "entity", "whole", "entity - whole (dog)", "Is there a dog?"),
+]
+QUESTIONS = {
+    "0": (
+        Question("1", "Is there a car?", (), "entity", "whole"),
+        Question("2", 'Is the "car" red?', ("1",), "attribute", "color"),
+        Question("3", "Is the car, red, driven?", ("1", "2"), "relation", "non-spatial"),
+    ),
+    "whoops5": (
+        Question("1", "Is this a photo?", (), "global", ""),
+        Question("2", "Is there a dog?", (), "entity", "whole"),
+    ),
+}
+HEADER = ["item_id", "text", "keywords", "proposition_id", "dependency"]
+HEADER += ["category_broad", "category_detailed", "tuple", "question_natural_language"]
+
+
+def question(proposition_id, *parents, broad="entity", detailed="whole"):
+    return Question(str(proposition_id), f"q{proposition_id}?", tuple(map(str, parents)), broad, detailed)
+
+
+def write_csv(path, rows=ROWS, header=HEADER, text="A car,\nred as can be."):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, header, extrasaction="ignore")
+        writer.writeheader()
+        for item, number, dependency, broad, detailed, triple, asked in rows:
+            cells = [item, text, "car", number, dependency, broad, detailed, triple, asked]
+            writer.writerow(dict(zip(HEADER, cells, strict=True)))
+    return path
+
+
+def repack(rows=ROWS):
+    items = {}
+    for item, number, dependency, broad, detailed, _, asked in rows:
+        row = items.setdefault(item, {"item_id": item, "prompt": "A car.", "questions": []})
+        names = ("proposition_id", "question", "dependency", "category_broad", "category_detailed")
+        row["questions"].append(dict(zip(names, (int(number), asked, dependency, broad, detailed), strict=True)))
+    return list(items.values())
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def squares(side=SIDE, colours=COLOURS):
+    return [Image.new("RGB", (side, side), colour) for colour in colours]
+
+
+class OneColour:
+    """Answers yes to every question about an image of its colour, and records the questions."""
+
+    def __init__(self, colour="red"):
+        self.colour, self.name, self.asked = Image.new("RGB", (1, 1), colour).getpixel((0, 0)), colour, []
+
+    def answer(self, image, question):
+        assert image.size == (SIDE, SIDE)
+        self.asked.append(question)
+        return image.getpixel((0, 0)) == self.colour and image.getpixel((SIDE - 1, SIDE - 1)) == self.colour
+
+    def answers(self, image, questions):
+        return [self.answer(image, question) for question in questions]
+
+
+# prompts
+
+
+def test_prompts_from_lines_and_from_a_folder(tmp_path):
+    lines = write_lines(
+        tmp_path / "p.jsonl", [{"item_id": "b1", "prompt": "Café\u2028by day. "}, {"item_id": "a", "prompt": "x"}]
+    )
+    assert list(read_prompts(lines).items()) == [("b1", "Café\u2028by day."), ("a", "x")]
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    (folder / "b1.txt").write_text("Café\u2028by day.\n", "utf-8")
+    (folder / "a.txt").write_text("x ", "utf-8")
+    (folder / "notes.md").write_text("no prompt", "utf-8")
+    assert read_prompts(folder) == read_prompts(lines)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"item_id": "a", "prompt": "x"}\n\n{"item_id": "a", "prompt": "y"}', "line 3: item id 'a' occurs twice"),
+        ('{"item_id": "a", "prompt": " "}', "line 1: the prompt is empty"),
+        ('{"item_id": "a", "prompt": "x"}\n{"item', "line 2: not a JSON object"),
+        ('{"item_id": "a"}', 'needs texts as "item_id" and "prompt"'),
+        ('{"item_id": "a", "prompt": 3}', 'needs texts as "item_id" and "prompt"'),
+        ('{"item_id": "../a", "prompt": "x"}', "line 1: item id '../a' cannot name an image"),
+        ('"a"', "line 1: not a JSON object"),
+        ("\n", "has no prompts"),
+    ],
+)
+def test_bad_prompts_are_named(tmp_path, lines, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text(lines, "utf-8")
+    with pytest.raises(ValueError, match="p.jsonl") as error:
+        read_prompts(path)
+    assert message in str(error.value)
+
+
+def test_bad_prompt_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match="has no prompts"):
+        read_prompts(tmp_path)
+    (tmp_path / "a.txt").write_text(" \n", "utf-8")
+    with pytest.raises(ValueError, match="a.txt: the prompt is empty"):
+        read_prompts(tmp_path)
+
+
+def test_the_real_prompts():
+    if not REAL_PROMPTS.exists():
+        pytest.skip(f"{REAL_PROMPTS.name} of DPG-Bench is not beside this checkout")
+    prompts = read_prompts(REAL_PROMPTS)
+    assert len(prompts) == 1065
+    assert sum(item_id.isdigit() for item_id in prompts) == 299
+    assert sum(item_id.startswith("partiprompts") for item_id in prompts) == 324
+
+
+# questions
+
+
+def test_both_formats_give_the_same_questions(tmp_path):
+    for path in (write_csv(tmp_path / "q.csv"), write_lines(tmp_path / "q.jsonl", repack())):
+        read = read_questions(path)
+        assert read == QUESTIONS, path
+        assert list(read) == ["0", "whoops5"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({1: ("0", "1", "0", "e", "w", "e - w (x)", "Twice?")}, "row 3: question '1' of item '0' occurs twice"),
+        ({1: ("0", "2", "1,9", "e", "w", "e - w (x)", "A?")}, "questions of item '0' depend on 9, which it lacks"),
+        ({4: ("whoops5", "2", "", "e", "w", "e - w (x)", "A?")}, "row 6: dependency is empty"),
+        ({4: ("whoops5", "2", "0", "e", "w", "", "A?")}, "row 6: category_broad is empty"),
+        ({0: ("0", "1", "0", "e", "w", "e - w (x)", " ")}, "row 2: question is empty"),
+        ({0: ("", "1", "0", "e", "w", "e - w (x)", "A?")}, "row 2: item_id is empty"),
+    ],
+)
+def test_bad_csv_rows_are_named(tmp_path, changed, message):
+    rows = [changed.get(number, row) for number, row in enumerate(ROWS)]
+    with pytest.raises(ValueError, match="q.csv") as error:
+        read_questions(write_csv(tmp_path / "q.csv", rows))
+    assert message in str(error.value)
+
+
+def test_bad_question_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match="q.csv: no column dependency, tuple, only item_id"):
+        read_questions(write_csv(tmp_path / "q.csv", header=[n for n in HEADER if n not in ("dependency", "tuple")]))
+    (tmp_path / "short.csv").write_text(",".join(HEADER) + "\n0,text\n", "utf-8")
+    with pytest.raises(ValueError, match="short.csv, row 2: not 9 fields"):
+        read_questions(tmp_path / "short.csv")
+    rows = repack()
+    del rows[1]["questions"][0]["category_broad"]
+    with pytest.raises(ValueError, match="q.jsonl, line 2: 'category_broad' is missing"):
+        read_questions(write_lines(tmp_path / "q.jsonl", rows))
+    with pytest.raises(ValueError, match="q.jsonl has no questions"):
+        read_questions(write_lines(tmp_path / "q.jsonl", []))
+
+
+def test_official_reading_loses_the_first_question(tmp_path):
+    expected = {"0": QUESTIONS["0"][1:], "whoops5": QUESTIONS["whoops5"]}
+    assert read_questions(write_csv(tmp_path / "q.csv"), official=True) == expected
+    assert read_questions(write_lines(tmp_path / "q.jsonl", repack()), official=True) == expected
+    lost = write_lines(tmp_path / "lost.jsonl", repack(ROWS[1:]))  # a re-pack made after the loss
+    assert read_questions(lost, official=True) == expected
+    with pytest.raises(ValueError, match="lost.jsonl: questions of item '0' depend on 1, which it lacks"):
+        read_questions(lost)
+
+
+# rules
+
+
+@pytest.mark.parametrize(
+    ("questions", "answers", "expected"),
+    [
+        ([question(1), question(2, 1), question(3, 2)], [0, 1, 1], 0),
+        ([question(1), question(2, 1), question(3, 2)], [1, 0, 1], 1 / 3),
+        ([question(1), question(3, 2), question(2, 1)], [0, 1, 1], 1 / 3),  # 3 was looked at before 2 was zeroed
+        ([question(1), question(2), question(3, 1, 2)], [1, 0, 1], 1 / 3),
+    ],
+)
+def test_golden_crops(questions, answers, expected):
+    assert prompt_score([apply_dependencies(answers, questions)]) == expected
+
+
+def test_golden_missing_parent():
+    with pytest.raises(KeyError, match="7"):
+        apply_dependencies([True], [question(1, 7)])
+
+
+def test_golden_prompt():
+    questions = [question(1), question(2, 1, broad="attribute", detailed="color")]
+    crops = [[True, True], [False, True], [True, False], [False, False]]
+    counted = [apply_dependencies(crop, questions) for crop in crops]
+    assert [prompt_score([crop]) for crop in counted] == [1, 0, 0.5, 0]
+    assert prompt_score(counted) == 0.375
+    # raw: the second crop's "yes" counts
+    assert category_scores([(questions, crops)], lambda asked: asked.broad) == {"attribute": 50, "entity": 50}
+    assert category_scores([(questions, crops)], lambda asked: asked.category) == {
+        "attribute - color": 50,
+        "entity - whole": 50,
+    }
+
+
+def reference(ids, parents, answers):
+    """The rule once more in plain loops, on a list."""
+    scores = [1 if answer else 0 for answer in answers]
+    for row in range(len(ids)):
+        for parent in parents[row]:
+            for other in range(len(ids)):
+                if ids[other] == parent and scores[other] == 0:
+                    scores[row] = 0
+    return scores
+
+
+@st.composite
+def items(draw):
+    ids = draw(st.permutations(range(1, draw(st.integers(1, 8)) + 1)))
+    parents = [draw(st.lists(st.sampled_from(ids), max_size=3, unique=True)) for _ in ids]
+    return ids, parents, draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
+
+
+@given(items())
+def test_dependency_rule_equals_the_reference(item):
+    ids, parents, answers = item
+    questions = [question(number, *above) for number, above in zip(ids, parents, strict=True)]
+    assert apply_dependencies(answers, questions) == reference(ids, parents, answers)
+
+
+# sheets
+
+
+def test_a_sheet_is_cut_as_it_was_written(tmp_path):
+    path = write_sheet(tmp_path / "new", "a", squares())
+    assert [file.name for file in path.parent.iterdir()] == ["a.png"]  # no temporary file is left
+    with Image.open(path) as sheet:
+        crops = cut_sheet(sheet, SIDE)
+        with pytest.raises(ValueError, match=r"64 x 64; with side=384 it must be 768 x 768.*pass side=32"):
+            cut_sheet(sheet, 384)
+    assert [crop.tobytes() for crop in crops] == [square.tobytes() for square in squares()]
+
+
+def test_missing_sheets_are_written(tmp_path):
+    folder = SheetFolder(tmp_path / "new", {"b": "x", "a": "y", "c": "z"})
+    assert folder.texts == ["x"] * 4 + ["y"] * 4 + ["z"] * 4
+    assert folder.missing(range(12)) == list(range(12))
+    before = write_sheet(tmp_path / "new", "a", squares()).stat()
+    assert folder.missing(range(12)) == [0, 1, 2, 3, 8, 9, 10, 11]
+    folder.write(range(4, 12), squares(colours=["red"] * 8))
+    assert folder.missing(range(12)) == [0, 1, 2, 3]
+    assert (folder.root / "a.png").stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_bad_sheets_are_named(tmp_path):
+    for images in (squares()[:3], [*squares()[:3], Image.new("RGB", (8, 8))], [Image.new("RGB", (8, 4))] * 4):
+        with pytest.raises(ValueError, match="4 squares of one size"):
+            write_sheet(tmp_path, "a", images)
+    write_sheet(tmp_path, "a", squares())
+    (tmp_path / "a.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="are both of item 'a'"):
+        find_sheets(tmp_path)
+
+
+# whole runs
+
+
+def test_scores_of_a_run(tmp_path):
+    write_sheet(tmp_path, "0", squares(colours=["red", "red", "red", "blue"]))
+    write_sheet(tmp_path, "whoops5", squares(colours=["blue", "red", "blue", "red"]))
+    result = score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE)
+    assert result.name == "DPG rules (VQA = red)"
+    assert result.prompts == {"0": 0.75, "whoops5": 0.5}
+    assert result.overall == 62.5
+    assert result.standard_error == pytest.approx(12.5)
+    assert result.level1 == {"attribute": 75, "entity": 62.5, "global": 50, "relation": 75}
+    assert result.is_complete
+    assert json.loads(json.dumps(result.to_dict()))["overall"] == 62.5
+    official = score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, official=True)
+    assert official.name == "DPG rules (VQA = red), official quirks"
+    assert official.level1 == {"attribute": 0, "entity": 50, "global": 100, "relation": 0}
+
+
+def test_missing_and_unexpected_images(tmp_path):
+    write_sheet(tmp_path, "0", squares())
+    vqa = OneColour()
+    with pytest.raises(ValueError, match="1 of 2 sheets; missing: whoops5; generate them"):
+        score_sheets(tmp_path, QUESTIONS, vqa, SIDE)
+    assert score_sheets(tmp_path, QUESTIONS, vqa, SIDE, item_ids=["0"]).overall == 25
+    official = score_sheets(tmp_path, QUESTIONS, vqa, SIDE, official=True)
+    assert official.dropped == {"whoops5": "no image"}
+    assert (official.num_prompts, official.is_complete) == (2, False)
+    write_sheet(tmp_path, "stranger", squares())
+    with pytest.raises(ValueError, match="images without questions: stranger"):
+        score_sheets(tmp_path, QUESTIONS, vqa, SIDE, item_ids=["0"])
+    assert score_sheets(tmp_path, QUESTIONS, vqa, SIDE, official=True).dropped["stranger"] == "no questions"
+    vqa.asked.clear()
+    with pytest.raises(ValueError, match="0.png is 64 x 64"):
+        score_sheets(tmp_path, {"0": QUESTIONS["0"], "stranger": QUESTIONS["0"]}, vqa, 384)
+    assert not vqa.asked
+
+
+def test_official_run_drops_the_first_prompt(tmp_path):
+    for item_id in QUESTIONS:
+        write_sheet(tmp_path / "sheets", item_id, squares(colours=["red"] * 4))
+    questions = read_questions(write_csv(tmp_path / "q.csv"), official=True)
+    result = score_sheets(tmp_path / "sheets", questions, OneColour(), SIDE, official=True)
+    assert result.prompts == {"whoops5": 1}
+    assert result.dropped == {"0": "no question 1, on which others depend"}
+    with pytest.raises(ValueError, match="1 items cannot be scored"):
+        score_sheets(tmp_path / "sheets", questions, OneColour(), SIDE)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"no image"])
+def test_an_unreadable_image_is_named_and_the_run_continues(tmp_path, damage):
+    path = write_sheet(tmp_path, "0", squares())
+    path.write_bytes(damage(path.read_bytes()))
+    write_sheet(tmp_path, "whoops5", squares())
+    result = score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, results=tmp_path / "r.jsonl")
+    assert list(result.unreadable) == ["0"]
+    assert "0.png: the image cannot be read" in result.unreadable["0"]
+    assert result.prompts == {"whoops5": 0.25}
+    assert not result.is_complete
+    write_sheet(tmp_path, "0", squares())
+    assert score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, results=tmp_path / "r.jsonl").is_complete
+    with pytest.raises(ValueError, match="none of 1 prompts"):
+        path.write_bytes(b"")
+        score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, item_ids=["0"])
+
+
+def test_a_run_resumes_where_it_stopped(tmp_path):
+    for item_id in QUESTIONS:
+        write_sheet(tmp_path, item_id, squares())
+    results = tmp_path / "r.jsonl"
+    whole = score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, results=results)
+    header, first, second = results.read_text("utf-8").splitlines()
+    row = json.loads(first)
+    assert (row["item_id"], row["answers"][0], row["scores"][1], row["score"]) == ("0", [1] * 3, [0] * 3, 0.25)
+    results.write_text(f"{header}\n{first}\n{second[:30]}", "utf-8")  # killed in the middle of a line
+    vqa = OneColour()
+    assert score_sheets(tmp_path, QUESTIONS, vqa, SIDE, results=results) == whole
+    assert set(vqa.asked) == {"Is this a photo?", "Is there a dog?"}
+    assert results.read_text("utf-8").splitlines() == [header, first, second]
+    write_sheet(tmp_path, "0", squares(colours=["red"] * 4))  # another image: asked again
+    assert score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, results=results).prompts["0"] == 1
+    with pytest.raises(ValueError, match="r.jsonl, line 1: a result of another run"):
+        score_sheets(tmp_path, QUESTIONS, OneColour("blue"), SIDE, results=results)
+    results.write_text("something else\n", "utf-8")
+    with pytest.raises(ValueError, match="r.jsonl, line 1: Expecting value"):
+        score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, results=results)
+
+
+# VQA models, tiny and with random weights, saved and loaded
+
+CHAT = (
+    "{% for message in messages %}USER {% for part in message.content %}"
+    "{{ '<image> ' if part.type == 'image' else part.text + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def blip_folder(tmp_path_factory):
+    return write_blip(tmp_path_factory.mktemp("blip"), SIDE)
+
+
+@pytest.fixture(scope="module")
+def llava_folder(tmp_path_factory):
+    import torch
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    torch.manual_seed(0)
+    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **shared, "image_size": SIDE, "patch_size": 16},
+        text_config={
+            "model_type": "llama",
+            **shared,
+            "num_key_value_heads": 2,
+            "vocab_size": len(WORDS),
+            "initializer_range": 0.5,
+            "pad_token_id": 0,
+            "bos_token_id": 4,
+            "eos_token_id": 3,
+        },
+        image_token_id=WORDS.index("<image>"),
+        image_seq_length=4,
+        vision_feature_layer=-1,
+    )
+    folder = tmp_path_factory.mktemp("llava")
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    LlavaProcessor(
+        images,
+        tiny_tokenizer(),
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT,
+    ).save_pretrained(folder)
+    return folder
+
+
+ASKED = [question.text for questions in QUESTIONS.values() for question in questions]
+
+
+def test_whole_run_with_blip(blip_folder, tmp_path):
+    vqa = load_vqa(blip_folder, name="tiny BLIP", device="cpu")
+    for item_id in QUESTIONS:
+        write_sheet(tmp_path, item_id, squares())
+    result = score_sheets(tmp_path, QUESTIONS, vqa, SIDE, results=tmp_path / "r.jsonl")
+    assert result.name == "DPG rules (VQA = tiny BLIP)"
+    assert result.is_complete
+    assert result.answers["0"][1] == [vqa.answers(squares()[1], [asked.text])[0] for asked in QUESTIONS["0"]]
+    assert score_sheets(tmp_path, QUESTIONS, vqa, SIDE, results=tmp_path / "r.jsonl") == result
+
+
+def test_blip_answers_are_those_of_generate(blip_folder):
+    """A question's answer is that of the model's own documented call, whatever the other questions are."""
+    import torch
+    from transformers import BlipProcessor
+
+    processor = BlipProcessor.from_pretrained(blip_folder)
+    vqa = load_vqa(blip_folder, device="cpu", batch_size=2)
+    expected = []
+    for text in ASKED:
+        inputs = processor(images=squares()[0], text=text, return_tensors="pt")
+        output = vqa.model.generate(**inputs, max_new_tokens=10, do_sample=False)
+        expected.append(processor.decode(output[0], skip_special_tokens=True).strip().lower())
+    assert vqa.texts(squares()[0], ASKED) == expected
+    # let an answer end with the word yes, and that word always win, then always lose
+    vqa.model.config.text_config.sep_token_id = WORDS.index("yes")
+    for bias, answer in ((100.0, True), (-100.0, False)):
+        with torch.no_grad():
+            vqa.model.text_decoder.cls.predictions.decoder.bias[WORDS.index("yes")] = bias
+        assert vqa.answers(squares()[0], ASKED) == [answer] * len(ASKED)
+
+
+def test_whole_run_with_a_chat_model(llava_folder, tmp_path):
+    vqa = load_vqa(llava_folder, name="tiny LLaVA", device="cpu", batch_size=2)
+    assert vqa.yes_ids == [WORDS.index("yes"), WORDS.index("Yes")]
+    assert vqa.no_ids == [WORDS.index("no"), WORDS.index("No")]
+    for item_id in QUESTIONS:
+        write_sheet(tmp_path, item_id, squares())
+    result = score_sheets(tmp_path, QUESTIONS, vqa, SIDE)
+    assert result.name == "DPG rules (VQA = tiny LLaVA)"
+    assert result.is_complete
+    assert result.answers["0"][1] == [vqa.answers(squares()[1], [asked.text])[0] for asked in QUESTIONS["0"]]
+
+
+def test_chat_probabilities_are_those_of_the_plain_forward(llava_folder):
+    """Batched and padded they equal one forward pass a question, without padding."""
+    import torch
+
+    vqa = load_vqa(llava_folder, device="cpu", batch_size=3)
+    pairs = vqa.log_probabilities(squares()[2], ASKED)
+    for text, (yes, no) in zip(ASKED, pairs, strict=True):
+        prompt = f"USER <image> {text} Answer with yes or no. ASSISTANT"
+        inputs = vqa.processor(images=squares()[2], text=prompt, return_tensors="pt")
+        with torch.no_grad():
+            scores = vqa.model(**inputs).logits[0, -1].softmax(-1)
+        assert scores[vqa.yes_ids].sum().log().item() == pytest.approx(yes, abs=1e-4)  # float32, other order of sums
+        assert scores[vqa.no_ids].sum().log().item() == pytest.approx(no, abs=1e-4)
+    assert len({round(yes, 3) for yes, _ in pairs}) > 1  # the question matters
+
+
+def test_unfit_checkpoints_are_refused(blip_folder, llava_folder):
+    from transformers import LlavaProcessor
+
+    with pytest.raises(ValueError, match="batch_size=0 is out of range"):
+        load_vqa(blip_folder, batch_size=0)
+    vqa = load_vqa(llava_folder, device="cpu")
+    processor = LlavaProcessor.from_pretrained(llava_folder)
+    processor.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template"):
+        ChatVQA(vqa.model, processor, "plain")
+
+
+def test_blip_without_its_answering_part_is_refused(blip_folder, tmp_path):
+    from transformers import BlipConfig, BlipForConditionalGeneration
+
+    BlipForConditionalGeneration(BlipConfig.from_pretrained(blip_folder)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="weights are missing, such as text_encoder"):
+        load_vqa(tmp_path, device="cpu")

@@ -1,0 +1,341 @@
+"""Files that anyone may have written: every format is read whole or refused with its documented error, before any work.
+
+Each file is first written by the library itself and then changed, by a seed. What the numbers mean is tested elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.hostile import mutants
+from helpers.tiny_checkpoint import SIDE, write_checkpoint
+
+from ssd_cache import HeadMap, HeadMapError, SSDCache, learn_score, profile_heads
+from ssd_cache.evaluation.dpg import score as dpg_score
+from ssd_cache.evaluation.export import ExportError, claim_folder, read_settings
+from ssd_cache.evaluation.fidelity import measure_divergence, measure_fidelity
+from ssd_cache.evaluation.geneval import score as geneval_score
+from ssd_cache.evaluation.geneval.summary import ImageResult
+from ssd_cache.evaluation.prompt_results import read_prompt_results
+from ssd_cache.evaluation.records import Record
+from ssd_cache.evaluation.reporting import read_summary, write_report
+from ssd_cache.evaluation.result_file import append_row
+from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder
+from ssd_cache.evaluation.tables import to_json, to_markdown
+from ssd_cache.io.showing import ReadableError
+from ssd_cache.models import find_generator
+from ssd_cache.runs.run_state import ProfilingError
+
+PROMPTS = ["a photo of a red circle", "a photo of two triangles"]
+QUIET = {"progress": False, "batch_size": 2}
+NORMAL, MANY = 60, 1500
+LONGEST = 2200
+"""Characters of a message: 2000 of the library's own, and what a caller puts around it."""
+
+
+class WouldDraw(Exception):
+    """The file was accepted, and there is work left."""
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory):
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("model"), guidance_scale=2.0)
+    return find_generator(str(checkpoint)).load("float32", "cpu")
+
+
+@pytest.fixture(scope="module")
+def profiled(generator):
+    return profile_heads(generator, PROMPTS, budget=24, levels=(16,), num_recent=0.5, **QUIET)
+
+
+@dataclass
+class Format:
+    """A file that the library wrote at `path`, how it is read back, and the errors that reading documents."""
+
+    path: Path
+    read: Callable[[], Any]
+    errors: tuple[type[Exception], ...]
+    names_file: bool = True
+    prepare: Callable[[], None] = lambda: None
+    """What is done to a hostile version before it is read."""
+
+
+@pytest.fixture
+def formats(generator, profiled, tmp_path, request) -> Format:
+    return {
+        "profile": _profile,
+        "learn": _learn,
+        "fit": _fit,
+        "fidelity": _fidelity,
+        "head map config": _map_config,
+        "head map tensors": _map_tensors,
+        "shapes run": _shapes_run,
+        "shapes lines": _shapes_lines,
+        "export": _export,
+        "geneval lines": _geneval,
+        "geneval scores": _geneval_scores,
+        "dpg lines": _dpg,
+        "dpg scores": _dpg_scores,
+    }[request.param](generator, profiled, tmp_path)
+
+
+FORMATS = (
+    *(
+        "profile",
+        "learn",
+        "fit",
+        "fidelity",
+        "head map config",
+        "head map tensors",
+        "shapes run",
+        "shapes lines",
+        "export",
+    ),
+    *("geneval lines", "geneval scores", "dpg lines", "dpg scores"),
+)
+
+
+def _profile(generator, profiled, tmp_path):
+    path = tmp_path / "profile"
+
+    def read():
+        return profile_heads(generator, PROMPTS, state_file=path, **QUIET)
+
+    read()
+    return Format(path, read, (ProfilingError,))
+
+
+def _learn(generator, profiled, tmp_path):
+    path = tmp_path / "learn"
+    head_map = HeadMap(torch.tensor([[False, True], [False, False]]), (SIDE, SIDE))
+
+    def read():
+        return learn_score(generator, PROMPTS, head_map, budget=24, buffer=5, num_steps=1, state_file=path, **QUIET)
+
+    read()
+    return Format(path, read, (ProfilingError,))
+
+
+def _fit(generator, profiled, tmp_path):
+    path = tmp_path / "fit"
+
+    def read():
+        return measure_divergence(generator, PROMPTS, profiled, state_file=path, **QUIET)
+
+    read()
+    return Format(path, read, (ProfilingError,))
+
+
+def _fidelity(generator, profiled, tmp_path):
+    path = tmp_path / "fidelity"
+
+    def read():
+        caches = {name: lambda: SSDCache(profiled, 24, buffer=5) for name in ("one", "other")}
+        return measure_fidelity(generator, PROMPTS, caches, batch_size=1, state_file=path)
+
+    read()
+    return Format(path, read, (ProfilingError,))
+
+
+def _saved_map(profiled, tmp_path):
+    return profiled.save_pretrained(tmp_path / "map")
+
+
+def _sign(folder):
+    """Give a changed pair of files the right checksum, by the format's documentation, where it still is an object."""
+    config, tensors = folder / "config.json", folder / "head_map.safetensors"
+    with suppress(ValueError, RecursionError):
+        facts = json.loads(config.read_bytes())
+        if isinstance(facts, dict):
+            facts.pop("sha256", None)
+            canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+            facts["sha256"] = hashlib.sha256(canonical.encode() + tensors.read_bytes()).hexdigest()
+            config.write_text(json.dumps(facts))
+
+
+def _map_config(generator, profiled, tmp_path):
+    folder = _saved_map(profiled, tmp_path)
+    read, sign = lambda: HeadMap.from_pretrained(folder), lambda: _sign(folder)
+    return Format(folder / "config.json", read, (HeadMapError,), names_file=False, prepare=sign)
+
+
+def _map_tensors(generator, profiled, tmp_path):
+    folder = _saved_map(profiled, tmp_path)
+    read, sign = lambda: HeadMap.from_pretrained(folder), lambda: _sign(folder)
+    return Format(folder / "head_map.safetensors", read, (HeadMapError,), names_file=False, prepare=sign)
+
+
+def _record(prompt, correct=True):
+    reason = "" if correct else "expected 1 circle, found nothing"
+    caption = "a photo of a circle"
+    return Record("full", {}, 1.0, 576, "0123", 0, prompt, "single_object", caption, correct, reason)
+
+
+RUN: dict[str, Any] = {
+    "conditions": {
+        "bench": "shapes",
+        "grid": [24, 24],
+        "num_per_kind": 1,
+        "prompt_seed": 1,
+        "batch_size": 4,
+        "settings": {},
+        "guidance_scale": 3.0,
+        "temperature": 1.0,
+        "dtype": "float32",
+        "device": "cpu",
+    },
+    "policies": {"full": {"settings": {}, "slots": {"1.0": 576}, "head_map": "0123"}},
+    "command": {"model": "shapes-janus", "head_map": None},
+}
+
+
+def _shapes(tmp_path):
+    folder = tmp_path / "run"
+    with ResultsFolder(folder, RUN) as results:
+        results.append([_record(number, number != 1) for number in range(3)])
+    return folder
+
+
+def _shapes_run(generator, profiled, tmp_path):
+    folder = _shapes(tmp_path)
+
+    def read():
+        ResultsFolder(folder, RUN).close()
+        write_report(read_summary([folder])[0], tmp_path / "report")
+
+    return Format(folder / "run.json", read, (ResultsError,), names_file=False)
+
+
+def _shapes_lines(generator, profiled, tmp_path):
+    folder = _shapes(tmp_path)
+
+    def read():
+        with suppress(ResultsError):  # no line that can be read
+            summary, _ = read_summary([folder])
+            json.dumps(to_json(summary), allow_nan=False)
+            to_markdown(summary).encode()
+        with ResultsFolder(folder, RUN) as results:
+            results.append([_record(number, number != 1) for number in range(3)])
+
+    return Format(folder / "results-0.jsonl", read, (ResultsError,))
+
+
+SETTINGS = {"format": "ssd-cache geneval export 1", "model": "m", "budget": 0.2, "seed": 0, "grid": [24, 24]}
+
+
+def _export(generator, profiled, tmp_path):
+    root = tmp_path / "pictures"
+    claim_folder(root, SETTINGS, "{}\n")
+
+    def read():
+        read_settings(root)
+        claim_folder(root, SETTINGS, "{}\n")
+
+    return Format(root / "settings.json", read, (ExportError,), names_file=False)
+
+
+JUDGE = {"detector": "d", "rules": {"threshold": 0.3}}
+
+
+def _image_results(tmp_path):
+    path = tmp_path / "results.jsonl"
+    prompt = '{"tag": "colors", "prompt": "0"}'
+    results = [
+        ImageResult(f"0000{number}.png", "colors", "0", number > 0, "", prompt, settings=JUDGE) for number in range(3)
+    ]
+    path.write_text("".join(json.dumps(asdict(result)) + "\n" for result in results))
+    return path
+
+
+def _geneval(generator, profiled, tmp_path):
+    path = _image_results(tmp_path)
+
+    def read():
+        results = geneval_score.read_results(path, JUDGE)
+        json.dumps([asdict(result) for result in results])
+        geneval_score.summarize(results or [ImageResult("", "colors", "0", True, "", "")])
+
+    return Format(path, read, (ValueError,))
+
+
+def _geneval_scores(generator, profiled, tmp_path):
+    path = _image_results(tmp_path)
+    return Format(path, lambda: read_prompt_results(path), (ValueError,))
+
+
+def _dpg_rows(tmp_path):
+    path, settings = tmp_path / "results.jsonl", {"name": "vqa", "official": False, "crops": 2}
+    dpg_score.read_results(path, settings)  # begins the file
+    for item_id in ("a", "b"):
+        row = {"item_id": item_id, "key": "k", "answers": [[1, 0], [1, 1]], "score": 0.75}
+        append_row(path, row)
+    return path, settings
+
+
+def _dpg(generator, profiled, tmp_path):
+    path, settings = _dpg_rows(tmp_path)
+
+    def read():
+        for row in dpg_score.read_results(path, settings).values():
+            json.dumps([list(map(bool, crop)) for crop in row["answers"]])
+
+    return Format(path, read, (ValueError,))
+
+
+def _dpg_scores(generator, profiled, tmp_path):
+    path, _ = _dpg_rows(tmp_path)
+    return Format(path, lambda: read_prompt_results(path), (ValueError,))
+
+
+def attack(one: Format, generator, number: int, seed: int) -> int:
+    """Read hostile versions of a file; returns how many were refused."""
+    good, refused = one.path.read_bytes(), []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def would_draw(*_, **__):
+            raise WouldDraw
+
+        patch.setattr(type(generator), "generate", would_draw)
+        for index, hostile in enumerate(mutants(good, number, seed)):
+            one.path.write_bytes(hostile)
+            one.prepare()
+            written = one.path.read_bytes()
+            unchanged = True
+            try:
+                one.read()
+            except WouldDraw:
+                pass
+            except one.errors as error:
+                refused.append((index, error))
+                unchanged = one.path.read_bytes() == written
+            except Exception as error:
+                error.add_note(f"mutant {index} of seed {seed}: {hostile[:300]!r}")
+                raise
+            assert unchanged, "a file that is refused stays as it is"
+    for index, error in refused:
+        message = str(error)
+        assert isinstance(error, ReadableError), (index, type(error), message[:300])
+        assert message.encode(), index
+        assert len(message) <= LONGEST, (index, len(message), message[:300])
+        assert all(char.isprintable() or char == "\n" for char in message), (index, message)
+        assert not one.names_file or one.path.name in message, (index, message)
+    return len(refused)
+
+
+@pytest.mark.parametrize("formats", FORMATS, indirect=True)
+def test_hostile_versions_of_a_file_are_read_or_refused(formats, generator):
+    assert attack(formats, generator, NORMAL, seed=1) > NORMAL // 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("formats", FORMATS, indirect=True)
+def test_many_hostile_versions_of_a_file_are_read_or_refused(formats, generator):
+    attack(formats, generator, MANY, seed=2)

@@ -1,0 +1,203 @@
+"""The fused kernels against the plain loops of reference.py and against torch: Triton's interpreted, and the CPU's own.
+
+`test_fused.py` runs this file twice, each in a process of its own. Triton must be told to interpret before it is
+imported, and then every model of that process takes the kernel; without that, every model takes the loops of
+`cpu_kernels.cpp`, inside `fast_decode` or not. Sizes are small: the interpreter needs a few milliseconds a head.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.models import left_padded_prompts, tiny_janus, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_retention import runs, same_as_plain_loops
+
+from ssd_cache import HeadMap, SSDCache, fast_decode
+from ssd_cache._compat import CACHE
+from ssd_cache.kernels import cpu_loops as cpu_kernels
+from ssd_cache.kernels import dispatch as fused
+
+torch.set_num_threads(1)  # tensors are tiny, and the interpreter's own time is all there is
+
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = fused.DTYPES if INTERPRETS else tuple(cpu_kernels.DECODERS)
+if not INTERPRETS:
+    _can_serve = fused.can_serve
+    fused.can_serve = lambda *states, on_cpu: _can_serve(*states, on_cpu=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@settings(max_examples=40)
+@given(runs(largest_side=3), st.booleans())
+def test_same_tokens_and_outputs_as_plain_loops(run, is_counted):
+    cache = same_as_plain_loops(run, is_counted)
+    assert cache.layers[0].has_kernel
+    assert all(store.queries is None for store in cache.layers[0].stores)
+
+
+GRID = (4, 4)
+LABELS = HeadMap(torch.tensor([[True, False], [False, True]]), grid=GRID)
+SETTINGS = {
+    "one store": {"budget": 8, "buffer": 2},
+    "two stores": {"budget": {"spatial": 8, "semantic": 10}, "buffer": 3, "num_recent": 2},
+    "full": {"budget": 1.0},
+    "last": {"budget": 11, "buffer": 4, "score": "last", "num_sinks": 1},
+    "margin": {"budget": 10, "buffer": 3, "score": "margin"},
+}
+
+
+def torch_path(monkeypatch):
+    monkeypatch.setattr(fused, "can_serve", lambda *states, on_cpu: False)
+
+
+def draw(model, cache, **kwargs):
+    inputs = left_padded_prompts((5, 8))
+    return model.generate(**inputs, generation_mode="image", **{CACHE: cache}, do_sample=False, **kwargs)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_janus_draws_the_tokens_of_the_torch_path_with_its_scores(name, monkeypatch):
+    """With guidance and left padding; tokens equal in float32, as the logits of these models are far apart."""
+    model = tiny_janus(grid_side=4)
+    with_kernel, plain = SSDCache(LABELS, **SETTINGS[name]), SSDCache(LABELS, **SETTINGS[name])
+    tokens = draw(model, with_kernel)
+    torch_path(monkeypatch)
+    assert torch.equal(tokens, draw(model, plain))
+    for ours, theirs in zip(with_kernel.layers, plain.layers, strict=True):
+        assert ours.has_kernel
+        assert not theirs.has_kernel
+        for mine, other in zip(ours.stores, theirs.stores, strict=True):
+            other.score_window()
+            held = slice(other.num_stored)
+            assert torch.equal(mine.positions[..., held], other.positions[..., held])
+            # float32 rounding of two orders of summation, over at most 16 queries
+            torch.testing.assert_close(mine.received, other.received, rtol=1e-4, atol=1e-5)
+            # the last token is drawn and not fed; all else was written by the kernel
+            end = slice(other.num_prompt + other.num_stored)
+            torch.testing.assert_close(mine.keys[:, :, end], other.keys[:, :, end], rtol=1e-4, atol=1e-5)
+            assert mine.bookkeeping_nbytes <= other.bookkeeping_nbytes
+
+
+def test_compiled_steps_with_the_kernel_are_one_graph():
+    from torch._dynamo.utils import counters
+
+    model = tiny_janus(grid_side=4)
+    expected, caches = draw(model, SSDCache(LABELS, 8, buffer=2)), [SSDCache(LABELS, 8, buffer=2) for _ in range(2)]
+    counters.clear()
+    with fast_decode(model):
+        for cache in caches:
+            assert torch.equal(draw(model, cache), expected)
+            assert counters["stats"]["unique_graphs"] == 1
+            assert all(layer.has_kernel for layer in cache.layers)
+
+
+def test_text_model_with_grouped_heads_and_left_padding(monkeypatch):
+    model = tiny_llama()
+    options = {**left_padded_prompts((7, 4)), "do_sample": False, "max_new_tokens": 14}
+    cache = SSDCache(LABELS, 8, buffer=2)
+    tokens = model.generate(**{CACHE: cache}, **options)
+    assert all(layer.has_kernel for layer in cache.layers)
+    torch_path(monkeypatch)
+    assert torch.equal(tokens, model.generate(**{CACHE: SSDCache(LABELS, 8, buffer=2)}, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_one_step_in_numbers_of_any_precision(dtype, groups):
+    """Sizes that fill no tile: 145 columns of 20 and 12 numbers; two of a layer's three heads, one of them scored."""
+    batch, num_prompt, num_slots, slot = 2, 5, 150, 140
+    heads, end = torch.tensor([2, 0]), num_prompt + slot
+    query = torch.randn(batch, 3, groups, 20).to(dtype)
+    new_key, new_value = torch.randn(batch, 3, 1, 20).to(dtype), torch.randn(batch, 3, 1, 12).to(dtype)
+    keys = torch.randn(batch, 2, num_prompt + num_slots, 20).to(dtype)
+    values = torch.randn(batch, 2, num_prompt + num_slots, 12).to(dtype)
+    mask = torch.ones(batch, num_prompt + num_slots, dtype=torch.bool)
+    mask[1, :3] = False
+    scores = torch.rand(batch, 1, num_slots)
+    before = keys.clone(), values.clone(), scores.clone()
+    output = torch.full((batch, 3, groups, 12), 7.0, dtype=dtype)
+    fused.decode(query, new_key, new_value, keys, values, scores, heads, mask, torch.tensor(slot), 0.3, output)
+
+    assert torch.equal(keys[:, :, end], new_key[:, heads, 0])
+    assert torch.equal(values[:, :, end], new_value[:, heads, 0])
+    for now, then in zip((keys, values), before, strict=False):
+        now[:, :, end] = then[:, :, end]
+        assert torch.equal(now, then), "nothing but the token's column is written"
+    assert (output[:, 1] == 7).all(), "the head that is not of this store is left alone"
+
+    keys[:, :, end], values[:, :, end] = new_key[:, heads, 0], new_value[:, heads, 0]
+    seen = mask[:, None, None, : end + 1]
+    arguments = query[:, heads], keys[:, :, : end + 1], values[:, :, : end + 1]
+    exact = F.scaled_dot_product_attention(*(states.double() for states in arguments), seen, scale=0.3)
+    plain = F.scaled_dot_product_attention(*arguments, seen, scale=0.3)
+    error, torch_error = ((states.double() - exact).abs().max() for states in (output[:, heads], plain))
+    # twice what torch's own attention errs by in this dtype; for a matrix product, weights are rounded to it first
+    rounding = 0 if groups == 1 else torch.finfo(dtype).eps / 2 * values.abs().max()
+    assert error <= 2 * torch_error + rounding + 1e-7
+
+    logits = (0.3 * arguments[0].double() @ arguments[1].double().mT).masked_fill(~seen, float("-inf"))
+    received = torch.zeros(batch, num_slots, dtype=torch.float64)
+    received[:, : slot + 1] = logits.softmax(-1)[:, 0, :, num_prompt:].sum(1)
+    # sums in float32, whatever the dtype, of at most 150 shares below 1
+    torch.testing.assert_close(scores[:, 0].double(), before[2][:, 0] + received, rtol=1e-5, atol=1e-6)
+
+
+def test_an_online_layer_and_gradients_keep_the_torch_path():
+    model = tiny_llama()
+    inputs = left_padded_prompts((4, 4))["input_ids"]
+    online = SSDCache(HeadMap.online(num_layers=2, num_kv_heads=2, grid=GRID), 0.5, buffer=2)
+    graded = SSDCache(LABELS, 0.5, buffer=2)
+    for cache, has_grad in ((online, False), (graded, True)):
+        with torch.set_grad_enabled(has_grad):
+            model(inputs, past_key_values=cache)
+            model(inputs[:, :1], past_key_values=cache)
+        assert not any(layer.has_kernel for layer in cache.layers)
+
+
+def test_gradients_and_another_attention_in_mid_picture_are_refused():
+    model, cache = tiny_llama(), SSDCache(LABELS, 0.5, buffer=2)
+    inputs = left_padded_prompts((4, 4))["input_ids"]
+    model(inputs, past_key_values=cache)
+    model(inputs[:, :1], past_key_values=cache)
+    with torch.enable_grad(), pytest.raises(ValueError, match="without gradients"):
+        model(inputs[:, :1], past_key_values=cache)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises((ValueError, AttributeError), match="'ssd'"):
+        model(inputs[:, :1], past_key_values=cache)
+
+
+def test_a_kernel_that_fails_or_errs_is_not_used(monkeypatch):
+    query = torch.randn(1, 2, 1, 7)
+    for launch, reason in ((lambda *args: None, "errs by"), (lambda *args: 1 / 0, "division by zero")):
+        fused.passes_trial.cache_clear()
+        monkeypatch.setattr(fused, "_launch", launch)
+        with pytest.warns(UserWarning, match=reason):
+            assert not fused.can_serve(query, query, query, on_cpu=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert not fused.can_serve(query, query, query, on_cpu=True), "it is tried once, and said once"
+    fused.passes_trial.cache_clear()
+
+
+@pytest.mark.skipif(not INTERPRETS, reason="the loops for the CPU refuse them")
+@pytest.mark.parametrize(
+    ("heads", "slot", "wrong"), [([5, 1], 3, [0]), ([-1, 2], 3, [0]), ([1, 2], -1, [0]), ([1, 2], 10, [0])]
+)
+def test_heads_and_slots_that_are_not_there_give_nan(heads, slot, wrong):
+    """A GPU cannot raise; head 0 and slot 0 stand in for them, and memory stays whole."""
+    states, output = torch.randn(1, 3, 1, 4), torch.zeros(1, 3, 1, 4)
+    keys, values, scores = torch.zeros(1, 2, 12, 4), torch.zeros(1, 2, 12, 4), torch.zeros(1, 1, 10)
+    arguments = states, states, states, keys, values, scores, torch.tensor(heads), None, torch.tensor(slot)
+    fused.decode(*arguments, 0.5, output)
+    assert output.isnan().any(-1).flatten().nonzero().flatten().tolist() == wrong

@@ -1,0 +1,459 @@
+"""Learned scores: evictions pretended as the cache makes them, gradients, learning, and what a map carries."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.models import random_score
+from helpers.tiny_checkpoint import SIDE, write_checkpoint, write_family
+from hypothesis import given
+from test_retention import held_tokens, runs
+from typer.testing import CliRunner
+
+from ssd_cache import HeadMap, HeadMapError, SSDCache, learn_score
+from ssd_cache.cli import app
+from ssd_cache.evaluation.fidelity import measure_fidelity
+from ssd_cache.head_map.learned_score import LearnedScore
+from ssd_cache.models import GeneratorError, find_generator
+from ssd_cache.runs.run_state import ProfilingError, read_state, write_state
+from ssd_cache.training import learning
+from ssd_cache.training.learning_state import FORMAT, WHAT, LearningRun, LearningState
+from ssd_cache.training.pretended import masked_softmax, retained_tokens
+from ssd_cache.training.recording import record_images, replay_images
+from ssd_cache.training.trainer import Trainer
+
+GRID = (SIDE, SIDE)
+PROMPTS = ["a photo of a red circle", "a photo of a circle left of a blue square", "a photo of two triangles"]
+SETTINGS = {"budget": 24, "buffer": 5, "batch_size": 2, "progress": False}
+
+
+@given(runs())
+def test_pretended_evictions_leave_the_tokens_that_the_cache_holds(run):
+    torch.manual_seed(run["seed"])
+    grid, heads, dim = run["grid"], len(run["is_spatial"]), 4
+    length = min(run["num_visual"], grid[0] * grid[1])
+    keys, values = (torch.randn(run["batch"], heads, length, dim) for _ in range(2))
+    learned = random_score(1, heads, dim, grid)
+    head_map = HeadMap(torch.tensor([run["is_spatial"]]), grid=grid, learned=learned)
+    settings = {name: run[name] for name in ("buffer", "num_recent", "num_sinks")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cache = SSDCache(head_map, run["slots"], **settings)
+    (layer,) = cache.layers
+    pretended = retained_tokens(layer.plan, learned.at(0), keys, values, softness=1.0)
+    layer.update(keys[:, :, :1], values[:, :, :1])  # a prompt of one token
+    for step in range(length):
+        layer._query_missing = False  # nothing attends here
+        layer.update(keys[:, :, step : step + 1], values[:, :, step : step + 1])
+        for (row, head), held in held_tokens(layer).items():
+            assert pretended[row, head, step, : step + 1].nonzero()[:, 0].tolist() == held
+
+
+def test_the_cut_moves_with_the_scores_near_it():
+    """Raising what was dropped by a little would keep more of it: the gradient says so, and that others then go."""
+    learned = random_score(1, 1, 2, (2, 4)).at(0)
+    learned = replace(learned, row=torch.zeros(1, 2, 2), column=torch.zeros(1, 2, 4), key=torch.tensor([[1.0, 0.0]]))
+    learned = replace(learned, value=torch.zeros(1, 2))
+    cache = SSDCache(HeadMap(torch.tensor([[False]]), grid=(2, 4)), 5, buffer=3, num_recent=0)
+    keys = torch.zeros(1, 1, 6, 2)
+    keys[..., 0] = torch.tensor([0.3, 0.9, 0.1, 0.8, 0.2, 0.5])
+    keys.requires_grad_(True)
+    held = retained_tokens(cache.layers[0].plan, learned, keys, torch.zeros(1, 1, 6, 2), softness=1.0)
+    assert held[0, 0, 5].tolist() == [0, 1, 0, 1, 0, 1]
+    held[0, 0, 5, 0].backward()
+    slope = keys.grad[0, 0, :, 0]
+    assert slope[0] > 0 > slope[1:5].max()
+    assert slope[5] == 0
+    assert slope.sum().abs() < 1e-6  # all scores higher: the same choice
+
+
+def test_masked_softmax_credits_what_is_left_out_with_its_weight():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 2, 7, 7, dtype=torch.float64).masked_fill(~torch.ones(7, 7).tril().bool(), -torch.inf)
+    held = (torch.rand(2, 3, 5, 5) < 0.6).double() * torch.ones(5, 5).tril()
+    held.diagonal(dim1=-2, dim2=-1).fill_(1)
+    held.requires_grad_(True)
+    logits.requires_grad_(True)
+    weights = masked_softmax(logits, held)
+    cut = logits.detach().clone()
+    cut[..., 2:, 2:].masked_fill_(held.detach()[:, :, None] == 0, -torch.inf)
+    cut.requires_grad_(True)
+    expected = cut.softmax(-1)
+    torch.testing.assert_close(weights, expected)
+    values = torch.randn(7, 3, dtype=torch.float64)
+    (weights @ values).sum().backward()
+    (expected @ values).sum().backward()
+    torch.testing.assert_close(logits.grad, cut.grad.nan_to_num())
+    left_out = (held == 0) & torch.ones(5, 5).tril().bool()
+    row, head, query, token = left_out.nonzero()[0].tolist()
+    difference = 0.0
+    for group in range(2):  # let in alone, the output moves by its new weight
+        let_in = cut.detach()[row, head, group, 2 + query].clone()
+        let_in[2 + token] = logits[row, head, group, 2 + query, 2 + token]
+        before = cut.detach()[row, head, group, 2 + query].softmax(-1)
+        difference += ((let_in.softmax(-1) - before) @ values).sum()
+    torch.testing.assert_close(held.grad[row, head, query, token], difference)
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory):
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("model"), guidance_scale=2.0)
+    return find_generator(str(checkpoint)).load("float32", "cpu")
+
+
+def labels(learned=None, grid=GRID) -> HeadMap:
+    return HeadMap(torch.tensor([[False, True], [False, False]]), grid, learned=learned)
+
+
+def divergence(generator, head_map, prompts=PROMPTS, **settings) -> float:
+    """Of a token, mean over the pictures; the cache itself draws along."""
+    caches = {"one": lambda: SSDCache(head_map, 24, buffer=5)}
+    (result,) = measure_fidelity(generator, prompts, caches, **settings).values()
+    return result.kl.sum().item() / len(prompts) / head_map.num_visual_tokens
+
+
+@pytest.mark.parametrize("family", ["janus", "emu3", "llama"])
+def test_the_loss_is_the_divergence_of_the_cache_that_the_score_would_serve(family, tmp_path):
+    """Of a cache that really evicts, token by token: prompts padded on the left, guidance rows, grouped heads."""
+    found = find_generator(str(write_family(family, tmp_path / family)), None if family == "janus" else GRID)
+    generator = found.load("float32", "cpu")
+    text = found.family.text_config_of(found.config)
+    torch.manual_seed(1)
+    score = random_score(2, found.num_kv_heads, text.hidden_size // text.num_attention_heads, found.grid)
+    head_map, losses = labels(score, found.grid), []
+    scale = {} if generator.default_guidance is None else {"guidance_scale": 2.0}
+    with pytest.MonkeyPatch.context() as patch:
+        step = Trainer.step
+
+        def record(*args):
+            state, loss = step(*args)
+            losses.append(loss)
+            return state, loss
+
+        patch.setattr(Trainer, "step", record)
+        prompts = PROMPTS if family == "janus" else ["a red circle", "a blue square and a red circle"]
+        settings = {**SETTINGS, "batch_size": 3, "state_file": tmp_path / "state"}
+        learn_score(generator, prompts, head_map, **settings, num_steps=1, **scale)
+    expected = divergence(generator, head_map, prompts, **scale)
+    assert expected > 1e-4
+    assert losses == [pytest.approx(expected, rel=1e-3)]
+
+
+def test_learning_lowers_the_divergence_and_leaves_the_model_as_it_was(generator):
+    before = [parameter.clone() for parameter in generator.model.parameters()]
+    start = learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=1, learning_rate=1e-9)
+    learned = learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=40, learning_rate=0.05)
+    assert divergence(generator, learned) < 0.7 * divergence(generator, start)
+    assert all(torch.equal(*pair) for pair in zip(before, generator.model.parameters(), strict=True))
+    assert generator.language_model.get_decoder().config._attn_implementation == "ssd"
+    assert all(parameter.requires_grad for parameter in generator.model.parameters())
+    assert not any(hasattr(module, "ssd_attend") for module in generator.model.modules())
+    assert (learned.budget, learned.profile["learning"]["num_steps"]) == (24, 40)
+    assert torch.equal(learned.is_spatial, labels().is_spatial)
+
+
+def test_a_number_scales_the_slots_of_a_fitted_map_and_the_new_map_keeps_them(generator):
+    fitted = replace(labels(), budget=[[12, 40], [30, 14]])
+    learned = learn_score(generator, PROMPTS, fitted, **SETTINGS | {"budget": 32, "buffer": 2}, num_steps=1)
+    assert learned.budget == [[16, 53], [40, 19]]
+    assert SSDCache(learned).num_slots == SSDCache(fitted, 32, buffer=2, num_recent=0).num_slots
+    assert learn_score(generator, PROMPTS, fitted, **SETTINGS | {"budget": None, "buffer": 2}, num_steps=1).budget == (
+        fitted.budget
+    )
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """Interrupts learning at the step after `number` steps."""
+
+    def stop(number):
+        step = Trainer.step
+
+        def stops(trainer, state, recording):
+            if state.num_steps == number:
+                raise KeyboardInterrupt
+            return step(trainer, state, recording)
+
+        monkeypatch.setattr(Trainer, "step", stops)
+        return lambda: monkeypatch.setattr(Trainer, "step", step)
+
+    return stop
+
+
+def forbid_images(generator, patch):
+    """Let the model replay tokens, which needs a cache, and generate no image."""
+    generate = type(generator).generate
+
+    def replays(self, prompts, cache=None, **settings):
+        assert cache is not None, "an image is generated again"
+        return generate(self, prompts, cache, **settings)
+
+    patch.setattr(type(generator), "generate", replays)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_score(generator, tmp_path, monkeypatch, stop):
+    whole = learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=5)
+    state, go_on = tmp_path / "state", stop(3)
+    with pytest.raises(KeyboardInterrupt):
+        learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=5, state_file=state)
+    go_on()
+    with pytest.raises(ProfilingError, match="learning_rate 0.02 there, 0.03 now"):
+        learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=5, learning_rate=0.03, state_file=state)
+    with pytest.raises(ProfilingError, match="3 steps were taken, but num_steps=2: give at least 3"):
+        learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=2, state_file=state)
+    with monkeypatch.context() as patch:
+        forbid_images(generator, patch)
+        steps, step = [], Trainer.step
+        patch.setattr(Trainer, "step", lambda *args: steps.append(1) or step(*args))
+        assert learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=5, state_file=state) == whole
+        assert len(steps) == 2  # every step before the interruption is kept
+    with monkeypatch.context() as patch:  # nothing is left to do
+        patch.setattr(type(generator), "generate", None)
+        assert learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=5, state_file=state) == whole
+
+
+@pytest.mark.parametrize("first", [3, 2])
+def test_more_steps_extend_a_run_on_the_schedule_of_the_new_total(generator, tmp_path, monkeypatch, stop, first):
+    """A finished run of 3 steps, and one of 3 that was interrupted after 2."""
+    state, go_on = tmp_path / "state", stop(first)
+    if first == 3:
+        learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=3, state_file=state)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=3, state_file=state)
+    go_on()
+    rates, follow = [], LearningState.follow
+    with monkeypatch.context() as patch:
+        forbid_images(generator, patch)
+        patch.setattr(LearningState, "follow", lambda *args: rates.append(args[2]) or follow(*args))
+        longer = learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=6, state_file=state)
+    assert rates == [0.02 * (step + 1) / 10 * (1 - step / 6) ** 0.5 for step in range(first, 6)]
+    facts = longer.profile["learning"]
+    assert (facts["num_steps"], facts["stages"]) == (6, [[0, 3], [first, 6]])
+    assert "stages" not in learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=6).profile["learning"]
+    # the state is that of the longer run now
+    assert learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=6, state_file=state) == longer
+
+
+def test_images_are_kept_batch_by_batch(generator, tmp_path, monkeypatch):
+    monkeypatch.setattr(learning, "BATCHES_AT_ONCE", 1)
+    state, drawn, generate = tmp_path / "state", [], type(generator).generate
+
+    def stops(self, prompts, cache=None, **settings):
+        if cache is None:
+            drawn.append((len(prompts), settings["seed"]))
+            if len(drawn) == 2:
+                raise KeyboardInterrupt
+        return generate(self, prompts, cache, **settings)
+
+    monkeypatch.setattr(type(generator), "generate", stops)
+    with pytest.raises(KeyboardInterrupt):
+        learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=1, state_file=state)
+    learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=1, state_file=state)
+    assert drawn == [(2, 0), (1, 1), (1, 1), (8, 2)]  # the last are the held-out ones
+
+
+def test_steps_are_saved_by_the_clock(generator, tmp_path, monkeypatch):
+    saved, save = [], LearningRun.save
+
+    def record(run):
+        saved.append((run.num_steps, run.after is not None))
+        save(run)
+
+    monkeypatch.setattr(LearningRun, "save", record)
+    for seconds, expected in ((0, [1, 2, 3]), (3600, [])):
+        monkeypatch.setattr(learning, "SAVE_SECONDS", seconds)
+        saved.clear()
+        state = tmp_path / f"state-{seconds}"
+        learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=3, state_file=state)
+        # two batches of images, the first divergence, then steps, the end of the steps, and the last divergence
+        assert saved == [*[(0, False)] * 3, *[(number, False) for number in expected], (3, False), (3, True)]
+
+
+@pytest.mark.parametrize("family", ["janus", "emu3", "llama"])
+def test_replayed_images_give_the_same_inputs_bit_for_bit(family, tmp_path):
+    found = find_generator(str(write_family(family, tmp_path / family)), None if family == "janus" else GRID)
+    generator = found.load("float32", "cpu")
+    decoder = generator.language_model.get_decoder()
+    prompts = ["a red circle", "a blue square and a red circle"]
+    recording, tokens = record_images(generator, prompts, seed=3)
+    layers = []
+    handle = decoder.layers[0].register_forward_hook(lambda *_: layers.append(1))
+    again = replay_images(generator, prompts, tokens, seed=3)
+    handle.remove()
+    assert not layers  # no layer runs
+    assert again.inputs.keys() == recording.inputs.keys()
+    for name, tensor in recording.inputs.items():
+        assert torch.equal(again.inputs[name], tensor)
+    assert torch.equal(again.seen, recording.seen)
+    assert torch.equal(again.is_unconditional, recording.is_unconditional)
+    assert "forward" not in vars(decoder)
+    assert not generator.visual_head._forward_hooks
+    for wrong in (tokens[:1], tokens.float(), -1 - tokens, tokens + 10**6):
+        with pytest.raises(GeneratorError, match="tokens (are|hold)"):
+            replay_images(generator, prompts, wrong, seed=3)
+
+
+def test_held_out_images_are_compared_before_and_after(generator):
+    learned = learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=40, learning_rate=0.05)
+    facts = learned.profile["learning"]["held_out"]
+    assert facts["num_images"] == 8
+    start = learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=1, learning_rate=1e-9)
+    prompts = [PROMPTS[index * 3 // 8] for index in range(8)]
+    # the cache itself; the images are those of the seed after the one training batch, on the same prompts
+    for head_map, name in ((start, "before"), (learned, "after")):
+        assert divergence(generator, head_map, prompts, seed=1) == pytest.approx(facts[name], rel=1e-3)
+    assert facts["after"] - facts["before"] < -2 * facts["standard_error"] < 0
+
+
+@pytest.mark.parametrize("content", [b"no state", b"", (2).to_bytes(8, "little") + b"{}"])
+def test_other_files_are_refused(generator, tmp_path, content):
+    state = tmp_path / "state"
+    state.write_bytes(content)
+    with pytest.raises(ProfilingError, match="not the state of learning a score .* give another file, or delete it"):
+        learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=5, state_file=state)
+    assert state.read_bytes() == content
+
+
+def test_states_of_the_first_format_and_damaged_ones_are_refused(generator, tmp_path):
+    state = tmp_path / "state"
+    learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=1, state_file=state)
+    good = read_state(state, FORMAT, WHAT)
+    write_state(state, "ssd-cache learning 1", good, WHAT)
+    with pytest.raises(ProfilingError, match="it is of another kind or version"):
+        learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=1, state_file=state)
+    row = good.tensors["score.row"]
+    for name, tensor in (("score.row", row[:1] + 1), ("mean.row", row[:1] + 1), ("score.row", row * torch.nan)):
+        write_state(state, FORMAT, replace(good, tensors={**good.tensors, name: tensor}), WHAT)
+        with pytest.raises(ProfilingError, match="not the state of learning a score"):
+            learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=1, state_file=state)
+
+
+def test_steps_are_adams():
+    torch.manual_seed(0)
+    start = random_score(1, 2, 3, (2, 2))
+    state, ours = LearningState.beginning(start), []
+    theirs = {name: tensor.clone().requires_grad_(True) for name, tensor in start.tensors().items()}
+    groups = [{"params": [theirs[name]], "lr": 0.03 / (3 if name in ("key", "value") else 1)} for name in theirs]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.98))
+    for _ in range(4):
+        for tensor in theirs.values():
+            tensor.grad = torch.randn_like(tensor)
+        state = state.follow({name: tensor.grad for name, tensor in theirs.items()}, 0.03)
+        adam.step()
+        ours.append(state.score())
+    for name, tensor in ours[-1].tensors().items():
+        torch.testing.assert_close(tensor, theirs[name].detach())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_steps": 0}, "num_steps=0"),
+        ({"learning_rate": 1.0}, "learning_rate=1.0 is out of range"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"budget": 0.01}, "fewer than"),
+        ({"budget": 1.0}, "no head of this map ranks tokens at this budget"),
+        ({"temperature": 0.0}, "temperature=0 leaves one token that is certain"),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_anything_is_drawn(generator, monkeypatch, settings, message):
+    monkeypatch.setattr(type(generator), "generate", None)
+    with pytest.raises(ValueError, match=message):
+        learn_score(generator, PROMPTS, labels(), **SETTINGS | settings)
+
+
+def test_maps_that_nothing_can_be_learned_for_are_refused(generator):
+    online = HeadMap.online(num_layers=2, num_kv_heads=2, grid=GRID)
+    with pytest.raises(ValueError, match="finds its labels during generation"):
+        learn_score(generator, PROMPTS, online, **SETTINGS)
+    with pytest.raises(HeadMapError, match="use the map that was made for this model"):
+        learn_score(generator, PROMPTS, HeadMap.uniform("semantic", num_layers=3, num_kv_heads=2, grid=GRID))
+    with pytest.raises(GeneratorError, match="give at least one prompt"):
+        learn_score(generator, [], labels(), **SETTINGS)
+
+
+def test_a_place_without_room_for_the_state_is_refused_before_anything_is_drawn(generator, monkeypatch):
+    monkeypatch.setattr(type(generator), "generate", None)
+    with pytest.raises(ProfilingError, match="the state of this run cannot be written"):
+        learn_score(generator, PROMPTS, labels(), **SETTINGS, state_file="/dev/null/state")
+
+
+def test_a_map_carries_its_score_through_files_and_names_itself_by_it(tmp_path):
+    torch.manual_seed(0)
+    learned = labels(random_score(2, 2, 3, GRID))
+    read = HeadMap.from_pretrained(learned.save_pretrained(tmp_path / "map"))
+    assert read == learned
+    assert read.digest == learned.digest != labels().digest
+    assert "learned score" in repr(read)
+    for name, tensor in learned.learned.tensors().items():
+        assert torch.equal(getattr(read.learned, name), tensor)
+    assert read != labels(random_score(2, 2, 3, GRID))
+    assert read != labels()
+    assert SSDCache(read, 24, buffer=5).score == "learned"
+    assert SSDCache(read, 24, buffer=5).num_recent == 0
+    assert SSDCache(read, 24, buffer=5, score="sum").num_recent == 0.25
+    assert (~read).learned is None
+    assert read.with_grid((4, 4)).learned is None
+    assert read.with_grid(GRID) is read
+
+
+def test_each_process_of_a_split_model_takes_the_score_of_its_heads():
+    torch.manual_seed(0)
+    whole = labels(random_score(2, 2, 3, GRID))
+    for index in range(2):
+        part = SSDCache(whole, 24, buffer=5, shard=(index, 2)).layers[1].plan.scorer.learned
+        assert all(
+            torch.equal(tensor[0], getattr(whole.learned, name)[1, index]) for name, tensor in part.tensors().items()
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row": torch.zeros(2, 2, SIDE, SIDE + 1)}, r"row of the learned score is torch.float32 \[2, 2, 8, 9\]"),
+        ({"column": torch.zeros(2, 2, SIDE)}, "column of the learned score"),
+        ({"key": torch.zeros(2, 3, 4)}, r"must be a float tensor \[2, 2, head_dim\]"),
+        ({"value": torch.zeros(2, 2, 0)}, "value of the learned score"),
+        ({"key": torch.zeros(2, 2, 4, dtype=torch.int64)}, "torch.int64"),
+        ({"key": torch.full((2, 2, 4), torch.nan)}, "NaN or infinite"),
+    ],
+)
+def test_scores_that_do_not_fit_the_map_are_refused(change, message):
+    score = LearnedScore(**random_score(2, 2, 4, GRID).tensors() | change)
+    with pytest.raises(HeadMapError, match=message):
+        labels(score)
+
+
+def test_a_map_with_previews_or_a_score_of_another_kind_is_refused():
+    with pytest.raises(HeadMapError, match="single grid"):
+        HeadMap(torch.tensor([[False]]), GRID, previews=[(2, 2)], learned=random_score(1, 1, 4, GRID))
+    with pytest.raises(HeadMapError, match="give a LearnedScore"):
+        HeadMap(torch.tensor([[False]]), GRID, learned=torch.zeros(3))
+
+
+def test_the_command_writes_a_map_that_a_cache_takes(generator, tmp_path):
+    source = labels().save_pretrained(tmp_path / "labels")
+    arguments = [
+        "--model",
+        generator.checkpoint.source,
+        "--head-map",
+        str(source),
+        "--buffer",
+        "5",
+        "--batch-size",
+        "2",
+    ]
+    output = tmp_path / "learned"
+    command = ["learn", *PROMPTS, *arguments, "--budget", "24", "--steps", "2", "-o", str(output)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "learned score" in result.output
+    written = HeadMap.from_pretrained(output)
+    assert written == learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=2)
+    result = CliRunner().invoke(app, ["learn", *PROMPTS, *arguments, "--rate", "3"])
+    assert result.exit_code == 2
+    assert "learning_rate=3.0" in result.output

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask the network for anything
 
+import huggingface_hub
 import pytest
 import torch
+from helpers.hub_server import HubServer, connect
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -30,3 +33,13 @@ def made(monkeypatch):
     own, made = enabling.SSDCache, []
     monkeypatch.setattr(enabling, "SSDCache", lambda *args, **kwargs: made.append(own(*args, **kwargs)) or made[-1])
     return made
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub without repositories; huggingface_hub connects to it, keeps its cache in tmp_path, and does not sleep."""
+    with HubServer() as hub:
+        connect(hub.url, monkeypatch, tmp_path / "cache")
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        yield hub
+        huggingface_hub.utils.close_session()

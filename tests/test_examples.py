@@ -16,7 +16,6 @@ import pytest
 import torch
 from helpers.tiny_checkpoint import SIDE, write_checkpoint
 from PIL import Image
-from test_head_map_hub import hub  # noqa: F401, a fixture
 
 from ssd_cache import HeadMap, SSDCache
 from ssd_cache.models import find_generator
@@ -60,7 +59,7 @@ def test_generate_janus_pro(folder, tmp_path, capsys, head_map):
         assert first.tobytes() == second.tobytes()
 
 
-def test_publish_head_map(folder, prompts_file, tmp_path, capsys, monkeypatch, hub):  # noqa: F811
+def test_publish_head_map(folder, prompts_file, tmp_path, capsys, monkeypatch, hub):
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     load("publish_head_map").main(
         prompts_file, model=str(folder), budget=0.5, device="cpu", output=tmp_path / "map", repo="me/new-map"

@@ -8,20 +8,13 @@ import warnings
 
 import pytest
 import torch
+from helpers.caches import GRID, draw_picture, feed, half_drawn, mixed_map, move_and_go_on, random_states
 from helpers.models import left_padded_prompts, random_score, tiny_janus, tiny_llama
 from transformers import DynamicCache, DynamicLayer
 
 from ssd_cache import POLICIES, HeadMap, HeadMapError, SSDCache, enable
 from ssd_cache._compat import CACHE
 from ssd_cache.cache.scorers import SCORES
-
-GRID = (6, 6)
-
-
-def mixed_map(layers=2, kv_heads=2, grid=GRID, learned=None):
-    is_spatial = torch.arange(layers * kv_heads).reshape(layers, kv_heads) % 3 != 0
-    is_spatial[0, 0] = False
-    return HeadMap(is_spatial, grid=grid, learned=learned)
 
 
 def learned_map():
@@ -37,12 +30,6 @@ def maps(layers, kv_heads, grid):
         "semantic": HeadMap.uniform("semantic", **shape),
         "mixed": mixed_map(layers, kv_heads, grid),
     }
-
-
-def draw_picture(model, cache, lengths=(5, 9, 3), seed=0, **kwargs):
-    torch.manual_seed(seed)
-    kwargs = {"do_sample": True, "guidance_scale": 5.0, **kwargs}
-    return model.generate(**left_padded_prompts(lengths), generation_mode="image", **{CACHE: cache}, **kwargs)
 
 
 @pytest.mark.parametrize("kind", ["spatial", "semantic", "mixed"])
@@ -155,50 +142,6 @@ def test_left_padding_changes_nothing_when_layers_differ_in_length():
 
 
 # --- state moves as one ---------------------------------------------------------------------------------------
-
-
-def random_states(batch, new, seed, kv_heads=2, dim=8):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, kv_heads, new, dim, generator=generator) for _ in range(3)]
-
-
-def feed(cache, states, rows=None):
-    from types import SimpleNamespace
-
-    from ssd_cache.cache.attention import ssd_attention_forward
-
-    outputs = []
-    for layer in range(len(cache.layers)):
-        query, key, value = (part if rows is None else part[rows] for part in states)
-        keys, values = cache.update(key, value, layer)
-        module = SimpleNamespace(num_key_value_groups=1, is_causal=True)
-        outputs.append(ssd_attention_forward(module, query, keys, values, None)[0])
-    return torch.stack(outputs)
-
-
-def half_drawn(budget, rows=None, **settings):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        cache = SSDCache(mixed_map(), budget, **{"buffer": 4, "num_recent": 2, **settings})
-    feed(cache, random_states(3, 5, 0), rows)
-    for step in range(17):
-        feed(cache, random_states(3, 1, 1 + step), rows)
-    return cache
-
-
-def move_and_go_on(moved, expected, move, rows):
-    """Move the rows of one cache, and feed both the same; the other was given these `rows` from the start."""
-    if move == "reorder":
-        moved.reorder_cache(rows)
-    elif move == "select":
-        moved.batch_select_indices(rows)
-    elif move == "mask":
-        moved.batch_select_indices(torch.tensor([True, False, True]))
-    else:
-        moved.batch_repeat_interleave(2)
-    for step in range(20):
-        states = random_states(3, 1, 100 + step)
-        torch.testing.assert_close(feed(moved, states, rows), feed(expected, states, rows))
 
 
 @pytest.mark.parametrize("budget", [12, {"spatial": 9, "semantic": 13}])

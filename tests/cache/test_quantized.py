@@ -9,15 +9,14 @@ import copy
 import warnings
 
 import pytest
-import test_cache
 import torch
+from helpers.caches import draw_picture, feed, half_drawn, mixed_map, move_and_go_on, random_states
 from helpers.compiling import needs_compiler, static_addresses
 from helpers.models import left_padded_prompts, tiny_janus, tiny_llama
+from helpers.plain_loops import runs, same_as_plain_loops
 from helpers.reference import eight_bits, float8
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cache import draw_picture, feed, mixed_map, move_and_go_on, random_states
-from test_retention import runs, same_as_plain_loops
 from torch._dynamo.utils import counters
 
 from ssd_cache import HeadMap, SSDCache, enable, fast_decode
@@ -216,15 +215,15 @@ def test_a_full_budget_is_quantised_and_near_the_full_cache(kv_dtype):
 # --- state that moves as one
 
 
-def half_drawn(kv_dtype, rows=None):
-    return test_cache.half_drawn({"spatial": 9, "semantic": 13}, rows, num_recent=3, kv_dtype=kv_dtype)
+def half_drawn_in_8_bits(kv_dtype, rows=None):
+    return half_drawn({"spatial": 9, "semantic": 13}, rows, num_recent=3, kv_dtype=kv_dtype)
 
 
 @both
 @pytest.mark.parametrize("move", ["reorder", "select", "repeat"])
 def test_rows_move_with_their_scales(kv_dtype, move):
     rows = torch.tensor({"reorder": [2, 0, 0], "select": [1, 2], "repeat": [0, 0, 1, 1, 2, 2]}[move])
-    moved, expected = half_drawn(kv_dtype), half_drawn(kv_dtype, rows)
+    moved, expected = half_drawn_in_8_bits(kv_dtype), half_drawn_in_8_bits(kv_dtype, rows)
     move_and_go_on(moved, expected, move, rows)
     assert moved.nbytes == expected.nbytes
 
@@ -243,7 +242,7 @@ def test_reset_makes_it_as_new(kv_dtype):
 
 @both
 def test_a_deep_copy_goes_on_alike_and_apart(kv_dtype):
-    original = half_drawn(kv_dtype)
+    original = half_drawn_in_8_bits(kv_dtype)
     copied = copy.deepcopy(original)
     for step in range(12):
         states = random_states(3, 1, 50 + step)

@@ -10,13 +10,12 @@ import io
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from helpers.hub_server import HubServer, Repo, connect
+from helpers.hub_server import HubServer, Repo
 from PIL import Image
 
 import ssd_cache
@@ -33,15 +32,11 @@ def files_of(head_map: HeadMap, folder: str = "") -> dict[str, bytes]:
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub with `user/map`; huggingface_hub talks to it, keeps its cache in tmp_path, and does not sleep."""
-    with HubServer() as hub:
-        hub.repos[REPO] = Repo()
-        hub.repos[REPO].commit(files_of(MAP))
-        connect(hub.url, monkeypatch, tmp_path / "cache")
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        yield hub
-        huggingface_hub.utils.close_session()
+def hub(hub):
+    """A Hub with `user/map`."""
+    hub.repos[REPO] = Repo()
+    hub.repos[REPO].commit(files_of(MAP))
+    return hub
 
 
 def refusal(*args, **kwargs) -> str:

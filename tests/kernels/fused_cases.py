@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.models import left_padded_prompts, tiny_janus, tiny_llama
+from helpers.plain_loops import runs, same_as_plain_loops
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_retention import runs, same_as_plain_loops
 
 from ssd_cache import HeadMap, SSDCache, fast_decode
 from ssd_cache._compat import CACHE

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.models import random_score
+from helpers.plain_loops import held_tokens, runs
 from helpers.tiny_checkpoint import SIDE, write_checkpoint, write_family
 from hypothesis import given
-from test_retention import held_tokens, runs
 from typer.testing import CliRunner
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache, learn_score

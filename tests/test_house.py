@@ -96,6 +96,12 @@ def test_module_says_what_it_is(path):
     assert 2 <= len(lines) <= 8, f"{path}: open it with 2 to 8 lines on what it is and is not, found {len(lines)}"
 
 
+def test_no_test_file_imports_another():
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        found = re.findall(r"^\s*(?:from|import) (test_\w+|conftest)\b", path.read_text("utf-8"), re.MULTILINE)
+        assert not found, f"{path}: move what it uses of {found} to tests/helpers/"
+
+
 def test_no_file_tells_on_a_machine():
     if not (ROOT / ".git").exists():
         pytest.skip("the list of files is git's, and this is not a checkout")

@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ssd_cache import HeadMap, SSDCache
 from ssd_cache.evaluation.bootstrap import compare, mean, standard_error
-from ssd_cache.evaluation.conditions import draw_seed
+from ssd_cache.evaluation.conditions import hashed_seed
 from ssd_cache.evaluation.policies import choose_head_map, parse_policies
 from ssd_cache.evaluation.shapes import check_model, shapes_prompts
 from ssd_cache.models import Generator, find_generator
@@ -186,7 +186,7 @@ def main(
             "at each step": lambda: AtEachStep(num_slots),
             "in hindsight": lambda recorder=recorder: InHindsight(recorder, num_slots, buffer),
         }.items():
-            tokens = draw(generator, head_map, make(), [caption for _, caption in batch], draw_seed(seed, number))
+            tokens = draw(generator, head_map, make(), [caption for _, caption in batch], hashed_seed(seed, number))
             for index, picture in enumerate(tokens.cpu().numpy(), start):
                 kind, caption = prompts[index]
                 of_kind = found.setdefault(name, {kind: {} for kind in KINDS})[kind]

@@ -29,7 +29,7 @@ from ssd_cache.analysis import plotting
 from ssd_cache.cache.policies import words_of
 from ssd_cache.cli import app
 from ssd_cache.evaluation.bootstrap import compare, mean, standard_error
-from ssd_cache.evaluation.conditions import draw_seed, drawing_conditions
+from ssd_cache.evaluation.conditions import conditions_of_run, hashed_seed
 from ssd_cache.evaluation.plots import draw_score_by_budget
 from ssd_cache.evaluation.policies import mean_slots, parse_policies, parse_policy, random_map, resolve_policies
 from ssd_cache.evaluation.records import Record, read_records
@@ -440,7 +440,7 @@ def test_processes_share_every_batch_and_draw_none_twice():
 
 
 def test_seeds_of_torch_depend_on_sample_and_batch_alone():
-    seeds = {draw_seed(seed, batch) for seed in range(20) for batch in range(20)}
+    seeds = {hashed_seed(seed, batch) for seed in range(20) for batch in range(20)}
     assert len(seeds) == 400
     assert all(0 <= seed < 2**63 for seed in seeds)
 
@@ -664,9 +664,9 @@ def test_lines_hold_what_repeats_them(unbroken, model):
     assert conditions["torch"] == torch.__version__
     given = {"batch_size": 6, "guidance_scale": None, "temperature": None, "settings": {}}
     given |= {"dtype": torch.float32, "device": torch.device("cpu")}
-    found = drawing_conditions(generator.checkpoint, [], **given)["model_sha256"]
+    found = conditions_of_run(generator.checkpoint, [], **given)["model_sha256"]
     assert found == conditions["model_sha256"]
-    assert drawing_conditions(find_generator("shapes-janus"), [], **given)["model_sha256"] != found
+    assert conditions_of_run(find_generator("shapes-janus"), [], **given)["model_sha256"] != found
 
 
 def test_a_killed_run_goes_on_to_the_lines_of_an_unbroken_one(model, unbroken, tmp_path, monkeypatch):

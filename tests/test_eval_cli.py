@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 
 from ssd_cache import SSDCache
 from ssd_cache.cli import app
-from ssd_cache.evaluation.conditions import draw_seed
+from ssd_cache.evaluation.conditions import hashed_seed
 from ssd_cache.evaluation.dpg import SheetFolder, cut_sheet, load_vqa
 from ssd_cache.evaluation.export import ExportError, generate_images
 from ssd_cache.evaluation.geneval import SCORER, SampleFolder
@@ -185,7 +185,7 @@ def test_geneval_is_generated_into_the_official_layout(export, model):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             cache = SSDCache(head_map(), 0.5)
-            tokens = generator.generate([texts[i] for i in part], cache, seed=draw_seed(42, batch))
+            tokens = generator.generate([texts[i] for i in part], cache, seed=hashed_seed(42, batch))
         for number, image in zip(part, generator.to_images(tokens), strict=True):
             with Image.open(places[number]) as picture:
                 assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (PIXELS, PIXELS))
@@ -217,7 +217,7 @@ def test_an_export_uses_a_maps_own_settings_and_names_them(export, model):
     generator = find_generator(str(model)).load(device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tokens = generator.generate(texts[:4], SSDCache(own), seed=draw_seed(42, 0))
+        tokens = generator.generate(texts[:4], SSDCache(own), seed=hashed_seed(42, 0))
     image = generator.to_images(tokens)[0]
     with Image.open("default/00000/samples/00000.png") as picture:
         assert picture.tobytes() == image.convert("RGB").tobytes()
@@ -241,7 +241,7 @@ def test_dpg_is_generated_as_sheets(dpg, model):
     generator = find_generator(str(model)).load(device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tokens = generator.generate([PROMPTS["whoops5"]] * 4, SSDCache(head_map(), 0.5), seed=draw_seed(42, 1))
+        tokens = generator.generate([PROMPTS["whoops5"]] * 4, SSDCache(head_map(), 0.5), seed=hashed_seed(42, 1))
     with Image.open("out/whoops5.png") as sheet:
         assert sheet.size == (2 * PIXELS, 2 * PIXELS)
         for crop, image in zip(cut_sheet(sheet, PIXELS), generator.to_images(tokens), strict=True):

@@ -19,7 +19,7 @@ from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.files import check_place
 from ssd_cache.cli.plan import Job
 from ssd_cache.cli.resuming import interruptible
-from ssd_cache.evaluation.conditions import drawing_conditions
+from ssd_cache.evaluation.conditions import conditions_of_run
 from ssd_cache.evaluation.export import (
     SETTINGS_FILE,
     check_unclaimed,
@@ -90,7 +90,7 @@ def _kept(images: ImageFiles, is_main: bool) -> str:
 def _claim(job: Job, name: str, folder: Path, batch_size: int) -> ImageFiles:
     """Write the settings into the folder of a policy, or compare them with the recorded settings."""
     cache, texts = job.caches[name], job.texts
-    conditions = drawing_conditions(
+    conditions = conditions_of_run(
         job.checkpoint,
         [(str(number), json.dumps(text)) for number, text in enumerate(texts)],
         dtype=job.dtype,

@@ -19,12 +19,12 @@ import ssd_cache
 from ssd_cache.models import Checkpoint
 
 
-def draw_seed(seed: int, batch: int) -> int:
+def hashed_seed(seed: int, batch: int) -> int:
     """torch's seed for a batch; it depends only on these two numbers, so every policy uses the same random numbers."""
     return int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:8], "big") >> 1
 
 
-def drawing_conditions(
+def conditions_of_run(
     checkpoint: Checkpoint,
     prompts: Sequence[tuple[str, str]],
     *,

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import Cache
 
 from ssd_cache.budget import check_count
-from ssd_cache.evaluation.conditions import draw_seed
+from ssd_cache.evaluation.conditions import hashed_seed
 from ssd_cache.io.showing import ReadableError, differences
 from ssd_cache.io.untrusted import checked_fields, parse_json
 from ssd_cache.io.writing import write_files
@@ -120,7 +120,7 @@ def generate_images(
     temperature: float | None = None,
     processes: Processes | None = None,
     progress: bool = True,
-    seed_of_batch: Callable[[int, int], int] = draw_seed,
+    seed_of_batch: Callable[[int, int], int] = hashed_seed,
     title: str = "generating",
 ) -> int:
     """Generate the missing images; returns how many this process generated.

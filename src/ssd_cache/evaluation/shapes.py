@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from ssd_cache.evaluation.conditions import draw_seed
+from ssd_cache.evaluation.conditions import hashed_seed
 from ssd_cache.evaluation.records import Record
 from ssd_cache.evaluation.results_folder import ResultsFolder
 from ssd_cache.evaluation.runner import Plan, budget_name, digest_of
@@ -64,7 +64,7 @@ def run_shapes(
             bar.set_description(f"{batch.policy.label} {budget_name(batch.budget)}", refresh=False)
             cache = plan.make_cache(batch.policy, batch.budget)
             prompts = [(index, *plan.prompts[index]) for index in batch.prompts]
-            seeded = replace(sampling, seed=draw_seed(batch.seed, batch.number))
+            seeded = replace(sampling, seed=hashed_seed(batch.seed, batch.number))
             captions = [caption for _, _, caption in prompts]
             tokens = generator.generate(captions, cache, **vars(seeded), on_tokens=bar.update).cpu().numpy()
             verdicts = [judge(image, caption) for image, caption in zip(tokens, captions, strict=True)]

@@ -21,12 +21,11 @@ from tqdm import tqdm
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.settings import equal_budget
 from ssd_cache.cli.errors import Failure, WrongUse, failure, refusing
-from ssd_cache.cli.eval.options import CACHE
 from ssd_cache.cli.files import check_place
 from ssd_cache.cli.loading import find_model, load_generator
-from ssd_cache.cli.options import SAMPLING
+from ssd_cache.cli.options import CACHE, SAMPLING
 from ssd_cache.cli.plan import parse_budget
-from ssd_cache.evaluation.conditions import drawing_conditions
+from ssd_cache.evaluation.conditions import conditions_of_run
 from ssd_cache.evaluation.dpg import SheetFolder
 from ssd_cache.evaluation.export import claim_folder, generate_images
 from ssd_cache.evaluation.geneval import SampleFolder
@@ -142,7 +141,7 @@ def export(
             "seed": sampling.seed,
             "num_prompts": len(prompts),
             "num_samples": num_samples,
-            **drawing_conditions(
+            **conditions_of_run(
                 checkpoint,
                 prompts,
                 dtype=dtype,

@@ -15,10 +15,9 @@ from rich.console import Console
 
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.eval import benchmarks
-from ssd_cache.cli.eval.options import HeadMapName
 from ssd_cache.cli.eval.score_table import Report, print_and_save
 from ssd_cache.cli.files import check_place
-from ssd_cache.cli.options import MODEL, Device, Dtype, Grid, Guidance, ModelName, Temperature
+from ssd_cache.cli.options import MODEL, Device, Dtype, Grid, Guidance, HeadMapName, ModelName, Temperature
 from ssd_cache.evaluation.dpg import (
     NUM_IMAGES,
     DPGScore,

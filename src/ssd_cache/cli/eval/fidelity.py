@@ -18,7 +18,7 @@ from ssd_cache.budget import Amount
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.settings import equal_budget
 from ssd_cache.cli.errors import WrongUse, refusing
-from ssd_cache.cli.eval.options import Buffer, HeadMapName, OwnBudgets, Policies, parse_budgets
+from ssd_cache.cli.eval.options import Buffer, OwnBudgets, Policies, parse_budgets
 from ssd_cache.cli.eval.score_table import Report
 from ssd_cache.cli.files import check_place, read_prompts
 from ssd_cache.cli.loading import find_model, load_generator
@@ -28,13 +28,14 @@ from ssd_cache.cli.options import (
     Dtype,
     Grid,
     Guidance,
+    HeadMapName,
     ModelName,
     OfDistribution,
     Prompts,
     PromptsFile,
 )
 from ssd_cache.cli.resuming import Resume, StateFile
-from ssd_cache.evaluation.conditions import drawing_conditions
+from ssd_cache.evaluation.conditions import conditions_of_run
 from ssd_cache.evaluation.fidelity import Fidelity, measure_fidelity, write_fidelity
 from ssd_cache.evaluation.fidelity.measure import check_settings
 from ssd_cache.evaluation.policies import DEFAULT, choose_head_map, parse_policies, resolve_policies
@@ -113,7 +114,7 @@ def fidelity(
     conditions: dict[str, Any] = {
         "model": checkpoint.name,
         "head_map": labels.digest,
-        **drawing_conditions(
+        **conditions_of_run(
             checkpoint,
             [("", text) for text in texts],
             dtype=kind,

@@ -16,7 +16,6 @@ from ssd_cache.cli.eval.options import (
     DEFAULT_POLICIES,
     Budgets,
     Buffer,
-    HeadMapName,
     Policies,
     parse_budgets,
     parse_seeds,
@@ -24,8 +23,8 @@ from ssd_cache.cli.eval.options import (
 from ssd_cache.cli.eval.report import finish
 from ssd_cache.cli.files import check_place
 from ssd_cache.cli.loading import load_generator
-from ssd_cache.cli.options import SAMPLING, Device, Dtype, Guidance, ModelName, Temperature
-from ssd_cache.evaluation.conditions import drawing_conditions
+from ssd_cache.cli.options import SAMPLING, Device, Dtype, Guidance, HeadMapName, ModelName, Temperature
+from ssd_cache.evaluation.conditions import conditions_of_run
 from ssd_cache.evaluation.policies import choose_head_map, parse_policies, resolve_policies
 from ssd_cache.evaluation.records import read_records
 from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder
@@ -94,7 +93,7 @@ def shapes(
                 "bench": "shapes",
                 "num_per_kind": num_per_kind,
                 "prompt_seed": prompt_seed,
-                **drawing_conditions(
+                **conditions_of_run(
                     checkpoint,
                     plan.prompts,
                     dtype=kind,

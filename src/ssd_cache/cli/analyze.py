@@ -20,7 +20,7 @@ from ssd_cache.cli.files import check_place, read_prompts
 from ssd_cache.cli.loading import find_labels, find_model, load_generator
 from ssd_cache.cli.options import SAMPLING, Device, Dtype, Grid, Guidance, HeadMapName, ModelName, Temperature
 from ssd_cache.cli.plan import ONLINE, parse_budget
-from ssd_cache.models import BUNDLED, Sampling, resolve_device, resolve_dtype
+from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
 
 PROMPT = "a photo of a red circle and a blue square"
 
@@ -84,10 +84,10 @@ def analyze(
     except ImportError as error:
         raise WrongUse(str(error)) from error
     with refusing():
-        sampling = Sampling(guidance, temperature, seed)
         place = resolve_device(device)
         kind = resolve_dtype(dtype, place)
         checkpoint = find_model(model, grid)
+        sampling = checkpoint.sampling(guidance, temperature, seed)
         labels = find_labels(checkpoint, head_map)
         plan = plan_analysis(checkpoint, labels, sampling, amount, buffer, step, shown, num_images)
     generator = load_generator(checkpoint, kind, place)

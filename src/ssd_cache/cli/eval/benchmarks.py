@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +30,7 @@ from ssd_cache.evaluation.dpg import SheetFolder
 from ssd_cache.evaluation.export import claim_folder, generate_images
 from ssd_cache.evaluation.geneval import SampleFolder
 from ssd_cache.evaluation.policies import SETTINGS, choose_head_map, mean_slots, parse_policy, resolve_policies
-from ssd_cache.models import Sampling, resolve_device, resolve_dtype
+from ssd_cache.models import resolve_device, resolve_dtype
 from ssd_cache.models.find import find_folder
 from ssd_cache.runs.processes import Processes
 
@@ -114,7 +114,6 @@ def export(
     budget = None if options.budget is None else parse_budget(options.budget)
     with refusing():
         policy = parse_policy(options.policy)
-        sampling = Sampling(options.guidance, options.temperature, options.seed)
         if options.batch_size % images.unit:
             raise WrongUse(
                 f"--batch-size {options.batch_size}: {images.unit} images are written as one; give a multiple of "
@@ -126,6 +125,7 @@ def export(
         dtype = resolve_dtype(options.dtype, device)
         checkpoint = find_model(options.model, options.grid)
         checkpoint.check_decodable()
+        sampling = checkpoint.sampling(options.guidance, options.temperature, options.seed)
         labels = choose_head_map(checkpoint, options.head_map, [policy])
         [policy] = resolve_policies([policy], labels)
         [amount] = policy.budgets([equal_budget(labels) if budget is None else budget])
@@ -147,8 +147,7 @@ def export(
                 dtype=dtype,
                 device=device,
                 batch_size=options.batch_size,
-                guidance_scale=sampling.guidance_scale,
-                temperature=sampling.temperature,
+                sampling=sampling,
                 settings={name: getattr(cache, name) for name in SETTINGS if name != "slots"},
             ),
         }
@@ -161,9 +160,7 @@ def export(
             images,
             lambda: policy.make_cache(labels, amount),
             batch_size=options.batch_size,
-            seed=sampling.seed,
-            guidance_scale=sampling.guidance_scale,
-            temperature=sampling.temperature,
+            **asdict(sampling),
             processes=processes,
         )
     except ValueError as error:  # a full disk, a map that does not fit, an image of another prompt

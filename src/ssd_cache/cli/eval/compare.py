@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from ssd_cache.cli.errors import Failure, refusing
-from ssd_cache.cli.eval.drawing import judge
+from ssd_cache.cli.eval.benchmarks import judge
 from ssd_cache.cli.eval.score_table import Report, print_and_save
 from ssd_cache.cli.files import check_place
 from ssd_cache.cli.options import Device

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +38,6 @@ from ssd_cache.cli.options import (
 from ssd_cache.cli.resuming import Resume, StateFile
 from ssd_cache.evaluation.conditions import conditions_of_run
 from ssd_cache.evaluation.fidelity import Fidelity, measure_fidelity, write_fidelity
-from ssd_cache.evaluation.fidelity.measure import check_settings
 from ssd_cache.evaluation.policies import DEFAULT, choose_head_map, parse_policies, resolve_policies
 from ssd_cache.evaluation.runner import digest_of
 from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
@@ -98,11 +98,12 @@ def fidelity(
         raise WrongUse(str(error)) from error
     settings = {} if buffer is None else {"buffer": buffer}
     with refusing():
-        check_settings(guidance, temperature, seed)
         where = resolve_device(device)
         kind = resolve_dtype(dtype, where)
         chosen = parse_policies(policies)
         checkpoint = find_model(model, grid)
+        sampling = checkpoint.sampling(guidance, temperature, seed)
+        sampling.check_random()
         labels = choose_head_map(checkpoint, head_map, chosen)
         amounts = parse_budgets(budgets, labels.num_visual_tokens) if budgets else [equal_budget(labels)]
         cases = {
@@ -120,8 +121,7 @@ def fidelity(
             dtype=kind,
             device=where,
             batch_size=num_images,
-            guidance_scale=guidance,
-            temperature=temperature,
+            sampling=sampling,
             settings=settings,
         ),
         "seeds": "torch's, of the one batch",
@@ -139,9 +139,7 @@ def fidelity(
             {name: lambda cache=cache: cache for name, cache in caches.items()},  # type: ignore[misc]
             batch_size=batch_size,
             state_file=path,
-            seed=seed,
-            guidance_scale=guidance,
-            temperature=temperature,
+            **asdict(sampling),
             progress=True,
         )
     )

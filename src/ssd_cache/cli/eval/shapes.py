@@ -30,7 +30,7 @@ from ssd_cache.evaluation.records import read_records
 from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder
 from ssd_cache.evaluation.runner import Plan
 from ssd_cache.evaluation.shapes import check_model, run_shapes, shapes_prompts
-from ssd_cache.models import BUNDLED, Sampling, find_generator, resolve_device, resolve_dtype
+from ssd_cache.models import BUNDLED, find_generator, resolve_device, resolve_dtype
 from ssd_cache.runs.processes import Processes
 
 
@@ -71,12 +71,12 @@ def shapes(
     check_place("--output", output, is_folder=True)
     settings = {} if buffer is None else {"buffer": buffer}
     with refusing():
-        sampling = Sampling(guidance, temperature)
         processes = Processes()
         where = resolve_device(processes.choose_device(device))
         kind = resolve_dtype(dtype, where)
         checkpoint = find_generator(model)
         check_model(checkpoint)
+        sampling = checkpoint.sampling(guidance, temperature)
         chosen = parse_policies(policies)
         labels = choose_head_map(checkpoint, head_map, chosen)
         plan = Plan(
@@ -99,8 +99,7 @@ def shapes(
                     dtype=kind,
                     device=where,
                     batch_size=batch_size,
-                    guidance_scale=guidance,
-                    temperature=temperature,
+                    sampling=sampling,
                     settings=settings,
                 ),
             },

@@ -446,7 +446,7 @@ def test_the_models_attention_is_as_it_was(folder):
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_generated(generator, monkeypatch, settings, message):
-    monkeypatch.setattr(type(generator), "draw", lambda *_: pytest.fail("it generated"))
+    monkeypatch.setattr(type(generator), "generate", lambda *_: pytest.fail("it generated"))
     with pytest.raises(ValueError, match=message):
         analyze(generator, CIRCLE, head_map(), **{"budget": 0.4, "progress": False, **settings})
 
@@ -456,7 +456,7 @@ def test_maps_and_prompts_that_cannot_be_used_are_refused(generator, monkeypatch
         analyze(generator, CIRCLE, HeadMap.uniform("spatial", num_layers=2, num_kv_heads=2, grid=(4, 4)))
     with pytest.raises(HeadMapError, match="online map has no labels"):
         analyze(generator, CIRCLE, HeadMap.online(num_layers=2, num_kv_heads=2, grid=(SIDE, SIDE)))
-    monkeypatch.setattr(type(generator), "draw", lambda *_: pytest.fail("it generated"))
+    monkeypatch.setattr(type(generator), "generate", lambda *_: pytest.fail("it generated"))
     for prompt, message in ((" ", "none that is empty"), ("red " * 961, "leaves 960 for the prompt: shorten it")):
         with pytest.raises(GeneratorError, match=message):
             analyze(generator, prompt, head_map(), budget=0.4, progress=False)
@@ -689,7 +689,7 @@ def test_a_mistake_is_one_line_and_nothing_is_loaded(run, folder, monkeypatch, a
 
 
 def test_a_prompt_too_long_is_one_line_and_nothing_is_generated(run, generator, monkeypatch):
-    monkeypatch.setattr(type(generator), "draw", lambda *_: pytest.fail("it generated"))
+    monkeypatch.setattr(type(generator), "generate", lambda *_: pytest.fail("it generated"))
     result = run("red " * 961, "--budget", "0.4")
     assert (result.exit_code, result.stdout) == (1, ""), result.output
     assert result.stderr.startswith("ssd-cache: prompt 'red red")

@@ -12,11 +12,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ssd_cache.analysis.plotting import check_packages
 from ssd_cache.analysis.report import write_report
 from ssd_cache.analysis.study import NUM_IMAGES, plan_analysis, run_plan
 from ssd_cache.cli.errors import WrongUse, refusing
-from ssd_cache.cli.files import check_place, read_prompts
+from ssd_cache.cli.files import check_place, check_plotting, read_prompts
 from ssd_cache.cli.loading import find_labels, find_model, load_generator
 from ssd_cache.cli.options import SAMPLING, Device, Dtype, Grid, Guidance, HeadMapName, ModelName, Temperature
 from ssd_cache.cli.plan import ONLINE, parse_budget
@@ -79,10 +78,7 @@ def analyze(
     if (layer is None) != (head is None):
         raise WrongUse("--layer and --head name one head together: give both or neither")
     shown = None if layer is None or head is None else (layer, head)
-    try:
-        check_packages()
-    except ImportError as error:
-        raise WrongUse(str(error)) from error
+    check_plotting()
     with refusing():
         place = resolve_device(device)
         kind = resolve_dtype(dtype, place)

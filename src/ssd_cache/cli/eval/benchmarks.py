@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.settings import equal_budget
-from ssd_cache.cli.errors import Failure, WrongUse, failure, refusing
+from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.files import check_place
 from ssd_cache.cli.loading import find_model, load_generator
 from ssd_cache.cli.options import CACHE, SAMPLING
@@ -154,17 +154,14 @@ def export(
         lines = images.prompt_lines()
         processes.check_agreement(settings | {"prompts": hashlib.sha256(lines.encode()).hexdigest()})
         claim_folder(images.root, settings, lines, write=processes.is_main)
-    try:
-        generated = generate_images(
-            load_generator(checkpoint, dtype, device),
-            images,
-            lambda: policy.make_cache(labels, amount),
-            batch_size=options.batch_size,
-            **asdict(sampling),
-            processes=processes,
-        )
-    except ValueError as error:  # a full disk, a map that does not fit, an image of another prompt
-        raise Failure(str(error)) from error
+    generated = generate_images(
+        load_generator(checkpoint, dtype, device),
+        images,
+        lambda: policy.make_cache(labels, amount),
+        batch_size=options.batch_size,
+        **asdict(sampling),
+        processes=processes,
+    )
     if processes.is_main:
         total = len(images.texts)
         here = total - len(images.missing(range(total)))
@@ -215,13 +212,11 @@ def judge(option: str, name: str) -> Iterator[None]:
 
 @contextmanager
 def scoring(results: Path, total: int, unit: str) -> Iterator[tqdm]:
-    """Progress bar of a run that writes into the folder `results`; turns its errors into Failures."""
+    """Progress bar of a run that writes into the folder `results`; turns errors of the disk into Failures."""
     try:
         results.mkdir(parents=True, exist_ok=True)
         with tqdm(total=total, desc="scoring", unit=unit) as bar:
             yield bar
-    except ValueError as error:
-        raise failure(error) from error
     except OSError as error:
         raise Failure(
             f"{results} cannot be written ({error.strerror}); the results so far are kept: make room, and run the same "

@@ -14,14 +14,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ssd_cache.analysis.plotting import check_packages
 from ssd_cache.budget import Amount
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.settings import equal_budget
-from ssd_cache.cli.errors import WrongUse, refusing
+from ssd_cache.cli.errors import refusing
 from ssd_cache.cli.eval.options import Buffer, OwnBudgets, Policies, parse_budgets
 from ssd_cache.cli.eval.score_table import Report
-from ssd_cache.cli.files import check_place, read_prompts
+from ssd_cache.cli.files import check_place, check_plotting, read_prompts
 from ssd_cache.cli.loading import find_model, load_generator
 from ssd_cache.cli.options import (
     SAMPLING,
@@ -92,10 +91,7 @@ def fidelity(
     texts = [texts[index % len(texts)] for index in range(num_images)]
     check_place("--output", output, is_folder=True)
     state = StateFile(resume, output)
-    try:
-        check_packages("matplotlib")
-    except ImportError as error:
-        raise WrongUse(str(error)) from error
+    check_plotting("matplotlib")
     settings = {} if buffer is None else {"buffer": buffer}
     with refusing():
         where = resolve_device(device)

@@ -27,7 +27,7 @@ from ssd_cache.cli.options import SAMPLING, Device, Dtype, Guidance, HeadMapName
 from ssd_cache.evaluation.conditions import conditions_of_run
 from ssd_cache.evaluation.policies import choose_head_map, parse_policies, resolve_policies
 from ssd_cache.evaluation.records import read_records
-from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder
+from ssd_cache.evaluation.results_folder import ResultsFolder
 from ssd_cache.evaluation.runner import Plan
 from ssd_cache.evaluation.shapes import check_model, run_shapes, shapes_prompts
 from ssd_cache.models import BUNDLED, find_generator, resolve_device, resolve_dtype
@@ -112,8 +112,6 @@ def shapes(
         with results:
             if plan.share(processes.index, processes.count, results.done)[1]:
                 run_shapes(load_generator(checkpoint, kind, where), plan, results, sampling, processes)
-    except ResultsError as error:
-        raise Failure(str(error)) from error
     except KeyboardInterrupt as error:
         raise Failure(
             f"interrupted; {output} keeps {len(results.done)} images: run the same command again to resume"

@@ -23,7 +23,7 @@ from ssd_cache.cache.settings import equal_budget
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.files import check_place
 from ssd_cache.cli.loading import find_model, load_generator
-from ssd_cache.cli.options import CACHE, SAMPLING
+from ssd_cache.cli.options import CACHE, SAMPLING, output_option
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.evaluation.conditions import conditions_of_run
 from ssd_cache.evaluation.dpg import SheetFolder
@@ -50,15 +50,6 @@ PolicyName = Annotated[
         rich_help_panel=CACHE,
     ),
 ]
-BudgetText = Annotated[
-    str | None,
-    typer.Option(
-        help="Visual tokens a head may hold: a fraction of the grid, or a count (115).",
-        metavar="X",
-        show_default="what the head map was fitted to, or 0.2",
-        rich_help_panel=CACHE,
-    ),
-]
 BatchSize = Annotated[
     int, typer.Option(help="Images at once; part of the settings.", metavar="N", min=1, rich_help_panel=SAMPLING)
 ]
@@ -72,9 +63,7 @@ ExportSeed = Annotated[
 ]
 Results = Annotated[
     Path | None,
-    typer.Option(
-        "--output", "-o", help="Output folder of the results.", metavar="FOLDER", show_default="results in FOLDER"
-    ),
+    output_option("Output folder of the results.", "FOLDER", default="results in FOLDER"),
 ]
 
 

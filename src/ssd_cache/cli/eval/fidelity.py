@@ -33,6 +33,7 @@ from ssd_cache.cli.options import (
     OfDistribution,
     Prompts,
     PromptsFile,
+    output_option,
 )
 from ssd_cache.cli.resuming import Resume, StateFile
 from ssd_cache.evaluation.conditions import conditions_of_run
@@ -66,9 +67,7 @@ def fidelity(
     resume: Resume = None,
     policies: Policies = f"{DEFAULT},h2o,streaming-llm",
     budgets: OwnBudgets = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="A folder for fidelity.json and fidelity.png.", metavar="FOLDER")
-    ] = Path("fidelity"),
+    output: Annotated[Path, output_option("A folder for fidelity.json and fidelity.png.", "FOLDER")] = Path("fidelity"),
     model: ModelName = BUNDLED,
     grid: Grid = None,
     head_map: HeadMapName = None,

@@ -23,7 +23,7 @@ from ssd_cache.cli.eval.options import (
 from ssd_cache.cli.eval.report import finish
 from ssd_cache.cli.files import check_place
 from ssd_cache.cli.loading import load_generator
-from ssd_cache.cli.options import SAMPLING, Device, Dtype, Guidance, HeadMapName, ModelName, Temperature
+from ssd_cache.cli.options import SAMPLING, Device, Dtype, Guidance, HeadMapName, ModelName, Temperature, output_option
 from ssd_cache.evaluation.conditions import conditions_of_run
 from ssd_cache.evaluation.policies import choose_head_map, parse_policies, resolve_policies
 from ssd_cache.evaluation.records import read_records
@@ -42,12 +42,7 @@ def shapes(
     prompt_seed: Annotated[int, typer.Option(help="Seed that determines the captions.", metavar="N")] = 1,
     output: Annotated[
         Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help="A folder of results; images it already has are not generated again.",
-            metavar="FOLDER",
-        ),
+        output_option("A folder of results; images it already has are not generated again.", "FOLDER"),
     ] = Path("results"),
     model: ModelName = BUNDLED,
     head_map: HeadMapName = None,

@@ -243,15 +243,20 @@ def main(
     """Profile NUM_PROMPTS captions in parts of PART_SIZE, and write study.md and study.json."""
     checkpoint = find_generator(model)
     generator = checkpoint.load(device=device)
-    own = generator.guidance_scale
+    sampling = generator.sampling()
+    own = sampling.guidance_scale
     prompts = [caption for _, caption in make_prompts(-(-num_prompts // len(KINDS)), prompt_seed)]
     random.Random(prompt_seed).shuffle(prompts)  # the captions are sorted by kind
     prompts = prompts[:num_prompts]
     settings: dict[str, Any] = {"budget": budget, "levels": [float(x) for x in levels.split(",")]}
     settings["num_recent"] = num_recent
     numbers: dict[str, Any] = {"model": model, "device": str(generator.model.device), "num_prompts": len(prompts)}
-    numbers |= {"dtype": str(generator.model.dtype).removeprefix("torch."), "guidance": own, "budget": budget}
-    numbers |= {"temperature": generator.temperature, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    numbers |= {
+        "dtype": str(generator.model.dtype).removeprefix("torch."),
+        "guidance": own,
+        "budget": budget,
+    }
+    numbers |= {"temperature": sampling.temperature, "threads": torch.get_num_threads(), "torch": torch.__version__}
     text = [", ".join(f"{name} {value}" for name, value in numbers.items())]
 
     # cost of profiling

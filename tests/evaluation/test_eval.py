@@ -657,12 +657,10 @@ def test_lines_hold_what_repeats_them(unbroken, model):
         assert own[1].head_map == HEAD_MAP.digest != own[0].head_map
     conditions = json.loads((unbroken / "run.json").read_text())["conditions"]
     generator = find_generator(str(model)).load()
-    assert (conditions["guidance_scale"], conditions["temperature"]) == (
-        generator.guidance_scale,
-        generator.temperature,
-    )
+    sampling = generator.sampling()
+    assert (conditions["guidance_scale"], conditions["temperature"]) == (sampling.guidance_scale, sampling.temperature)
     assert conditions["torch"] == torch.__version__
-    given = {"batch_size": 6, "guidance_scale": None, "temperature": None, "settings": {}}
+    given = {"batch_size": 6, "sampling": sampling, "settings": {}}
     given |= {"dtype": torch.float32, "device": torch.device("cpu")}
     found = run_conditions(generator.checkpoint, [], **given)["model_sha256"]
     assert found == conditions["model_sha256"]

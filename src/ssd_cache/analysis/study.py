@@ -27,7 +27,7 @@ from ssd_cache.cache.policies import own_policy, policy_label, words_of
 from ssd_cache.cache.sharding import check_whole
 from ssd_cache.decode.attention_switch import ssd_attention
 from ssd_cache.head_map.head_map import HeadMap, HeadMapError
-from ssd_cache.models import Checkpoint, Generator, Sampling, generator_of
+from ssd_cache.models import Checkpoint, Generator, ResolvedSampling, generator_of
 from ssd_cache.profiling.measuring import check_prompts, generate_recorded
 from ssd_cache.profiling.recorder import RecordingCache
 
@@ -69,7 +69,7 @@ class Plan:
     step: int
     num_images: int
     caches: dict[str, SSDCache]
-    sampling: Sampling
+    sampling: ResolvedSampling
 
 
 def analyze(
@@ -111,8 +111,8 @@ def analyze(
     Raises:
         ValueError: a setting is out of range, the model or the map does not fit, or attention is not finite.
     """
-    sampling = Sampling(guidance_scale, temperature, seed)
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
+    sampling = generator.sampling(guidance_scale, temperature, seed)
     plan = plan_analysis(generator.checkpoint, head_map, sampling, budget, buffer, step, head, num_images)
     return run_plan(generator, prompt, plan, progress=progress)
 
@@ -120,7 +120,7 @@ def analyze(
 def plan_analysis(
     checkpoint: Checkpoint,
     head_map: HeadMap,
-    sampling: Sampling,
+    sampling: ResolvedSampling,
     budget: Budget | None = None,
     buffer: int | None = None,
     step: int | None = None,
@@ -226,9 +226,7 @@ def _conditions(generator: Generator, prompt: str, plan: Plan) -> dict[str, Any]
         "transformers": transformers.__version__,
         "ssd_cache": ssd_cache.__version__,
         "prompt": prompt,
-        "seed": sampling.seed,
-        "guidance_scale": generator.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale,
-        "temperature": generator.temperature if sampling.temperature is None else sampling.temperature,
+        **dataclasses.asdict(sampling),
         "dtype": str(generator.model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
     }

@@ -12,16 +12,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ssd_cache.analysis.plotting import check_packages
 from ssd_cache.analysis.report import write_report
 from ssd_cache.analysis.study import NUM_IMAGES, plan_analysis, run_plan
-from ssd_cache.cli.errors import Failure, WrongUse, refusing
-from ssd_cache.cli.files import check_place, read_prompts
-from ssd_cache.cli.loading import find_model, load_generator
-from ssd_cache.cli.options import MODEL, SAMPLING, Device, Dtype, Grid, Guidance, ModelName, Temperature
+from ssd_cache.cli.errors import WrongUse, refusing
+from ssd_cache.cli.files import check_place, check_plotting, read_prompts
+from ssd_cache.cli.loading import find_labels, find_model, load_generator
+from ssd_cache.cli.options import SAMPLING, Device, Dtype, Grid, Guidance, HeadMapName, ModelName, Temperature
 from ssd_cache.cli.plan import ONLINE, parse_budget
-from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.models import BUNDLED, Checkpoint, Sampling, resolve_device, resolve_dtype
+from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
 
 PROMPT = "a photo of a red circle and a blue square"
 
@@ -35,12 +33,7 @@ def analyze(
     ] = Path("analysis"),
     model: ModelName = BUNDLED,
     grid: Grid = None,
-    head_map: Annotated[
-        str | None,
-        typer.Option(
-            help="A folder or Hub id.", metavar="NAME", show_default="in the model's folder", rich_help_panel=MODEL
-        ),
-    ] = None,
+    head_map: HeadMapName = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     layer: Annotated[
@@ -80,35 +73,22 @@ def analyze(
     [text] = read_prompts([prompt], None)
     check_place("--output", output, is_folder=True)
     amount = None if budget is None else parse_budget(budget)
+    if head_map == ONLINE:
+        raise WrongUse(f"--head-map {ONLINE} has no labels to analyze: give a map, or make one with profile")
     if (layer is None) != (head is None):
         raise WrongUse("--layer and --head name one head together: give both or neither")
     shown = None if layer is None or head is None else (layer, head)
-    try:
-        check_packages()
-    except ImportError as error:
-        raise WrongUse(str(error)) from error
+    check_plotting()
     with refusing():
-        sampling = Sampling(guidance, temperature, seed)
         place = resolve_device(device)
         kind = resolve_dtype(dtype, place)
         checkpoint = find_model(model, grid)
-        labels = _head_map(checkpoint, head_map)
+        sampling = checkpoint.sampling(guidance, temperature, seed)
+        labels = find_labels(checkpoint, head_map)
         plan = plan_analysis(checkpoint, labels, sampling, amount, buffer, step, shown, num_images)
     generator = load_generator(checkpoint, kind, place)
-    try:
-        analysis = run_plan(generator, text, plan)
-    except ValueError as error:  # NaN, or a prompt that does not fit: the message names the remedy
-        raise Failure(str(error)) from error
+    analysis = run_plan(generator, text, plan)
     page, numbers = write_report(analysis, output)
     Console(highlight=False, markup=False).print(
         f"{analysis.concentration.sentence(checkpoint.name)}\nwrote {page} and {numbers.name}", soft_wrap=True
     )
-
-
-def _head_map(checkpoint: Checkpoint, name: str | None) -> HeadMap:
-    if name == ONLINE:
-        raise WrongUse(f"--head-map {ONLINE} has no labels to analyze: give a map, or make one with profile")
-    head_map = checkpoint.head_map(name)
-    if head_map is None:
-        raise WrongUse(f"{checkpoint.name} has no head map in its folder: give --head-map, or make one with profile")
-    return head_map

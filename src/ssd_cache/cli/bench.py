@@ -21,7 +21,7 @@ from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.eval.options import parse_budgets
 from ssd_cache.cli.files import check_place
 from ssd_cache.cli.loading import parse_grid
-from ssd_cache.cli.options import Device, Dtype, Grid
+from ssd_cache.cli.options import Device, Dtype, Grid, output_option
 from ssd_cache.io.writing import write_files
 from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
 
@@ -95,13 +95,7 @@ def bench(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="A folder for bench.json and bench.md.",
-            metavar="FOLDER",
-            show_default="the terminal alone",
-        ),
+        output_option("A folder for bench.json and bench.md.", "FOLDER", default="the terminal alone"),
     ] = None,
 ) -> None:
     """Measure speed and memory of caches and policies side by side.

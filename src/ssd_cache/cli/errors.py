@@ -37,11 +37,6 @@ class WrongUse(Failure):
     exit_code = 2
 
 
-def failure(error: ValueError) -> Failure:
-    """The Failure for an error of the library. A file that the run cannot resume from is wrong use."""
-    return WrongUse(str(error)) if isinstance(error, WrongFileError) else Failure(str(error))
-
-
 @contextmanager
 def refusing() -> Iterator[None]:
     """Turn ValueErrors of the library into WrongUse, except when the Hub cannot be reached."""
@@ -87,7 +82,8 @@ class OneLineGroup(TyperGroup):
         except OSError as error:  # also when the Hub cannot be reached
             failed = Failure(str(error))
         except ValueError as error:  # NaN, a prompt that is too long, another run's state
-            failed = failure(error)
+            # a file that the run cannot resume from is wrong use
+            failed = (WrongUse if isinstance(error, WrongFileError) else Failure)(str(error))
         except Exception as error:
             if not hasattr(error, "format_message"):  # only typer's own errors have it: options, numbers, choices
                 raise

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ssd_cache.analysis.plotting import check_packages
 from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.io.untrusted import parse_json
 from ssd_cache.io.writing import write_files
@@ -22,6 +23,14 @@ TOKENS = ".safetensors"
 """Suffix of a file of visual tokens: integers `[images, cells]` under the name of each policy."""
 
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+def check_plotting(*names: str) -> None:
+    """Raise WrongUse if a package that plots need is not installed; see `check_packages`."""
+    try:
+        check_packages(*names)
+    except ImportError as error:
+        raise WrongUse(str(error)) from error
 
 
 def read_prompts(prompts: Sequence[str] | None, prompts_file: Path | None) -> list[str]:

@@ -20,7 +20,7 @@ from ssd_cache.cli.image_folder import generate_folder
 from ssd_cache.cli.loading import find_model
 from ssd_cache.cli.options import CACHE, MODEL, SAMPLING, option, output_option
 from ssd_cache.cli.plan import Job, choose_policies, make_caches, parse_budget
-from ssd_cache.models import BUNDLED, Sampling, resolve_device, resolve_dtype
+from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
 from ssd_cache.runs.batching import MAX_IMAGES
 from ssd_cache.runs.processes import Processes
 
@@ -107,13 +107,13 @@ def generate(
     policies = choose_policies(policy, compare, slots)
     amount = None if budget is None else parse_budget(budget)
     with refusing():
-        sampling = Sampling(guidance, temperature, seed)
         processes = Processes()
         if processes.count > 1 and output_dir is None:
             raise WrongUse("several processes can only share the images of a folder: give --output-dir")
         where = resolve_device(processes.choose_device(device))
         kind = resolve_dtype(dtype, where)
         checkpoint = find_model(model, grid)
+        sampling = checkpoint.sampling(guidance, temperature, seed)
         if output_dir is not None or place.suffix.lower() != TOKENS:
             checkpoint.check_decodable()
         caches = make_caches(checkpoint, policies, head_map, amount, buffer, kv_dtype)

@@ -21,9 +21,8 @@ from ssd_cache.cli.plan import parse_budget
 from ssd_cache.cli.resuming import Resume, StateFile
 from ssd_cache.evaluation.fidelity import measure_divergence
 from ssd_cache.evaluation.fidelity.divergence import check_fitting
-from ssd_cache.evaluation.fidelity.measure import check_settings
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.models import BUNDLED, Sampling
+from ssd_cache.models import BUNDLED
 from ssd_cache.profiling.allocation import fit_heads
 from ssd_cache.profiling.profiling import check_profiling, profile_heads
 from ssd_cache.runs.processes import Processes
@@ -102,8 +101,8 @@ def profile(
         "batch_size": batch_size,
     }
     with refusing():
-        sampling = asdict(Sampling(guidance, temperature, seed))
         checkpoint = find_model(model, grid)
+        sampling = asdict(checkpoint.sampling(guidance, temperature, seed))
         heads = (checkpoint.num_layers, checkpoint.num_kv_heads) if fit else None
         check_profiling(checkpoint.layout, fit=heads, **settings)
         processes = Processes()
@@ -148,14 +147,14 @@ def fit(
     texts, state = _begin(prompts, prompts_file, output, resume)
     amount = parse_budget(budget)
     chosen: Any = None if levels is None else [parse_budget(level, "--levels") for level in levels.split(",")]
-    sampling: dict[str, Any] = {"guidance_scale": guidance, "temperature": temperature, "seed": seed}
     with refusing():
-        check_settings(**sampling)
         checkpoint = find_model(model, grid)
+        sampling = checkpoint.sampling(guidance, temperature, seed)
+        sampling.check_random()
         labels = find_labels(checkpoint, head_map)
         check_fitting(labels, amount, chosen)
         generator = load_generator(checkpoint, dtype, device)
-    settings = {"levels": chosen, "batch_size": batch_size, **sampling}
+    settings = {"levels": chosen, "batch_size": batch_size, **asdict(sampling)}
     measured = state.run(lambda path: measure_divergence(generator, texts, labels, state_file=path, **settings))
     _save(fit_heads(measured, amount), output)
 
@@ -200,15 +199,15 @@ def learn(
         "num_steps": steps,
         "learning_rate": rate,
         "batch_size": batch_size,
-        "guidance_scale": guidance,
-        "temperature": temperature,
-        "seed": seed,
     }
     with refusing():
         checkpoint = find_model(model, grid)
+        sampling = checkpoint.sampling(guidance, temperature, seed)
+        sampling.check_random()
         labels = find_labels(checkpoint, head_map)
         check_learning(labels, **settings)
         generator = load_generator(checkpoint, dtype, device)
+    settings |= asdict(sampling)
     learned = state.run(lambda path: learn_score(generator, texts, labels, state_file=path, **settings))
     found = learned.profile["learning"]["held_out"]
     _save(

@@ -134,10 +134,8 @@ def _table(results: Mapping[str, Result], conditions: str) -> Table:
 
 def _conditions(job: Job, generator: Generator, batch_size: int) -> str:
     sampling = job.sampling
-    guidance = generator.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale
-    temperature = generator.temperature if sampling.temperature is None else sampling.temperature
     return (
         f"{job.checkpoint.name} on {job.device}, {str(job.dtype).removeprefix('torch.')}, {len(job.texts)} image(s) a "
-        f"policy, batch {min(batch_size, len(job.texts))}, guidance {guidance:g}, temperature {temperature:g}, "
-        f"seed {sampling.seed}{described(job.caches)}"
+        f"policy, batch {min(batch_size, len(job.texts))}, guidance {sampling.guidance_scale:g}, "
+        f"temperature {sampling.temperature:g}, seed {sampling.seed}{described(job.caches)}"
     )

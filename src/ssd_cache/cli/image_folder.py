@@ -96,8 +96,7 @@ def _claim(job: Job, name: str, folder: Path, batch_size: int) -> ImageFiles:
         dtype=job.dtype,
         device=job.device,
         batch_size=batch_size,
-        guidance_scale=job.sampling.guidance_scale,
-        temperature=job.sampling.temperature,
+        sampling=job.sampling,
         settings={setting: getattr(cache, setting) for setting in CACHE_SETTINGS},
     )
     slots = json.dumps([layer.plan.num_slots for layer in cache.layers])  # equal unless the map is fitted

@@ -20,7 +20,7 @@ from ssd_cache.cli.loading import load_generator
 from ssd_cache.decode.fast_decode import fast_decode
 from ssd_cache.evaluation.policies import DEFAULT, WITHOUT_LABELS, Policy, choose_head_map, resolve_policies
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.models import Checkpoint, Generator, Sampling
+from ssd_cache.models import Checkpoint, Generator, ResolvedSampling
 from ssd_cache.runs.batching import default_batch_size, image_nbytes
 from ssd_cache.runs.processes import Processes
 
@@ -41,7 +41,7 @@ class Job:
     texts: list[str]
     num_images: int  # of each prompt
     caches: Mapping[str, SSDCache]  # by the policies' exact names
-    sampling: Sampling
+    sampling: ResolvedSampling
     batch_size: int | None  # None means the one recorded in a folder, else the default
     fast: bool
     processes: Processes

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import GenerationConfig
 
 import ssd_cache
-from ssd_cache.models import Checkpoint
+from ssd_cache.models import Checkpoint, ResolvedSampling
 
 
 def hashed_seed(seed: int, batch: int) -> int:
@@ -31,12 +30,10 @@ def run_conditions(
     dtype: torch.dtype,
     device: torch.device,
     batch_size: int,
-    guidance_scale: float | None,
-    temperature: float | None,
+    sampling: ResolvedSampling,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The conditions of a run as JSON values; `prompts` are (kind, caption), `settings` those of every cache."""
-    own_guidance, own_temperature = _own_sampling(checkpoint)
     texts = "\n".join(f"{kind}\t{caption}" for kind, caption in prompts)
     return {
         **checkpoint.layout.as_json(),
@@ -50,8 +47,8 @@ def run_conditions(
         "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         "batch_size": batch_size,
         "seeds": "first 63 bits of sha256('seed batch')",
-        "guidance_scale": float(own_guidance if guidance_scale is None else guidance_scale),
-        "temperature": float(own_temperature if temperature is None else temperature),
+        "guidance_scale": sampling.guidance_scale,
+        "temperature": sampling.temperature,
         "settings": dict(settings),
     }
 
@@ -66,14 +63,3 @@ def model_sha256(checkpoint: Checkpoint) -> str:
         with path.open("rb") as file:
             found.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return found.hexdigest()
-
-
-def _own_sampling(checkpoint: Checkpoint) -> tuple[float, float]:
-    """The guidance scale and temperature that a generator will have once the weights are loaded."""
-    try:
-        config = GenerationConfig.from_pretrained(checkpoint.source)
-    except OSError:  # a checkpoint without generation_config.json
-        config = GenerationConfig()
-    default = checkpoint.family.default_guidance
-    guidance = None if default is None else config.guidance_scale
-    return guidance or default or 1.0, 1.0 if config.temperature is None else config.temperature

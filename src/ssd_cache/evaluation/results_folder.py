@@ -53,12 +53,6 @@ def read_run(folder: Path) -> dict[str, Any]:
     return run
 
 
-def recorded_batch_size(folder: Path) -> int | None:
-    """The batch size of the results in a folder; None for a folder without results."""
-    found = read_run(folder)["conditions"]["batch_size"] if (folder / RUN_FILE).exists() else 0
-    return found if found > 0 else None
-
-
 def merge_runs(place: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """The first run with the policies and budgets of the second added; raises ResultsError where the two differ."""
     _check_same(place, first["conditions"], second["conditions"])

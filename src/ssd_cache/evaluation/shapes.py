@@ -14,7 +14,7 @@ from ssd_cache.evaluation.conditions import hashed_seed
 from ssd_cache.evaluation.records import Record
 from ssd_cache.evaluation.results_folder import ResultsFolder
 from ssd_cache.evaluation.runner import Plan, budget_name, digest_of
-from ssd_cache.models import Checkpoint, Generator, GeneratorError, Sampling
+from ssd_cache.models import Checkpoint, Generator, GeneratorError, ResolvedSampling
 from ssd_cache.runs.processes import Processes
 from ssd_cache.shapes import GRID, KINDS, PALETTE, judge, make_prompts
 
@@ -41,7 +41,7 @@ def shapes_prompts(num_per_kind: int, seed: int) -> list[tuple[str, str]]:
 
 
 def run_shapes(
-    generator: Generator, plan: Plan, folder: ResultsFolder, sampling: Sampling, processes: Processes
+    generator: Generator, plan: Plan, folder: ResultsFolder, sampling: ResolvedSampling, processes: Processes
 ) -> None:
     """Generate and judge this process's share of the images that have no line yet, one line per image.
 

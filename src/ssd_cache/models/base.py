@@ -204,16 +204,6 @@ class Generator(ABC):
         own = getattr(self.model, "generation_config", None) or GenerationConfig()
         return self.checkpoint.sampling(guidance_scale, temperature, seed, own)
 
-    @property
-    def guidance_scale(self) -> float:
-        """The checkpoint's own guidance scale, or the family's default; 1 for a family without guidance."""
-        return self.sampling().guidance_scale
-
-    @property
-    def temperature(self) -> float:
-        """The checkpoint's own temperature, or 1."""
-        return self.sampling().temperature
-
 
 class _Ticker(LogitsProcessor):
     """Calls `on_tokens` at every generation step; does not change the logits."""

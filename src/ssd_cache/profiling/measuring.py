@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,7 @@ def measure_heads(
     check_prompts(generator, prompts)
     prompts, path, processes = list(prompts), Path(state_file) if state_file else None, Processes()
     batch_size = _batch_size(generator, prompts, batch_size, path, processes)
-    sampling = {
-        "guidance_scale": generator.guidance_scale if guidance_scale is None else guidance_scale,
-        "temperature": generator.temperature if temperature is None else temperature,
-        "seed": seed,
-    }
+    sampling = asdict(generator.sampling(guidance_scale, temperature, seed))
     statistics = HeadStatistics(checkpoint.layout, checkpoint.num_layers, checkpoint.num_kv_heads, found)
     fingerprint = {
         **model_facts(generator),

@@ -26,7 +26,7 @@ from ssd_cache.cache.plans import LayerPlan
 from ssd_cache.cache.sharding import check_whole
 from ssd_cache.head_map.checks import MAX_TEXT
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.models import Generator, GeneratorError, Sampling, generator_of
+from ssd_cache.models import Generator, generator_of
 from ssd_cache.profiling.measuring import check_prompts, model_facts, prompts_sha256
 from ssd_cache.training.learning_state import HELD_OUT, LearningRun, LearningState
 from ssd_cache.training.recording import check_trainable, record_images, replay_images
@@ -127,16 +127,12 @@ def learn_score(
         num_steps=num_steps,
         learning_rate=learning_rate,
         batch_size=batch_size,
-        guidance_scale=None if generator.default_guidance is None else guidance_scale,
-        temperature=temperature,
-        seed=seed,
     )
+    resolved = generator.sampling(guidance_scale, temperature, seed)
+    resolved.check_random()
     check_prompts(generator, prompts)
     check_trainable(generator)
-    sampling = {
-        "guidance_scale": generator.guidance_scale if guidance_scale is None else guidance_scale,
-        "temperature": temperature,
-    }
+    sampling = {"guidance_scale": resolved.guidance_scale, "temperature": resolved.temperature}
     facts = {
         "num_prompts": len(prompts),
         "prompts_sha256": prompts_sha256(prompts),
@@ -197,18 +193,12 @@ def check_learning(
     num_steps: int = 400,
     learning_rate: float = 0.02,
     batch_size: int = 4,
-    guidance_scale: float | None = None,
-    temperature: float = 1.0,
-    seed: int = 0,
 ) -> list[LayerPlan]:
     """The plan of each layer; raises ValueError for settings of `learn_score` that are out of range."""
     check_count("num_steps", num_steps, 1)
     check_count("batch_size", batch_size, 1)
     if isinstance(learning_rate, bool) or not 0 < learning_rate < 1:
         raise ValueError(f"learning_rate={learning_rate!r} is out of range: give a number between 0 and 1 (0.02)")
-    Sampling(guidance_scale, temperature, seed)
-    if temperature == 0:
-        raise GeneratorError("temperature=0 leaves one token that is certain, and nothing to learn from; 1 is usual")
     if head_map.is_online or head_map.layout.draft_grids:
         what = "finds its labels during generation" if head_map.is_online else "has draft grids"
         raise ValueError(f"this head map {what}, and a score is learned for the labels and places of a single grid")

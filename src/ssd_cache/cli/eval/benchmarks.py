@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,18 +20,17 @@ from tqdm import tqdm
 
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.settings import equal_budget
-from ssd_cache.cli.errors import Failure, WrongUse, failure, refusing
-from ssd_cache.cli.eval.options import CACHE
+from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.files import check_place
 from ssd_cache.cli.loading import find_model, load_generator
-from ssd_cache.cli.options import SAMPLING
+from ssd_cache.cli.options import CACHE, SAMPLING, output_option
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.evaluation.conditions import run_conditions
 from ssd_cache.evaluation.dpg import SheetFolder
 from ssd_cache.evaluation.export import claim_folder, generate_images
 from ssd_cache.evaluation.geneval import SampleFolder
 from ssd_cache.evaluation.policies import SETTINGS, choose_head_map, mean_slots, parse_policy, resolve_policies
-from ssd_cache.models import Sampling, resolve_device, resolve_dtype
+from ssd_cache.models import resolve_device, resolve_dtype
 from ssd_cache.models.find import find_folder
 from ssd_cache.runs.processes import Processes
 
@@ -51,15 +50,6 @@ PolicyName = Annotated[
         rich_help_panel=CACHE,
     ),
 ]
-BudgetText = Annotated[
-    str | None,
-    typer.Option(
-        help="Visual tokens a head may hold: a fraction of the grid, or a count (115).",
-        metavar="X",
-        show_default="what the head map was fitted to, or 0.2",
-        rich_help_panel=CACHE,
-    ),
-]
 BatchSize = Annotated[
     int, typer.Option(help="Images at once; part of the settings.", metavar="N", min=1, rich_help_panel=SAMPLING)
 ]
@@ -73,9 +63,7 @@ ExportSeed = Annotated[
 ]
 Results = Annotated[
     Path | None,
-    typer.Option(
-        "--output", "-o", help="Output folder of the results.", metavar="FOLDER", show_default="results in FOLDER"
-    ),
+    output_option("Output folder of the results.", "FOLDER", default="results in FOLDER"),
 ]
 
 
@@ -115,7 +103,6 @@ def export(
     budget = None if options.budget is None else parse_budget(options.budget)
     with refusing():
         policy = parse_policy(options.policy)
-        sampling = Sampling(options.guidance, options.temperature, options.seed)
         if options.batch_size % images.unit:
             raise WrongUse(
                 f"--batch-size {options.batch_size}: {images.unit} images are written as one; give a multiple of "
@@ -127,6 +114,7 @@ def export(
         dtype = resolve_dtype(options.dtype, device)
         checkpoint = find_model(options.model, options.grid)
         checkpoint.check_decodable()
+        sampling = checkpoint.sampling(options.guidance, options.temperature, options.seed)
         labels = choose_head_map(checkpoint, options.head_map, [policy])
         [policy] = resolve_policies([policy], labels)
         [amount] = policy.budgets([equal_budget(labels) if budget is None else budget])
@@ -148,27 +136,21 @@ def export(
                 dtype=dtype,
                 device=device,
                 batch_size=options.batch_size,
-                guidance_scale=sampling.guidance_scale,
-                temperature=sampling.temperature,
+                sampling=sampling,
                 settings={name: getattr(cache, name) for name in SETTINGS if name != "slots"},
             ),
         }
         lines = images.prompt_lines()
         processes.check_agreement(settings | {"prompts": hashlib.sha256(lines.encode()).hexdigest()})
         claim_folder(images.root, settings, lines, write=processes.is_main)
-    try:
-        generated = generate_images(
-            load_generator(checkpoint, dtype, device),
-            images,
-            lambda: policy.make_cache(labels, amount),
-            batch_size=options.batch_size,
-            seed=sampling.seed,
-            guidance_scale=sampling.guidance_scale,
-            temperature=sampling.temperature,
-            processes=processes,
-        )
-    except ValueError as error:  # a full disk, a map that does not fit, an image of another prompt
-        raise Failure(str(error)) from error
+    generated = generate_images(
+        load_generator(checkpoint, dtype, device),
+        images,
+        lambda: policy.make_cache(labels, amount),
+        batch_size=options.batch_size,
+        **asdict(sampling),
+        processes=processes,
+    )
     if processes.is_main:
         total = len(images.texts)
         here = total - len(images.missing(range(total)))
@@ -219,13 +201,11 @@ def judge(option: str, name: str) -> Iterator[None]:
 
 @contextmanager
 def scoring(results: Path, total: int, unit: str) -> Iterator[tqdm]:
-    """Progress bar of a run that writes into the folder `results`; turns its errors into Failures."""
+    """Progress bar of a run that writes into the folder `results`; turns errors of the disk into Failures."""
     try:
         results.mkdir(parents=True, exist_ok=True)
         with tqdm(total=total, desc="scoring", unit=unit) as bar:
             yield bar
-    except ValueError as error:
-        raise failure(error) from error
     except OSError as error:
         raise Failure(
             f"{results} cannot be written ({error.strerror}); the results so far are kept: make room, and run the same "

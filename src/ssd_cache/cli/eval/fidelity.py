@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import shlex
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from ssd_cache.analysis.plotting import check_packages
 from ssd_cache.budget import Amount
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.settings import equal_budget
-from ssd_cache.cli.errors import WrongUse, refusing
-from ssd_cache.cli.eval.options import Buffer, HeadMapName, OwnBudgets, Policies, parse_budgets
+from ssd_cache.cli.errors import refusing
+from ssd_cache.cli.eval.options import Buffer, OwnBudgets, Policies, parse_budgets
 from ssd_cache.cli.eval.score_table import Report
-from ssd_cache.cli.files import check_place, read_prompts
+from ssd_cache.cli.files import check_place, check_plotting, read_prompts
 from ssd_cache.cli.loading import find_model, load_generator
 from ssd_cache.cli.options import (
     SAMPLING,
@@ -28,15 +28,16 @@ from ssd_cache.cli.options import (
     Dtype,
     Grid,
     Guidance,
+    HeadMapName,
     ModelName,
     OfDistribution,
     Prompts,
     PromptsFile,
+    output_option,
 )
 from ssd_cache.cli.resuming import Resume, StateFile
 from ssd_cache.evaluation.conditions import run_conditions
 from ssd_cache.evaluation.fidelity import Fidelity, measure_fidelity, write_fidelity
-from ssd_cache.evaluation.fidelity.measure import check_settings
 from ssd_cache.evaluation.policies import DEFAULT, choose_head_map, parse_policies, resolve_policies
 from ssd_cache.evaluation.runner import digest_of
 from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
@@ -66,9 +67,7 @@ def fidelity(
     resume: Resume = None,
     policies: Policies = f"{DEFAULT},h2o,streaming-llm",
     budgets: OwnBudgets = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="A folder for fidelity.json and fidelity.png.", metavar="FOLDER")
-    ] = Path("fidelity"),
+    output: Annotated[Path, output_option("A folder for fidelity.json and fidelity.png.", "FOLDER")] = Path("fidelity"),
     model: ModelName = BUNDLED,
     grid: Grid = None,
     head_map: HeadMapName = None,
@@ -91,17 +90,15 @@ def fidelity(
     texts = [texts[index % len(texts)] for index in range(num_images)]
     check_place("--output", output, is_folder=True)
     state = StateFile(resume, output)
-    try:
-        check_packages("matplotlib")
-    except ImportError as error:
-        raise WrongUse(str(error)) from error
+    check_plotting("matplotlib")
     settings = {} if buffer is None else {"buffer": buffer}
     with refusing():
-        check_settings(guidance, temperature, seed)
         where = resolve_device(device)
         kind = resolve_dtype(dtype, where)
         chosen = parse_policies(policies)
         checkpoint = find_model(model, grid)
+        sampling = checkpoint.sampling(guidance, temperature, seed)
+        sampling.check_random()
         labels = choose_head_map(checkpoint, head_map, chosen)
         amounts = parse_budgets(budgets, labels.num_visual_tokens) if budgets else [equal_budget(labels)]
         cases = {
@@ -119,8 +116,7 @@ def fidelity(
             dtype=kind,
             device=where,
             batch_size=num_images,
-            guidance_scale=guidance,
-            temperature=temperature,
+            sampling=sampling,
             settings=settings,
         ),
         "seeds": "torch's, of the one batch",
@@ -138,9 +134,7 @@ def fidelity(
             {name: lambda cache=cache: cache for name, cache in caches.items()},  # type: ignore[misc]
             batch_size=batch_size,
             state_file=path,
-            seed=seed,
-            guidance_scale=guidance,
-            temperature=temperature,
+            **asdict(sampling),
             progress=True,
         )
     )

@@ -13,10 +13,9 @@ from rich.console import Console
 
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.eval import benchmarks
-from ssd_cache.cli.eval.options import HeadMapName
 from ssd_cache.cli.eval.score_table import Report, print_and_save
 from ssd_cache.cli.files import check_place
-from ssd_cache.cli.options import MODEL, Device, Dtype, Grid, Guidance, ModelName, Temperature
+from ssd_cache.cli.options import MODEL, Budget, Device, Dtype, Grid, Guidance, HeadMapName, ModelName, Temperature
 from ssd_cache.evaluation.clip import CLIP
 from ssd_cache.evaluation.export import PROMPTS_FILE, read_settings
 from ssd_cache.evaluation.geneval import (
@@ -56,7 +55,7 @@ def export_geneval(
     grid: Grid = None,
     head_map: HeadMapName = None,
     policy: benchmarks.PolicyName = DEFAULT,
-    budget: benchmarks.BudgetText = None,
+    budget: Budget = None,
     batch_size: benchmarks.BatchSize = 16,
     guidance: Guidance = None,
     temperature: Temperature = None,

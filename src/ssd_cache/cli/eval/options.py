@@ -5,42 +5,35 @@ Types for the signatures. Defaults are in the commands. Policy names are parsed 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import typer
+from typing import Annotated
 
 from ssd_cache.budget import Amount
 from ssd_cache.cache.policies import POLICIES
 from ssd_cache.cli.errors import WrongUse
-from ssd_cache.cli.options import MODEL
+from ssd_cache.cli.options import CACHE, option
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.evaluation.policies import DEFAULT, OWN
 
-CACHE = "Cache"
-
 DEFAULT_POLICIES = ",".join(["full", DEFAULT, *(name for name in POLICIES if name not in ("full", "learned"))])
-
-
-def _option(text: str, metavar: str, default: str | bool = "the policy's own", panel: str = CACHE) -> Any:
-    return typer.Option(help=text, metavar=metavar, show_default=default, rich_help_panel=panel)
 
 
 _BUDGETS = "Visual tokens a head may hold: fractions of the grid, or counts (115). full has one, everything."
 
 Policies = Annotated[
     str,
-    _option(
+    option(
         f"Policies to compare: {', '.join((*POLICIES, *OWN))}, a folder with a head map. default is the head "
         "map's own settings, shown under their exact name. Settings of one policy follow a colon: "
         "ssd:num_recent=0.5,buffer=8.",
         "NAME,NAME",
-        default=True,
+        CACHE,
     ),
 ]
-Budgets = Annotated[str, _option(_BUDGETS, "X,X", default=True)]
-OwnBudgets = Annotated[str | None, _option(_BUDGETS, "X,X", "what the head map was fitted to, or 0.2")]
-HeadMapName = Annotated[str | None, _option("A folder or Hub id.", "NAME", "in the model's folder", MODEL)]
-Buffer = Annotated[int | None, _option("Eviction interval: visual tokens evicted at once.", "N", "a row of the grid")]
+Budgets = Annotated[str, option(_BUDGETS, "X,X", CACHE)]
+OwnBudgets = Annotated[str | None, option(_BUDGETS, "X,X", CACHE, default="what the head map was fitted to, or 0.2")]
+Buffer = Annotated[
+    int | None, option("Eviction interval: visual tokens evicted at once.", "N", CACHE, default="a row of the grid")
+]
 
 
 def parse_budgets(text: str, num_cells: int | None = None) -> list[Amount]:

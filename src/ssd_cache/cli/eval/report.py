@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
 from ssd_cache.cli.files import check_writable
+from ssd_cache.cli.options import output_option
 from ssd_cache.evaluation.reporting import read_summary, write_report
 from ssd_cache.evaluation.tables import accuracy_table, difference_table
 
@@ -25,9 +26,7 @@ def report(
     ],
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "-o", help="Output folder of the report.", metavar="FOLDER", show_default="the first DIR"
-        ),
+        output_option("Output folder of the report.", "FOLDER", default="the first DIR"),
     ] = None,
 ) -> None:
     """Make tables and a plot from the lines of one or several runs.

@@ -16,7 +16,6 @@ from ssd_cache.cli.eval.options import (
     DEFAULT_POLICIES,
     Budgets,
     Buffer,
-    HeadMapName,
     Policies,
     parse_budgets,
     parse_seeds,
@@ -24,14 +23,14 @@ from ssd_cache.cli.eval.options import (
 from ssd_cache.cli.eval.report import finish
 from ssd_cache.cli.files import check_place
 from ssd_cache.cli.loading import load_generator
-from ssd_cache.cli.options import SAMPLING, Device, Dtype, Guidance, ModelName, Temperature
+from ssd_cache.cli.options import SAMPLING, Device, Dtype, Guidance, HeadMapName, ModelName, Temperature, output_option
 from ssd_cache.evaluation.conditions import run_conditions
 from ssd_cache.evaluation.policies import choose_head_map, parse_policies, resolve_policies
 from ssd_cache.evaluation.records import read_records
-from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder
+from ssd_cache.evaluation.results_folder import ResultsFolder
 from ssd_cache.evaluation.runner import Plan
 from ssd_cache.evaluation.shapes import check_model, run_shapes, shapes_prompts
-from ssd_cache.models import BUNDLED, Sampling, find_generator, resolve_device, resolve_dtype
+from ssd_cache.models import BUNDLED, find_generator, resolve_device, resolve_dtype
 from ssd_cache.runs.processes import Processes
 
 
@@ -43,12 +42,7 @@ def shapes(
     prompt_seed: Annotated[int, typer.Option(help="Seed that determines the captions.", metavar="N")] = 1,
     output: Annotated[
         Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help="A folder of results; images it already has are not generated again.",
-            metavar="FOLDER",
-        ),
+        output_option("A folder of results; images it already has are not generated again.", "FOLDER"),
     ] = Path("results"),
     model: ModelName = BUNDLED,
     head_map: HeadMapName = None,
@@ -72,12 +66,12 @@ def shapes(
     check_place("--output", output, is_folder=True)
     settings = {} if buffer is None else {"buffer": buffer}
     with refusing():
-        sampling = Sampling(guidance, temperature)
         processes = Processes()
         where = resolve_device(processes.choose_device(device))
         kind = resolve_dtype(dtype, where)
         checkpoint = find_generator(model)
         check_model(checkpoint)
+        sampling = checkpoint.sampling(guidance, temperature)
         chosen = parse_policies(policies)
         labels = choose_head_map(checkpoint, head_map, chosen)
         plan = Plan(
@@ -100,8 +94,7 @@ def shapes(
                     dtype=kind,
                     device=where,
                     batch_size=batch_size,
-                    guidance_scale=guidance,
-                    temperature=temperature,
+                    sampling=sampling,
                     settings=settings,
                 ),
             },
@@ -114,8 +107,6 @@ def shapes(
         with results:
             if plan.share(processes.index, processes.count, results.done)[1]:
                 run_shapes(load_generator(checkpoint, kind, where), plan, results, sampling, processes)
-    except ResultsError as error:
-        raise Failure(str(error)) from error
     except KeyboardInterrupt as error:
         raise Failure(
             f"interrupted; {output} keeps {len(results.done)} images: run the same command again to resume"

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ssd_cache.budget import Amount, Budget, check_count
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.evaluation.fidelity.lockstep import compare_caches
-from ssd_cache.evaluation.fidelity.measure import check_run, check_settings, fingerprint
+from ssd_cache.evaluation.fidelity.measure import check_run, fingerprint
 from ssd_cache.evaluation.fidelity.state import MeasurementState
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Generator
@@ -80,7 +80,8 @@ def measure_divergence(
         ValueError: the map has no levels, a level was not measured, or numbers are not finite.
     """
     generator.checkpoint.check_head_map(head_map)
-    sampling = check_settings(guidance_scale, temperature, seed)
+    sampling = generator.sampling(guidance_scale, temperature, seed)
+    sampling.check_random()
     check_count("batch_size", batch_size, 1)
     wanted = check_levels(head_map, levels)
     check_run(generator, prompts)

@@ -20,7 +20,7 @@ from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.layer import SSDLayer
 from ssd_cache.decode.attention_switch import ssd_attention
 from ssd_cache.evaluation.fidelity.result import MEASURED, Fidelity
-from ssd_cache.models import Generator, GeneratorError, Sampling
+from ssd_cache.models import Generator, GeneratorError, ResolvedSampling
 from ssd_cache.profiling.measuring import generate_recorded
 from ssd_cache.profiling.recorder import RecordingCache
 from ssd_cache.training.likelihood import certain_scores, kl_divergence, log_probabilities
@@ -30,7 +30,7 @@ def compare_caches(
     generator: Generator,
     prompts: Sequence[str],
     caches: Mapping[str, SSDCache],
-    sampling: Sampling,
+    sampling: ResolvedSampling,
     tokens: torch.Tensor | None = None,
     progress: bool = False,
 ) -> dict[str, Fidelity]:
@@ -81,13 +81,13 @@ class _Lockstep:
         generator: Generator,
         caches: Mapping[str, SSDCache],
         num_images: int,
-        sampling: Sampling,
+        sampling: ResolvedSampling,
         tokens: torch.Tensor | None,
     ):
         checkpoint, device = generator.checkpoint, generator.model.device
         self.generator, self.tokens = generator, tokens
-        self.guidance_scale = sampling.guidance_scale or generator.guidance_scale
-        self.temperature = sampling.temperature or generator.temperature
+        self.guidance_scale = sampling.guidance_scale
+        self.temperature = sampling.temperature
         self.home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
         self.is_unconditional = generator.is_unconditional(num_images).to(self.home)
         cells = checkpoint.num_visual_tokens

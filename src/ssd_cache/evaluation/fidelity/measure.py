@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from ssd_cache.cache.sharding import check_whole
 from ssd_cache.evaluation.fidelity.lockstep import compare_caches, parts_of
 from ssd_cache.evaluation.fidelity.result import MEASURED, Fidelity
 from ssd_cache.evaluation.fidelity.state import MeasurementState
-from ssd_cache.models import Checkpoint, Generator, GeneratorError, Sampling
-from ssd_cache.profiling.measuring import check_prompts, prompts_sha256, weights_sha256
+from ssd_cache.models import Checkpoint, Generator, GeneratorError, ResolvedSampling
+from ssd_cache.profiling.measuring import check_prompts, model_facts, prompts_sha256
 
 FORMAT, WHAT = "ssd-cache fidelity state 2", "the measurements of ssd-cache eval fidelity"
 
@@ -68,7 +69,8 @@ def measure_fidelity(
         ProfilingError: the state file is of another run, or cannot be written.
         ValueError: there is no cache, one is not a new `SSDCache`, or the model's outputs are not finite.
     """
-    sampling = check_settings(guidance_scale, temperature, seed)
+    sampling = generator.sampling(guidance_scale, temperature, seed)
+    sampling.check_random()
     check_run(generator, prompts)
     prompts = list(prompts)
     made = _make(generator.checkpoint, caches)
@@ -104,16 +106,6 @@ def measure_fidelity(
     return results
 
 
-def check_settings(guidance_scale: float | None = None, temperature: float = 1.0, seed: int = 0) -> Sampling:
-    """The settings of a comparison; raises GeneratorError for those that give no divergence to measure."""
-    if temperature == 0:
-        raise GeneratorError(
-            "temperature=0 leaves one token that is certain, and no divergence to measure: give a number above 0; "
-            "1 is usual"
-        )
-    return Sampling(guidance_scale, temperature, seed)
-
-
 def check_run(generator: Generator, prompts: Sequence[str]) -> None:
     """Refuse, before any image is generated, a model that cannot be compared, and prompts that do not fit."""
     check_whole(generator.language_model)
@@ -121,19 +113,16 @@ def check_run(generator: Generator, prompts: Sequence[str]) -> None:
     parts_of(generator)
 
 
-def fingerprint(generator: Generator, prompts: Sequence[str], batch_size: int, sampling: Sampling) -> dict[str, Any]:
+def fingerprint(
+    generator: Generator, prompts: Sequence[str], batch_size: int, sampling: ResolvedSampling
+) -> dict[str, Any]:
     """The facts that a state file of a run over these prompts depends on."""
-    own = generator.guidance_scale
     return {
-        "model": generator.checkpoint.name,
-        "weights": weights_sha256(generator.model),
-        "dtype": str(generator.model.dtype),
+        **model_facts(generator),
         "num_prompts": len(prompts),
         "prompts_sha256": prompts_sha256(prompts),
         "batch_size": batch_size,
-        "seed": sampling.seed,
-        "guidance_scale": own if sampling.guidance_scale is None else sampling.guidance_scale,
-        "temperature": sampling.temperature,
+        **asdict(sampling),
     }
 
 

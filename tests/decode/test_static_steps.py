@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from helpers.models import left_padded_prompts, tiny_janus, tiny_llama
 
 from ssd_cache import HeadMap, SSDCache, fast_decode
 from ssd_cache._compat import CACHE
+from ssd_cache.cache.scorers import Scorer
 
 LABELS = HeadMap(torch.tensor([[True, False], [False, True]]), grid=(12, 12))
 
@@ -126,3 +128,15 @@ def test_autocast_may_begin_in_the_middle_of_an_image(is_fast):
     exact = [model(token(2), past_key_values=cache).logits for _ in range(20)]
     # logits below 4 with 8 bits, each by way of a dozen such roundings
     torch.testing.assert_close(torch.stack(logits).float(), torch.stack(exact), rtol=0, atol=0.2)
+
+
+def test_a_scorer_that_adds_attention_its_own_way_gets_no_kernel():
+    """The kernel adds up all attention; another sum would be ignored without an error."""
+
+    class Squares(Scorer):
+        def observe(self, received, weights):
+            received += weights.square().sum((2, 3))
+
+    plan = SSDCache(LABELS, 0.4, buffer=12).layers[0].plan
+    assert plan.takes_kernel
+    assert not replace(plan, scorer=Squares()).takes_kernel

@@ -80,9 +80,10 @@ class LayerPlan:
         """Whether the fused kernel of `kernels/dispatch.py` may run the steps; the layer then holds no queries.
 
         It may not in an online layer, which needs all queries of a query window to find its labels, nor with quantised
-        slots, which the kernel cannot read.
+        slots, which the kernel cannot read, nor with a scorer that does not add up the attention as the kernel does.
         """
-        return not self.is_online and self.kv_dtype is None
+        adds_up = not self.scorer.needs_queries or type(self.scorer).observe is Scorer.observe
+        return adds_up and not self.is_online and self.kv_dtype is None
 
     def groups(self) -> list[GroupPlan]:
         """The heads in groups with equally many slots."""

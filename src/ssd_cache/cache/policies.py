@@ -134,7 +134,7 @@ def policy_label(name: str, settings: Mapping[str, Any]) -> str:
 
 def words_of(slots: str, score: str) -> str:
     """Describe slots and score in words: "fitted slots, learned score"."""
-    return f"{'equal' if slots == 'uniform' else slots} slots, {SCORES[score]}"
+    return f"{'equal' if slots == 'uniform' else slots} slots, {SCORES[score].words}"
 
 
 def _equal_slots(budget: Budget | None) -> dict[str, str]:

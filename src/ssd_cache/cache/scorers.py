@@ -20,9 +20,20 @@ States = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Scorer:
-    """ "sum": a token's rank is the attention that it has received from all queries since it arrived."""
+    """The score "sum": the attention that a token has received from all queries since it arrived.
 
+    Attributes:
+        words: the score in words.
+        needs_queries: whether `observe` is called.
+    """
+
+    words: ClassVar[str] = "attention sum"
     needs_queries: ClassVar[bool] = True
+
+    @classmethod
+    def make(cls, columns: int, learned: LearnedScore | None) -> Scorer:
+        """The scorer of one layer; see `make_scorer`."""
+        return cls()
 
     def at(self, heads: list[int] | slice) -> Scorer:
         """The scorer of some of the layer's heads."""
@@ -63,14 +74,18 @@ class Scorer:
 
 
 class MeanScorer(Scorer):
-    """ "mean": the attention received, divided by the number of queries, so that age alone gives no advantage."""
+    """The score "mean": the attention received, divided by the number of queries; age alone gives no advantage."""
+
+    words: ClassVar[str] = "attention mean"
 
     def rank(self, received, positions, num_seen, states):
         return received / (num_seen - positions)
 
 
 class LastScorer(Scorer):
-    """ "last": the attention received from the last query window only (LineAR, arXiv 2512.04857)."""
+    """The score "last": the attention received from the last query window only (LineAR, arXiv 2512.04857)."""
+
+    words: ClassVar[str] = "attention of the last queries"
 
     def begin_window(self, received):
         received.zero_()
@@ -78,11 +93,16 @@ class LastScorer(Scorer):
 
 @dataclass(frozen=True)
 class MarginScorer(Scorer):
-    """ "margin": 1 in the first and the last column of a grid of `columns`, 0 elsewhere; needs no queries."""
+    """The score "margin": 1 in the first and the last column of a grid of `columns`, 0 elsewhere; needs no queries."""
 
+    words: ClassVar[str] = "margin columns"
     needs_queries: ClassVar[bool] = False
 
     columns: int
+
+    @classmethod
+    def make(cls, columns, learned):
+        return cls(columns)
 
     def rank(self, received, positions, num_seen, states):
         column = positions % self.columns
@@ -91,11 +111,16 @@ class MarginScorer(Scorer):
 
 @dataclass(frozen=True)
 class LearnedScorer(Scorer):
-    """ "learned": the head map's learned score of the layer's heads; needs no queries."""
+    """The score "learned": the head map's learned score of the layer's heads; needs no queries."""
 
+    words: ClassVar[str] = "learned score"
     needs_queries: ClassVar[bool] = False
 
     learned: LearnedScore
+
+    @classmethod
+    def make(cls, columns, learned):
+        return cls(learned)
 
     def at(self, heads):
         return LearnedScorer(self.learned.at(heads))
@@ -107,16 +132,10 @@ class LearnedScorer(Scorer):
         return self.learned.of_places(positions, num_seen) + self.learned.of_states(*states())
 
 
-SCORES: Mapping[str, str] = MappingProxyType(
-    {
-        "sum": "attention sum",
-        "mean": "attention mean",
-        "last": "attention of the last queries",
-        "margin": "margin columns",
-        "learned": "learned score",
-    }
+SCORES: Mapping[str, type[Scorer]] = MappingProxyType(
+    {"sum": Scorer, "mean": MeanScorer, "last": LastScorer, "margin": MarginScorer, "learned": LearnedScorer}
 )
-"""The names of scores, and what each means in words."""
+"""The scores by name."""
 
 
 def make_scorer(score: str, columns: int, learned: LearnedScore | None) -> Scorer:
@@ -127,12 +146,7 @@ def make_scorer(score: str, columns: int, learned: LearnedScore | None) -> Score
         columns: number of grid columns, for "margin".
         learned: the learned score of the layer's heads, for "learned".
     """
-    if score == "learned":
-        assert learned is not None
-        return LearnedScorer(learned)
-    if score == "margin":
-        return MarginScorer(columns)
-    return {"sum": Scorer, "mean": MeanScorer, "last": LastScorer}[score]()
+    return SCORES[score].make(columns, learned)
 
 
 def attention_weights(

@@ -74,7 +74,7 @@ def _facts(head_map: HeadMap, statistics: HeadScores) -> dict[str, str | None]:
 def _use(head_map: HeadMap) -> dict[str, str | None]:
     """The settings that `SSDCache(head_map)` uses for this map, in words."""
     learned = "carried by this map" if head_map.learned is not None else "this map carries no learned score"
-    score = f"{SCORES['sum' if head_map.learned is None else 'learned']} ({learned})"
+    score = f"{SCORES['sum' if head_map.learned is None else 'learned'].words} ({learned})"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about short windows matter only for generation

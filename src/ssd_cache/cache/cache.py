@@ -244,7 +244,7 @@ class SSDCache(Cache):
                     f"the head map ({self.head_map.origin}) has {len(self.layers)} layers, but the model used {used} "
                     "for its prompt: use the map that was made for this model"
                 )
-        if num_visual > self.head_map.num_visual_tokens + CLOSING_TOKENS and not self._warned:
+        if num_visual > self.layers[0].plan.num_cells + CLOSING_TOKENS and not self._warned:
             self._warned = True
             layout = self.head_map.layout
             warnings.warn(

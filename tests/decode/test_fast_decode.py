@@ -129,6 +129,27 @@ def test_the_decoder_itself_can_be_compiled_inside_counted_step():
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@torch.no_grad()
+def test_after_reset_another_models_scaling_counts():
+    """The tensors of the last image serve again only where its scores were computed with the same scaling."""
+    model, tokens = tiny_llama(), torch.randint(10, 40, (2, 100))
+    cache, fresh = (SSDCache(LABELS, 30, buffer=12) for _ in range(2))
+
+    def held(cache):
+        model(tokens[:, :6], past_key_values=cache)
+        for step in range(6, 100):
+            model(tokens[:, step : step + 1], past_key_values=cache)
+        return [positions for layer in cache.layers for positions in layer.held_positions()]
+
+    before = held(cache)
+    cache.reset()
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 40
+    expected = held(fresh)
+    assert not all(map(torch.equal, before, expected)), "a scaling that changes nothing would show nothing"
+    assert all(map(torch.equal, held(cache), expected))
+
+
 def test_tensors_stay_in_place_during_an_image_and_after_reset():
     """A recorded CUDA graph depends on it: the same addresses at every static step, with evictions in between."""
     model = tiny_llama()

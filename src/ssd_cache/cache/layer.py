@@ -79,6 +79,7 @@ class SSDLayer(CacheLayerMixin):
         self.num_prompt = 0
         self.has_kernel = self.allows_cpu_kernel = False
         self._query: torch.Tensor | None = None  # no rows; the shape and dtype of a step's queries
+        self._scaling = 1.0  # of these queries
         self._query_missing = self._is_static = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -203,10 +204,10 @@ class SSDLayer(CacheLayerMixin):
         self._is_static = False
 
     def _reserve(self) -> None:
-        plans = [store.plan for store in self.stores]
+        first = self.stores[0].plan
         self.slots = [store.reserve() for store in self.stores]
-        if any(store.plan is not plan for store, plan in zip(self.stores, plans, strict=True)):  # labels were found
-            self.groups = HeadGroups([store.plan for store in self.stores], self.device)
+        if self.stores[0].plan is not first:  # the one store of an online layer has found its labels
+            self.groups = HeadGroups([self.stores[0].plan], self.device)
             self.version += 1
 
     def _update_prompt(self, key_states: torch.Tensor, value_states: torch.Tensor):
@@ -226,7 +227,7 @@ class SSDLayer(CacheLayerMixin):
         query = None if self.has_kernel else self._query
         fit = (
             (self.keys.shape, self.values.shape, self.dtype, self.device, self.has_kernel),
-            (self.prompt_mask is None, query is None or (query.shape, query.dtype)),
+            (self.prompt_mask is None, query is None or (query.shape, query.dtype, self._scaling)),
         )
         plans = self.plan.groups()
         prompts = [
@@ -238,13 +239,12 @@ class SSDLayer(CacheLayerMixin):
                 store.begin(*prompt)
         else:
             self._former = None  # frees memory before more is taken
-            scaling = 1.0 if query is None else self._scaling
             for plan, prompt in zip(plans, prompts, strict=True):
                 plan = replace(plan, scorer=plan.scorer.to(self.device))
                 if self.plan.kv_dtype is None:
-                    store = SlotStore(plan, *prompt, query, scaling)
+                    store = SlotStore(plan, *prompt, query, self._scaling)
                 else:
-                    store = QuantizedStore(plan, *prompt, query, scaling, kv_dtype=self.plan.kv_dtype)
+                    store = QuantizedStore(plan, *prompt, query, self._scaling, kv_dtype=self.plan.kv_dtype)
                 self.stores.append(store)
             self.groups = HeadGroups(plans, self.device)
             self.version += 1

@@ -31,7 +31,7 @@ from ssd_cache.cli import app
 from ssd_cache.evaluation.bootstrap import compare, mean, standard_error
 from ssd_cache.evaluation.conditions import hashed_seed, run_conditions
 from ssd_cache.evaluation.plots import plot_result_by_budget
-from ssd_cache.evaluation.policies import mean_slots, parse_policies, parse_policy, random_map, resolve_policies
+from ssd_cache.evaluation.policies import parse_policies, parse_policy, random_map, resolve_policies
 from ssd_cache.evaluation.records import Record, read_records
 from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder
 from ssd_cache.evaluation.runner import Plan
@@ -140,7 +140,7 @@ def test_results_of_equal_slots_are_not_mixed_with_fitted_ones_of_the_same_name(
 def test_every_name_makes_a_cache_of_the_budget(name):
     head_map = replace(HEAD_MAP, learned=random_score(2, 2, 4, HEAD_MAP.grid))
     cache = parse_policy(name).make_cache(head_map, 0.2, buffer=24)
-    assert mean_slots(cache) == (576 if name == "full" else 115)
+    assert cache.mean_slots == (576 if name == "full" else 115)
     spatial = {"streaming-llm": 4, "h2o": 0, "linear": 0, "inverted": 3, "online": 0}.get(name, 1)
     assert cache.head_map.is_spatial.sum() == spatial
     assert cache.head_map.is_online == (name == "online")
@@ -179,7 +179,7 @@ def test_fitted_shares_the_same_bytes_out():
     assert first == 57
     assert sorted([*others, *rest[0]]) == [115, 115, 173]  # the square shares what is spared
     assert cache.head_map.is_spatial.tolist() == [[True, False], [False, False]]
-    assert mean_slots(cache) == 115
+    assert cache.mean_slots == 115
 
 
 def test_a_folder_is_a_policy_with_its_own_map(tmp_path):

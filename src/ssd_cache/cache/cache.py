@@ -96,7 +96,7 @@ class SSDCache(Cache):
         kv_dtype: str | None = None,
         shard: tuple[int, int] = (0, 1),
     ):
-        self.settings = settings = CacheSettings.resolve(
+        settings = CacheSettings.resolve(
             head_map,
             budget,
             slots=slots,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ssd_cache.cache.scorers import Scorer
 
@@ -65,9 +66,9 @@ class LayerPlan:
         """The kind of each KV head, "spatial" or "semantic"."""
         return ["spatial" if spatial else "semantic" for spatial in self.is_spatial]
 
-    @property
+    @cached_property
     def needs_ssd_attention(self) -> bool:
-        """Whether the layer works only with the attention "ssd".
+        """Whether the layer works only with the attention "ssd"; read at every step of another attention.
 
         True if its tokens are scored by attention, or if its heads differ in length or are stored in another order.
         """

@@ -28,7 +28,6 @@ from ssd_cache.evaluation.export import (
     recorded_batch_size,
 )
 from ssd_cache.evaluation.image_files import ImageFiles, batch_seed
-from ssd_cache.evaluation.policies import mean_slots
 from ssd_cache.evaluation.runner import digest_of
 
 CACHE_SETTINGS = ("buffer", "num_recent", "num_sinks", "score", "kv_dtype")
@@ -104,7 +103,7 @@ def _claim(job: Job, name: str, folder: Path, batch_size: int) -> ImageFiles:
         "format": "ssd-cache generate 1",
         "policy": name,
         "budget": cache.budget if isinstance(cache.budget, int | float) else "fitted",
-        "num_slots": mean_slots(cache),
+        "num_slots": cache.mean_slots,
         "head_map": digest_of(cache.head_map),
         "slots_sha256": hashlib.sha256(slots.encode()).hexdigest(),
         "seed": job.sampling.seed,

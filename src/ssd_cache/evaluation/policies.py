@@ -206,11 +206,6 @@ def choose_head_map(checkpoint: Checkpoint, name: str | None, policies: Sequence
     return head_map
 
 
-def mean_slots(cache: SSDCache) -> float:
-    """Visual tokens that a head of the cache may hold, averaged over the heads."""
-    return cache.mean_slots
-
-
 def parse_policies(text: str) -> list[Policy]:
     """The policies of a comma-separated list, without duplicates: `full,ssd:score=mean,num_recent=0.5,h2o` has three.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ssd_cache.budget import Amount
 from ssd_cache.cache.cache import SSDCache
-from ssd_cache.evaluation.policies import Policy, mean_slots
+from ssd_cache.evaluation.policies import Policy
 from ssd_cache.evaluation.records import Key
 from ssd_cache.head_map.head_map import HeadMap
 
@@ -62,7 +62,7 @@ class Plan:
                 # fitted labels depend on the budget but are derived from the run's map, so its digest identifies them
                 entry["head_map"] = digest_of(self.head_map if policy.name == "fitted" else cache.head_map)
                 by_head = [list(layer) for layer in cache.num_slots]
-                entry["slots"][str(budget)] = int(mean_slots(cache)) if cache.slots == "uniform" else by_head
+                entry["slots"][str(budget)] = int(cache.mean_slots) if cache.slots == "uniform" else by_head
             described[policy.label] = entry
         return described
 

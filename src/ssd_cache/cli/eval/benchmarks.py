@@ -29,7 +29,7 @@ from ssd_cache.evaluation.conditions import run_conditions
 from ssd_cache.evaluation.dpg import SheetFolder
 from ssd_cache.evaluation.export import claim_folder, generate_images
 from ssd_cache.evaluation.geneval import SampleFolder
-from ssd_cache.evaluation.policies import SETTINGS, choose_head_map, mean_slots, parse_policy, resolve_policies
+from ssd_cache.evaluation.policies import SETTINGS, choose_head_map, parse_policy, resolve_policies
 from ssd_cache.models import resolve_device, resolve_dtype
 from ssd_cache.models.find import find_folder
 from ssd_cache.runs.processes import Processes
@@ -124,7 +124,7 @@ def export(
             "model": checkpoint.name,
             "policy": policy.label,
             "budget": amount,
-            "num_slots": mean_slots(cache),
+            "num_slots": cache.mean_slots,
             **_slots_entry(cache),
             "head_map": "online" if cache.head_map.is_online else cache.head_map.digest,
             "seed": sampling.seed,

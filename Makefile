@@ -60,9 +60,9 @@ bench: $(VENV)/.runtime ## measure speed and memory of the policies side by side
 bench-gpu: $(VENV)/.dev ## the same on a GPU with Janus-Pro's shapes; fills docs/performance.md (RESULTS=..., ROUNDS=...)
 	$(BIN)/ssd-cache bench --model janus-pro-1b --dtype bfloat16 --device cuda --batch-size 1,8,32,128 --tokens 96 \
 	  --caches "DynamicCache;StaticCache;StaticCache, compiled;ssd 20%;ssd 20%, fast_decode" \
-	  --rounds $(ROUNDS) --memory 24GB --output "$(RESULTS)/janus-pro-1b"
+	  --rounds $(ROUNDS) --output "$(RESULTS)/janus-pro-1b"
 	$(BIN)/ssd-cache bench --model janus-pro-7b --dtype bfloat16 --device cuda --batch-size 8 --tokens 96 \
-	  --caches "StaticCache;ssd 20%" --rounds $(ROUNDS) --memory 24GB --output "$(RESULTS)/janus-pro-7b"
+	  --caches "StaticCache;ssd 20%" --rounds $(ROUNDS) --output "$(RESULTS)/janus-pro-7b"
 	$(BIN)/python docs/fill_gpu.py "$(RESULTS)"
 
 docs: $(VENV)/.dev ## build the documentation

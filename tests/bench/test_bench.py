@@ -23,17 +23,14 @@ from typer.testing import CliRunner
 from ssd_cache import HeadMap
 from ssd_cache.bench import SHAPES, Case, Report, choose_cases, choose_windows, load_subject, run
 from ssd_cache.bench import roofline as roofline_module
-from ssd_cache.bench.peak import can_read_peak, peak_of
 from ssd_cache.bench.results import Row, summarize
 from ssd_cache.bench.roofline import Machine, StepWork, mean_tokens_read, measure_machine, step_work
 from ssd_cache.bench.run import weight_bytes
 from ssd_cache.bench.running import Measurement, held_bytes, measure, timed_positions
 from ssd_cache.bench.shapes import TINY_TOWERS, Shape, janus_config, make_model
 from ssd_cache.bench.subject import head_map_for
-from ssd_cache.bench.tables import all_tables, condition_lines, number, to_markdown
+from ssd_cache.bench.tables import all_tables, condition_lines, number, size, to_markdown
 from ssd_cache.cli import app
-from ssd_cache.cli.bench import _parse_memory
-from ssd_cache.cli.errors import WrongUse
 
 ROOT = Path(__file__).parents[2]
 
@@ -232,19 +229,6 @@ def test_the_machine_is_measured():
 # --- memory
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [("24GB", 24 * 10**9), ("24 GiB", 24 * 2**30), ("1.5gb", 15 * 10**8), ("80MB", 8 * 10**7)]
-)
-def test_memory_is_read(text, expected):
-    assert _parse_memory(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "24", "GB", "0GB", "24 apples", "-1GB"])
-def test_what_is_no_memory_is_refused(text):
-    with pytest.raises(WrongUse, match=f"--memory {text}: give a number and one of MB, GB"):
-        _parse_memory(text)
-
-
 @pytest.mark.parametrize("windows", [None, 32], ids=["whole", "windows"])
 def test_bytes_are_those_at_the_end_of_an_image(janus, windows):
     cases = [Case("DynamicCache"), Case("StaticCache"), Case("ssd", 16), Case("ssd:kv_dtype=int8", 16)]
@@ -329,27 +313,16 @@ def test_what_cannot_be_compiled_says_so_and_the_rest_goes_on(janus):
     torch.compiler.reset()
 
 
-@pytest.mark.skipif(not can_read_peak(), reason="this system does not report the peak of a process")
-def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path):
-    folder = write_checkpoint(tmp_path / "model")
-    ballast = torch.ones(2**28)  # 1 GiB here must not be seen there
-    small, large = (peak_of(str(folder), torch.float32, Case("DynamicCache"), batch) for batch in (1, 400))
-    del ballast
-    assert 0 < small < 2**30
-    grown = 399 * 2 * 2 * 32 * 2 * 4 * 80  # images, rows, layers, hidden, K and V, bytes, tokens: at least so much
-    assert large > small + grown
-
-
 RUN_CASES = [Case("DynamicCache"), Case("StaticCache"), Case("ssd", 0.4)]
 
 
 @pytest.fixture
 def reports(janus):
-    sizes = {"batch_sizes": [1, 2], "windows": choose_windows(64, None), "rounds": 2, "memory": 10**8}
+    sizes = {"batch_sizes": [1, 2], "windows": choose_windows(64, None), "rounds": 2}
     return list(run(janus, RUN_CASES, **sizes, command="ssd-cache bench --x"))
 
 
-def test_a_run_gives_speed_bytes_and_images(janus, reports):
+def test_a_run_gives_speed_and_bytes(reports):
     assert [len(report.rows) for report in reports] == [3, 6], "after each batch size"
     report = reports[-1]
     assert [(row.cache, row.batch_size) for row in report.rows] == [
@@ -363,11 +336,9 @@ def test_a_run_gives_speed_bytes_and_images(janus, reports):
         assert [position for position, _ in row.curve] == list(range(63))
         assert row.step_ms == pytest.approx(sum(ms for _, ms in row.curve) / 63, rel=0.01)
         assert len(row.quarters_ms) == 4
-        of_image = (row.key_value + row.bookkeeping) // row.batch_size
-        assert row.images_that_fit == (10**8 - weight_bytes(janus)) // of_image
         assert row.least_ms == pytest.approx(1000 * row.work.least_seconds(report.machine))
-    dynamic, static, ssd = (row.images_that_fit for row in report.rows[:3])
-    assert ssd > 1.5 * dynamic >= 1.5 * static
+    dynamic, static, ssd = (row.key_value + row.bookkeeping for row in report.rows[:3])
+    assert 1.5 * ssd < dynamic <= static
 
 
 def test_seconds_become_speeds():
@@ -390,12 +361,12 @@ def test_tables_and_json_hold_the_run(reports):
     assert cells["tokens/s"] == number(row.tokens_per_second)
     assert cells["to Dynamic"] == f"{row.tokens_per_second / report.rows[0].tokens_per_second:.2f}x"
     assert len(others) == len(steps.rows) == len(memory.rows) == 3
-    assert dict(zip(memory.heads, memory.rows[2], strict=True))["images in 0.1 GB"] == str(row.images_that_fit)
+    assert dict(zip(memory.heads, memory.rows[2], strict=True))["K and V"] == size(row.key_value)
     text = to_markdown(report)
     for line in [report.command, *condition_lines(report)]:
         assert line in text
     values = json.loads(report.to_json())
-    assert values["format"] == "ssd-cache bench 2"
+    assert values["format"] == "ssd-cache bench 3"
     assert values["rows"][2]["tokens_per_second"] == row.tokens_per_second
     assert values["rows"][2]["work"]["weight_bytes"] == row.work.weight_bytes
 
@@ -430,8 +401,8 @@ def bench(tmp_path, monkeypatch):
 def test_the_command_line_fills_a_folder_and_its_command_repeats_it(bench, tmp_path):
     folder = write_checkpoint(tmp_path / "model")
     result = bench(
-        *("--model", folder, "--batch-size", "2,1", "--tokens", 32, "--rounds", 1, "--memory", "1GB"),
-        *("--caches", "DynamicCache;ssd 50%", "--no-peak", "--output", "out"),
+        *("--model", folder, "--batch-size", "2,1", "--tokens", 32, "--rounds", 1),
+        *("--caches", "DynamicCache;ssd 50%", "--output", "out"),
     )
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.json", "bench.md"]
@@ -463,7 +434,7 @@ def test_the_page_on_speed_is_filled_with_what_was_measured(bench, tmp_path):
     refused = subprocess.run(fill, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "make bench-gpu" in refused.stderr
-    arguments = ["--model", folder, "--batch-size", 1, "--tokens", 8, "--rounds", 1, "--caches", "ssd 50%", "--no-peak"]
+    arguments = ["--model", folder, "--batch-size", 1, "--tokens", 8, "--rounds", 1, "--caches", "ssd 50%"]
     for name in ("first", "second"):
         assert bench(*arguments, "--output", results / name).exit_code == 0
         subprocess.run(fill, check=True)
@@ -490,7 +461,6 @@ def test_the_page_on_speed_is_filled_with_what_was_measured(bench, tmp_path):
         (["--budgets", "0.01"], "the budget gives a"),
         (["--budgets", "x"], "give a fraction of the grid"),
         (["--tokens", "7"], "7 tokens to generate: give 8 to 575"),
-        (["--memory", "24"], "--memory 24: give a number and one of MB, GB"),
         (["--dtype", "int8"], "unknown dtype 'int8'"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--device", "meta"], "--device meta: the bench measures on cpu and cuda"),

@@ -14,7 +14,7 @@ from typing import Any
 from ssd_cache.bench.roofline import Machine, StepWork
 from ssd_cache.bench.running import Measurement, timed_positions
 
-FORMAT = "ssd-cache bench 2"
+FORMAT = "ssd-cache bench 3"
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class Row:
         quarters_ms: the median step of each quarter of the image.
         curve: [visual token, milliseconds] of every timed step, median of the rounds.
         key_value, bookkeeping: bytes that the cache holds at the end of an image.
-        peak: peak memory: of torch on the GPU, else of a separate process; None if it was not measured.
-        images_that_fit: images at once whose caches fit into the given memory beside the weights.
+        peak: torch's peak of allocated memory on a GPU, weights included; None on a CPU.
         work: bytes that a step must read and operations that it must make.
         least_ms: lower bound of a step on this machine.
     """
@@ -53,7 +52,6 @@ class Row:
     key_value: int = 0
     bookkeeping: int = 0
     peak: int | None = None
-    images_that_fit: int | None = None
     work: StepWork | None = None
     least_ms: float = 0.0
 
@@ -79,14 +77,12 @@ def summarize(
     *,
     machine: Machine,
     work: StepWork,
-    room: int | None = None,
 ) -> Row:
-    """Compute the row of one measurement of `windows` in an image of `num_cells`; `room` is the memory for caches."""
+    """Compute the row of one measurement of `windows` in an image of `num_cells`."""
     generated = measured.batch_size * sum(map(len, windows))
     speed = generated / statistics.median(measured.seconds)
     medians = [1000 * statistics.median(step) for step in zip(*measured.steps, strict=True)]
     curve = list(zip(timed_positions(windows), medians, strict=True))
-    held = measured.key_value + measured.bookkeeping
     return Row(
         cache=measured.case.name,
         batch_size=measured.batch_size,
@@ -104,7 +100,6 @@ def summarize(
         key_value=measured.key_value,
         bookkeeping=measured.bookkeeping,
         peak=measured.peak,
-        images_that_fit=None if room is None else max(0, room) * measured.batch_size // held,
         work=work,
         least_ms=1000 * work.least_seconds(machine),
     )

@@ -17,7 +17,6 @@ import transformers
 
 import ssd_cache
 from ssd_cache.bench.cases import Case
-from ssd_cache.bench.peak import can_read_peak, peak_of
 from ssd_cache.bench.results import Report, Row, summarize
 from ssd_cache.bench.roofline import measure_machine, step_work
 from ssd_cache.bench.running import measure, timed_positions
@@ -31,8 +30,6 @@ def run(
     batch_sizes: Sequence[int],
     windows: Sequence[range],
     rounds: int,
-    memory: int | None = None,
-    with_peak: bool = False,
     command: str = "",
     progress: bool = False,
 ) -> Iterator[Report]:
@@ -44,19 +41,15 @@ def run(
         batch_sizes: numbers of images at once; each has its own tables.
         windows: the visual tokens of an image that are generated, as from `choose_windows`.
         rounds: counted rounds.
-        memory: bytes for the number of images that fit.
-        with_peak: measure peak memory on a CPU, which needs a process for each case.
         command: the command that repeats the run.
         progress: show a progress bar.
     """
     model, head_map = subject.model, subject.head_map
-    machine, weights = measure_machine(model.dtype, model.device), weight_bytes(subject)
+    machine = measure_machine(model.dtype, model.device)
     facts = _conditions(subject) | {
         "generated": f"{sum(map(len, windows))} tokens of each image",
         "rounds": f"{rounds}, interleaved, after one to warm up",
-        "memory": None if memory is None else f"{memory / 1e9:g} GB",
     }
-    has_peak = with_peak and model.device.type == "cpu" and can_read_peak()
     rows: list[Row] = []
     for batch_size in batch_sizes:
         for result in measure(subject, cases, windows, batch_size=batch_size, rounds=rounds, progress=progress):
@@ -64,8 +57,6 @@ def run(
             if result.failure is not None:
                 rows.append(Row(case.name, batch_size, failure=result.failure))
                 continue
-            if has_peak and not case.is_compiled:  # the compiler's memory would hide the peak of a compiled case
-                result.peak = peak_of(subject.name, model.dtype, case, batch_size, head_map.grid)
             rows.append(
                 summarize(
                     result,
@@ -73,7 +64,6 @@ def run(
                     head_map.num_visual_tokens,
                     machine=machine,
                     work=step_work(subject, case, batch_size, timed_positions(windows)),
-                    room=None if memory is None else memory - weights,
                 )
             )
         yield Report(command, facts, machine, list(rows))

@@ -85,7 +85,7 @@ class Measurement:
         seconds: seconds of each counted round, for the generated tokens.
         steps: seconds of each step in each counted round, one for each of `timed_positions`.
         key_value, bookkeeping: bytes that the cache holds at the end of an image.
-        peak: on a GPU, torch's peak of allocated memory, weights included; else set later, if at all.
+        peak: on a GPU, torch's peak of allocated memory, weights included.
         failure: the reason if there are no results.
     """
 

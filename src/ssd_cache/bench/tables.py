@@ -46,7 +46,7 @@ def all_tables(report: Report) -> list[Cells]:
         tables = {
             "Speed": _speed_columns(rows),
             "Steps in ms": STEP_COLUMNS,
-            "Memory": MEMORY_COLUMNS | _capacity_columns(report),
+            "Memory": MEMORY_COLUMNS,
         }
         for title, columns in tables.items():
             lines = [[row.cache, *_cells(columns, row)] for row in rows]
@@ -88,11 +88,6 @@ MEMORY_COLUMNS: Columns = {
     "beside": lambda row: size(row.bookkeeping),
     "peak": lambda row: "-" if row.peak is None else size(row.peak),
 }
-
-
-def _capacity_columns(report: Report) -> Columns:
-    memory = report.conditions.get("memory")
-    return {} if memory is None else {f"images in {memory}": lambda row: str(row.images_that_fit)}
 
 
 def condition_lines(report: Report) -> list[str]:

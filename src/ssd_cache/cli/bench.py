@@ -5,7 +5,6 @@ Holds options, checks and files. The measurements are in `ssd_cache.bench`.
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -80,19 +79,6 @@ def bench(
             rich_help_panel=MEASURING,
         ),
     ] = None,
-    peak: Annotated[
-        bool,
-        typer.Option(help="Measure peak memory on a CPU, with one process for each cache.", rich_help_panel=MEASURING),
-    ] = True,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Also show how many images fit into this much memory: 24GB.",
-            metavar="SIZE",
-            show_default=False,
-            rich_help_panel=MEASURING,
-        ),
-    ] = None,
     output: Annotated[
         Path | None,
         output_option("A folder for bench.json and bench.md.", "FOLDER", default="the terminal alone"),
@@ -104,7 +90,7 @@ def bench(
     in interleaved rounds. The baselines are transformers' own full caches and
     this machine's roofline. Random models have random head maps.
     """
-    batch_sizes, limit, asked_grid = _parse_batch_sizes(batch_size), _parse_memory(memory), parse_grid(grid)
+    batch_sizes, asked_grid = _parse_batch_sizes(batch_size), parse_grid(grid)
     with refusing():
         where = resolve_device(device)
         if where.type not in COPY_BYTES:
@@ -129,8 +115,6 @@ def bench(
         batch_sizes=batch_sizes,
         windows=windows,
         rounds=rounds,
-        memory=limit,
-        with_peak=peak,
         command=_command(context),
         progress=True,
     ):
@@ -149,16 +133,6 @@ def _parse_batch_sizes(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) >= 1 for part in parts):
         raise WrongUse(f"--batch-size {text}: give whole numbers from 1 up, with commas between (1,8,32)")
     return sorted(set(map(int, parts)))
-
-
-def _parse_memory(text: str | None) -> int | None:
-    """Bytes of an amount such as "24GB" (powers of 1000) or "24GiB" (powers of 1024)."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])(i?)B", text.strip(), re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise WrongUse(f"--memory {text}: give a number and one of MB, GB, TB, MiB, GiB, TiB, as in 24GB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** (" KMGT".index(match[2].upper())))
 
 
 def _command(context: typer.Context) -> str:

@@ -25,7 +25,7 @@ def main(cache: str, steps: bool = False, model: str = "small-cpu", batch_size: 
     (case,) = choose_cases(subject.head_map, names=[cache])
     rows, number = subject.rows_per_image * batch_size, subject.head_map.num_visual_tokens - steps
     with case.running(subject):
-        if case.is_compiled:
+        if case.steps:
             subject.generate(case.make_cache(subject), batch_size, 3, lambda: None)
         held = case.make_cache(subject)
         if steps:

@@ -20,7 +20,6 @@ from ssd_cache.analysis.plotting import new_figure, plain_label, to_png
 from ssd_cache.bench.results import Report as BenchReport
 from ssd_cache.bench.results import Row
 from ssd_cache.bench.roofline import Machine
-from ssd_cache.bench.tables import to_markdown as bench_page
 from ssd_cache.cli.eval.score_table import Report
 from ssd_cache.cli.sheet import Row as SheetRow
 from ssd_cache.cli.sheet import contact_sheet
@@ -168,9 +167,9 @@ def test_the_tables_of_a_bench_hold_no_foreign_markup(hostile):
     is_short = len(hostile) < MAX_TEXT and hostile.isprintable()
 
     def page_of(text):
-        conditions = {**dict.fromkeys(("model", "head map", "device"), text), "weights": 1000}
+        conditions = dict.fromkeys(("model", "head map", "device"), text)
         rows = [Row(text, 1, tokens_per_second=2.0), Row("other", 1, failure=text)]
-        return bench_page(BenchReport(text, conditions, Machine(1e9, 1e12), rows))
+        return BenchReport(text, conditions, Machine(1e9, 1e12), rows).to_markdown()
 
     check(page_of, hostile, is_short)
 

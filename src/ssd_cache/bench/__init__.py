@@ -6,9 +6,7 @@ quality; `evaluation` measures quality.
 
 from ssd_cache.bench.cases import Case, choose_cases
 from ssd_cache.bench.results import Report, Row
-from ssd_cache.bench.run import run
-from ssd_cache.bench.running import choose_windows
-from ssd_cache.bench.shapes import SHAPES
-from ssd_cache.bench.subject import load_subject
+from ssd_cache.bench.running import choose_windows, run
+from ssd_cache.bench.subject import SHAPES, load_subject
 
 __all__ = ["SHAPES", "Case", "Report", "Row", "choose_cases", "choose_windows", "load_subject", "run"]

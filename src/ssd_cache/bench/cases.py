@@ -1,14 +1,15 @@
-"""The compared caches: transformers' full caches, and cache policies by budget, both eager and compiled.
+"""The compared caches: transformers' full caches, and cache policies by budget, with eager or compiled steps.
 
-A case holds a name and settings in plain values, so that it can be sent to another process. It makes a new cache for
-every use.
+A case is a name and settings in plain values; it makes a new cache for every use. A rival that runs its steps in
+another way is one entry in `STEPS` and one `Case`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel, StaticCache
@@ -25,52 +26,6 @@ from ssd_cache.head_map.head_map import HeadMap
 
 RIVALS = ("DynamicCache", "StaticCache")
 """transformers' full caches, the baselines of the speed tables."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A cache to measure.
-
-    Attributes:
-        cache: one of `RIVALS`, or a policy with settings in the format of `evaluation.policies`: `ssd:buffer=1`.
-        budget: visual tokens per head, for a policy.
-        is_compiled: whether the decoder's one-token steps run through `torch.compile`.
-    """
-
-    cache: str
-    budget: Amount | None = None
-    is_compiled: bool = False
-
-    @property
-    def name(self) -> str:
-        """The cache, the budget and the way of decoding: "StaticCache, compiled", "ssd 20%, fast_decode"."""
-        amount = f"{100 * self.budget:g}%" if isinstance(self.budget, float) else str(self.budget or "")
-        compiled = (", compiled" if self.is_full else ", fast_decode") if self.is_compiled else ""
-        return f"{self.cache} {amount}".strip() + compiled
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it is one of transformers' own caches."""
-        return self.cache in RIVALS
-
-    def make_cache(self, subject: Subject) -> Cache:
-        """Make a new cache, long enough for a whole image; raises ValueError for policy settings out of range."""
-        if self.cache == "DynamicCache":
-            return DynamicCache()
-        if self.cache == "StaticCache":
-            return StaticCache(config=subject.config, max_cache_len=subject.length)
-        return self.make_ssd(subject.head_map)
-
-    def make_ssd(self, head_map: HeadMap) -> SSDCache:
-        """Make the cache of a policy."""
-        return parse_policy(self.cache).make_cache(head_map, 1.0 if self.budget is None else self.budget)
-
-    @contextmanager
-    def running(self, subject: Subject) -> Iterator[None]:
-        """Set the best attention for this cache, and compiled steps if `is_compiled`; restore the model at the end."""
-        steps = (compiled_steps if self.is_full else fast_decode) if self.is_compiled else nullcontext
-        with ssd_attention(subject.model, "sdpa" if self.is_full else NAME), steps(subject.model):
-            yield
 
 
 @contextmanager
@@ -95,6 +50,58 @@ def compiled_steps(model: PreTrainedModel) -> Iterator[None]:
         del decoder.forward
 
 
+STEPS: Mapping[str, Callable[[PreTrainedModel], AbstractContextManager[Any]]] = {
+    "": nullcontext,
+    "compiled": compiled_steps,
+    "fast_decode": fast_decode,
+}
+"""Ways to run the decoder's steps, by the word that a case's name ends with: a context manager around the model."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cache to measure.
+
+    Attributes:
+        cache: one of `RIVALS`, or a policy with settings in the format of `evaluation.policies`: `ssd:buffer=1`.
+        budget: visual tokens per head, for a policy.
+        steps: a key of `STEPS`; "" runs eager steps.
+    """
+
+    cache: str
+    budget: Amount | None = None
+    steps: str = ""
+
+    @property
+    def name(self) -> str:
+        """The cache, the budget and the steps: "StaticCache, compiled", "ssd 20%, fast_decode"."""
+        amount = f"{100 * self.budget:g}%" if isinstance(self.budget, float) else str(self.budget or "")
+        return ", ".join(filter(None, (f"{self.cache} {amount}".strip(), self.steps)))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is one of transformers' own caches."""
+        return self.cache in RIVALS
+
+    def make_cache(self, subject: Subject) -> Cache:
+        """Make a new cache, long enough for a whole image; raises ValueError for policy settings out of range."""
+        if self.cache == "DynamicCache":
+            return DynamicCache()
+        if self.cache == "StaticCache":
+            return StaticCache(config=subject.config, max_cache_len=subject.length)
+        return self.make_ssd(subject.head_map)
+
+    def make_ssd(self, head_map: HeadMap) -> SSDCache:
+        """Make the cache of a policy."""
+        return parse_policy(self.cache).make_cache(head_map, 1.0 if self.budget is None else self.budget)
+
+    @contextmanager
+    def running(self, subject: Subject) -> Iterator[None]:
+        """Set the best attention for this cache and run its kind of steps; restore the model at the end."""
+        with ssd_attention(subject.model, "sdpa" if self.is_full else NAME), STEPS[self.steps](subject.model):
+            yield
+
+
 def choose_cases(
     head_map: HeadMap,
     *,
@@ -116,33 +123,24 @@ def choose_cases(
     Raises:
         ValueError: an unknown policy or name, or settings out of range.
     """
-    cases = [Case(name) for name in RIVALS] + ([Case("StaticCache", is_compiled=True)] if is_compiled else [])
+    cases = [*map(Case, RIVALS), Case("StaticCache", steps="compiled")]
     if policies is None and budgets is None:
-        cases += _default_cases(head_map, is_compiled)
+        name, settings = own_policy(head_map)
+        own = policy_label(name, settings)
+        cases += [Case(own, 1.0), Case(own, 0.5), Case(own, 0.2), Case(own, 0.2, "fast_decode")]
+        others = (policy_label(name, settings | {"buffer": 1}), "ssd", "h2o", "streaming-llm")
+        cases += [Case(other, 0.2) for other in others if other != own]
     else:
         for policy in resolve_policies(parse_policies(policies or DEFAULT), head_map):
             for budget in policy.budgets(budgets or [0.2]):
-                cases += [Case(policy.label, budget)]
-                cases += [Case(policy.label, budget, is_compiled=True)] if is_compiled else []
+                cases += [Case(policy.label, budget), Case(policy.label, budget, "fast_decode")]
+    cases = [case for case in cases if is_compiled or not case.steps]
     if names is not None:
-        known = [case.name for case in cases]
+        known = {case.name: case for case in cases}
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"no cache {unknown[0]!r}: give names of {'; '.join(known)}")
-        cases = [case for case in cases if case.name in names]
+        cases = [case for name, case in known.items() if name in names]
     for case in cases:
         if not case.is_full:
             case.make_ssd(head_map)
     return cases
-
-
-def _default_cases(head_map: HeadMap, is_compiled: bool) -> list[Case]:
-    name, settings = own_policy(head_map)
-    own = policy_label(name, settings)
-    return [
-        *(Case(own, budget) for budget in (1.0, 0.5, 0.2)),
-        *([Case(own, 0.2, is_compiled=True)] if is_compiled else []),
-        Case(policy_label(name, settings | {"buffer": 1}), 0.2),
-        *([] if own == "ssd" else [Case("ssd", 0.2)]),
-        Case("h2o", 0.2),
-        Case("streaming-llm", 0.2),
-    ]

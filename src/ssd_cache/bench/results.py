@@ -1,20 +1,24 @@
-"""The results of a run as plain numbers; tables, plots and JSON use only these.
+"""The results of a run as plain numbers, as JSON, and as tables for the terminal and for Markdown.
 
-Seconds become tokens per second with the spread of the rounds, and the step time along the image.
+Nothing is measured here; `bench/running.py` makes the numbers.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
-from collections.abc import Sequence
+import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
+from tqdm import tqdm
+
+from ssd_cache.bench.cases import RIVALS
 from ssd_cache.bench.roofline import Machine, StepWork
-from ssd_cache.bench.running import Measurement, timed_positions
+from ssd_cache.io.markdown import code_block, escape, table
 
 FORMAT = "ssd-cache bench 3"
+
+Table = tuple[str, list[str], list[list[str]]]
+"""A title, the column heads, and rows whose first cell is a name."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,8 @@ class Row:
         seconds: seconds of each counted round, for the generated tokens.
         tokens_per_second: visual tokens of all images per second, in the median round.
         slowest, fastest: tokens per second of the slowest and the fastest round.
-        images_per_second: `tokens_per_second` in whole images.
         step_ms: the mean step.
         quarters_ms: the median step of each quarter of the image.
-        curve: [visual token, milliseconds] of every timed step, median of the rounds.
         key_value, bookkeeping: bytes that the cache holds at the end of an image.
         peak: torch's peak of allocated memory on a GPU, weights included; None on a CPU.
         work: bytes that a step must read and operations that it must make.
@@ -45,10 +47,8 @@ class Row:
     tokens_per_second: float = 0.0
     slowest: float = 0.0
     fastest: float = 0.0
-    images_per_second: float = 0.0
     step_ms: float = 0.0
     quarters_ms: list[float] = field(default_factory=list)
-    curve: list[tuple[int, float]] = field(default_factory=list)
     key_value: int = 0
     bookkeeping: int = 0
     peak: int | None = None
@@ -58,48 +58,69 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """A run: the command that repeats it, its conditions and its results."""
+    """A run: the command that repeats it, its conditions as text, the machine's speeds and the results."""
 
     command: str
-    conditions: dict[str, Any]
+    conditions: dict[str, str]
     machine: Machine
     rows: list[Row]
 
     def to_json(self) -> str:
         """Return the report as JSON text."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, default=str)
+        return json.dumps({"format": FORMAT, **asdict(self)})
+
+    def to_markdown(self) -> str:
+        """Return the report as a Markdown page."""
+        conditions = "\n".join(f"- {escape(line)}" for line in self.condition_lines())
+        parts = [f"# {escape(self.conditions['model'])}", conditions, code_block(self.command, "bash")]
+        for title, heads, rows in self.tables():
+            parts += [f"## {escape(title)}", table(heads, rows)]
+        return "\n\n".join(parts) + "\n"
+
+    def condition_lines(self) -> list[str]:
+        """The conditions, a line each."""
+        return [f"{name}: {value}" for name, value in self.conditions.items()]
+
+    def tables(self) -> list[Table]:
+        """Speed and memory for each batch size; about 80 columns wide."""
+        found = []
+        for batch_size in dict.fromkeys(row.batch_size for row in self.rows):
+            rows = [row for row in self.rows if row.batch_size == batch_size]
+            speeds = {row.cache: row.tokens_per_second for row in rows}
+            for title, heads, cells in (
+                ("Speed", ["tokens/s", "rounds", *(f"to {name.removesuffix('Cache')}" for name in RIVALS)], _speed),
+                ("Steps in ms", ["mean", "median of each quarter", "roofline", "of it"], _steps),
+                ("Memory", ["K and V", "beside", "peak"], _memory),
+            ):
+                lines = [
+                    [row.cache, *([row.failure, *["-"] * (len(heads) - 1)] if row.failure else cells(row, speeds))]
+                    for row in rows
+                ]
+                found.append((f"{title}, batch {batch_size}", ["cache", *heads], lines))
+        return found
 
 
-def summarize(
-    measured: Measurement,
-    windows: Sequence[range],
-    num_cells: int,
-    *,
-    machine: Machine,
-    work: StepWork,
-) -> Row:
-    """Compute the row of one measurement of `windows` in an image of `num_cells`."""
-    generated = measured.batch_size * sum(map(len, windows))
-    speed = generated / statistics.median(measured.seconds)
-    medians = [1000 * statistics.median(step) for step in zip(*measured.steps, strict=True)]
-    curve = list(zip(timed_positions(windows), medians, strict=True))
-    return Row(
-        cache=measured.case.name,
-        batch_size=measured.batch_size,
-        seconds=measured.seconds,
-        tokens_per_second=speed,
-        slowest=generated / max(measured.seconds),
-        fastest=generated / min(measured.seconds),
-        images_per_second=speed / num_cells,
-        step_ms=statistics.mean(medians),
-        quarters_ms=[
-            statistics.median(ms for position, ms in curve if 4 * position // num_cells == quarter)
-            for quarter in range(4)
-        ],
-        curve=[(position, round(ms, 4)) for position, ms in curve],
-        key_value=measured.key_value,
-        bookkeeping=measured.bookkeeping,
-        peak=measured.peak,
-        work=work,
-        least_ms=1000 * work.least_seconds(machine),
-    )
+def _speed(row: Row, speeds: dict[str, float]) -> list[str]:
+    bases = [speeds.get(rival) for rival in RIVALS]
+    ratios = [f"{row.tokens_per_second / base:.2f}x" if base else "-" for base in bases]
+    return [number(row.tokens_per_second), f"{number(row.slowest)} to {number(row.fastest)}", *ratios]
+
+
+def _steps(row: Row, speeds: dict[str, float]) -> list[str]:
+    share = f"{100 * row.least_ms / row.step_ms:.3g}%" if row.step_ms else "-"
+    return [number(row.step_ms), ", ".join(map(number, row.quarters_ms)), number(row.least_ms), share]
+
+
+def _memory(row: Row, speeds: dict[str, float]) -> list[str]:
+    return [size(row.key_value), size(row.bookkeeping), "-" if row.peak is None else size(row.peak)]
+
+
+def number(value: float) -> str:
+    """Format with three digits, or with all digits before the point: 0.123, 12.3, 1234."""
+    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:.{digits}f}"
+
+
+def size(num_bytes: float) -> str:
+    """Format bytes with three digits, in powers of 1000."""
+    return tqdm.format_sizeof(num_bytes, "B") if num_bytes >= 1000 else f"{num_bytes:.0f}B"

@@ -1,22 +1,31 @@
 """Generate the same images with several caches in turn and time every step.
 
 Rounds are interleaved, so that a slowdown of the machine affects all caches alike. The first round warms up and
-compiles; it is not counted. `bench/results.py` evaluates the times.
+compiles; it is not counted. A `Report` is yielded after every batch size, so an interrupted run leaves results.
 """
 
 from __future__ import annotations
 
+import itertools
+import platform
+import re
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from tqdm import tqdm
 from transformers import Cache
 
+import ssd_cache
 from ssd_cache.bench.cases import Case
-from ssd_cache.bench.roofline import synchronize
-from ssd_cache.bench.subject import Subject
+from ssd_cache.bench.results import Report, Row, size
+from ssd_cache.bench.roofline import Machine, StepWork, measure_machine, step_work, synchronize
+from ssd_cache.bench.subject import GUIDANCE_SCALE, Subject
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.io.showing import first_line
 
@@ -56,37 +65,12 @@ def timed_positions(windows: Sequence[range]) -> list[int]:
     return [position for window in windows for position in (window[1:] if window.start else window[:-1])]
 
 
-class StepClock:
-    """Times steps without GPU synchronisation: `tick` sets a mark, `intervals` returns the seconds between marks."""
-
-    def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
-        self.marks: list = []
-
-    def tick(self) -> None:
-        if self.on_gpu:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
-            self.marks.append(time.perf_counter())
-
-    def intervals(self) -> list[float]:
-        """Seconds from each mark to the next; on a GPU after `synchronize`."""
-        pairs = zip(self.marks, self.marks[1:], strict=False)
-        return [a.elapsed_time(b) / 1000 if self.on_gpu else b - a for a, b in pairs]
-
-
 @dataclass
 class Measurement:
-    """Measured times and bytes of a case.
+    """Measured times and bytes of a case; `Row` describes the fields.
 
     Attributes:
-        case, batch_size: what was measured; `batch_size` counts images.
-        seconds: seconds of each counted round, for the generated tokens.
         steps: seconds of each step in each counted round, one for each of `timed_positions`.
-        key_value, bookkeeping: bytes that the cache holds at the end of an image.
-        peak: on a GPU, torch's peak of allocated memory, weights included.
-        failure: the reason if there are no results.
     """
 
     case: Case
@@ -97,6 +81,40 @@ class Measurement:
     bookkeeping: int = 0
     peak: int | None = None
     failure: str | None = None
+
+
+def run(
+    subject: Subject,
+    cases: Sequence[Case],
+    *,
+    batch_sizes: Sequence[int],
+    windows: Sequence[range],
+    rounds: int,
+    command: str = "",
+    progress: bool = False,
+) -> Iterator[Report]:
+    """Measure. Yields a report of all results after every batch size.
+
+    Args:
+        subject: the model.
+        cases: caches and policies.
+        batch_sizes: numbers of images at once; each has its own tables.
+        windows: the visual tokens of an image that are generated, as from `choose_windows`.
+        rounds: counted rounds.
+        command: the command that repeats the run.
+        progress: show a progress bar.
+    """
+    machine = measure_machine(subject.model.dtype, subject.model.device)
+    facts = _conditions(subject, machine) | {
+        "generated": f"{sum(map(len, windows))} tokens of each image",
+        "rounds": f"{rounds}, interleaved, after one to warm up",
+    }
+    rows: list[Row] = []
+    for batch_size in batch_sizes:
+        for result in measure(subject, cases, windows, batch_size=batch_size, rounds=rounds, progress=progress):
+            work = step_work(subject, result.case, batch_size, timed_positions(windows))
+            rows.append(summarize(result, windows, subject.head_map.num_visual_tokens, machine, work))
+        yield Report(command, facts, machine, list(rows))
 
 
 def measure(
@@ -126,7 +144,7 @@ def measure(
                         static.clear()
                         result.failure = "out of memory"
                     except Exception as error:  # the compiler's errors have no common class
-                        if not result.case.is_compiled:
+                        if not result.case.steps:
                             raise
                         result.failure = f"cannot be compiled here: {first_line(error)}"
                 bar.update()
@@ -165,22 +183,29 @@ def generate_windows(
     """Generate the windows with one cache, filled up to the start of each; returns total seconds and step seconds.
 
     For a whole image, the total is wall time, including the prompt and the start of the call. For windows, it is the
-    mean step time multiplied by the number of steps.
+    mean step time multiplied by the number of steps. On a GPU, steps are timed by events, without waiting for it.
     """
     device, steps, wall = subject.model.device, [], 0.0
+    on_gpu, marks = device.type == "cuda", list[Any]()
+
+    def tick() -> None:
+        marks.append(torch.cuda.Event(enable_timing=True) if on_gpu else time.perf_counter())
+        if on_gpu:
+            marks[-1].record()
+
     for window in windows:
         if window.start:
             subject.fill(cache, batch_size, subject.num_prompt + window.start)
-        clock = StepClock(device)
+        marks.clear()
         torch.manual_seed(0)
         synchronize(device)
         begin = time.perf_counter()
-        subject.generate(cache, batch_size, len(window), clock.tick)
+        subject.generate(cache, batch_size, len(window), tick)
         synchronize(device)
         wall += time.perf_counter() - begin
-        steps += clock.intervals()
+        steps += [one.elapsed_time(two) / 1000 if on_gpu else two - one for one, two in itertools.pairwise(marks)]
     if len(windows) > 1:
-        wall = sum(steps) / len(steps) * sum(map(len, windows))
+        wall = statistics.mean(steps) * sum(map(len, windows))
     return wall, steps
 
 
@@ -190,3 +215,60 @@ def held_bytes(cache: Cache) -> tuple[int, int]:
         stats = cache.memory_stats()
         return stats.key_value, stats.bookkeeping
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers), 0
+
+
+def summarize(measured: Measurement, windows: Sequence[range], num_cells: int, machine: Machine, work: StepWork) -> Row:
+    """Compute the row of one measurement of `windows` in an image of `num_cells`."""
+    name, batch_size = measured.case.name, measured.batch_size
+    if measured.failure is not None:
+        return Row(name, batch_size, measured.failure)
+    generated = batch_size * sum(map(len, windows))
+    medians = [1000 * statistics.median(step) for step in zip(*measured.steps, strict=True)]
+    curve = list(zip(timed_positions(windows), medians, strict=True))
+    quarters = ([ms for position, ms in curve if 4 * position // num_cells == quarter] for quarter in range(4))
+    return Row(
+        cache=name,
+        batch_size=batch_size,
+        seconds=measured.seconds,
+        tokens_per_second=generated / statistics.median(measured.seconds),
+        slowest=generated / max(measured.seconds),
+        fastest=generated / min(measured.seconds),
+        step_ms=statistics.mean(medians),
+        quarters_ms=list(map(statistics.median, quarters)),
+        key_value=measured.key_value,
+        bookkeeping=measured.bookkeeping,
+        peak=measured.peak,
+        work=work,
+        least_ms=1000 * work.least_seconds(machine),
+    )
+
+
+def _conditions(subject: Subject, machine: Machine) -> dict[str, str]:
+    """The model, the machine and the versions."""
+    config, device, head_map = subject.config, subject.model.device, subject.head_map
+    heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} KV heads of {subject.head_dim}"
+    is_guided, speeds = subject.rows_per_image == 2, f"{size(machine.copy_speed)}/s copied"
+    return {
+        "model": subject.name,
+        "decoder": f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {heads}",
+        "weights": size(sum(weight.nbytes for weight in subject.model.parameters())),
+        "grid": f"{head_map.layout.text()} = {head_map.num_visual_tokens} visual tokens",
+        "prompt": f"{subject.num_prompt} tokens",
+        "guidance": f"{GUIDANCE_SCALE:g}, two rows an image" if is_guided else "none, one row an image",
+        "head map": head_map.method or "the model's own",
+        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "device": _device_name(device),
+        "threads": str(torch.get_num_threads()),
+        "roofline": f"{speeds}, {machine.matrix_speed / 1e12:.3g} TFLOP/s in matrix products",
+        "versions": f"ssd_cache {ssd_cache.__version__}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}",
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    """Name of the GPU, or of the processor as the system reports it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()

@@ -1,7 +1,7 @@
 """The measured model and its generation loop: Janus by its own `generate`, others step by step, most with guidance.
 
-`fill` fills a cache up to any point of an image, and `generate` continues from there, so that late steps can be timed
-without generating the early ones. Nothing is timed here.
+A model is a checkpoint, or a shape with random weights: the cost of a step does not depend on their values. `fill`
+fills a cache up to any point of an image, and `generate` continues from there. Nothing is timed here.
 """
 
 from __future__ import annotations
@@ -13,14 +13,20 @@ import torch
 from transformers import (
     AttentionInterface,
     Cache,
+    Emu3ForCausalLM,
+    Emu3TextConfig,
+    GenerationConfig,
     GlmImageForConditionalGeneration,
+    JanusConfig,
     JanusForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
 from ssd_cache._compat import CACHE
-from ssd_cache.bench.shapes import SHAPES, make_model
 from ssd_cache.cache.attention import NAME
 from ssd_cache.cache.cache import SSDCache, decoder_shape
 from ssd_cache.head_map.head_map import HeadMap
@@ -29,9 +35,92 @@ from ssd_cache.models import GeneratorError, find_generator
 
 GUIDANCE_SCALE = 5.0
 NUM_PROMPT = 16
-"""Prompt length in tokens for a checkpoint."""
+"""Prompt length in tokens, except for LlamaGen's one class token."""
 
-OnStep = Callable[[], object]
+BOS, EOS, PAD, BOI = 1, 2, 0, 4
+"""Token ids of the random models' prompts."""
+
+TINY_TOWERS = {
+    "vision_config": {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "mlp_ratio": 1.0,
+        "depth": 1,
+    },
+    "vq_config": {"latent_channels": 32, "base_channels": 32, "channel_multiplier": [1] * 5, "num_res_blocks": 0},
+}
+"""Settings for a small Janus: minimal sizes of the parts that no generation step runs."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model with random weights: its class and configuration, the grid (end-of-line tokens count), prompt tokens."""
+
+    model_class: type[PreTrainedModel]
+    make_config: Callable[[], PreTrainedConfig]
+    grid: Grid = (24, 24)
+    num_prompt: int = NUM_PROMPT
+
+
+def llama_config(
+    hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int, *, vocab_size: int, length: int
+) -> LlamaConfig:
+    """Configuration of a Llama without grouped heads."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_heads,
+        max_position_embeddings=length,
+    )
+
+
+def janus_config(*sizes: int, vocab_size: int = 102400, length: int = 16384, **towers) -> JanusConfig:
+    """Configuration of a Janus-Pro with a decoder of these sizes; default towers and codes are those of Janus-Pro."""
+    text, width = llama_config(*sizes, vocab_size=vocab_size, length=length), sizes[0]
+    return JanusConfig(
+        text_config=text.to_dict(),
+        vision_config={**towers.get("vision_config", {}), "projection_dim": width},
+        vq_config={**towers.get("vq_config", {}), "projection_dim": width, "image_token_embed_dim": width},
+        image_token_id=6,
+    )
+
+
+SHAPES = {
+    "small-cpu": Shape(
+        JanusForConditionalGeneration,
+        lambda: janus_config(512, 1408, 8, 8, vocab_size=64, length=1024, **TINY_TOWERS),
+    ),
+    "janus-pro-1b": Shape(JanusForConditionalGeneration, lambda: janus_config(2048, 5632, 24, 16)),
+    "janus-pro-7b": Shape(JanusForConditionalGeneration, lambda: janus_config(4096, 11008, 30, 32)),
+    "llamagen-xl": Shape(
+        LlamaForCausalLM, lambda: llama_config(1280, 3584, 36, 20, vocab_size=16384, length=1024), num_prompt=1
+    ),
+    "emu3": Shape(Emu3ForCausalLM, Emu3TextConfig, grid=(90, 91)),
+}
+"""Shapes by name. Janus-Pro has the sizes of its checkpoints, Emu3 the defaults of its configuration class.
+
+LlamaGen's GPT-XL is here a Llama: the same layers, with positions along one axis instead of two, and with the class
+token as part of the vocabulary (sizes from FoundationVision's `autoregressive/models/gpt.py`).
+"""
+
+
+def make_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Make the model with random weights; the state of torch's global generators is restored.
+
+    Weights are made on their final device in their final dtype: 7 billion in bfloat16 take 14 GB on a GPU and no memory
+    of the CPU.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+        torch.manual_seed(0)
+        model = shape.model_class._from_config(shape.make_config(), dtype=dtype).eval()
+    model.generation_config = GenerationConfig(
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, generation_kwargs={"boi_token_id": BOI}
+    )
+    return model
 
 
 @dataclass
@@ -82,7 +171,7 @@ class Subject:
         return [self.model.lm_head]
 
     @torch.no_grad()
-    def generate(self, cache: Cache, batch_size: int, num_tokens: int, on_step: OnStep) -> None:
+    def generate(self, cache: Cache, batch_size: int, num_tokens: int, on_step: Callable[[], object]) -> None:
         """Generate visual tokens of `batch_size` images, from the prompt or from the current end of the cache.
 
         Args:
@@ -136,7 +225,7 @@ class JanusSubject(Subject):
     def output_modules(self) -> list[torch.nn.Module]:
         return [self.model.model.generation_head, self.model.model.generation_aligner]
 
-    def generate(self, cache: Cache, batch_size: int, num_tokens: int, on_step: OnStep) -> None:
+    def generate(self, cache: Cache, batch_size: int, num_tokens: int, on_step: Callable[[], object]) -> None:
         model, seen = self.model, int(cache.get_seq_length())
         prompt, ids = self._prompt(batch_size, self.num_prompt), model.generation_config
         prompt[:, 0], prompt[:, -1] = ids.bos_token_id, ids.generation_kwargs["boi_token_id"]
@@ -169,19 +258,15 @@ def head_map_for(name: str, grid: Grid | None = None) -> HeadMap:
     Random labels are good enough, because the speed of a cache hardly depends on the labels.
     """
     if name in SHAPES:
-        rows, columns = SHAPES[name].grid
-        if grid not in (None, (rows, columns)):
-            raise GeneratorError(f"grid={grid}: the shape {name} has a grid of {rows} x {columns}; leave grid out")
-        decoder = SHAPES[name].make_config().get_text_config(decoder=True)
-        return _random_map(*decoder_shape(decoder), ImageLayout((rows, columns)))
-    checkpoint = find_generator(name, grid)
-    own = checkpoint.head_map()
-    if own is None:
-        return _random_map(checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.layout)
-    return own
-
-
-def _random_map(num_layers: int, num_kv_heads: int, layout: ImageLayout) -> HeadMap:
+        layout = ImageLayout(SHAPES[name].grid)
+        if grid not in (None, layout.grid):
+            raise GeneratorError(f"grid={grid}: the shape {name} has a grid of {layout.text()}; leave grid out")
+        num_layers, num_kv_heads = decoder_shape(SHAPES[name].make_config().get_text_config(decoder=True))
+    else:
+        checkpoint = find_generator(name, grid)
+        if (own := checkpoint.head_map()) is not None:
+            return own
+        num_layers, num_kv_heads, layout = checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.layout
     labels = torch.rand(num_layers, num_kv_heads, generator=torch.Generator().manual_seed(0)) < 0.5
     return HeadMap(labels, method="half of the heads spatial, chosen at random").with_layout(layout)
 

@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from ssd_cache.bench import SHAPES, choose_cases, choose_windows, load_subject, run
 from ssd_cache.bench.roofline import COPY_BYTES
 from ssd_cache.bench.subject import head_map_for
-from ssd_cache.bench.tables import all_tables, condition_lines, to_markdown
 from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.eval.options import parse_budgets
 from ssd_cache.cli.files import check_place
 from ssd_cache.cli.loading import parse_grid
-from ssd_cache.cli.options import Device, Dtype, Grid, output_option
+from ssd_cache.cli.options import Device, Dtype, Grid, option, output_option
 from ssd_cache.io.writing import write_files
 from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
 
@@ -30,53 +31,44 @@ MODELS = f"A shape with random weights ({', '.join(SHAPES)}), {BUNDLED}, a folde
 
 def bench(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help=MODELS, metavar="NAME")] = "small-cpu",
+    model: Annotated[str, option(MODELS, "NAME")] = "small-cpu",
     grid: Grid = None,
     batch_size: Annotated[
-        str,
-        typer.Option(help="Images at once, one number or several (1,8,32); guidance doubles the rows.", metavar="N,N"),
+        str, option("Images at once, one number or several (1,8,32); guidance doubles the rows.", "N,N")
     ] = "8",
     dtype: Dtype = "auto",
     device: Device = "auto",
     policies: Annotated[
         str | None,
-        typer.Option(
-            help="Policies to compare with the full caches. Settings follow a colon: ssd,ssd:buffer=1,h2o.",
-            metavar="NAME,NAME",
-            show_default="a choice",
-            rich_help_panel=CACHES,
+        option(
+            "Policies to compare with the full caches. Settings follow a colon: ssd,ssd:buffer=1,h2o.",
+            "NAME,NAME",
+            CACHES,
+            default="a choice",
         ),
     ] = None,
     budgets: Annotated[
         str | None,
-        typer.Option(
-            help="Visual tokens a head may hold, for every policy: 0.5,0.2.",
-            metavar="X,X",
-            show_default="a choice",
-            rich_help_panel=CACHES,
-        ),
+        option("Visual tokens a head may hold, for every policy: 0.5,0.2.", "X,X", CACHES, default="a choice"),
     ] = None,
     caches: Annotated[
         str | None,
-        typer.Option(
-            help="Rows of the table to measure: names separated by semicolons: DynamicCache;ssd 20%.",
-            metavar="NAME;NAME",
-            show_default="all",
-            rich_help_panel=CACHES,
+        option(
+            "Rows of the table to measure: names separated by semicolons: DynamicCache;ssd 20%.",
+            "NAME;NAME",
+            CACHES,
+            default="all",
         ),
     ] = None,
     compiled: Annotated[bool, typer.Option(help="Also measure compiled decode steps.", rich_help_panel=CACHES)] = True,
-    rounds: Annotated[
-        int,
-        typer.Option(help="Measured rounds, after one warm-up round.", metavar="N", min=1, rich_help_panel=MEASURING),
-    ] = 2,
+    rounds: Annotated[int, option("Measured rounds, after one warm-up round.", "N", MEASURING, least=1)] = 2,
     tokens: Annotated[
         int | None,
-        typer.Option(
-            help="Generate only N tokens, around the middles of the image's quarters, with caches filled to there.",
-            metavar="N",
-            show_default="whole images",
-            rich_help_panel=MEASURING,
+        option(
+            "Generate only N tokens, around the middles of the image's quarters, with caches filled to there.",
+            "N",
+            MEASURING,
+            default="whole images",
         ),
     ] = None,
     output: Annotated[
@@ -95,7 +87,6 @@ def bench(
         where = resolve_device(device)
         if where.type not in COPY_BYTES:
             raise WrongUse(f"--device {device}: the bench measures on {' and '.join(COPY_BYTES)}")
-        kind = resolve_dtype(dtype, where)
         head_map = head_map_for(model, asked_grid)
         cases = choose_cases(
             head_map,
@@ -104,7 +95,7 @@ def bench(
             names=None if caches is None else [name.strip() for name in caches.split(";")],
             is_compiled=compiled,
         )
-        windows = choose_windows(head_map.num_visual_tokens, tokens)
+        windows, kind = choose_windows(head_map.num_visual_tokens, tokens), resolve_dtype(dtype, where)
     if output is not None:
         check_place("--output", output, is_folder=True)
     with refusing():
@@ -119,13 +110,17 @@ def bench(
         progress=True,
     ):
         if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
-            pages = {"bench.json": report.to_json(), "bench.md": to_markdown(report)}
+            pages = {"bench.json": report.to_json(), "bench.md": report.to_markdown()}
             write_files({output / name: text.encode() for name, text in pages.items()})
     console = Console(highlight=False, markup=False)
-    for cells in all_tables(report):
-        console.print(cells.to_rich())
-    console.print("\n".join(condition_lines(report)), f"\nto repeat it: {report.command}", soft_wrap=True)
+    for title, heads, rows in report.tables():
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for head in heads:
+            table.add_column(head, justify="left" if head == heads[0] else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print("\n".join(report.condition_lines()), f"\nto repeat it: {report.command}", soft_wrap=True)
 
 
 def _parse_batch_sizes(text: str) -> list[int]:
@@ -139,9 +134,9 @@ def _command(context: typer.Context) -> str:
     """A command line that repeats the measurement."""
     words = ["ssd-cache", "bench"]
     for name, value in context.params.items():
-        option = name.replace("_", "-")
+        option_name = name.replace("_", "-")
         if isinstance(value, bool):
-            words += [] if value else [f"--no-{option}"]
+            words += [] if value else [f"--no-{option_name}"]
         elif value is not None:
-            words += [f"--{option}", value.name if isinstance(value, Path) else str(value)]
+            words += [f"--{option_name}", value.name if isinstance(value, Path) else str(value)]
     return shlex.join(words)

@@ -1,13 +1,12 @@
 """Builds the C++ loops with the compiler and flags of `torch.compile`, and keeps them in a folder of this user alone.
 
 Loading a library runs it, and another user could supply one in a folder under a shared one, such as torch's default
-under /tmp. So folder and library are checked first. A file name holds two hashes: one of source, command and processor,
-and one of the library, which detects damage. Processes may build at the same time; each moves its library into place.
+under /tmp. So folder and library are checked first. The file name holds a hash of source, command and processor.
+Processes may build at the same time; each moves its library into place.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import os
@@ -16,36 +15,27 @@ import shlex
 import stat
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 
-def load(source: Path, functions: Sequence[str]) -> ctypes.CDLL | None:
+def load(source: Path) -> ctypes.CDLL | None:
     """The library of a C++ source, built if it is not in the cache folder; None where there is no compiler.
 
-    Args:
-        source: the C++ file.
-        functions: names that the library must export; a cached library that lacks one is built again.
-
     Raises:
-        Exception: no folder is safe, or the compiler or the loader failed; exceptions of many classes.
+        Exception: the folder or the library is not safe, or the compiler or loader failed; exceptions of many classes.
     """
     if os.name != "posix":
         raise OSError("they are built on POSIX systems alone")
     command = _command(source)
     if command is None:
         return None
-    folder, text = find_folder(), source.read_text()
-    key = _digest("\0".join([text, *command, _processor()]).encode())
-    name = f"{source.stem}-{key}"
-    for place in folder.glob(f"{name}-*.so"):
-        with contextlib.suppress(OSError, AttributeError):  # an untrusted file, or a library without the functions
-            check_private(place)
-            if place.stem == f"{name}-{_digest(place.read_bytes())}":  # a truncated file crashes the loader
-                return _open(place, functions)
-        with contextlib.suppress(OSError):
-            place.unlink()
-    return _build(command, text, functions, folder, name)
+    text = source.read_bytes()
+    key = hashlib.sha256(b"\0".join([text, *map(str.encode, command), _processor().encode()])).hexdigest()[:32]
+    place = find_folder() / f"{source.stem}-{key}.so"
+    if not place.exists():
+        _build(command, text, place)
+    check_private(place)
+    return ctypes.CDLL(str(place))
 
 
 def find_folder() -> Path:
@@ -90,10 +80,6 @@ def check_private(path: Path) -> None:
             raise PermissionError(f"{path} lies in {parent}, where other users can replace it")
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:32]
-
-
 def _command(source: Path) -> list[str] | None:
     """The compiler command, with file names relative to its working folder."""
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions  # imported here: it takes two seconds
@@ -119,26 +105,15 @@ def _processor() -> str:
     return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(kinds)})])
 
 
-def _build(command: list[str], text: str, functions: Sequence[str], folder: Path, name: str) -> ctypes.CDLL:
-    """Build and load a library, and move it to `folder` under `name` and the library's digest."""
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=folder) as temporary:
+def _build(command: list[str], text: bytes, place: Path) -> None:
+    """Build a library, and move it to `place`."""
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=place.parent) as temporary:
         library = Path(temporary, command[command.index("-o") + 1])
-        library.with_suffix(".cpp").write_text(text)
+        library.with_suffix(".cpp").write_bytes(text)
         done = subprocess.run(command, cwd=temporary, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
             reason = next((line for line in lines if "error" in line), *lines[:1] or [f"exit code {done.returncode}"])
             raise RuntimeError(f"the compiler failed: {reason}")
-        # Load before the move: the loader caches libraries by path, and could return a wrong one from the final path.
-        found = _open(library, functions)
         library.chmod(0o700)  # the umask may have let the group write to it
-        with contextlib.suppress(OSError):  # the library is already loaded; the next process builds it again
-            os.replace(library, folder / f"{name}-{_digest(library.read_bytes())}.so")
-    return found
-
-
-def _open(path: Path, functions: Sequence[str]) -> ctypes.CDLL:
-    found = ctypes.CDLL(str(path))
-    for name in functions:
-        getattr(found, name)
-    return found
+        os.replace(library, place)

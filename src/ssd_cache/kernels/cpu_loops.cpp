@@ -17,7 +17,6 @@ constexpr int LANES = 4, ROWS = 6;
 #endif
 constexpr int PANEL = 16;  // outputs of a linear layer computed together
 constexpr int64_t AHEAD = 2048;  // prefetch distance in floats; see `multiply`
-constexpr int64_t SAMPLES = 32;  // numbers of a weight that each product compares with the packed ones
 
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
@@ -117,22 +116,6 @@ bool decode(const T* query, const T* new_key, const T* new_value, T* keys, T* va
   return true;
 }
 
-inline uint32_t bits_of(const float* at) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, at, 4);
-  return bits;
-}
-
-// Whether a sample of numbers spread over a weight `[out, in]` equals the packed ones.
-bool is_sample_same(const float* weight, const float* packed, int64_t in, int64_t out) {
-  for (int64_t sample = 0; sample < SAMPLES; sample++) {
-    const int64_t row = sample * out / SAMPLES, column = (sample * 40503 + 17) % in;
-    const float* const copy = packed + (row / PANEL * in + column) * PANEL + row % PANEL;
-    if (bits_of(weight + row * in + column) != bits_of(copy)) return false;
-  }
-  return true;
-}
-
 // Weights come from memory, and hardware prefetching stops at the end of each page. So weights are prefetched far ahead
 // into the L2 cache; the states fill L1.
 template <int rows>
@@ -162,7 +145,7 @@ void multiply_last(int64_t left, const float* states, const float* panel, const 
 
 }  // namespace
 
-// Python checks sizes, dtypes and devices before each call; this file checks the data (heads, changed weights).
+// Python checks sizes, dtypes and devices before each call; this file checks the heads.
 extern "C" {
 
 bool decode_float32(const float* query, const float* new_key, const float* new_value, float* keys, float* values,
@@ -177,22 +160,9 @@ bool decode_bfloat16(const BFloat16* query, const BFloat16* new_key, const BFloa
   return decode(query, new_key, new_value, keys, values, scores, heads, mask, scaling, output, sizes);
 }
 
-// Whether a weight `[out, in]` equals the packed copy, bit for bit.
-bool is_packed(const float* weight, const float* packed, int64_t in, int64_t out) {
-  uint32_t different = 0;
-#pragma omp parallel for schedule(static) reduction(| : different)
-  for (int64_t at = 0; at < out; at += PANEL)
-    for (int64_t first = 0; first < in; first += 64)  // 64 columns of a panel fit into the L1 cache
-      for (int64_t row = at; row < at + PANEL; row++)
-        for (int64_t column = first; column < std::min(first + 64, in); column++)
-          different |= bits_of(weight + row * in + column) ^ bits_of(packed + at * in + column * PANEL + row - at);
-  return different == 0;
-}
-
-// False, with nothing written, if the weight differs from its packed copy in one of SAMPLES numbers.
-bool linear(const float* states, const float* weight, const float* packed, const float* bias, float* output,
-            int64_t num_rows, int64_t in, int64_t out) {
-  if (!is_sample_same(weight, packed, in, out)) return false;
+// `packed` is a weight `[out, in]` in the layout `[out / PANEL, in, PANEL]`.
+void linear(const float* states, const float* packed, const float* bias, float* output, int64_t num_rows, int64_t in,
+            int64_t out) {
   // copy of the states in blocks of ROWS rows, each block stored column by column
   std::vector<float> turned(num_rows * in);
   for (int64_t first = 0; first < num_rows; first += ROWS) {
@@ -211,6 +181,5 @@ bool linear(const float* states, const float* weight, const float* packed, const
     if (row < num_rows)
       multiply_last<ROWS - 1>(num_rows - row, &turned[row * in], panel, shift, output + row * out + at, in, out);
   }
-  return true;
 }
 }

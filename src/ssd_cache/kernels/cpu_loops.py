@@ -34,21 +34,18 @@ def library() -> ctypes.CDLL | None:
     Warns:
         UserWarning: once, with the reason, when the compiler fails. `torch.compile` itself reports a missing compiler.
     """
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
     try:
-        names = ("linear", "is_packed", *DECODERS.values())
-        found = cpu_library.load(Path(__file__).with_suffix(".cpp"), functions=names)
+        found = cpu_library.load(Path(__file__).with_suffix(".cpp"))
+        if found is None:
+            return None
+        found.linear.argtypes, found.linear.restype = [pointer] * 4 + [size] * 3, None
+        for name in DECODERS.values():
+            loop = getattr(found, name)
+            loop.argtypes, loop.restype = [pointer] * 8 + [ctypes.c_float] + [pointer] * 2, ctypes.c_bool
     except Exception as error:  # compilers, loaders and torch's private modules raise many unrelated classes
         warnings.warn(f"fast_decode continues without ssd-cache's CPU kernels: {first_line(error)}", stacklevel=2)
         return None
-    if found is None:
-        return None
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    found.linear.argtypes = [pointer] * 5 + [size] * 3
-    found.is_packed.argtypes = [pointer] * 2 + [size] * 2
-    for name in DECODERS.values():
-        getattr(found, name).argtypes = [pointer] * 8 + [ctypes.c_float] + [pointer] * 2
-    for name in names:
-        getattr(found, name).restype = ctypes.c_bool
     return found
 
 
@@ -74,28 +71,10 @@ def takes_weight(weight: torch.Tensor) -> bool:
     )
 
 
-def _check_weight(weight: torch.Tensor, place: torch.Tensor) -> None:
-    is_place = _is_float32(place) and place.numel() == weight.numel() and place.is_contiguous()
-    if not (is_place and takes_weight(weight)):
-        raise ValueError(f"a weight {tuple(weight.shape)} in {weight.dtype} cannot be packed: use F.linear")
-
-
 def pack(weight: torch.Tensor, place: torch.Tensor) -> None:
-    """Copy a weight `[out, in]` to `place`, which has as many numbers, in the layout `[out / PANEL, in, PANEL]`.
-
-    Raises:
-        ValueError: the weight cannot be packed (see `takes_weight`), or `place` does not fit.
-    """
-    _check_weight(weight, place)
+    """Copy a weight that `takes_weight` to `place`, with as many numbers, in the layout `[out / PANEL, in, PANEL]`."""
     turned = weight.reshape(-1, PANEL, weight.shape[1]).transpose(1, 2)
     place.view(turned.shape).copy_(turned)
-
-
-def is_packed(weight: torch.Tensor, place: torch.Tensor) -> bool:
-    """Whether `place` holds exactly the numbers of a weight; raises the same errors as `pack`."""
-    _check_weight(weight, place)
-    out_features, in_features = weight.shape
-    return _loops().is_packed(weight.data_ptr(), place.data_ptr(), in_features, out_features)
 
 
 def linear(
@@ -103,23 +82,17 @@ def linear(
 ) -> torch.Tensor | None:
     """`F.linear` of states `[..., in]` and a weight `[out, in]` that `pack` wrote to `place`, in float32.
 
-    32 numbers of the weight are compared with the packed ones; if one differs, the result is None.
-
-    Raises:
-        ValueError: the loop cannot take these tensors; torch may still be able to multiply them.
+    The result is None where the loop cannot take these tensors; torch may still be able to multiply them.
     """
-    _check_weight(weight, place)
     out_features, in_features = weight.shape
-    fits = _is_float32(states) and states.dim() and states.shape[-1] == in_features
-    if bias is not None:
-        fits = fits and _is_float32(bias) and bias.shape == (out_features,) and bias.is_contiguous()
-    if not fits:
-        raise ValueError(f"states {tuple(states.shape)} in {states.dtype}, or the bias, do not fit: use F.linear")
+    if not (_is_float32(states) and states.dim() and states.shape[-1] == in_features):
+        return None
+    if bias is not None and not (_is_float32(bias) and bias.shape == (out_features,) and bias.is_contiguous()):
+        return None
     states = states.contiguous()
     output = states.new_empty(*states.shape[:-1], out_features)
-    is_done = _loops().linear(
+    _loops().linear(
         states.data_ptr(),
-        weight.data_ptr(),
         place.data_ptr(),
         None if bias is None else bias.data_ptr(),
         output.data_ptr(),
@@ -127,7 +100,7 @@ def linear(
         in_features,
         out_features,
     )
-    return output if is_done else None
+    return output
 
 
 def launch(given: Arguments) -> None:

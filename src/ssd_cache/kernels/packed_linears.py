@@ -35,10 +35,9 @@ def packed_linears(model: torch.nn.Module) -> Iterator[None]:
     of the decoder's layers and of the head, not those of the other towers. The copy is freed at the end of the block.
     Blocks on one model may nest and overlap; the last one that ends frees the copy.
 
-    A weight that changes inside the block is packed again at its next use. Changes that torch counts (`mul_`,
-    `load_state_dict`, `.data =`) are always detected. Writes that torch does not count (`.data.mul_(2)`, which some
-    libraries use to merge adapters) are detected at the next product if they change one of 32 numbers spread over the
-    weight, otherwise at the first step after the next prompt.
+    Each weight is packed again after each prompt, and at its next use after a change that torch counts (`mul_`,
+    `load_state_dict`, `.data =`). A change that torch does not count (`.data.mul_(2)`, as some libraries merge
+    adapters) therefore takes effect from the next prompt on.
 
     torch's own product runs for weights of a tensor subclass, parametrized weights, weights created in inference mode
     (torch does not count their changes), layers with hooks or an overridden `forward`, output sizes that are not a
@@ -128,32 +127,16 @@ class PackedWeight:
         if states.dim() == 3 and states.shape[1] > 1:
             self.prompts.num_seen += 1
             return None
-        try:
-            if states.numel() > MAX_ROWS * weight.shape[1]:
-                return None
-            if self.made_of != self._state_of(weight):
-                self._renew(weight)
-            product = cpu_kernels.linear(states, weight, self.place, bias)
-            if product is None:
-                self._renew(weight)
-                product = cpu_kernels.linear(states, weight, self.place, bias)
-        except (ValueError, IndexError):  # torch multiplies these, or raises its own error
-            return None
-        return product
-
-    def _state_of(self, weight: torch.Tensor) -> tuple:
-        return weight.data_ptr(), weight._version, weight.shape, self.prompts.num_seen
-
-    def _renew(self, weight: torch.Tensor) -> None:
-        """Compare the whole copy with the weight, and pack the weight again if they differ."""
-        with self.lock:
-            state, is_new = self._state_of(weight), self.made_of is None
-            self.made_of = self.storage = None
-            if weight.is_inference():
-                raise ValueError("torch does not count the changes of a weight that was made in inference mode")
-            if is_new or not cpu_kernels.is_packed(weight, self.place):
+        is_packable = cpu_kernels.takes_weight(weight) and weight.numel() == self.place.numel()
+        if not is_packable or weight.is_inference() or states.numel() > MAX_ROWS * weight.shape[1]:
+            return None  # torch does not count the changes of a weight that was made in inference mode
+        state = weight.data_ptr(), weight._version, weight.shape, self.prompts.num_seen
+        if self.made_of != state:
+            with self.lock:
+                self.made_of = None
                 cpu_kernels.pack(weight, self.place)
-            self.made_of, self.storage = state, weight.untyped_storage()
+                self.made_of, self.storage = state, weight.untyped_storage()
+        return cpu_kernels.linear(states, weight, self.place, bias)
 
 
 class _PackedLinear(torch.nn.Linear):

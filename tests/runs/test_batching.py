@@ -9,7 +9,7 @@ from helpers.tiny_checkpoint import head_map, write_checkpoint, write_family
 from ssd_cache import SSDCache
 from ssd_cache.models import find_generator
 from ssd_cache.runs import batching
-from ssd_cache.runs.batching import USABLE, default_batch_size, fitting_batch_size, free_memory, image_nbytes
+from ssd_cache.runs.batching import USABLE, default_batch_size, free_memory, image_nbytes
 
 PROMPTS = ["a photo of a red circle", "a photo of two squares"]
 
@@ -19,17 +19,18 @@ def generator(tmp_path_factory):
     return find_generator(str(write_checkpoint(tmp_path_factory.mktemp("tiny") / "model"))).load()
 
 
+@pytest.mark.filterwarnings("ignore:.*generated at once")
 @pytest.mark.parametrize("most", [1, 4, 16, 32, 60])
-@pytest.mark.parametrize("unit", [1, 4])
-@pytest.mark.parametrize("of_image", [1, 10**3, 10**6])
-def test_a_batch_fits_and_only_halves(most, unit, of_image):
-    sizes = [fitting_batch_size(most, of_image, free, unit) for free in (10**9, 10**8, 10**7, 10**5, 0)]
-    assert sizes == sorted(sizes, reverse=True)
-    for size, free in zip(sizes, (10**9, 10**8, 10**7, 10**5, 0), strict=True):
-        assert size == most or size % unit == 0
-        assert size <= unit or size * of_image <= USABLE * free
-    assert sizes[-1] == min(most, unit)
-    assert fitting_batch_size(32, 10**6, 32 * 10**6) == 16  # the whole of the memory is not usable
+def test_a_batch_fits_and_only_halves(generator, most, monkeypatch):
+    of_image, sizes = image_nbytes(generator, len(PROMPTS[0]) // 3 + 64), []
+    for number in (1000, 20, 5, 1, 0):  # images that the memory could hold
+        monkeypatch.setattr(batching, "free_memory", lambda device, number=number: number * of_image)
+        sizes.append(default_batch_size(generator, PROMPTS[:1], most))
+        assert sizes[-1] == 1 or sizes[-1] <= USABLE * number
+        assert sizes[-1] in [most // 2**times for times in range(7)]
+        assert sizes[-1] == most or 2 * sizes[-1] + 1 > USABLE * number, "no smaller than it has to be"
+    assert sizes[0] == most
+    assert sizes[-1] == 1
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.5, {"spatial": 20, "semantic": 40}])

@@ -31,17 +31,15 @@ def default_batch_size(
     most: int = MAX_IMAGES,
     *,
     cache: SSDCache | None = None,
-    unit: int = 1,
     processes: Processes | None = None,
 ) -> int:
-    """Images per batch: `most`, halved until the batch fits into free memory.
+    """Images per batch: `most`, halved until the batch takes at most `USABLE` of the free memory.
 
     Args:
         generator: a loaded generator, so that its weights are no longer part of the free memory.
         prompts: all prompts; the longest one determines the memory.
         most: the number to start from.
         cache: the cache that is used, with its budget; a full cache when not given.
-        unit: the result is a multiple of this number.
         processes: the processes that share the run. All must call this function, and all get the smallest result.
 
     Warns:
@@ -53,8 +51,9 @@ def default_batch_size(
     if free is not None:
         free //= processes.count if device.type == "cpu" else 1
         # a high estimate of the longest prompt's tokens, including the chat template, without the tokenizer
-        num_prompt = max(len(prompt.encode()) for prompt in prompts) // 3 + 64
-        size = fitting_batch_size(most, image_nbytes(generator, num_prompt, cache), free, unit)
+        of_image = image_nbytes(generator, max(len(prompt.encode()) for prompt in prompts) // 3 + 64, cache)
+        while size > 1 and size * of_image > USABLE * free:
+            size //= 2
     size = min(processes.gather_all(size))
     if size < min(most, len(prompts)) and processes.is_main:
         warnings.warn(
@@ -62,17 +61,6 @@ def default_batch_size(
             "give a batch size to choose another number",
             stacklevel=2,
         )
-    return size
-
-
-def fitting_batch_size(most: int, of_image: int, free: int, unit: int = 1) -> int:
-    """`most`, halved until that many images of `of_image` bytes take at most `USABLE` of `free` bytes.
-
-    A reduced number is a multiple of `unit`, and at least `unit`.
-    """
-    size = most
-    while size > unit and size * of_image > USABLE * free:
-        size = max(unit, size // 2 // unit * unit)
     return size
 
 

@@ -1,4 +1,4 @@
-"""Names that are misspelt or cannot be names: one line, soon, with the nearest name and one exit code for all commands.
+"""Names that are misspelt or cannot be names: one line, soon, with one exit code for all commands.
 
 The Hub is a server on the loopback, or an address where nothing listens. What a right name loads is tested elsewhere.
 """
@@ -20,8 +20,7 @@ from typer.testing import CliRunner
 import ssd_cache
 from ssd_cache import HeadMap, HeadMapError
 from ssd_cache.cli import app
-from ssd_cache.io.showing import ReadableError, printable, shown
-from ssd_cache.io.suggesting import suggestion
+from ssd_cache.io.showing import ReadableError, printable, shown, suggestion
 from ssd_cache.models import GeneratorError, find_generator
 from ssd_cache.models.checkpoint import BUNDLED_FOLDER, find_head_map
 
@@ -111,21 +110,20 @@ def test_a_name_that_the_hub_does_not_know_is_wrong_use(hub, tmp_path, option):
 
 
 @pytest.mark.parametrize("option", ["--model", "--head-map"])
-def test_a_misspelt_folder_is_wrong_use_and_the_next_one_is_suggested(nowhere, tmp_path, option):
+def test_a_misspelt_folder_is_wrong_use(nowhere, tmp_path, option):
     MAP.save_pretrained(tmp_path / "maps" / "janus-map")
     for command, arguments in commands(tmp_path, option, "./maps/janus-mpa").items():
         code, lines, _ = lines_of(arguments)
         assert (code, len(lines)) == (2, 1), (command, lines)
-        assert lines[0].endswith("(did you mean './maps/janus-map'?)"), (command, lines)
+        assert "no such folder" in lines[0], (command, lines)
+        assert "maps/janus-mpa" in lines[0], (command, lines)
 
 
 def test_models_of_the_families_and_of_the_cache_are_suggested(nowhere, tmp_path):
-    (tmp_path / "cache" / "models--someone--llama-gen").mkdir(parents=True)
     for name, nearest in (
         ("deepseek-comunity/Janus-Pro-1B", "deepseek-community/Janus-Pro-1B"),
         ("janus-pro-7b", "deepseek-community/Janus-Pro-7B"),
         ("BAAI/Emu3-Gen", "BAAI/Emu3-Gen-hf"),
-        ("someone/lama-gen", "someone/llama-gen"),
     ):
         with pytest.raises(ConnectionError, match=rf"the server cannot be reached .*\(did you mean '{nearest}'\?\)$"):
             find_generator(name)

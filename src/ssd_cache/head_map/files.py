@@ -20,7 +20,6 @@ import torch
 from ssd_cache.head_map.checks import HeadMapError
 from ssd_cache.head_map.learned_score import LearnedScore
 from ssd_cache.io.showing import first_line, shown
-from ssd_cache.io.suggesting import nearby_folders, suggestion
 from ssd_cache.io.untrusted import name_problem, parse_json
 from ssd_cache.io.writing import write_files
 
@@ -92,10 +91,7 @@ def find_local(source: str | os.PathLike[str]) -> Path | None:
         raise HeadMapError(f"{path}: neither a folder nor a {CONFIG_NAME} or {TENSORS_NAME}; give the map's folder")
     could_be_id = isinstance(source, str) and re.fullmatch(r"[^\\/.~][^\\/]*(/[^\\/]+)?", source)
     if not could_be_id or path.suffix in (".json", ".safetensors"):
-        nearest = suggestion(os.fspath(source), nearby_folders(os.fspath(source)))
-        raise HeadMapError(
-            f"{path}: no such folder or file; check the path, or give a repository id like 'user/name'{nearest}"
-        )
+        raise HeadMapError(f"{path}: no such folder or file; check the path, or give a repository id like 'user/name'")
     return None
 
 

@@ -17,7 +17,6 @@ from ssd_cache.head_map.checks import HeadMapError
 from ssd_cache.head_map.files import CONFIG_NAME, MAX_CONFIG_BYTES, MAX_TENSORS_BYTES, TENSORS_NAME, read_file
 from ssd_cache.io.hub import HubError, describe_failure, hub_download
 from ssd_cache.io.showing import shown
-from ssd_cache.io.suggesting import cached_repositories, nearby_folders, suggestion
 
 LIBRARY_NAME = "ssd-cache"
 
@@ -40,7 +39,7 @@ def download(repo_id: str, revision: str | None, subfolder: str | None, **option
     options |= {"subfolder": subfolder, "library_name": LIBRARY_NAME}
 
     def fetch(name: str, limit: int, at: str | None) -> tuple[bytes, str]:
-        with _refusing(repo_id, revision, is_read=True):
+        with _refusing(repo_id, revision):
             planned = hub_download(repo_id, name, dry_run=True, revision=at, **options)
             if (planned.file_size or 0) > limit:
                 raise HeadMapError(
@@ -83,18 +82,13 @@ def _place(repo_id: str, revision: str | None) -> str:
 
 
 @contextmanager
-def _refusing(repo_id: str, revision: str | None, *, is_read: bool = False) -> Iterator[None]:
-    """Turn every exception of huggingface_hub or its HTTP client into a `HeadMapError`.
-
-    When a repository is read, the message ends with the nearest known name on this machine.
-    """
+def _refusing(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn every exception of huggingface_hub or its HTTP client into a `HeadMapError`."""
     try:
         yield
     except HeadMapError:
         raise
     except Exception as error:
-        known = [*nearby_folders(repo_id), *cached_repositories()] if is_read else []
-        nearest = "" if repo_id in known else suggestion(repo_id, known)
         is_hub_there, reason = describe_failure(error, MISSING)
         kind = HeadMapError if is_hub_there else HeadMapHubError
-        raise kind(f"{_place(repo_id, revision)}: {reason}{nearest}") from error
+        raise kind(f"{_place(repo_id, revision)}: {reason}") from error

@@ -6,6 +6,7 @@ sequences or characters that cannot be encoded. This module does not check wheth
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,6 +61,16 @@ def first_names(names: Sequence[str], most: int = 5) -> str:
     """The first few of some names, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(printable(name, MAX_VALUE) for name in names[:most]) + more
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """ " (did you mean 'x'?)" with the closest known name, with or without its first part, or "" if none is close."""
+    spellings = {spelling.casefold(): one for one in reversed(known) for spelling in (one.rpartition("/")[2], one)}
+    wanted = name.rstrip("/").casefold() if len(name) <= 2 * MAX_VALUE else ""
+    for spelling in (wanted, wanted.rpartition("/")[2]):
+        if found := difflib.get_close_matches(spelling, spellings, n=1, cutoff=0.75):
+            return f" (did you mean {spellings[found[0]]!r}?)"
+    return ""
 
 
 class ReadableError(ValueError):

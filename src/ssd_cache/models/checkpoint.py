@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from ssd_cache.cache.cache import decoder_shape
 from ssd_cache.head_map.head_map import HeadMap, HeadMapError
-from ssd_cache.io.suggesting import suggestion
+from ssd_cache.io.showing import suggestion
 from ssd_cache.layout import Grid, ImageLayout
 from ssd_cache.models.base import Generator
 from ssd_cache.models.settings import GeneratorError, ResolvedSampling, Sampling, resolve_device, resolve_dtype

@@ -12,8 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ssd_cache.io.hub import HubError, describe_failure, hub_download
-from ssd_cache.io.showing import first_line, shown
-from ssd_cache.io.suggesting import cached_repositories, nearby_folders, suggestion
+from ssd_cache.io.showing import first_line, shown, suggestion
 from ssd_cache.io.untrusted import name_problem
 from ssd_cache.layout import ImageLayout
 from ssd_cache.model_grids import GRIDS
@@ -188,4 +187,4 @@ def _choose_family(
 
 
 def _nearest(name: str) -> str:
-    return suggestion(name, [BUNDLED, *KNOWN, *nearby_folders(name), *cached_repositories()])
+    return suggestion(name, [BUNDLED, *KNOWN])

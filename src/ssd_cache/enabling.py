@@ -6,12 +6,14 @@ at the end, also after an exception. It does not touch classes or other models.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ContextDecorator, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -21,7 +23,6 @@ from ssd_cache.cache.cache import MemoryStats, SSDCache, decoder_shape
 from ssd_cache.cache.sharding import check_agreement, shard_of
 from ssd_cache.decode.attention_switch import ssd_attention
 from ssd_cache.decode.fast_decode import fast_decode
-from ssd_cache.decode.generate_calls import bind_call, call_setting, check_call_keeps_cache
 from ssd_cache.decode.guidance import batched_guidance
 from ssd_cache.decode.patching import Block, Patch, current_flow, innermost, patched
 from ssd_cache.head_map.head_map import HeadMap
@@ -32,11 +33,9 @@ from ssd_cache.models.find import family_of
 class enable(ContextDecorator):
     """Give every `model.generate(...)` call that generates images inside the block its own `SSDCache`.
 
-    - A call that generates text (Janus or Emu3 answering a question about an image) keeps the model's own cache.
-    - If the call gives the size of the images (GLM-Image), the map's labels are used for a grid of that size.
-    - A call with `guidance_scale` to a model that leaves guidance to transformers (Emu3) runs conditional and
-      unconditional rows in one batch, so that both use the `SSDCache`; see `batched_guidance`.
-    - The block overrides `cache_implementation` and `use_cache` in a generation config.
+    A call that generates text, or that passes its own cache, is not changed. If a call gives the size of the images
+    (GLM-Image), the map's labels are used for a grid of that size. A call with `guidance_scale` to a model that leaves
+    guidance to transformers (Emu3) runs both kinds of rows in one batch; see `batched_guidance`.
 
     Blocks on one model may nest and overlap, also across threads. A call uses the settings of the innermost block that
     its own thread entered, or else of the only open block. One object may be entered repeatedly.
@@ -48,7 +47,7 @@ class enable(ContextDecorator):
         fast: run the decoder's steps through `fast_decode`, which pays off when many images are generated.
         settings: as for `SSDCache`: budget, buffer, num_recent, num_sinks, kv_dtype and so on.
 
-    `with` returns the model. A call that passes its own cache keeps it and is not changed.
+    `with` returns the model.
 
     Raises:
         TypeError: `model` is not a transformers model with `generate` (a whole pipeline, for example), or it has an
@@ -102,8 +101,6 @@ class enable(ContextDecorator):
     def memory_stats(self) -> MemoryStats:
         """Bytes of the cache of the last finished image call inside the block, and of a full cache in its place.
 
-        The cache itself is not kept; with `return_dict_in_generate=True` the call's output contains it.
-
         Raises:
             RuntimeError: no call that generates images has finished yet.
         """
@@ -129,12 +126,19 @@ class _GenerateWithCache(Patch):
         block = innermost(self.owners, "enable")
         if block is None:
             return self.inner(*args, **kwargs)
-        call, family = bind_call(self.target, self.inner, args, kwargs), family_of(block.model.config)
+        call, family = _bind(self.target, self.inner, args, kwargs), family_of(block.model.config)
         ids = call.get("inputs") if call.get("input_ids") is None else call["input_ids"]
         seen = {**call, "input_ids": ids}  # the prompt may come as `inputs` or `input_ids`
         if find_cache(call) is not None or not family.generates_images(seen):
             return self.inner(*args, **kwargs)
-        check_call_keeps_cache(block.model, call)
+        for name, kept in (("cache_implementation", None), ("use_cache", True)):
+            if (value := call.pop(name, kept)) not in (None, kept):
+                raise ValueError(
+                    f"{name}={value!r} inside `enable`, which gives the call an SSDCache: leave {name} out, or "
+                    "call generate outside of the block"
+                )
+            if _setting(block.model, call, name) not in (None, kept):  # in a generation config, which gives way
+                call[name] = kept
         layout = family.layout_of_call(seen) or block.head_map.layout
         cache = call[CACHE] = SSDCache(block.head_map.with_layout(layout), **block.settings)
         with nullcontext() if family.has_own_guidance else _take_guidance(block.model, call, cache):
@@ -143,12 +147,36 @@ class _GenerateWithCache(Patch):
         return output
 
 
+def _bind(model: PreTrainedModel, generate: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a `generate` call by name; `generate` is the model's own or its replacement."""
+    if not args:
+        return dict(kwargs)
+    signature = inspect.signature(generate)
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in signature.parameters.values()):
+        signature = inspect.signature(MethodType(type(model).generate, model))  # a wrapper that passes all arguments on
+    call = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            call |= call.pop(parameter.name, {})
+    return call
+
+
+def _setting(model: PreTrainedModel, call: Mapping[str, Any], name: str) -> Any:
+    """A generation setting as transformers resolves it: from the call, its generation config, then the model."""
+    if name in call:
+        return call[name]
+    for config in (call.get("generation_config"), model.generation_config):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    return None
+
+
 def _take_guidance(model: PreTrainedModel, call: dict[str, Any], cache: SSDCache) -> AbstractContextManager:
     """Remove guidance from a call's arguments; return the context that applies the same guidance in one batch."""
-    scale = call_setting(model, call, "guidance_scale")
+    scale = _setting(model, call, "guidance_scale")
     if scale is None or scale == 1:
         return nullcontext()
-    beams = call_setting(model, call, "num_beams") or 1
+    beams = _setting(model, call, "num_beams") or 1
     if beams > 1:
         raise ValueError(f"num_beams={beams} with guidance_scale={scale}: generate guided images with num_beams=1")
     negative = [call.pop(name, None) for name in ("negative_prompt_ids", "negative_prompt_attention_mask")]
@@ -158,21 +186,19 @@ def _take_guidance(model: PreTrainedModel, call: dict[str, Any], cache: SSDCache
 
 def _check_generates(model: Any) -> None:
     """Refuse a model without `generate` or with an encoder; for a pipeline, name the parts that have `generate`."""
-    if isinstance(model, PreTrainedModel) and callable(getattr(model, "generate", None)):
-        if model.config.is_encoder_decoder:
-            raise TypeError(
-                f"enable got a {type(model).__name__}, whose prompts go through an encoder: SSDCache holds prompt and "
-                "image in one cache, which needs a model that is only a decoder"
-            )
-        return
-    parts = getattr(model, "components", None)
-    parts = parts if isinstance(parts, Mapping) else {"model": getattr(model, "model", None)}
-    able = [name for name, part in parts.items() if isinstance(part, PreTrainedModel) and part.can_generate()]
-    if able:
-        hint = f"; give its autoregressive model, {' or '.join(f'.{name}' for name in able)}"
-    else:
+    if not (isinstance(model, PreTrainedModel) and callable(getattr(model, "generate", None))):
+        parts = getattr(model, "components", None)
+        parts = parts if isinstance(parts, Mapping) else {"model": getattr(model, "model", None)}
+        able = [name for name, part in parts.items() if isinstance(part, PreTrainedModel) and part.can_generate()]
         hint = (
-            ", which has no autoregressive part: it needs a transformers model with generate(); a script with its own "
-            "loop over the decoder needs an SSDCache instead"
+            f"; give its autoregressive model, {' or '.join(f'.{name}' for name in able)}"
+            if able
+            else ", which has no autoregressive part: it needs a transformers model with generate(); a script with its "
+            "own loop over the decoder needs an SSDCache instead"
         )
-    raise TypeError(f"enable got a {type(model).__name__}{hint}")
+        raise TypeError(f"enable got a {type(model).__name__}{hint}")
+    if model.config.is_encoder_decoder:
+        raise TypeError(
+            f"enable got a {type(model).__name__}, whose prompts go through an encoder: SSDCache holds prompt and "
+            "image in one cache, which needs a model that is only a decoder"
+        )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ssd_cache._compat import uncompiled
 from ssd_cache.cache.attention import NAME
@@ -25,7 +25,12 @@ def ssd_attention(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
         RuntimeError: another thread has set the attention to another name.
     """
     model = uncompiled(model)
-    _check_layers(type(model).__name__, model.config.get_text_config(decoder=True))
+    kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
+    if others := sorted(kinds - {"full_attention"}):
+        raise ValueError(
+            f"{type(model).__name__} has layers of kind {', '.join(others)}: SSDCache decides itself what a head still "
+            "sees, which such layers do not allow; it is for models whose layers are all of kind full_attention"
+        )
     with patched(uncompiled(model.get_decoder()), "_attention_in_force", _AttentionInForce, _AttentionBlock(name=name)):
         yield
 
@@ -53,13 +58,3 @@ class _AttentionInForce(Patch):
 
     def left(self) -> None:
         self.target.set_attn_implementation(self.owners[-1].name if self.owners else self.before)
-
-
-def _check_layers(name: str, config: PreTrainedConfig) -> None:
-    """Refuse layers of another kind than full attention, according to transformers' own `layer_types`."""
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
-    if others:
-        raise ValueError(
-            f"{name} has layers of kind {', '.join(others)}: SSDCache decides itself what a head still sees, which "
-            "such layers do not allow; it is for models whose layers are all of kind full_attention"
-        )

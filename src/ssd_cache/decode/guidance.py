@@ -31,9 +31,7 @@ def batched_guidance(
 ) -> Iterator[PreTrainedModel]:
     """Guide every `model.generate(...)` call inside the block; the calls must not set `guidance_scale` themselves.
 
-    The logits equal those of transformers' `guidance_scale=`, `log p_u + scale * (log p_c - log p_u)`, to rounding: a
-    batch of twice the rows, and padding before the shorter prompt, change the order of summation.
-
+    The logits equal those of transformers' `guidance_scale=`, `log p_u + scale * (log p_c - log p_u)`, to rounding.
     Blocks may nest and overlap, also across threads. A call is guided by the innermost block that its own thread
     entered, or else by the only open block.
 

@@ -22,8 +22,7 @@ from ssd_cache.kernels.checks import DTYPES, PLAIN, Arguments
 def can_serve(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, on_cpu: bool = False) -> bool:
     """Whether the kernel can run steps with tensors of these sizes, `[batch, heads, new, head_dim]`.
 
-    It cannot run when gradients are enabled, since it has no backward pass. On a CPU it runs only if `on_cpu` is set,
-    since it sums in another order than a full cache and its last bits differ; under CPU autocast it never runs.
+    It has no backward pass. On a CPU it runs only if `on_cpu` is set, since its last bits differ from a full cache's.
 
     Warns:
         UserWarning: once for each set of sizes, when an available kernel fails or is inaccurate in a small trial.
@@ -56,10 +55,7 @@ def _is_there(device: torch.device, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def passes_trial(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, value_dim: int) -> bool:
-    """Whether the kernel runs with these sizes and agrees with a float64 reference on the CPU.
-
-    The trial runs two steps, without and with a mask, of two rows over 145 columns (more than a tile); one of two heads
-    is scored. It compares the output, the scores, and the K and V written.
+    """Whether the kernel runs with these sizes and agrees with float64 on the CPU, without and with a mask (`_try`).
 
     Raises:
         torch.OutOfMemoryError: the device is full now; no result is cached, and the next call tries again.
@@ -81,7 +77,7 @@ def passes_trial(device: torch.device, dtype: torch.dtype, groups: int, head_dim
 
 
 def _try(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, value_dim: int, has_mask: bool) -> str:
-    """The error found in one step of the kernel, or "" if there is none."""
+    """The error in output, scores, K or V of one step over 145 columns, of two heads of which one is scored, or ""."""
     num_prompt, num_slots, number, scaling = 5, 150, 139, head_dim**-0.5
     end, generator = num_prompt + number, torch.Generator().manual_seed(0)
 

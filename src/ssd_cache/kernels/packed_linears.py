@@ -44,15 +44,29 @@ def packed_linears(model: torch.nn.Module) -> Iterator[None]:
     multiple of `cpu_loops.PANEL`, prompts, gradients and autocast, and for all layers where the loops cannot be built.
     """
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and _can_be_packed(module)]
-    if linears and cpu_kernels.library() is None:
-        linears = []
+    prompts, entered = _Prompts(), []
     with _lock:
-        entered = _enter(linears)
+        for linear in linears if linears and cpu_kernels.library() is not None else []:
+            weight = linear.weight
+            packed: PackedWeight | None = getattr(weight, COPY, None)
+            if packed is None:
+                packed = PackedWeight(weight, prompts)
+                setattr(weight, COPY, packed)
+            packed.users[linear] += 1
+            linear.__class__ = _PackedLinear
+            entered.append((linear, weight, packed))
     try:
         yield
     finally:
         with _lock:
-            _leave(entered)
+            for linear, weight, packed in entered:
+                packed.users[linear] -= 1
+                if not packed.users[linear]:  # in no other block
+                    del packed.users[linear]
+                    if type(linear) is _PackedLinear:
+                        linear.__class__ = torch.nn.Linear  # type: ignore[assignment]
+                if not packed.users and getattr(weight, COPY, None) is packed:
+                    delattr(weight, COPY)
 
 
 def _can_be_packed(module: torch.nn.Linear) -> bool:
@@ -67,33 +81,6 @@ def _can_be_packed(module: torch.nn.Linear) -> bool:
         and not weight.is_inference()
         and cpu_kernels.takes_weight(weight)
     )
-
-
-def _enter(linears: list[torch.nn.Linear]) -> list[tuple[torch.nn.Linear, torch.Tensor, PackedWeight]]:
-    """Attach a `PackedWeight` to each weight and set each layer's class; returns (layer, weight, packed) for each."""
-    prompts, entered = _Prompts(), []
-    for linear in linears:
-        weight = linear.weight
-        packed: PackedWeight | None = getattr(weight, COPY, None)
-        if packed is None:
-            packed = PackedWeight(weight, prompts)
-            setattr(weight, COPY, packed)
-        packed.users[linear] += 1
-        linear.__class__ = _PackedLinear
-        entered.append((linear, weight, packed))
-    return entered
-
-
-def _leave(entered: list[tuple[torch.nn.Linear, torch.Tensor, PackedWeight]]) -> None:
-    """Restore the layers and weights that are in no other block."""
-    for linear, weight, packed in entered:
-        packed.users[linear] -= 1
-        if not packed.users[linear]:
-            del packed.users[linear]
-            if type(linear) is _PackedLinear:
-                linear.__class__ = torch.nn.Linear  # type: ignore[assignment]
-        if not packed.users and getattr(weight, COPY, None) is packed:
-            delattr(weight, COPY)
 
 
 class _Prompts:

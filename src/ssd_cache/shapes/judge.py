@@ -65,25 +65,19 @@ class Verdict:
 
 
 _THING = rf"a (?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})"
-_ONE = re.compile(rf"a photo of {_THING}")
-_TWO = re.compile(rf"a photo of {_THING} (and|{'|'.join(RELATIONS)}) {_THING}")
-_MANY = re.compile(rf"a photo of ({'|'.join(NUMBERS)}) ({'|'.join(SHAPES)})s")
+_NAMED = re.compile(rf"a photo of {_THING}(?: (and|{'|'.join(RELATIONS)}) {_THING})?")
+_COUNTED = re.compile(rf"a photo of ({'|'.join(NUMBERS)}) ({'|'.join(SHAPES)})s")
 
 
 def parse_caption(caption: str) -> Requirement:
-    """Parse a caption into a `Requirement`.
-
-    Raises:
-        ValueError: not a caption that the judge knows.
-    """
+    """Parse a caption into a `Requirement`; raises ValueError for one that the judge does not know."""
     text = " ".join(caption.lower().split())
-    if match := _ONE.fullmatch(text):
-        return Requirement(((match[2], match[1]),))
-    if match := _MANY.fullmatch(text):
+    if match := _COUNTED.fullmatch(text):
         return Requirement(((match[2], None),) * NUMBERS[match[1]])
-    if match := _TWO.fullmatch(text):
-        relation = None if match[3] == "and" else match[3]
-        return Requirement(((match[2], match[1]), (match[5], match[4])), relation)
+    if match := _NAMED.fullmatch(text):
+        color, shape, relation, other_color, other_shape = match.groups()
+        others = () if relation is None else ((other_shape, other_color),)
+        return Requirement(((shape, color), *others), None if relation == "and" else relation)
     raise ValueError(
         f"the judge of shapes cannot read the caption {caption!r}; it knows 'a photo of a red circle', "
         "'a photo of three squares', 'a photo of a circle left of a square', "

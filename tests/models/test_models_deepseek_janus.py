@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from ssd_cache import HeadMap, SSDCache, measure_heads
 from ssd_cache.evaluation.fidelity import measure_fidelity
-from ssd_cache.models import DeepSeekJanusGenerator, GeneratorError, deepseek_janus, find_generator
+from ssd_cache.models import DeepSeekJanusGenerator, GeneratorError, find_generator
 
 try:
     import janus.models as theirs
@@ -106,8 +106,7 @@ def run_script(generator, monkeypatch, tmp_path, cache=None, number=2):
 
 
 def generate(generator, cache=None, prompts=(PROMPT, PROMPT)):
-    torch.manual_seed(3)
-    return deepseek_janus.generate(generator.model, generator.processor, prompts, cache)
+    return generator.generate(prompts, cache, seed=3)
 
 
 @needs_janus
@@ -131,9 +130,8 @@ def test_the_script_takes_a_small_cache_after_two_lines(generator, monkeypatch, 
 @needs_janus
 def test_prompts_of_unequal_length_are_padded(generator):
     prompts = [PROMPT, "a blue square"]
-    ids, mask = deepseek_janus.prepare(generator.model, generator.processor, prompts)
-    assert mask is not None
-    assert mask[2].sum() == mask[3].sum() < ids.shape[1]
+    mask = generator.prepare(prompts)["attention_mask"]
+    assert mask[2].sum() == mask[3].sum() < mask.shape[1]
     expected = generate(generator, DynamicCache(), prompts)
     assert torch.equal(generate(generator, SSDCache(HEAD_MAP, 1.0), prompts), expected)
 

@@ -12,7 +12,7 @@ from ssd_cache.models.emu3 import Emu3Generator
 from ssd_cache.models.find import FAMILIES, find_generator, generator_of
 from ssd_cache.models.glm_image import GlmImageGenerator
 from ssd_cache.models.janus import JanusGenerator
-from ssd_cache.models.settings import GeneratorError, ResolvedSampling, Sampling, resolve_device, resolve_dtype
+from ssd_cache.models.settings import GeneratorError, ResolvedSampling, resolve_device, resolve_dtype
 
 __all__ = [
     "BUNDLED",
@@ -26,7 +26,6 @@ __all__ = [
     "GlmImageGenerator",
     "JanusGenerator",
     "ResolvedSampling",
-    "Sampling",
     "find_generator",
     "find_head_map",
     "generator_of",

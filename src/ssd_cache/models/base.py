@@ -18,7 +18,6 @@ from transformers import (
     AutoProcessor,
     Cache,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
@@ -40,12 +39,9 @@ OnTokens = Callable[[int], object]
 class Generator(ABC):
     """A loaded image model with its processor. `Checkpoint.load` makes it, or `generator_of` wraps a loaded model.
 
-    Attributes:
-        checkpoint: its source, grid, and numbers of layers and heads.
-        model: the transformers model; from `Checkpoint.load` it is in evaluation mode and uses the attention "ssd".
-        processor: the transformers processor.
+    From `Checkpoint.load`, the model is in evaluation mode and uses the attention "ssd". Facts of the family:
 
-    Class attributes that state facts of the family:
+    Attributes:
         model_class, processor_class: the classes that load a checkpoint.
         image_decoder: the submodule that decodes images; it is float32 in any dtype.
         decode_batch: number of images decoded at once.
@@ -119,28 +115,21 @@ class Generator(ABC):
         """Make inputs for the model's own `generate`, left-padded `[batch, prompt length]`, on the model's device."""
 
     def call_arguments(self, inputs: Mapping[str, torch.Tensor], sampling: ResolvedSampling) -> dict[str, Any]:
-        """Arguments of the model's `generate` besides inputs, cache and temperature; `top_k` is for temperatures > 0.
+        """Arguments of the model's `generate` besides inputs, cache and temperature: by default, the number of tokens.
 
-        By default as many tokens as the grid has, none of which ends the image early.
+        `top_k` is only for temperatures above 0.
         """
         number = self.checkpoint.num_visual_tokens
         return {"min_new_tokens": number, "max_new_tokens": number}
 
     def is_unconditional(self, num_prompts: int) -> torch.Tensor:
-        """Which decoder rows are unconditional, for this number of prompts; boolean `[rows]`.
-
-        By default the second half for a model with guidance, and none for the others.
-        """
+        """Which decoder rows are unconditional, boolean `[rows]`: the second half with guidance, else none."""
         num_rows = num_prompts if self.default_guidance is None else 2 * num_prompts
         return torch.arange(num_rows) >= num_prompts
 
     @torch.no_grad()
     def to_images(self, tokens: torch.Tensor) -> list[Image.Image]:
-        """Decode visual tokens `[batch, cells]` to images, a few at a time, in float32 after `load`.
-
-        Raises:
-            GeneratorError: a model whose tokens ssd-cache cannot decode.
-        """
+        """Decode visual tokens `[batch, cells]` to images; raises GeneratorError if ssd-cache cannot decode them."""
         self.checkpoint.check_decodable()
         parts = tokens.to(self.model.device).split(self.decode_batch)
         return [image for part in parts for image in self._decode(part)]
@@ -161,8 +150,8 @@ class Generator(ABC):
     ) -> torch.Tensor:
         """Generate one image per prompt, all in one batch; returns visual tokens `[batch, cells]`, draft grids first.
 
-        The seed applies to the batch: the same prompts in the same order give the same images. A prompt alone or in
-        another batch gives another image. The state of torch's global generators is restored.
+        The seed applies to the batch: a prompt alone or in another batch gives another image. The state of torch's
+        global generators is restored.
 
         Args:
             prompts: one text per image; repeat a prompt to generate several images of it.
@@ -194,7 +183,12 @@ class Generator(ABC):
             call["do_sample"] = False
             call.pop("top_k", None)
         if on_tokens is not None:
-            call["logits_processor"] = LogitsProcessorList([_Ticker(on_tokens)])
+
+            def tick(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                on_tokens(input_ids.shape[0])
+                return scores
+
+            call["logits_processor"] = LogitsProcessorList([tick])
         return self.model.generate(**call)[:, -self.checkpoint.num_visual_tokens :]
 
     def sampling(
@@ -203,14 +197,3 @@ class Generator(ABC):
         """Resolve settings as `Checkpoint.sampling` does, with the own values of the loaded model."""
         own = getattr(self.model, "generation_config", None) or GenerationConfig()
         return self.checkpoint.sampling(guidance_scale, temperature, seed, own)
-
-
-class _Ticker(LogitsProcessor):
-    """Calls `on_tokens` at every generation step; does not change the logits."""
-
-    def __init__(self, on_tokens: OnTokens):
-        self.on_tokens = on_tokens
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.on_tokens(input_ids.shape[0])
-        return scores

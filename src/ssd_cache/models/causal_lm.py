@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from ssd_cache.layout import Grid, ImageLayout
 from ssd_cache.models.base import Generator
-from ssd_cache.models.settings import GeneratorError, ResolvedSampling
+from ssd_cache.models.settings import ResolvedSampling
 
 
 class CausalLMGenerator(Generator):
@@ -36,8 +36,7 @@ class CausalLMGenerator(Generator):
 
     @staticmethod
     def layout_of(config: PreTrainedConfig, grid: Grid | None = None) -> ImageLayout:
-        if grid is None:
-            raise GeneratorError(f"a model of type {config.model_type!r} states no grid: give grid=(rows, columns)")
+        assert grid is not None  # `find_generator` and `generator_of` have checked it
         return ImageLayout(grid)
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from ssd_cache.head_map.head_map import HeadMap, HeadMapError
 from ssd_cache.io.showing import suggestion
 from ssd_cache.layout import Grid, ImageLayout
 from ssd_cache.models.base import Generator
-from ssd_cache.models.settings import GeneratorError, ResolvedSampling, Sampling, resolve_device, resolve_dtype
+from ssd_cache.models.settings import GeneratorError, ResolvedSampling, resolve_device, resolve_dtype
 
 BUNDLED = "shapes-janus"
 """Name of the small trained model that is bundled with the package."""
@@ -35,7 +36,6 @@ class Checkpoint:
     Attributes:
         name: the model name that the user gave.
         source: the folder, or the Hub id, for `from_pretrained`.
-        config: its configuration.
         family: the class that loads it.
         asked_grid: the grid that the caller asked for, or None.
     """
@@ -81,10 +81,6 @@ class Checkpoint:
             GeneratorError: a value out of range, or a guidance scale for a model without guidance.
         """
         default = self.family.default_guidance
-        if default is None and guidance_scale not in (None, 1):
-            raise GeneratorError(
-                f"guidance_scale={guidance_scale}: {self.name} has no guidance; leave guidance_scale out"
-            )
         if own is None:
             try:
                 own = GenerationConfig.from_pretrained(self.source)
@@ -93,11 +89,25 @@ class Checkpoint:
         if temperature is None:
             temperature = 1.0 if own.temperature is None else own.temperature
         if default is None:
-            guidance_scale = None
-        elif guidance_scale is None:
-            guidance_scale = own.guidance_scale or default
-        Sampling(guidance_scale, temperature, seed)  # checks the values
-        return ResolvedSampling(float(guidance_scale or 1), float(temperature), seed)
+            if guidance_scale not in (None, 1):
+                raise GeneratorError(
+                    f"guidance_scale={guidance_scale}: {self.name} has no guidance; leave guidance_scale out"
+                )
+            guidance_scale = 1.0
+        else:
+            guidance_scale = own.guidance_scale or default if guidance_scale is None else guidance_scale
+            if not 1 < guidance_scale < math.inf:
+                raise GeneratorError(
+                    f"guidance_scale={guidance_scale} is out of range: give a number above 1; 1.001 is almost no "
+                    "guidance"
+                )
+        if not 0 <= temperature < math.inf:
+            raise GeneratorError(
+                f"temperature={temperature} is out of range: give 0 (always the likeliest token) or more; 1 is usual"
+            )
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise GeneratorError(f"seed={seed!r} is out of range: give a whole number from 0 to 2**63 - 1")
+        return ResolvedSampling(float(guidance_scale), float(temperature), seed)
 
     def head_map(self, name: str | None = None) -> HeadMap | None:
         """Load a head map for this model and check that it fits; converted to `asked_grid` if that is set.

@@ -1,8 +1,8 @@
 """Janus and Janus-Pro as DeepSeek publishes them: for the `janus` package of github.com/deepseek-ai/Janus.
 
-That package has no `generate`; the loop is in its script `generation_inference.py`. `generate` here is that loop over
-any cache, with the same row order: conditional and unconditional rows alternate. The package is imported only when it
-is needed, and nothing in it is patched. docs/models.md explains how to install it beside transformers 5.
+That package has no `generate`; the loop here is that of its script `generation_inference.py`, over any cache, with the
+same row order: conditional and unconditional rows alternate. The package is imported only when it is needed, and
+nothing in it is patched. docs/models.md explains how to install it beside transformers 5.
 """
 
 from __future__ import annotations
@@ -15,83 +15,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoConfig, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ssd_cache._compat import CACHE
 from ssd_cache.cache.attention import NAME
-from ssd_cache.models.base import Generator, OnTokens
+from ssd_cache.models.base import Generator
 from ssd_cache.models.settings import GeneratorError
 
 
-@torch.no_grad()
-def generate(
-    model: PreTrainedModel,
-    processor,
-    prompts: Sequence[str],
-    cache: Cache | None = None,
-    *,
-    guidance_scale: float = 5.0,
-    temperature: float = 1.0,
-    on_tokens: OnTokens | None = None,
-) -> torch.Tensor:
-    """Generate one image per prompt, in one batch, with DeepSeek's loop; returns visual tokens `[batch, 576]`.
-
-    If `prompts` repeats one text, the tokens equal those of DeepSeek's script after the same `torch.manual_seed`.
-    Texts of different length are padded on the left; the script does not support them.
-
-    Args:
-        model: a `MultiModalityCausalLM`. An `SSDCache` also needs
-            `model.language_model.set_attn_implementation("ssd")`.
-        processor: its `VLChatProcessor`.
-        prompts: image descriptions; this function adds the chat template.
-        cache: a new cache; a `DynamicCache` when not given.
-        guidance_scale: `cfg_weight` in the script.
-        temperature: 0 always takes the likeliest token.
-        on_tokens: called at every step with the number of visual tokens that the step generated.
-    """
-    ids, mask = prepare(model, processor, prompts)
-    cache = DynamicCache() if cache is None else cache
-    embeds = model.language_model.get_input_embeddings()(ids)
-    steps = []
-    for _ in range(processor.num_image_tokens):
-        outputs = model.language_model.model(
-            inputs_embeds=embeds, attention_mask=mask, use_cache=True, **{CACHE: cache}
-        )
-        given, free = model.gen_head(outputs.last_hidden_state[:, -1]).view(len(prompts), 2, -1).unbind(1)
-        logits = free + guidance_scale * (given - free)
-        if temperature > 0:
-            token = torch.multinomial(torch.softmax(logits / temperature, -1), num_samples=1)
-        else:
-            token = logits.argmax(-1, keepdim=True)
-        steps.append(token)
-        if on_tokens is not None:
-            on_tokens(len(prompts))
-        embeds = model.prepare_gen_img_embeds(token.expand(-1, 2).reshape(-1, 1))
-        mask = None if mask is None else F.pad(mask, (0, 1), value=1)
-    return torch.cat(steps, 1)
-
-
-def prepare(model: PreTrainedModel, processor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Token ids `[2 * batch, length]`, two rows per prompt as in DeepSeek's script, and a mask or None."""
-    rows = []
-    for prompt in prompts:
-        chat = [{"role": "User", "content": prompt}, {"role": "Assistant", "content": ""}]
-        text = processor.apply_sft_template_for_multi_turn_prompts(
-            conversations=chat, sft_format=processor.sft_format, system_prompt=""
-        )
-        given = torch.tensor(processor.tokenizer.encode(text + processor.image_start_tag))
-        free = given.clone()
-        free[1:-1] = processor.pad_id  # attended to, not masked
-        rows += [given, free]
-    width = max(map(len, rows))
-    ids = torch.stack([F.pad(row, (width - len(row), 0), value=processor.pad_id) for row in rows])
-    mask = torch.stack([F.pad(torch.ones_like(row), (width - len(row), 0)) for row in rows])
-    device = model.language_model.device
-    return ids.to(device), None if mask.all() else mask.to(device)
-
-
 class DeepSeekJanusGenerator(Generator):
-    """Generator around `MultiModalityCausalLM`; two rows per prompt, conditional and unconditional rows alternate."""
+    """Generator around `MultiModalityCausalLM` and its `VLChatProcessor`.
+
+    If `prompts` repeats one text, its tokens equal those of DeepSeek's script after `torch.manual_seed(seed)`. Texts of
+    different length are padded on the left; the script does not support them.
+    """
 
     has_own_guidance = True
 
@@ -131,14 +68,41 @@ class DeepSeekJanusGenerator(Generator):
         return self.model.gen_head
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Make the conditional rows only; `generate` adds an unconditional row after each."""
-        ids, mask = prepare(self.model, self.processor, prompts)
-        mask = torch.ones_like(ids) if mask is None else mask
-        return {"input_ids": ids[::2], "attention_mask": mask[::2]}
+        """Make the rows of both kinds, `[2 * batch, length]`; an unconditional row follows each conditional one."""
+        processor, rows = self.processor, []
+        for prompt in prompts:
+            chat = [{"role": "User", "content": prompt}, {"role": "Assistant", "content": ""}]
+            text = processor.apply_sft_template_for_multi_turn_prompts(
+                conversations=chat, sft_format=processor.sft_format, system_prompt=""
+            )
+            given = torch.tensor(processor.tokenizer.encode(text + processor.image_start_tag))
+            free = given.clone()
+            free[1:-1] = processor.pad_id  # attended to, not masked
+            rows += [given, free]
+        width, device = max(map(len, rows)), self.language_model.device
+        ids = torch.stack([F.pad(row, (width - len(row), 0), value=processor.pad_id) for row in rows])
+        mask = torch.stack([F.pad(torch.ones_like(row), (width - len(row), 0)) for row in rows])
+        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
     def _generate_tokens(self, prompts, cache, sampling, on_tokens) -> torch.Tensor:
-        scales = {"guidance_scale": sampling.guidance_scale, "temperature": sampling.temperature}
-        return generate(self.model, self.processor, prompts, cache, on_tokens=on_tokens, **scales)
+        model, inputs, steps = self.model, self.prepare(prompts), []
+        mask = None if inputs["attention_mask"].all() else inputs["attention_mask"]
+        call = {CACHE: DynamicCache() if cache is None else cache, "use_cache": True}
+        embeds = model.language_model.get_input_embeddings()(inputs["input_ids"])
+        for _ in range(self.processor.num_image_tokens):
+            outputs = model.language_model.model(inputs_embeds=embeds, attention_mask=mask, **call)
+            given, free = model.gen_head(outputs.last_hidden_state[:, -1]).view(len(prompts), 2, -1).unbind(1)
+            logits = free + sampling.guidance_scale * (given - free)
+            if sampling.temperature > 0:
+                token = torch.multinomial(torch.softmax(logits / sampling.temperature, -1), num_samples=1)
+            else:
+                token = logits.argmax(-1, keepdim=True)
+            steps.append(token)
+            if on_tokens is not None:
+                on_tokens(len(prompts))
+            embeds = model.prepare_gen_img_embeds(token.expand(-1, 2).reshape(-1, 1))
+            mask = None if mask is None else F.pad(mask, (0, 1), value=1)
+        return torch.cat(steps, 1)
 
     def is_unconditional(self, num_prompts: int) -> torch.Tensor:
         return torch.arange(2 * num_prompts) % 2 == 1

@@ -14,7 +14,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from ssd_cache.io.hub import HubError, describe_failure, hub_download
 from ssd_cache.io.showing import first_line, shown, suggestion
 from ssd_cache.io.untrusted import name_problem
-from ssd_cache.layout import ImageLayout
+from ssd_cache.layout import Grid, ImageLayout
 from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.base import Generator
 from ssd_cache.models.causal_lm import CausalLMGenerator
@@ -43,7 +43,7 @@ PIPELINE_FILE = "model_index.json"
 """The file that diffusers writes instead of config.json."""
 
 
-def find_generator(name: str, grid: tuple[int, int] | None = None) -> Checkpoint:
+def find_generator(name: str, grid: Grid | None = None) -> Checkpoint:
     """Find the checkpoint that a name means. An existing folder has priority over a Hub repository of the same name.
 
     Args:
@@ -60,14 +60,40 @@ def find_generator(name: str, grid: tuple[int, int] | None = None) -> Checkpoint
     what = f"model {shown(name)}"
     folder = BUNDLED_FOLDER if name == BUNDLED else find_folder(name, what)
     config = _read_config(folder, name, what)
-    family, grid = _choose_family(what, config, grid)
-    if family is CausalLMGenerator and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise GeneratorError(
-            f"{what} is of type {shown(config.model_type)}, which is not a causal language model of transformers "
-            f"(AutoModelForCausalLM); ssd-cache supports these and {', '.join(sorted(FAMILIES))}"
-        )
     is_local = name == BUNDLED or os.path.exists(os.path.expanduser(name))
-    return Checkpoint(name, str(folder) if is_local else name, config, family, grid)
+    return _checkpoint(what, name, str(folder) if is_local else name, config, grid)
+
+
+def generator_of(
+    model: PreTrainedModel, processor: ProcessorMixin | None = None, grid: Grid | None = None
+) -> Generator:
+    """Wrap a model that is already loaded. When no processor is given, it is loaded from the model's source.
+
+    Args:
+        model: a transformers model, or one of DeepSeek's package.
+        processor: its processor, or the tokenizer of a causal language model.
+        grid: as for `find_generator`.
+
+    Raises:
+        GeneratorError: a model that is not supported, a grid that it cannot generate, or a processor that cannot be
+            loaded.
+    """
+    source = model.name_or_path
+    checkpoint = _checkpoint("this model", source or type(model).__name__, source, model.config, grid)
+    if processor is None:
+        try:
+            processor = checkpoint.family.processor_class.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise GeneratorError(
+                f"no processor can be loaded from {shown(source)}, where the model came from: give processor=... "
+                f"({first_line(error)})"
+            ) from error
+    return checkpoint.family(checkpoint, model, processor)
+
+
+def family_of(config: PreTrainedConfig) -> type[Generator]:
+    """The class for a model's configuration; `CausalLMGenerator` if `FAMILIES` has none."""
+    return FAMILIES.get(config.model_type, CausalLMGenerator)
 
 
 def find_folder(name: str, what: str) -> Path:
@@ -94,39 +120,8 @@ def find_folder(name: str, what: str) -> Path:
             return Path(hub_download(name, PIPELINE_FILE)).parent
     except (HfHubHTTPError, EntryNotFoundError, HFValidationError) as error:
         answered, reason = describe_failure(error, "has no config.json, so it is not a transformers checkpoint")
-        raise (GeneratorError if answered else HubError)(f"{what}: {reason}{_nearest(name)}") from error
-
-
-def generator_of(
-    model: PreTrainedModel, processor: ProcessorMixin | None = None, grid: tuple[int, int] | None = None
-) -> Generator:
-    """Wrap a model that is already loaded. When no processor is given, it is loaded from the model's source.
-
-    Args:
-        model: a transformers model, or one of DeepSeek's package.
-        processor: its processor, or the tokenizer of a causal language model.
-        grid: as for `find_generator`.
-
-    Raises:
-        GeneratorError: a model that is not supported, a grid that it cannot generate, or a processor that cannot be
-            loaded.
-    """
-    family, grid = _choose_family("this model", model.config, grid)
-    source = model.name_or_path
-    if processor is None:
-        try:
-            processor = family.processor_class.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise GeneratorError(
-                f"no processor can be loaded from {shown(source)}, where the model came from: give processor=... "
-                f"({first_line(error)})"
-            ) from error
-    return family(Checkpoint(source or type(model).__name__, source, model.config, family, grid), model, processor)
-
-
-def family_of(config: PreTrainedConfig) -> type[Generator]:
-    """The class for a model's configuration; `CausalLMGenerator` if `FAMILIES` has none."""
-    return FAMILIES.get(config.model_type, CausalLMGenerator)
+        nearest = suggestion(name, [BUNDLED, *KNOWN])
+        raise (GeneratorError if answered else HubError)(f"{what}: {reason}{nearest}") from error
 
 
 def _read_config(folder: Path, name: str, what: str) -> PreTrainedConfig:
@@ -137,11 +132,10 @@ def _read_config(folder: Path, name: str, what: str) -> PreTrainedConfig:
                 "ssd_cache.enable(pipe.PART, head_map, ...)`, where PART is its part that generates token by token "
                 "(GLM-Image: vision_language_encoder; pipelines of diffusion alone have none)"
             )
-        problem, nearest = "no such folder", _nearest(name)
-        if os.path.isdir(folder):
-            problem, nearest = "no config.json in this folder", ""
+        problem = "no config.json in this folder" if folder.is_dir() else "no such folder"
         raise GeneratorError(
-            f"{what}: {problem} ({folder}); give {BUNDLED}, a folder that save_pretrained wrote, or a Hub id{nearest}"
+            f"{what}: {problem} ({folder}); give {BUNDLED}, a folder that save_pretrained wrote, or a Hub id"
+            f"{suggestion(name, [BUNDLED])}"
         )
     has_own_code = False
     try:
@@ -160,31 +154,29 @@ def _read_config(folder: Path, name: str, what: str) -> PreTrainedConfig:
         raise GeneratorError(f"{what}: its config.json cannot be read: {first_line(error)}") from error
     if hasattr(config, "format_version"):  # only a head map has it; a map's config.json states a model_type too
         raise GeneratorError(f"{what} is a head map, not a model; give it as --head-map, or to HeadMap")
+    if family_of(config) is CausalLMGenerator and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise GeneratorError(
+            f"{what} is of type {shown(config.model_type)}, which is not a causal language model of transformers "
+            f"(AutoModelForCausalLM); ssd-cache supports these and {', '.join(sorted(FAMILIES))}"
+        )
     return config
 
 
-def _choose_family(
-    what: str, config: PreTrainedConfig, grid: tuple[int, int] | None
-) -> tuple[type[Generator], tuple[int, int] | None]:
-    """The class for a model, and the requested grid after a check."""
+def _checkpoint(what: str, name: str, source: str, config: PreTrainedConfig, grid: Grid | None) -> Checkpoint:
+    """The checkpoint of a configuration, after a check of the requested grid."""
     family = family_of(config)
-    if grid is None:
-        if family is CausalLMGenerator:
-            raise GeneratorError(
-                f"{what} is of type {shown(config.model_type)}; ssd-cache supports {', '.join(sorted(FAMILIES))}, and "
-                "any other causal language model as a source of plain tokens, in a grid that you state: "
-                "grid=(rows, columns), --grid ROWSxCOLUMNS"
-            )
-        return family, None
-    try:
-        grid = ImageLayout(grid).grid
-    except ValueError as error:
-        raise GeneratorError(str(error)) from error
-    is_resizable = family is CausalLMGenerator or GRIDS[config.model_type].is_resizable
-    if not is_resizable and grid != (own := family.layout_of(config)).grid:
-        raise GeneratorError(f"grid={grid}: {what} always generates {own.text()} visual tokens; leave grid out")
-    return family, grid
-
-
-def _nearest(name: str) -> str:
-    return suggestion(name, [BUNDLED, *KNOWN])
+    if grid is None and family is CausalLMGenerator:
+        raise GeneratorError(
+            f"{what} is of type {shown(config.model_type)}; ssd-cache supports {', '.join(sorted(FAMILIES))}, and "
+            "any other causal language model as a source of plain tokens, in a grid that you state: "
+            "grid=(rows, columns), --grid ROWSxCOLUMNS"
+        )
+    if grid is not None:
+        try:
+            grid = ImageLayout(grid).grid
+        except ValueError as error:
+            raise GeneratorError(str(error)) from error
+        is_resizable = family is CausalLMGenerator or GRIDS[config.model_type].is_resizable
+        if not is_resizable and grid != (own := family.layout_of(config)).grid:
+            raise GeneratorError(f"grid={grid}: {what} always generates {own.text()} visual tokens; leave grid out")
+    return Checkpoint(name, source, config, family, grid)

@@ -5,7 +5,6 @@ The checks run before any model is loaded. The generators apply the settings.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,39 +31,14 @@ def check_texts(prompts: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How visual tokens are sampled; None means the checkpoint's own setting (`Checkpoint.sampling` resolves it).
+class ResolvedSampling:
+    """How visual tokens are sampled, as `Checkpoint.sampling` resolves and checks it.
 
     Attributes:
-        guidance_scale: above 1; 1.001 is almost no guidance.
+        guidance_scale: above 1; 1 for a model without guidance.
         temperature: 0 always takes the likeliest token.
-        seed: seed of a batch, from 0 to 2**63 - 1.
-
-    Raises:
-        GeneratorError: a value out of range.
+        seed: seed of a batch.
     """
-
-    guidance_scale: float | None = None
-    temperature: float | None = None
-    seed: int = 0
-
-    def __post_init__(self):
-        guidance_scale, temperature, seed = self.guidance_scale, self.temperature, self.seed
-        if guidance_scale is not None and not (math.isfinite(guidance_scale) and guidance_scale > 1):
-            raise GeneratorError(
-                f"guidance_scale={guidance_scale} is out of range: give a number above 1; 1.001 is almost no guidance"
-            )
-        if temperature is not None and not (math.isfinite(temperature) and temperature >= 0):
-            raise GeneratorError(
-                f"temperature={temperature} is out of range: give 0 (always the likeliest token) or more; 1 is usual"
-            )
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise GeneratorError(f"seed={seed!r} is out of range: give a whole number from 0 to 2**63 - 1")
-
-
-@dataclass(frozen=True)
-class ResolvedSampling:
-    """The values of a `Sampling` for one checkpoint; `guidance_scale` is 1 for a model without guidance."""
 
     guidance_scale: float
     temperature: float

@@ -68,7 +68,6 @@ def image_nbytes(generator: Generator, num_prompt: int, cache: SSDCache | None =
     """Bytes of K and V of one image at its last token, in all batch rows that guidance uses for it.
 
     Args:
-        generator: the generator; only its configuration is read.
         num_prompt: tokens of the prompt.
         cache: the cache that is used; a full cache when not given.
     """

@@ -63,9 +63,7 @@ class Processes:
             self._state.destroy_process_group()
 
     def check_agreement(self, facts: Mapping[str, Any]) -> None:
-        """Refuse processes with different settings, such as head maps, since their images would not be comparable.
-
-        Every process must call this method.
+        """Refuse processes with different settings; every process must call this method.
 
         Raises:
             ProfilingError: settings differ; raised in every process, with the values of process 0 and of the first

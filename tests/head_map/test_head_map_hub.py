@@ -155,10 +155,6 @@ def test_a_token_that_the_hub_does_not_know(hub):
     assert "hf_wrong" not in message
 
 
-def test_token_true_without_a_saved_token(hub):
-    assert "no token is saved here; pass token=" in refusal(REPO, token=True)
-
-
 def test_a_gated_repository(hub):
     hub.repos[REPO].gated = True
     assert "access to this repository is restricted; ask for it on its page" in refusal(REPO, token="hf_reader")
@@ -226,11 +222,6 @@ def test_a_hub_in_trouble(hub, status):
     assert HeadMap.from_pretrained(REPO) == MAP, "the cached copy"
 
 
-def test_a_bare_404(hub):
-    hub.answer_always = 404
-    assert "not found (404); check the name, and HF_ENDPOINT" in refusal(REPO)
-
-
 def test_a_hub_that_forbids(hub):
     hub.answer_always = 403
     assert "the Hub refuses the token (403), or it lacks the permission" in refusal(REPO)
@@ -246,10 +237,6 @@ def test_what_is_neither_a_path_nor_a_repository(hub, name):
     message = refusal(name)
     assert "neither a folder or file here, nor the id of a repository; an id reads 'user/name'" in message
     assert hub.requests == []
-
-
-def test_arguments_that_exclude_each_other(hub):
-    assert "change one of the arguments" in refusal(REPO, force_download=True, local_files_only=True)
 
 
 # Without a server

@@ -10,7 +10,6 @@ from typing import Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
-    DisabledRepoError,
     FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
@@ -69,7 +68,6 @@ def describe_failure(error: BaseException, missing: str) -> tuple[bool, str]:
     login = "pass token=, or run `hf auth login`"
     for kind, reason in (
         (GatedRepoError, f"access to this repository is restricted; ask for it on its page, then {login}"),
-        (DisabledRepoError, "this repository was disabled; use another one"),
         (
             RepositoryNotFoundError,
             "no such repository on the Hub, or a private one, and no such folder or file here; "
@@ -78,7 +76,6 @@ def describe_failure(error: BaseException, missing: str) -> tuple[bool, str]:
         (RevisionNotFoundError, "no such revision; revision= takes a branch, a tag or a full commit hash"),
         (RemoteEntryNotFoundError, missing),
         (HFValidationError, "neither a folder or file here, nor the id of a repository; an id reads 'user/name'"),
-        (LocalTokenNotFoundError, f"token=True, but no token is saved here; {login}"),
         (OfflineModeIsEnabled, "offline mode is on; unset HF_HUB_OFFLINE, or give a folder"),
         (FileMetadataError, "this server does not answer like a Hub; check HF_ENDPOINT and the proxy"),
         (LocalEntryNotFoundError, "there is no cached copy; download it once without local_files_only=True"),
@@ -92,11 +89,7 @@ def describe_failure(error: BaseException, missing: str) -> tuple[bool, str]:
         status = error.response.status_code
         if status in (401, 403):
             return True, f"the Hub refuses the token ({status}), or it lacks the permission; {login}"
-        if status == 404:
-            return True, "not found (404); check the name, and HF_ENDPOINT"
         return False, f"the Hub answered {status}; try again later ({told})"
-    if type(error) is ValueError:  # arguments that exclude each other
-        return True, f"{told}; change one of the arguments"
     if not_cached:
         return False, f"the server cannot be reached and there is no cached copy; check the network ({told})"
     return False, f"the transfer failed: {type(error).__name__} {told}; check network and disk, then try again"

@@ -48,10 +48,6 @@ STEPS = CELLS - 1
 class TextGenerator(Generator):
     """A Llama whose text stands for visual tokens: no guidance, and the head that all its tokens share."""
 
-    @staticmethod
-    def layout_of(config, grid=None):
-        return ImageLayout(GRID)
-
     @classmethod
     def load(cls, checkpoint, dtype, device):
         raise NotImplementedError("tests bring the model")
@@ -76,7 +72,7 @@ def make_generator(family):
     if family == "text":
         model = tiny_llama(layers=2, heads=4, kv_heads=2, seed=1)
         model.generation_config = GenerationConfig(bos_token_id=BOS, pad_token_id=PAD)
-        return TextGenerator(Checkpoint("text", "", model.config, TextGenerator), model, None)
+        return TextGenerator(Checkpoint("text", "", model.config, TextGenerator, GRID), model, None)
     model = tiny_janus(heads=4 if family == "grouped" else 2, grid_side=GRID[0], seed=1)
     if family == "grouped":
         config = copy.deepcopy(model.config)

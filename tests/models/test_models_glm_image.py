@@ -19,6 +19,7 @@ from ssd_cache.bench.running import held_bytes
 from ssd_cache.bench.subject import load_subject
 from ssd_cache.evaluation.fidelity import draw_fidelity, measure_fidelity
 from ssd_cache.layout import ImageLayout
+from ssd_cache.model_grids import GRIDS
 from ssd_cache.models import GeneratorError, GlmImageGenerator, ResolvedSampling, find_generator
 
 PROMPTS = ["a photo of a red circle", "a blue square"]
@@ -76,7 +77,7 @@ def test_previews_are_the_processors_own(generator):
     for grid in [(36, 24), (24, 36), (32, 32), (16, 40)]:
         height, width = (32 * side for side in grid)
         *_, rows, columns = generator.processor._get_target_shape(height=height, width=width)
-        assert GlmImageGenerator.layout_of(generator.checkpoint.config, grid).draft_grids == ((rows, columns),)
+        assert GRIDS["glm_image"].layout(generator.checkpoint.config, grid).draft_grids == ((rows, columns),)
 
 
 def test_a_full_budget_generates_what_dynamic_cache_generates(generator):

@@ -26,8 +26,7 @@ from transformers import (
 
 from ssd_cache._compat import CACHE
 from ssd_cache.cache.attention import NAME
-from ssd_cache.layout import Grid, ImageLayout
-from ssd_cache.model_grids import GRIDS
+from ssd_cache.layout import ImageLayout
 from ssd_cache.models.settings import ResolvedSampling, check_texts
 
 if TYPE_CHECKING:
@@ -61,11 +60,6 @@ class Generator(ABC):
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, processor: ProcessorMixin):
         self.checkpoint, self.model, self.processor = checkpoint, model, processor
-
-    @staticmethod
-    def layout_of(config: PreTrainedConfig, grid: Grid | None = None) -> ImageLayout:
-        """Layout of an image of the usual size, or of `grid`; by default from `model_grids.py`."""
-        return GRIDS[config.model_type].layout(config, grid)
 
     @staticmethod
     def generates_images(call: Mapping[str, Any]) -> bool:

@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ssd_cache.layout import Grid, ImageLayout
 from ssd_cache.models.base import Generator
 from ssd_cache.models.settings import ResolvedSampling
 
@@ -33,11 +32,6 @@ class CausalLMGenerator(Generator):
             f"generator: each prompt is followed by {rows} x {columns} plain tokens",
             stacklevel=3,
         )
-
-    @staticmethod
-    def layout_of(config: PreTrainedConfig, grid: Grid | None = None) -> ImageLayout:
-        assert grid is not None  # `find_generator` and `generator_of` have checked it
-        return ImageLayout(grid)
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Tokenize the texts unchanged, without a chat template."""

@@ -17,6 +17,7 @@ from ssd_cache.cache.cache import decoder_shape
 from ssd_cache.head_map.head_map import HeadMap, HeadMapError
 from ssd_cache.io.showing import suggestion
 from ssd_cache.layout import Grid, ImageLayout
+from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.base import Generator
 from ssd_cache.models.settings import GeneratorError, ResolvedSampling, resolve_device, resolve_dtype
 
@@ -49,7 +50,10 @@ class Checkpoint:
     @property
     def layout(self) -> ImageLayout:
         """Grid of an image, and the draft grids that are generated before it."""
-        return self.family.layout_of(self.config, self.asked_grid)
+        if self.config.model_type in GRIDS:
+            return GRIDS[self.config.model_type].layout(self.config, self.asked_grid)
+        assert self.asked_grid is not None  # `models/find.py` has checked it
+        return ImageLayout(self.asked_grid)
 
     @property
     def grid(self) -> Grid:

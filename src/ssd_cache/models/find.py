@@ -176,7 +176,7 @@ def _checkpoint(what: str, name: str, source: str, config: PreTrainedConfig, gri
             grid = ImageLayout(grid).grid
         except ValueError as error:
             raise GeneratorError(str(error)) from error
-        is_resizable = family is CausalLMGenerator or GRIDS[config.model_type].is_resizable
-        if not is_resizable and grid != (own := family.layout_of(config)).grid:
+        facts = GRIDS.get(config.model_type)
+        if facts and not facts.is_resizable and grid != (own := facts.layout(config)).grid:
             raise GeneratorError(f"grid={grid}: {what} always generates {own.text()} visual tokens; leave grid out")
     return Checkpoint(name, source, config, family, grid)

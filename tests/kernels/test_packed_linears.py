@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from ssd_cache import HeadMap, SSDCache
 from ssd_cache._compat import CACHE
+from ssd_cache.kernels import cpu_loops
 from ssd_cache.kernels.packed_linears import COPY, MAX_ROWS, packed_linears
 
 pytestmark = needs_compiler
@@ -63,6 +64,19 @@ def test_only_what_a_step_uses_is_packed_and_nothing_is_left():
         raise KeyError
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert is_plain(model)
+
+
+def test_each_weight_is_packed_once_an_image(monkeypatch):
+    """Only the prompt's products have several tokens a row; one in every step would pack all weights at every step."""
+    packed, pack = [], cpu_loops.pack
+    monkeypatch.setattr(cpu_loops, "pack", lambda weight, place: packed.append(weight) or pack(weight, place))
+    model = tiny_janus(grid_side=4)
+    labels = HeadMap(torch.tensor([[True, False], [False, True]]), grid=(4, 4))
+    with packed_linears(model):
+        for number in (1, 2):
+            cache = SSDCache(labels, 8, buffer=2)
+            model.generate(**left_padded_prompts((5, 3)), generation_mode="image", guidance_scale=5.0, **{CACHE: cache})
+            assert len(packed) == number * len({id(weight) for weight in packed}) > 0
 
 
 def test_gradients_flow_and_other_dtypes_are_left_alone():

@@ -44,9 +44,11 @@ def packed_linears(model: torch.nn.Module) -> Iterator[None]:
     multiple of `cpu_loops.PANEL`, prompts, gradients and autocast, and for all layers where the loops cannot be built.
     """
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and _can_be_packed(module)]
+    if linears and cpu_kernels.library() is None:
+        linears = []
     prompts, entered = _Prompts(), []
     with _lock:
-        for linear in linears if linears and cpu_kernels.library() is not None else []:
+        for linear in linears:
             weight = linear.weight
             packed: PackedWeight | None = getattr(weight, COPY, None)
             if packed is None:

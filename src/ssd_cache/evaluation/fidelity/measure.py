@@ -19,9 +19,9 @@ from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.sharding import check_whole
 from ssd_cache.evaluation.fidelity.lockstep import compare_caches, parts_of
 from ssd_cache.evaluation.fidelity.result import MEASURED, Fidelity
-from ssd_cache.evaluation.fidelity.state import MeasurementState
 from ssd_cache.models import Checkpoint, Generator, GeneratorError, ResolvedSampling
 from ssd_cache.profiling.measuring import check_prompts, model_facts, prompts_sha256
+from ssd_cache.runs.run_state import ResumableState
 
 FORMAT, WHAT = "ssd-cache fidelity state 2", "the measurements of ssd-cache eval fidelity"
 
@@ -90,7 +90,7 @@ def measure_fidelity(
     results = {name: Fidelity.empty(generator.checkpoint, cache, images) for name, cache in made.items()}
     tensors = {"images": images, "num_done": num_done}
     tensors |= {f"{name}.{part}": getattr(result, part) for name, result in results.items() for part in MEASURED}
-    state = MeasurementState(state_file, FORMAT, WHAT, settings, tensors)
+    state = ResumableState(state_file, FORMAT, WHAT, settings, tensors)
     if not state.is_resumed:
         images.copy_(generator.generate(prompts, **vars(sampling)) if tokens is None else tokens)
         state.save()

@@ -14,8 +14,7 @@ from PIL import Image, ImageDraw
 
 from ssd_cache.cli.files import check_output, save_image
 from ssd_cache.cli.sheet import Row, contact_sheet
-from ssd_cache.evaluation.policies import choose_head_map, parse_policies
-from ssd_cache.evaluation.runner import budget_name
+from ssd_cache.evaluation.policies import budget_name, choose_head_map, parse_policies
 from ssd_cache.evaluation.shapes import check_model
 from ssd_cache.models import find_generator, resolve_device, resolve_dtype
 from ssd_cache.shapes import judge, make_prompts

@@ -25,7 +25,7 @@ from ssd_cache.cli.eval.score_table import Report
 from ssd_cache.cli.sheet import Row as SheetRow
 from ssd_cache.cli.sheet import contact_sheet
 from ssd_cache.evaluation.plots import plot_result_by_budget
-from ssd_cache.evaluation.records import Record
+from ssd_cache.evaluation.results_folder import Record
 from ssd_cache.evaluation.tables import accuracy_table, summarize, to_markdown
 from ssd_cache.head_map.card import card
 from ssd_cache.io.markdown import MAX_TEXT, code_block, escape

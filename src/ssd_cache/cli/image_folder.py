@@ -19,7 +19,7 @@ from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.files import check_place
 from ssd_cache.cli.plan import Job
 from ssd_cache.cli.resuming import interruptible
-from ssd_cache.evaluation.conditions import run_conditions
+from ssd_cache.evaluation.conditions import digest_of, run_conditions
 from ssd_cache.evaluation.export import (
     SETTINGS_FILE,
     check_unclaimed,
@@ -28,7 +28,6 @@ from ssd_cache.evaluation.export import (
     recorded_batch_size,
 )
 from ssd_cache.evaluation.image_files import ImageFiles, batch_seed
-from ssd_cache.evaluation.runner import digest_of
 
 CACHE_SETTINGS = ("buffer", "num_recent", "num_sinks", "score", "kv_dtype")
 

@@ -254,5 +254,10 @@ def parse_policy(text: str) -> Policy:
     return Policy(name, MappingProxyType(settings))
 
 
+def budget_name(budget: Amount) -> str:
+    """`20%`, or `115 tokens`."""
+    return f"{budget} tokens" if isinstance(budget, int) else f"{100 * budget:g}%"
+
+
 def _is_known(name: str) -> bool:
     return name == DEFAULT or _find(name) is not None

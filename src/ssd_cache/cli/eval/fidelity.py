@@ -36,10 +36,9 @@ from ssd_cache.cli.options import (
     output_option,
 )
 from ssd_cache.cli.resuming import Resume, StateFile
-from ssd_cache.evaluation.conditions import run_conditions
+from ssd_cache.evaluation.conditions import digest_of, run_conditions
 from ssd_cache.evaluation.fidelity import Fidelity, measure_fidelity, write_fidelity
 from ssd_cache.evaluation.policies import DEFAULT, choose_head_map, parse_policies, resolve_policies
-from ssd_cache.evaluation.runner import digest_of
 from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
 
 PROMPTS = (

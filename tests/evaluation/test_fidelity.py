@@ -11,7 +11,6 @@ import dataclasses
 import gc
 import json
 import math
-import shlex
 import weakref
 from dataclasses import replace
 
@@ -462,13 +461,6 @@ def test_the_command_writes_what_the_library_measures(run, folder, tmp_path):
     assert full["agreement"] == 1
     with Image.open(tmp_path / "out" / "fidelity.png") as image:
         assert image.width == 1000
-    program, *again = shlex.split(conditions["command"])
-    assert program == "ssd-cache"
-    (tmp_path / "out" / "fidelity.json").unlink()
-    assert CliRunner().invoke(app, again).exit_code == 0
-    repeated = json.loads((tmp_path / "out" / "fidelity.json").read_text())
-    assert repeated["results"] == written["results"]
-    assert repeated["tokens"] == written["tokens"]
 
 
 # --- in parts

@@ -214,9 +214,10 @@ def test_a_list_of_policies_keeps_settings_with_their_policy():
         ("full,,ssd", "unknown policy ''"),
         ("buffer=8", "'buffer=8' is a setting without a policy: write it as ssd:buffer=8"),
         ("ssd,buffer=8", "'buffer=8' is a setting without a policy"),
-        ("ssd:bufer=8", "unknown setting 'bufer'; did you mean 'buffer'?"),
-        ("ssd:buffer=8.5", "buffer='8.5' cannot be read: give a whole number"),
-        ("ssd:num_recent=much", "num_recent='much' cannot be read: give a whole number (8) or a fraction"),
+        ("ssd:bufer=8", "unknown setting 'bufer' (did you mean 'buffer'?)"),
+        ("ssd:buffer=8.5", "buffer=8.5 is out of range: give an int of at least 1"),
+        ("ssd:num_recent=much", "num_recent='much' is out of range"),
+        ("ssd:score=8", "score=8 is unknown: give one of"),
         ("ssd:num_recent=-1", "num_recent='-1' cannot be read"),
         ("ssd:score=", "score='' cannot be read"),
         ("ssd:buffer=8,buffer=9", "buffer is given twice"),
@@ -225,7 +226,8 @@ def test_a_list_of_policies_keeps_settings_with_their_policy():
 )
 def test_a_name_that_can_not_be_read_says_what_is_wrong(text, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        parse_policies(text)
+        for policy in parse_policies(text):
+            policy.make_cache(HEAD_MAP, 0.2)
 
 
 # --- statistics

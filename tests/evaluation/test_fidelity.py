@@ -538,7 +538,7 @@ def test_labels_found_while_a_cache_runs_are_found_in_one_batch(tmp_path):
 WRONG = [
     (["--batch-size", "0"], "Invalid value for '--batch-size'"),
     (["--policies", "sdd"], "unknown policy 'sdd'; did you mean 'ssd'?"),
-    (["--policies", "ssd:bufer=3"], "unknown setting 'bufer'; did you mean 'buffer'?"),
+    (["--policies", "ssd:bufer=3"], "unknown setting 'bufer' (did you mean 'buffer'?)"),
     (["--budgets", "0"], "give a fraction of the grid above 0"),
     (["--budgets", "0.2,65"], "--budgets 65: an image has 64 visual tokens; give at most 64"),
     (["--budgets", "0.1"], "raise the budget, or lower buffer"),

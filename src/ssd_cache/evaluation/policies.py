@@ -150,12 +150,8 @@ def resolve_policies(
 ) -> list[Policy]:
     """The policies without duplicates, with `default` replaced by the policy that the head map uses by default.
 
-    The name in a table then says which policy ran: `learned`, `ssd:slots=fitted` or `ssd`.
-
-    Args:
-        policies: as `parse_policies` returns them.
-        head_map: the head map of the run.
-        settings: settings of the whole run; a score among them takes precedence over the map's own.
+    The name in a table then says which policy ran: `learned`, `ssd:slots=fitted` or `ssd`. A score in `settings`, those
+    of the whole run, takes precedence over the map's own.
     """
     resolved = [_resolved(policy, head_map, settings) for policy in policies]
     return list({policy.label: policy for policy in resolved}.values())

@@ -40,14 +40,7 @@ class NotAStateError(ProfilingError, WrongFileError):
 
 @dataclass(frozen=True)
 class RunState:
-    """The contents of a state file.
-
-    Attributes:
-        tensors: the results.
-        settings: everything that the results depend on, as JSON values.
-        counts: the progress of the run, as JSON values.
-        is_finished: whether the run has nothing left to do.
-    """
+    """The contents of a state file: results, the settings that they depend on, and the progress, as JSON values."""
 
     tensors: dict[str, torch.Tensor]
     settings: Mapping[str, Any]
@@ -56,16 +49,9 @@ class RunState:
 
 
 def write_state(path: Path, kind: str, state: RunState, what: str) -> None:
-    """Write the file, completely or not at all.
+    """Write the file, completely or not at all; raises ProfilingError, which describes the contents with `what`.
 
-    Args:
-        path: the file; its folder is created when missing.
-        kind: name and version of the format, such as "ssd-cache profile 2".
-        state: the contents.
-        what: a description of the contents, for the error message.
-
-    Raises:
-        ProfilingError: the file cannot be written; an older file is unchanged.
+    `kind` is the name and version of the format, such as "ssd-cache profile 2".
     """
     header = {
         "format": kind,
@@ -83,11 +69,7 @@ def write_state(path: Path, kind: str, state: RunState, what: str) -> None:
 
 
 def read_state(path: Path, kind: str, what: str) -> RunState:
-    """Read a file that `write_state` wrote with the same `kind`.
-
-    Raises:
-        ProfilingError: the file has other contents; the message describes the expected contents with `what`.
-    """
+    """Read a file that `write_state` wrote with the same `kind`; raises ProfilingError for other contents."""
     try:
         header, tensors = read_tensors(path)
         if header.get("format") != kind:

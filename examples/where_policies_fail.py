@@ -13,9 +13,8 @@ import typer
 from PIL import Image, ImageDraw
 
 from ssd_cache.cli.files import check_output, save_image
-from ssd_cache.cli.sheet import Row, contact_sheet
-from ssd_cache.evaluation.policies import choose_head_map, parse_policies
-from ssd_cache.evaluation.runner import budget_name
+from ssd_cache.cli.sheet import contact_sheet
+from ssd_cache.evaluation.policies import budget_name, choose_head_map, parse_policies
 from ssd_cache.evaluation.shapes import check_model
 from ssd_cache.models import find_generator, resolve_device, resolve_dtype
 from ssd_cache.shapes import judge, make_prompts
@@ -51,7 +50,7 @@ def main(
     labels = choose_head_map(checkpoint, head_map, chosen)
     generator = checkpoint.load(resolve_dtype(dtype, where), where)
     captions = [caption for _, caption in make_prompts(per_kind, prompt_seed)]
-    rows = []
+    rows = {}
     for policy in chosen:
         own = policy.budgets([budget])[0]
         tokens = generator.generate(captions, policy.make_cache(labels, own), seed=seed)
@@ -61,7 +60,7 @@ def main(
             for image, verdict in zip(generator.to_images(tokens), verdicts, strict=True)
         ]
         right = sum(verdict.correct for verdict in verdicts)
-        rows.append(Row(images, policy.label, (budget_name(own), f"{right} of {len(captions)} correct")))
+        rows[f"{policy.label}\n{budget_name(own)}\n{right} of {len(captions)} correct"] = images
         for caption, verdict in zip(captions, verdicts, strict=True):
             if not verdict.correct:
                 print(f"{policy.label} {budget_name(own)}: {caption}: {verdict.reason}")

@@ -30,7 +30,7 @@ import ssd_cache
 from ssd_cache import POLICIES, HeadMap, SSDCache
 from ssd_cache.cli import app
 from ssd_cache.cli.plan import COMPARED, parse_budget
-from ssd_cache.cli.sheet import Row, contact_sheet
+from ssd_cache.cli.sheet import contact_sheet
 from ssd_cache.models import Checkpoint, find_generator
 from ssd_cache.runs import batching
 from ssd_cache.runs.processes import Processes
@@ -218,13 +218,10 @@ def test_one_image_is_the_librarys_own(run, generator):
     tokens = generator.generate([CIRCLE], cache, guidance_scale=3.0, temperature=0.9, seed=3)
     np.testing.assert_array_equal(Image.open("a.png"), generator.to_images(tokens)[0])
     stats = cache.memory_stats()
-    num_tokens, now, full, ratio, beside, speed, seconds = table(result.stdout)["ssd"]
-    assert num_tokens == str(CELLS)
+    now, ratio, speed = table(result.stdout)["ssd"]
     assert now == f"{stats.key_value / 1000:.1f} kB"
-    assert full == f"{stats.full_cache / 1000:.1f} kB"
     assert ratio == f"{stats.full_cache / stats.key_value:.1f}x"
-    assert beside == decimal(stats.bookkeeping)
-    assert float(speed) == pytest.approx(CELLS / float(seconds), rel=0.5)  # seconds have one decimal
+    assert float(speed) >= 1
     assert f"wrote a.png ({PIXELS} x {PIXELS})" in result.stdout
     for condition in ("float32", "guidance 3", "temperature 0.9", "seed 3"):
         assert condition in " ".join(result.stdout.split())
@@ -240,16 +237,14 @@ def test_budget_as_a_count_and_policies_differ(run):
     for policy in POLICIES:
         result = run(CIRCLE, "--policy", policy, "--budget", "26", "--head-map", "learned", "-o", f"{policy}.png")
         assert result.exit_code == 0, result.output
-        sizes[policy] = table(result.stdout)[policy][1]
+        sizes[policy] = table(result.stdout)[policy][0]
     assert len({sizes[policy] for policy in POLICIES if policy != "full"}) == 1  # the same budget, the same bytes
     assert sizes["full"] != sizes["ssd"]
     assert len({Path(f"{policy}.png").read_bytes() for policy in POLICIES}) == len(POLICIES)
     assert "learned" in table(run(CIRCLE, "--head-map", "learned", "-o", "a.png").stdout)
     assert "ssd" in table(run(CIRCLE, "-o", "b.png").stdout)
-    run_caption = run(CIRCLE, "--head-map", "learned", "--compare", "--budget", "26", "-o", "d.png").stdout
-    compared = table(run_caption)
+    compared = table(run(CIRCLE, "--head-map", "learned", "--compare", "--budget", "26", "-o", "d.png").stdout)
     assert [name for name in compared if name in POLICIES] == ["full", "learned", "ssd", "h2o", "streaming-llm"]
-    assert "learned: equal slots, learned score; ssd: equal slots" in " ".join(run_caption.split())
     result = run(CIRCLE, "--policy", "learned", "-o", "c.png")
     assert result.exit_code == 2
     assert "carries no learned score" in result.stderr
@@ -332,7 +327,7 @@ def test_several_images_come_as_a_sheet_of_a_row_for_each_prompt(run, generator)
     corners = find_images(Image.open("a.png"), generator.to_images(tokens))
     assert corners[0][0] == corners[1][0] < corners[2][0] == corners[3][0]
     assert corners[0][1] == corners[2][1] < corners[1][1] == corners[3][1]
-    assert table(result.stdout)["ssd"][0] == str(4 * CELLS)
+    assert f"{4 * CELLS}/{4 * CELLS}" in result.stderr  # the bar
 
 
 def test_batches_have_seeds_of_their_own(run, generator):
@@ -381,7 +376,7 @@ def test_compare_generates_a_row_a_policy_on_the_same_seed(run, generator):
         assert first[0] == second[0]
         assert first[1] < second[1]
         heights.append(first[0])
-        assert rows[policy][1] == decimal(cache.nbytes)
+        assert rows[policy][0] == decimal(cache.nbytes)
     assert heights == sorted(heights)
 
 
@@ -391,7 +386,7 @@ def test_visual_tokens_can_be_stored_in_8_bits(run, generator, policy):
     assert result.exit_code == 0, result.output
     cache = SSDCache.from_policy(policy, head_map(), 0.4, kv_dtype="int8")
     assert torch.equal(load_file("a.safetensors")[policy], generator.generate([CIRCLE], cache))
-    assert table(result.stdout)[policy][1] == decimal(cache.nbytes)
+    assert table(result.stdout)[policy][0] == decimal(cache.nbytes)
 
 
 def test_compared_in_8_bits_the_full_cache_stays_whole(run, generator):
@@ -401,7 +396,7 @@ def test_compared_in_8_bits_the_full_cache_stays_whole(run, generator):
         kv_dtype = None if policy == "full" else "int8"
         cache = SSDCache.from_policy(policy, head_map(), 0.4, kv_dtype=kv_dtype)
         assert torch.equal(tokens, generator.generate([CIRCLE], cache))
-        assert table(result.stdout)[policy][1] == decimal(cache.nbytes)
+        assert table(result.stdout)[policy][0] == decimal(cache.nbytes)
 
 
 def test_a_map_can_be_given_and_is_used(run, folder):
@@ -531,7 +526,7 @@ def corner_of(sheet, color):
 
 def test_what_does_not_fit_side_by_side_goes_on_below():
     images = squares(14)
-    sheet = contact_sheet([Row(images[:7], "one"), Row(images[7:], "two")], [f"caption {n}" for n in range(7)], 3)
+    sheet = contact_sheet({"one": images[:7], "two": images[7:]}, [f"caption {n}" for n in range(7)], 3)
     corners = find_images(sheet, images)
     tops, lefts = (sorted({corner[axis] for corner in corners}) for axis in (0, 1))
     assert (len(tops), len(lefts)) == (6, 3)  # three blocks of two rows
@@ -541,7 +536,7 @@ def test_what_does_not_fit_side_by_side_goes_on_below():
 
 
 def test_nothing_touches_the_rim_and_captions_are_drawn():
-    sheet = contact_sheet([Row(squares(2), "policy", ("12.3 MB", "4.5x"))], ["a word", "another " * 200], 2)
+    sheet = contact_sheet({"policy\n12.3 MB\n4.5x": squares(2)}, ["a word", "another " * 200], 2)
     pixels = np.asarray(sheet)
     for rim in (pixels[:4], pixels[-4:], pixels[:, :4], pixels[:, -4:]):
         assert (rim == 255).all()
@@ -552,7 +547,7 @@ def test_nothing_touches_the_rim_and_captions_are_drawn():
 
 
 def test_wide_sheets_shrink_by_whole_numbers():
-    sheet = contact_sheet([Row(squares(8, side=1024))], ["caption"] * 8, 8)
+    sheet = contact_sheet({"": squares(8, side=1024)}, ["caption"] * 8, 8)
     assert sheet.width < 4096 + 1024
     (top, left), (bottom, right) = corner_of(sheet, (0, 100, 200))
     assert (bottom - top, right - left) == (512, 512)
@@ -657,8 +652,8 @@ def test_the_bundled_model_generates_its_prompt(child, tmp_path):
     assert process.returncode == 0, err
     with Image.open(tmp_path / "picture.png") as image:
         assert image.size == (384, 384)
-    assert table(out)["learned"][0] == "576"
-    assert float(table(out)["learned"][3].removesuffix("x")) > 4
+    assert "576/576" in err
+    assert float(table(out)["learned"][1].removesuffix("x")) > 4
     assert "warning" not in err
 
 

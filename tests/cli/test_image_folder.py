@@ -85,9 +85,10 @@ def test_each_image_is_the_librarys_own_and_carries_its_metadata(whole, model):
             assert json.loads(image.text["ssd-cache"]) == line
         expected = {"prompt": texts[number], "index": number, "sample": number % 2, "batch_seed": 5 + number // 3}
         expected |= {"seed": 5, "policy": "ssd", "budget": 0.5, "num_slots": SIDE**2 / 2, "guidance_scale": 3.0}
+        expected |= {"buffer": 8, "kv_dtype": None}
         expected |= {"model": str(model), "batch_size": 3, "head_map": head_map().digest, "dtype": "float32"}
         assert expected.items() <= line.items()
-        assert {"ssd_cache", "torch", "transformers", "temperature", "device", "settings"} <= line.keys()
+        assert {"ssd_cache", "torch", "transformers", "temperature", "device", "num_slots"} <= line.keys()
     assert [(image.name, image.caption) for image in find_captioned(whole)] == list(zip(IMAGES, texts, strict=True))
     assert [image.name for image in find_images(whole)] == list(IMAGES)
 
@@ -120,7 +121,6 @@ def test_a_second_call_generates_what_is_missing_and_nothing_else(whole, run, mo
         (("--guidance", 2), "guidance_scale 3.0 there, 2.0 now"),
         (("--kv-dtype", "int8"), "kv_dtype"),
         (("more prompts",), "num_prompts 2 there, 3 now"),
-        (("--compare",), "it holds the images of one policy; give another folder for --compare"),
         (("-o", "a.png"), "--output a.png and --output-dir out: give one of them"),
     ],
     ids=str,

@@ -11,7 +11,6 @@ import dataclasses
 import gc
 import json
 import math
-import shlex
 import weakref
 from dataclasses import replace
 
@@ -458,13 +457,6 @@ def test_the_command_writes_what_the_library_measures(run, folder, tmp_path):
     assert full["agreement"] == 1
     with Image.open(tmp_path / "out" / "fidelity.png") as image:
         assert image.width == 1000
-    program, *again = shlex.split(conditions["command"])
-    assert program == "ssd-cache"
-    (tmp_path / "out" / "fidelity.json").unlink()
-    assert CliRunner().invoke(app, again).exit_code == 0
-    repeated = json.loads((tmp_path / "out" / "fidelity.json").read_text())
-    assert repeated["results"] == written["results"]
-    assert repeated["tokens"] == written["tokens"]
 
 
 # --- in parts
@@ -542,7 +534,7 @@ def test_labels_found_while_a_cache_runs_are_found_in_one_batch(tmp_path):
 WRONG = [
     (["--batch-size", "0"], "Invalid value for '--batch-size'"),
     (["--policies", "sdd"], "unknown policy 'sdd'; did you mean 'ssd'?"),
-    (["--policies", "ssd:bufer=3"], "unknown setting 'bufer'; did you mean 'buffer'?"),
+    (["--policies", "ssd:bufer=3"], "unknown setting 'bufer' (did you mean 'buffer'?)"),
     (["--budgets", "0"], "give a fraction of the grid above 0"),
     (["--budgets", "0.2,65"], "--budgets 65: an image has 64 visual tokens; give at most 64"),
     (["--budgets", "0.1"], "raise the budget, or lower buffer"),

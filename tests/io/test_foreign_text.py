@@ -21,10 +21,9 @@ from ssd_cache.bench.results import Report as BenchReport
 from ssd_cache.bench.results import Row
 from ssd_cache.bench.roofline import Machine
 from ssd_cache.cli.eval.score_table import Report
-from ssd_cache.cli.sheet import Row as SheetRow
 from ssd_cache.cli.sheet import contact_sheet
 from ssd_cache.evaluation.plots import plot_result_by_budget
-from ssd_cache.evaluation.records import Record
+from ssd_cache.evaluation.results_folder import Record
 from ssd_cache.evaluation.tables import accuracy_table, summarize, to_markdown
 from ssd_cache.head_map.card import card
 from ssd_cache.io.markdown import MAX_TEXT, code_block, escape
@@ -206,5 +205,5 @@ def test_figures_are_drawn_with_any_name(hostile):
 @pytest.mark.parametrize("hostile", WITH_LINES)
 def test_contact_sheets_are_drawn_with_any_caption(hostile):
     image = Image.new("RGB", (48, 48))
-    sheet = contact_sheet([SheetRow([image, image], title=hostile[:40], notes=(hostile[:40],))], [hostile, "b"], 2)
+    sheet = contact_sheet({f"{hostile[:40]}\n{hostile[:40]}": [image, image]}, [hostile, "b"], 2)
     assert sheet.width < 2000

@@ -25,11 +25,9 @@ from ssd_cache.evaluation.fidelity import measure_divergence, measure_fidelity
 from ssd_cache.evaluation.geneval import score as geneval_score
 from ssd_cache.evaluation.geneval.summary import ImageResult
 from ssd_cache.evaluation.prompt_results import read_prompt_results
-from ssd_cache.evaluation.records import Record
-from ssd_cache.evaluation.reporting import read_summary, write_report
 from ssd_cache.evaluation.result_file import append_row
-from ssd_cache.evaluation.results_folder import ResultsError, ResultsFolder
-from ssd_cache.evaluation.tables import to_json, to_markdown
+from ssd_cache.evaluation.results_folder import Record, ResultsError, ResultsFolder
+from ssd_cache.evaluation.tables import read_summary, to_json, to_markdown, write_report
 from ssd_cache.io.showing import ReadableError
 from ssd_cache.models import find_generator
 from ssd_cache.runs.run_state import ProfilingError

@@ -78,11 +78,6 @@ def check_place(option: str, place: Path, is_folder: bool) -> None:
     folder = place if is_folder else place.parent
     while not folder.exists() and is_folder:  # missing parent folders are created later
         folder = folder.parent
-    check_writable(option, place, folder)
-
-
-def check_writable(option: str, place: Path, folder: Path) -> None:
-    """Raise WrongUse, naming the option and its `place`, if `folder` is not writable."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

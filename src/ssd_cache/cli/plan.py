@@ -14,11 +14,10 @@ import torch
 
 from ssd_cache.budget import Amount
 from ssd_cache.cache.cache import SSDCache
-from ssd_cache.cache.policies import words_of
 from ssd_cache.cli.errors import WrongUse
 from ssd_cache.cli.loading import load_generator
 from ssd_cache.decode.fast_decode import fast_decode
-from ssd_cache.evaluation.policies import DEFAULT, WITHOUT_LABELS, Policy, choose_head_map, resolve_policies
+from ssd_cache.evaluation.policies import DEFAULT, Policy, choose_head_map, resolve_policies
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Checkpoint, Generator, ResolvedSampling
 from ssd_cache.runs.batching import default_batch_size, image_nbytes
@@ -58,6 +57,19 @@ class Job:
     def compiled(self, generator: Generator) -> AbstractContextManager:
         """Context in which decode steps are compiled if the user asked for it."""
         return fast_decode(generator.model) if self.fast else nullcontext()
+
+    def words(self, batch_size: int) -> str:
+        """The settings of the run, for messages."""
+        batch = min(batch_size, len(self.texts))
+        return f"batch {batch}, {words_of_run(self.checkpoint, self.dtype, self.device, self.sampling)}"
+
+
+def words_of_run(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, sampling: ResolvedSampling) -> str:
+    """The model and the settings of generation, for messages."""
+    return (
+        f"{checkpoint.name} on {device}, {str(dtype).removeprefix('torch.')}, guidance {sampling.guidance_scale:g}, "
+        f"temperature {sampling.temperature:g}, seed {sampling.seed}"
+    )
 
 
 def parse_budget(text: str, option: str = "--budget", least: int = 2) -> Amount:
@@ -115,9 +127,3 @@ def make_caches(
         )
         for policy in resolve_policies(policies, labels)
     }
-
-
-def described(caches: Mapping[str, SSDCache]) -> str:
-    """Slots and score of the policies that use a map's labels, in words, each after a semicolon."""
-    own = {label: cache for label, cache in caches.items() if label not in WITHOUT_LABELS}
-    return "".join(f"; {label}: {words_of(cache.slots, cache.score)}" for label, cache in own.items())

@@ -1,11 +1,12 @@
-"""The conditions of a result besides policy, budget and seed: versions, weights, device, prompts, generation settings.
+"""The conditions of a result: versions, weights, device, prompts, generation settings, and the settings of its cache.
 
-Results may be compared only if all these fields are equal. They are known before the weights are loaded.
+Results of several policies may be compared only if `run_conditions` are equal. All are known before weights are loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 import transformers
 
 import ssd_cache
+from ssd_cache.cache.cache import SSDCache
+from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Checkpoint, ResolvedSampling
 
 
@@ -50,6 +53,23 @@ def run_conditions(
         "guidance_scale": sampling.guidance_scale,
         "temperature": sampling.temperature,
         "settings": dict(settings),
+    }
+
+
+def digest_of(head_map: HeadMap) -> str:
+    """The identifier of a map's labels in results: its digest, or "online"."""
+    return "online" if head_map.is_online else head_map.digest
+
+
+def cache_facts(cache: SSDCache) -> dict[str, Any]:
+    """The settings that determine which tokens a cache keeps, as JSON values."""
+    names = ("slots", "buffer", "num_recent", "num_sinks", "score", "kv_dtype")
+    slots = [list(layer) for layer in cache.num_slots]
+    return {
+        "head_map": digest_of(cache.head_map),
+        "num_slots": cache.mean_slots,
+        "slots_sha256": hashlib.sha256(json.dumps(slots).encode()).hexdigest()[:12],
+        **{name: getattr(cache, name) for name in names},
     }
 
 

@@ -1,22 +1,31 @@
-"""Finds the images of a folder and their captions: GenEval's layout, or files and a list.
+"""Folders of images with captions: numbered files that `generate` writes, and the images of any folder.
 
-It opens no image. Names and order are the same on every machine.
+Prompts may hold any characters, so a file's name is the number of its image. Each file carries its prompt and settings
+in a PNG text chunk, and `metadata.jsonl` lists them. Names and order are the same on every machine.
 """
 
 from __future__ import annotations
 
+import io
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from ssd_cache.evaluation.export import read_settings
 from ssd_cache.evaluation.geneval.prompts import parse_prompt
 from ssd_cache.io.showing import ReadableError, shown
 from ssd_cache.io.untrusted import read_json_lines
+from ssd_cache.io.writing import write_files
 
 CAPTIONS_FILE = "metadata.jsonl"
 """A list of captions next to the images, as in image folders of the Hub: file_name and prompt (or text) per line."""
+
+CHUNK = "ssd-cache"
+"""Keyword of the PNG text chunk with the metadata of an image, an ASCII JSON object."""
 
 
 class ImageFolderError(ReadableError):
@@ -94,3 +103,56 @@ def _listed_images(folder: Path) -> list[FolderImage]:
             raise ImageFolderError(f"{place}: the image {shown(name)} {problem}; correct the list")
         found[name] = FolderImage(name, folder / name, text)
     return list(found.values())
+
+
+@dataclass
+class NumberedImages:
+    """An `ImageSet` of PNG files named by number, `num_images` of each prompt; `facts` are the metadata of all."""
+
+    root: Path
+    texts: Sequence[str]
+    num_images: int
+    batch_size: int
+    facts: Mapping[str, Any]
+    unit: int = 1
+
+    def path(self, number: int) -> Path:
+        """The file of an image, counted from 0; a file that exists is complete."""
+        return self.root / f"{number:05}.png"
+
+    def missing(self, numbers: range) -> list[int]:
+        """Numbers of the images that do not exist yet."""
+        return [number for number in numbers if not self.path(number).exists()]
+
+    def metadata(self, number: int) -> str:
+        """The prompt and settings of an image, as JSON. The images of a batch share its seed."""
+        batch = number // self.batch_size
+        own = {
+            "file_name": self.path(number).name,
+            "prompt": self.texts[number],
+            "index": number,
+            "sample": number % self.num_images,
+            "batch": batch,
+            "batch_seed": self.batch_seed(self.facts["seed"], batch),
+        }
+        return json.dumps({**own, **self.facts})
+
+    @staticmethod
+    def batch_seed(seed: int, batch: int) -> int:
+        """torch's seed for a batch."""
+        return seed + batch
+
+    def write(self, numbers: range, images: Sequence[Image.Image]) -> None:
+        """Write the images of a batch that do not exist yet, each completely or not at all."""
+        for number in self.missing(numbers):
+            text, content = PngImagePlugin.PngInfo(), io.BytesIO()
+            text.add_text(CHUNK, self.metadata(number))
+            images[number - numbers.start].save(content, format="PNG", pnginfo=text)
+            write_files({self.path(number): content.getvalue()})
+
+    def write_list(self) -> int:
+        """Write `metadata.jsonl`, one line for each existing image; returns their number."""
+        existing = [number for number in range(len(self.texts)) if self.path(number).exists()]
+        lines = "".join(f"{self.metadata(number)}\n" for number in existing)
+        write_files({self.root / CAPTIONS_FILE: lines.encode()})
+        return len(existing)

@@ -6,10 +6,12 @@ The output is a figure as PNG. The numbers come from `tables.py`.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ssd_cache.analysis.plotting import new_figure, plain_label, to_png
-from ssd_cache.evaluation.tables import FULL, Row, Summary
+
+if TYPE_CHECKING:
+    from ssd_cache.evaluation.tables import Row, Summary
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#332288")
 """Distinguishable with any colour vision; most are from Okabe and Ito (2008)."""
@@ -18,35 +20,29 @@ MARKERS, LINES = "osD^vPX*p", ("-", ":", "-.")
 """Nine markers against eight colours, and a new line style for every eight policies, keep many policies distinct."""
 
 
-def line_style(number: int) -> dict[str, Any]:
-    """Colour, marker and line of one of many lines."""
-    return {
-        "color": COLORS[number % len(COLORS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": LINES[number // len(COLORS) % len(LINES)],
-    }
-
-
 def plot_result_by_budget(summary: Summary) -> bytes:
     """The plot as PNG; raises ImportError with the remedy where matplotlib is not installed."""
     by_policy: dict[str, list[Row]] = {}
     for row in summary.rows:
         by_policy.setdefault(row.policy, []).append(row)
-    full = by_policy.pop(FULL, [])
+    full = by_policy.pop("full", [])
     figure = new_figure(height=3.6 + 0.11 * len(by_policy), width=7.0)
     axes = figure.add_subplot()
     for row in full:
         axes.axhspan(*_band(row), color="black", alpha=0.10, linewidth=0)
-        axes.axhline(row.score.overall, color="black", linestyle="--", linewidth=1.2, label=FULL)
+        axes.axhline(row.overall, color="black", linestyle="--", linewidth=1.2, label="full")
     for number, (policy, rows) in enumerate(by_policy.items()):
-        shares, overall = [100 * row.share for row in rows], [row.score.overall for row in rows]
-        style = line_style(number)
+        shares, overall = [100 * row.share for row in rows], [row.overall for row in rows]
+        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+        line = LINES[number // len(COLORS) % len(LINES)]
         lows, highs = zip(*map(_band, rows), strict=True)
-        axes.plot(shares, overall, label=plain_label(policy), markersize=5, linewidth=1.5, **style)
+        axes.plot(
+            shares, overall, line, label=plain_label(policy), color=color, marker=marker, markersize=5, linewidth=1.5
+        )
         if len(rows) > 1:
-            axes.fill_between(shares, lows, highs, color=style["color"], alpha=0.13, linewidth=0)
+            axes.fill_between(shares, lows, highs, color=color, alpha=0.13, linewidth=0)
         else:
-            axes.vlines(shares, lows, highs, color=style["color"], linewidth=1.5)
+            axes.vlines(shares, lows, highs, color=color, linewidth=1.5)
     shares = sorted({100 * row.share for rows in by_policy.values() for row in rows}) or [100.0]
     axes.set_xscale("log")  # small budgets lie close together, and policies differ most there
     axes.minorticks_off()
@@ -65,5 +61,5 @@ def plot_result_by_budget(summary: Summary) -> bytes:
 
 def _band(row: Row) -> tuple[float, float]:
     """The 95% interval: 1.96 standard errors on each side; no band with one prompt per kind."""
-    half = 0.0 if math.isnan(row.score.standard_error) else 1.96 * row.score.standard_error
-    return max(0.0, row.score.overall - half), min(1.0, row.score.overall + half)
+    half = 0.0 if math.isnan(row.standard_error) else 1.96 * row.standard_error
+    return max(0.0, row.overall - half), min(1.0, row.overall + half)

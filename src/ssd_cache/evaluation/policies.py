@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from ssd_cache.budget import Amount, Budget, is_amount
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.policies import POLICIES, REGISTRY, Applied, NamedPolicy, own_policy, policy_label
 from ssd_cache.head_map.head_map import HeadMap
+from ssd_cache.io.suggesting import suggestion
 from ssd_cache.models import Checkpoint
 from ssd_cache.profiling.allocation import fit_heads
 
@@ -70,30 +71,18 @@ def _find(name: str) -> NamedPolicy | None:
     return REGISTRY.get(name) or EXPERIMENTS.get(name)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise ValueError("give a whole number (8)")
-    return int(text)
+SETTINGS = ("buffer", "num_recent", "num_sinks", "score", "slots", "kv_dtype")
+"""Settings of `SSDCache` that a policy name may contain. A value is a count, a fraction or a name."""
 
 
-def _amount(text: str) -> Amount:
+def _value(text: str) -> Any:
     if text.isdecimal():
         return int(text)
-    if not re.fullmatch(r"\d*\.\d+", text):
-        raise ValueError("give a whole number (8) or a fraction (0.5)")
-    return float(text)
-
-
-def _word(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z][\w-]*", text):
-        raise ValueError("give a name")
-    return text
-
-
-SETTINGS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
-    {"buffer": _count, "num_recent": _amount, "num_sinks": _count, "score": _word, "slots": _word, "kv_dtype": _word}
-)
-"""Settings of `SSDCache` that a policy name may contain, and the parser of each."""
+    if re.fullmatch(r"\d*\.\d+", text):
+        return float(text)
+    if re.fullmatch(r"[A-Za-z][\w-]*", text):
+        return text
+    raise ValueError("give a whole number (8), a fraction (0.5) or a name")
 
 
 @dataclass(frozen=True)
@@ -161,12 +150,8 @@ def resolve_policies(
 ) -> list[Policy]:
     """The policies without duplicates, with `default` replaced by the policy that the head map uses by default.
 
-    The name in a table then says which policy ran: `learned`, `ssd:slots=fitted` or `ssd`.
-
-    Args:
-        policies: as `parse_policies` returns them.
-        head_map: the head map of the run.
-        settings: settings of the whole run; a score among them takes precedence over the map's own.
+    The name in a table then says which policy ran: `learned`, `ssd:slots=fitted` or `ssd`. A score in `settings`, those
+    of the whole run, takes precedence over the map's own.
     """
     resolved = [_resolved(policy, head_map, settings) for policy in policies]
     return list({policy.label: policy for policy in resolved}.values())
@@ -240,18 +225,24 @@ def parse_policy(text: str) -> Policy:
     for part in rest.split(",") if rest else []:
         key, _, value = (piece.strip() for piece in part.partition("="))
         if key not in SETTINGS:
-            near = difflib.get_close_matches(key, SETTINGS, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"policy {text!r}: unknown setting {key!r}; {hint}The settings are {', '.join(SETTINGS)}")
+            raise ValueError(
+                f"policy {text!r}: unknown setting {key!r}{suggestion(key, SETTINGS)}; the settings are "
+                f"{', '.join(SETTINGS)}"
+            )
         if key in settings:
             raise ValueError(f"policy {text!r}: {key} is given twice; give it once")
         try:
-            settings[key] = SETTINGS[key](value)
+            settings[key] = _value(value)
         except ValueError as error:
             raise ValueError(f"policy {text!r}: {key}={value!r} cannot be read: {error}") from error
     if name == "full" and settings:
         raise ValueError(f"policy {text!r}: the full cache keeps everything, so it takes no settings; write full")
     return Policy(name, MappingProxyType(settings))
+
+
+def budget_name(budget: Amount) -> str:
+    """`20%`, or `115 tokens`."""
+    return f"{budget} tokens" if isinstance(budget, int) else f"{100 * budget:g}%"
 
 
 def _is_known(name: str) -> bool:

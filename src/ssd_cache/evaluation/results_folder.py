@@ -1,7 +1,7 @@
-"""Writes a results folder: `run.json` with the conditions, and one file of result lines per process.
+"""A results folder: `run.json` with the conditions, and one file of result lines for each process.
 
 Lines are appended and synced to disk after every batch. A run that is killed leaves complete lines and at most one
-incomplete one. A folder with other conditions is refused, and the error lists the fields. `records.py` defines a line.
+incomplete line, which is ignored. A folder with other conditions is refused, and the error lists the fields.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ssd_cache.evaluation.records import PATTERN, Key, Record, read_records
+from ssd_cache.budget import Amount
 from ssd_cache.io.showing import ReadableError, differences, shown
-from ssd_cache.io.untrusted import checked_fields, parse_json
+from ssd_cache.io.untrusted import checked, checked_fields, parse_json
 from ssd_cache.io.writing import write_files
 from ssd_cache.layout import ImageLayout
+from ssd_cache.shapes import KINDS
 
-RUN_FILE = "run.json"
+RUN_FILE, PATTERN = "run.json", "results-*.jsonl"
 FORMAT = "ssd-cache eval shapes 1"
 
 RUN = {"format": str, "conditions": dict, "policies": dict[str, dict], "command": dict}
@@ -30,9 +32,56 @@ POLICY = {"settings": dict, "slots": dict, "head_map": str}
 COMMAND = {"model": str, "head_map": str | None}
 """Required fields of `run.json` and its parts; the parts may have others."""
 
+Key = tuple[str, Amount, int, int]
+"""Policy, budget, seed and prompt: the identity of an image in a results folder."""
+
 
 class ResultsError(ReadableError):
     """A results folder that cannot be used or written."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One judged image, a line of results; docs/evaluation.md describes the fields."""
+
+    policy: str
+    settings: dict[str, Any]
+    budget: Amount
+    num_slots: float
+    head_map: str
+    seed: int
+    prompt: int
+    kind: str
+    caption: str
+    correct: bool
+    reason: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ReadableError(f"kind={shown(self.kind)}; the kinds are {', '.join(KINDS)}")
+
+    @property
+    def key(self) -> Key:
+        return self.policy, self.budget, self.seed, self.prompt
+
+    def line(self) -> str:
+        """The record as one line, including the line end."""
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+
+def read_records(folders: Iterable[Path]) -> tuple[list[Record], list[str]]:
+    """All records of some folders, each image once, and a message for each line that cannot be read."""
+    records: dict[Key, Record] = {}
+    problems = []
+    for path in (path for folder in folders for path in sorted(folder.glob(PATTERN))):
+        lines = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines[:-1], 1):  # text after the last line end is an unfinished line
+            try:
+                record = checked(Record, parse_json(line))
+                records.setdefault(record.key, record)
+            except ValueError as error:
+                problems.append(f"{path}, line {number}: {error}")
+    return list(records.values()), problems
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -70,19 +119,6 @@ def _check_same(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any])
         raise ResultsError(f"{place}: results of other conditions ({differing}): give another folder")
 
 
-def check_folder(folder: Path, run: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of `run.json` if this run continues in the folder; raises ResultsError, and writes nothing."""
-    if not (folder / RUN_FILE).exists():
-        if folder.is_dir() and any(folder.glob(PATTERN)):
-            raise ResultsError(f"{folder} has results and no {RUN_FILE}, so their conditions are unknown: give another")
-        return dict(run)
-    merged = merge_runs(str(folder), read_run(folder), run)
-    _, problems = read_records([folder])
-    if problems:
-        raise ResultsError(f"{problems[0]}; delete this line, and start again to generate what is missing")
-    return merged
-
-
 class ResultsFolder:
     """A results folder as one process writes it; a context manager that keeps other runs out.
 
@@ -94,17 +130,20 @@ class ResultsFolder:
 
     def __init__(self, folder: Path, run: Mapping[str, Any], process: int = 0):
         self.path = folder / f"results-{process}.jsonl"
-        merged = check_folder(folder, run)
+        if (folder / RUN_FILE).exists() or any(folder.glob(PATTERN)):
+            run = merge_runs(str(folder), read_run(folder), run)
+        if problems := read_records([folder])[1]:
+            raise ResultsError(f"{problems[0]}; delete this line, and start again to generate what is missing")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.path)
             if process == 0:
-                text = json.dumps({"format": FORMAT, **merged}, indent=1, ensure_ascii=False) + "\n"
+                text = json.dumps({"format": FORMAT, **run}, indent=1, ensure_ascii=False) + "\n"
                 write_files({folder / RUN_FILE: text.encode()})
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)  # drops an incomplete last line
         except OSError as error:
             raise ResultsError(f"{folder} cannot be written ({error.strerror}); make room, or give another") from error
-        self.done: set[Key] = {record.key for record in read_records([folder])[0]}
+        self.done = {record.key for record in read_records([folder])[0]}  # after another run can no longer write
 
     def __enter__(self) -> ResultsFolder:
         return self

@@ -1,19 +1,23 @@
 """The exact benchmark: shapes-janus generates images of six kinds of captions, and the judge checks them.
 
-It generates the images that have no result line yet, and writes one line per image. `ssd_cache.shapes.judge` decides
-whether an image is correct. `bootstrap.py` computes the share of correct images, for each kind as in GenEval.
+A plan lists the images of every prompt, policy, budget and seed as batches in a fixed order. Each process takes its
+share and skips finished batches, so a stopped run resumes with any number of processes, and writes one line per image.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from tqdm import tqdm
 
-from ssd_cache.evaluation.conditions import hashed_seed
-from ssd_cache.evaluation.records import Record
-from ssd_cache.evaluation.results_folder import ResultsFolder
-from ssd_cache.evaluation.runner import Plan, budget_name, digest_of
+from ssd_cache.budget import Amount
+from ssd_cache.cache.cache import SSDCache
+from ssd_cache.evaluation.conditions import digest_of, hashed_seed
+from ssd_cache.evaluation.policies import Policy, budget_name
+from ssd_cache.evaluation.results_folder import Key, Record, ResultsFolder
+from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Checkpoint, Generator, GeneratorError, ResolvedSampling
 from ssd_cache.runs.processes import Processes
 from ssd_cache.shapes import GRID, KINDS, PALETTE, judge, make_prompts
@@ -40,6 +44,75 @@ def shapes_prompts(num_per_kind: int, seed: int) -> list[tuple[str, str]]:
     return [prompts[kind * num_per_kind + number] for number in range(num_per_kind) for kind in range(len(KINDS))]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The images to generate: one of every (kind, caption) in `prompts` for each policy, budget and seed.
+
+    `settings` are those of every cache; a policy's own settings take precedence.
+    """
+
+    policies: Sequence[Policy]
+    budgets: Sequence[Amount]
+    seeds: Sequence[int]
+    prompts: Sequence[tuple[str, str]]
+    batch_size: int
+    head_map: HeadMap
+    settings: Mapping[str, Any]
+
+    def make_cache(self, policy: Policy, budget: Amount) -> SSDCache:
+        """A fresh cache for one run; raises ValueError for settings out of range."""
+        return policy.make_cache(self.head_map, budget, **self.settings)
+
+    def batches(self) -> list[Batch]:
+        """All batches, in a fixed order; batch number n belongs to process n modulo the number of processes."""
+        starts = range(0, len(self.prompts), self.batch_size)
+        return [
+            Batch(policy, budget, seed, number, range(start, min(start + self.batch_size, len(self.prompts))))
+            for policy in self.policies
+            for budget in policy.budgets(self.budgets)
+            for seed in self.seeds
+            for number, start in enumerate(starts)
+        ]
+
+    def missing(self, process: int, num_processes: int, done: set[Key]) -> list[Batch]:
+        """The batches of one process with unfinished images."""
+        own = self.batches()[process::num_processes]
+        return [batch for batch in own if not done.issuperset(batch.image_keys())]
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """The settings, labels and slots per budget of every policy, as stored in `run.json`; raises ValueError."""
+        described: dict[str, dict[str, Any]] = {}
+        for policy in self.policies:
+            entry: dict[str, Any] = {"settings": self.settings_of(policy), "slots": {}}
+            for budget in policy.budgets(self.budgets):
+                cache = self.make_cache(policy, budget)
+                # fitted labels depend on the budget but are derived from the run's map, so its digest identifies them
+                entry["head_map"] = digest_of(self.head_map if policy.name == "fitted" else cache.head_map)
+                by_head = [list(layer) for layer in cache.num_slots]
+                entry["slots"][str(budget)] = int(cache.mean_slots) if cache.slots == "uniform" else by_head
+            described[policy.label] = entry
+        return described
+
+    def settings_of(self, policy: Policy) -> dict[str, Any]:
+        """The settings that a policy's cache is made with."""
+        return {} if policy.name == "full" else {**self.settings, **policy.settings}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that are generated at once; `number` counts the batches of a seed, `prompts` are prompt indices."""
+
+    policy: Policy
+    budget: Amount
+    seed: int
+    number: int
+    prompts: range
+
+    def image_keys(self) -> list[Key]:
+        """The keys of its images in a results folder."""
+        return [(self.policy.label, self.budget, self.seed, prompt) for prompt in self.prompts]
+
+
 def run_shapes(
     generator: Generator, plan: Plan, folder: ResultsFolder, sampling: ResolvedSampling, processes: Processes
 ) -> None:
@@ -55,7 +128,7 @@ def run_shapes(
     Raises:
         ResultsError: a line cannot be written.
     """
-    _, missing = plan.share(processes.index, processes.count, folder.done)
+    missing = plan.missing(processes.index, processes.count, folder.done)
     num_tokens = plan.head_map.num_visual_tokens * sum(len(batch.prompts) for batch in missing)
     with tqdm(
         total=num_tokens, unit=" visual tokens", unit_scale=True, mininterval=5, disable=not processes.is_main

@@ -1,45 +1,52 @@
-"""Turns result lines into a summary: a row for every policy and budget, and paired differences.
+"""Reports on results folders: rows for every policy and budget, paired differences, and their files.
 
-The summary is written as Markdown and as JSON. `bootstrap.py` has the statistics, `plots.py` the figure.
+It uses only the result lines. `bootstrap.py` has the statistics, `plots.py` the figure. All files are written, or none.
 """
 
 from __future__ import annotations
 
+import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ssd_cache.budget import Amount
 from ssd_cache.evaluation import bootstrap
 from ssd_cache.evaluation.bootstrap import NUM_RESAMPLES, TOO_FEW, Difference, cell
-from ssd_cache.evaluation.records import Record
-from ssd_cache.evaluation.runner import budget_name
+from ssd_cache.evaluation.plots import plot_result_by_budget
+from ssd_cache.evaluation.policies import budget_name
+from ssd_cache.evaluation.results_folder import Record, ResultsError, merge_runs, read_records, read_run
 from ssd_cache.io.markdown import code_block, escape, table
+from ssd_cache.io.writing import write_files
 from ssd_cache.shapes import KINDS
 
 FULL, OURS = "full", ("fitted:score=learned", "learned", "ssd:slots=fitted", "ssd", "fitted")
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Share of correct images of each kind, the mean of the kinds, its standard error, and the number of images."""
-
-    kinds: dict[str, float]
-    overall: float
-    standard_error: float
-    num_pictures: int
+TABLE, NUMBERS, PLOT = "results.md", "results.json", "score-by-budget.png"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One policy at one budget; `share` is the budget as a fraction of the grid, `num_slots` the slots of a head."""
+    """One policy at one budget.
+
+    Attributes:
+        policy, budget: as in the records.
+        share: the budget as a fraction of the grid.
+        num_slots: the slots of a head, mean over heads.
+        kinds: share of correct images of each kind.
+        overall, standard_error: the mean of the kinds.
+        num_images: images with a result.
+    """
 
     policy: str
     budget: Amount
     share: float
     num_slots: float
-    score: Accuracy
+    kinds: dict[str, float]
+    overall: float
+    standard_error: float
+    num_images: int
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,25 @@ class Summary:
     seeds: list[int]
 
 
+def read_summary(folders: Sequence[Path]) -> tuple[Summary, list[str]]:
+    """The summary of one or several folders, and a message for each line that cannot be read.
+
+    Raises:
+        ResultsError: there are no results, or the conditions of the folders differ.
+    """
+    first, *others = folders
+    run = read_run(first)
+    for folder in others:
+        run = merge_runs(f"{folder} beside {first}", run, read_run(folder))
+    records, problems = read_records(folders)
+    if not records:
+        raise ResultsError(
+            f"{', '.join(map(str, folders))}: no readable line of results: run `ssd-cache eval shapes` with this "
+            "folder as --output"
+        )
+    return summarize(records, run), problems
+
+
 def summarize(records: Iterable[Record], run: Mapping[str, Any]) -> Summary:
     """Accuracy of each policy and budget in the order of the run; compares each with `full`, and `OURS` with all."""
     of_case: dict[tuple[str, Amount], list[Record]] = {}
@@ -78,8 +104,14 @@ def summarize(records: Iterable[Record], run: Mapping[str, Any]) -> Summary:
     return Summary(
         rows=[
             Row(
-                *(policy, budget, budget / (rows * columns) if isinstance(budget, int) else budget),
-                *(of_case[policy, budget][0].num_slots, _accuracy(found, len(of_case[policy, budget]))),
+                policy,
+                budget,
+                share=budget / (rows * columns) if isinstance(budget, int) else budget,
+                num_slots=of_case[policy, budget][0].num_slots,
+                kinds={kind: bootstrap.mean({kind: prompts}) for kind, prompts in found.items()},
+                overall=bootstrap.mean(found),
+                standard_error=bootstrap.standard_error(found),
+                num_images=len(of_case[policy, budget]),
             )
             for (policy, budget), found in results.items()
         ],
@@ -100,18 +132,26 @@ def _results(records: Iterable[Record]) -> dict[str, dict[int, float]]:
     return {kind: {prompt: sum(of) / len(of) for prompt, of in prompts.items()} for kind, prompts in samples.items()}
 
 
-def _accuracy(results: bootstrap.Results, num_images: int) -> Accuracy:
-    kinds = {kind: bootstrap.mean({kind: prompts}) for kind, prompts in results.items()}
-    return Accuracy(kinds, bootstrap.mean(results), bootstrap.standard_error(results), num_images)
+def write_report(summary: Summary, folder: Path) -> tuple[list[Path], str]:
+    """Write results.md, results.json and the plot; returns their paths, and a remedy if the plot cannot be made."""
+    numbers = json.dumps(to_json(summary), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    contents = {folder / TABLE: to_markdown(summary).encode(), folder / NUMBERS: numbers.encode()}
+    remedy = ""
+    try:
+        contents[folder / PLOT] = plot_result_by_budget(summary)
+    except ImportError as error:
+        remedy = f"no {PLOT}: {error}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_files(contents)
+    return list(contents), remedy
 
 
 def accuracy_table(summary: Summary) -> str:
     """Markdown table: policies and budgets in rows, the six kinds and their mean in columns."""
     rows = []
     for row in summary.rows:
-        found = row.score
-        kinds = [cell(found.kinds[kind], 2) for kind in KINDS]
-        overall = [cell(found.overall, 3), cell(found.standard_error, 3), str(found.num_pictures)]
+        kinds = [cell(row.kinds[kind], 2) for kind in KINDS]
+        overall = [cell(row.overall, 3), cell(row.standard_error, 3), str(row.num_images)]
         rows.append([row.policy, budget_name(row.budget), *kinds, *overall])
     return table(["policy", "budget", *KINDS, "overall", "s.e.", "images"], rows, num_left=2)
 

@@ -1,12 +1,14 @@
 """The state file of a long run: the results completed so far, and the settings that they depend on.
 
 It is a safetensors file with JSON in its header. It is replaced in one step, so a process killed at any moment leaves
-the last complete state. Callers interpret the tensors and check their shapes.
+the last complete state. `ResumableState` serves runs that fill tensors in place; other runs interpret what `read_state`
+returns.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,14 +40,7 @@ class NotAStateError(ProfilingError, WrongFileError):
 
 @dataclass(frozen=True)
 class RunState:
-    """The contents of a state file.
-
-    Attributes:
-        tensors: the results.
-        settings: everything that the results depend on, as JSON values.
-        counts: the progress of the run, as JSON values.
-        is_finished: whether the run has nothing left to do.
-    """
+    """The contents of a state file: results, the settings that they depend on, and the progress, as JSON values."""
 
     tensors: dict[str, torch.Tensor]
     settings: Mapping[str, Any]
@@ -54,16 +49,9 @@ class RunState:
 
 
 def write_state(path: Path, kind: str, state: RunState, what: str) -> None:
-    """Write the file, completely or not at all.
+    """Write the file, completely or not at all; raises ProfilingError, which describes the contents with `what`.
 
-    Args:
-        path: the file; its folder is created when missing.
-        kind: name and version of the format, such as "ssd-cache profile 2".
-        state: the contents.
-        what: a description of the contents, for the error message.
-
-    Raises:
-        ProfilingError: the file cannot be written; an older file is unchanged.
+    `kind` is the name and version of the format, such as "ssd-cache profile 2".
     """
     header = {
         "format": kind,
@@ -81,11 +69,7 @@ def write_state(path: Path, kind: str, state: RunState, what: str) -> None:
 
 
 def read_state(path: Path, kind: str, what: str) -> RunState:
-    """Read a file that `write_state` wrote with the same `kind`.
-
-    Raises:
-        ProfilingError: the file has other contents; the message describes the expected contents with `what`.
-    """
+    """Read a file that `write_state` wrote with the same `kind`; raises ProfilingError for other contents."""
     try:
         header, tensors = read_tensors(path)
         if header.get("format") != kind:
@@ -147,3 +131,53 @@ def is_finished(path: Path) -> bool:
             return (file.metadata() or {}).get("is_finished") == "true"
     except (OSError, SafetensorError):
         return False
+
+
+class ResumableState:
+    """Tensors of results and of progress, none of them below 0, that a run fills in place and saves after every part.
+
+    Args:
+        state_file: when it exists, its numbers are copied into `tensors`; None saves nothing.
+        kind: name and version of the format.
+        what: a description of the contents, for error messages.
+        settings: everything that the results depend on, as JSON values.
+        tensors: by name; the run changes them in place.
+
+    Attributes:
+        is_resumed: whether the file existed.
+
+    Raises:
+        ProfilingError: the file has other contents, is of a run with other settings, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        state_file: str | os.PathLike[str] | None,
+        kind: str,
+        what: str,
+        settings: Mapping[str, Any],
+        tensors: dict[str, torch.Tensor],
+    ):
+        self.kind, self.what, self.settings, self.tensors = kind, what, settings, tensors
+        self.path = None if state_file is None else Path(state_file)
+        self.is_resumed = self.path is not None and self.path.exists()
+        if self.path is None:
+            return
+        check_state_place(self.path)
+        if not self.is_resumed:
+            return
+        file = read_state(self.path, kind, what)
+        check_same_run(self.path, file.settings, settings)
+        try:
+            check_like(file.tensors, tensors)
+            if any((tensor < 0).any() for tensor in file.tensors.values()):
+                raise ValueError("it holds numbers below 0")
+        except ValueError as error:
+            raise not_a_state(self.path, what, error) from error
+        for name, tensor in tensors.items():
+            tensor.copy_(file.tensors[name])
+
+    def save(self, is_finished: bool = False) -> None:
+        """Write the file, completely or not at all; raises ProfilingError."""
+        if self.path is not None:
+            write_state(self.path, self.kind, RunState(self.tensors, self.settings, is_finished=is_finished), self.what)

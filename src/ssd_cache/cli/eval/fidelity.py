@@ -5,17 +5,13 @@ Holds the options, the order of work and a table. All checks run before weights 
 
 from __future__ import annotations
 
-import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 
-from ssd_cache.budget import Amount
-from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.settings import equal_budget
 from ssd_cache.cli.errors import refusing
 from ssd_cache.cli.eval.options import Buffer, OwnBudgets, Policies, parse_budgets
@@ -33,13 +29,14 @@ from ssd_cache.cli.options import (
     OfDistribution,
     Prompts,
     PromptsFile,
+    option,
     output_option,
 )
+from ssd_cache.cli.plan import words_of_run
 from ssd_cache.cli.resuming import Resume, StateFile
-from ssd_cache.evaluation.conditions import run_conditions
+from ssd_cache.evaluation.conditions import cache_facts, run_conditions
 from ssd_cache.evaluation.fidelity import Fidelity, measure_fidelity, write_fidelity
 from ssd_cache.evaluation.policies import DEFAULT, choose_head_map, parse_policies, resolve_policies
-from ssd_cache.evaluation.runner import digest_of
 from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
 
 PROMPTS = (
@@ -52,18 +49,12 @@ PROMPTS = (
 
 
 def fidelity(
-    context: typer.Context,
     prompts: Prompts = None,
     prompts_file: PromptsFile = None,
     num_images: Annotated[
-        int,
-        typer.Option(
-            help="Total images, generated at once: the prompts in order, repeated as needed.", metavar="N", min=1
-        ),
+        int, option("Total images, generated at once: the prompts in order, repeated as needed.", "N", least=1)
     ] = 4,
-    batch_size: Annotated[
-        int, typer.Option(help="Images compared at once; each finished part is saved.", metavar="N", min=1)
-    ] = 4,
+    batch_size: Annotated[int, option("Images compared at once; each finished part is saved.", "N", least=1)] = 4,
     resume: Resume = None,
     policies: Policies = f"{DEFAULT},h2o,streaming-llm",
     budgets: OwnBudgets = None,
@@ -76,7 +67,7 @@ def fidelity(
     buffer: Buffer = None,
     guidance: Guidance = None,
     temperature: OfDistribution = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the images.", metavar="N", rich_help_panel=SAMPLING)] = 0,
+    seed: Annotated[int, option("Seed of the images.", "N", SAMPLING)] = 0,
 ) -> None:
     """Compare cache policies with the full cache at every step, on any model.
 
@@ -101,12 +92,12 @@ def fidelity(
         sampling.check_random()
         labels = choose_head_map(checkpoint, head_map, chosen)
         amounts = parse_budgets(budgets, labels.num_visual_tokens) if budgets else [equal_budget(labels)]
-        cases = {
-            f"{policy.label} {_words(amount)}": (policy, amount)
-            for policy in resolve_policies(chosen, labels, settings)
-            for amount in policy.budgets(amounts)
-        }
-        caches = {name: policy.make_cache(labels, amount, **settings) for name, (policy, amount) in cases.items()}
+        caches, facts = {}, {}
+        for policy in resolve_policies(chosen, labels, settings):
+            for amount in policy.budgets(amounts):
+                name = f"{policy.label} {f'{100 * amount:g}%' if isinstance(amount, float) else amount}"
+                caches[name] = policy.make_cache(labels, amount, **settings)
+                facts[name] = {"policy": policy.label, "budget": amount, **cache_facts(caches[name])}
     conditions: dict[str, Any] = {
         "model": checkpoint.name,
         "head_map": labels.digest,
@@ -121,9 +112,8 @@ def fidelity(
         ),
         "seeds": "torch's, of the one batch",
         "seed": seed,
-        "command": _command(context),
         "prompts": texts,
-        "policies": {name: _facts(policy.label, amount, caches[name]) for name, (policy, amount) in cases.items()},
+        "policies": facts,
     }
     generator = load_generator(checkpoint, kind, where)
     started = time.perf_counter()
@@ -141,31 +131,12 @@ def fidelity(
     conditions["seconds"] = round(time.perf_counter() - started, 1)
     paths = write_fidelity(results, output, conditions)
     console = Console(highlight=False, markup=False)
-    _report(results, conditions).show(console)
+    words = f"{len(texts)} image(s), {words_of_run(checkpoint, kind, where, sampling)}, {conditions['seconds']:.0f} s"
+    _report(results, words).show(console)
     console.print(f"wrote {' and '.join(path.name for path in paths)} in {output}", soft_wrap=True)
 
 
-def _command(context: typer.Context) -> str:
-    """Command line that repeats the run, with every option and the defaults."""
-    options = {name: value for name, value in context.params.items() if name != "prompts" and value is not None}
-    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    return shlex.join(["ssd-cache", "eval", "fidelity", *(context.params["prompts"] or []), *words])
-
-
-def _words(amount: Amount) -> str:
-    return f"{100 * amount:g}%" if isinstance(amount, float) else str(amount)
-
-
-def _facts(policy: str, amount: Amount, cache: SSDCache) -> dict[str, Any]:
-    names = ("slots", "buffer", "num_recent", "num_sinks", "score", "kv_dtype")
-    return {
-        **{"policy": policy, "budget": amount, "num_slots": cache.mean_slots},
-        **{name: getattr(cache, name) for name in names},
-        "head_map": digest_of(cache.head_map),
-    }
-
-
-def _report(results: dict[str, Fidelity], conditions: dict[str, Any]) -> Report:
+def _report(results: dict[str, Fidelity], words: str) -> Report:
     """Table with one row for each policy and budget."""
     rows = []
     for name, result in results.items():
@@ -177,10 +148,5 @@ def _report(results: dict[str, Fidelity], conditions: dict[str, Any]) -> Report:
         title="Fidelity to the full cache",
         columns=("policy", "budget", "mean KL,\nnats", "same\ntop-1", "attention\nerror", "retained\nmass"),
         rows=rows,
-        notes=(
-            "means over all steps; KL with its standard error over images",
-            f"{conditions['model']}, {len(conditions['prompts'])} image(s), guidance {conditions['guidance_scale']:g}, "
-            f"temperature {conditions['temperature']:g}, seed {conditions['seed']}, {conditions['dtype']} on "
-            f"{conditions['device']}, {conditions['seconds']:.0f} s",
-        ),
+        notes=("means over all steps; KL with its standard error over images", words),
     )

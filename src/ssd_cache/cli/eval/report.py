@@ -1,6 +1,6 @@
 """`ssd-cache eval report`: recreate tables and plot from the lines of results.
 
-Options only. Reading and writing are in `ssd_cache.evaluation.reporting`.
+Options only. Reading and writing are in `ssd_cache.evaluation.tables`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,22 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ssd_cache.cli.errors import Failure, WrongUse, refusing
-from ssd_cache.cli.files import check_writable
+from ssd_cache.cli.errors import Failure, refusing
+from ssd_cache.cli.files import check_place
 from ssd_cache.cli.options import output_option
-from ssd_cache.evaluation.reporting import read_summary, write_report
-from ssd_cache.evaluation.tables import accuracy_table, difference_table
+from ssd_cache.evaluation.tables import accuracy_table, difference_table, read_summary, write_report
 
 
 def report(
     folders: Annotated[
         list[Path],
-        typer.Argument(help="Folders of results with the same conditions.", metavar="DIR", show_default=False),
+        typer.Argument(
+            help="Folders of results with the same conditions.",
+            metavar="DIR",
+            show_default=False,
+            exists=True,
+            file_okay=False,
+        ),
     ],
     output: Annotated[
         Path | None,
@@ -34,16 +39,8 @@ def report(
     Writes results.md, results.json and score-by-budget.png, and prints the
     tables.
     """
-    for folder in folders:
-        if not folder.is_dir():
-            raise WrongUse(f"{folder}: no such folder; give one that an evaluation wrote as its --output")
     place = output or folders[0]
-    if place.exists() and not place.is_dir():
-        raise WrongUse(f"--output {place} is a file; give a folder")
-    above = place
-    while not above.exists():
-        above = above.parent
-    check_writable("--output", place, above)
+    check_place("--output", place, is_folder=True)
     finish(folders, place)
 
 

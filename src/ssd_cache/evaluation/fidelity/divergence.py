@@ -21,10 +21,10 @@ from ssd_cache.budget import Amount, Budget, check_count
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.evaluation.fidelity.lockstep import compare_caches
 from ssd_cache.evaluation.fidelity.measure import check_run, fingerprint
-from ssd_cache.evaluation.fidelity.state import MeasurementState
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Generator
 from ssd_cache.profiling.allocation import best_kinds, divergence_name, fit_heads, measured_levels
+from ssd_cache.runs.run_state import ResumableState
 
 FORMAT, WHAT = "ssd-cache fit 3", "the measurements of ssd-cache fit"
 
@@ -98,7 +98,7 @@ def measure_divergence(
     tensors = {"images": images, "num_generated": num_generated}
     tensors |= {f"sum.{level}": tensor for level, tensor in sums.items()}
     tensors |= {f"done.{level}": tensor for level, tensor in num_done.items()}
-    state = MeasurementState(state_file, FORMAT, WHAT, settings, tensors)
+    state = ResumableState(state_file, FORMAT, WHAT, settings, tensors)
     left = range(int(num_generated), len(batches))
     for index in tqdm(left, unit=" batches", desc="generating", disable=not progress):
         seeded = replace(sampling, seed=seed + index)

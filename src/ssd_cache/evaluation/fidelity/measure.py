@@ -6,7 +6,6 @@ It checks the settings and saves finished parts in a state file. The comparison 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -17,13 +16,14 @@ import torch
 from ssd_cache.budget import check_count
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.sharding import check_whole
+from ssd_cache.evaluation.conditions import cache_facts
 from ssd_cache.evaluation.fidelity.lockstep import compare_caches, parts_of
 from ssd_cache.evaluation.fidelity.result import MEASURED, Fidelity
-from ssd_cache.evaluation.fidelity.state import MeasurementState
 from ssd_cache.models import Checkpoint, Generator, GeneratorError, ResolvedSampling
 from ssd_cache.profiling.measuring import check_prompts, model_facts, prompts_sha256
+from ssd_cache.runs.run_state import ResumableState
 
-FORMAT, WHAT = "ssd-cache fidelity state 2", "the measurements of ssd-cache eval fidelity"
+FORMAT, WHAT = "ssd-cache fidelity state 3", "the measurements of ssd-cache eval fidelity"
 
 
 def measure_fidelity(
@@ -82,7 +82,7 @@ def measure_fidelity(
     if total <= check_count("batch_size", batch_size, 1):
         return compare_caches(generator, prompts, made, sampling, tokens, progress)
     settings = fingerprint(generator, prompts, batch_size, sampling) | {
-        "caches": {name: _digest(cache) for name, cache in made.items()},
+        "caches": {name: cache_facts(cache) for name, cache in made.items()},
         "tokens": None if tokens is None else hashlib.sha256(tokens.cpu().long().numpy().tobytes()).hexdigest(),
     }
     images = torch.zeros(shape, dtype=torch.int64)
@@ -90,7 +90,7 @@ def measure_fidelity(
     results = {name: Fidelity.empty(generator.checkpoint, cache, images) for name, cache in made.items()}
     tensors = {"images": images, "num_done": num_done}
     tensors |= {f"{name}.{part}": getattr(result, part) for name, result in results.items() for part in MEASURED}
-    state = MeasurementState(state_file, FORMAT, WHAT, settings, tensors)
+    state = ResumableState(state_file, FORMAT, WHAT, settings, tensors)
     if not state.is_resumed:
         images.copy_(generator.generate(prompts, **vars(sampling)) if tokens is None else tokens)
         state.save()
@@ -137,10 +137,3 @@ def _make(checkpoint: Checkpoint, caches: Mapping[str, Callable[[], SSDCache]]) 
     if len({id(cache) for cache in made.values()}) < len(made) or any(map(SSDCache.get_seq_length, made.values())):
         raise ValueError("caches makes the same cache twice, or a used one: each function must make a new SSDCache")
     return made
-
-
-def _digest(cache: SSDCache) -> str:
-    """A checksum over all settings that determine which tokens a cache keeps."""
-    names = ("buffer", "num_recent", "num_sinks", "score", "kv_dtype")
-    facts = [cache.head_map.digest, cache.num_slots, *(getattr(cache, name) for name in names)]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssd_cache.analysis.plotting import WIDTH, check_packages, color_map, new_figure, plain_label, to_png
+from ssd_cache.analysis.plotting import WIDTH, check_packages, color_map, mark_spatial, new_figure, plain_label, to_png
 from ssd_cache.analysis.report import plain
 from ssd_cache.evaluation.fidelity.result import Fidelity
 from ssd_cache.evaluation.plots import COLORS, MARKERS
@@ -62,6 +63,7 @@ def _as_json(results: Mapping[str, Fidelity]) -> dict[str, Any]:
     mean over each grid row, since `[steps, layers, kv_heads]` is millions of numbers in a large model.
     """
     measured = ("budget", "mean_kl", "kl_standard_error", "agreement", "mean_attention_error", "mean_retained")
+    tensors = ("is_spatial", "retained_by_head", "kl", "agrees", "attention_error")
     first = next(iter(results.values()))
     return {
         **first.layout.as_json(),
@@ -69,10 +71,8 @@ def _as_json(results: Mapping[str, Fidelity]) -> dict[str, Any]:
         "results": {
             name: plain(
                 {
-                    **{key: getattr(result, key) for key in measured},
+                    **{key: getattr(result, key) for key in (*measured, *tensors)},
                     "mean_retained_by_kind": {kind: result.retained_by_kind(kind) for kind in ("spatial", "semantic")},
-                    **{key: getattr(result, key) for key in ("is_spatial", "retained_by_head", "kl", "agrees")},
-                    "attention_error": result.attention_error,
                     "retained_by_grid_row": result.by_grid_row(result.retained),
                 }
             )
@@ -96,37 +96,17 @@ def draw_fidelity(results: Mapping[str, Fidelity]) -> Figure:
     by_budget = [2.2] if len(results) > len(policies) else []
     heights = [2.2, 2.0, *by_budget, 1.0 + min(4.0, max(1.2, (WIDTH - 1.4) * layers / heads))]
     figure = new_figure(sum(heights) + 0.4 + 0.2 * -(-len(results) // 2))
-    panels = figure.subplots(len(heights), height_ratios=heights)
-    for axes in panels[:2]:
-        axes.set_xlabel("row of the draft grid, then of the image" if first.layout.draft_grids else "grid row")
-        axes.set_xlim(0, len(first.layout.row_lengths) - 1)
-        for order in range(len(first.layout.draft_grids)):
-            axes.axvline(
-                sum(rows for rows, _ in first.layout.draft_grids[: order + 1]) - 0.5, color="0.7", linestyle=":"
-            )
-    for axes in panels[:-1]:
-        axes.grid(axis="y", color="0.9")
-        axes.spines[["top", "right"]].set_visible(False)
-    _draw_by_row(panels[0], panels[1], results, list(policies.values()))
-    if by_budget:
-        _draw_by_budget(panels[2], results, list(policies.values()))
-    _draw_heads(figure, panels[-1], name, first)
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9, handlelength=3)
-    return figure
-
-
-def _draw_by_row(
-    divergence: Axes, agreement: Axes, results: Mapping[str, Fidelity], policies: Sequence[list[str]]
-) -> None:
-    for policy, names in enumerate(policies):
-        for index, name in enumerate(names):
-            result = results[name]
+    divergence, agreement, *middle, by_head = figure.subplots(len(heights), height_ratios=heights)
+    for policy, names in enumerate(policies.values()):
+        for index, name_of_budget in enumerate(names):
+            result = results[name_of_budget]
             style: dict[str, Any] = {
                 "color": COLORS[policy % len(COLORS)],
                 "linestyle": DASHES[index % len(DASHES)],
-                "zorder": 3 - list(results).index(name) / len(results),  # the first is on top
+                "zorder": 3 - list(results).index(name_of_budget) / len(results),  # the first is on top
             }
-            divergence.plot(_positive(result.by_grid_row(result.kl.T).mean(1)), label=plain_label(name), **style)
+            by_row = result.by_grid_row(result.kl.T).mean(1)
+            divergence.plot(by_row.where(by_row > 0, torch.nan), label=plain_label(name_of_budget), **style)
             agreement.plot(result.by_grid_row(result.agrees.T).mean(1), **style)
     divergence.set_title("KL(full || compressed), nats", fontsize=10, loc="left")
     divergence.set_yscale("log")
@@ -135,39 +115,37 @@ def _draw_by_row(
         divergence.set_ylim(max(LOWEST_KL, low), high)
     agreement.set_title("same most likely token, share", fontsize=10, loc="left")
     agreement.set_ylim(min(0.99, agreement.get_ylim()[0]), 1.0005)
+    draft_rows = list(accumulate(rows for rows, _ in first.layout.draft_grids))
+    for axes in (divergence, agreement):
+        axes.set_xlabel("row of the draft grid, then of the image" if draft_rows else "grid row")
+        axes.set_xlim(0, len(first.layout.row_lengths) - 1)
+        for end in draft_rows:
+            axes.axvline(end - 0.5, color="0.7", linestyle=":")
+        axes.grid(axis="y", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in middle:
+        _draw_by_budget(axes, results, policies)
+    low = min(0.95, int(first.retained_by_head.min() * 20) / 20)
+    image = by_head.imshow(first.retained_by_head.numpy(), cmap=color_map(), vmin=low, vmax=1, aspect="auto")
+    figure.colorbar(image, ax=by_head)
+    mark_spatial(by_head, first.is_spatial)
+    title = f"{plain_label(name)}: the full cache's attention\non the tokens that a head holds (dot: spatial)"
+    by_head.set_title(title, fontsize=10, loc="left")
+    lines = divergence.get_legend_handles_labels()
+    figure.legend(*lines, loc="outside upper center", ncols=2, frameon=False, fontsize=9, handlelength=3)
+    return figure
 
 
-def _draw_by_budget(axes: Axes, results: Mapping[str, Fidelity], policies: Sequence[list[str]]) -> None:
-    for index, names in enumerate(policies):
-        budgets, divergences = zip(
-            *sorted((100 * results[name].budget, results[name].mean_kl) for name in names), strict=True
-        )
+def _draw_by_budget(axes: Axes, results: Mapping[str, Fidelity], policies: Mapping[str, list[str]]) -> None:
+    for index, names in enumerate(policies.values()):
+        points = sorted((100 * results[name].budget, results[name].mean_kl or float("nan")) for name in names)
         style: dict[str, Any] = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
-        axes.plot(budgets, _positive(torch.tensor(divergences)), markersize=5, **style)
+        axes.plot(*zip(*points, strict=True), markersize=5, **style)
     shares = sorted({round(100 * result.budget, 1) for result in results.values()})
-    if len(shares) <= 8:
-        axes.set_xticks(shares, [f"{share:.2g}" for share in shares])
+    axes.set_xticks(shares, [f"{share:.2g}" for share in shares])
     axes.set_xlim(0, 1.04 * shares[-1])
     axes.set_yscale("log")
+    axes.grid(axis="y", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("KL by budget, mean over the image", fontsize=10, loc="left")
     axes.set_xlabel("budget: slots of a head, in % of the grid")
-
-
-def _draw_heads(figure: Figure, axes: Axes, name: str, result: Fidelity) -> None:
-    """Layers by KV heads; a dot marks a head with the spatial rule."""
-    retained = result.retained_by_head
-    low = min(0.95, int(retained.min() * 20) / 20)
-    image = axes.imshow(retained.numpy(), cmap=color_map(), vmin=low, vmax=1, aspect="auto")
-    figure.colorbar(image, ax=axes)
-    layers, heads = result.is_spatial.numpy().nonzero()
-    size = max(4.0, min(60.0, 4000 / max(retained.shape) ** 2))
-    axes.scatter(heads, layers, s=size, color="white", edgecolors="black", linewidths=0.8)
-    title = f"{plain_label(name)}: the full cache's attention\non the tokens that a head holds (dot: spatial)"
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set(xlabel="KV head", ylabel="layer")
-    axes.locator_params(integer=True)
-
-
-def _positive(values: torch.Tensor) -> torch.Tensor:
-    """Values for a logarithmic axis: NaN in place of zeros."""
-    return torch.where(values > 0, values, torch.nan)

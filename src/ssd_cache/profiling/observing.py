@@ -21,7 +21,7 @@ class HeadObserver:
     """Computes the `HeadStatistics` of one batch; `finish` returns them.
 
     In addition to the cache, it holds 4 bytes for every row, KV head, level and cell of the grid, in every layer
-    (`nbytes`), and for short times a few copies of the weights that it receives.
+    (`retention`), and for short times a few copies of the weights that it receives.
 
     Args:
         layout, num_layers, num_kv_heads, levels: as for `HeadStatistics`.
@@ -49,21 +49,19 @@ class HeadObserver:
         if not self.retention:
             self._move_to(weights.device)  # device of the first layer; a model can use several devices
         if layer_idx not in self.retention:
-            self.retention[layer_idx] = SemanticRetention(
-                self.statistics.levels, batch, weights.shape[1], self.statistics.num_visual_tokens, weights.device
-            )
+            scores = weights.new_zeros(batch, weights.shape[1], len(self.statistics.levels), self.layout.num_tokens)
+            self.retention[layer_idx] = SemanticRetention(self.statistics.levels, scores)
         branch = self.branch[rows].to(weights.device)
-        prompt, visual = weights[..., :num_prompt].sum(-1), weights[..., num_prompt:]
-        first = visual.shape[4] - visual.shape[3]
-        kept = self.retention[layer_idx].follow(visual, prompt, rows)
+        kept = self.retention[layer_idx].follow(weights[..., num_prompt:], weights[..., :num_prompt].sum(-1), rows)
         self._add(layer_idx, "semantic", _by_branch(kept, branch))
         # statistics that treat all rows alike are computed once, from the sum over rows
         sums = _by_branch(weights.sum(2) if groups > 1 else weights[:, :, 0], branch)
         self._row_sums = sums if self._row_sums is None else self._row_sums + sums
         if rows.stop == batch:
             sums, self._row_sums = self._row_sums.to(self.num_rows.device), None
-            self._add_spatial(layer_idx, sums, num_prompt, first, groups * self.num_rows)
-            self._add_shares(layer_idx, sums, num_prompt, first, groups * self.num_rows)
+            prompt, visual = sums[..., :num_prompt].sum(-1), sums[..., num_prompt:]
+            self._add_spatial(layer_idx, prompt, visual, groups * self.num_rows)
+            self._add_shares(layer_idx, prompt, visual, groups * self.num_rows)
 
     def finish(self) -> HeadStatistics:
         """Return the statistics of the batch, on the CPU."""
@@ -71,9 +69,8 @@ class HeadObserver:
         return self.statistics
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held from one grid row to the next, without the statistics themselves."""
-        return sum(layer.scores.nbytes for layer in self.retention.values())
+    def layout(self) -> ImageLayout:
+        return self.statistics.layout
 
     def _move_to(self, device: torch.device) -> None:
         self.branch = self.branch.to(device)
@@ -87,43 +84,47 @@ class HeadObserver:
         (target if level is None else target[..., level]).add_(values.to(target.device))
 
     def _add_spatial(
-        self, layer_idx: int, sums: torch.Tensor, num_prompt: int, first: int, num_queries: torch.Tensor
+        self, layer_idx: int, prompt: torch.Tensor, visual: torch.Tensor, num_queries: torch.Tensor
     ) -> None:
-        """Add the attention that spatial heads retain. All rows hold the same tokens, so the sum over rows suffices."""
-        prompt, visual = sums[..., :num_prompt].sum(-1), sums[..., num_prompt:]
+        """Add the attention that spatial heads retain. All rows hold the same tokens, so the sum over rows suffices.
+
+        `prompt` is `[kv_heads, 2, steps]`, `visual` `[kv_heads, 2, steps, stored]`, `num_queries` (of a step) `[2]`.
+        """
         before = F.pad(visual.cumsum(-1), (1, 0))  # [..., i]: tokens before i
-        stored = visual.shape[-1]
+        steps, stored = visual.shape[-2:]
+        first = stored - steps
         for index, level in enumerate(self.statistics.levels):
             late = range(max(first, level.num_slots), stored)
             if late:
-                step = torch.tensor([token - first for token in late], device=sums.device)
-                oldest = torch.tensor([level.oldest(token) for token in late], device=sums.device)
+                step = torch.tensor(late, device=visual.device) - first
+                oldest = torch.tensor([level.oldest(token) for token in late], device=visual.device)
                 kept = before[:, :, step, stored] - before[:, :, step, oldest] + before[:, :, step, level.num_sinks]
                 self._add(layer_idx, "spatial", (kept + prompt[:, :, step]).sum(-1), index)
                 self._add(layer_idx, "evicting", num_queries * len(late), index)
 
     def _add_shares(
-        self, layer_idx: int, sums: torch.Tensor, num_prompt: int, first: int, num_queries: torch.Tensor
+        self, layer_idx: int, prompt: torch.Tensor, visual: torch.Tensor, num_queries: torch.Tensor
     ) -> None:
-        """Add offsets, prompt and margins of the counted queries; `sums` is `[kv_heads, 2, steps, prompt + stored]`."""
-        (rows, columns), before = self.statistics.layout.grid, self.statistics.layout.num_draft_tokens
-        row, steps = (first - before) // columns, sums.shape[2]
+        """Add offsets, prompt and margins of the counted queries; arguments as for `_add_spatial`."""
+        (rows, columns), before = self.layout.grid, self.layout.num_draft_tokens
+        steps, stored = visual.shape[-2:]
+        row = (stored - steps - before) // columns
         if row < min(2, rows - 1):
             return
         self._add(layer_idx, "queries", num_queries * steps)
-        self._add(layer_idx, "prompt", sums[..., :num_prompt].sum((2, 3)))
+        self._add(layer_idx, "prompt", prompt.sum(-1))
         # the last row is one short, because the last token is not fed back
-        visual = F.pad(sums[..., num_prompt:], (0, columns - steps))
+        visual = F.pad(visual, (0, columns - steps))
         if before:
             self._add(layer_idx, "previews", visual[..., :before].sum((2, 3)))
         by_cell = visual[..., before:].unflatten(-1, (row + 1, columns))
         by_cell = by_cell.transpose(2, 3)  # [kv_heads, 2, row above, step, column]
-        column = torch.arange(columns, device=sums.device)
-        is_margin = ((column == 0) | (column == columns - 1)).to(sums)
+        column = torch.arange(columns, device=visual.device)
+        is_margin = ((column == 0) | (column == columns - 1)).to(visual)
         self._add(layer_idx, "margin", (by_cell * is_margin).sum((2, 3, 4)))
         # a product with a one-hot matrix sums equal offsets in the same order on every device
         offset = column - column[:steps, None] + columns - 1
-        bins = F.one_hot(offset.flatten(), 2 * columns - 1).to(sums)
+        bins = F.one_hot(offset.flatten(), 2 * columns - 1).to(visual)
         by_offset = by_cell.flatten(3) @ bins
         self.statistics.sums["offsets"][layer_idx, :, :, : row + 1] += by_offset.flip(2)
 
@@ -135,20 +136,14 @@ class SemanticRetention:
         scores: `[batch, kv_heads, levels, cells]`, float32, attention received so far; -inf once evicted.
     """
 
-    def __init__(self, levels: Sequence[Level], batch: int, num_kv_heads: int, num_cells: int, device: torch.device):
-        self.levels = levels
-        self.scores = torch.zeros(batch, num_kv_heads, len(levels), num_cells, device=device)
+    def __init__(self, levels: Sequence[Level], scores: torch.Tensor):
+        self.levels, self.scores = levels, scores
 
     def follow(self, visual: torch.Tensor, prompt: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Process the queries of a grid row; returns the attention that queries `t >= num_slots` retain, summed.
+        """The attention that queries `t >= num_slots` of a grid row retain, summed: `[rows, kv_heads, levels]`.
 
-        Args:
-            visual: `[rows, kv_heads, groups, steps, stored]`, softmax weights on visual tokens.
-            prompt: `[rows, kv_heads, groups, steps]`, softmax weights on the prompt.
-            rows: the rows of the batch that the weights belong to.
-
-        Returns:
-            `[rows, kv_heads, levels]`
+        `visual` is `[rows, kv_heads, groups, steps, stored]` and `prompt` `[rows, kv_heads, groups, steps]`, softmax
+        weights of these rows of the batch.
         """
         scores, (steps, stored) = self.scores[rows], visual.shape[-2:]
         first = stored - steps

@@ -1,7 +1,7 @@
 """`profile_heads`: generate images with a full cache, record attention, and label each head spatial or semantic.
 
-It combines three modules and records the settings in the map: `profiling/measuring.py` generates and records
-attention, `profiling/statistics.py` defines the statistics, `profiling/labels.py` derives labels from them.
+It records the settings in the map. `profiling/measuring.py` generates and records attention,
+`profiling/statistics.py` defines the statistics, and `profiling/labels.py` derives labels from them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from ssd_cache.profiling.allocation import fit_heads
 from ssd_cache.profiling.labels import Method, check_labelling, label_heads, map_scores, resolve_window
 from ssd_cache.profiling.measuring import measure_heads
 from ssd_cache.profiling.statistics import resolve_levels
-from ssd_cache.runs.run_state import ProfilingError
 
 
 def profile_heads(
@@ -62,23 +61,17 @@ def profile_heads(
     check_labelling(checkpoint.layout, method, window, threshold)
     statistics = measure_heads(generator, prompts, **measuring)
     is_spatial, cut = label_heads(statistics, method=method, window=window, threshold=threshold)
-    scores = map_scores(statistics, window)
-    if bad := [name for name, score in scores.items() if not score.isfinite().all()]:
-        raise ProfilingError(
-            f"{measuring.get('state_file') or checkpoint.name}: the sums give no finite {bad[0]}; profile again "
-            "without this state"
-        )
-    from_data = method == "window" and threshold is None
+    chosen = ", threshold from the data" if threshold is None else ""
     return HeadMap(
         is_spatial,
         checkpoint.grid,
         previews=checkpoint.layout.draft_grids,
-        scores=scores,
+        scores=map_scores(statistics, window),
         threshold=cut,
         model_id=checkpoint.name,
         revision=getattr(checkpoint.config, "_commit_hash", None),
         model_type=checkpoint.config.model_type,
-        method="window mass, threshold from the data" if from_data else {"window": "window mass"}.get(method, method),
+        method="coverage" if method == "coverage" else f"window mass{chosen}",
         profile={"window": resolve_window(checkpoint.layout, window), **statistics.run},
     )
 
@@ -106,6 +99,5 @@ def check_profiling(
         levels = resolve_levels(layout, **cache_settings)
     if fit is not None:
         names = [f"retained_{kind}-{level.num_slots}" for level in levels for kind in KINDS]
-        zeros = {name: torch.zeros(fit) for name in names}
-        unmeasured = HeadMap(torch.zeros(fit, dtype=torch.bool), scores=zeros).with_layout(layout)
-        fit_heads(unmeasured, cache_settings.get("budget", 0.2))
+        labels, scores = torch.zeros(fit, dtype=torch.bool), {name: torch.zeros(fit) for name in names}
+        fit_heads(HeadMap(labels, scores=scores).with_layout(layout), cache_settings.get("budget", 0.2))

@@ -158,7 +158,7 @@ def test_tokens_held_on_paper_are_those_that_the_cache_holds():
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], drawn[2])
     for layer in range(2):
-        on_paper = observer.retention[layer].scores[:, :, 0, :35] > -torch.inf
+        on_paper = observer.retention[layer][:, :, 0, :35] > -torch.inf
         for kind, cache in caches.items():
             (store,) = cache.layers[layer].stores
             held = torch.zeros(6, 2, 35, dtype=torch.bool)
@@ -215,7 +215,7 @@ def test_recording_holds_little_beside_the_full_cache(drafts):
         cache.finish()
     # for each head of a row: the queries of a grid row, and one number a level and cell
     of_row = 4 * heads * (24 * dim + 2 * (num_fed + 1))
-    held = layer.queries.nbytes + layer.soundness.nbytes + observer.retention[0].scores.nbytes
+    held = layer.queries.nbytes + layer.soundness.nbytes + observer.retention[0].nbytes
     assert rows * of_row <= held < 1.01 * rows * of_row
     # a chunk of softmax weights with its copies, then sums in float64; not the weights of all rows at once
     weights_of_row = 4 * heads * 24 * (prompt + num_fed + 1)

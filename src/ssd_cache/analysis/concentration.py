@@ -102,10 +102,7 @@ def semantic_concentration(
         cache: a cache that was used to generate images with guidance.
         head_map: the map with the labels.
         is_unconditional: boolean `[rows]`, see `Generator.is_unconditional`.
-        seed: seed of the random shifts of the margin test.
-
-    Raises:
-        ValueError: the margin test is impossible on this grid.
+        seed: as for `margin_test`.
     """
     curves, where = [], is_unconditional.cpu()
     for states in STATES:
@@ -131,14 +128,8 @@ def margin_test(difference: torch.Tensor, columns: int, *, num_shifts: int = NUM
     in an image does not give a false positive. p = (1 + shifts with at least the true share) / (1 + num_shifts). With
     one image of 24 columns, p cannot fall below about 1/24, so generate several images.
 
-    Args:
-        difference: `[images, tokens]`, not negative; an incomplete last row is ignored.
-        columns: number of grid columns.
-        num_shifts: number of random shifts.
-        seed: seed of the random shifts.
-
-    Raises:
-        ValueError: there are fewer than three columns, or no complete row.
+    `difference` is `[images, tokens]`, not negative; an incomplete last row is ignored. Raises ValueError if there are
+    fewer than three columns, or no complete row.
     """
     num_images, tokens = difference.shape
     if columns < 3 or tokens < columns:

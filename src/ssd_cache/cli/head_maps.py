@@ -85,8 +85,7 @@ def profile(
     with refusing():
         checkpoint = find_model(model, grid)
         sampling = asdict(checkpoint.sampling(guidance, temperature, seed))
-        heads = (checkpoint.num_layers, checkpoint.num_kv_heads) if fit else None
-        check_profiling(checkpoint.layout, fit=heads, **settings)
+        check_profiling(checkpoint.layout, fit=fit, **settings)
         processes = Processes()
         generator = load_generator(checkpoint, dtype, processes.choose_device(device))
     profiled = state.run(lambda path: profile_heads(generator, texts, state_file=path, **settings, **sampling))

@@ -57,11 +57,7 @@ def encode(
 
 
 def decode(config_bytes: bytes, tensor_bytes: bytes, place: str) -> dict[str, Any]:
-    """The arguments of `HeadMap` in a pair of files.
-
-    Raises:
-        HeadMapError: not an undamaged pair of files of format version 1; the message names `place`.
-    """
+    """The arguments of `HeadMap` in a pair of files; raises HeadMapError, which names `place`, if they are damaged."""
     config = _parse_config(config_bytes, f"{place}/{CONFIG_NAME}")
     if _sha256(config, tensor_bytes) != config["sha256"]:
         raise HeadMapError(

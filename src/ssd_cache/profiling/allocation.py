@@ -6,7 +6,7 @@ It reads the results of `profile_heads` at several levels, and measures nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 
@@ -95,7 +95,12 @@ def measured_levels(head_map: HeadMap, among: Collection[int] | None = None) -> 
         ValueError: fewer than two.
     """
     spatial, semantic = (_by_level(head_map, f"retained_{kind}").keys() for kind in KINDS)
-    levels = sorted(level for level in spatial & semantic if among is None or level in among)
+    return check_levels(level for level in spatial & semantic if among is None or level in among)
+
+
+def check_levels(levels: Iterable[int]) -> list[int]:
+    """The levels in ascending order; raises ValueError if there are fewer than two."""
+    levels = sorted(levels)
     if len(levels) < 2:
         raise ValueError(
             f"attention was measured at {len(levels)} number of slots {levels}, and sharing needs two or more: profile "

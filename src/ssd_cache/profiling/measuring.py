@@ -168,8 +168,7 @@ def _measure_batch(
 def generate_recorded(generator: Generator, prompts: Sequence[str], cache: RecordingCache, **settings) -> torch.Tensor:
     """Generate with a recording full cache and call its `finish`; returns tokens, as `Generator.generate`.
 
-    Raises:
-        ProfilingError: numbers that are NaN or infinite, or an image that does not have the grid's size.
+    Raises ProfilingError for NaN or infinite numbers, and for an image that does not have the grid's size.
     """
     checkpoint = generator.checkpoint
     try:
@@ -196,11 +195,7 @@ def generate_recorded(generator: Generator, prompts: Sequence[str], cache: Recor
 
 
 def check_prompts(generator: Generator, prompts: Sequence[str]) -> None:
-    """Check, before any generation, that no prompt is empty and that each leaves enough positions for the image.
-
-    Raises:
-        GeneratorError: an empty or too long prompt; the message gives the value and the limit.
-    """
+    """Raise GeneratorError, before any generation, for a prompt that is empty or too long for the image to follow."""
     check_texts(prompts)
     checkpoint = generator.checkpoint
     config = checkpoint.family.text_config_of(checkpoint.config)

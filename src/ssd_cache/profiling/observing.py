@@ -40,7 +40,7 @@ class HeadObserver:
         self.statistics.num_pictures = int((~is_unconditional).sum())
         self.branch = is_unconditional.long()
         self.num_rows = torch.bincount(self.branch, minlength=2).double()  # conditional, unconditional
-        self.retention: dict[int, SemanticRetention] = {}
+        self.retention: dict[int, torch.Tensor] = {}  # by layer: `scores` of `retain`
         self._row_sums: torch.Tensor | None = None
 
     def observe(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, rows: slice) -> None:
@@ -48,20 +48,22 @@ class HeadObserver:
         batch, groups = len(self.branch), weights.shape[2]
         if not self.retention:
             self._move_to(weights.device)  # device of the first layer; a model can use several devices
+        levels = self.statistics.levels
         if layer_idx not in self.retention:
-            scores = weights.new_zeros(batch, weights.shape[1], len(self.statistics.levels), self.layout.num_tokens)
-            self.retention[layer_idx] = SemanticRetention(self.statistics.levels, scores)
+            shape = batch, weights.shape[1], len(levels), self.layout.num_tokens
+            self.retention[layer_idx] = weights.new_zeros(shape)
         branch = self.branch[rows].to(weights.device)
-        kept = self.retention[layer_idx].follow(weights[..., num_prompt:], weights[..., :num_prompt].sum(-1), rows)
+        prompt, visual = weights[..., :num_prompt].sum(-1), weights[..., num_prompt:]
+        kept = retain(levels, self.retention[layer_idx][rows], prompt, visual)
         self._add(layer_idx, "semantic", _by_branch(kept, branch))
         # statistics that treat all rows alike are computed once, from the sum over rows
         sums = _by_branch(weights.sum(2) if groups > 1 else weights[:, :, 0], branch)
         self._row_sums = sums if self._row_sums is None else self._row_sums + sums
         if rows.stop == batch:
             sums, self._row_sums = self._row_sums.to(self.num_rows.device), None
-            prompt, visual = sums[..., :num_prompt].sum(-1), sums[..., num_prompt:]
-            self._add_spatial(layer_idx, prompt, visual, groups * self.num_rows)
-            self._add_shares(layer_idx, prompt, visual, groups * self.num_rows)
+            parts = sums[..., :num_prompt].sum(-1), sums[..., num_prompt:], groups * self.num_rows
+            self._add_spatial(layer_idx, *parts)
+            self._add_shares(layer_idx, *parts)
 
     def finish(self) -> HeadStatistics:
         """Return the statistics of the batch, on the CPU."""
@@ -129,40 +131,37 @@ class HeadObserver:
         self.statistics.sums["offsets"][layer_idx, :, :, : row + 1] += by_offset.flip(2)
 
 
-class SemanticRetention:
-    """Simulates which tokens the semantic heads of one layer would hold at each level, from a full cache's attention.
+def retain(levels: Sequence[Level], scores: torch.Tensor, prompt: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """Simulate which tokens the semantic heads of a layer would hold at each level during a grid row of queries.
 
-    Attributes:
-        scores: `[batch, kv_heads, levels, cells]`, float32, attention received so far; -inf once evicted.
+    Args:
+        levels: the caches that are simulated.
+        scores: `[rows, kv_heads, levels, cells]`, float32, changed in place: attention received so far; -inf once
+            evicted.
+        prompt: `[rows, kv_heads, groups, steps]`, softmax weights of the full cache on the prompt.
+        visual: `[rows, kv_heads, groups, steps, stored]`, on visual tokens.
+
+    Returns:
+        The attention that queries `t >= num_slots` retain, summed: `[rows, kv_heads, levels]`.
     """
-
-    def __init__(self, levels: Sequence[Level], scores: torch.Tensor):
-        self.levels, self.scores = levels, scores
-
-    def follow(self, visual: torch.Tensor, prompt: torch.Tensor, rows: slice) -> torch.Tensor:
-        """The attention that queries `t >= num_slots` of a grid row retain, summed: `[rows, kv_heads, levels]`.
-
-        `visual` is `[rows, kv_heads, groups, steps, stored]` and `prompt` `[rows, kv_heads, groups, steps]`, softmax
-        weights of these rows of the batch.
-        """
-        scores, (steps, stored) = self.scores[rows], visual.shape[-2:]
-        first = stored - steps
-        retained = visual.new_zeros(scores.shape[:3])
-        cuts = {step for level in self.levels for step in range(steps) if level.evicts_at(first + step)}
-        for begin, end in pairwise(sorted(cuts | {0, steps})):  # no level evicts between begin and end
-            start, stop = first + begin, first + end
-            for index, level in enumerate(self.levels):
-                if level.evicts_at(start):
-                    evict(scores[:, :, index, :start], level)
-            part = visual[..., begin:end, :stop]
-            is_held = (scores[..., :stop] > -torch.inf).to(part)[:, :, None]  # [rows, kv_heads, 1, levels, stop]
-            kept = part @ is_held.mT + prompt[..., begin:end, None]  # [rows, kv_heads, groups, steps, levels]
-            # renormalise, as the cache's softmax runs over kept tokens only; a sum below tiny means all weights are 0
-            share = kept.clamp(min=torch.finfo(kept.dtype).tiny).reciprocal()
-            scores[..., :stop] += (share.mT @ part).sum(2)
-            is_late = torch.tensor([start >= level.num_slots for level in self.levels]).to(kept)
-            retained += kept.sum((2, 3)) * is_late
-        return retained
+    steps, stored = visual.shape[-2:]
+    first = stored - steps
+    retained = visual.new_zeros(scores.shape[:3])
+    cuts = {step for level in levels for step in range(steps) if level.evicts_at(first + step)}
+    for begin, end in pairwise(sorted(cuts | {0, steps})):  # no level evicts between begin and end
+        start, stop = first + begin, first + end
+        for index, level in enumerate(levels):
+            if level.evicts_at(start):
+                evict(scores[:, :, index, :start], level)
+        part = visual[..., begin:end, :stop]
+        is_held = (scores[..., :stop] > -torch.inf).to(part)[:, :, None]  # [rows, kv_heads, 1, levels, stop]
+        kept = part @ is_held.mT + prompt[..., begin:end, None]  # [rows, kv_heads, groups, steps, levels]
+        # renormalise, as the cache's softmax runs over kept tokens only; a sum below tiny means all weights are 0
+        share = kept.clamp(min=torch.finfo(kept.dtype).tiny).reciprocal()
+        scores[..., :stop] += (share.mT @ part).sum(2)
+        is_late = torch.tensor([start >= level.num_slots for level in levels]).to(kept)
+        retained += kept.sum((2, 3)) * is_late
+    return retained
 
 
 def evict(scores: torch.Tensor, level: Level) -> None:

@@ -10,14 +10,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ssd_cache.budget import KINDS, check_count
+from ssd_cache.budget import check_count
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.layout import ImageLayout
 from ssd_cache.models import Generator, generator_of
-from ssd_cache.profiling.allocation import fit_heads
+from ssd_cache.profiling.allocation import check_levels
 from ssd_cache.profiling.labels import Method, check_labelling, label_heads, map_scores, resolve_window
 from ssd_cache.profiling.measuring import measure_heads
 from ssd_cache.profiling.statistics import resolve_levels
@@ -83,13 +82,13 @@ def check_profiling(
     window: int | None = None,
     threshold: float | None = None,
     batch_size: int | None = None,
-    fit: tuple[int, int] | None = None,
+    fit: bool = False,
     **cache_settings,
 ) -> None:
-    """Check settings of `profile_heads` before a model is loaded; raises ValueError.
+    """Check settings of `profile_heads`, and of `fit_heads` if `fit` is True, before a model is loaded.
 
-    `fit` is the model's layers and KV heads if `fit_heads` will allocate the slots. It is then called with zeros
-    instead of measurements.
+    Raises:
+        ValueError: as those functions do.
     """
     check_labelling(layout, method, window, threshold)
     if batch_size is not None:
@@ -97,7 +96,5 @@ def check_profiling(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `profile_heads` emits the same warnings
         levels = resolve_levels(layout, **cache_settings)
-    if fit is not None:
-        names = [f"retained_{kind}-{level.num_slots}" for level in levels for kind in KINDS]
-        labels, scores = torch.zeros(fit, dtype=torch.bool), {name: torch.zeros(fit) for name in names}
-        fit_heads(HeadMap(labels, scores=scores).with_layout(layout), cache_settings.get("budget", 0.2))
+    if fit:
+        check_levels([level.num_slots for level in levels])

@@ -32,13 +32,8 @@ def save_state(
 def load_state(path: Path, statistics: HeadStatistics, settings_of: Callable[[int], Mapping[str, Any]]) -> int:
     """Fill empty statistics with the sums in a file that `save_state` wrote; returns their number of batches.
 
-    Args:
-        path: the file.
-        statistics: empty statistics, changed in place.
-        settings_of: the settings of this run after a number of batches.
-
-    Raises:
-        ProfilingError: another file, or sums of a run with other settings.
+    `settings_of` gives the settings of this run after a number of batches. Raises ProfilingError for another file, and
+    for sums of a run with other settings.
     """
     state = read_state(path, FORMAT, WHAT)
     num_batches, sums = state.counts.get("num_batches"), state.tensors

@@ -148,9 +148,9 @@ def test_the_clearest_heads_are_chosen():
     scores = head_scores(HeadMap(is_spatial, (6, 6), scores=score, threshold=0.5))
     assert choose_heads(scores) == ((0, 2), (1, 0))
     prompt = torch.tensor([[0.1, 0.2, 0.8], [0.9, 0.1, 0.7]])  # heads that look at the prompt come after others
-    with_prompt = head_scores(HeadMap(is_spatial, (6, 6), scores={"window": score, "prompt": prompt}, threshold=0.5))
+    with_prompt = head_scores(HeadMap(is_spatial, (6, 6), scores={"coverage": score, "prompt": prompt}, threshold=0.5))
     assert choose_heads(with_prompt) == ((1, 1), (0, 1))
-    everywhere = HeadMap(is_spatial, (6, 6), scores={"window": score, "prompt": torch.ones(2, 3)}, threshold=0.5)
+    everywhere = HeadMap(is_spatial, (6, 6), scores={"coverage": score, "prompt": torch.ones(2, 3)}, threshold=0.5)
     assert choose_heads(head_scores(everywhere)) == ((0, 2), (1, 0))
 
 
@@ -380,7 +380,7 @@ def test_the_analysis_shows_what_a_map_is_used_with_and_names_it(generator, tmp_
         [held] = {len(tokens) for layer in found.retention["h2o"].positions for tokens in layer}
         assert number - SIDE < held <= number  # the baselines hold as much
     page, _ = write_report(found, tmp_path / "page")
-    assert "SSD, fitted slots, learned score" in page.read_text("utf-8")
+    assert "learned: fitted slots, learned score" in page.read_text("utf-8")
 
 
 def test_the_models_attention_is_as_it_was(folder):
@@ -494,7 +494,7 @@ def test_the_json_holds_the_numbers_and_the_page_says_them(analysis, report):
     assert analysis.concentration.sentence(conditions["model"]) in text
     for curve in analysis.concentration.curves:
         assert f"{100 * curve.margin.share:.1f}%" in text
-    for value in (conditions["torch"], CIRCLE, head_map().digest, "StreamingLLM"):
+    for value in (conditions["torch"], CIRCLE, head_map().digest, "streaming-llm"):
         assert value in text
 
 

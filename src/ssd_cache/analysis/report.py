@@ -1,7 +1,6 @@
 """The report of an analysis: one self-contained HTML page, and a JSON file with all its numbers.
 
-`report.html.j2` has the text and the figures of the page; this module makes the rows of its tables. Jinja2 escapes all
-text. Images are embedded, and nothing is loaded from a network.
+`report.html.j2` is the page. Jinja2 escapes all text. Images are embedded, and nothing is loaded from a network.
 """
 
 from __future__ import annotations
@@ -25,19 +24,10 @@ from ssd_cache.analysis.plotting import check_packages, to_png
 from ssd_cache.analysis.retention import plot_retention
 from ssd_cache.analysis.scores import plot_scores
 from ssd_cache.analysis.study import Analysis
-from ssd_cache.cache.cache import MemoryStats
 from ssd_cache.io.writing import write_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-CAPTIONS = {
-    "window_mass": "Share of a head's visual attention on the tokens of the last grid row and one more.",
-    "margin": "Share of a head's visual attention on the first and last column.",
-}
-"""Statistics that the paper discusses; they are plotted where the map has them."""
-
-TITLES = {"h2o": "H2O", "streaming-llm": "StreamingLLM"}
 
 
 def write_report(analysis: Analysis, folder: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -64,29 +54,7 @@ def render(analysis: Analysis) -> str:
     functions = (plot_attention, plot_concentration, plot_retention, plot_scores)
     environment.globals.update({function.__name__: function for function in functions})
     template = environment.from_string(files(__package__).joinpath("report.html.j2").read_text("utf-8"))
-    own, words = next(iter(analysis.retention)), analysis.conditions["policy"].rpartition(": ")[2]
-    titles = TITLES | {own: f"SSD, {words}"}
-    return template.render(
-        vars(analysis),
-        captions=CAPTIONS,
-        titles=titles,
-        condition_rows=[[name.replace("_", " "), _shown(value)] for name, value in analysis.conditions.items()],
-        margin_rows=[
-            [
-                c.states,
-                c.kind,
-                c.num_heads,
-                f"{c.margin.share:.1%}",
-                f"{c.margin.chance:.1%}",
-                f"{c.margin.p_value:.2g}",
-            ]
-            for c in analysis.concentration.curves
-        ],
-        retention_rows=[
-            [titles[policy], f"{part.mean_held:.1f}", f"{part.lost_share:.1%}", _ratio(analysis.memory[policy])]
-            for policy, part in analysis.retention.items()
-        ],
-    )
+    return template.render(vars(analysis))
 
 
 def _embedded(figure: Figure | Image.Image) -> str:
@@ -98,16 +66,6 @@ def _embedded(figure: Figure | Image.Image) -> str:
     else:
         content = to_png(figure)
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return " x ".join(map(str, value))
-    return "not given" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _ratio(memory: MemoryStats) -> str:
-    return f"{memory.full_cache / memory.key_value:.2f}"
 
 
 def as_json(analysis: Analysis) -> dict[str, Any]:

@@ -48,8 +48,8 @@ A row for each layer, a column for each KV head; `#` is spatial, `.` semantic:
 
 {profile}
 
-`config.json` holds these facts, `head_map.safetensors` the labels `is_spatial` `[layers, kv_heads]` and the scores
-behind them. No code, no pickle.
+`config.json` holds these facts, `{tensors}` the labels `is_spatial` `[layers, kv_heads]` and the scores behind them.
+No code, no pickle.
 """
 EXAMPLE = """\
 from transformers import {model_class}
@@ -91,11 +91,13 @@ def card(head_map: HeadMap, repo_id: str) -> str:
         repo=json.dumps(repo_id, ensure_ascii=False),
         mode='generation_mode="image", ' if is_janus else "",
     )
+    profile = code_block(json.dumps(head_map.profile, indent=2), "json")
     return CARD.format(
         front_matter=data.to_yaml().strip(),
         model=model,
         labels=code_block("\n".join(head_map.label_rows())),
         example=code_block(example, "python"),
         facts="\n".join(rows),
-        profile=code_block(json.dumps(head_map.profile, indent=2), "json"),
+        profile=profile if head_map.profile else "It carries no record of how it was made.",
+        tensors="head_map.safetensors",
     )

@@ -78,8 +78,7 @@ def find_local(source: str | os.PathLike[str]) -> Path | None:
     """The folder `source`, or the folder of `source` if it is one of the two files; None for a repository id."""
     if not source or not isinstance(source, (str, os.PathLike)) or not isinstance(os.fspath(source), str):
         raise HeadMapError(f"source={shown(source)}: give a folder, a file, or a repository id like 'user/name'")
-    name = os.fspath(source)
-    check_name("source", name)
+    check_name("source", os.fspath(source))
     path = Path(os.path.expanduser(source))
     if os.path.isdir(path):
         return path
@@ -87,11 +86,11 @@ def find_local(source: str | os.PathLike[str]) -> Path | None:
         if path.name in (CONFIG_NAME, TENSORS_NAME):
             return path.parent
         raise HeadMapError(f"{path}: neither a folder nor a {CONFIG_NAME} or {TENSORS_NAME}; give the map's folder")
-    could_be_id = isinstance(source, str) and re.fullmatch(r"[^\\/.~][^\\/]*(/[^\\/]+)?", name)
+    could_be_id = isinstance(source, str) and re.fullmatch(r"[^\\/.~][^\\/]*(/[^\\/]+)?", source)
     if not could_be_id or path.suffix in (".json", ".safetensors"):
+        nearest = suggestion(os.fspath(source), nearby_folders(os.fspath(source)))
         raise HeadMapError(
-            f"{path}: no such folder or file; check the path, or give a repository id like "
-            f"'user/name'{suggestion(name, nearby_folders(name))}"
+            f"{path}: no such folder or file; check the path, or give a repository id like 'user/name'{nearest}"
         )
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -15,8 +16,9 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from ssd_cache.head_map.card import card
+from ssd_cache.head_map.card import PLOT_NAME, SEMANTIC, SPATIAL, card, plot_labels, png
 from ssd_cache.head_map.head_map import HeadMap, HeadMapError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "head_map"
@@ -582,7 +584,7 @@ def test_hostile_headers_with_the_right_checksum_give_a_refusal_or_a_map(tmp_pat
     assert str(folder) in loaded if isinstance(loaded, str) else loaded.is_spatial.shape == (2, 3)
 
 
-# The card
+# The card and the plot
 
 
 def test_the_card_says_what_it_is_how_it_was_made_and_how_to_use_it():
@@ -592,7 +594,7 @@ def test_the_card_says_what_it_is_how_it_was_made_and_how_to_use_it():
     assert "base_model: user/model" in front_matter
     assert 'HeadMap.from_pretrained("user/my-map")' in body
     assert 'JanusForConditionalGeneration.from_pretrained("user/model", attn_implementation="ssd")' in body
-    assert "```\n#..\n.##\n```" in body
+    assert f"({PLOT_NAME})" in body
     assert "| layers x KV heads | 2 x 3 |" in body
     assert "| spatial, semantic | 3, 3 |" in body
     assert "| threshold | 0.6 |" in body
@@ -611,3 +613,18 @@ def test_the_example_of_the_card_names_a_class_that_transformers_has():
     for model_type, name in (("janus", "JanusForConditionalGeneration"), ("emu3", "AutoModelForMultimodalLM")):
         assert f"from transformers import {name}\n" in card(make_map(model_type=model_type), "user/map")
         assert hasattr(transformers, name)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (24, 16), (1, 300), (200, 2)])
+def test_the_plot_has_a_cell_for_every_head(shape):
+    labels = torch.rand(shape) < 0.4
+    image = plot_labels(HeadMap(labels, model_id="somebody/" + "long-name-" * 20))
+    pixels = image.convert("RGB").tobytes()
+    counts = {}
+    for colour in (SPATIAL, SEMANTIC):
+        wanted = bytes.fromhex(colour[1:])
+        counts[colour] = sum(pixels[at : at + 3] == wanted for at in range(0, len(pixels), 3)) - 18 * 18  # the legend
+    cell = counts[SPATIAL] / labels.sum().item()
+    assert cell == counts[SEMANTIC] / (~labels).sum().item(), "cells are of one size, none is hidden"
+    assert cell == int(cell**0.5) ** 2
+    assert Image.open(io.BytesIO(png(HeadMap(labels)))).format == "PNG"

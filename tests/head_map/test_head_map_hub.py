@@ -6,6 +6,7 @@ processes with the environment variables themselves.
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import huggingface_hub
 import pytest
 import torch
 from helpers.hub_server import HubServer, Repo
+from PIL import Image
 
 import ssd_cache
 from ssd_cache.head_map.head_map import HeadMap, HeadMapError
@@ -304,8 +306,9 @@ def test_a_map_goes_up_and_comes_down_again(hub):
     assert info.oid == repo.refs["main"]
     assert info.commit_url == f"{hub.url}/me/new-map/commit/{info.oid}"
     tree = repo.commits[info.oid]
-    assert tree.keys() == {".gitattributes", "README.md", "config.json", "head_map.safetensors"}
+    assert tree.keys() == {".gitattributes", "README.md", "config.json", "head_map.png", "head_map.safetensors"}
     assert b'HeadMap.from_pretrained("me/new-map")' in tree["README.md"]
+    assert Image.open(io.BytesIO(tree["head_map.png"])).width >= 520
     assert not repo.private
     assert any(path.startswith("/lfs/") for method, path, _ in hub.requests if method == "PUT"), "tensors go by LFS"
     head_map = HeadMap.from_pretrained("me/new-map")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ssd_cache.analysis.plotting import SEMANTIC, SPATIAL, new_figure
+from ssd_cache.analysis.plotting import new_figure
+from ssd_cache.head_map.card import SEMANTIC, SPATIAL
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.profiling.recorder import RecordingCache
 

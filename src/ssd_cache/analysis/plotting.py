@@ -24,9 +24,6 @@ WIDTH = 5.0
 COLOR_MAP = "cividis"
 """Looks the same with any colour vision (Nuñez, Anderton and Renslow 2018). Bright means a high value."""
 
-SPATIAL, SEMANTIC = "#0072B2", "#E69F00"
-"""Blue and orange of Okabe and Ito: distinguishable with any colour vision, and in grey."""
-
 TO_COME = "#cfcfcf"
 """Colour of cells not generated yet."""
 

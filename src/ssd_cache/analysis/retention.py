@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ssd_cache.analysis.plotting import SEMANTIC, SPATIAL, TO_COME, index_ticks, new_figure
+from ssd_cache.analysis.plotting import TO_COME, index_ticks, new_figure
 from ssd_cache.cache.cache import SSDCache
+from ssd_cache.head_map.card import SEMANTIC, SPATIAL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

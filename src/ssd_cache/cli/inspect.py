@@ -84,7 +84,8 @@ def _use(head_map: HeadMap) -> dict[str, str]:
 def _layers(head_map: HeadMap, statistics: HeadScores) -> tuple[Table, str]:
     """Table of every layer's labels, slots and statistic, and a caption that explains the symbols."""
     table, caption = Table(box=box.SIMPLE_HEAD, pad_edge=False), "# spatial, . semantic"
-    columns = {"layer": [str(index) for index in range(head_map.num_layers)], "KV heads": head_map.label_rows()}
+    columns = {"layer": [str(index) for index in range(head_map.num_layers)]}
+    columns["KV heads"] = ["".join(".#"[label] for label in labels) for labels in head_map.is_spatial.tolist()]
     if head_map.slots is not None:
         width = max(len(str(number)) for layer in head_map.slots for number in layer)
         columns["slots"] = [" ".join(f"{number:>{width}}" for number in layer) for layer in head_map.slots]

@@ -1,23 +1,29 @@
-"""The model card of a head map on the Hub.
+"""The model card of a head map on the Hub, and the plot in it.
 
 This module only reads a `HeadMap`; it neither saves nor uploads anything.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCardData
+from PIL import Image, ImageDraw, ImageFont
 
 from ssd_cache.io.markdown import code_block, escape
 
 if TYPE_CHECKING:
     from ssd_cache.head_map.head_map import HeadMap
 
+PLOT_NAME = "head_map.png"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
+# Blue and orange of Okabe and Ito: distinguishable with any colour vision, and in grey.
+SPATIAL, SEMANTIC = "#0072B2", "#E69F00"
+INK, FAINT = "#222222", "#666666"
 CARD = """\
 ---
 {front_matter}
@@ -30,9 +36,7 @@ far tokens that carry the prompt's meaning (*semantic*). With it, `ssd-cache` ru
 size: spatial heads keep a short recent window, semantic heads the few tokens that receive the most attention (SSD,
 Spatial-Semantic head Decoupling, [arXiv 2510.18716](https://arxiv.org/abs/2510.18716)).
 
-A row for each layer, a column for each KV head; `#` is spatial, `.` semantic:
-
-{labels}
+![{num_layers} layers by {num_kv_heads} KV heads, {num_spatial} of them spatial]({plot})
 
 ## Use
 
@@ -95,9 +99,59 @@ def card(head_map: HeadMap, repo_id: str) -> str:
     return CARD.format(
         front_matter=data.to_yaml().strip(),
         model=model,
-        labels=code_block("\n".join(head_map.label_rows())),
+        num_layers=head_map.num_layers,
+        num_kv_heads=head_map.num_kv_heads,
+        num_spatial=num_spatial,
+        plot=PLOT_NAME,
         example=code_block(example, "python"),
         facts="\n".join(rows),
         profile=profile if head_map.profile else "It carries no record of how it was made.",
         tensors="head_map.safetensors",
     )
+
+
+def plot_labels(head_map: HeadMap) -> Image.Image:
+    """A plot of layers (rows) by KV heads (columns), spatial blue, semantic orange; at least 520 pixels wide."""
+    rows, columns = head_map.num_layers, head_map.num_kv_heads
+    cell = max(2, min(26, 1400 // max(rows, columns)))
+    gap = 2 if cell >= 12 else 1 if cell >= 6 else 0
+    fonts = {size: ImageFont.load_default(size) for size in (14, 16, 22)}
+    left, top, right, bottom = 84, 116, 28, 66
+    width = max(520, left + columns * cell + right)
+    left += (width - left - columns * cell - right) // 2
+    image = Image.new("RGB", (width, top + rows * cell + bottom), "white")
+    draw = ImageDraw.Draw(image)
+
+    name = (head_map.model_id or "Head map").encode("ascii", "replace").decode()
+    draw.text((28, 18), name if len(name) <= 42 else name[:40] + "..", INK, fonts[22])
+    shape = f"{rows} layers (down) x {columns} KV heads (across), grid {head_map.layout.text()}"
+    draw.text((28, 48), shape, FAINT, fonts[16])
+    num_spatial = int(head_map.is_spatial.sum())
+    counts = (SPATIAL, f"spatial: {num_spatial}"), (SEMANTIC, f"semantic: {rows * columns - num_spatial}")
+    for x, (colour, label) in zip((28, 188), counts, strict=True):
+        draw.rectangle((x, 80, x + 17, 97), colour)
+        draw.text((x + 26, 89), label, INK, fonts[16], anchor="lm")
+
+    for row, labels in enumerate(head_map.is_spatial.tolist()):
+        for column, is_spatial in enumerate(labels):
+            x, y = left + column * cell, top + row * cell
+            draw.rectangle((x, y, x + cell - 1 - gap, y + cell - 1 - gap), SPATIAL if is_spatial else SEMANTIC)
+
+    for row in range(0, rows, _stride(cell, 18)):
+        draw.text((left - 8, top + row * cell + cell // 2), str(row), FAINT, fonts[14], anchor="rm")
+    for column in range(0, columns, _stride(cell, 26 if columns <= 100 else 44)):
+        x = left + column * cell + cell // 2
+        draw.text((x, top + rows * cell + 6), str(column), FAINT, fonts[14], anchor="ma")
+    return image
+
+
+def png(head_map: HeadMap) -> bytes:
+    """The plot of [`plot_labels`] as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    plot_labels(head_map).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _stride(cell: int, room: int) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50, ... cells that leaves `room` pixels for a number."""
+    return next(step for step in (1, 2, 5, 10, 20, 50, 100) if step * cell >= room)

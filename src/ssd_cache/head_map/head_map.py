@@ -20,7 +20,7 @@ from huggingface_hub import CommitInfo
 
 from ssd_cache.budget import Budget, resolve_budget, scale_counts
 from ssd_cache.head_map import checks, files, hub
-from ssd_cache.head_map.card import card
+from ssd_cache.head_map.card import PLOT_NAME, card, png
 from ssd_cache.head_map.checks import HeadMapError
 from ssd_cache.head_map.learned_score import LearnedScore
 from ssd_cache.io.showing import shown
@@ -208,13 +208,13 @@ class HeadMap:
         revision: str | None = None,
         commit_message: str = "Upload head map",
     ) -> CommitInfo:
-        """Upload both files and a model card to a repository on the Hub, in one commit; raises HeadMapError.
+        """Upload both files, a model card and its plot to a repository of the Hub, in one commit; raises HeadMapError.
 
         Creates the repository and the branch `revision` when they are missing, and replaces an existing model card.
         """
         for what, name in (("repo_id", repo_id), ("revision", revision)):
             files.check_name(what, name)
-        contents = self._files()
+        contents = self._files() | {PLOT_NAME: png(self)}
         repo_id = hub.create(repo_id, token=token, private=private, revision=revision)
         contents["README.md"] = card(self, repo_id).encode()
         return hub.upload(repo_id, contents, token=token, revision=revision, commit_message=commit_message)
@@ -248,10 +248,6 @@ class HeadMap:
             for tensor in self.learned.tensors().values():
                 found.update(tensor.numpy().tobytes())
         return found.hexdigest()[:12]
-
-    def label_rows(self) -> list[str]:
-        """The labels as a text for each layer, with "#" for a spatial and "." for a semantic head."""
-        return ["".join(".#"[label] for label in labels) for labels in self.is_spatial.tolist()]
 
     def with_grid(self, grid: Grid, previews: Sequence[Grid] = ()) -> HeadMap:
         """The same labels for images of another size; counts of slots scale with the cells of the grid.

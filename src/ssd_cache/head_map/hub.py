@@ -1,4 +1,4 @@
-"""Downloads a head map's two files from the Hugging Face Hub, and uploads them with a model card.
+"""Downloads a head map's two files from the Hugging Face Hub, and uploads them with a model card and a plot.
 
 Every failure becomes a `HeadMapError` that names the place and the remedy. Transfers use huggingface_hub, with its
 cache, offline mode (`HF_HUB_OFFLINE`), server (`HF_ENDPOINT`) and tokens. This module does not interpret the files.

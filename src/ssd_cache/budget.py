@@ -1,11 +1,11 @@
-"""Resolve a budget (a fraction, a count, or one for each kind or layer) to slots, and refuse every invalid value.
+"""Resolve a budget to slots, refuse invalid values, and scale the slots that a head map was fitted to.
 
-Also scale the slots that a head map was fitted to, to another total. Plain numbers in, plain numbers out: no tensors,
-no state.
+Plain numbers in, plain numbers out: no tensors, no state.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -21,11 +21,7 @@ def is_amount(budget: object) -> TypeGuard[Amount]:
 
 
 def resolve_amount(name: str, amount: Amount, num_cells: int) -> int:
-    """Slots for a budget: `round(amount * num_cells)` for a float in (0, 1], the number itself for an int >= 1.
-
-    Raises:
-        ValueError: any other value.
-    """
+    """Slots for a budget: `round(amount * num_cells)` for a float in (0, 1], the number itself for an int >= 1."""
     if isinstance(amount, int) and not isinstance(amount, bool) and amount >= 1:
         return amount
     if isinstance(amount, float) and 0 < amount <= 1 and round(amount * num_cells) >= 1:
@@ -37,27 +33,39 @@ def resolve_amount(name: str, amount: Amount, num_cells: int) -> int:
 
 
 def resolve_budget(budget: Budget, is_spatial: Sequence[Sequence[bool]], num_cells: int) -> list[tuple[int, ...]]:
-    """Slots of every KV head, layer by layer.
+    """Slots of every KV head, layer by layer; raises ValueError for an invalid budget.
 
     Args:
         budget: a float or int; or `{"spatial": ..., "semantic": ...}`; or a list with an entry for each layer, which is
             one of these or a list with a number for each KV head.
         is_spatial: the labels, `[layers][kv_heads]`.
         num_cells: visual tokens of the grid.
-
-    Raises:
-        ValueError: a number is out of range, a kind is unknown, or a list has the wrong length.
     """
+
+    def of_layer(entry: Any, name: str, labels: Sequence[bool]) -> tuple[int, ...]:
+        if _is_list(entry):
+            _check_length(name, entry, len(labels), "the layer", "KV heads", "head")
+            return tuple(resolve_amount(f"{name}[{head}]", amount, num_cells) for head, amount in enumerate(entry))
+        if not isinstance(entry, Mapping):
+            return (resolve_amount(name, entry, num_cells),) * len(labels)
+        if set(entry) != set(KINDS):
+            raise ValueError(f"{name}={dict(entry)!r}: give both kinds, as {{'spatial': 0.1, 'semantic': 0.3}}")
+        slots = {kind: resolve_amount(f"{name}[{kind!r}]", entry[kind], num_cells) for kind in KINDS}
+        return tuple(slots["spatial" if spatial else "semantic"] for spatial in labels)
+
     if not _is_list(budget):
-        return [_resolve_layer(budget, "budget", labels, num_cells) for labels in is_spatial]
-    if len(budget) != len(is_spatial):
-        raise ValueError(
-            f"budget has {len(budget)} entries, but the head map has {len(is_spatial)} layers: give one a layer"
-        )
-    return [
-        _resolve_layer(entry, f"budget[{layer}]", labels, num_cells)
-        for layer, (entry, labels) in enumerate(zip(budget, is_spatial, strict=True))
-    ]
+        return [of_layer(budget, "budget", labels) for labels in is_spatial]
+    _check_length("budget", budget, len(is_spatial), "the head map", "layers", "layer")
+    return [of_layer(budget[layer], f"budget[{layer}]", labels) for layer, labels in enumerate(is_spatial)]
+
+
+def _is_list(budget: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(budget, Sequence) and not isinstance(budget, str)
+
+
+def _check_length(name: str, entries: Sequence, number: int, owner: str, parts: str, part: str) -> None:
+    if len(entries) != number:
+        raise ValueError(f"{name} has {len(entries)} entries, but {owner} has {number} {parts}: give one a {part}")
 
 
 def scale_slots(
@@ -71,16 +79,9 @@ def scale_slots(
     - A larger total is shared in the proportions of `slots` (largest remainder; of equal remainders the earlier head
       gets the slot).
     - For a smaller total the largest heads are cut to a common limit, and the others keep their slots. A head that was
-      fitted few slots needs all of them; a head with many loses little when it loses the last ones (docs/results.md has
-      the measurement).
+      fitted few slots needs all of them; a head with many loses little when it loses the last ones (docs/results.md).
 
-    No head gets more slots than the grid has cells. No head gets fewer than `least`, unless the total is too small.
-
-    Args:
-        slots: slots of every KV head, layer by layer.
-        num_slots: the mean to reach.
-        least: minimum slots of every KV head, in the same shape.
-        num_cells: visual tokens of the grid.
+    No head gets more slots than the grid has cells. No head gets fewer than its `least`, unless the total is too small.
 
     Example: four heads with 60 slots on average.
 
@@ -129,11 +130,8 @@ def _cut(slots: Sequence[int], total: int, least: Sequence[int], most: int) -> l
     def limited(limit: int) -> list[int]:
         return [max(bound, min(number, limit)) for number, bound in zip(slots, least, strict=True)]
 
-    low, high = 0, most  # the greatest limit whose sum does not exceed the total is in [low, high]
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if sum(limited(middle)) <= total else (low, middle - 1)
-    shares, above = limited(low), limited(low + 1)
+    limit = bisect_right(range(1, most + 1), total, key=lambda limit: sum(limited(limit)))
+    shares, above = limited(limit), limited(limit + 1)
     rest = total - sum(shares)
     for index, (share, more) in enumerate(zip(shares, above, strict=True)):
         if rest and more > share:
@@ -165,31 +163,8 @@ def _grow(weights: Sequence[int], total: int, least: Sequence[int], most: int) -
     return [shares[index] for index in range(len(weights))]
 
 
-def _is_list(budget) -> TypeGuard[Sequence[Any]]:
-    return isinstance(budget, Sequence) and not isinstance(budget, str)
-
-
-def _resolve_layer(budget, name: str, labels: Sequence[bool], num_cells: int) -> tuple[int, ...]:
-    if _is_list(budget):
-        if len(budget) != len(labels):
-            raise ValueError(
-                f"{name} has {len(budget)} entries, but the layer has {len(labels)} KV heads: give one a head"
-            )
-        return tuple(resolve_amount(f"{name}[{head}]", amount, num_cells) for head, amount in enumerate(budget))
-    if isinstance(budget, Mapping):
-        if set(budget) != set(KINDS):
-            raise ValueError(f"{name}={dict(budget)!r}: give both kinds, as {{'spatial': 0.1, 'semantic': 0.3}}")
-        slots = {kind: resolve_amount(f"{name}[{kind!r}]", budget[kind], num_cells) for kind in KINDS}
-        return tuple(slots["spatial" if spatial else "semantic"] for spatial in labels)
-    return (resolve_amount(name, budget, num_cells),) * len(labels)
-
-
 def resolve_recent(num_recent: Amount, num_slots: int) -> int:
-    """Tokens for `num_recent`: a float in [0, 1) is a fraction of a semantic head's slots, an int counts tokens.
-
-    Raises:
-        ValueError: any other value.
-    """
+    """Tokens for `num_recent`: a float in [0, 1) is a fraction of a semantic head's slots, an int counts tokens."""
     if isinstance(num_recent, int) and not isinstance(num_recent, bool) and num_recent >= 0:
         return num_recent
     if isinstance(num_recent, float) and 0 <= num_recent < 1:
@@ -201,11 +176,7 @@ def resolve_recent(num_recent: Amount, num_slots: int) -> int:
 
 
 def check_count(name: str, value: int, least: int) -> int:
-    """Return the value if it is an int of at least `least`.
-
-    Raises:
-        ValueError: otherwise.
-    """
+    """The value, if it is an int of at least `least`; raises ValueError otherwise."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r} is out of range: give an int of at least {least}")
     return value

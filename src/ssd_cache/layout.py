@@ -19,19 +19,16 @@ MAX_SIDE, MAX_DRAFT_GRIDS = 4096, 8
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """The grids of one image, in the order in which their tokens are generated: draft grids, then the image's grid.
+    """The grids of one image; raises ValueError for a side below 1 or above 4096, or more than 8 draft grids.
 
     Attributes:
         grid: rows and columns of the image.
         draft_grids: grids that the model generates before the image, in order, as GLM-Image does; usually none.
 
-    Raises:
-        ValueError: a side below 1 or above 4096, more than 8 draft grids, or values of another type.
-
     Example:
         >>> layout = ImageLayout((36, 24), ((19, 13),))
-        >>> str(layout), layout.num_tokens, layout.place_of(247 + 25)
-        ('19x13+36x24', 1111, (1, 1, 1))
+        >>> str(layout), layout.num_tokens
+        ('19x13+36x24', 1111)
     """
 
     grid: Grid
@@ -69,20 +66,6 @@ class ImageLayout:
     def widest(self) -> int:
         """Number of columns of the widest grid."""
         return max(columns for _, columns in self.grids)
-
-    def place_of(self, token: int) -> tuple[int, int, int]:
-        """Index of the grid, row and column of a token, all counted from 0."""
-        start = 0
-        for index, (rows, columns) in enumerate(self.grids):
-            if 0 <= token - start < rows * columns:
-                return (index, *divmod(token - start, columns))
-            start += rows * columns
-        raise ValueError(f"token {token} is outside the {self.num_tokens} visual tokens of {self}")
-
-    def token_at(self, index: int, row: int, column: int) -> int:
-        """Number of the token at a place, as `place_of` returns it."""
-        before = sum(rows * columns for rows, columns in self.grids[:index])
-        return before + row * self.grids[index][1] + column
 
     def text(self, times: str = " x ") -> str:
         """The grids for a message: "24 x 24", or "19 x 13+36 x 24" with a draft grid."""

@@ -1,7 +1,6 @@
 """The grids of a model's images, by the `model_type` of its configuration.
 
-`cache/cache.py` imports this module to find the grid for `SSDCache.online`, and so do the families in `models/`. This
-module imports nothing from transformers' model files.
+This module imports nothing from transformers' model files.
 """
 
 from __future__ import annotations
@@ -40,14 +39,10 @@ def _janus_grid(config) -> Grid:
     return side, side
 
 
-GLM_SIDE = 16
-"""Rows of GLM-Image's square draft grid; draft grids of other proportions also have about 256 cells."""
-
-
 def _glm_draft_grid(grid: Grid) -> Grid:
-    """One draft grid of about 256 cells in the image's proportions, as the processor computes it."""
+    """One draft grid of about 16 x 16 cells in the image's proportions, as the processor computes it."""
     ratio = grid[0] / grid[1]
-    return int(math.sqrt(ratio) * GLM_SIDE), int(math.sqrt(1 / ratio) * GLM_SIDE)
+    return int(math.sqrt(ratio) * 16), int(math.sqrt(1 / ratio) * 16)
 
 
 GRIDS: Mapping[str, ModelGrid] = MappingProxyType(
@@ -64,15 +59,10 @@ GRIDS: Mapping[str, ModelGrid] = MappingProxyType(
 
 
 def layout_of_model(config, grid: Grid | None = None) -> ImageLayout:
-    """Layout of a model's images.
-
-    Args:
-        config: the model's configuration.
-        grid: rows and columns; required for a family with several image sizes or an unknown family. Overrides the
-            family's own grid.
+    """Layout of a model's images, from its configuration and the grid that the caller chose.
 
     Raises:
-        ValueError: no grid was given, and the model does not fix one.
+        ValueError: no grid was given, and the family is unknown or has several image sizes.
     """
     facts = GRIDS.get(getattr(config, "model_type", ""))
     if facts is None:

@@ -33,18 +33,16 @@ def made_up_map(labels, levels, seed=0):
 @given(st.data())
 def test_best_choices_are_those_of_brute_force(data):
     groups = data.draw(st.integers(1, 4))
-    number = st.integers(1, 9)
-    costs = [np.array(data.draw(st.lists(number, min_size=1, max_size=4))) for _ in range(groups)]
-    values = [
-        np.array(data.draw(st.lists(st.integers(0, 20), min_size=len(c), max_size=len(c))), dtype=float) for c in costs
-    ]
-    capacity = data.draw(st.integers(sum(int(c.min()) for c in costs), 40))
+    costs = np.array(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)))
+    row = st.lists(st.integers(0, 20), min_size=len(costs), max_size=len(costs))
+    values = np.array(data.draw(st.lists(row, min_size=groups, max_size=groups)), dtype=float)
+    capacity = data.draw(st.integers(groups * int(costs.min()), 40))
     picks = best_choices(costs, values, capacity)
-    assert sum(c[p] for c, p in zip(costs, picks, strict=True)) <= capacity
+    assert costs[picks].sum() <= capacity
     best = max(
         sum(v[p] for v, p in zip(values, choice, strict=True))
-        for choice in itertools.product(*(range(len(c)) for c in costs))
-        if sum(c[p] for c, p in zip(costs, choice, strict=True)) <= capacity
+        for choice in itertools.product(range(len(costs)), repeat=groups)
+        if costs[list(choice)].sum() <= capacity
     )
     assert sum(v[p] for v, p in zip(values, picks, strict=True)) == best
 
@@ -147,4 +145,4 @@ def test_what_can_not_be_shared_out_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match="step=0 is out of range"):
         fit_heads(made_up_map(labels, (20, 40)), 20, step=0)
     with pytest.raises(ValueError, match="give a coarser step, or none"):
-        best_choices([np.array([1, 2])] * 2000, [np.array([0.0, 1.0])] * 2000, 1_000_000)
+        best_choices(np.array([1, 2]), np.zeros((2000, 2)), 1_000_000)

@@ -4,10 +4,16 @@
 has a function for its numbers and one for its figure. Figures need `pip install 'ssd-cache[plot]'`; measuring does not.
 """
 
-from ssd_cache.analysis.attention import AttentionRecorder, HeadAttention, plot_first_rows, plot_queries
-from ssd_cache.analysis.concentration import Concentration, MarginTest, margin_test, plot_curves, semantic_concentration
+from ssd_cache.analysis.attention import AttentionRecorder, HeadAttention, plot_attention
+from ssd_cache.analysis.concentration import (
+    Concentration,
+    MarginTest,
+    margin_test,
+    plot_concentration,
+    semantic_concentration,
+)
 from ssd_cache.analysis.report import as_json, write_report
-from ssd_cache.analysis.retention import Retention, plot_heads, read_retention
+from ssd_cache.analysis.retention import Retention, plot_retention, read_retention
 from ssd_cache.analysis.scores import HeadScores, choose_heads, head_scores, plot_scores
 from ssd_cache.analysis.study import Analysis, analyze
 
@@ -24,10 +30,9 @@ __all__ = [
     "choose_heads",
     "head_scores",
     "margin_test",
-    "plot_curves",
-    "plot_first_rows",
-    "plot_heads",
-    "plot_queries",
+    "plot_attention",
+    "plot_concentration",
+    "plot_retention",
     "plot_scores",
     "read_retention",
     "semantic_concentration",

@@ -50,22 +50,16 @@ class AttentionRecorder:
     Args:
         heads: (layer, head) pairs.
         grid: rows and columns of visual tokens.
-        queries: visual tokens to show, counted from 0; see `default_queries`.
         row: batch row to record; 0 is the conditional row of the first image.
     """
 
-    def __init__(
-        self,
-        heads: Sequence[tuple[int, int]],
-        grid: tuple[int, int],
-        *,
-        queries: Sequence[int] | None = None,
-        row: int = 0,
-    ):
-        self.grid, self.row = grid, row
-        self.queries = default_queries(grid) if queries is None else tuple(queries)
-        self.num_seen, cells = 0, grid[0] * grid[1]
-        self.num_first = min(MAP_ROWS * grid[1], cells)
+    def __init__(self, heads: Sequence[tuple[int, int]], grid: tuple[int, int], *, row: int = 0):
+        rows, columns = self.grid = grid
+        self.row, cells = row, rows * columns
+        # two queries in the middle column, one in the first, one in the last; the image's last token has no query
+        shown = ((rows // 4, columns // 2), (rows // 2, columns // 2), (rows * 3 // 4, 0), (rows * 3 // 4, columns - 1))
+        self.queries = tuple(sorted({max(0, min(row * columns + column, cells - 2)) for row, column in shown}))
+        self.num_seen, self.num_first = 0, min(MAP_ROWS * columns, cells)
         self._tokens = torch.tensor([*range(self.num_first), *self.queries])  # whose attention is stored
         self._weights = {head: torch.zeros(len(self._tokens), cells) for head in heads}
         self._prompt = {head: torch.zeros(len(self._tokens)) for head in heads}
@@ -93,7 +87,7 @@ class AttentionRecorder:
         if self.num_seen <= max(self.queries):
             raise ValueError(
                 f"attention of {self.num_seen} visual tokens was recorded, which does not include token "
-                f"{max(self.queries)}: call finish() of the RecordingCache, or choose earlier queries"
+                f"{max(self.queries)}: call finish() of the RecordingCache"
             )
         first = self.num_first
         return tuple(
@@ -104,57 +98,34 @@ class AttentionRecorder:
         )
 
 
-def default_queries(grid: tuple[int, int]) -> tuple[int, ...]:
-    """Four queries that distinguish the head kinds: two in the middle column, one in the first, one in the last."""
-    rows, columns = grid
-    cells = ((rows // 4, columns // 2), (rows // 2, columns // 2), (rows * 3 // 4, 0), (rows * 3 // 4, columns - 1))
-    # the last token of the image is generated but never fed to the model, so it has no query
-    return tuple(sorted({max(0, min(row * columns + column, rows * columns - 2)) for row, column in cells}))
-
-
-def plot_queries(attention: HeadAttention) -> Figure:
-    """One panel per query, with its weights on the visual tokens so far. An outline marks the query."""
+def plot_attention(attention: HeadAttention) -> Figure:
+    """Weights over the grid at each query, which is outlined, and below them by query and key over the first rows."""
     (rows, columns), number = attention.grid, len(attention.queries)
-    figure = new_figure(0.6 + (number + 1) // 2 * 2.15 * min(1.5, rows / columns))
+    names = [str(index) for index in range(number)]
+    panels: list = [[names[index], names[min(index + 1, number - 1)]] for index in range(0, number, 2)]
+    heights = [2.15 * min(1.5, rows / columns)] * len(panels) + [4.0]
+    figure = new_figure(0.6 + sum(heights))
     from matplotlib.colors import PowerNorm
     from matplotlib.patches import Rectangle
 
-    panels = figure.subplots((number + 1) // 2, 2, squeeze=False).flatten()
-    norm = PowerNorm(0.5, vmin=0, vmax=attention.weights.max().item())  # keeps small weights visible
-    for axes in panels[number:]:
-        axes.set_visible(False)
-    for axes, query, weights, prompt in zip(
-        panels, attention.queries, attention.weights, attention.prompt_share, strict=False
+    axes = figure.subplot_mosaic([*panels, ["keys", "keys"]], height_ratios=heights)
+    to_come = torch.ones(attention.first_rows.shape, dtype=torch.bool).triu(1)
+    # a few weights of 1 in the first steps would make all others too dark to see
+    top = max(attention.weights.max().item(), attention.first_rows[~to_come].quantile(0.995).item())
+    style = {"cmap": color_map(), "norm": PowerNorm(0.5, vmin=0, vmax=top)}  # keeps small weights visible
+    for name, query, weights, prompt in zip(
+        names, attention.queries, attention.weights, attention.prompt_share, strict=True
     ):
-        shown = weights.masked_fill(torch.arange(len(weights)) > query, torch.nan).reshape(attention.grid)
-        image = axes.imshow(shown.numpy(), cmap=color_map(), norm=norm)
+        seen = weights.masked_fill(torch.arange(len(weights)) > query, torch.nan).reshape(attention.grid)
+        axes[name].imshow(seen.numpy(), **style)
         row, column = divmod(query, columns)
         for color, width in (("white", 2.6), ("#D55E00", 1.4)):  # visible on bright and on dark colours
             cell = (column - 0.5, row - 0.5)
-            axes.add_patch(Rectangle(cell, 1, 1, fill=False, edgecolor=color, linewidth=width))
-        axes.set_title(f"row {row}, column {column}\nprompt {prompt.item():.0%}", fontsize=10)
-        axes.set(xticks=sorted({0, (columns - 1) // 2, columns - 1}), yticks=sorted({0, (rows - 1) // 2, rows - 1}))
-    figure.colorbar(image, ax=list(panels), label="weight (root scale)", shrink=0.7)
-    return figure
-
-
-def plot_first_rows(attention: HeadAttention) -> Figure:
-    """Weights by query (down) and key (across) over the first grid rows; lines separate the rows."""
-    columns, weights = attention.grid[1], attention.first_rows
-    to_come = torch.ones(weights.shape, dtype=torch.bool).triu(1)
-    seen = weights[~to_come]
-    top = seen.quantile(0.995).item()  # a few weights of 1 in the first steps would make all others too dark to see
-    figure = new_figure(4.3)
-    from matplotlib.colors import PowerNorm
-
-    axes = figure.add_subplot()
-    norm = PowerNorm(0.5, vmin=0, vmax=top)
-    image = axes.imshow(weights.masked_fill(to_come, torch.nan).numpy(), cmap=color_map(), norm=norm)
-    edges = range(0, len(weights), columns)
-    for edge in edges[1:]:
-        axes.axhline(edge - 0.5, color="white", linewidth=0.5, alpha=0.7)
-        axes.axvline(edge - 0.5, color="white", linewidth=0.5, alpha=0.7)
-    axes.set(xlabel="key: visual token", ylabel="query: visual token", xticks=edges, yticks=edges)
-    extend = "max" if seen.max().item() > top else "neither"
-    figure.colorbar(image, ax=axes, label="weight (root scale)", shrink=0.85, extend=extend)
+            axes[name].add_patch(Rectangle(cell, 1, 1, fill=False, edgecolor=color, linewidth=width))
+        axes[name].set_title(f"row {row}, column {column}\nprompt {prompt.item():.0%}", fontsize=10)
+        axes[name].set(xticks=sorted({0, columns - 1}), yticks=sorted({0, rows - 1}))
+    image = axes["keys"].imshow(attention.first_rows.masked_fill(to_come, torch.nan).numpy(), **style)
+    edges = range(0, len(attention.first_rows), columns)
+    axes["keys"].set(xlabel="key: visual token", ylabel="query: visual token", xticks=edges, yticks=edges)
+    figure.colorbar(image, ax=list(axes.values()), label="weight (root scale)", location="bottom", extend="max")
     return figure

@@ -8,15 +8,14 @@ result does not give the cause: a model may also treat margins differently becau
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from transformers import Cache
 
 from ssd_cache.analysis.plotting import new_figure
-from ssd_cache.cache.layer import SSDLayer
 from ssd_cache.head_map.card import SEMANTIC, SPATIAL
 from ssd_cache.head_map.head_map import HeadMap
+from ssd_cache.profiling.recorder import RecordingCache
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,13 +33,11 @@ class MarginTest:
         share: the share of the sum in the first and the last column.
         chance: the average share of two columns.
         p_value: fraction of random shifts with at least this `share`; the unshifted data counts as one shift.
-        num_units: number of images.
     """
 
     share: float
     chance: float
     p_value: float
-    num_units: int
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Curve:
     """
 
     states: Literal["keys", "values"]
-    kind: Literal["spatial", "semantic"]
+    kind: str
     num_heads: int
     difference: torch.Tensor
     margin: MarginTest
@@ -64,18 +61,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Concentration:
-    """Curves of K and V for both kinds of heads. A kind that the map lacks is omitted.
-
-    Attributes:
-        grid: rows and columns of visual tokens.
-        curves: up to four, for K and V of each kind.
-        head_shares: by "keys" and "values", `[layers, kv_heads]`, float64: the share of each head's difference in the
-            margin columns.
-    """
+    """Curves of K and V for both kinds of heads; a kind that the map lacks is omitted. `grid` is (rows, columns)."""
 
     grid: tuple[int, int]
     curves: tuple[Curve, ...]
-    head_shares: dict[str, torch.Tensor]
 
     @property
     def is_shown(self) -> bool:
@@ -94,7 +83,7 @@ class Concentration:
             f"{curve.margin.share:.1%} of the difference in {curve.states} (p = {curve.margin.p_value:.2g})"
             for curve in found
         )
-        verdict, number = "shows" if self.is_shown else "does not show", found[0].margin.num_units
+        verdict, number = "shows" if self.is_shown else "does not show", len(found[0].difference)
         return (
             f"{model} {verdict} semantic concentration at the margins: in its semantic heads the margin columns hold "
             f"{parts}, where chance gives {found[0].margin.chance:.1%}; {number} image{'s' if number > 1 else ''}."
@@ -102,12 +91,7 @@ class Concentration:
 
 
 def semantic_concentration(
-    cache: Cache,
-    head_map: HeadMap,
-    *,
-    num_prompt: int | None = None,
-    is_unconditional: torch.Tensor | None = None,
-    seed: int = 0,
+    cache: RecordingCache, head_map: HeadMap, is_unconditional: torch.Tensor, seed: int = 0
 ) -> Concentration:
     """Squared differences of K and V between the conditional and the unconditional rows, per token.
 
@@ -116,60 +100,24 @@ def semantic_concentration(
     Keys are compared after RoPE. RoPE rotates both rows by the same angles, so it does not change the difference.
 
     Args:
-        cache: a cache that was used to generate images with guidance and evicted nothing: a `RecordingCache`, an
-            `SSDCache` with budget 1.0, or a `DynamicCache`.
+        cache: a cache that was used to generate images with guidance.
         head_map: the map with the labels.
-        num_prompt: number of prompt tokens; required for caches that do not store it.
-        is_unconditional: boolean `[rows]`, see `Generator.is_unconditional`. Default: the second half of the rows, as
-            in Janus.
-        seed: seed of the random shifts of the margin test.
-
-    Raises:
-        ValueError: tokens were evicted, no visual token is stored, the rows do not form pairs, or the map does not fit.
+        is_unconditional: boolean `[rows]`, see `Generator.is_unconditional`.
+        seed: as for `margin_test`.
     """
-    columns, curves = head_map.grid[1], []
-    head_shares: dict[str, torch.Tensor] = {}
+    curves, where = [], is_unconditional.cpu()
     for states in STATES:
-        by_layer = [_difference(_visual(layer, states, num_prompt), is_unconditional) for layer in cache.layers]
+        by_layer = []
+        for layer in cache.layers:
+            held = getattr(layer, states)[:, :, layer.num_prompt :].float()
+            by_layer.append((held[~where] - held[where]).square().mean(-1).double().cpu())
         difference = torch.stack(by_layer, dim=1)  # [images, layers, kv_heads, tokens]
-        head_map.check_fits("the cache", *difference.shape[1:3])
-        complete = difference.shape[-1] // columns * columns
-        by_column = difference[..., :complete].unflatten(-1, (-1, columns)).sum((0, 3))
-        head_shares[states] = by_column[..., [0, -1]].sum(-1) / by_column.sum(-1).clamp(min=1e-300)
         for kind, labels in (("spatial", head_map.is_spatial), ("semantic", ~head_map.is_spatial)):
             if labels.any():
                 mean = difference[:, labels].mean(1)
-                test = margin_test(mean, columns, seed=seed)
-                curves.append(Curve(states, kind, int(labels.sum()), mean, test))  # type: ignore[arg-type]
-    return Concentration(head_map.grid, tuple(curves), head_shares)
-
-
-def _visual(layer: Any, states: str, num_prompt: int | None) -> torch.Tensor:
-    """Keys or values of the visual tokens in raster order, `[rows, kv_heads, tokens, head_dim]`."""
-    if not isinstance(layer, SSDLayer):
-        num_prompt = getattr(layer, "num_prompt", num_prompt)
-        if num_prompt is None:
-            raise ValueError(f"a {type(layer).__name__} does not store the length of the prompt: give num_prompt=...")
-        return getattr(layer, states)[:, :, num_prompt:]
-    if not layer.stores:
-        raise ValueError("the cache holds no visual token: generate an image with it first")
-    if any(store.num_stored < layer.num_visual for store in layer.stores):
-        raise ValueError(
-            "the cache has evicted visual tokens, so rows cannot be compared: use SSDCache(head_map, budget=1.0)"
-        )
-    which = ("keys", "values").index(states)
-    parts = [store.states(store.num_stored - 1)[which][:, :, store.num_prompt :] for store in layer.stores]
-    return layer.groups.join(parts)
-
-
-def _difference(states: torch.Tensor, is_unconditional: torch.Tensor | None) -> torch.Tensor:
-    """Squared difference between paired rows, `[images, kv_heads, tokens]`, float64, on the CPU."""
-    rows = states.shape[0]
-    unconditional = torch.arange(rows) >= rows // 2 if is_unconditional is None else is_unconditional.cpu()
-    if len(unconditional) != rows or 2 * int(unconditional.sum()) != rows:
-        raise ValueError(f"the cache holds {rows} row(s), which are not pairs: generate with guidance")
-    where = unconditional.to(states.device)
-    return (states[~where].float() - states[where].float()).square().mean(-1).double().cpu()
+                test = margin_test(mean, head_map.grid[1], seed=seed)
+                curves.append(Curve(states, kind, int(labels.sum()), mean, test))
+    return Concentration(head_map.grid, tuple(curves))
 
 
 def margin_test(difference: torch.Tensor, columns: int, *, num_shifts: int = NUM_SHIFTS, seed: int = 0) -> MarginTest:
@@ -181,14 +129,8 @@ def margin_test(difference: torch.Tensor, columns: int, *, num_shifts: int = NUM
     in an image does not give a false positive. p = (1 + shifts with at least the true share) / (1 + num_shifts). With
     one image of 24 columns, p cannot fall below about 1/24, so generate several images.
 
-    Args:
-        difference: `[images, tokens]`, not negative; an incomplete last row is ignored.
-        columns: number of grid columns.
-        num_shifts: number of random shifts.
-        seed: seed of the random shifts.
-
-    Raises:
-        ValueError: there are fewer than three columns, or no complete row.
+    `difference` is `[images, tokens]`, not negative; an incomplete last row is ignored. Raises ValueError if there are
+    fewer than three columns, or no complete row.
     """
     num_images, tokens = difference.shape
     if columns < 3 or tokens < columns:
@@ -203,10 +145,10 @@ def margin_test(difference: torch.Tensor, columns: int, *, num_shifts: int = NUM
     shifts = torch.randint(columns, (num_images, num_shifts), generator=generator)
     shifted = pairs.gather(1, shifts).sum(0) / total
     hits = int((shifted >= share * (1 - 1e-9)).sum())  # a different order of summation may change the last digits
-    return MarginTest(share, 2 / columns, (1 + hits) / (1 + num_shifts), num_images)
+    return MarginTest(share, 2 / columns, (1 + hits) / (1 + num_shifts))
 
 
-def plot_curves(concentration: Concentration) -> Figure:
+def plot_concentration(concentration: Concentration) -> Figure:
     """Plot the difference by visual token, averaged over images; thin vertical lines separate grid rows.
 
     K is above and V below, with one line per kind of head.
@@ -219,15 +161,10 @@ def plot_curves(concentration: Concentration) -> Figure:
             axes.axvline(edge - 0.5, color="#cccccc", linewidth=0.5)
         for curve in concentration.curves:
             if curve.states == states:
-                axes.plot(
-                    curve.difference.mean(0).numpy(),
-                    color=SEMANTIC if curve.kind == "semantic" else SPATIAL,
-                    linewidth=1.0,
-                    linestyle="-" if curve.kind == "semantic" else (0, (3, 1)),
-                    label=f"{curve.kind} ({curve.num_heads})",
-                )
+                color, line = (SEMANTIC, "-") if curve.kind == "semantic" else (SPATIAL, "--")
+                label = f"{curve.kind} ({curve.num_heads})"
+                axes.plot(curve.difference.mean(0).numpy(), color=color, linewidth=1.0, linestyle=line, label=label)
         axes.set(ylabel=f"squared difference\nof {states}", ylim=(0, None), xlim=(-0.5, rows * columns - 0.5))
-    panels[1].set_xticks(range(0, rows * columns, -(-rows // 8) * columns))
     panels[1].set_xlabel(f"visual token, a line every {columns} (a grid row)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure

@@ -29,11 +29,7 @@ TO_COME = "#cfcfcf"
 
 
 def check_packages(*names: str) -> None:
-    """Check that optional packages are installed, before any work that needs them.
-
-    Raises:
-        ImportError: a package is not installed; the message says how to install it.
-    """
+    """Raise ImportError, which says how to install them, if optional packages are not installed."""
     missing = [name for name in names or ("jinja2", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ImportError(

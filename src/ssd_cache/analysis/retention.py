@@ -53,19 +53,9 @@ class Retention:
         """Share of the seen tokens that no head still holds."""
         return 1 - self.held.flatten(0, 1).any(0).sum().item() / self.num_seen
 
-    def margin_share(self, kind: str) -> float | None:
-        """Share of the tokens held by heads of a kind that lie in the first or last column; None without such heads."""
-        wanted = self.is_spatial if kind == "spatial" else ~self.is_spatial
-        held = self.held[wanted].reshape(-1, *self.grid)
-        return (held[..., [0, -1]].sum() / held.sum()).item() if held.any() else None
-
 
 def read_retention(cache: SSDCache, *, row: int = 0) -> Retention:
-    """Read which visual tokens the heads of a cache hold now, during or after generation.
-
-    Args:
-        cache: a cache with at least one visual token.
-        row: batch row to read; with guidance, the first half of the batch has the conditional rows of the images.
+    """Read which visual tokens the heads hold now in a row of the batch, during or after generation.
 
     Raises:
         ValueError: the cache holds no visual token, or has no such row.
@@ -75,14 +65,12 @@ def read_retention(cache: SSDCache, *, row: int = 0) -> Retention:
     num_rows = cache.layers[0].stores[0].positions.shape[0]
     if not 0 <= row < num_rows:
         raise ValueError(f"row={row} is out of range: the cache holds {num_rows} rows, counted from 0")
-    positions, kinds = [], []
-    for layer in cache.layers:
-        positions.append(tuple(tuple(held[row].tolist()) for held in layer.held_positions()))
-        kinds.append(layer.labels or layer.plan.is_spatial)
-    return Retention(cache.head_map.grid, cache.layers[0].num_visual, tuple(positions), torch.tensor(kinds))
+    positions = tuple(tuple(tuple(held[row].tolist()) for held in layer.held_positions()) for layer in cache.layers)
+    kinds = torch.tensor([layer.labels or layer.plan.is_spatial for layer in cache.layers])
+    return Retention(cache.head_map.grid, cache.layers[0].num_visual, positions, kinds)
 
 
-def plot_heads(retention: Retention) -> Figure:
+def plot_retention(retention: Retention) -> Figure:
     """Plot a small grid for every head, with layers as rows and KV heads as columns."""
     (rows, columns), held = retention.grid, retention.held
     layers, heads = held.shape[:2]
@@ -95,7 +83,6 @@ def plot_heads(retention: Retention) -> Figure:
     state = torch.where(held, torch.where(retention.is_spatial[..., None], 3, 2), 1)
     state[..., retention.num_seen :] = 4
     colors = ["#7a7a7a", "#f7f7f7", SEMANTIC, SPATIAL, TO_COME]
-    names = {3: "held, spatial", 2: "held, semantic", 1: "evicted", 4: "to come"}
     mosaic = torch.nn.functional.pad(state.unflatten(-1, (rows, columns)), (0, gap, 0, gap))
     mosaic = mosaic.transpose(1, 2).flatten(2).flatten(0, 1)  # [layers * (rows + gap), heads * (columns + gap)]
     axes = figure.add_subplot()
@@ -105,10 +92,7 @@ def plot_heads(retention: Retention) -> Figure:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set(xlabel="KV head", ylabel="layer")
-    handles = [
-        Patch(facecolor=colors[number], edgecolor="#555555", label=name)
-        for number, name in names.items()
-        if (state == number).any()
-    ]
+    names = {3: "held, spatial", 2: "held, semantic", 1: "evicted", 4: "to come"}
+    handles = [Patch(facecolor=colors[number], edgecolor="#555555", label=name) for number, name in names.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
     return figure

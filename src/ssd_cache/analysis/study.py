@@ -21,13 +21,13 @@ from ssd_cache.analysis.attention import AttentionRecorder, HeadAttention
 from ssd_cache.analysis.concentration import Concentration, semantic_concentration
 from ssd_cache.analysis.retention import Retention, read_retention
 from ssd_cache.analysis.scores import HeadScores, choose_heads, head_scores
-from ssd_cache.budget import Budget, is_amount
+from ssd_cache.budget import Budget, check_count, is_amount
 from ssd_cache.cache.cache import MemoryStats, SSDCache
 from ssd_cache.cache.policies import own_policy, policy_label, words_of
 from ssd_cache.cache.sharding import check_whole
 from ssd_cache.decode.attention_switch import ssd_attention
 from ssd_cache.head_map.head_map import HeadMap, HeadMapError
-from ssd_cache.models import Checkpoint, Generator, ResolvedSampling, generator_of
+from ssd_cache.models import Checkpoint, Generator, generator_of
 from ssd_cache.profiling.measuring import check_prompts, generate_recorded
 from ssd_cache.profiling.recorder import RecordingCache
 
@@ -60,18 +60,6 @@ class Analysis:
     images: dict[str, Image.Image]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The checked settings of an analysis; see `analyze`. The head map's own policy comes first in `caches`."""
-
-    head_map: HeadMap
-    heads: tuple[tuple[int, int], ...]
-    step: int
-    num_images: int
-    caches: dict[str, SSDCache]
-    sampling: ResolvedSampling
-
-
 def analyze(
     model: PreTrainedModel | Generator,
     prompt: str,
@@ -80,8 +68,6 @@ def analyze(
     processor: ProcessorMixin | None = None,
     budget: Budget | None = None,
     buffer: int | None = None,
-    step: int | None = None,
-    head: tuple[int, int] | None = None,
     num_images: int = NUM_IMAGES,
     guidance_scale: float | None = None,
     temperature: float | None = None,
@@ -91,43 +77,90 @@ def analyze(
     """Measure where a model's heads attend, which tokens they hold, and at which tokens the prompt affects K and V.
 
     It generates `4 * num_images` images of one prompt: with a full cache, with the head map's own settings (its slots
-    and its learned score, if it has them), and under H2O and StreamingLLM.
+    and its learned score, if it has them), and under H2O and StreamingLLM. The tokens that heads hold are read when
+    three quarters of an image are generated.
 
     Args:
         model: a loaded image model of a supported family, or a `Generator`.
         prompt: the text prompt of all images.
         head_map: the map with the labels.
         processor: the processor of the model. Default: loaded from the same source as the model.
-        budget: as for `SSDCache`, for every policy.
-        buffer: as for `SSDCache`, for every policy.
-        step: number of visual tokens seen when the contents of the heads are read. Default: three quarters of the grid.
-        head: a (layer, head) to plot. It replaces the most spatial or the most semantic head, depending on its kind.
+        budget, buffer: as for `SSDCache`, for every policy.
         num_images: images per batch; the margin test needs several (see `margin_test`).
-        guidance_scale: as for `Generator.generate`.
-        temperature: as for `Generator.generate`.
-        seed: as for `Generator.generate`.
+        guidance_scale, temperature, seed: as for `Generator.generate`.
         progress: show a progress bar that counts visual tokens.
 
     Raises:
         ValueError: a setting is out of range, the model or the map does not fit, or attention is not finite.
     """
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
-    sampling = generator.sampling(guidance_scale, temperature, seed)
-    plan = plan_analysis(generator.checkpoint, head_map, sampling, budget, buffer, step, head, num_images)
-    return run_plan(generator, prompt, plan, progress=progress)
+    checkpoint, prompts = generator.checkpoint, [prompt] * num_images
+    caches = make_caches(checkpoint, head_map, budget, buffer, num_images)
+    sampling = dataclasses.asdict(generator.sampling(guidance_scale, temperature, seed))
+    check_whole(generator.language_model)
+    check_prompts(generator, [prompt])
+    scores, step = head_scores(head_map), head_map.num_visual_tokens * 3 // 4
+    is_unconditional = generator.is_unconditional(num_images)
+    row = int(is_unconditional.long().argmin())  # the conditional row of the first image
+    tokens: dict[str, torch.Tensor] = {}  # of the first image, by policy
+    retention: dict[str, Retention] = {}
+    memory: dict[str, MemoryStats] = {}
+    num_tokens = (1 + len(caches)) * num_images * checkpoint.num_visual_tokens
+    with (
+        ssd_attention(generator.language_model),
+        tqdm(total=num_tokens, unit=" visual tokens", desc="full", disable=not progress) as bar,
+    ):
+        recorder = AttentionRecorder(choose_heads(scores), checkpoint.grid, row=row)
+        full = RecordingCache(checkpoint.layout, checkpoint.num_layers, checkpoint.num_kv_heads, recorder)
+        tokens["full"] = generate_recorded(generator, prompts, full, on_tokens=bar.update, **sampling)[:1]
+        concentration = semantic_concentration(full, head_map, is_unconditional, seed)
+        full.reset()  # frees its memory
+        for policy, cache in caches.items():
+
+            def on_tokens(number: int, policy: str = policy, cache: SSDCache = cache) -> None:
+                bar.update(number)
+                # called after a forward pass: the token just fed is stored, the next one is not generated yet
+                if cache.layers[-1].num_visual == step:
+                    retention[policy] = read_retention(cache, row=row)
+
+            bar.set_description(policy)
+            tokens[policy] = generator.generate(prompts, cache, on_tokens=on_tokens, **sampling)[:1]
+            memory[policy] = cache.memory_stats()
+        images = dict(zip(tokens, generator.to_images(torch.cat(list(tokens.values()))), strict=True))
+    own_name, own = next(iter(caches.items()))
+    device = generator.model.device
+    conditions = {
+        "model": checkpoint.name,
+        "revision": getattr(checkpoint.config, "_commit_hash", None),
+        "layers": checkpoint.num_layers,
+        "kv_heads": checkpoint.num_kv_heads,
+        "grid": list(checkpoint.grid),
+        "num_images": num_images,
+        "head_map_digest": head_map.digest,
+        "head_map_method": head_map.method,
+        "head_map_threshold": head_map.threshold,
+        "policy": f"{own_name}: {words_of(own.slots, own.score)}",
+        "budget": own.budget if is_amount(own.budget) else own.mean_slots,
+        "buffer": own.buffer,
+        "step": step,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "ssd_cache": ssd_cache.__version__,
+        "prompt": prompt,
+        **sampling,
+        "dtype": str(generator.model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+    }
+    return Analysis(conditions, scores, recorder.result(), concentration, retention, memory, images)
 
 
-def plan_analysis(
-    checkpoint: Checkpoint,
-    head_map: HeadMap,
-    sampling: ResolvedSampling,
-    budget: Budget | None = None,
-    buffer: int | None = None,
-    step: int | None = None,
-    head: tuple[int, int] | None = None,
-    num_images: int = NUM_IMAGES,
-) -> Plan:
-    """Check the settings of `analyze` for a model that may not be loaded yet. Raises the same errors as `analyze`."""
+def make_caches(
+    checkpoint: Checkpoint, head_map: HeadMap, budget: Budget | None, buffer: int | None, num_images: int
+) -> dict[str, SSDCache]:
+    """Check the settings of `analyze` for a model that may not be loaded yet, and make its caches, by policy.
+
+    The head map's own policy comes first. Raises the same errors as `analyze`.
+    """
     if head_map.is_online:
         raise HeadMapError("an online map has no labels to analyze: give a head map, or profile the model first")
     others = "`ssd-cache profile` and `eval fidelity` support it"
@@ -136,97 +169,10 @@ def plan_analysis(
     if checkpoint.family.default_guidance is None:
         raise ValueError(f"{checkpoint.name} has no guidance, whose rows the analysis compares. {others}")
     checkpoint.check_head_map(head_map)
-    cells = head_map.num_visual_tokens
-    if isinstance(budget, int) and budget > cells:
-        raise ValueError(f"budget={budget}: the grid has {cells} visual tokens; give at most {cells}")
-    step = cells * 3 // 4 if step is None else step
-    if not 1 <= step < cells:
-        raise ValueError(f"step={step} is out of range: give 1 to {cells - 1} visual tokens")
-    if num_images < 1:
-        raise ValueError(f"num_images={num_images} is out of range: give 1 or more")
-    limits = {"layer": head_map.num_layers, "head": head_map.num_kv_heads}
-    for (name, limit), number in zip(limits.items(), head or (0, 0), strict=True):
-        if not 0 <= number < limit:
-            raise ValueError(f"{name}={number} is out of range: {checkpoint.name} has {limit}, counted from 0")
+    check_count("num_images", num_images, 1)
     policy, settings = own_policy(head_map)
     label = policy_label(policy, settings)
     if not (budget is None or is_amount(budget)):  # this form of budget already sets the slots per head
         settings = {}
-    caches = {label: SSDCache.from_policy(policy, head_map, budget, buffer=buffer, **settings)}
-    caches |= {name: SSDCache.from_policy(name, head_map, budget, buffer=buffer) for name in BASELINES}
-    return Plan(head_map, choose_heads(head_scores(head_map), head), step, num_images, caches, sampling)
-
-
-def run_plan(generator: Generator, prompt: str, plan: Plan, *, progress: bool = True) -> Analysis:
-    """Generate the images and measure them by the plan; see `analyze`."""
-    check_whole(generator.language_model)
-    check_prompts(generator, [prompt])
-    checkpoint, prompts = generator.checkpoint, [prompt] * plan.num_images
-    settings: dict[str, Any] = dataclasses.asdict(plan.sampling)
-    is_unconditional = generator.is_unconditional(plan.num_images)
-    row = int(is_unconditional.long().argmin())  # the conditional row of the first image
-    tokens: dict[str, torch.Tensor] = {}  # of the first image, by policy
-    retention: dict[str, Retention] = {}
-    memory: dict[str, MemoryStats] = {}
-    bar = tqdm(
-        total=(1 + len(plan.caches)) * plan.num_images * checkpoint.num_visual_tokens,
-        unit=" visual tokens",
-        disable=not progress,
-    )
-
-    def generate(policy: str, cache: SSDCache) -> None:
-        def on_tokens(number: int) -> None:
-            bar.update(number)
-            # called after a forward pass: the token just fed is stored, the next one is not generated yet
-            if cache.layers[-1].num_visual == plan.step:
-                retention[policy] = read_retention(cache, row=row)
-
-        cache.reset()
-        bar.set_description(policy)
-        tokens[policy] = generator.generate(prompts, cache, on_tokens=on_tokens, **settings)[:1]
-        memory[policy] = cache.memory_stats()
-        cache.reset()
-
-    with ssd_attention(generator.language_model), bar:
-        bar.set_description("full")
-        recorder = AttentionRecorder(plan.heads, checkpoint.grid, row=row)
-        full = RecordingCache(checkpoint.layout, checkpoint.num_layers, checkpoint.num_kv_heads, recorder)
-        tokens["full"] = generate_recorded(generator, prompts, full, on_tokens=bar.update, **settings)[:1]
-        concentration = semantic_concentration(
-            full, plan.head_map, is_unconditional=is_unconditional, seed=plan.sampling.seed
-        )
-        del full  # free its memory
-        for policy, cache in plan.caches.items():
-            generate(policy, cache)
-        images = dict(zip(tokens, generator.to_images(torch.cat(list(tokens.values()))), strict=True))
-    conditions = _conditions(generator, prompt, plan)
-    scores = head_scores(plan.head_map)
-    return Analysis(conditions, scores, recorder.result(), concentration, retention, memory, images)
-
-
-def _conditions(generator: Generator, prompt: str, plan: Plan) -> dict[str, Any]:
-    checkpoint, head_map, sampling = generator.checkpoint, plan.head_map, plan.sampling
-    policy, cache = next(iter(plan.caches.items()))
-    device = generator.model.device
-    return {
-        "model": checkpoint.name,
-        "revision": getattr(checkpoint.config, "_commit_hash", None),
-        "layers": checkpoint.num_layers,
-        "kv_heads": checkpoint.num_kv_heads,
-        "grid": list(checkpoint.grid),
-        "num_images": plan.num_images,
-        "head_map_digest": head_map.digest,
-        "head_map_method": head_map.method,
-        "head_map_threshold": head_map.threshold,
-        "policy": f"{policy}: {words_of(cache.slots, cache.score)}",
-        "budget": cache.budget if is_amount(cache.budget) else cache.mean_slots,
-        "buffer": cache.buffer,
-        "step": plan.step,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "ssd_cache": ssd_cache.__version__,
-        "prompt": prompt,
-        **dataclasses.asdict(sampling),
-        "dtype": str(generator.model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-    }
+    own = SSDCache.from_policy(policy, head_map, budget, buffer=buffer, **settings)
+    return {label: own} | {name: SSDCache.from_policy(name, head_map, budget, buffer=buffer) for name in BASELINES}

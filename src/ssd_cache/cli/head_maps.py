@@ -22,7 +22,7 @@ from ssd_cache.cli.resuming import Resume, StateFile
 from ssd_cache.evaluation.fidelity import measure_divergence
 from ssd_cache.evaluation.fidelity.divergence import check_fitting
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.models import BUNDLED
+from ssd_cache.models import BUNDLED, Checkpoint
 from ssd_cache.profiling.allocation import fit_heads
 from ssd_cache.profiling.profiling import check_profiling, profile_heads
 from ssd_cache.runs.processes import Processes
@@ -36,37 +36,19 @@ def profile(
     model: options.ModelName = BUNDLED,
     grid: options.Grid = None,
     method: Annotated[
-        str,
-        option(
-            "coverage: the kind that retains more of a head's attention. window: attention on the newest tokens above "
-            "a threshold.",
-            "NAME",
-        ),
+        str, option("coverage: the kind that retains more attention. window: attention on the newest tokens.", "NAME")
     ] = "coverage",
     budget: options.MapBudget = "0.2",
-    levels: Annotated[
-        str | None,
-        option(
-            "Further budgets to measure, for choosing slots: 0.1,0.3,0.5. Fractions too small for --buffer and "
-            "--num-recent are raised.",
-            "X,X",
-        ),
-    ] = None,
-    fit: Annotated[
-        bool,
-        typer.Option("--fit", help="Choose the slots and the label of each head from the measurements of --levels."),
-    ] = False,
+    levels: Annotated[str | None, option("Further budgets to measure, for choosing slots: 0.1,0.3,0.5.", "X,X")] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Choose each head's slots and label by --levels.")] = False,
     buffer: options.Buffer = None,
-    num_recent: Annotated[
-        str, option("Newest tokens that a semantic head keeps: tokens, or a fraction.", "X")
-    ] = "0.25",
+    num_recent: Annotated[str, option("Newest tokens of a semantic head: tokens, or a fraction.", "X")] = "0.25",
     num_sinks: Annotated[int, option("First tokens that a spatial head keeps.", "N")] = 0,
     window: Annotated[
-        int | None, option("Visual tokens that count as near.", "N", default="a row of the grid and one")
+        int | None, option("Tokens that count as near.", "N", default="a row of the grid and one")
     ] = None,
     threshold: Annotated[
-        float | None,
-        option("With window: minimum share of attention of a spatial head.", "X", default="chosen from the data"),
+        float | None, option("With window: lowest share of a spatial head.", "X", default="chosen from the data")
     ] = None,
     resume: Resume = None,
     batch_size: Annotated[
@@ -92,7 +74,7 @@ def profile(
     settings: dict[str, Any] = {
         "method": method,
         "budget": parse_budget(budget),
-        "levels": [parse_budget(level, "--levels") for level in levels.split(",")] if levels else None,
+        "levels": _parse_levels(levels),
         "buffer": buffer,
         "num_recent": parse_budget(num_recent, "--num-recent", least=0),
         "num_sinks": num_sinks,
@@ -103,8 +85,7 @@ def profile(
     with refusing():
         checkpoint = find_model(model, grid)
         sampling = asdict(checkpoint.sampling(guidance, temperature, seed))
-        heads = (checkpoint.num_layers, checkpoint.num_kv_heads) if fit else None
-        check_profiling(checkpoint.layout, fit=heads, **settings)
+        check_profiling(checkpoint.layout, fit=fit, **settings)
         processes = Processes()
         generator = load_generator(checkpoint, dtype, processes.choose_device(device))
     profiled = state.run(lambda path: profile_heads(generator, texts, state_file=path, **settings, **sampling))
@@ -119,12 +100,7 @@ def fit(
     output: options.MapFolder = Path("fitted-map"),
     budget: options.MapBudget = "0.2",
     levels: Annotated[
-        str | None,
-        option(
-            "Slots to measure every head at, each a level of the map that `profile --levels` made: 32,86,173.",
-            "N,N",
-            default="all",
-        ),
+        str | None, option("Levels of the map, as slots, to measure every head at: 32,86,173.", "N,N", default="all")
     ] = None,
     resume: Resume = None,
     batch_size: Annotated[int, option("Images at once.", "N", least=1)] = 4,
@@ -145,16 +121,12 @@ def fit(
     resumes it.
     """
     texts, state = _begin(prompts, prompts_file, output, resume)
-    amount = parse_budget(budget)
-    chosen: Any = None if levels is None else [parse_budget(level, "--levels") for level in levels.split(",")]
+    amount, chosen = parse_budget(budget), _parse_levels(levels)
     with refusing():
-        checkpoint = find_model(model, grid)
-        sampling = checkpoint.sampling(guidance, temperature, seed)
-        sampling.check_random()
-        labels = find_labels(checkpoint, head_map)
+        checkpoint, labels, sampling = _find(model, grid, head_map, guidance, temperature, seed)
         check_fitting(labels, amount, chosen)
         generator = load_generator(checkpoint, dtype, device)
-    settings = {"levels": chosen, "batch_size": batch_size, **asdict(sampling)}
+    settings = {"levels": chosen, "batch_size": batch_size, **sampling}
     measured = state.run(lambda path: measure_divergence(generator, texts, labels, state_file=path, **settings))
     _save(fit_heads(measured, amount), output)
 
@@ -201,13 +173,10 @@ def learn(
         "batch_size": batch_size,
     }
     with refusing():
-        checkpoint = find_model(model, grid)
-        sampling = checkpoint.sampling(guidance, temperature, seed)
-        sampling.check_random()
-        labels = find_labels(checkpoint, head_map)
+        checkpoint, labels, sampling = _find(model, grid, head_map, guidance, temperature, seed)
         check_learning(labels, **settings)
         generator = load_generator(checkpoint, dtype, device)
-    settings |= asdict(sampling)
+    settings |= sampling
     learned = state.run(lambda path: learn_score(generator, texts, labels, state_file=path, **settings))
     found = learned.profile["learning"]["held_out"]
     _save(
@@ -222,10 +191,25 @@ def learn(
 def _begin(
     prompts: list[str] | None, prompts_file: Path | None, output: Path, resume: Path | None
 ) -> tuple[list[str], StateFile]:
-    """The prompts and the state file of a run; raises WrongUse if a path cannot be read or written."""
+    """The prompts and the state file of a run."""
     texts = read_prompts(prompts, prompts_file)
     check_place("--output", output, is_folder=True)
     return texts, StateFile(resume, output)
+
+
+def _parse_levels(text: str | None) -> Any:
+    """The numbers of `--levels`, or None; raises WrongUse."""
+    return [parse_budget(level, "--levels") for level in text.split(",")] if text else None
+
+
+def _find(
+    model: str, grid: str | None, head_map: str | None, guidance: float | None, temperature: float, seed: int
+) -> tuple[Checkpoint, HeadMap, dict[str, Any]]:
+    """The checkpoint, its head map and the settings of sampling, for commands that compare distributions."""
+    checkpoint = find_model(model, grid)
+    sampling = checkpoint.sampling(guidance, temperature, seed)
+    sampling.check_random()
+    return checkpoint, find_labels(checkpoint, head_map), asdict(sampling)
 
 
 def _save(head_map: HeadMap, output: Path, *notes: str) -> None:

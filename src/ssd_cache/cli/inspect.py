@@ -1,4 +1,4 @@
-"""`ssd-cache inspect`: print a head map and its default settings as a table, or save it as an image.
+"""`ssd-cache inspect`: print a head map and its default settings as a table.
 
 It only shows an existing map. `profile` makes maps, and `analyze` measures heads.
 """
@@ -6,7 +6,6 @@ It only shows an existing map. `profile` makes maps, and `analyze` measures head
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,9 +18,6 @@ from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.policies import own_policy, policy_label
 from ssd_cache.cache.scorers import SCORES
 from ssd_cache.cli.errors import refusing
-from ssd_cache.cli.files import check_output, save_image
-from ssd_cache.cli.options import output_option
-from ssd_cache.head_map.card import plot_labels
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import BUNDLED, find_head_map
 
@@ -30,10 +26,8 @@ def inspect(
     source: Annotated[
         str, typer.Argument(help=f"Folder or Hub id of a head map, folder of a model with a map, or {BUNDLED}.")
     ] = BUNDLED,
-    output: Annotated[Path | None, output_option("Also save the map as an image: .png, .jpg, .webp.", "FILE")] = None,
 ) -> None:
     """Print a head map: its origin, its default settings, and every head's kind and slots."""
-    place = None if output is None else check_output(output)
     with refusing():
         head_map = find_head_map(source)
     statistics = head_scores(head_map)
@@ -45,10 +39,6 @@ def inspect(
     width = console.measure(table, options=console.options.update(width=10_000)).maximum
     Console(highlight=False, markup=False, width=max(console.width, width)).print(table)
     typer.echo(caption)
-    if place is not None:
-        image = plot_labels(head_map)
-        save_image(image, place)
-        typer.echo(f"wrote {place} ({image.width} x {image.height})")
 
 
 def _facts(head_map: HeadMap, statistics: HeadScores) -> dict[str, str | None]:
@@ -62,16 +52,15 @@ def _facts(head_map: HeadMap, statistics: HeadScores) -> dict[str, str | None]:
         "model type": head_map.model_type,
         "grid": f"{head_map.layout.text()} visual tokens",
         "method": head_map.method,
-        "threshold": None if head_map.threshold is None else f"{head_map.threshold:g}",
         "labels by": None if statistics.name is None else statistics.name.replace("_", " ") + cut,
-        "statistics": ", ".join(name for name in statistics.all if name in head_map.scores) or None,
+        "statistics": ", ".join(head_map.scores) or None,
         "digest": head_map.digest,
         "heads": f"{head_map.num_layers} layers x {head_map.num_kv_heads} KV heads: {num_spatial} spatial, "
         f"{num_heads - num_spatial} semantic",
     }
 
 
-def _use(head_map: HeadMap) -> dict[str, str | None]:
+def _use(head_map: HeadMap) -> dict[str, str]:
     """The settings that `SSDCache(head_map)` uses for this map, in words."""
     learned = "carried by this map" if head_map.learned is not None else "this map carries no learned score"
     score = f"{SCORES['sum' if head_map.learned is None else 'learned'].words} ({learned})"
@@ -94,27 +83,18 @@ def _use(head_map: HeadMap) -> dict[str, str | None]:
 
 def _layers(head_map: HeadMap, statistics: HeadScores) -> tuple[Table, str]:
     """Table of every layer's labels, slots and statistic, and a caption that explains the symbols."""
-    labels, caption = head_map.is_spatial.tolist(), "# spatial, . semantic"
-    columns = {
-        "layer": [str(index) for index in range(head_map.num_layers)],
-        "spatial": [str(sum(row)) for row in labels],
-        "semantic": [str(len(row) - sum(row)) for row in labels],
-        "KV heads": ["".join(".#"[is_spatial] for is_spatial in row) for row in labels],
-    }
+    table, caption = Table(box=box.SIMPLE_HEAD, pad_edge=False), "# spatial, . semantic"
+    columns = {"layer": [str(index) for index in range(head_map.num_layers)]}
+    columns["KV heads"] = ["".join(".#"[label] for label in labels) for labels in head_map.is_spatial.tolist()]
     if head_map.slots is not None:
         width = max(len(str(number)) for layer in head_map.slots for number in layer)
         columns["slots"] = [" ".join(f"{number:>{width}}" for number in layer) for layer in head_map.slots]
         caption += "; slots of each head"
     if (values := statistics.values) is not None:
         name = (statistics.name or "").replace("_", " ")
-        if values.min() >= 0 and values.max() <= 1:
-            columns[name] = ["".join(map(str, row)) for row in (values * 10).int().clamp(max=9).tolist()]
-            caption += "; the statistic of each head in tenths"
-        else:
-            columns[name] = [f"{min(row):+.3f} to {max(row):+.3f}" for row in values.tolist()]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        columns[name] = [f"{min(row):+.3f} to {max(row):+.3f}" for row in values.tolist()]
     for title in columns:
-        table.add_column(title, justify="right" if title in ("layer", "spatial", "semantic") else "left")
+        table.add_column(title, justify="right" if title == "layer" else "left")
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*cells)
     return table, caption

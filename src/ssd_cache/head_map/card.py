@@ -124,7 +124,7 @@ def plot_labels(head_map: HeadMap) -> Image.Image:
 
     name = (head_map.model_id or "Head map").encode("ascii", "replace").decode()
     draw.text((28, 18), name if len(name) <= 42 else name[:40] + "..", INK, fonts[22])
-    shape = f"{rows} layers x {columns} KV heads, grid {head_map.layout.text()}"
+    shape = f"{rows} layers (down) x {columns} KV heads (across), grid {head_map.layout.text()}"
     draw.text((28, 48), shape, FAINT, fonts[16])
     num_spatial = int(head_map.is_spatial.sum())
     counts = (SPATIAL, f"spatial: {num_spatial}"), (SEMANTIC, f"semantic: {rows * columns - num_spatial}")
@@ -142,11 +142,6 @@ def plot_labels(head_map: HeadMap) -> Image.Image:
     for column in range(0, columns, _stride(cell, 26 if columns <= 100 else 44)):
         x = left + column * cell + cell // 2
         draw.text((x, top + rows * cell + 6), str(column), FAINT, fonts[14], anchor="ma")
-    draw.text((left + columns * cell // 2, top + rows * cell + 32), "KV head", INK, fonts[16], anchor="ma")
-    upright = Image.new("RGB", (60, 22), "white")
-    ImageDraw.Draw(upright).text((30, 11), "layer", INK, fonts[16], anchor="mm")
-    upright = upright.rotate(90, expand=True)
-    image.paste(upright, (left - 62, top + max(0, (rows * cell - upright.height) // 2)))
     return image
 
 

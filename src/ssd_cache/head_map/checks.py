@@ -6,8 +6,8 @@ Each check raises a `HeadMapError` that names the value received, the limit, and
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +29,7 @@ class HeadMapError(ReadableError):
 
 
 def check_shape(shape: tuple[int, ...]) -> None:
-    """Refuses anything but [layers, kv_heads] within the limits."""
+    """Refuse anything but [layers, kv_heads] within the limits."""
     limits = (MAX_LAYERS, MAX_KV_HEADS)
     if len(shape) != 2 or not all(type(n) is int and 1 <= n <= limit for n, limit in zip(shape, limits, strict=True)):
         raise HeadMapError(
@@ -62,18 +62,10 @@ def checked_scores(
     named = {"score": scores} if isinstance(scores, torch.Tensor) else {} if scores is None else scores
     if not isinstance(named, Mapping) or len(named) > MAX_SCORES:
         raise HeadMapError(f"scores: give a tensor, or a dict from name to tensor of at most {MAX_SCORES}")
-    checked = {}
-    for name, score in named.items():
+    for name in named:
         if not isinstance(name, str) or not SCORE_NAME.fullmatch(name):
             raise HeadMapError(f"the name {shown(name)} of a score; use 1 to 64 letters, digits, '_', '-' and '.'")
-        if not isinstance(score, torch.Tensor) or not score.is_floating_point() or score.shape != shape:
-            received = f"{score.dtype} {list(score.shape)}" if isinstance(score, torch.Tensor) else shown(score)
-            raise HeadMapError(f"score {name!r} is {received}; it must be a float tensor of shape {list(shape)}")
-        checked[name] = score.detach().to("cpu", torch.float32, copy=True).contiguous()
-        if not checked[name].isfinite().all():
-            layer, head = (~checked[name].isfinite()).nonzero()[0].tolist()
-            raise HeadMapError(f"score {name!r} is NaN or infinite at layer {layer}, KV head {head}; profile again")
-    return checked
+    return {name: _checked_tensor(f"score {name!r}", score, shape) for name, score in named.items()}
 
 
 def checked_learned(learned: LearnedScore | None, shape: torch.Size, layout: ImageLayout) -> LearnedScore | None:
@@ -88,32 +80,40 @@ def checked_learned(learned: LearnedScore | None, shape: torch.Size, layout: Ima
         )
     rows, columns = layout.grid
     ends = {"row": (rows, rows), "column": (rows, columns)}
-    copies = {}
-    for name, tensor in learned.tensors().items():
-        end = ends.get(name, tuple(tensor.shape[2:3]))
-        if not tensor.is_floating_point() or tensor.shape != (*shape, *end) or 0 in tensor.shape:
-            asked = [*shape, *ends.get(name, ("head_dim",))]
-            raise HeadMapError(
-                f"{name} of the learned score is {tensor.dtype} {list(tensor.shape)}; for this map it must be a float "
-                f"tensor [{', '.join(map(str, asked))}]"
-            )
-        copies[name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-        if not copies[name].isfinite().all():
-            raise HeadMapError(f"{name} of the learned score holds NaN or infinite numbers; learn it again")
-    return LearnedScore(**copies)
+    return LearnedScore(
+        **{
+            name: _checked_tensor(f"{name} of the learned score", tensor, (*shape, *ends.get(name, (None,))))
+            for name, tensor in learned.tensors().items()
+        }
+    )
+
+
+def _checked_tensor(name: str, tensor: Any, shape: tuple[int | None, ...]) -> torch.Tensor:
+    """A finite float32 copy of a tensor of this shape; None stands for any size above 0, the head dimension."""
+    received = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else shown(tensor)
+    if (
+        not isinstance(tensor, torch.Tensor)
+        or not tensor.is_floating_point()
+        or tensor.ndim != len(shape)
+        or any(size != wanted and (wanted or not size) for size, wanted in zip(tensor.shape, shape, strict=True))
+    ):
+        asked = ", ".join("head_dim" if size is None else str(size) for size in shape)
+        raise HeadMapError(f"{name} is {received}; for this map it must be a float tensor of shape [{asked}]")
+    copy = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+    if not copy.isfinite().all():
+        layer, head = (~copy.isfinite()).nonzero()[0, :2].tolist()
+        raise HeadMapError(f"{name} is NaN or infinite at layer {layer}, KV head {head}; profile or learn again")
+    return copy
 
 
 def checked_threshold(threshold: float | None) -> float | None:
     """The threshold as a finite float, or None."""
     if threshold is None:
         return None
-    try:
-        value = math.nan if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) else float(threshold)
-    except OverflowError:
-        value = math.inf
-    if not math.isfinite(value):
+    is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    if not is_number or not abs(threshold) <= sys.float_info.max:
         raise HeadMapError(f"threshold={shown(threshold)}; give a finite number, or None")
-    return value
+    return float(threshold)
 
 
 def checked_budget(budget: Budget | None, is_spatial: torch.Tensor, cells: int) -> Budget | None:
@@ -121,10 +121,9 @@ def checked_budget(budget: Budget | None, is_spatial: torch.Tensor, cells: int) 
     if budget is None:
         return None
     try:
-        slots = resolve_budget(budget, is_spatial.tolist(), cells)
+        most = max(map(max, resolve_budget(budget, is_spatial.tolist(), cells)))
     except (ValueError, TypeError) as error:
         raise HeadMapError(f"budget: {error}") from error
-    most = max(map(max, slots))
     if most > cells:
         raise HeadMapError(f"budget: {most} slots, but the grid has {cells} visual tokens; give at most {cells}")
     return checked_profile({"budget": budget})["budget"]
@@ -146,8 +145,6 @@ def checked_profile(profile: Mapping[str, Any] | None) -> dict[str, Any]:
         if len(text) > MAX_PROFILE_BYTES:
             raise ValueError(f"{len(text)} bytes of at most {MAX_PROFILE_BYTES}")
         copy: dict[str, Any] = parse_json(text, MAX_DEPTH - 1)
-    except RecursionError as error:
-        raise HeadMapError("profile: nested too deep; give a small dict of JSON values") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise HeadMapError(f"profile: {error}; give a small dict of JSON values, finite numbers only") from error
     return copy

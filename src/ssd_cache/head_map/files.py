@@ -24,15 +24,12 @@ from ssd_cache.io.untrusted import name_problem, parse_json
 from ssd_cache.io.writing import write_files
 
 FORMAT_VERSION = 1
-CONFIG_NAME = "config.json"
-TENSORS_NAME = "head_map.safetensors"
-SCORE_PREFIX = "scores."
-LEARNED_PREFIX = "learned."
+CONFIG_NAME, TENSORS_NAME = "config.json", "head_map.safetensors"
+SCORE_PREFIX, LEARNED_PREFIX = "scores.", "learned."
+BOTH = f"a head map is a folder with {CONFIG_NAME} and {TENSORS_NAME}"
 AGAIN = "save the map again with save_pretrained, or download it again with force_download=True"
 
-MAX_CONFIG_BYTES = 1 << 20
-MAX_TENSORS_BYTES = 64 << 20
-MAX_HEADER_BYTES = 64 << 10
+MAX_CONFIG_BYTES, MAX_TENSORS_BYTES, MAX_HEADER_BYTES = 1 << 20, 64 << 20, 64 << 10
 
 FACTS = frozenset({"grid", "model_id", "revision", "model_type", "method", "threshold", "budget", "profile"})
 OPTIONAL = frozenset({"previews"})
@@ -40,8 +37,13 @@ OPTIONAL = frozenset({"previews"})
 CONFIG_FIELDS = FACTS | {"format_version", "num_layers", "num_kv_heads", "sha256"}
 
 
-def encode(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
+def encode(
+    facts: dict[str, Any], is_spatial: torch.Tensor, scores: dict[str, torch.Tensor], learned: LearnedScore | None
+) -> dict[str, bytes]:
     """File name -> content, the tensors first. `facts`: fields of the config except `format_version` and `sha256`."""
+    tensors = {"is_spatial": is_spatial} | {SCORE_PREFIX + name: score for name, score in scores.items()}
+    if learned is not None:
+        tensors |= {LEARNED_PREFIX + name: tensor for name, tensor in learned.tensors().items()}
     tensor_bytes = safetensors.torch.save(tensors, metadata={"format": "pt"})
     if len(tensor_bytes) > MAX_TENSORS_BYTES:
         raise HeadMapError(
@@ -53,28 +55,22 @@ def encode(facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str,
     return {TENSORS_NAME: tensor_bytes, CONFIG_NAME: json.dumps(config, indent=2).encode() + b"\n"}
 
 
-def decode(
-    config_bytes: bytes, tensor_bytes: bytes, place: str
-) -> tuple[dict[str, Any], torch.Tensor, dict[str, torch.Tensor], LearnedScore | None]:
-    """The facts, `is_spatial` `[layers, kv_heads]`, the named scores of the same shape, and the learned score, if any.
-
-    Raises:
-        HeadMapError: not an undamaged pair of files of format version 1; the message names `place`.
-    """
+def decode(config_bytes: bytes, tensor_bytes: bytes, place: str) -> dict[str, Any]:
+    """The arguments of `HeadMap` in a pair of files; raises HeadMapError, which names `place`, if they are damaged."""
     config = _parse_config(config_bytes, f"{place}/{CONFIG_NAME}")
     if _sha256(config, tensor_bytes) != config["sha256"]:
         raise HeadMapError(
             f"{place}: {CONFIG_NAME} and {TENSORS_NAME} do not belong together (their sha256 differs): half-written, "
             f"damaged or edited by hand; {AGAIN}"
         )
-    is_spatial, scores, learned = _parse_tensors(tensor_bytes, f"{place}/{TENSORS_NAME}")
-    stated = [config["num_layers"], config["num_kv_heads"]]
-    if stated != list(is_spatial.shape):
+    tensors = _parse_tensors(tensor_bytes, f"{place}/{TENSORS_NAME}")
+    stated, shape = [config["num_layers"], config["num_kv_heads"]], list(tensors["is_spatial"].shape)
+    if stated != shape:
         raise HeadMapError(
             f"{place}: {CONFIG_NAME} states {shown(stated[0])} layers and {shown(stated[1])} KV heads, "
-            f"is_spatial in {TENSORS_NAME} has shape {list(is_spatial.shape)}; {AGAIN}"
+            f"is_spatial in {TENSORS_NAME} has shape {shape}; {AGAIN}"
         )
-    return {name: config[name] for name in FACTS | (OPTIONAL & config.keys())}, is_spatial, scores, learned
+    return tensors | {name: config[name] for name in FACTS | (OPTIONAL & config.keys())}
 
 
 def find_local(source: str | os.PathLike[str]) -> Path | None:
@@ -105,16 +101,14 @@ def read_file(path: Path, limit: int, root: Path | None = None) -> bytes:
                 "the Hub by its repository id"
             )
         if not real.is_file():
-            raise HeadMapError(f"{path}: not a regular file; a head map is a folder with {CONFIG_NAME}, {TENSORS_NAME}")
+            raise HeadMapError(f"{path}: not a regular file; {BOTH}")
         size = real.stat().st_size
         if size <= limit:
             with real.open("rb") as file:
                 content = file.read(limit + 1)
             size = len(content)
     except FileNotFoundError as error:
-        raise HeadMapError(
-            f"{path}: no such file; a head map is a folder with {CONFIG_NAME} and {TENSORS_NAME}"
-        ) from error
+        raise HeadMapError(f"{path}: no such file; {BOTH}") from error
     except (OSError, RuntimeError) as error:  # before Python 3.13, a loop of links raises RuntimeError
         raise HeadMapError(f"{path}: cannot be read ({error}); check the file and its permissions") from error
     if size > limit:
@@ -124,14 +118,13 @@ def read_file(path: Path, limit: int, root: Path | None = None) -> bytes:
 
 def read_folder(folder: Path, subfolder: str | None = None) -> tuple[bytes, bytes]:
     """The bytes of both files in `folder`/`subfolder`; a link may point anywhere inside `folder`."""
-    root = folder.resolve()
-    inside = folder / (subfolder or "")
+    root, inside = folder.resolve(), folder / (subfolder or "")
     config = read_file(inside / CONFIG_NAME, MAX_CONFIG_BYTES, root)
     return config, read_file(inside / TENSORS_NAME, MAX_TENSORS_BYTES, root)
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Writes each file under a temporary name, then renames them in order, so a reader sees only whole files."""
+    """Write each file under a temporary name, then rename them in order, so a reader sees only whole files."""
     check_name("folder", str(folder))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,18 +134,16 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def check_name(what: str, name: str | None) -> None:
-    """Refuses a text that cannot be the name of a file or repository."""
+    """Refuse a text that cannot be the name of a file or repository."""
     if name is not None and (problem := name_problem(name)):
         raise HeadMapError(f"{what}={shown(name)}: {problem}; give the name of a folder, or of a repository of the Hub")
 
 
 def check_subfolder(subfolder: str | None) -> None:
-    """Refuses a subfolder that could leave its folder or repository, under POSIX or Windows rules."""
-    if subfolder is None:
-        return
+    """Refuse a subfolder that could leave its folder or repository, under POSIX or Windows rules."""
     check_name("subfolder", subfolder)
-    paths = PurePosixPath(subfolder), PureWindowsPath(subfolder)
-    if "\\" in subfolder or any(path.is_absolute() or path.drive or ".." in path.parts for path in paths):
+    paths = PurePosixPath(subfolder or ""), PureWindowsPath(subfolder or "")
+    if "\\" in (subfolder or "") or any(path.is_absolute() or path.drive or ".." in path.parts for path in paths):
         raise HeadMapError(f"subfolder={shown(subfolder)} leaves the folder; give a relative path like 'maps/tau-0.5'")
 
 
@@ -191,7 +182,8 @@ def _parse_config(content: bytes, place: str) -> dict[str, Any]:
     return config
 
 
-def _parse_tensors(content: bytes, place: str) -> tuple[torch.Tensor, dict[str, torch.Tensor], LearnedScore | None]:
+def _parse_tensors(content: bytes, place: str) -> dict[str, Any]:
+    """The labels, the named scores and the learned score, as arguments of `HeadMap`."""
     header_size = int.from_bytes(content[:8], "little")
     if len(content) < 8 or header_size > min(MAX_HEADER_BYTES, len(content) - 8):
         raise HeadMapError(f"{place}: not a safetensors file, or a truncated one; {AGAIN}")
@@ -204,20 +196,21 @@ def _parse_tensors(content: bytes, place: str) -> tuple[torch.Tensor, dict[str, 
         raise HeadMapError(f"{place}: has no tensor is_spatial; a head map needs it: {AGAIN}")
     if is_spatial.dtype != torch.bool or (is_spatial.view(torch.uint8) > 1).any():
         raise HeadMapError(f"{place}: is_spatial is {is_spatial.dtype} and must be bool, bytes 0 and 1; {AGAIN}")
+    found: dict[str, dict[str, torch.Tensor]] = {SCORE_PREFIX: {}, LEARNED_PREFIX: {}}
     for name, tensor in tensors.items():
-        if not name.startswith((SCORE_PREFIX, LEARNED_PREFIX)) or tensor.dtype != torch.float32:
+        prefix = name[: name.find(".") + 1]
+        if prefix not in found or tensor.dtype != torch.float32:
             raise HeadMapError(
                 f"{place}: holds {shown(name)} of {tensor.dtype}; beside is_spatial only float32 tensors named "
                 f"'{SCORE_PREFIX}<name>' or '{LEARNED_PREFIX}<name>' may stand: save the map again, or "
                 "upgrade ssd-cache"
             )
-    scores, parts = (
-        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        for prefix in (SCORE_PREFIX, LEARNED_PREFIX)
-    )
+        found[prefix][name.removeprefix(prefix)] = tensor
+    parts = found[LEARNED_PREFIX]
     if parts and parts.keys() != LearnedScore.NAMES:
         raise HeadMapError(
             f"{place}: a learned score of {shown(sorted(parts), 300)}, and it has {sorted(LearnedScore.NAMES)}: save "
             "the map again, or upgrade ssd-cache"
         )
-    return is_spatial, scores, LearnedScore(**parts) if parts else None
+    learned = LearnedScore(**parts) if parts else None
+    return {"is_spatial": is_spatial, "scores": found[SCORE_PREFIX], "learned": learned}

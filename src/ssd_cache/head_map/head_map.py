@@ -19,10 +19,8 @@ import torch
 from huggingface_hub import CommitInfo
 
 from ssd_cache.budget import Budget, resolve_budget, scale_counts
-from ssd_cache.head_map import card as head_map_card
-from ssd_cache.head_map import checks as head_map_checks
-from ssd_cache.head_map import files as head_map_files
-from ssd_cache.head_map import hub as head_map_hub
+from ssd_cache.head_map import checks, files, hub
+from ssd_cache.head_map.card import PLOT_NAME, card, png
 from ssd_cache.head_map.checks import HeadMapError
 from ssd_cache.head_map.learned_score import LearnedScore
 from ssd_cache.io.showing import shown
@@ -45,8 +43,7 @@ class HeadMap:
             several by name. Finite; kept in float32.
         threshold: the score above which a head was labelled spatial.
         model_id: the model that was profiled, as given to its `from_pretrained`.
-        revision: the commit of that model.
-        model_type: `config.model_type` of that model.
+        revision, model_type: the commit of that model and its `config.model_type`.
         method: how the labels were made, in a few words.
         budget: the budget that the map was fitted to, as for [`SSDCache`], which uses it when none is given.
         learned: a score by which semantic heads rank their tokens, made by [`learn_score`] for this grid. [`SSDCache`]
@@ -77,7 +74,7 @@ class HeadMap:
     profile: dict[str, Any]
     previews: tuple[Grid, ...]
     is_online: bool = field(init=False)
-    """Whether a cache finds the labels at run time, again in every run; see [`HeadMap.online`]."""
+    """Whether a cache finds the labels at run time; see [`HeadMap.online`]."""
     layout: ImageLayout = field(init=False)
     """The grid and the draft grids together."""
     origin: str = field(init=False)
@@ -99,39 +96,37 @@ class HeadMap:
         profile: Mapping[str, Any] | None = None,
         previews: Sequence[Grid] = (),
     ) -> None:
-        labels = head_map_checks.checked_labels(is_spatial)
+        labels, layout = checks.checked_labels(is_spatial), checks.checked_layout(grid, previews)
         texts = {"model_id": model_id, "revision": revision, "model_type": model_type, "method": method}
-        layout = head_map_checks.checked_layout(grid, previews)
-        values = {
-            "is_spatial": labels,
-            "grid": layout.grid,
-            "previews": layout.draft_grids,
-            "layout": layout,
-            "scores": head_map_checks.checked_scores(scores, labels.shape),
-            "threshold": head_map_checks.checked_threshold(threshold),
-            **{name: head_map_checks.checked_text(name, text) for name, text in texts.items()},
-            "budget": head_map_checks.checked_budget(budget, labels, layout.num_tokens),
-            "learned": head_map_checks.checked_learned(learned, labels.shape, layout),
-            "profile": head_map_checks.checked_profile(profile),
-            "is_online": False,
-            "origin": "made in memory",
-        }
+        self._set(
+            is_spatial=labels,
+            grid=layout.grid,
+            previews=layout.draft_grids,
+            layout=layout,
+            scores=checks.checked_scores(scores, labels.shape),
+            threshold=checks.checked_threshold(threshold),
+            budget=checks.checked_budget(budget, labels, layout.num_tokens),
+            learned=checks.checked_learned(learned, labels.shape, layout),
+            profile=checks.checked_profile(profile),
+            is_online=False,
+            origin="made in memory",
+            **{name: checks.checked_text(name, text) for name, text in texts.items()},
+        )
+
+    def _set(self, **values: Any) -> HeadMap:
+        """Set attributes of this frozen object while it is made."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
+        return self
 
     @classmethod
     def uniform(
-        cls,
-        kind: Literal["spatial", "semantic"],
-        *,
-        num_layers: int,
-        num_kv_heads: int,
-        grid: Grid = (24, 24),
+        cls, kind: Literal["spatial", "semantic"], *, num_layers: int, num_kv_heads: int, grid: Grid = (24, 24)
     ) -> HeadMap:
         """A map whose heads are all of one `kind`, for baselines: StreamingLLM is all spatial, H2O all semantic."""
         if kind not in ("spatial", "semantic"):
             raise HeadMapError(f"kind={shown(kind)} is neither 'spatial' nor 'semantic'; give one of the two")
-        head_map_checks.check_shape((num_layers, num_kv_heads))
+        checks.check_shape((num_layers, num_kv_heads))
         labels = torch.full((num_layers, num_kv_heads), kind == "spatial", dtype=torch.bool, device="cpu")
         return cls(labels, grid, method=f"uniform {kind}")
 
@@ -139,13 +134,10 @@ class HeadMap:
     def online(cls, *, num_layers: int, num_kv_heads: int, grid: Grid = (24, 24)) -> HeadMap:
         """A map without labels: an `SSDCache` finds the labels itself, from the first rows of each batch of images.
 
-        Use it for a model that nobody has profiled. `SSDLayer` describes the rule, and `cache.labels` holds the labels
-        found. An online map cannot be saved or inverted.
+        `cache.labels` holds the labels found. An online map cannot be saved or inverted.
         """
         head_map = cls.uniform("semantic", num_layers=num_layers, num_kv_heads=num_kv_heads, grid=grid)
-        for name, value in {"is_online": True, "method": "online", "origin": "labels found at run time"}.items():
-            object.__setattr__(head_map, name, value)
-        return head_map
+        return head_map._set(is_online=True, method="online", origin="labels found at run time")
 
     @classmethod
     def from_pretrained(
@@ -159,26 +151,26 @@ class HeadMap:
         force_download: bool = False,
         subfolder: str | None = None,
     ) -> HeadMap:
-        """Loads a map from a folder, from either of its two files, or from a repository on the Hub.
+        """Load a map from a folder, from either of its two files, or from a repository on the Hub.
 
         A folder or file that exists takes precedence over a repository of the same name. The files may come from
         anyone: no code is run, sizes are checked before reading, and links that leave the folder are refused.
-        `revision` (branch, tag or commit), `token`, `cache_dir`, `local_files_only` and `force_download` are those of
-        `huggingface_hub.hf_hub_download`. When the Hub cannot be reached, its cached copy is used.
+        The further arguments are those of `huggingface_hub.hf_hub_download`. When the Hub cannot be reached, its cached
+        copy is used.
 
         Raises:
             HeadMapError: the map cannot be found or trusted; the message names the place and the remedy.
         """
-        head_map_files.check_subfolder(subfolder)
-        head_map_files.check_name("revision", revision)
-        path = head_map_files.find_local(source)
+        files.check_subfolder(subfolder)
+        files.check_name("revision", revision)
+        path = files.find_local(source)
         if path is not None:
             if revision is not None:
                 raise HeadMapError(f"{path}: revision={shown(revision)} is for repositories of the Hub; leave it out")
-            config, tensors = head_map_files.read_folder(path, subfolder)
+            config, tensors = files.read_folder(path, subfolder)
             place = str(path / subfolder) if subfolder else str(path)
         else:
-            config, tensors, commit = head_map_hub.download(
+            config, tensors, commit = hub.download(
                 str(source),
                 revision,
                 subfolder,
@@ -188,16 +180,14 @@ class HeadMap:
                 force_download=force_download,
             )
             place = f"{source}@{commit}" + (f"/{subfolder}" if subfolder else "")
-        facts, is_spatial, scores, learned = head_map_files.decode(config, tensors, place)
+        arguments = files.decode(config, tensors, place)
         try:
-            head_map = cls(is_spatial, scores=scores, learned=learned, **facts)
+            return cls(**arguments)._set(origin=place)
         except HeadMapError as error:
             raise HeadMapError(f"{place}: {error}") from error
-        object.__setattr__(head_map, "origin", place)
-        return head_map
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes `config.json` and `head_map.safetensors` into `folder`, made if missing, and returns its path.
+        """Write `config.json` and `head_map.safetensors` into `folder`, made if missing, and return its path.
 
         A crash during the write leaves either the old map or two files that [`from_pretrained`] refuses, never a wrong
         map.
@@ -205,9 +195,8 @@ class HeadMap:
         Raises:
             HeadMapError: the folder cannot be written, or the map is online.
         """
-        self._check_labelled("saved")
         path = Path(os.path.expanduser(folder))
-        head_map_files.write_folder(path, self._files())
+        files.write_folder(path, self._files())
         return path
 
     def push_to_hub(
@@ -219,23 +208,16 @@ class HeadMap:
         revision: str | None = None,
         commit_message: str = "Upload head map",
     ) -> CommitInfo:
-        """Uploads both files, a model card and a plot of the map to a repository on the Hub, in one commit.
+        """Upload both files, a model card and its plot to a repository of the Hub, in one commit; raises HeadMapError.
 
         Creates the repository and the branch `revision` when they are missing, and replaces an existing model card.
-
-        Returns:
-            huggingface_hub's `CommitInfo` (`.oid` is the commit, `.commit_url` its page).
-
-        Raises:
-            HeadMapError: the map is online, or the upload fails.
         """
-        self._check_labelled("pushed to the Hub")
-        files = self._files() | {head_map_card.PLOT_NAME: head_map_card.png(self)}
         for what, name in (("repo_id", repo_id), ("revision", revision)):
-            head_map_files.check_name(what, name)
-        repo_id = head_map_hub.create(repo_id, token=token, private=private, revision=revision)
-        files["README.md"] = head_map_card.card(self, repo_id).encode()
-        return head_map_hub.upload(repo_id, files, token=token, revision=revision, commit_message=commit_message)
+            files.check_name(what, name)
+        contents = self._files() | {PLOT_NAME: png(self)}
+        repo_id = hub.create(repo_id, token=token, private=private, revision=revision)
+        contents["README.md"] = card(self, repo_id).encode()
+        return hub.upload(repo_id, contents, token=token, revision=revision, commit_message=commit_message)
 
     @property
     def num_layers(self) -> int:
@@ -259,7 +241,7 @@ class HeadMap:
 
     @property
     def digest(self) -> str:
-        """Twelve hex digits of the sha256 of labels, grid and learned score; they identify the map in result tables."""
+        """Twelve hex digits of the sha256 of labels, grid and learned score, to identify the map in tables."""
         shape = f"{self.num_layers}x{self.num_kv_heads} {self.layout} "
         found = hashlib.sha256(shape.encode() + bytes(self.is_spatial.flatten().tolist()))
         if self.learned is not None:
@@ -268,12 +250,11 @@ class HeadMap:
         return found.hexdigest()[:12]
 
     def with_grid(self, grid: Grid, previews: Sequence[Grid] = ()) -> HeadMap:
-        """The same labels for images of another size.
+        """The same labels for images of another size; counts of slots scale with the cells of the grid.
 
-        A budget keeps its share of the grid: fractions stay, and counts scale with the number of cells. A learned score
-        is left out, since it holds weights for the positions of its own grid.
+        A learned score is left out, since it holds weights for the positions of its own grid.
         """
-        return self.with_layout(head_map_checks.checked_layout(grid, previews))
+        return self.with_layout(checks.checked_layout(grid, previews))
 
     def with_layout(self, layout: ImageLayout) -> HeadMap:
         """As `with_grid`, with the grid and the draft grids in one object."""
@@ -283,36 +264,22 @@ class HeadMap:
         if self.budget is not None:
             budget = scale_counts(self.budget, self.num_visual_tokens, head_map.num_visual_tokens)
             head_map = replace(head_map, budget=budget)
-        for name in ("is_online", "origin"):
-            object.__setattr__(head_map, name, getattr(self, name))
-        return head_map
+        return head_map._set(is_online=self.is_online, origin=self.origin)
 
-    def check_fits(
-        self,
-        model: str,
-        num_layers: int,
-        num_kv_heads: int,
-        layout: ImageLayout | None = None,
-    ) -> None:
-        """Refuse a model with other layers, KV heads or grids; raises HeadMapError, which names the model and the map.
-
-        Without `layout`, the grids are not compared.
-        """
-        same_layout = layout in (None, self.layout)
-        if (num_layers, num_kv_heads) != (self.num_layers, self.num_kv_heads) or not same_layout:
-            ours, theirs = "", ""
-            if layout is not None:
-                ours, theirs = f" and a grid of {self.layout.text()}", f" and {layout.text()}"
+    def check_fits(self, model: str, num_layers: int, num_kv_heads: int, layout: ImageLayout | None = None) -> None:
+        """Refuse a model with other layers, KV heads or (if `layout` is given) grids; raises HeadMapError."""
+        if (num_layers, num_kv_heads) != self.is_spatial.shape or layout not in (None, self.layout):
+            ours = "" if layout is None else f" and a grid of {self.layout.text()}"
+            theirs = "" if layout is None else f" and {layout.text()}"
             raise HeadMapError(
                 f"the head map ({self.origin}) has {self.num_layers} layers x {self.num_kv_heads} KV heads{ours}, but "
                 f"{model} has {num_layers} x {num_kv_heads}{theirs}: use the map that was made for this model"
             )
 
     def check_made_for(self, model_id: str) -> None:
-        """Warn when this map was made for another model, which equal shapes do not rule out.
+        """Warn when the last part of `self.model_id` does not occur in `model_id` (a Hub id or a path).
 
-        This is a warning, not an error, because a model can have several names. The models count as the same when the
-        last part of `self.model_id` occurs in `model_id` (a Hub id, a folder of that name, the Hub's cache).
+        This is a warning, not an error, because a model can have several names.
         """
         made_for = (self.model_id or "").rstrip("/").rpartition("/")[2]
         if model_id and made_for.lower() not in model_id.lower():
@@ -334,10 +301,9 @@ class HeadMap:
         elif self.method.startswith(f"{INVERTED}: "):
             method = self.method.removeprefix(f"{INVERTED}: ")
         else:
-            method = f"{INVERTED}: {self.method}"[: head_map_checks.MAX_TEXT]
+            method = f"{INVERTED}: {self.method}"[: checks.MAX_TEXT]
         inverted = replace(self, is_spatial=~self.is_spatial, method=method, learned=None)
-        object.__setattr__(inverted, "origin", f"{self.origin}, inverted")
-        return inverted
+        return inverted._set(origin=f"{self.origin}, inverted")
 
     def __eq__(self, other: object) -> bool:
         """Whether labels, scores and facts are equal; the origin is ignored."""
@@ -347,9 +313,9 @@ class HeadMap:
             self.is_online == other.is_online
             and self._facts() == other._facts()
             and torch.equal(self.is_spatial, other.is_spatial)
+            and self.digest == other.digest  # covers the learned score
             and self.scores.keys() == other.scores.keys()
             and all(torch.equal(score, other.scores[name]) for name, score in self.scores.items())
-            and self.digest == other.digest  # the digest covers the learned score
         )
 
     def __hash__(self) -> int:
@@ -374,21 +340,9 @@ class HeadMap:
 
     def _facts(self) -> dict[str, Any]:
         """The fields of config.json, without version and checksum."""
-        return {
-            **self.layout.as_json(),
-            "num_layers": self.num_layers,
-            "num_kv_heads": self.num_kv_heads,
-            "model_id": self.model_id,
-            "revision": self.revision,
-            "model_type": self.model_type,
-            "method": self.method,
-            "threshold": self.threshold,
-            "budget": self.budget,
-            "profile": self.profile,
-        }
+        names = ("num_layers", "num_kv_heads", "model_id", "revision", "model_type", "method", "threshold", "budget")
+        return {**self.layout.as_json(), **{name: getattr(self, name) for name in (*names, "profile")}}
 
     def _files(self) -> dict[str, bytes]:
-        scores = {head_map_files.SCORE_PREFIX + name: score for name, score in self.scores.items()}
-        learned = {} if self.learned is None else self.learned.tensors()
-        learned = {head_map_files.LEARNED_PREFIX + name: tensor for name, tensor in learned.items()}
-        return head_map_files.encode(self._facts(), {"is_spatial": self.is_spatial, **scores, **learned})
+        self._check_labelled("saved or pushed to the Hub")
+        return files.encode(self._facts(), self.is_spatial, self.scores, self.learned)

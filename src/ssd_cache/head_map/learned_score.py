@@ -49,14 +49,10 @@ class LearnedScore:
         return LearnedScore(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def of_places(self, positions: torch.Tensor, num_seen: int) -> torch.Tensor:
-        """The part of the score that depends on positions, for heads of one layer.
+        """The part of the score that depends on positions, for heads of one layer: float32 like `positions`.
 
-        Args:
-            positions: `[batch, heads, tokens]`, indices of the visual tokens, from 0, all below `num_seen`.
-            num_seen: visual tokens seen; past the end of the grid, the last row is used.
-
-        Returns:
-            `[batch, heads, tokens]`, float32.
+        `positions` are indices of visual tokens, `[batch, heads, tokens]`, below `num_seen`. Past the end of the grid,
+        the last row is used.
         """
         rows, columns = self.column.shape[-2:]
         now = min(num_seen // columns, rows - 1)

@@ -6,7 +6,7 @@ It reads the results of `profile_heads` at several levels, and measures nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 
@@ -16,8 +16,6 @@ import torch
 from ssd_cache.budget import KINDS, Amount, check_count, resolve_amount
 from ssd_cache.head_map.head_map import HeadMap
 
-SCORE = re.compile(r"retained_(spatial|semantic)-(\d+)")
-DIVERGENCE = re.compile(r"divergence-(\d+)")
 MAX_CELLS = 1 << 30
 """Maximum number of cells in the table of the exact search."""
 
@@ -53,22 +51,32 @@ def fit_heads(head_map: HeadMap, budget: Amount = 0.2, *, step: int | None = Non
         ([[True, False]], [[20, 60]])
     """
     uniform = resolve_amount("budget", budget, head_map.num_visual_tokens)
-    curves = _curves(head_map)
-    divergence = {
-        int(match[1]): score.double().numpy()
-        for name, score in head_map.scores.items()
-        if (match := DIVERGENCE.fullmatch(name))
-    }
-    levels = _levels({kind: curves[kind].keys() & divergence for kind in KINDS} if divergence else curves)
+    divergence = _by_level(head_map, "divergence")
+    levels = measured_levels(head_map, divergence or None)
     if uniform < levels[0]:
         raise ValueError(
             f"the budget is {uniform} slots a head, fewer than the lowest level, {levels[0]}: give more, or "
             f"profile again with levels=({uniform}, ...)"
         )
-    choices = _between(levels, step)
-    spatial, semantic = (_along(choices, levels, curves[kind]) for kind in KINDS)
-    losses = _along(choices, levels, divergence) if divergence else (1 - np.maximum(spatial, semantic)) ** 2
-    picks = best_choices([np.array(choices)] * len(losses), list(-losses), uniform * len(losses))
+    choices = levels
+    if step is not None:
+        check_count("step", step, 1)
+        between = (slots for low, high in pairwise(levels) for slots in range(low, high, step))
+        choices = [*between, levels[-1]]
+
+    def along(values: Mapping[int, np.ndarray]) -> np.ndarray:
+        """Values at the levels, interpolated linearly: `[heads, choices]`."""
+        return np.array([np.interp(choices, levels, head) for head in np.array([values[n].ravel() for n in levels]).T])
+
+    # Queries before the first eviction retain everything. The last token is not fed back, so it is not a query.
+    num_queries = head_map.num_visual_tokens - 1
+    share = {level: max(0, num_queries - level) / num_queries for level in levels}
+    spatial, semantic = (
+        along({level: 1 - share[level] * (1 - values[level]) for level in levels})
+        for values in (_by_level(head_map, f"retained_{kind}") for kind in KINDS)
+    )
+    losses = along(divergence) if divergence else (1 - np.maximum(spatial, semantic)) ** 2
+    picks = best_choices(np.array(choices), -losses, uniform * len(losses))
     is_spatial = [spatial[head, pick] > semantic[head, pick] for head, pick in enumerate(picks)]
     shape = head_map.is_spatial.shape
     return replace(
@@ -80,13 +88,34 @@ def fit_heads(head_map: HeadMap, budget: Amount = 0.2, *, step: int | None = Non
     )
 
 
-def measured_levels(head_map: HeadMap) -> list[int]:
-    """The numbers of slots at which a map has the retained attention of every head as both kinds.
+def measured_levels(head_map: HeadMap, among: Collection[int] | None = None) -> list[int]:
+    """The numbers of slots at which a map has retained attention, of those in `among` if it is given.
 
     Raises:
         ValueError: fewer than two.
     """
-    return _levels(_curves(head_map))
+    spatial, semantic = (_by_level(head_map, f"retained_{kind}").keys() for kind in KINDS)
+    return check_levels(level for level in spatial & semantic if among is None or level in among)
+
+
+def check_levels(levels: Iterable[int]) -> list[int]:
+    """The levels in ascending order; raises ValueError if there are fewer than two."""
+    levels = sorted(levels)
+    if len(levels) < 2:
+        raise ValueError(
+            f"attention was measured at {len(levels)} number of slots {levels}, and sharing needs two or more: profile "
+            "again with levels=(0.1, 0.2, 0.3, 0.5)"
+        )
+    return levels
+
+
+def _by_level(head_map: HeadMap, name: str) -> dict[int, np.ndarray]:
+    """The map's scores `<name>-<slots>` by slots, float64 `[layers, kv_heads]`."""
+    return {
+        int(match[1]): values.double().numpy()
+        for score, values in head_map.scores.items()
+        if (match := re.fullmatch(rf"{name}-(\d+)", score))
+    }
 
 
 def best_kinds(head_map: HeadMap, level: int) -> torch.Tensor:
@@ -99,73 +128,29 @@ def divergence_name(level: int) -> str:
     return f"divergence-{level}"
 
 
-def best_choices(costs: list[np.ndarray], values: list[np.ndarray], capacity: int) -> list[int]:
+def best_choices(costs: np.ndarray, values: np.ndarray, capacity: int) -> list[int]:
     """Choose one option per group, with the greatest total value at a total cost of at most `capacity`.
 
-    Args:
-        costs: whole numbers from 0, one array `[choices]` per group.
-        values: value of each option, in the same shapes.
-        capacity: at least the sum of each group's lowest cost.
-
-    Raises:
-        ValueError: too many groups and too fine costs for an exact search.
+    `costs` is `[choices]`, whole numbers from 0, and `values` is `[groups, choices]`. Raises ValueError if there are
+    too many groups and too fine costs for an exact search.
     """
-    unit = max(1, int(np.gcd.reduce(np.concatenate(costs))))
-    room = capacity // unit
-    if (room + 1) * len(costs) > MAX_CELLS:
-        raise ValueError(f"{len(costs)} groups with {room} units to share are too many: give a coarser step, or none")
+    unit = max(1, int(np.gcd.reduce(costs)))
+    units, room = costs // unit, capacity // unit
+    if (room + 1) * len(values) > MAX_CELLS:
+        raise ValueError(f"{len(values)} groups with {room} units to share are too many: give a coarser step, or none")
     best = np.zeros(room + 1)  # [c]: the greatest value of the groups so far at a cost of at most c
-    picks = np.zeros((len(costs), room + 1), dtype=np.int16)
-    for group, (cost, value) in enumerate(zip(costs, values, strict=True)):
+    picks = np.zeros((len(values), room + 1), dtype=np.int16)
+    for group, value in enumerate(values):
         found = np.full(room + 1, -np.inf)
-        for choice, units in enumerate(cost // unit):
-            if units <= room:
-                candidate = best[: room + 1 - units] + value[choice]
-                better = candidate > found[units:]
-                found[units:][better] = candidate[better]
-                picks[group, units:][better] = choice
+        for choice, cost in enumerate(units):
+            if cost <= room:
+                candidate = best[: room + 1 - cost] + value[choice]
+                better = candidate > found[cost:]
+                found[cost:][better] = candidate[better]
+                picks[group, cost:][better] = choice
         best = found
-    result, left = [], room
-    for group in reversed(range(len(costs))):
-        result.append(int(picks[group, left]))
-        left -= int(costs[group][result[-1]]) // unit
+    result = []
+    for row in picks[::-1]:
+        result.append(int(row[room]))
+        room -= int(units[result[-1]])
     return result[::-1]
-
-
-def _curves(head_map: HeadMap) -> dict[str, dict[int, np.ndarray]]:
-    """Kind -> slots -> attention retained over a whole image, float64 `[layers, kv_heads]`.
-
-    Queries before the first eviction retain everything. The last token is not fed back, so it is not a query.
-    """
-    num_queries = head_map.num_visual_tokens - 1
-    curves: dict[str, dict[int, np.ndarray]] = {kind: {} for kind in KINDS}
-    for name, score in head_map.scores.items():
-        if match := SCORE.fullmatch(name):
-            slots = int(match[2])
-            share = max(0, num_queries - slots) / num_queries
-            curves[match[1]][slots] = 1 - share * (1 - score.double().numpy())
-    return curves
-
-
-def _along(choices: list[int], levels: list[int], values: Mapping[int, np.ndarray]) -> np.ndarray:
-    """Interpolate values at the levels, `[layers, kv_heads]` each, linearly: `[heads, choices]`."""
-    return np.array([np.interp(choices, levels, head) for head in np.array([values[n].ravel() for n in levels]).T])
-
-
-def _levels(curves: Mapping[str, Collection[int]]) -> list[int]:
-    """The numbers of slots at which both kinds were measured; raises ValueError for fewer than two."""
-    levels = sorted(set(curves["spatial"]) & set(curves["semantic"]))
-    if len(levels) < 2:
-        raise ValueError(
-            f"attention was measured at {len(levels)} number of slots {levels}, and sharing needs two or more: profile "
-            "again with levels=(0.1, 0.2, 0.3, 0.5)"
-        )
-    return levels
-
-
-def _between(levels: list[int], step: int | None) -> list[int]:
-    """The levels, and every `step`-th number between two of them."""
-    if step is None:
-        return levels
-    check_count("step", step, 1)
-    return [*(slots for low, high in pairwise(levels) for slots in range(low, high, step)), levels[-1]]

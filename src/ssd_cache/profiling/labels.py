@@ -39,7 +39,7 @@ def label_heads(
     Args:
         statistics: measured by `measure_heads`.
         method: "coverage" or "window".
-        num_slots: the level of the retained attention; the first, which is the intended budget, when not given.
+        num_slots: the level of the retained attention; the intended budget when not given.
         window: visual tokens that count as near. The default is one grid row plus one, which includes "right above".
         threshold: between 0 and 1, for "window".
         rows: "all", or only guidance's "conditional" or "unconditional" rows.
@@ -63,9 +63,9 @@ def label_heads(
 
 def check_labelling(layout: ImageLayout, method: str, window: int | None, threshold: float | None) -> None:
     """Check the settings of `label_heads`; raises ValueError as that function does."""
+    resolve_window(layout, window)
     if method not in METHODS:
         raise ValueError(f"method={method!r}: give one of {', '.join(map(repr, METHODS))}")
-    resolve_window(layout, window)
     if threshold is not None and method != "window":
         raise ValueError(f"threshold={threshold}: method={method!r} has none; leave it out, or give method='window'")
     if threshold is not None and not 0 < threshold < 1:
@@ -82,11 +82,7 @@ def resolve_window(layout: ImageLayout, window: int | None) -> int:
 
 
 def choose_threshold(mass: torch.Tensor, gain: torch.Tensor) -> float:
-    """Choose the threshold of window mass with the largest total gain above it.
-
-    Args:
-        mass: window mass per head, float32, any shape.
-        gain: retained attention as a spatial head minus that as a semantic head, the same shape.
+    """Choose the threshold of window mass with the largest total gain of spatial over semantic labels above it.
 
     Example: heads of mass .9, .7 and .2 gain +.3, +.1 and -.2 as spatial heads. The cut between .7 and .2 is best.
 

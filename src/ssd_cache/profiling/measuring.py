@@ -1,7 +1,7 @@
 """`measure_heads`: generate images with a full cache and sum up the attention of every head.
 
 The recorder uses the attention "ssd" (`profiling/recorder.py`), so no attention matrix is ever stored. Processes can
-share the batches, and an interrupted run can resume (`profiling/state.py`). Nothing here labels heads.
+share the batches. An interrupted run can resume (`profiling/state.py`). Nothing here labels heads.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +69,13 @@ def measure_heads(
     Args:
         model: a loaded image model of a supported family, or a `Generator`.
         prompts: one image is generated for each.
-        budget: budget of the cache that will use the results, as for `SSDCache`, but one number.
-        buffer: eviction interval of that cache, as for `SSDCache`.
-        num_recent: of that cache, as for `SSDCache`.
-        num_sinks: of that cache, as for `SSDCache`.
+        budget, buffer, num_recent, num_sinks: of the cache that will use the results, as for `SSDCache`; the budget is
+            one number.
         levels: further budgets at which retained attention is measured, for `fit_heads`.
         processor: the model's processor; loaded from the model's source when not given.
         batch_size: images at once. When not given, the batch size of the state file, else 4, or fewer if free memory
             is too small for 4 (with a warning).
-        guidance_scale: as for `Generator.generate`.
-        temperature: as for `Generator.generate`.
+        guidance_scale, temperature: as for `Generator.generate`.
         seed: seed of the first batch; batch `i` uses `seed + i`.
         progress: show a progress bar over visual tokens.
         state_file: file that stores the sums after every batch. If it exists, the run resumes from it. A longer list of
@@ -94,41 +91,40 @@ def measure_heads(
         ValueError: any other setting out of range.
     """
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
-    checkpoint = generator.checkpoint
+    checkpoint, processes = generator.checkpoint, Processes()
+    shape = checkpoint.layout, checkpoint.num_layers, checkpoint.num_kv_heads
     check_whole(generator.language_model)
     found = resolve_levels(checkpoint.layout, budget, levels, buffer=buffer, num_recent=num_recent, num_sinks=num_sinks)
     check_prompts(generator, prompts)
-    prompts, path, processes = list(prompts), Path(state_file) if state_file else None, Processes()
-    batch_size = _batch_size(generator, prompts, batch_size, path, processes)
+    prompts, path = list(prompts), Path(state_file) if state_file else None
+    if batch_size is None:
+        kept = processes.gather_all(path and recorded_batch_size(path))[0]
+        batch_size = kept or default_batch_size(generator, prompts, DEFAULT_BATCH_SIZE, processes=processes)
+    check_count("batch_size", batch_size, 1)
+    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     sampling = asdict(generator.sampling(guidance_scale, temperature, seed))
-    statistics = HeadStatistics(checkpoint.layout, checkpoint.num_layers, checkpoint.num_kv_heads, found)
     fingerprint = {
         **model_facts(generator),
         "revision": getattr(checkpoint.config, "_commit_hash", None),
         **checkpoint.layout.as_json(),
-        "heads": [checkpoint.num_layers, checkpoint.num_kv_heads],
-        "levels": [[level.num_slots, level.buffer, level.num_recent, level.num_sinks] for level in found],
+        "heads": list(shape[1:]),
+        "levels": [list(astuple(level)) for level in found],
         "batch_size": batch_size,
         **sampling,
     }
 
-    def finished_prompts(num_batches: int) -> dict[str, Any]:
-        """Fingerprint of the prompts in the first batches, so that a longer list that begins with them can resume."""
+    def facts_of(num_batches: int) -> dict[str, Any]:
+        """Number and hash of the prompts in the first batches, so that a longer list that begins with them resumes."""
         part = prompts[: num_batches * batch_size]
         return {"num_prompts": len(part), "prompts_sha256": prompts_sha256(part)}
 
-    done = 0
+    statistics, done = HeadStatistics(*shape, found), 0
     if path is not None and processes.is_main:
         check_state_place(path)
-        done = load_state(path, statistics, fingerprint, finished_prompts) if path.exists() else 0
-    processes.check_agreement(fingerprint | finished_prompts(len(prompts)))
+        if path.exists():
+            done = load_state(path, statistics, lambda number: fingerprint | facts_of(number))
+    processes.check_agreement(fingerprint | facts_of(len(batches)))
     statistics, done = processes.gather_all((statistics, done))[0]
-    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    if done > len(batches) or statistics.num_pictures != sum(map(len, batches[:done])):
-        raise ProfilingError(
-            f"{path}: not the sums of a profiling run ({done} batches and {statistics.num_pictures} images there, "
-            f"{len(batches)} batches of {batch_size} now); give another file, or delete it to begin anew"
-        )
     own = range(done + processes.index, len(batches), processes.count)
     num_tokens = checkpoint.num_visual_tokens * sum(len(batches[index]) for index in own)
     with (
@@ -144,29 +140,75 @@ def measure_heads(
                 statistics = statistics + part
             if path is not None and processes.is_main:
                 finished = min(first + processes.count, len(batches))
-                settings_there = fingerprint | finished_prompts(finished)
-                save_state(path, statistics, finished, settings_there, is_finished=finished == len(batches))
+                save_state(path, statistics, finished, fingerprint | facts_of(finished), finished == len(batches))
     statistics.run = {
         "budget": budget,
         "num_slots": [level.num_slots for level in found],
         "buffer": found[0].buffer,
         "num_recent": num_recent,
         "num_sinks": num_sinks,
-        **finished_prompts(len(batches)),
+        **facts_of(len(batches)),
         "batch_size": batch_size,
         **sampling,
     }
     return statistics
 
 
-def _batch_size(
-    generator: Generator, prompts: list[str], batch_size: int | None, path: Path | None, processes: Processes
-) -> int:
-    """The given batch size, else that of the state file, even if less memory is free now, else the default."""
-    if batch_size is not None:
-        return check_count("batch_size", batch_size, 1)
-    kept = processes.gather_all(None if path is None else recorded_batch_size(path))[0]
-    return kept or default_batch_size(generator, prompts, DEFAULT_BATCH_SIZE, processes=processes)
+def _measure_batch(
+    generator: Generator, prompts: list[str], levels: Sequence[Level], on_tokens: Callable, **settings
+) -> HeadStatistics:
+    """Generate one batch and return its statistics."""
+    checkpoint = generator.checkpoint
+    shape = checkpoint.layout, checkpoint.num_layers, checkpoint.num_kv_heads
+    observer = HeadObserver(*shape, levels, generator.is_unconditional(len(prompts)))
+    generate_recorded(generator, prompts, RecordingCache(*shape, observer), on_tokens=on_tokens, **settings)
+    return observer.finish()
+
+
+def generate_recorded(generator: Generator, prompts: Sequence[str], cache: RecordingCache, **settings) -> torch.Tensor:
+    """Generate with a recording full cache and call its `finish`; returns tokens, as `Generator.generate`.
+
+    Raises ProfilingError for NaN or infinite numbers, and for an image that does not have the grid's size.
+    """
+    checkpoint = generator.checkpoint
+    try:
+        tokens = generator.generate(prompts, cache, **settings)
+    except RuntimeError as error:
+        # sampling from NaN fails at once; the attention recorded so far shows the layer and head with the first NaN
+        with suppress(RuntimeError):
+            cache.finish()
+        if any(text in str(error) for text in SAMPLED_FROM_NAN):
+            raise ProfilingError(
+                f"{checkpoint.name} gives NaN or infinite numbers, and its attention so far does not show where: its "
+                "numbers overflow, as they may in float16; load it in bfloat16 or float32 (temperature 0 may show the "
+                "head)"
+            ) from error
+        raise
+    if tokens.shape[-1] != checkpoint.num_visual_tokens:
+        raise ProfilingError(
+            f"{checkpoint.name} generated {tokens.shape[-1]} visual tokens, but its grid is "
+            f"{checkpoint.layout.text()}: a map would not fit; load the model with the configuration it was trained "
+            "with"
+        )
+    cache.finish()
+    return tokens
+
+
+def check_prompts(generator: Generator, prompts: Sequence[str]) -> None:
+    """Raise GeneratorError, before any generation, for a prompt that is empty or too long for the image to follow."""
+    check_texts(prompts)
+    checkpoint = generator.checkpoint
+    config = checkpoint.family.text_config_of(checkpoint.config)
+    limit = getattr(config, "max_position_embeddings", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # generation repeats these warnings
+        for text in dict.fromkeys(prompts):
+            length = generator.prepare([text])["attention_mask"].shape[1]
+            if limit is not None and length > (room := limit - checkpoint.num_visual_tokens):
+                raise GeneratorError(
+                    f"prompt {text[:60]!r} is {length} tokens long; {checkpoint.name} has {limit} positions, and the "
+                    f"image leaves {room} for the prompt: shorten it"
+                )
 
 
 def model_facts(generator: Generator) -> dict[str, Any]:
@@ -191,66 +233,3 @@ def weights_sha256(model: PreTrainedModel) -> str:
         sample = flat[:: max(1, len(flat) // 64)].cpu().contiguous()
         found.update(f"{name} {list(parameter.shape)}".encode() + sample.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
-
-def _measure_batch(
-    generator: Generator, prompts: list[str], levels: Sequence[Level], on_tokens, **settings
-) -> HeadStatistics:
-    """Generate one batch and return its statistics."""
-    checkpoint = generator.checkpoint
-    shape = checkpoint.layout, checkpoint.num_layers, checkpoint.num_kv_heads
-    observer = HeadObserver(*shape, levels, generator.is_unconditional(len(prompts)))
-    cache = RecordingCache(*shape, observer)
-    generate_recorded(generator, prompts, cache, on_tokens=on_tokens, **settings)
-    return observer.finish()
-
-
-def generate_recorded(generator: Generator, prompts: Sequence[str], cache: RecordingCache, **settings) -> torch.Tensor:
-    """Generate with a recording full cache and call its `finish`; returns tokens, as `Generator.generate`.
-
-    Raises:
-        ProfilingError: numbers that are NaN or infinite, or an image that does not have the grid's size.
-    """
-    checkpoint = generator.checkpoint
-    name = checkpoint.name
-    try:
-        tokens = generator.generate(prompts, cache, **settings)
-    except RuntimeError as error:
-        # sampling from NaN fails at once; the attention recorded so far shows the layer and head with the first NaN
-        with suppress(RuntimeError):
-            cache.finish()
-        if any(text in str(error) for text in SAMPLED_FROM_NAN):
-            raise ProfilingError(
-                f"{name} gives NaN or infinite numbers, and its attention so far does not show where: its numbers "
-                "overflow, as they may in float16; load it in bfloat16 or float32 (temperature 0 may show the head)"
-            ) from error
-        raise
-    if tokens.shape[-1] != checkpoint.num_visual_tokens:
-        raise ProfilingError(
-            f"{name} generated {tokens.shape[-1]} visual tokens, but its grid is {checkpoint.layout.text()}: a map "
-            "would not fit; load the model with the configuration it was trained with"
-        )
-    cache.finish()
-    return tokens
-
-
-def check_prompts(generator: Generator, prompts: Sequence[str]) -> None:
-    """Check, before any generation, that no prompt is empty and that each leaves enough positions for the image.
-
-    Raises:
-        GeneratorError: an empty or too long prompt; the message gives the value and the limit.
-    """
-    check_texts(prompts)
-    checkpoint = generator.checkpoint
-    config = checkpoint.family.text_config_of(checkpoint.config)
-    limit = getattr(config, "max_position_embeddings", None)
-    room = None if limit is None else limit - checkpoint.num_visual_tokens
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # generation repeats these warnings
-        for text in dict.fromkeys(prompts):
-            length = generator.prepare([text])["attention_mask"].shape[1]
-            if room is not None and length > room:
-                raise GeneratorError(
-                    f"prompt {text[:60]!r} is {length} tokens long; {checkpoint.name} has {limit} positions, and the "
-                    f"image leaves {room} for the prompt: shorten it"
-                )

@@ -1,7 +1,7 @@
 """`profile_heads`: generate images with a full cache, record attention, and label each head spatial or semantic.
 
-It combines three modules and records the settings in the map: `profiling/measuring.py` generates and records
-attention, `profiling/statistics.py` defines the statistics, `profiling/labels.py` derives labels from them.
+It records the settings in the map. `profiling/measuring.py` generates and records attention,
+`profiling/statistics.py` defines the statistics, and `profiling/labels.py` derives labels from them.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ssd_cache.budget import KINDS, check_count
+from ssd_cache.budget import check_count
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.layout import ImageLayout
 from ssd_cache.models import Generator, generator_of
-from ssd_cache.profiling.allocation import fit_heads
+from ssd_cache.profiling.allocation import check_levels
 from ssd_cache.profiling.labels import Method, check_labelling, label_heads, map_scores, resolve_window
 from ssd_cache.profiling.measuring import measure_heads
 from ssd_cache.profiling.statistics import resolve_levels
-from ssd_cache.runs.run_state import ProfilingError
 
 
 def profile_heads(
@@ -62,23 +60,17 @@ def profile_heads(
     check_labelling(checkpoint.layout, method, window, threshold)
     statistics = measure_heads(generator, prompts, **measuring)
     is_spatial, cut = label_heads(statistics, method=method, window=window, threshold=threshold)
-    scores = map_scores(statistics, window)
-    if bad := [name for name, score in scores.items() if not score.isfinite().all()]:
-        raise ProfilingError(
-            f"{measuring.get('state_file') or checkpoint.name}: the sums give no finite {bad[0]}; profile again "
-            "without this state"
-        )
-    from_data = method == "window" and threshold is None
+    chosen = ", threshold from the data" if threshold is None else ""
     return HeadMap(
         is_spatial,
         checkpoint.grid,
         previews=checkpoint.layout.draft_grids,
-        scores=scores,
+        scores=map_scores(statistics, window),
         threshold=cut,
         model_id=checkpoint.name,
         revision=getattr(checkpoint.config, "_commit_hash", None),
         model_type=checkpoint.config.model_type,
-        method="window mass, threshold from the data" if from_data else {"window": "window mass"}.get(method, method),
+        method="coverage" if method == "coverage" else f"window mass{chosen}",
         profile={"window": resolve_window(checkpoint.layout, window), **statistics.run},
     )
 
@@ -90,13 +82,13 @@ def check_profiling(
     window: int | None = None,
     threshold: float | None = None,
     batch_size: int | None = None,
-    fit: tuple[int, int] | None = None,
+    fit: bool = False,
     **cache_settings,
 ) -> None:
-    """Check settings of `profile_heads` before a model is loaded; raises ValueError.
+    """Check settings of `profile_heads`, and of `fit_heads` if `fit` is True, before a model is loaded.
 
-    `fit` is the model's layers and KV heads if `fit_heads` will allocate the slots. It is then called with zeros
-    instead of measurements.
+    Raises:
+        ValueError: as those functions do.
     """
     check_labelling(layout, method, window, threshold)
     if batch_size is not None:
@@ -104,8 +96,5 @@ def check_profiling(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `profile_heads` emits the same warnings
         levels = resolve_levels(layout, **cache_settings)
-    if fit is not None:
-        names = [f"retained_{kind}-{level.num_slots}" for level in levels for kind in KINDS]
-        zeros = {name: torch.zeros(fit) for name in names}
-        unmeasured = HeadMap(torch.zeros(fit, dtype=torch.bool), scores=zeros).with_layout(layout)
-        fit_heads(unmeasured, cache_settings.get("budget", 0.2))
+    if fit:
+        check_levels([level.num_slots for level in levels])

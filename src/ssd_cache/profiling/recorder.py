@@ -1,8 +1,7 @@
 """A full cache that passes the attention of every step to an observer and never stores an attention matrix.
 
-It holds the queries of a grid row and computes their softmax once per grid row, for a few batch rows at a time. It
-reports attention that is not finite, for all observers. Observers process the attention: `profiling/observing.py` sums
-it up, `analysis` plots it.
+It holds the queries of a grid row and computes their softmax once per grid row, for a few batch rows at a time.
+Observers process the attention: `profiling/observing.py` sums it up, `analysis` plots it.
 """
 
 from __future__ import annotations
@@ -20,11 +19,8 @@ from ssd_cache.cache.scorers import attention_weights
 from ssd_cache.layout import ImageLayout
 from ssd_cache.runs.run_state import ProfilingError
 
-CHUNK = 1 << 18
-"""Softmax weights computed at once: 1 MB in float32, so that the extra memory does not grow with the batch."""
-
-GPU_CHUNK = 1 << 22
-"""The same on any other device: 16 MB, because on less work the kernel launch would dominate."""
+CHUNK, GPU_CHUNK = 1 << 18, 1 << 22
+"""Softmax weights computed at once: 1 MB on a CPU, 16 MB elsewhere, where launching kernels would dominate."""
 
 
 class Observer(Protocol):
@@ -77,35 +73,27 @@ class RecordingCache(Cache):
         """
         for layer in self.layers:
             layer.report()
-            layer.check_sound()
-
-    @property
-    def recording_nbytes(self) -> int:
-        """Bytes held in addition to K and V, without those of the observer."""
-        return sum(layer.recording_nbytes for layer in self.layers)
+            if heads := (~layer.soundness.isfinite()).nonzero().flatten().tolist():
+                raise ProfilingError(
+                    f"the attention of layer {layer.layer_idx}, KV head {', '.join(map(str, heads))}, is NaN: the "
+                    "model's numbers overflow, as they may in float16; load it in bfloat16 or float32"
+                )
 
 
 class RecordingLayer(DynamicLayer):
     """A layer of a full cache that reports the attention of its visual queries.
 
-    Args:
-        layer_idx: number of the layer, for the observer.
-        num_kv_heads: KV heads of the layer.
-        num_cells: visual tokens of an image.
-        num_queries: queries that are reported together, usually those of a grid row.
-        observer: receives the attention.
-
     Attributes:
         num_prompt: tokens of the prompt.
         num_visual: visual tokens seen.
-        queries: `[batch, kv_heads, groups, num_queries, head_dim]`, the queries held.
+        queries: `[batch, kv_heads, groups, num_queries, head_dim]`, of which the first `num_held` wait to be reported.
         soundness: `[kv_heads]`, float32, not finite where some attention was NaN.
     """
 
     def __init__(self, layer_idx: int, num_kv_heads: int, num_cells: int, num_queries: int, observer: Observer):
         super().__init__()
-        self.layer_idx, self.num_kv_heads = layer_idx, num_kv_heads
-        self.num_cells, self.num_queries, self.observer = num_cells, num_queries, observer
+        self.layer_idx, self.num_kv_heads, self.observer = layer_idx, num_kv_heads, observer
+        self.num_cells, self.num_queries = num_cells, num_queries
         self.num_prompt = self.num_visual = self.num_held = 0
         self._query_missing = False
         self.prompt_mask: torch.Tensor | None = None
@@ -128,8 +116,7 @@ class RecordingLayer(DynamicLayer):
                 f"attention is not 'ssd'. Remedy: {USE_SSD_ATTENTION}."
             )
         self._query_missing = True
-        is_prompt = self.in_prompt and (self.num_prompt == 0 or key_states.shape[2] > 1 or in_prefill())
-        if is_prompt:
+        if self.in_prompt and (self.num_prompt == 0 or key_states.shape[2] > 1 or in_prefill()):
             self.num_prompt += key_states.shape[2]
         else:
             if self.num_visual == self.num_cells or key_states.shape[2] > 1:
@@ -153,8 +140,7 @@ class RecordingLayer(DynamicLayer):
     def attend(self, query: torch.Tensor, key: Any, value: Any, scaling: float, dropout: float) -> torch.Tensor:
         """See `cache.attention.AttendingLayer`."""
         if self.queries is None:
-            batch, heads, groups, head_dim = query.shape
-            self.queries = query.new_empty(batch, heads, groups, self.num_queries, head_dim)
+            self.queries = query.new_empty(*query.shape[:3], self.num_queries, query.shape[3])
         self.queries[:, :, :, self.num_held] = query.detach()
         self.num_held, self.scaling, self._query_missing = self.num_held + 1, scaling, False
         mask = None
@@ -184,18 +170,3 @@ class RecordingLayer(DynamicLayer):
             self.soundness += weights[..., 0].sum((0, 2, 3))
             self.observer.observe(self.layer_idx, weights, self.num_prompt, rows)
         self.num_held = 0
-
-    def check_sound(self) -> None:
-        """Raise ProfilingError if some attention was NaN; the message names the KV heads."""
-        heads = (~self.soundness.isfinite()).nonzero().flatten().tolist()
-        if heads:
-            raise ProfilingError(
-                f"the attention of layer {self.layer_idx}, KV head {', '.join(map(str, heads))}, is NaN: the model's "
-                "numbers overflow, as they may in float16; load it in bfloat16 or float32"
-            )
-
-    @property
-    def recording_nbytes(self) -> int:
-        """Bytes of held queries and masks."""
-        held = (self.queries, self.prompt_mask, self.soundness)
-        return sum(tensor.nbytes for tensor in held if tensor is not None)

@@ -7,7 +7,7 @@ formula. `profiling/observing.py` collects the sums from a model; `profiling/lab
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -120,9 +120,9 @@ class HeadStatistics:
     """
 
     def __init__(self, layout: ImageLayout, num_layers: int, num_kv_heads: int, levels: Sequence[Level]):
-        self.layout, self.num_layers, self.num_kv_heads, self.levels = layout, num_layers, num_kv_heads, tuple(levels)
-        self.num_pictures = 0
+        self.layout, self.levels, self.num_pictures = layout, tuple(levels), 0
         self.run: dict[str, Any] = {}
+        self._arguments = layout, num_layers, num_kv_heads, self.levels
         shapes: dict[str, tuple[int, ...]] = {"offsets": (layout.grid[0], 2 * layout.grid[1] - 1)}
         shapes |= dict.fromkeys(("queries", "prompt", "margin", *(("previews",) if layout.draft_grids else ())), ())
         shapes |= dict.fromkeys(("evicting", "spatial", "semantic"), (len(self.levels),))
@@ -199,10 +199,8 @@ class HeadStatistics:
 
     def __add__(self, other: HeadStatistics) -> HeadStatistics:
         """The combined statistics of two runs."""
-        if not isinstance(other, HeadStatistics):
-            return NotImplemented
-        if self._shape != other._shape:
-            raise ValueError(f"statistics of {self._shape} and of {other._shape} do not add up")
+        if self._arguments != other._arguments:
+            raise ValueError(f"statistics of {self._arguments} and of {other._arguments} do not add up")
         total = self.empty()
         total.num_pictures = self.num_pictures + other.num_pictures
         total.sums = {name: value + other.sums[name] for name, value in self.sums.items()}
@@ -210,25 +208,7 @@ class HeadStatistics:
 
     def empty(self) -> HeadStatistics:
         """New statistics with the same arguments and no images."""
-        return HeadStatistics(*self._shape)
-
-    @property
-    def _shape(self) -> tuple[ImageLayout, int, int, tuple[Level, ...]]:
-        return self.layout, self.num_layers, self.num_kv_heads, self.levels
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """All sums on the CPU, by name, with "num_pictures"."""
-        sums = {name: value.cpu() for name, value in self.sums.items()}
-        return sums | {"num_pictures": torch.tensor(self.num_pictures, dtype=torch.float64)}
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Load the result of `state_dict` from statistics with the same arguments."""
-        shapes = {name: value.shape for name, value in self.state_dict().items()}
-        if {name: value.shape for name, value in state.items()} != shapes:
-            raise ValueError("these sums are of another model, grid or number of levels")
-        self.num_pictures = int(state["num_pictures"])
-        for name, value in self.sums.items():
-            value.copy_(state[name])
+        return HeadStatistics(*self._arguments)
 
 
 def _ratio(part: torch.Tensor, whole: torch.Tensor, empty: float = 0.0) -> torch.Tensor:

@@ -50,6 +50,7 @@ def select_victims(
     """Slots to empty in every head: the lowest scores in semantic heads, the oldest tokens in spatial heads.
 
     Every head keeps the first `num_sinks` tokens of the image; a semantic head also keeps its `num_recent` newest.
+    docs/concepts.md has a worked example.
 
     Args:
         positions: `[batch, kv_heads, slots]`, number of the visual token in each slot, counted from 0; all are taken.
@@ -60,16 +61,6 @@ def select_victims(
 
     Returns:
         `[batch, kv_heads, num_evict]`, slots in ascending order.
-
-    Example: tokens 0 to 3, of which two must go. With one sink, a spatial head drops 1 and 2. A semantic head with one
-    recent drops 1 and 2 as well: token 3 has the lowest score, but is recent.
-
-        >>> positions = torch.tensor([[[0, 1, 2, 3]]])
-        >>> select_victims(positions, None, num_evict=2, num_seen=4, num_sinks=1)
-        tensor([[[1, 2]]])
-        >>> scores = torch.tensor([[[3.0, 1.0, 2.0, 0.0]]])
-        >>> select_victims(positions, scores, num_evict=2, num_seen=4, num_recent=1)
-        tensor([[[1, 2]]])
     """
     num_semantic = 0 if scores is None else scores.shape[1]
     victims = []

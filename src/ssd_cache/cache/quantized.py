@@ -33,16 +33,6 @@ def quantize(states: torch.Tensor, kv_dtype: str) -> tuple[torch.Tensor, torch.T
     Returns:
         Codes `[..., head_dim]`, int8: the integer itself, or the bits of a float8_e4m3fn, since few torch operations
         can move float8. Scales `[...]`, float32.
-
-    Example:
-
-        >>> codes, scales = quantize(torch.tensor([[0.5, -2.54, 0.012], [0.0, 0.0, 0.0]]), "int8")
-        >>> codes
-        tensor([[  25, -127,    1],
-                [   0,    0,    0]], dtype=torch.int8)
-        >>> dequantize(codes, scales, "int8", torch.float32)
-        tensor([[ 0.5000, -2.5400,  0.0200],
-                [ 0.0000,  0.0000,  0.0000]])
     """
     states = states.float()
     scales = (states.abs().amax(-1) / LIMITS[kv_dtype]).clamp(min=SMALLEST)

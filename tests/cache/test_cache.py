@@ -378,7 +378,7 @@ def test_a_second_picture_without_reset_is_refused():
 
 def test_another_batch_in_mid_picture_is_refused():
     cache = half_drawn(12)
-    with pytest.raises(ValueError, match="holds 3 rows and got 2"):
+    with pytest.raises(ValueError, match="holds 3 rows .* and got 2 rows"):
         feed(cache, random_states(2, 1, 7))
 
 
@@ -406,7 +406,7 @@ def test_cropping_and_offloading_are_refused():
     cache.crop(0)
     with pytest.raises(ValueError, match="evicted tokens are gone"):
         cache.crop(-1)
-    with pytest.raises(NotImplementedError, match="offloading"):
+    with pytest.raises(NotImplementedError, match="offloaded"):
         cache.layers[0].offload()
 
 

@@ -56,7 +56,7 @@ def test_compiled_pictures_are_eager_pictures_and_compile_once(name):
         assert torch.equal(draw(model, SSDCache(LABELS, **SETTINGS[name])), expected)
         assert counters["stats"]["unique_graphs"] == 1, "the second picture compiled again"
     for ours, theirs in zip(fast.layers, eager.layers, strict=True):
-        assert repr(ours) == repr(theirs)
+        assert ours.get_seq_length() == theirs.get_seq_length()
         assert ours.has_kernel
         assert not theirs.has_kernel
         for mine, other in zip(ours.stores, theirs.stores, strict=True):

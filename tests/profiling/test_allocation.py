@@ -106,7 +106,7 @@ def test_a_fitted_map_is_saved_and_its_slots_are_what_the_cache_holds(tmp_path):
             if num_tokens == 1:  # as the attention "ssd" does
                 keys.ssd_layer.attend(torch.randn(1, 3, 1, 8), keys, values, 1.0, 0.0)
             else:
-                keys.ssd_layer.see_prompt(states, keys, values, None, 1.0, None)
+                keys.ssd_layer.see_prompt(states, None, 1.0, None)
     assert cache.nbytes == sum(2 * (4 + slots) * 8 * 4 for layer in fitted.budget for slots in layer)
     assert [list(layer.plan.num_slots) for layer in cache.layers] == fitted.budget
 

@@ -207,7 +207,7 @@ def test_recording_holds_little_beside_the_full_cache(drafts):
     (layer,) = cache.layers
     states, live = torch.randn(rows, heads, prompt + num_fed, dim), LiveBytes()
     layer.update(states[:, :, :prompt], states[:, :, :prompt])
-    layer.see_prompt(states, states, states, None, 0.2, None)
+    layer.see_prompt(states, None, 0.2, None)
     for token in range(prompt, prompt + num_fed):
         keys, values = layer.update(states[:, :, token : token + 1], states[:, :, token : token + 1])
         layer.attend(states[:, :, token : token + 1], keys, values, 0.2, 0.0)

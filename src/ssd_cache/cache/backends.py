@@ -1,7 +1,7 @@
-"""How one token attends to the stores of a layer: torch's attention, or the fused kernel of `kernels/dispatch.py`.
+"""`HeadGroups`: how the heads of a layer are spread over its stores, and how a token attends to them.
 
-A layer chooses its backend once for each image, at the prompt. The functions take a step's query and return the output;
-they decide nothing about which tokens are kept.
+Either torch's attention runs, or the fused kernel of `kernels/dispatch.py`. A layer chooses one of them for each image,
+at the prompt. Nothing here decides which tokens are kept.
 """
 
 from __future__ import annotations
@@ -11,38 +11,88 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 
-from ssd_cache.cache.heads import HeadGroups
 from ssd_cache.cache.slots import Slot, SlotStore
 from ssd_cache.kernels import dispatch
 
 
-def attend_in_torch(
-    stores: Sequence[SlotStore],
-    slots: Sequence[Slot],
-    groups: HeadGroups,
-    query: torch.Tensor,
-    states: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    scaling: float,
-    dropout: float,
-) -> torch.Tensor:
-    """Hold the query in the stores that score attention, and attend to the tokens of every store.
+class HeadGroups:
+    """The groups of a layer's KV heads, one for each store.
 
     Args:
-        query: `[batch, kv_heads, groups, head_dim]`, in the model's order of heads.
-        states: K and V of each store, as `SlotStore.states` returns them.
+        stores: the stores of the layer. No reference is kept to them.
 
-    Returns:
-        `[batch, kv_heads, groups, value_dim]`.
+    Attributes:
+        heads: int64 `[heads of the group]` for each group, the numbers of its heads, where the kernel reads them.
+        order: int64 `[kv_heads]`, all heads in the order of storage; None if it is the model's own order.
     """
-    # Two matrix products beat sdpa for one query on a CPU, above all in bfloat16. Eager steps keep sdpa, because their
-    # tokens then equal those of a full cache bit for bit.
-    is_static = not isinstance(slots[0], int)
-    attend = _attend_by_products if is_static and query.is_cpu and not dropout else F.scaled_dot_product_attention
-    outputs = []
-    for store, slot, part, (keys, values) in zip(stores, slots, groups.split(query), states, strict=True):
-        store.hold(slot, part)
-        outputs.append(attend(part, keys, values, store.visible(slot), dropout, scale=scaling))
-    return groups.join(outputs)
+
+    def __init__(self, stores: Sequence[SlotStore]):
+        self.sizes = [len(store.plan.heads) for store in stores]
+        self.heads = [torch.tensor(store.plan.heads, device=store.keys.device) for store in stores]
+        order = torch.cat(self.heads)
+        is_sorted = [head for store in stores for head in store.plan.heads] == list(range(len(order)))
+        self.order = None if is_sorted else order
+        self.inverse = order.argsort()
+
+    def split(self, states: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Split `[batch, kv_heads, ...]`, in the model's order of heads, into a tensor for each group."""
+        if self.order is not None:
+            states = states.index_select(1, self.order)
+        return states.split(self.sizes, dim=1)
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Join one tensor `[batch, heads, ...]` for each group, in the model's order of heads."""
+        states = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+        return states if self.order is None else states.index_select(1, self.inverse)
+
+    def attend_in_torch(
+        self,
+        stores: Sequence[SlotStore],
+        slots: Sequence[Slot],
+        query: torch.Tensor,
+        states: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        scaling: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Hold the query for scoring, and attend to K and V of every store, as `SlotStore.states` returned them.
+
+        `query` is `[batch, kv_heads, groups, head_dim]`, in the model's order of heads, and the output
+        `[batch, kv_heads, groups, value_dim]`.
+        """
+        # Two matrix products beat sdpa for one query on a CPU, above all in bfloat16. Eager steps keep sdpa, because
+        # their tokens then equal those of a full cache bit for bit.
+        is_static = not isinstance(slots[0], int)
+        attend = _attend_by_products if is_static and query.is_cpu and not dropout else F.scaled_dot_product_attention
+        outputs = []
+        for store, slot, part, (keys, values) in zip(stores, slots, self.split(query), states, strict=True):
+            store.hold(slot, part)
+            outputs.append(attend(part, keys, values, store.visible(slot, keys.shape[2]), dropout, scale=scaling))
+        return self.join(outputs)
+
+    def attend_by_kernel(
+        self,
+        stores: Sequence[SlotStore],
+        slots: Sequence[Slot],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Run one kernel per store: write K and V, attend, and add the attention to what the tokens received.
+
+        `key` and `value` are K and V of the new token, `[batch, kv_heads, 1, head_dim]`; query and output are as in
+        `attend_in_torch`.
+        """
+        if query.dtype != key.dtype and torch.is_autocast_enabled(query.device.type):
+            query = query.to(key.dtype)  # as sdpa does under autocast
+        output = query.new_empty(*query.shape[:3], value.shape[3])
+        for store, slot, heads in zip(stores, slots, self.heads, strict=True):
+            if isinstance(slot, int):
+                slot = torch.full((), slot, device=query.device)
+            dispatch.decode(
+                query, key, value, store.keys, store.values, store.received, heads, store.mask, slot, scaling, output
+            )
+        return output
 
 
 def _attend_by_products(
@@ -58,33 +108,3 @@ def _attend_by_products(
     if mask is not None:
         weights = weights.masked_fill(~mask, -torch.inf)
     return weights.float().softmax(-1).to(values.dtype) @ values
-
-
-def attend_by_kernel(
-    stores: Sequence[SlotStore],
-    slots: Sequence[Slot],
-    groups: HeadGroups,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float,
-) -> torch.Tensor:
-    """Run one kernel per store: write K and V, attend, and add the attention to what the tokens received.
-
-    Args:
-        query: `[batch, kv_heads, groups, head_dim]`, in the model's order of heads.
-        key, value: K and V of the new token, `[batch, kv_heads, 1, head_dim]`.
-
-    Returns:
-        `[batch, kv_heads, groups, value_dim]`.
-    """
-    if query.dtype != key.dtype and torch.is_autocast_enabled(query.device.type):
-        query = query.to(key.dtype)  # as sdpa does under autocast
-    output = query.new_empty(*query.shape[:3], value.shape[3])
-    for store, slot, heads in zip(stores, slots, groups.heads, strict=True):
-        if isinstance(slot, int):
-            slot = torch.full((), slot, device=query.device)
-        dispatch.decode(
-            query, key, value, store.keys, store.values, store.received, heads, store.mask, slot, scaling, output
-        )
-    return output

@@ -18,9 +18,9 @@ from ssd_cache._compat import CACHE
 from ssd_cache.budget import Budget
 from ssd_cache.cache.layer import SSDLayer
 from ssd_cache.cache.policies import POLICIES, find_policy
-from ssd_cache.cache.settings import CacheSettings, default_buffer
-from ssd_cache.cache.sharding import is_distributed, shard_of
-from ssd_cache.cache.static_slots import StaticSlots
+from ssd_cache.cache.settings import DEFAULT_RECENT, CacheSettings, choose_slots, default_buffer, equal_budget
+from ssd_cache.cache.sharding import shard_of
+from ssd_cache.cache.slots import StaticSlots
 from ssd_cache.head_map.head_map import HeadMap, HeadMapError
 from ssd_cache.model_grids import layout_of_model
 
@@ -44,7 +44,9 @@ class SSDCache(Cache):
 
     Spatial heads keep their newest tokens. Semantic heads keep the tokens that received the most attention, or the best
     tokens by another `score`. Pass it to a model whose attention is "ssd":
-    `model.generate(**inputs, **cache.as_kwargs())`. One cache serves one batch of images.
+    `model.generate(**inputs, **cache.as_kwargs())`. One cache serves one batch of images. `reset()` clears it for the
+    next batch, of any size and prompt length. The tensors stay in memory, and serve again if rows and padded prompt
+    length are the same, so that a compiled step and a CUDA graph stay valid.
 
     Args:
         head_map: which KV head is spatial and which semantic, and the grid of visual tokens.
@@ -96,23 +98,25 @@ class SSDCache(Cache):
         kv_dtype: str | None = None,
         shard: tuple[int, int] = (0, 1),
     ):
-        settings = CacheSettings.resolve(
-            head_map,
-            budget,
-            slots=slots,
-            buffer=buffer,
-            num_recent=num_recent,
-            num_sinks=num_sinks,
-            score=score,
-            kv_dtype=kv_dtype,
-            shard=shard,
-        )
+        if not isinstance(head_map, HeadMap):
+            raise TypeError(
+                f"head_map is a {type(head_map).__name__}, expected a HeadMap: HeadMap.from_pretrained(...) loads one"
+            )
+        slots = choose_slots(slots, budget, head_map)
+        if budget is None:
+            budget = equal_budget(head_map) if slots == "uniform" or head_map.budget is None else head_map.budget
+        if score is None:
+            score = "sum" if head_map.learned is None else "learned"
+        if buffer is None:
+            buffer = default_buffer(head_map.layout, score)
+        if num_recent is None:
+            num_recent = 0 if score == "learned" else DEFAULT_RECENT
+        settings = CacheSettings(head_map, budget, slots, buffer, num_recent, num_sinks, score, kv_dtype, shard)
         super().__init__(layers=[SSDLayer(plan) for plan in settings.plans()])
-        self.head_map, self.budget, self.slots, self.shard = head_map, settings.budget, settings.slots, shard
-        self.buffer, self.num_recent, self.num_sinks = settings.buffer, settings.num_recent, num_sinks
-        self.score, self.kv_dtype = settings.score, kv_dtype
-        self._warned = self._in_static_step = False
-        self._static_slots: tuple[int, dict[torch.device, StaticSlots]] | None = None
+        self.head_map, self.budget, self.slots, self.shard = head_map, budget, slots, shard
+        self.buffer, self.num_recent, self.num_sinks = buffer, num_recent, num_sinks
+        self.score, self.kv_dtype = score, kv_dtype
+        self._static_slots: tuple[int, StaticSlots] | None = None
 
     @classmethod
     def online(
@@ -142,55 +146,38 @@ class SSDCache(Cache):
         return cls(head_map, budget, **settings)
 
     @classmethod
-    def from_policy(
-        cls, policy: str, head_map: HeadMap, budget: Budget | None = None, *, buffer: int | None = None, **settings
-    ) -> SSDCache:
+    def from_policy(cls, policy: str, head_map: HeadMap, budget: Budget | None = None, **settings) -> SSDCache:
         """Make a cache from a policy's name. Only "ssd", "learned" and "margin" use the map's labels.
 
-        - "full": keep every token, whatever the budget.
-        - "ssd": the paper's policy: the map's labels, equal slots, tokens ranked by the sum of attention.
-          `slots="fitted"` uses the map's slots instead.
-        - "learned": the map's labels and slots (equal slots if it carries none), tokens ranked by its learned score.
-          `SSDCache(head_map)` does the same with such a map.
-        - "h2o": every head semantic, half of its slots for the newest tokens (Zhang et al., arXiv 2306.14048).
-        - "streaming-llm": every head spatial, with 4 sinks (Xiao et al., arXiv 2309.17453). The whole prompt is kept
-          here too, so the sinks are the first visual tokens.
-        - "linear": every head semantic, with score="last": at the end of an image row, drop the tokens that its
-          queries attended to least; keep the first tokens and the most recent rows (LineAR, arXiv 2512.04857). Their
-          numbers are not public: 4 tokens and one row are our choice. The whole prompt is kept here too.
-        - "margin": the map's labels, equal slots, and score="margin": semantic heads keep the margin columns by
-          position only.
-
-        Without a budget, every policy holds as many tokens as the map's own slots, or 0.2 of the grid.
+        Args:
+            policy: one of `POLICIES`: "full" (keep every token), "ssd" (the paper's policy), "learned" (the default
+                for a map with a learned score), "h2o", "streaming-llm", "linear" (LineAR) or "margin".
+                docs/concepts.md lists their settings, and the differences from the papers.
+            head_map: the map; for the other policies only its shape matters.
+            budget: as for `SSDCache`. By default, every policy holds as many tokens as the map's own slots, or 0.2 of
+                the grid.
+            settings: as for `SSDCache`; they take precedence over the policy's own.
 
         Raises:
             ValueError: an unknown policy, or as for `SSDCache`.
         """
         head_map, budget, own_settings = find_policy(policy).apply(head_map, budget)
-        return cls(head_map, budget, buffer=buffer, **{**own_settings, **settings})
+        return cls(head_map, budget, **{**own_settings, **settings})
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Store new tokens of one layer; see `SSDLayer.update` for shapes, returns and errors."""
-        if layer_idx >= len(self.layers) or key_states.shape[1] != len(self.layers[layer_idx].plan.is_spatial):
-            raise self._misfit(layer_idx, key_states.shape[1])
-        states = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
-        if layer_idx == 0 and not self._in_static_step:
+        if layer_idx >= len(self.layers) or key_states.shape[1] != self.layers[layer_idx].num_kv_heads:
+            raise HeadMapError(
+                f"the head map ({self.head_map.origin}) has {self.head_map.num_layers} layers x "
+                f"{self.head_map.num_kv_heads} KV heads, shard={self.shard}, but layer {layer_idx} of the model has "
+                f"{key_states.shape[1]} KV heads: use the map that was made for this model; a tensor parallel model "
+                "needs enable or shard="
+            )
+        layer = self.layers[layer_idx]
+        states = layer.update(key_states, value_states, *args, **kwargs)
+        if layer_idx == 0 and not layer.is_static:
             self._check_progress()
         return states
-
-    def _misfit(self, layer_idx: int, num_heads: int) -> HeadMapError:
-        """The error for a layer that is missing in the map or has another number of heads."""
-        expected = self.head_map.num_kv_heads
-        part = "" if self.shard[1] == 1 else f", of which process {self.shard[0]} of {self.shard[1]} holds its part"
-        remedy = "use the map that was made for this model"
-        if is_distributed() and self.shard[1] == 1 and expected % num_heads == 0:
-            remedy = (
-                f"if the model is tensor parallel over {expected // num_heads} processes, use enable or give shard="
-            )
-        return HeadMapError(
-            f"the head map ({self.head_map.origin}) has {self.head_map.num_layers} layers x {expected} KV heads{part}, "
-            f"but layer {layer_idx} of the model has {num_heads} KV heads: {remedy}"
-        )
 
     def allow_cpu_kernel(self) -> None:
         """Allow a CPU kernel that is not bit-exact for the next image; `fast_decode` calls this."""
@@ -212,22 +199,17 @@ class SSDCache(Cache):
         """
         number = self.layers[0].num_visual
         if self._static_slots is None or self._static_slots[0] != self.version:
-            by_device: dict[torch.device, list[SSDLayer]] = {}
-            for layer in self.layers:
-                by_device.setdefault(layer.device, []).append(layer)
-            self._static_slots = self.version, {device: StaticSlots(part) for device, part in by_device.items()}
-        for slots in self._static_slots[1].values():
-            slots.fill(number)
-        for layer in self.layers:
-            layer.begin_step(self._static_slots[1][layer.device].of(layer))
-        self._in_static_step = True
-        self._check_progress()
+            self._static_slots = self.version, StaticSlots(layer.stores for layer in self.layers)
+        static = self._static_slots[1]
+        static.fill(number)
         try:
+            for layer, slots in zip(self.layers, static.slots, strict=True):
+                layer.begin_step(slots)
+            self._check_progress()
             yield
         finally:
-            self._in_static_step = False
             for layer in self.layers:
-                layer.end_step()
+                layer.is_static = False
 
     @property
     def version(self) -> int:
@@ -244,8 +226,7 @@ class SSDCache(Cache):
                     f"the head map ({self.head_map.origin}) has {len(self.layers)} layers, but the model used {used} "
                     "for its prompt: use the map that was made for this model"
                 )
-        if num_visual > self.layers[0].plan.num_cells + CLOSING_TOKENS and not self._warned:
-            self._warned = True
+        if num_visual == self.layers[0].plan.num_cells + CLOSING_TOKENS + 1:
             layout = self.head_map.layout
             warnings.warn(
                 f"SSDCache is past the {layout.text()} = {layout.num_tokens} visual tokens of its head map's grid "
@@ -253,15 +234,6 @@ class SSDCache(Cache):
                 "reset()?",
                 stacklevel=2,
             )
-
-    def reset(self) -> None:
-        """Clear the cache for the next image, which may have any batch size and prompt length.
-
-        The tensors stay in memory. The next image uses them again if its rows and its padded prompt length are the
-        same, so that a compiled step and a CUDA graph stay valid.
-        """
-        super().reset()
-        self._warned = False
 
     def as_kwargs(self) -> dict[str, SSDCache]:
         """This cache as the keyword argument of `generate` and `forward`, for every supported version of transformers.

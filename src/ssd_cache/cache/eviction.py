@@ -23,24 +23,17 @@ def slot_of(number: int, num_slots, buffer):
 
 
 def is_spared(positions: torch.Tensor, num_seen: int, num_recent: int, num_sinks: int) -> torch.Tensor:
-    """Which tokens a semantic head may not drop: the `num_recent` newest and the image's first `num_sinks`.
+    """Which tokens a semantic head may not drop: the `num_recent` newest of `num_seen`, and the first `num_sinks`.
 
-    Args:
-        positions: numbers of the visual tokens, counted from 0, any shape.
-        num_seen: number of visual tokens seen so far.
+    `positions` are numbers of visual tokens, counted from 0, in any shape.
     """
     return (positions >= num_seen - num_recent) | (positions < num_sinks)
 
 
 def lowest(ranks: torch.Tensor, spared: torch.Tensor, num_evict: int) -> torch.Tensor:
-    """The tokens to drop: the `num_evict` lowest ranks, and of equal ranks the older token.
+    """The tokens to drop, `[..., num_evict]`: the lowest `ranks` first, and of equal ranks the older token.
 
-    Args:
-        ranks: `[..., tokens]`, in the order of arrival.
-        spared: tokens that are not dropped, a mask that broadcasts to `ranks`.
-
-    Returns:
-        `[..., num_evict]`, indices of tokens, the lowest rank first.
+    `ranks` are `[..., tokens]`, in the order of arrival. Tokens in the mask `spared` are not dropped.
     """
     # stable: of equal ranks the older one comes first
     return ranks.masked_fill(spared, torch.inf).argsort(dim=-1, stable=True)[..., :num_evict]
@@ -56,29 +49,18 @@ def select_victims(
 ) -> torch.Tensor:
     """Slots to empty in every head: the lowest scores in semantic heads, the oldest tokens in spatial heads.
 
-    Semantic heads come first: `scores` covers the first heads, the rest are spatial. Every head keeps the first
-    `num_sinks` tokens of the image; a semantic head also keeps its `num_recent` newest. Of equal scores the older token
-    is dropped.
+    Every head keeps the first `num_sinks` tokens of the image; a semantic head also keeps its `num_recent` newest.
+    docs/concepts.md has a worked example.
 
     Args:
-        positions: `[batch, kv_heads, slots]`, number of the visual token in each slot, counted from 0; every slot is
-            taken.
-        scores: `[batch, semantic_heads, slots]`, float32, from a scorer's `rank`; None if no head is semantic.
+        positions: `[batch, kv_heads, slots]`, number of the visual token in each slot, counted from 0; all are taken.
+        scores: `[batch, semantic_heads, slots]`, float32, from a scorer's `rank`, of the first heads; the others are
+            spatial. None if no head is semantic.
         num_evict: tokens to drop from each head.
         num_seen: number of visual tokens seen so far, without the one that needs a slot.
 
     Returns:
         `[batch, kv_heads, num_evict]`, slots in ascending order.
-
-    Example: four slots hold tokens 0, 1, 2, 3 and two must go. A spatial head drops 0 and 1 (with one sink: 1 and 2).
-    A semantic head with scores 3, 1, 2, 0 and one recent drops 1 and 2: token 3 has the lowest score but is recent.
-
-        >>> positions = torch.tensor([[[0, 1, 2, 3]]])
-        >>> select_victims(positions, None, num_evict=2, num_seen=4, num_sinks=1)
-        tensor([[[1, 2]]])
-        >>> scores = torch.tensor([[[3.0, 1.0, 2.0, 0.0]]])
-        >>> select_victims(positions, scores, num_evict=2, num_seen=4, num_recent=1)
-        tensor([[[1, 2]]])
     """
     num_semantic = 0 if scores is None else scores.shape[1]
     victims = []
@@ -96,12 +78,10 @@ def select_victims(
 
 
 def compact(tensors: list[torch.Tensor], victims: torch.Tensor) -> None:
-    """Empty the victims' slots in place and make the last slots the free ones; at most `num_evict` rows move per head.
-
-    Survivors in the last `num_evict` slots move into the victims' slots before them. No other row is touched.
+    """Move the survivors in the last `num_evict` slots into the victims' slots before them; no other row is touched.
 
     Args:
-        tensors: each `[batch, heads, slots]` or `[batch, heads, slots, head_dim]`, all slots taken; `heads` may be
+        tensors: each `[batch, heads, slots]` or `[batch, heads, slots, head_dim]`, changed in place; `heads` may be
             fewer than `kv_heads`, and are then the first ones.
         victims: `[batch, kv_heads, num_evict]`, in ascending order (see `select_victims`).
     """

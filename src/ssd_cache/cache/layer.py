@@ -6,16 +6,15 @@ and queries to slot stores. One token is one `update` and one `attend`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ssd_cache._compat import in_prefill
-from ssd_cache.cache.backends import attend_by_kernel, attend_in_torch
-from ssd_cache.cache.heads import HeadGroups
+from ssd_cache.cache.backends import HeadGroups
 from ssd_cache.cache.plans import LayerPlan
 from ssd_cache.cache.quantized import QuantizedStore
 from ssd_cache.cache.slots import Slot, SlotStore, normal_tensors
@@ -28,19 +27,12 @@ USE_SSD_ATTENTION = (
 
 
 class GroupedStates(list):
-    """Keys (or values) of a layer as a list: one tensor for each group of heads that hold equally many tokens.
+    """Keys (or values) of a layer, for the attention "ssd": a tensor for each group of heads with equally many tokens.
 
-    If the kernel writes K and V, the list holds only the new token's keys or values. Only the attention "ssd" can read
-    it; code that uses it as a tensor gets an AttributeError with the remedy.
+    If the kernel writes K and V, the list holds only the new token's keys or values.
     """
 
     ssd_layer: SSDLayer
-
-    def __getattr__(self, name: str):
-        raise AttributeError(
-            "this layer's heads hold different numbers of tokens, or a kernel of its own writes them, which only the "
-            f"attention 'ssd' can do; {USE_SSD_ATTENTION}"
-        )
 
 
 class SSDLayer(CacheLayerMixin):
@@ -51,8 +43,9 @@ class SSDLayer(CacheLayerMixin):
         keys, values: K and V of the prompt, until the first visual token arrives; then None.
         prompt_mask: `[batch, num_prompt]`, False on padding, or None.
         stores: one store for each number of slots, from the first visual token on.
-        groups: how the layer's heads are distributed over the stores.
+        groups: how the layer's heads are spread over the stores.
         slots: slot of the newest token in each store.
+        is_static: whether a static step runs.
         has_kernel: whether the fused kernel runs the steps of this image; chosen at the prompt.
         allows_cpu_kernel: whether the kernel may run on a CPU, where its tokens are not bit-exact.
         version: changes whenever a tensor that a static step uses is replaced.
@@ -70,7 +63,7 @@ class SSDLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Clear the layer for the next image. Its tensors stay in memory, and serve again if the next image fits."""
-        self.is_initialized = False
+        self.is_initialized = self.is_static = False
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.prompt_mask: torch.Tensor | None = None
@@ -78,20 +71,11 @@ class SSDLayer(CacheLayerMixin):
         self.slots: list[Slot] = []
         self.num_prompt = 0
         self.has_kernel = self.allows_cpu_kernel = False
-        self._query: torch.Tensor | None = None  # no rows; the shape and dtype of a step's queries
-        self._scaling = 1.0  # of these queries
-        self._query_missing = self._is_static = False
+        self._num_groups, self._scaling = 0, 1.0  # query heads of a KV head, and the factor of their products
+        self._query_missing = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        _, heads, _, head_dim = key_states.shape
-        self.token_nbytes = heads * (head_dim + value_states.shape[3]) * key_states.itemsize
-        self.is_initialized = True
-
-    @property
-    def num_visual(self) -> int:
-        """Visual tokens seen."""
-        return self.stores[0].num_seen if self.stores else 0
+        self.device, self.is_initialized = key_states.device, True
 
     @property
     def in_prompt(self) -> bool:
@@ -99,12 +83,17 @@ class SSDLayer(CacheLayerMixin):
         return not self.stores
 
     @property
+    def num_visual(self) -> int:
+        """Visual tokens seen."""
+        return self.stores[0].num_seen if self.stores else 0
+
+    @property
     def labels(self) -> tuple[bool, ...] | None:
         """For each KV head whether it is spatial; None while an online layer has not found its labels."""
         if not self.plan.is_online:
             return self.plan.is_spatial
         found = self.stores[0].labels if self.stores else None
-        return None if found is None else tuple(found.tolist())
+        return None if found is None else tuple(found)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store new tokens and return the keys and values that their queries attend to.
@@ -121,36 +110,53 @@ class SSDLayer(CacheLayerMixin):
             ValueError: several tokens at once after visual tokens, another batch size, device or dtype, or missing
                 queries (the model's attention is not "ssd").
         """
-        if not self._is_static:
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-            # Detach: no gradient flows through the cache into earlier steps.
-            key_states, value_states = key_states.detach(), value_states.detach()
-            if self._query_missing and self.plan.needs_ssd_attention:
+        if not self.is_static:
+            if self._query_missing:
                 raise ValueError(
                     f"layer {self.plan.layer_idx} of SSDCache does not get to see the model's queries, which its heads "
                     f"need: the model's attention is not 'ssd'. Remedy: {USE_SSD_ATTENTION}."
                 )
-            if self.in_prompt and (self.num_prompt == 0 or key_states.shape[2] > 1 or in_prefill()):
-                self._query_missing = True
-                return self._update_prompt(key_states, value_states)
-        key_states, value_states = self._check_visual(key_states, value_states)
-        if not self._is_static:
-            self._query_missing = True
+            # Detach: no gradient flows through the cache into earlier steps.
+            key_states, value_states = key_states.detach(), value_states.detach()
+            if not self.stores and (self.num_prompt == 0 or key_states.shape[2] > 1 or in_prefill()):
+                self._query_missing = self.plan.needs_ssd_attention
+                return self._extend_prompt(key_states, value_states)
+        held_keys, held_values = self._held_states
+        key_states, value_states = self._fit(key_states, held_keys), self._fit(value_states, held_values)
+        if not self.is_static:
+            self._query_missing = self.plan.needs_ssd_attention
             if not self.stores:
-                with normal_tensors():
-                    self._open_stores()
+                self._open_stores()
             self._reserve()
-        if self.has_kernel:
-            return self._show([(key_states, value_states)], as_groups=True)
-        parts = zip(self.groups.split(key_states), self.groups.split(value_states), strict=True)
-        for store, slot, (keys, values) in zip(self.stores, self.slots, parts, strict=True):
-            store.write(slot, keys, values)
-        return self._show([store.states(slot) for store, slot in zip(self.stores, self.slots, strict=True)])
+        keys, values = GroupedStates(), GroupedStates()
+        if self.has_kernel:  # it writes them in `attend`
+            keys.append(key_states)
+            values.append(value_states)
+        else:
+            parts = zip(self.groups.split(key_states), self.groups.split(value_states), strict=True)
+            for store, slot, (new_keys, new_values) in zip(self.stores, self.slots, parts, strict=True):
+                store.write(slot, new_keys, new_values)
+                store_keys, store_values = store.states(slot)
+                keys.append(store_keys)
+                values.append(store_values)
+            if len(self.stores) == 1:
+                keys, values = keys[0], values[0]
+        keys.ssd_layer = self
+        return keys, values
 
     def attend(self, query: torch.Tensor, key: Any, value: Any, scaling: float, dropout: float) -> torch.Tensor:
-        """See `attention.AttendingLayer.attend`."""
-        if not self._is_static:
+        """Attend with one visual token's query.
+
+        Args:
+            query: `[batch, kv_heads, groups, head_dim]`.
+            key, value: as `update` returned them.
+            scaling: factor on the products of query and keys.
+            dropout: share of softmax weights dropped in training.
+
+        Returns:
+            `[batch, kv_heads, groups, value_dim]`.
+        """
+        if not self.is_static:
             self._query_missing = False
         if self.has_kernel:
             if dropout or (torch.is_grad_enabled() and query.requires_grad):
@@ -158,20 +164,18 @@ class SSDLayer(CacheLayerMixin):
                     "an image that was begun without gradients now needs them, or dropout, which the kernel of "
                     "SSDCache does not have: generate it to the end under torch.no_grad() and model.eval()"
                 )
-            return attend_by_kernel(self.stores, self.slots, self.groups, query, key[0], value[0], scaling)
+            return self.groups.attend_by_kernel(self.stores, self.slots, query, key[0], value[0], scaling)
         states = zip(key, value, strict=True) if isinstance(key, GroupedStates) else [(key, value)]
-        return attend_in_torch(self.stores, self.slots, self.groups, query, states, scaling, dropout)
+        return self.groups.attend_in_torch(self.stores, self.slots, query, states, scaling, dropout)
 
-    def see_prompt(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float,
-        window: int | None,
-    ) -> None:
-        """See `attention.AttendingLayer.see_prompt`; chooses the backend of this image.
+    def see_prompt(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, window: int | None) -> None:
+        """Receive the queries of the prompt, after `update`, and choose the backend of this image.
+
+        Args:
+            query: `[batch, heads, new, head_dim]`.
+            mask: `[batch, num_prompt]`, False on padding, or None.
+            scaling: factor on the products of queries and keys.
+            window: tokens of a sliding window, or None for full attention.
 
         Raises:
             ValueError: a layer with sliding window attention whose window does not hold prompt and image.
@@ -184,34 +188,30 @@ class SSDLayer(CacheLayerMixin):
             )
         self._query_missing = False
         self.prompt_mask = None if mask is None else _own(mask)
-        self._query = query.new_empty(0, self.num_kv_heads, query.shape[1] // self.num_kv_heads, query.shape[3])
-        self._scaling = scaling
-        served = dispatch.can_serve(query, key, value, on_cpu=self.allows_cpu_kernel)
+        self._num_groups, self._scaling = query.shape[1] // self.num_kv_heads, scaling
+        served = dispatch.can_serve(query, *self._held_states, on_cpu=self.allows_cpu_kernel)
         self.has_kernel = served and self.plan.takes_kernel
 
-    def begin_step(self, slots: Sequence[torch.Tensor]) -> None:
+    def begin_step(self, slots: list[Slot]) -> None:
         """Host-side work before a static step: score, evict, reserve a slot.
 
-        Until `end_step`, `update` and `attend` use `slots`, 0-d int64 tensors with the slot of each store, and all
+        Until `is_static` is set to False, `update` and `attend` use `slots`, a 0-d int64 tensor for each store, and all
         columns under a mask. The forward then uses only tensors of fixed shape.
         """
         self._reserve()
-        self.slots = list(slots)
-        self._is_static = True
-
-    def end_step(self) -> None:
-        """Return to eager steps."""
-        self._is_static = False
+        self.slots, self.is_static = slots, True
 
     def _reserve(self) -> None:
         first = self.stores[0].plan
         self.slots = [store.reserve() for store in self.stores]
         if self.stores[0].plan is not first:  # the one store of an online layer has found its labels
-            self.groups = HeadGroups([self.stores[0].plan], self.device)
+            self.groups = HeadGroups(self.stores)
             self.version += 1
 
-    def _update_prompt(self, key_states: torch.Tensor, value_states: torch.Tensor):
-        if self.keys is not None and self.values is not None:
+    def _extend_prompt(self, key_states: torch.Tensor, value_states: torch.Tensor):
+        if self.keys is None or self.values is None:
+            self.lazy_initialization(key_states, value_states)
+        else:
             key_states = torch.cat([self.keys, key_states], dim=2)
             value_states = torch.cat([self.values, value_states], dim=2)
         self.keys, self.values = key_states, value_states = _own(key_states), _own(value_states)
@@ -222,70 +222,48 @@ class SSDLayer(CacheLayerMixin):
 
     def _open_stores(self) -> None:
         """Move the prompt into stores: those of the last image if they fit, else new ones."""
-        assert self.keys is not None
-        assert self.values is not None
-        query = None if self.has_kernel else self._query
-        fit = (
-            (self.keys.shape, self.values.shape, self.dtype, self.device, self.has_kernel),
-            (self.prompt_mask is None, query is None or (query.shape, query.dtype, self._scaling)),
-        )
-        plans = self.plan.groups()
-        prompts = [
-            (self.keys[:, list(plan.heads)], self.values[:, list(plan.heads)], self.prompt_mask) for plan in plans
-        ]
-        if self._former is not None and self._former[0] == fit:
+        keys, values = self._held_states
+        has_mask, num_groups = self.prompt_mask is not None, 0 if self.has_kernel else self._num_groups
+        fit = keys.shape, values.shape, keys.dtype, self.device, has_mask, self.has_kernel, num_groups, self._scaling
+        with normal_tensors():
+            if self._former is None or self._former[0] != fit:
+                self._former = None  # frees memory before more is taken
+                kv_dtype = self.plan.kv_dtype
+                make = SlotStore if kv_dtype is None else partial(QuantizedStore, kv_dtype=kv_dtype)
+                stores = [make(plan, keys, values, has_mask, num_groups, self._scaling) for plan in self.plan.groups]
+                self._former = fit, stores
+                self.groups = HeadGroups(stores)
+                self.version += 1
             self.stores = self._former[1]
-            for store, prompt in zip(self.stores, prompts, strict=True):
-                store.begin(*prompt)
-        else:
-            self._former = None  # frees memory before more is taken
-            for plan, prompt in zip(plans, prompts, strict=True):
-                plan = replace(plan, scorer=plan.scorer.to(self.device))
-                if self.plan.kv_dtype is None:
-                    store = SlotStore(plan, *prompt, query, self._scaling)
-                else:
-                    store = QuantizedStore(plan, *prompt, query, self._scaling, kv_dtype=self.plan.kv_dtype)
-                self.stores.append(store)
-            self.groups = HeadGroups(plans, self.device)
-            self.version += 1
-            # an online store sorts its heads anew in every image
-            self._former = None if self.plan.is_online else (fit, self.stores)
-        self.keys = self.values = self._query = None
-
-    def _check_visual(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Refuse a visual token that does not fit the stored ones; in compiled static steps, the checks become guards.
-
-        Returns:
-            The states. Under autocast they are converted to the stored dtype, since prompt and steps may differ there.
-        """
-        if key_states.shape[2] != 1:
-            raise ValueError(
-                f"SSDCache got {key_states.shape[2]} tokens at once while it holds an image of {self.num_visual} "
-                "visual tokens. For the next image call cache.reset() or make a new SSDCache (ssd_cache.enable does "
-                "that for every generate call); speculative and assisted decoding are not supported."
-            )
-        held_keys, held_values = self._held_states
-        return self._fit(key_states, held_keys), self._fit(value_states, held_values)
+            for store in self.stores:
+                store.begin(keys, values, self.prompt_mask)
+        if self.plan.is_online:  # its store sorts the heads anew in every image
+            self._former = None
+        self.keys = self.values = None
 
     def _fit(self, states: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-        if states.shape[0] != held.shape[0]:
+        """Refuse keys or values that do not fit those held; under autocast, convert them to the dtype held.
+
+        In compiled static steps, the checks become guards.
+        """
+        if states.shape[2] != 1:
             raise ValueError(
-                f"SSDCache holds {held.shape[0]} rows and got {states.shape[0]}: one cache serves one batch. "
-                "Call cache.reset() before another batch."
+                f"SSDCache got {states.shape[2]} tokens at once while it holds an image of {self.num_visual} visual "
+                "tokens. For the next image call cache.reset() or make a new SSDCache (ssd_cache.enable does that for "
+                "every generate call); speculative and assisted decoding are not supported."
             )
-        if states.device != held.device:
+        is_same = states.dtype == held.dtype
+        if (
+            states.shape[0] != held.shape[0]
+            or states.device != held.device
+            or not (is_same or torch.is_autocast_enabled(held.device.type))
+        ):
             raise ValueError(
-                f"layer {self.plan.layer_idx} of SSDCache holds its tokens on {held.device} and got one on "
-                f"{states.device}; moving a model in the middle of an image is not supported."
+                f"layer {self.plan.layer_idx} of SSDCache holds {held.shape[0]} rows of {held.dtype} on {held.device} "
+                f"and got {states.shape[0]} rows of {states.dtype} on {states.device}: one cache serves one batch, "
+                "and generates an image in one dtype on one device. Call cache.reset() before another batch."
             )
-        if states.dtype == held.dtype:
-            return states
-        if not torch.is_autocast_enabled(held.device.type):
-            raise ValueError(
-                f"layer {self.plan.layer_idx} of SSDCache holds its tokens in {held.dtype} and got one in "
-                f"{states.dtype}: generate the whole image in one dtype, or call cache.reset() before the next."
-            )
-        return states.to(held.dtype)
+        return states if is_same else states.to(held.dtype)
 
     @property
     def _held_states(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -298,14 +276,6 @@ class SSDLayer(CacheLayerMixin):
     def num_rows(self) -> int:
         """Rows of the batch held; reordering and selecting rows change it."""
         return self._held_states[0].shape[0]
-
-    def _show(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], as_groups: bool = False):
-        """Convert the stores' keys and values to the return values of `update`, with a reference to this layer."""
-        is_one = len(pairs) == 1 and not as_groups
-        states: Any = pairs[0] if is_one else [GroupedStates(group) for group in zip(*pairs, strict=True)]
-        keys, values = states
-        keys.ssd_layer = self
-        return keys, values
 
     def held_positions(self) -> list[torch.Tensor]:
         """Numbers of the visual tokens that each KV head holds, ascending, int32 `[batch, held]` for each head."""
@@ -322,7 +292,7 @@ class SSDLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that the next `update` with `query_length` tokens will return."""
         if not self.stores:
-            return self.num_prompt + (query_length if self.num_prompt == 0 or query_length > 1 else 1), 0
+            return self.num_prompt + query_length, 0
         store = self.stores[0]
         is_full = store.num_stored == store.plan.num_slots
         return self.num_prompt + store.num_stored + 1 - (store.plan.buffer if is_full else 0), 0
@@ -340,18 +310,17 @@ class SSDLayer(CacheLayerMixin):
             )
 
     def offload(self) -> None:
-        raise NotImplementedError(
-            "SSDCache does not support offloading; lower the budget instead, or use DynamicCache."
-        )
+        raise NotImplementedError("SSDCache cannot be offloaded: lower the budget instead, or use DynamicCache")
 
     prefetch = offload
 
     def _select_rows(self, select: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        for name in ("keys", "values", "prompt_mask"):
-            if (tensor := getattr(self, name)) is not None:
-                setattr(self, name, select(tensor))
-        for store in self.stores:
-            store.select_rows(select)
+        """Replace every tensor by `select(tensor)`; all have the rows of the batch as their first dimension."""
+        with normal_tensors():
+            for holder in (self, *self.stores):
+                for name, value in list(vars(holder).items()):
+                    if isinstance(value, torch.Tensor):
+                        setattr(holder, name, select(value))
         self._former = None
         self.version += 1
 
@@ -378,7 +347,9 @@ class SSDLayer(CacheLayerMixin):
         """Bytes of K and V of a full cache that has seen the same tokens."""
         if not self.is_initialized:
             return 0
-        return self.num_rows * self.token_nbytes * self.get_seq_length()
+        keys, values = self._held_states
+        of_token = self.num_kv_heads * (keys.shape[3] + values.shape[3]) * keys.itemsize
+        return keys.shape[0] * self.get_seq_length() * of_token
 
     @property
     def bookkeeping_nbytes(self) -> int:
@@ -390,14 +361,6 @@ class SSDLayer(CacheLayerMixin):
     def _all_stores(self) -> list[SlotStore]:
         """The stores of this image, or after `reset` those that are kept for the next."""
         return self.stores or ([] if self._former is None else self._former[1])
-
-    def __repr__(self) -> str:
-        heads = self.num_kv_heads
-        stored = "/".join(str(store.num_stored) for store in self.stores) or "0"
-        kinds = f"{heads} heads without labels yet"
-        if self.labels is not None:
-            kinds = f"{sum(self.labels)} spatial + {heads - sum(self.labels)} semantic heads"
-        return f"SSDLayer({kinds}, {stored} of {self.num_visual} visual tokens)"
 
 
 def _own(states: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from ssd_cache.cache.scorers import Scorer
@@ -36,8 +36,8 @@ class GroupPlan:
     is_online: bool = False
 
     @property
-    def holds_queries(self) -> bool:
-        """Whether queries are held for scoring, where no kernel adds up the attention at once."""
+    def is_scored(self) -> bool:
+        """Whether tokens are ranked by the attention that they receive."""
         return self.scorer.needs_queries and self.num_semantic > 0
 
 
@@ -61,20 +61,14 @@ class LayerPlan:
     is_online: bool = False
     kv_dtype: str | None = None
 
-    @property
-    def kinds(self) -> list[str]:
-        """The kind of each KV head, "spatial" or "semantic"."""
-        return ["spatial" if spatial else "semantic" for spatial in self.is_spatial]
-
     @cached_property
     def needs_ssd_attention(self) -> bool:
-        """Whether the layer works only with the attention "ssd"; read at every step of another attention.
+        """Whether the layer works only with the attention "ssd".
 
         True if its tokens are scored by attention, or if its heads differ in length or are stored in another order.
         """
-        groups = self.groups()
-        order = [head for group in groups for head in group.heads]
-        return len(groups) > 1 or order != sorted(order) or groups[0].holds_queries
+        order = [head for group in self.groups for head in group.heads]
+        return len(self.groups) > 1 or order != sorted(order) or self.groups[0].is_scored
 
     @property
     def takes_kernel(self) -> bool:
@@ -86,6 +80,7 @@ class LayerPlan:
         adds_up = not self.scorer.needs_queries or type(self.scorer).observe is Scorer.observe
         return adds_up and not self.is_online and self.kv_dtype is None
 
+    @cached_property
     def groups(self) -> list[GroupPlan]:
         """The heads in groups with equally many slots."""
         by_slots: dict[int, list[int]] = {}
@@ -106,14 +101,4 @@ class LayerPlan:
             num_sinks=self.num_sinks if evicts else 0,
             scorer=self.scorer.at(heads[:num_semantic]),
             is_online=self.is_online and evicts,
-        )
-
-    def shard(self, heads: slice) -> LayerPlan:
-        """The plan for some of the layer's heads."""
-        return replace(
-            self,
-            is_spatial=self.is_spatial[heads],
-            num_slots=self.num_slots[heads],
-            num_recent=self.num_recent[heads],
-            scorer=self.scorer.at(heads),
         )

@@ -33,16 +33,6 @@ def quantize(states: torch.Tensor, kv_dtype: str) -> tuple[torch.Tensor, torch.T
     Returns:
         Codes `[..., head_dim]`, int8: the integer itself, or the bits of a float8_e4m3fn, since few torch operations
         can move float8. Scales `[...]`, float32.
-
-    Example:
-
-        >>> codes, scales = quantize(torch.tensor([[0.5, -2.54, 0.012], [0.0, 0.0, 0.0]]), "int8")
-        >>> codes
-        tensor([[  25, -127,    1],
-                [   0,    0,    0]], dtype=torch.int8)
-        >>> dequantize(codes, scales, "int8", torch.float32)
-        tensor([[ 0.5000, -2.5400,  0.0200],
-                [ 0.0000,  0.0000,  0.0000]])
     """
     states = states.float()
     scales = (states.abs().amax(-1) / LIMITS[kv_dtype]).clamp(min=SMALLEST)
@@ -86,8 +76,8 @@ class QuantizedStore(SlotStore):
         super().__init__(*args, **kwargs)
 
     def _allocate(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.keys, self.values = torch.empty_like(keys), torch.empty_like(values)
-        shape = (*keys.shape[:2], self.plan.num_slots)
+        shape = len(keys), len(self.plan.heads), self.plan.num_slots
+        self.keys, self.values = (states.new_empty(*shape[:2], *states.shape[2:]) for states in (keys, values))
         self.key_codes, self.value_codes = (
             states.new_zeros(*shape, states.shape[3], dtype=torch.int8) for states in (keys, values)
         )
@@ -99,31 +89,17 @@ class QuantizedStore(SlotStore):
             put(held, slot, states)
 
     def states(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
-        end = slot + 1 if isinstance(slot, int) else None
-        codes, scales, value_codes, value_scales = (held[:, :, :end] for held in self._slot_tensors())
+        slots = slice(slot + 1 if isinstance(slot, int) else None)
+        codes, scales, value_codes, value_scales = (held[:, :, slots] for held in self._slot_tensors())
         return self._join(self.keys, codes, scales), self._join(self.values, value_codes, value_scales)
 
-    @property
-    def _num_columns(self) -> int:
-        return self.keys.shape[2] + self.key_codes.shape[2]
-
     def _scored_keys(self) -> torch.Tensor:
-        first = slice(None), slice(self.plan.num_semantic)
-        codes, scales = (held[first][:, :, : self.num_stored] for held in (self.key_codes, self.key_scales))
-        return self._join(self.keys[first], codes, scales)
+        heads, slots = slice(self.plan.num_semantic), slice(self.num_stored)
+        return self._join(self.keys[:, heads], self.key_codes[:, heads, slots], self.key_scales[:, heads, slots])
 
     def _join(self, prompt: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Prompt and dequantised slots, `[batch, heads, num_prompt + slots, head_dim]`, as a new tensor."""
-        return torch.cat([prompt, self._dequantize(codes, scales)], dim=2)
-
-    def _dequantize(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        return dequantize(codes, scales, self.kv_dtype, self.keys.dtype)
-
-    def _visual_states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return (
-            self._dequantize(self.key_codes, self.key_scales),
-            self._dequantize(self.value_codes, self.value_scales),
-        )
+        return torch.cat([prompt, dequantize(codes, scales, self.kv_dtype, prompt.dtype)], dim=2)
 
     def _slot_tensors(self) -> list[torch.Tensor]:
         return [self.key_codes, self.key_scales, self.value_codes, self.value_scales]

@@ -30,11 +30,6 @@ class Scorer:
     words: ClassVar[str] = "attention sum"
     needs_queries: ClassVar[bool] = True
 
-    @classmethod
-    def make(cls, columns: int, learned: LearnedScore | None) -> Scorer:
-        """The scorer of one layer; see `make_scorer`."""
-        return cls()
-
     def at(self, heads: list[int] | slice) -> Scorer:
         """The scorer of some of the layer's heads."""
         return self
@@ -59,16 +54,13 @@ class Scorer:
     def rank(
         self, received: torch.Tensor, positions: torch.Tensor, num_seen: int, states: Callable[[], States]
     ) -> torch.Tensor:
-        """Rank the tokens of semantic heads.
+        """Rank the tokens of semantic heads, `[batch, semantic_heads, slots]`, float32.
 
         Args:
-            received: `[batch, semantic_heads, slots]`, float32, see `observe`; without heads if no queries are needed.
+            received: as for `observe`; without heads if no queries are needed.
             positions: `[batch, semantic_heads, slots]`, number of the visual token in each slot, counted from 0.
-            num_seen: number of visual tokens seen, all of them before the eviction.
+            num_seen: visual tokens seen before the eviction.
             states: returns K and V of these tokens, `[batch, semantic_heads, slots, head_dim]`.
-
-        Returns:
-            `[batch, semantic_heads, slots]`, float32.
         """
         return received
 
@@ -100,10 +92,6 @@ class MarginScorer(Scorer):
 
     columns: int
 
-    @classmethod
-    def make(cls, columns, learned):
-        return cls(columns)
-
     def rank(self, received, positions, num_seen, states):
         column = positions % self.columns
         return ((column == 0) | (column == self.columns - 1)).float()
@@ -117,10 +105,6 @@ class LearnedScorer(Scorer):
     needs_queries: ClassVar[bool] = False
 
     learned: LearnedScore
-
-    @classmethod
-    def make(cls, columns, learned):
-        return cls(learned)
 
     def at(self, heads):
         return LearnedScorer(self.learned.at(heads))
@@ -139,14 +123,9 @@ SCORES: Mapping[str, type[Scorer]] = MappingProxyType(
 
 
 def make_scorer(score: str, columns: int, learned: LearnedScore | None) -> Scorer:
-    """The scorer of one layer.
-
-    Args:
-        score: one of `SCORES`.
-        columns: number of grid columns, for "margin".
-        learned: the learned score of the layer's heads, for "learned".
-    """
-    return SCORES[score].make(columns, learned)
+    """The scorer of one layer; `columns` of the grid are for "margin", `learned` is the layer's score for "learned"."""
+    arguments = {"margin": (columns,), "learned": (learned,)}
+    return SCORES[score](*arguments.get(score, ()))
 
 
 def attention_weights(
@@ -157,17 +136,14 @@ def attention_weights(
     num_first: int,
     prompt_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Softmax weights of consecutive one-token steps, all computed at once.
-
-    At query `i`, `num_first + i` visual tokens were stored, its own included, so it sees the prompt and that many
-    slots. Nothing may have been evicted in between.
+    """Softmax weights of consecutive one-token steps, all computed at once; nothing may have been evicted in between.
 
     Args:
         query_states: `[batch, kv_heads, groups, steps, head_dim]`, `groups` query heads to a KV head.
         key_states: `[batch, kv_heads, num_prompt + stored, head_dim]`.
         scaling: factor on the products, as in the model's attention.
-        num_prompt: prompt tokens at the front of `key_states`.
-        num_first: visual tokens that the first query saw.
+        num_prompt: prompt tokens at the front of `key_states`; all queries see them.
+        num_first: visual tokens that the first query sees, its own included; each later query sees one more.
         prompt_mask: `[batch, num_prompt]`, False on padding.
 
     Returns:

@@ -1,4 +1,4 @@
-"""`CacheSettings`: the settings of an `SSDCache` with their defaults, checked, and resolved to a plan for each layer.
+"""`CacheSettings`: the settings of an `SSDCache`, checked, and resolved to a plan for each layer.
 
 Everything here happens before anything is generated. The docstring of `SSDCache` explains the settings.
 """
@@ -43,6 +43,9 @@ class CacheSettings:
     """Settings of a cache, without None for a default; see `SSDCache` for their meaning.
 
     `slots` is "given" for a budget that is a dict or a list.
+
+    Raises:
+        ValueError: a setting is out of range or unknown, or does not fit the map.
     """
 
     head_map: HeadMap
@@ -55,45 +58,28 @@ class CacheSettings:
     kv_dtype: str | None
     shard: tuple[int, int]
 
-    @classmethod
-    def resolve(
-        cls,
-        head_map: HeadMap,
-        budget: Budget | None,
-        *,
-        slots: str | None,
-        buffer: int | None,
-        num_recent: int | float | None,
-        num_sinks: int,
-        score: str | None,
-        kv_dtype: str | None,
-        shard: tuple[int, int],
-    ) -> CacheSettings:
-        """Fill in the defaults and check each setting; raises TypeError or ValueError as `SSDCache` does."""
-        if not isinstance(head_map, HeadMap):
-            raise TypeError(
-                f"head_map is a {type(head_map).__name__}, expected a HeadMap: HeadMap.from_pretrained(...) loads one"
+    def __post_init__(self) -> None:
+        check_count("buffer", self.buffer, 1)
+        check_count("num_sinks", self.num_sinks, 0)
+        if self.kv_dtype is not None:
+            _check_name("kv_dtype", self.kv_dtype, KV_DTYPES, ", or None to store visual tokens in the model's dtype")
+        _check_name("score", self.score, SCORES)
+        others = "give score='sum', 'mean' or 'last'"
+        if self.score == "learned" and self.head_map.learned is None:
+            raise ValueError(
+                f"score='learned': the head map ({self.head_map.origin}) carries no learned score; `ssd-cache learn` "
+                f"makes a map with one, or {others}"
             )
-        slots = _choose_slots(slots, budget, head_map)
-        if budget is None:
-            own = None if slots == "uniform" else head_map.budget
-            budget = equal_budget(head_map) if own is None else own
-        if score is None:
-            score = "sum" if head_map.learned is None else "learned"
-        _check_score(score, head_map)
-        if kv_dtype is not None:
-            _check_name("kv_dtype", kv_dtype, KV_DTYPES, ", or None to store visual tokens in the model's dtype")
-        return cls(
-            head_map,
-            budget,
-            slots,
-            check_count("buffer", default_buffer(head_map.layout, score) if buffer is None else buffer, 1),
-            (0 if score == "learned" else DEFAULT_RECENT) if num_recent is None else num_recent,
-            check_count("num_sinks", num_sinks, 0),
-            score,
-            kv_dtype,
-            shard,
-        )
+        if self.score == "margin" and self.head_map.is_online:
+            raise ValueError(
+                "score='margin' looks at no attention, by which an online map labels its heads: give a map with "
+                f"labels, or {others}"
+            )
+        if self.score == "margin" and self.head_map.layout.draft_grids:
+            raise ValueError(
+                "score='margin' needs the columns of a single grid, but this head map has draft grids of other "
+                f"widths: {others}"
+            )
 
     def plans(self) -> list[LayerPlan]:
         """A plan for each layer, with the heads of this shard.
@@ -103,29 +89,31 @@ class CacheSettings:
         """
         head_map, labels = self.head_map, self.head_map.is_spatial.tolist()
         budget, cells = self.budget, head_map.num_visual_tokens
-        columns = head_map.layout.widest
         if self.slots == "fitted" and is_amount(budget):
             budget = self._fitted_slots(budget)
         num_slots = resolve_budget(budget, labels, cells)
-        if head_map.is_online:
-            self._check_online(num_slots)
-        plans = [
+        if head_map.is_online and not (isinstance(budget, int | float) or all(map(is_amount, budget))):
+            raise ValueError(
+                f"budget={budget!r} may give heads of one layer different numbers of slots: an online map does not "
+                "know yet which head is which, so give one number, or a list with one for each layer"
+            )
+        self._check_room(labels, num_slots)
+        own, learned = own_heads(head_map, self.shard), head_map.learned
+        return [
             LayerPlan(
                 layer_idx=index,
-                is_spatial=tuple(labels[index]),
-                num_slots=num_slots[index],
+                is_spatial=tuple(labels[index][own]),
+                num_slots=num_slots[index][own],
                 num_cells=cells,
                 buffer=self.buffer,
-                num_recent=tuple(resolve_recent(self.num_recent, held) for held in num_slots[index]),
+                num_recent=tuple(resolve_recent(self.num_recent, held) for held in num_slots[index][own]),
                 num_sinks=self.num_sinks,
-                scorer=make_scorer(self.score, columns, head_map.learned and head_map.learned.at(index)),
+                scorer=make_scorer(self.score, head_map.layout.widest, learned and learned.at(index)).at(own),
                 is_online=head_map.is_online,
                 kv_dtype=self.kv_dtype,
             )
             for index in range(head_map.num_layers)
         ]
-        _check_plans(plans, columns)
-        return [plan.shard(own_heads(head_map, self.shard)) for plan in plans]
 
     def _fitted_slots(self, budget: Amount) -> list[tuple[int, ...]]:
         """The map's own slots scaled to this mean, with room in every head for the tokens that it must keep."""
@@ -138,30 +126,41 @@ class CacheSettings:
         assert head_map.slots is not None
         return scale_slots(head_map.slots, resolve_amount("budget", budget, cells), least_of, cells)
 
-    def _check_online(self, slots: list[tuple[int, ...]]) -> None:
-        """Refuse budgets by kind or by head for an online map, whose heads have no kind yet."""
-        head_map = self.head_map
-        swapped = resolve_budget(self.budget, (~head_map.is_spatial).tolist(), head_map.num_visual_tokens)
-        if swapped != slots or any(len(set(layer)) > 1 for layer in slots):
-            raise ValueError(
-                f"budget={self.budget!r} gives heads of one layer different numbers of slots: an online map does not "
-                "know yet which head is which, so give one number, or a list with one for each layer"
+    def _check_room(self, labels: list[list[bool]], num_slots: list[tuple[int, ...]]) -> None:
+        """Refuse slots too few for the tokens that must be kept; warn if a window misses the token right above."""
+        columns, windows = self.head_map.layout.widest, []
+        for layer_idx, heads in enumerate(zip(labels, num_slots, strict=True)):
+            for is_spatial, held in sorted(set(zip(*heads, strict=True))):
+                num_recent = resolve_recent(self.num_recent, held)
+                if held >= self.head_map.num_visual_tokens:
+                    continue  # nothing is evicted within an image
+                room = {"buffer": self.buffer, "num_recent": num_recent, "num_sinks": self.num_sinks}
+                if is_spatial:
+                    del room["num_recent"]
+                room = {name: value for name, value in room.items() if value}
+                if held < sum(room.values()):
+                    raise ValueError(
+                        f"the budget gives a {'spatial' if is_spatial else 'semantic'} head of layer {layer_idx} "
+                        f"{held} slots, fewer than {' and '.join(f'{name}={value}' for name, value in room.items())} "
+                        f"together: raise the budget, or lower {' or '.join(room)}"
+                    )
+                if is_spatial:
+                    windows.append(held - self.buffer - self.num_sinks + 1)
+        if windows and min(windows) < columns + 2:
+            warnings.warn(
+                f"after an eviction a spatial head holds its last {min(windows)} visual tokens, fewer than a grid row "
+                f"and two ({columns + 2}): it cannot see the token right above. Raise the budget, or lower buffer or "
+                "num_sinks.",
+                stacklevel=4,
             )
 
 
-def equal_budget(head_map: HeadMap) -> Amount:
-    """The mean of the map's own slots, as an equal budget for every head; 0.2 for a map that carries none."""
-    slots = [number for layer in head_map.slots or () for number in layer]
-    return max(1, round(sum(slots) / len(slots))) if slots else DEFAULT_BUDGET
+def choose_slots(slots: str | None, budget: Budget | None, head_map: HeadMap) -> str:
+    """How one number is shared among the heads, by default; "given" if the budget gives each head its own.
 
-
-def default_buffer(layout: ImageLayout, score: str) -> int:
-    """Default eviction interval: a row for a score computed from queries, a third of a row for a learned score."""
-    columns = layout.grid[1]
-    return max(1, columns // 3) if score == "learned" else columns
-
-
-def _choose_slots(slots: str | None, budget: Budget | None, head_map: HeadMap) -> str:
+    Raises:
+        ValueError: unknown slots, slots beside such a budget, or "fitted" slots of a map that carries none.
+    """
     if slots is not None:
         _check_name("slots", slots, SLOTS)
     if budget is not None and not is_amount(budget):
@@ -179,56 +178,21 @@ def _choose_slots(slots: str | None, budget: Budget | None, head_map: HeadMap) -
     return slots or ("uniform" if head_map.budget is None else "fitted")
 
 
+def equal_budget(head_map: HeadMap) -> Amount:
+    """The mean of the map's own slots, as an equal budget for every head; 0.2 for a map that carries none."""
+    slots = [number for layer in head_map.slots or () for number in layer]
+    return max(1, round(sum(slots) / len(slots))) if slots else DEFAULT_BUDGET
+
+
+def default_buffer(layout: ImageLayout, score: str) -> int:
+    """Default eviction interval: a row for a score computed from queries, a third of a row for a learned score."""
+    columns = layout.grid[1]
+    return max(1, columns // 3) if score == "learned" else columns
+
+
 def _check_name(setting: str, name: object, known: Iterable[str], otherwise: str = "") -> None:
     known = list(known)
     if not isinstance(name, str) or name not in known:
         near = get_close_matches(str(name), known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"{setting}={name!r} is unknown: {hint}give one of {', '.join(map(repr, known))}{otherwise}")
-
-
-def _check_score(score: str, head_map: HeadMap) -> None:
-    _check_name("score", score, SCORES)
-    if score == "learned" and head_map.learned is None:
-        raise ValueError(
-            f"score='learned': the head map ({head_map.origin}) carries no learned score; `ssd-cache learn` makes a "
-            "map with one, or give score='sum', 'mean' or 'last'"
-        )
-    if score == "margin" and head_map.is_online:
-        raise ValueError(
-            "score='margin' looks at no attention, by which an online map labels its heads: give a map with labels, or "
-            "score='sum', 'mean' or 'last'"
-        )
-    if score == "margin" and head_map.layout.draft_grids:
-        raise ValueError(
-            "score='margin' needs the columns of a single grid, but this head map has draft grids of other widths: "
-            "give score='sum', 'mean' or 'last'"
-        )
-
-
-def _check_plans(plans: list[LayerPlan], columns: int) -> None:
-    """Refuse budgets too small for the tokens that must be kept; warn if a window misses the token right above."""
-    short = None
-    for plan in plans:
-        for kind, num_slots, num_recent in sorted(set(zip(plan.kinds, plan.num_slots, plan.num_recent, strict=True))):
-            if num_slots >= plan.num_cells:
-                continue  # nothing is evicted within an image
-            room = {"buffer": plan.buffer, "num_recent": num_recent, "num_sinks": plan.num_sinks}
-            if kind == "spatial":
-                del room["num_recent"]
-            if num_slots < sum(room.values()):
-                asked = [f"{name}={value}" for name, value in room.items() if value]
-                raise ValueError(
-                    f"the budget gives a {kind} head of layer {plan.layer_idx} {num_slots} slots, fewer than "
-                    f"{' and '.join(asked)} together: raise the budget, or lower "
-                    f"{' or '.join(name for name, value in room.items() if value)}"
-                )
-            window = num_slots - plan.buffer - plan.num_sinks + 1
-            if kind == "spatial" and window < columns + 2:
-                short = min(window, short or window)
-    if short is not None:
-        warnings.warn(
-            f"after an eviction a spatial head holds its last {short} visual tokens, fewer than a grid row and two "
-            f"({columns + 2}): it cannot see the token right above. Raise the budget, or lower buffer or num_sinks.",
-            stacklevel=4,
-        )

@@ -30,12 +30,7 @@ def is_distributed() -> bool:
 
 
 def own_heads(head_map: HeadMap, shard: tuple[int, int]) -> slice:
-    """The KV heads of every layer that process `index` of `count` holds.
-
-    Raises:
-        ValueError: there is no such process.
-        HeadMapError: the heads cannot be split evenly.
-    """
+    """The KV heads of every layer that process `index` of `count` holds; raises if heads cannot be split evenly."""
     index, count = shard
     if not 0 <= index < count:
         raise ValueError(f"shard={shard}: give (number of this process, number of processes), counting from 0")
@@ -49,11 +44,7 @@ def own_heads(head_map: HeadMap, shard: tuple[int, int]) -> slice:
 
 
 def check_whole(model: PreTrainedModel) -> None:
-    """Refuse a tensor parallel model, for work that needs all heads in one process.
-
-    Raises:
-        ValueError: the model is tensor parallel; the message names other ways to use several devices.
-    """
+    """Raise ValueError for a tensor parallel model, for work that needs all heads in one process."""
     index, count = shard_of(model)
     if count > 1:
         raise ValueError(
@@ -64,12 +55,9 @@ def check_whole(model: PreTrainedModel) -> None:
 
 
 def check_agreement(model: PreTrainedModel, head_map: HeadMap, settings: Mapping[str, Any]) -> None:
-    """Refuse different maps or settings in the processes of one tensor parallel model: they would keep other tokens.
+    """Raise HeadMapError in every process of a tensor parallel model if their maps or settings differ.
 
-    Every process must call this. A model in one process needs no communication.
-
-    Raises:
-        HeadMapError: in every process; the message names the first process that differs from process 0.
+    They would keep different tokens. Every process must call this; a model in one process needs no communication.
     """
     mesh = _mesh(model)
     if mesh is None:

@@ -132,13 +132,13 @@ class RecordingLayer(DynamicLayer):
         keys.ssd_layer = self
         return keys, values
 
-    def see_prompt(self, query, key, value, mask: torch.Tensor | None, scaling: float, window: int | None) -> None:
-        """See `cache.attention.AttendingLayer`."""
+    def see_prompt(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, window: int | None) -> None:
+        """See `SSDLayer.see_prompt`."""
         self.prompt_mask, self._query_missing = mask, False
-        self.soundness = self.soundness.to(key.device)
+        self.soundness = self.soundness.to(query.device)
 
     def attend(self, query: torch.Tensor, key: Any, value: Any, scaling: float, dropout: float) -> torch.Tensor:
-        """See `cache.attention.AttendingLayer`."""
+        """See `SSDLayer.attend`."""
         if self.queries is None:
             self.queries = query.new_empty(*query.shape[:3], self.num_queries, query.shape[3])
         self.queries[:, :, :, self.num_held] = query.detach()

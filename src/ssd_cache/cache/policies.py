@@ -1,4 +1,4 @@
-"""The one registry of cache policies: name, and the map, budget and settings that each applies.
+"""The one registry of cache policies: name, citation, and the map, budget and settings that each applies.
 
 A policy is one function below. `SSDCache.from_policy`, the command line, the evaluation and the bench read the
 registry. `evaluation/policies.py` adds the controls of experiments and reads settings in names (`ssd:buffer=8`).
@@ -21,17 +21,24 @@ Applied = tuple[HeadMap, Budget | None, dict[str, Any]]
 
 @dataclass(frozen=True)
 class NamedPolicy:
-    """One entry of a registry; the docstring of `apply` describes the policy.
+    """One entry of a registry.
 
     Attributes:
         name: the name, as users write it.
         apply: makes map, budget and settings from the map and the budget of a run.
         needs_labels: whether the labels of the run's map matter, not only its shape.
+        citation: paper of the method, or "".
     """
 
     name: str
     apply: Callable[[HeadMap, Budget | None], Applied]
     needs_labels: bool = True
+    citation: str = ""
+
+    @property
+    def summary(self) -> str:
+        """What the policy does, in one sentence."""
+        return (self.apply.__doc__ or "").partition("\n")[0]
 
 
 def _full(head_map: HeadMap, budget: Budget | None) -> Applied:
@@ -40,7 +47,7 @@ def _full(head_map: HeadMap, budget: Budget | None) -> Applied:
 
 
 def _ssd(head_map: HeadMap, budget: Budget | None) -> Applied:
-    """The policy of SSD (Jian and Wang, arXiv 2510.18716): the map's labels, equal slots, the sum of attention."""
+    """The paper's policy: the map's labels, equal slots, tokens ranked by the sum of attention."""
     return head_map, budget, {"score": "sum", **_equal_slots(budget)}
 
 
@@ -50,19 +57,20 @@ def _learned(head_map: HeadMap, budget: Budget | None) -> Applied:
 
 
 def _h2o(head_map: HeadMap, budget: Budget | None) -> Applied:
-    """Every head semantic, half of its slots for the newest tokens (H2O, Zhang et al., arXiv 2306.14048)."""
+    """Every head semantic, half of its slots for the newest tokens."""
     return *_uniform("semantic", head_map, budget), {"num_recent": 0.5}
 
 
 def _streaming_llm(head_map: HeadMap, budget: Budget | None) -> Applied:
-    """Every head spatial, with 4 sinks, the first visual tokens (StreamingLLM, Xiao et al., arXiv 2309.17453)."""
+    """Every head spatial, with 4 sinks. The whole prompt is kept too, so the sinks are the first visual tokens."""
     return *_uniform("spatial", head_map, budget), {"num_sinks": 4}
 
 
 def _linear(head_map: HeadMap, budget: Budget | None) -> Applied:
-    """Every head semantic; at the end of a row, drop what its queries attended to least (LineAR, arXiv 2512.04857).
+    """Every head semantic; at the end of a grid row, drop the tokens that its queries attended to least.
 
-    It also keeps the first tokens and the most recent rows. Their numbers are not public: 4 and one are our choice.
+    It also keeps the first tokens and the most recent rows. Their numbers are not public: 4 tokens and one row are our
+    choice. The whole prompt is kept too.
     """
     recent = head_map.grid[1]
     return *_uniform("semantic", head_map, budget), {"score": "last", "num_sinks": 4, "num_recent": recent}
@@ -77,11 +85,11 @@ REGISTRY: Mapping[str, NamedPolicy] = {
     policy.name: policy
     for policy in (
         NamedPolicy("full", _full, needs_labels=False),
-        NamedPolicy("ssd", _ssd),
+        NamedPolicy("ssd", _ssd, citation="Jian and Wang, arXiv 2510.18716"),
         NamedPolicy("learned", _learned),
-        NamedPolicy("h2o", _h2o, needs_labels=False),
-        NamedPolicy("streaming-llm", _streaming_llm, needs_labels=False),
-        NamedPolicy("linear", _linear, needs_labels=False),
+        NamedPolicy("h2o", _h2o, needs_labels=False, citation="Zhang et al., arXiv 2306.14048"),
+        NamedPolicy("streaming-llm", _streaming_llm, needs_labels=False, citation="Xiao et al., arXiv 2309.17453"),
+        NamedPolicy("linear", _linear, needs_labels=False, citation="LineAR, arXiv 2512.04857"),
         NamedPolicy("margin", _margin),
     )
 }
@@ -100,7 +108,10 @@ def find_policy(name: str) -> NamedPolicy:
 def own_policy(head_map: HeadMap, *, slots: str | None = None, score: str | None = None) -> tuple[str, dict[str, str]]:
     """Name of the policy that `SSDCache(head_map)` applies, and the settings to add to it.
 
-    `slots` and `score` replace the map's own; the returned settings do not contain the score.
+    Args:
+        head_map: any map.
+        slots: slots to use instead of the map's own.
+        score: score to use instead of the map's own; the returned settings do not contain it.
 
     Example: a map that was fitted, and carries no learned score.
 

@@ -104,20 +104,30 @@ class SlotStore:
         free = self.positions[:, :, self.num_stored :]
         free[:] = torch.arange(self.num_seen, self.num_seen + free.shape[2], device=free.device)
 
-    def reserve(self) -> int:
-        """Reserve a slot for the next visual token; score and evict first if it is time."""
-        if not self._place_in_window(self.num_stored):  # a query window ends, and another begins
+    def reserve(self, n: int = 1) -> int:
+        """Reserve slots for the next `n` visual tokens; score and evict first if it is time.
+
+        Returns:
+            The first of the slots, which are consecutive.
+
+        Raises:
+            ValueError: an eviction would be due among these tokens.
+        """
+        place = self._place_in_window(self.num_stored)
+        if not 1 <= n <= self.plan.buffer - place:
+            raise ValueError(f"n={n} tokens at once: give 1 to {self.plan.buffer - place}, up to the next eviction")
+        if not place:  # a query window ends, and another begins
             self.score_window()
             if self.num_stored == self.plan.num_slots:
                 self._evict()
             if self.queries is None:  # otherwise its attention is added at its end
                 self.plan.scorer.begin_window(self.received)
-        self.num_stored += 1
-        self.num_seen += 1
-        return self.num_stored - 1
+        self.num_stored += n
+        self.num_seen += n
+        return self.num_stored - n
 
     def write(self, slot: Slot, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write a token into a slot; K and V `[batch, heads, 1, head_dim]`."""
+        """Write tokens into the slots from `slot` on; K and V `[batch, heads, n, head_dim]`, n = 1 in a static step."""
         column = self.num_prompt + slot
         put(self.keys, column, keys)
         put(self.values, column, values)
@@ -255,8 +265,8 @@ class StaticSlots:
 
 
 def put(target: torch.Tensor, index: Slot, states: torch.Tensor, dim: int = 2) -> None:
-    """Write `states`, of size 1 along `dim`, into `target` at `index`."""
+    """Write `states` into `target` from `index` on along `dim`; at a tensor's index, only states of size 1."""
     if isinstance(index, int):
-        target.narrow(dim, index, 1).copy_(states)
+        target.narrow(dim, index, states.shape[dim]).copy_(states)
     else:
         target.index_copy_(dim, index.view(1), states)

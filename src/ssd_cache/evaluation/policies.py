@@ -20,7 +20,7 @@ from ssd_cache.budget import Amount, Budget, is_amount
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.policies import POLICIES, REGISTRY, Applied, NamedPolicy, own_policy, policy_label
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.io.suggesting import suggestion
+from ssd_cache.io.showing import suggestion
 from ssd_cache.models import Checkpoint
 from ssd_cache.profiling.allocation import fit_heads
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from ssd_cache.evaluation.geneval.names import CLASSES
+from ssd_cache.evaluation.geneval.prompts import CLASSES
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[BOS]", "<image>", "yes", "no", "Yes", "No", "USER", "ASSISTANT"]
 WORDS += ["Is", "there", "a", "car", "dog", "photo", "this", "the", "red", "driven", "Answer", "with", "or", "?", "."]

@@ -1,6 +1,6 @@
 """Models that answer yes/no questions about an image: BLIP, tuned for VQA, and any chat model of images and text.
 
-They replace the official script's mPLUG, so scores differ from papers'. `rules.py` computes the scores.
+They replace the mPLUG of DPG-Bench's official script, so scores differ from papers'.
 """
 
 from __future__ import annotations
@@ -64,28 +64,22 @@ class BlipVQA(VQAModel):
         pixels = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
         pixels = pixels.to(self.model.device, self.model.dtype)  # [1, 3, height, width]
         ids = [self.processor.tokenizer(question)["input_ids"] for question in questions]
-        by_length: dict[int, list[int]] = {}
-        for row, tokens in enumerate(ids):
-            by_length.setdefault(len(tokens), []).append(row)
         texts = [""] * len(questions)
-        for rows in by_length.values():
+        for length in sorted(set(map(len, ids))):
+            rows = [row for row, tokens in enumerate(ids) if len(tokens) == length]
             for start in range(0, len(rows), self.batch_size):
                 batch = rows[start : start + self.batch_size]
-                for row, text in zip(batch, self._generate(pixels, [ids[row] for row in batch]), strict=True):
-                    texts[row] = text
+                input_ids = torch.tensor([ids[row] for row in batch], device=self.model.device)  # [batch, tokens]
+                output = self.model.generate(
+                    input_ids=input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    pixel_values=pixels.expand(len(batch), -1, -1, -1),
+                    max_new_tokens=MAX_ANSWER_TOKENS,
+                    do_sample=False,
+                )
+                for row, text in zip(batch, self.processor.batch_decode(output, skip_special_tokens=True), strict=True):
+                    texts[row] = text.strip().lower()
         return texts
-
-    def _generate(self, pixels: torch.Tensor, ids: list[list[int]]) -> list[str]:
-        """The answers to questions with the same number of tokens."""
-        input_ids = torch.tensor(ids, device=self.model.device)  # [batch, tokens]
-        output = self.model.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            pixel_values=pixels.expand(len(ids), -1, -1, -1),
-            max_new_tokens=MAX_ANSWER_TOKENS,
-            do_sample=False,
-        )
-        return [text.strip().lower() for text in self.processor.batch_decode(output, skip_special_tokens=True)]
 
 
 class ChatVQA(VQAModel):
@@ -145,19 +139,13 @@ class ChatVQA(VQAModel):
 def load_vqa(
     source: str | Path,
     *,
-    name: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     batch_size: int = 8,
 ) -> BlipVQA | ChatVQA:
     """Load the VQA model of a folder or a Hub id, as `BlipVQA` for BLIP and as `ChatVQA` for any other model.
 
-    Args:
-        source: folder or Hub id.
-        name: name stored in the results; the source if not given.
-        dtype: "auto" is float32 on a CPU, else bfloat16.
-        device: "auto" is a GPU if there is one.
-        batch_size: questions answered at once.
+    `batch_size` questions are answered at once.
 
     Raises:
         ValueError: the model is neither, some of its weights are missing, or it has no chat template.
@@ -171,5 +159,5 @@ def load_vqa(
     except ValueError as error:  # transformers has no image-text class for this model type
         raise ReadableError(first_line(error)) from error
     if is_blip:
-        return BlipVQA(model, BlipProcessor.from_pretrained(source), name or str(source), batch_size)
-    return ChatVQA(model, AutoProcessor.from_pretrained(source), name or str(source), batch_size)
+        return BlipVQA(model, BlipProcessor.from_pretrained(source), str(source), batch_size)
+    return ChatVQA(model, AutoProcessor.from_pretrained(source), str(source), batch_size)

@@ -238,7 +238,7 @@ def test_dpg_is_generated_as_sheets(dpg, model):
         tokens = generator.generate([PROMPTS["whoops5"]] * 4, SSDCache(head_map(), 0.5), seed=hashed_seed(42, 1))
     with Image.open("out/whoops5.png") as sheet:
         assert sheet.size == (2 * PIXELS, 2 * PIXELS)
-        for crop, image in zip(cut_sheet(sheet, PIXELS), generator.to_images(tokens), strict=True):
+        for crop, image in zip(cut_sheet(sheet), generator.to_images(tokens), strict=True):
             assert crop.tobytes() == image.convert("RGB").tobytes()
 
 
@@ -477,7 +477,7 @@ def test_dpg_from_sheets_to_a_table(dpg, judges):
     assert (summary["judge"]["scorer"], len(summary["prompts"]), summary["settings"]["seed"]) == (name, 3, 42)
     assert f"## {name}" in Path("out/results/summary.md").read_text("utf-8")
     vqa = load_vqa(judges["vqa"], device="cpu")
-    crops = {item: cut_sheet(Image.open(f"out/{item}.png"), PIXELS) for item in PROMPTS}
+    crops = {item: cut_sheet(Image.open(f"out/{item}.png")) for item in PROMPTS}
     expected = []
     for item in PROMPTS:
         asked = [question for other, _, _, _, question in QUESTIONS if other == item]
@@ -507,11 +507,8 @@ def test_dpg_sheets_that_are_missing_or_truncated(dpg, judges):
     Path("out/0.png").unlink()
     result = run(*score)
     assert (result.exit_code, "out has 2 of 3 sheets; missing: 0; generate them" in result.stderr) == (2, True)
-    result = run(*score, "--side", 100, "--official", "-o", "other")
-    assert "with side=100 it must be 200 x 200" in result.stderr
-    for name in ("settings.json", "prompts.jsonl"):
-        Path("out", name).unlink()
-    assert "another program generated it; give the side of one image" in run(*score, "--official").stderr
+    Image.new("RGB", (10, 12)).save("out/0.png")
+    assert "out/0.png is 10 x 12, not four images in a square" in run(*score, "-o", "other").stderr
 
 
 def test_a_model_that_answers_no_questions_is_refused(dpg, judges):

@@ -27,7 +27,7 @@ from ssd_cache.evaluation.geneval.prompts import parse_prompt
 from ssd_cache.evaluation.vqa import VQAModel
 
 GENEVAL = {"benchmark": "GenEval", "scorer": SCORER, "detector": "mask2former", "rules": {"threshold": 0.3}}
-DPG = {"benchmark": "DPG-Bench", "scorer": "DPG rules (VQA = blip)", "side": 384, "official": False}
+DPG = {"benchmark": "DPG-Bench", "scorer": "DPG rules (VQA = blip)", "official": False}
 TAGS = {"single_object": "11 11 01 10", "counting": "00 10 11 01 00 10"}
 ANSWERS = {"0": ["111", "110"], "whoops5": ["10", "00"], "vrd7": ["1", "0"]}
 
@@ -293,7 +293,6 @@ REFUSED = {
     "the official script's own lines": ("g", without("judge", geneval_lines(**TAGS)), "line 1: 'judge' is missing"),
     "another VQA model": ("d", dpg_lines(scorer="DPG rules (VQA = x)"), "(scorer 'DPG rules (VQA = blip)' there, 'DPG"),
     "official rules": ("d", dpg_lines(official=True), "(official False there, True here)"),
-    "another side": ("d", dpg_lines(side=512), "(side 384 there, 512 here)"),
     "fewer prompts": (
         "g",
         geneval_lines(**TAGS | {"counting": "00 10 11"}),
@@ -432,7 +431,7 @@ def test_what_dpg_score_wrote_is_compared():
         rng = np.random.default_rng(seed)
         for item_id in QUESTIONS:
             write_sheet(Path(name, "sheets", f"{item_id}.png"), [colour(rng) for _ in range(4)])
-        results.append(score_sheets(f"{name}/sheets", QUESTIONS, Colours(), 32, results_file=f"{name}/results.jsonl"))
+        results.append(score_sheets(f"{name}/sheets", QUESTIONS, Colours(), results_file=f"{name}/results.jsonl"))
     result = run("compare", "a/results.jsonl", "b", "-o", "out")
     assert result.exit_code == 0, result.output
     first, second = json.loads(Path("out/comparison.json").read_text("utf-8"))["rows"]
@@ -441,6 +440,6 @@ def test_what_dpg_score_wrote_is_compared():
     differences = [other[item_id] - one[item_id] for item_id in QUESTIONS]
     assert len(set(differences)) > 1  # else neither sign nor pairs would be seen
     assert second["difference"]["difference"] == pytest.approx(np.mean(differences))
-    score_sheets("b/sheets", QUESTIONS, Colours(), 32, official=True, results_file="official/results.jsonl")
+    score_sheets("b/sheets", QUESTIONS, Colours(), official=True, results_file="official/results.jsonl")
     result = run("compare", "a", "official")
     assert (result.exit_code, "official False there, True here" in result.stderr) == (2, True)

@@ -250,9 +250,9 @@ def test_a_sheet_is_cut_as_it_was_written(tmp_path):
     write_sheet(path, squares())
     assert [file.name for file in path.parent.iterdir()] == ["a.png"]  # no temporary file is left
     with Image.open(path) as sheet:
-        crops = cut_sheet(sheet, SIDE)
-        with pytest.raises(ValueError, match=r"64 x 64; with side=384 it must be 768 x 768.*pass side=32"):
-            cut_sheet(sheet, 384)
+        crops = cut_sheet(sheet)
+        with pytest.raises(ValueError, match="a.png is 64 x 60, not four images in a square; generate it again"):
+            cut_sheet(sheet.crop((0, 0, 64, 60)), "a.png")
     assert [crop.tobytes() for crop in crops] == [square.tobytes() for square in squares()]
 
 
@@ -284,13 +284,13 @@ def test_bad_sheets_are_named(tmp_path):
 def test_scores_of_a_run(tmp_path):
     write_sheet(tmp_path / "0.png", squares(colours=["red", "red", "red", "blue"]))
     write_sheet(tmp_path / "whoops5.png", squares(colours=["blue", "red", "blue", "red"]))
-    result = score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE)
+    result = score_sheets(tmp_path, QUESTIONS, OneColour())
     assert result.judge["scorer"] == "DPG rules (VQA = red)"
     assert result.prompts == {"0": 75, "whoops5": 50}
     assert result.overall == 62.5
     assert result.standard_error == pytest.approx(12.5 / 2**0.5)
     assert result.level1 == {"attribute": 75, "entity": 62.5, "global": 50, "relation": 75}
-    official = score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, official=True)
+    official = score_sheets(tmp_path, QUESTIONS, OneColour(), official=True)
     assert official.judge["scorer"] == "DPG rules (VQA = red), official quirks"
     assert official.level1 == {"attribute": 0, "entity": 50, "global": 100, "relation": 0}
 
@@ -299,17 +299,18 @@ def test_missing_and_unexpected_images(tmp_path):
     write_sheet(tmp_path / "0.png", squares())
     vqa = OneColour()
     with pytest.raises(ValueError, match="1 of 2 sheets; missing: whoops5; generate them"):
-        score_sheets(tmp_path, QUESTIONS, vqa, SIDE)
-    assert score_sheets(tmp_path, QUESTIONS, vqa, SIDE, item_ids=["0"]).overall == 25
-    official = score_sheets(tmp_path, QUESTIONS, vqa, SIDE, official=True)
+        score_sheets(tmp_path, QUESTIONS, vqa)
+    assert score_sheets(tmp_path, QUESTIONS, vqa, item_ids=["0"]).overall == 25
+    official = score_sheets(tmp_path, QUESTIONS, vqa, official=True)
     assert official.dropped == {"whoops5": "no image"}
     write_sheet(tmp_path / "stranger.png", squares())
     with pytest.raises(ValueError, match="images without questions: stranger"):
-        score_sheets(tmp_path, QUESTIONS, vqa, SIDE, item_ids=["0"])
-    assert score_sheets(tmp_path, QUESTIONS, vqa, SIDE, official=True).dropped["stranger"] == "no questions"
+        score_sheets(tmp_path, QUESTIONS, vqa, item_ids=["0"])
+    assert score_sheets(tmp_path, QUESTIONS, vqa, official=True).dropped["stranger"] == "no questions"
     vqa.asked.clear()
-    with pytest.raises(ValueError, match="0.png is 64 x 64"):
-        score_sheets(tmp_path, {"0": QUESTIONS["0"], "stranger": QUESTIONS["0"]}, vqa, 384)
+    Image.new("RGB", (64, 62)).save(tmp_path / "0.png")
+    with pytest.raises(ValueError, match="0.png is 64 x 62"):
+        score_sheets(tmp_path, {"0": QUESTIONS["0"], "stranger": QUESTIONS["0"]}, vqa)
     assert not vqa.asked
 
 
@@ -317,11 +318,11 @@ def test_official_run_drops_the_first_prompt(tmp_path):
     for item_id in QUESTIONS:
         write_sheet(tmp_path / "sheets" / f"{item_id}.png", squares(colours=["red"] * 4))
     questions = read_questions(write_csv(tmp_path / "q.csv"), official=True)
-    result = score_sheets(tmp_path / "sheets", questions, OneColour(), SIDE, official=True)
+    result = score_sheets(tmp_path / "sheets", questions, OneColour(), official=True)
     assert result.prompts == {"whoops5": 100}
     assert result.dropped == {"0": "no question 1, on which others depend"}
     with pytest.raises(ValueError, match="1 items cannot be scored"):
-        score_sheets(tmp_path / "sheets", questions, OneColour(), SIDE)
+        score_sheets(tmp_path / "sheets", questions, OneColour())
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"no image"])
@@ -331,43 +332,43 @@ def test_an_unreadable_sheet_stops_the_run_and_its_results_are_kept(tmp_path, da
     path, results = tmp_path / "whoops5.png", tmp_path / "r.jsonl"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match="whoops5.png: the image cannot be read .* delete it"):
-        score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, results_file=results)
+        score_sheets(tmp_path, QUESTIONS, OneColour(), results_file=results)
     write_sheet(path, squares())
     vqa = OneColour()
-    assert score_sheets(tmp_path, QUESTIONS, vqa, SIDE, results_file=results).prompts == {"0": 25, "whoops5": 25}
+    assert score_sheets(tmp_path, QUESTIONS, vqa, results_file=results).prompts == {"0": 25, "whoops5": 25}
     assert set(vqa.asked) == {"Is this a photo?", "Is there a dog?"}
     path.unlink()
     with pytest.raises(ValueError, match="no prompt can be scored .no image."):
-        score_sheets(tmp_path, QUESTIONS, vqa, SIDE, item_ids=["whoops5"], official=True)
+        score_sheets(tmp_path, QUESTIONS, vqa, item_ids=["whoops5"], official=True)
 
 
 def test_a_run_resumes_where_it_stopped(tmp_path):
     for item_id in QUESTIONS:
         write_sheet(tmp_path / f"{item_id}.png", squares())
     results = tmp_path / "r.jsonl"
-    whole = score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, results_file=results)
+    whole = score_sheets(tmp_path, QUESTIONS, OneColour(), results_file=results)
     first, second = results.read_text("utf-8").splitlines()
     row = json.loads(first)
     assert (row["filename"], row["answers"][0], row["answers"][1], row["result"]) == ("0.png", [1] * 3, [0] * 3, 25)
     results.write_text(f"{first}\n{second[:30]}", "utf-8")  # killed in the middle of a line
     vqa = OneColour()
-    assert score_sheets(tmp_path, QUESTIONS, vqa, SIDE, results_file=results) == whole
+    assert score_sheets(tmp_path, QUESTIONS, vqa, results_file=results) == whole
     assert set(vqa.asked) == {"Is this a photo?", "Is there a dog?"}
     assert results.read_text("utf-8").splitlines() == [first, second]
     write_sheet(tmp_path / "0.png", squares(colours=["red"] * 4))  # another image: asked again
-    assert score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, results_file=results).prompts["0"] == 100
+    assert score_sheets(tmp_path, QUESTIONS, OneColour(), results_file=results).prompts["0"] == 100
     other = QUESTIONS | {"0": QUESTIONS["0"][:1]}  # other questions: asked again
     vqa.asked.clear()
-    score_sheets(tmp_path, other, vqa, SIDE, results_file=results)
+    score_sheets(tmp_path, other, vqa, results_file=results)
     assert set(vqa.asked) == {"Is there a car?"}
     with pytest.raises(ValueError, match="r.jsonl, line 1: a result of another run"):
-        score_sheets(tmp_path, QUESTIONS, OneColour("blue"), SIDE, results_file=results)
+        score_sheets(tmp_path, QUESTIONS, OneColour("blue"), results_file=results)
     results.write_text(json.dumps(json.loads(second) | {"answers": [[1]]}) + "\n", "utf-8")
     with pytest.raises(ValueError, match="r.jsonl, the line of whoops5.png: it needs answers to 2 questions"):
-        score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, results_file=results)
+        score_sheets(tmp_path, QUESTIONS, OneColour(), results_file=results)
     results.write_text("something else\n", "utf-8")
     with pytest.raises(ValueError, match="r.jsonl, line 1: Expecting value"):
-        score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, results_file=results)
+        score_sheets(tmp_path, QUESTIONS, OneColour(), results_file=results)
 
 
 # VQA models, tiny and with random weights, saved and loaded
@@ -429,10 +430,10 @@ def test_whole_run_with_blip(blip_folder, tmp_path):
     vqa = load_vqa(blip_folder, device="cpu")
     for item_id in QUESTIONS:
         write_sheet(tmp_path / f"{item_id}.png", squares())
-    result = score_sheets(tmp_path, QUESTIONS, vqa, SIDE, results_file=tmp_path / "r.jsonl")
+    result = score_sheets(tmp_path, QUESTIONS, vqa, results_file=tmp_path / "r.jsonl")
     assert result.judge["scorer"] == f"DPG rules (VQA = {blip_folder})"
     assert result.answers["0"][1] == [vqa.answers(squares()[1], [asked.text])[0] for asked in QUESTIONS["0"]]
-    assert score_sheets(tmp_path, QUESTIONS, vqa, SIDE, results_file=tmp_path / "r.jsonl") == result
+    assert score_sheets(tmp_path, QUESTIONS, vqa, results_file=tmp_path / "r.jsonl") == result
 
 
 def test_blip_answers_are_those_of_generate(blip_folder):
@@ -462,7 +463,7 @@ def test_whole_run_with_a_chat_model(llava_folder, tmp_path):
     assert vqa.no_ids == [WORDS.index("no"), WORDS.index("No")]
     for item_id in QUESTIONS:
         write_sheet(tmp_path / f"{item_id}.png", squares())
-    result = score_sheets(tmp_path, QUESTIONS, vqa, SIDE)
+    result = score_sheets(tmp_path, QUESTIONS, vqa)
     assert result.judge["scorer"] == f"DPG rules (VQA = {llava_folder})"
     assert result.answers["0"][1] == [vqa.answers(squares()[1], [asked.text])[0] for asked in QUESTIONS["0"]]
 

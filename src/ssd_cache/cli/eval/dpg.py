@@ -6,12 +6,10 @@ Options and tables. Rules and files are in `ssd_cache.evaluation.dpg`, models in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from PIL import Image
 
 from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.eval import benchmarks
@@ -24,7 +22,6 @@ from ssd_cache.evaluation.dpg import (
     DPGScore,
     SheetFolder,
     check_complete,
-    find_sheets,
     prompt_lines,
     read_prompts,
     read_questions,
@@ -75,9 +72,6 @@ def score_dpg(
     official: Annotated[
         bool, typer.Option("--official", help="Reproduce the official script's quirks: missing answers are left out.")
     ] = False,
-    side: Annotated[
-        int | None, option("Side of one image in pixels.", "N", default="half a sheet that was exported")
-    ] = None,
     batch_size: QuestionBatch = 8,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -95,9 +89,6 @@ def score_dpg(
         item_ids = list(read_prompts(own)) if own.is_file() else list(asked)
         if not official:
             check_complete(folder, asked, item_ids)
-        if side is None and not settings:
-            raise WrongUse(f"{folder}: another program generated it; give the side of one image, --side 384 for Janus")
-        side = side or _side(folder)
         check_place("--output", results, is_folder=True)
         with benchmarks.judge("--vqa", vqa):
             answerer = load_vqa(vqa, dtype=dtype, device=device, batch_size=batch_size)
@@ -109,7 +100,6 @@ def score_dpg(
             folder,
             asked,
             answerer,
-            side,
             item_ids=item_ids,
             official=official,
             results_file=file,
@@ -117,14 +107,6 @@ def score_dpg(
         ),
         lambda score: _report(score, settings),
     )
-
-
-def _side(folder: Path) -> int:
-    """The side of one image: half the first readable sheet."""
-    for path in find_sheets(folder).values():
-        with suppress(OSError), Image.open(path) as sheet:  # scoring names a sheet that cannot be read
-            return sheet.width // 2
-    raise WrongUse(f"{folder} has no sheet that can be read; generate them (ssd-cache eval dpg export)")
 
 
 def _report(score: DPGScore, settings: Mapping[str, Any]) -> Report:

@@ -111,21 +111,17 @@ def write_sheet(path: Path, images: Sequence[Image.Image]) -> None:
     write_files({path: encode_png(sheet)})
 
 
-def cut_sheet(sheet: Image.Image, side: int, name: str = "the sheet") -> list[Image.Image]:
+def cut_sheet(sheet: Image.Image, name: str = "the sheet") -> list[Image.Image]:
     """Cut a sheet into its four images `[side, side]`, RGB, in the order TL, TR, BL, BR.
 
-    The official script silently cuts wrong areas if `side` is wrong; here, a `sheet` that is not `2 * side` wide and
-    high raises ValueError. `name` stands for the sheet in the message.
+    The official script takes the side as an option, and silently cuts wrong areas if it is wrong. Here it is half the
+    width, and a sheet that is not square raises ValueError with its `name`.
     """
     width, height = sheet.size
-    if (width, height) != (2 * side, 2 * side):
-        remedy = f"pass side={width // 2}" if width == height and width % 2 == 0 else "generate it again"
-        raise ReadableError(
-            f"{name} is {width} x {height}; with side={side} it must be {2 * side} x {2 * side}, four images in a "
-            f"square: {remedy}"
-        )
+    if width != height or width % 2:
+        raise ReadableError(f"{name} is {width} x {height}, not four images in a square; generate it again")
     sheet = sheet.convert("RGB")
-    return [sheet.crop(box) for box in _boxes(side)]
+    return [sheet.crop(box) for box in _boxes(width // 2)]
 
 
 def find_sheets(folder: str | Path) -> dict[str, Path]:

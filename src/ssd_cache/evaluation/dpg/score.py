@@ -61,7 +61,6 @@ def score_sheets(
     folder: str | Path,
     questions: Questions,
     vqa: VQAModel,
-    side: int,
     *,
     item_ids: Iterable[str] | None = None,
     official: bool = False,
@@ -74,7 +73,6 @@ def score_sheets(
         folder: folder of the sheets, one per prompt, named by item id; see `write_sheet`.
         questions: questions by item id, as `read_questions` returns them.
         vqa: the model that answers the questions.
-        side: side of one image in pixels, 384 for Janus-Pro.
         item_ids: the prompts to score. Default: all prompts that have questions.
         official: reproduce the official script. Prompts without a sheet or without questions, and those with a question
             whose parent is absent, are dropped from every mean. Category scores use only the last crop. Read the
@@ -107,7 +105,7 @@ def score_sheets(
 
     def ask(number: int, sheet: Image.Image) -> dict[str, Any]:
         asked = questions[wanted[number]]
-        crops = cut_sheet(sheet, side, str(files[number][0]))
+        crops = cut_sheet(sheet, str(files[number][0]))
         answers = [vqa.answers(crop, [one.text for one in asked]) for crop in crops]
         return {
             "answers": [list(map(int, crop)) for crop in answers],
@@ -115,7 +113,7 @@ def score_sheets(
         }
 
     scorer = f"DPG rules (VQA = {vqa.name})" + (", official quirks" if official else "")
-    judge = {"benchmark": "DPG-Bench", "scorer": scorer, "side": side, "official": official}
+    judge = {"benchmark": "DPG-Bench", "scorer": scorer, "official": official}
     lines = dict(zip(wanted, judge_files(files, ask, judge, results_file, on_sheet), strict=True))
     answers = {item_id: _answers(line, len(questions[item_id]), results_file) for item_id, line in lines.items()}
     answered = [(questions[item_id], crops[-1:] if official else crops) for item_id, crops in answers.items()]

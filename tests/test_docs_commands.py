@@ -29,7 +29,7 @@ SHELL = re.compile(r"^```(?:bash|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`ssd-cache ([^`]+)`")
 PROMPT = "a photo of a red circle"
 TAKES_PROMPTS = ("generate", "profile", "fit", "learn")
-SCORES = ("score", "compare", "report", "fid", "clipscore")
+SCORES = ("score", "compare", "report", "fid", "clipscore", "similarity")
 """Commands of `eval` over files that other commands wrote; only their options are checked."""
 
 

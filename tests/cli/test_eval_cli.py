@@ -635,6 +635,70 @@ def test_clip_score_of_long_prompts(judges):
     assert sum(expected) > 0  # below it stands for nothing: the score is cut at 0
 
 
+class Patches(torch.nn.Module):
+    """Stands in for StyleGAN's VGG-16, with its signature: means of patches."""
+
+    def forward(self, images: torch.Tensor, resize_images: bool = True, return_lpips: bool = False) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(images / 255, 8).flatten(1)
+
+
+def test_similarity_to_the_full_cache(geneval, export, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(Patches()).save("patches.pt")
+    assert export("geneval", "full", "--policy", "full").exit_code == 0
+    shutil.copy("full/00000/samples/00000.png", "out/00000/samples/00000.png")  # equal images: infinite PSNR
+    result = run("similarity", "out", "--reference", "full", "--lpips", "patches.pt", "-o", "same", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    psnr, lpips = {}, {}
+    for one, other in zip(find_captioned("out"), find_captioned("full"), strict=True):
+        first, second = (np.array(image.open(), dtype=float) for image in (one, other))
+        error = ((first - second) ** 2).mean()
+        if error:
+            psnr.setdefault(one.caption, []).append(10 * np.log10(255**2 / error))
+        patches = [image.reshape(PIXELS // 8, 8, PIXELS // 8, 8, 3).mean((1, 3)) / 255 for image in (first, second)]
+        lpips.setdefault(one.caption, []).append(((patches[0] - patches[1]) ** 2).sum())
+    summary = json.loads(Path("same/summary.json").read_text("utf-8"))
+    for found, expected in zip(summary["results"], (psnr, lpips), strict=True):
+        means = [np.mean(values) for values in expected.values()]
+        assert found["mean"] == pytest.approx(np.mean(means), rel=1e-4)  # features in float32
+        assert found["standard_error"] == pytest.approx(np.std(means) / len(means) ** 0.5, rel=1e-3)
+        assert (found["num_images"], found["num_equal"]) == (6, 1)
+        assert f"{found['mean']:.4f}" in result.stdout
+    assert "1 images equal their reference" in result.stdout
+    alone = run("similarity", "out", "--reference", "full", "--lpips", "none")
+    assert ("PSNR, dB" in alone.stdout, "LPIPS " in alone.stdout) == (True, False)
+
+
+def test_similarity_of_other_settings_is_refused(geneval, export, tmp_path):
+    def refused(message, reference="full", lpips="none"):
+        result = run("similarity", "out", "--reference", reference, "--lpips", lpips)
+        assert (result.exit_code, message in " ".join(result.stderr.split())) == (2, True), result.stderr
+
+    refused("out: its images have the policy ssd; give the folder of the full cache", "out")
+    shutil.copytree("out", "full")
+    settings = json.loads(Path("full/settings.json").read_text("utf-8")) | {"policy": "full", "budget": 1.0, "seed": 1}
+    Path("full/settings.json").write_text(json.dumps(settings), "utf-8")
+    refused("not only the cache differs (seed 1 in the reference, 42 here)")
+    Path("full/settings.json").write_text(json.dumps(settings | {"seed": 42}), "utf-8")
+    refused("0.png is not a TorchScript file", lpips="out/00000/samples/00000.png")
+    pixels = Image.open("full/00001/samples/00000.png").resize((8, 8))
+    pixels.save("full/00001/samples/00000.png")
+    refused("00001/samples/00000.png: [32, 32] pixels, its reference has [8, 8]".replace("32", str(PIXELS)))
+    Path("full/00002/samples/00001.png").unlink()
+    refused("only one has 00002/samples/00001.png; generate what is missing")
+    Path("full/settings.json").unlink()
+    refused("full has no settings; give a folder that ssd-cache generated images into")
+
+
+def test_lpips_says_which_file_to_put_where(geneval, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)  # Python's own way to make an import fail
+    monkeypatch.setenv("TORCH_HOME", "torch")
+    result = run("similarity", "out", "--reference", "out")
+    assert result.exit_code == 2
+    assert "needs torchmetrics, torchvision and alexnet-owt-7be5be79.pth in torch/hub/checkpoints" in result.stderr
+
+
 def test_fid_refuses_sheets(dpg):
     result = run("fid", "out", "--reference", "out")
     assert (result.exit_code, "out has sheets of four images" in result.stderr) == (2, True)

@@ -11,9 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from ssd_cache.evaluation.export import read_settings
-from ssd_cache.evaluation.geneval.prompts import parse_prompt
 from ssd_cache.io.showing import ReadableError, shown
-from ssd_cache.io.untrusted import read_json_lines
+from ssd_cache.io.untrusted import checked_fields, parse_json, read_json_lines
 
 CAPTIONS_FILE = "metadata.jsonl"
 """A list of captions next to the images, as in image folders of the Hub: file_name and prompt (or text) per line."""
@@ -77,7 +76,10 @@ def _geneval_images(folder: Path) -> list[FolderImage]:
     found = []
     for captions in sorted(folder.glob(f"[0-9]*/{CAPTIONS_FILE}")):
         if samples := sorted((captions.parent / "samples").glob("[0-9]*.png")):
-            text = parse_prompt(captions.read_text("utf-8"), str(captions)).prompt
+            try:
+                text = checked_fields({"prompt": str}, parse_json(captions.read_bytes()))["prompt"]
+            except ValueError as error:
+                raise ImageFolderError(f"{captions}: {error}; generate the images again") from error
             found += [FolderImage(path.relative_to(folder).as_posix(), path, text) for path in samples]
     return found
 

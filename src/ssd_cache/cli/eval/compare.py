@@ -1,6 +1,7 @@
-"""`ssd-cache eval compare`, `eval fid` and `eval clipscore`: compare finished results, or images of finished folders.
+"""`ssd-cache eval compare`, `fid`, `clipscore` and `similarity`: compare results, or images of finished folders.
 
-Options and tables. `ssd_cache.evaluation` measures (`comparing.py`, `metrics.py`) and checks what is comparable.
+Options and tables. `ssd_cache.evaluation` measures (`comparing.py`, `metrics.py`, `similarity.py`) and checks what is
+comparable.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from ssd_cache.cli.eval.geneval import ClipName
 from ssd_cache.cli.eval.score_table import Report, print_and_save
 from ssd_cache.cli.files import check_place
 from ssd_cache.cli.options import Device, option
-from ssd_cache.evaluation.bootstrap import NUM_RESAMPLES, TOO_FEW, cell
+from ssd_cache.evaluation.bootstrap import NUM_RESAMPLES, TOO_FEW, cell, to_json
 from ssd_cache.evaluation.comparing import compare_results
 from ssd_cache.evaluation.image_folders import find_captioned, find_images
 from ssd_cache.evaluation.judge_models import CLIP
 from ssd_cache.evaluation.metrics import USUAL_FID, MetricResult, clip_score, load_inception
 from ssd_cache.evaluation.metrics import fid as frechet_distance
+from ssd_cache.evaluation.similarity import load_lpips, measure_similarity
 
 Folder = Annotated[Path, typer.Argument(help="The folder of the images.", metavar="FOLDER", show_default=False)]
 Output = Annotated[
@@ -132,6 +134,38 @@ def clipscore(
     if result.num_cut:
         notes.append(f"{result.num_cut} prompts are longer than the model reads, and were truncated")
     _show_metric(result, notes, output)
+
+
+def similarity(
+    folder: Folder,
+    reference: Annotated[
+        Path, typer.Option(help="The folder of the full cache's images.", metavar="FOLDER", show_default=False)
+    ],
+    lpips: Annotated[
+        str,
+        option(
+            "alex: AlexNet of torchvision; a TorchScript file, such as StyleGAN's vgg16.pt; none: PSNR alone.", "NAME"
+        ),
+    ] = "alex",
+    output: Output = None,
+    device: Device = "auto",
+) -> None:
+    """Measure PSNR and LPIPS of images against those of the full cache.
+
+    Both folders were written by `eval geneval export` or `generate --output-dir`,
+    with the same prompts, seed and settings; only the cache may differ.
+    """
+    with refusing():
+        _check_output(output)
+        distance = None if lpips == "none" else load_lpips(lpips, device=device)
+        results = measure_similarity(folder, reference, distance, device=device)
+    rows = [(one.name, cell(one.mean, 4), cell(one.standard_error, 4), one.num_images) for one in results]
+    notes = [f"{folder} against {reference}; means over prompts", f"LPIPS: {lpips}"]
+    if equal := results[0].num_equal:
+        notes.append(f"{equal} images equal their reference; their PSNR is infinite and left out")
+    columns = ("", "mean", "standard error", "images")
+    data = {"folder": str(folder), "reference": str(reference), "lpips": lpips, "results": list(map(to_json, results))}
+    print_and_save(Report("Similarity to the full cache", columns, rows, notes, data), output)
 
 
 def _show_metric(result: MetricResult, notes: list[str], output: Path | None) -> None:

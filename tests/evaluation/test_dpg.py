@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.tiny_judges import WORDS, tiny_tokenizer, write_blip
+from helpers.tiny_judges import WORDS, write_blip, write_llava
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -373,12 +373,6 @@ def test_a_run_resumes_where_it_stopped(tmp_path):
 
 # VQA models, tiny and with random weights, saved and loaded
 
-CHAT = (
-    "{% for message in messages %}USER {% for part in message.content %}"
-    "{{ '<image> ' if part.type == 'image' else part.text + ' ' }}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT{% endif %}"
-)
-
 
 @pytest.fixture(scope="module")
 def blip_folder(tmp_path_factory):
@@ -387,40 +381,7 @@ def blip_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llava_folder(tmp_path_factory):
-    import torch
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    torch.manual_seed(0)
-    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", **shared, "image_size": SIDE, "patch_size": 16},
-        text_config={
-            "model_type": "llama",
-            **shared,
-            "num_key_value_heads": 2,
-            "vocab_size": len(WORDS),
-            "initializer_range": 0.5,
-            "pad_token_id": 0,
-            "bos_token_id": 4,
-            "eos_token_id": 3,
-        },
-        image_token_id=WORDS.index("<image>"),
-        image_seq_length=4,
-        vision_feature_layer=-1,
-    )
-    folder = tmp_path_factory.mktemp("llava")
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    LlavaProcessor(
-        images,
-        tiny_tokenizer(),
-        patch_size=16,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT,
-    ).save_pretrained(folder)
-    return folder
+    return write_llava(tmp_path_factory.mktemp("llava"), SIDE)
 
 
 ASKED = [question.text for questions in QUESTIONS.values() for question in questions]

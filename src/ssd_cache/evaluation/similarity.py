@@ -60,7 +60,7 @@ def measure_similarity(
     All samples of a prompt are averaged first, since they are not independent; see `bootstrap.standard_error`.
 
     Args:
-        folder: images that `eval geneval export` or `generate --output-dir` wrote.
+        folder: images that `eval geneval export`, `eval geneval2 export` or `generate --output-dir` wrote.
         reference: the same images, generated with the policy full.
         lpips: see `load_lpips`.
         device: device that LPIPS is computed on.

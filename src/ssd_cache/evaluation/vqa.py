@@ -6,7 +6,7 @@ They replace the mPLUG of DPG-Bench's official script, so scores differ from pap
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +98,31 @@ class ChatVQA(VQAModel):
     def answers(self, image: Image.Image, questions: Sequence[str]) -> list[bool]:
         return [yes > no for yes, no in self.log_probabilities(image, questions)]
 
-    @torch.inference_mode()
     def log_probabilities(self, image: Image.Image, questions: Sequence[str]) -> list[tuple[float, float]]:
         """Log-probabilities (yes, no) of the next token for each question, each summed over its spellings."""
-        image = image.convert("RGB")
         pairs: list[tuple[float, float]] = []
-        for start in range(0, len(questions), self.batch_size):
+        for logits in self._next_token(image, [f"{question} Answer with yes or no." for question in questions]):
+            yes, no = (logits[:, ids].logsumexp(-1).tolist() for ids in (self.yes_ids, self.no_ids))
+            pairs += zip(yes, no, strict=True)
+        return pairs
+
+    def probabilities(self, image: Image.Image, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
+        """Probability of the answers to each text: the sum over the first tokens of their spellings."""
+        log_probabilities = torch.cat(list(self._next_token(image, texts))).cpu()  # [texts, vocabulary]
+        tokenizer = self.processor.tokenizer
+        found = []
+        for row, spellings in zip(log_probabilities, answers, strict=True):
+            tokens = {tokenizer.encode(word, add_special_tokens=False)[0] for word in spellings}
+            found.append(sum(row[token].exp().item() for token in sorted(tokens - {tokenizer.unk_token_id})))
+        return found
+
+    @torch.inference_mode()
+    def _next_token(self, image: Image.Image, texts: Sequence[str]) -> Iterator[torch.Tensor]:
+        """Log-probabilities of the token after each text, `[batch, vocabulary]`, batch by batch."""
+        image = image.convert("RGB")
+        for start in range(0, len(texts), self.batch_size):
             inputs = self.processor.apply_chat_template(
-                [self._chat(image, question) for question in questions[start : start + self.batch_size]],
+                [_chat(image, text) for text in texts[start : start + self.batch_size]],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
@@ -115,15 +132,7 @@ class ChatVQA(VQAModel):
             output = self.model.generate(  # handles each family's positions, and keeps the logits of one token only
                 **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
             )
-            log_probabilities = output.logits[0].float().log_softmax(-1)  # [batch, vocabulary]
-            yes, no = (log_probabilities[:, ids].logsumexp(-1).tolist() for ids in (self.yes_ids, self.no_ids))
-            pairs += zip(yes, no, strict=True)
-        return pairs
-
-    @staticmethod
-    def _chat(image: Image.Image, question: str) -> list[dict[str, Any]]:
-        text = f"{question} Answer with yes or no."
-        return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+            yield output.logits[0].float().log_softmax(-1)
 
     def _token_ids(self, word: str) -> list[int]:
         """Ids of the spellings of a word that are one token."""
@@ -134,6 +143,10 @@ class ChatVQA(VQAModel):
         if not ids:
             raise ReadableError(f"{self.name} has no single token for {word!r}; give another chat model")
         return ids
+
+
+def _chat(image: Image.Image, text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
 
 
 def load_vqa(

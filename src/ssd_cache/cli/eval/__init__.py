@@ -6,13 +6,14 @@ Only registers the commands. Options and the order of work are in the other modu
 
 from __future__ import annotations
 
-from ssd_cache.cli.eval import benchmarks, compare, dpg, fidelity, geneval, report, shapes
+from ssd_cache.cli.eval import benchmarks, compare, dpg, fidelity, geneval, geneval2, report, shapes
 
 app = benchmarks.new_app("Measure image quality under cache policies, compared with the full cache and each other.")
 app.command("shapes")(shapes.shapes)
 app.command("report")(report.report)
 app.command("fidelity")(fidelity.fidelity)
 app.add_typer(geneval.app, name="geneval")
+app.add_typer(geneval2.app, name="geneval2")
 app.add_typer(dpg.app, name="dpg")
 app.command("compare")(compare.compare)
 app.command("fid")(compare.fid)

@@ -56,7 +56,7 @@ Output = Annotated[
 PromptsFile = Annotated[
     Path, typer.Option(help="The benchmark's prompts, or some of them.", metavar="PATH", exists=True)
 ]
-Samples = Annotated[int, option("Images of each prompt; DPG-Bench has 4.", "N", least=1)]
+Samples = Annotated[int, option("Images of each prompt.", "N", least=1)]
 PolicyName = Annotated[
     str,
     option(
@@ -89,18 +89,21 @@ def new_app(help: str) -> typer.Typer:
     return typer.Typer(callback=show_help, invoke_without_command=True, help=help)
 
 
-def export_command(benchmark: str, read_prompts: Callable[[Path, Path, int], Prompts]) -> Callable[..., None]:
+def export_command(
+    benchmark: str, num_samples: int, read_prompts: Callable[[Path, Path, int], Prompts]
+) -> Callable[..., None]:
     """The command that generates the images of a benchmark.
 
     Args:
         benchmark: its name in the folder's settings.
+        num_samples: default number of images per prompt.
         read_prompts: reads the prompts, from the output folder, the prompt file and the number of images per prompt.
     """
 
     def export(
         output: Output,
         prompts_file: PromptsFile,
-        samples: Samples = 4,
+        samples: Samples = num_samples,
         model: ModelName = BUNDLED,
         grid: Grid = None,
         head_map: HeadMapName = None,

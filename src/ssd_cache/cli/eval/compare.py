@@ -52,9 +52,9 @@ def compare(
 ) -> None:
     """Test differences between scored folders of one benchmark.
 
-    Reads the results of `eval geneval score` or `eval dpg score`. Prints every
-    score with its standard error, and its difference from the first score with a
-    95% interval and p, by a paired bootstrap over prompts.
+    Reads the results of `eval geneval score`, `eval geneval2 score` or `eval dpg
+    score`. Prints every score with its standard error, and its difference from the
+    first score with a 95% interval and p, by a paired bootstrap over prompts.
     """
     with refusing():
         _check_output(output)
@@ -152,8 +152,8 @@ def similarity(
 ) -> None:
     """Measure PSNR and LPIPS of images against those of the full cache.
 
-    Both folders were written by `eval geneval export` or `generate --output-dir`,
-    with the same prompts, seed and settings; only the cache may differ.
+    Both folders were written by `eval geneval export`, `eval geneval2 export` or
+    `generate --output-dir`, with the same prompts, seed and settings; only the cache may differ.
     """
     with refusing():
         _check_output(output)

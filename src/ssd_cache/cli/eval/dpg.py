@@ -38,7 +38,7 @@ VQAName = Annotated[
         show_default=False,
     ),
 ]
-QuestionBatch = Annotated[int, option("Questions answered at once.", "N", MODEL)]
+QuestionBatch = Annotated[int, option("Questions answered at once.", "N", MODEL, least=1)]
 
 app = benchmarks.new_app("DPG-Bench: generate its sheets, and score them by its rules.")
 
@@ -57,7 +57,7 @@ command resumes the run. Several processes share the images under
 `accelerate launch -m ssd_cache.cli eval dpg export ...`.
 """
 
-app.command("export", help=EXPORT_HELP)(benchmarks.export_command("dpg", _prompts))
+app.command("export", help=EXPORT_HELP)(benchmarks.export_command("dpg", NUM_IMAGES, _prompts))
 
 
 @app.command("score")

@@ -47,7 +47,7 @@ resumes the run. Several processes share the images under
 `accelerate launch -m ssd_cache.cli eval geneval export ...`.
 """
 
-app.command("export", help=EXPORT_HELP)(benchmarks.export_command("geneval", _prompts))
+app.command("export", help=EXPORT_HELP)(benchmarks.export_command("geneval", NUM_SAMPLES, _prompts))
 
 
 @app.command("score")

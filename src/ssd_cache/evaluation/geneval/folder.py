@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 from PIL import Image
 
 from ssd_cache.evaluation.export import ImageSet
-from ssd_cache.evaluation.geneval.prompts import GenEvalPrompt
 from ssd_cache.io.showing import ReadableError, first_names, shown
 from ssd_cache.io.untrusted import parse_json
 from ssd_cache.io.writing import write_files
@@ -20,21 +20,33 @@ NUM_SAMPLES = 4
 """Images per prompt, by convention: 553 x 4 = 2212 in all."""
 
 
-class SampleFolder(ImageSet):
+class Prompt(Protocol):
+    """A line of a prompt file: the text to generate from, and the whole line as JSON."""
+
+    @property
+    def prompt(self) -> str: ...
+
+    def to_json(self) -> str: ...
+
+
+P = TypeVar("P", bound=Prompt)
+
+
+class SampleFolder(ImageSet, Generic[P]):
     """The images of some prompts in one folder: image `n` is sample `n % num_samples` of prompt `n // num_samples`.
 
     The constructor reads and writes no files. `prompts` are those of the prompt file in its order.
     """
 
-    def __init__(self, root: str | Path, prompts: Sequence[GenEvalPrompt], num_samples: int = NUM_SAMPLES):
+    def __init__(self, root: str | Path, prompts: Sequence[P], num_samples: int = NUM_SAMPLES):
         if not prompts:
-            raise ValueError("prompts is empty: give the prompts of GenEval's file (see read_prompts)")
+            raise ValueError("prompts is empty: give the prompts of a file (see read_prompts)")
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples!r}: give a whole number from 1 up; {NUM_SAMPLES} is usual")
         self.root, self.prompts, self.num_samples = Path(root), tuple(prompts), num_samples
         self.texts: Sequence[str] = [prompt.prompt for prompt in prompts for _ in range(num_samples)]
 
-    def prompt_of(self, number: int) -> GenEvalPrompt:
+    def prompt_of(self, number: int) -> P:
         """The prompt of an image."""
         return self.prompts[number // self.num_samples]
 

@@ -18,7 +18,7 @@ from ssd_cache.evaluation import bootstrap
 from ssd_cache.evaluation.geneval.colors import ColorClassifier
 from ssd_cache.evaluation.geneval.detector import Detector
 from ssd_cache.evaluation.geneval.folder import SampleFolder
-from ssd_cache.evaluation.geneval.prompts import TAGS
+from ssd_cache.evaluation.geneval.prompts import TAGS, GenEvalPrompt
 from ssd_cache.evaluation.geneval.rules import RULES, judge, objects_of
 from ssd_cache.evaluation.scoring import judge_files
 
@@ -53,7 +53,7 @@ class GenEvalScore:
 
 
 def score_folder(
-    folder: SampleFolder,
+    folder: SampleFolder[GenEvalPrompt],
     detector: Detector,
     classifier: ColorClassifier,
     *,

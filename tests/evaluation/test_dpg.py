@@ -363,9 +363,10 @@ def test_a_run_resumes_where_it_stopped(tmp_path):
     assert set(vqa.asked) == {"Is there a car?"}
     with pytest.raises(ValueError, match="r.jsonl, line 1: a result of another run"):
         score_sheets(tmp_path, QUESTIONS, OneColour("blue"), results_file=results)
-    results.write_text(json.dumps(json.loads(second) | {"answers": [[1]]}) + "\n", "utf-8")
-    with pytest.raises(ValueError, match="r.jsonl, the line of whoops5.png: it needs answers to 2 questions"):
-        score_sheets(tmp_path, QUESTIONS, OneColour(), results_file=results)
+    for damage, message in ("x", "r.jsonl, line 1: answers='x'"), ([[1]], "shorter"):
+        results.write_text(json.dumps(json.loads(second) | {"answers": damage}) + "\n", "utf-8")
+        with pytest.raises(ValueError, match=message):
+            score_sheets(tmp_path, QUESTIONS, OneColour(), results_file=results)
     results.write_text("something else\n", "utf-8")
     with pytest.raises(ValueError, match="r.jsonl, line 1: Expecting value"):
         score_sheets(tmp_path, QUESTIONS, OneColour(), results_file=results)

@@ -22,7 +22,7 @@ from ssd_cache.evaluation.geneval import SampleFolder
 from ssd_cache.evaluation.scoring import judge_files
 from ssd_cache.evaluation.vqa import ChatVQA
 from ssd_cache.io.showing import ReadableError, shown
-from ssd_cache.io.untrusted import WrongFileError, checked, read_json_lines
+from ssd_cache.io.untrusted import checked, read_json_lines
 
 Skill = Literal["object", "attribute", "count", "position", "verb"]
 
@@ -156,19 +156,17 @@ def score_folder(
         probabilities = vqa.probabilities(image, texts, [right_answers(*pair) for pair in pairs])
         return {"probabilities": probabilities, "result": 100 * geometric_mean(probabilities)}
 
-    lines = judge_files(files, ask, judge, results_file, on_image)
-    return summarize([folder.prompt_of(number) for number in range(len(lines))], lines, results_file)
+    lines = judge_files(files, ask, judge, results_file, on_image, {"probabilities": list[float]})
+    return summarize([folder.prompt_of(number) for number in range(len(lines))], lines)
 
 
-def summarize(
-    prompts: Sequence[GenEval2Prompt], lines: Sequence[Mapping[str, Any]], results_file: str | Path | None = None
-) -> GenEval2Score:
+def summarize(prompts: Sequence[GenEval2Prompt], lines: Sequence[Mapping[str, Any]]) -> GenEval2Score:
     """Compute the score of some images from their prompts and their lines of results."""
     by_skill: dict[str, list[float]] = {}
     geometric: dict[GenEval2Prompt, list[float]] = {}
     arithmetic: dict[GenEval2Prompt, list[float]] = {}
     for prompt, line in zip(prompts, lines, strict=True):
-        probabilities = _probabilities(line, len(prompt.skills), results_file)
+        probabilities = line["probabilities"]
         geometric.setdefault(prompt, []).append(100 * geometric_mean(probabilities))
         arithmetic.setdefault(prompt, []).append(100 * statistics.fmean(probabilities))
         for skill, probability in zip(prompt.skills, probabilities, strict=True):
@@ -194,14 +192,3 @@ def geometric_mean(values: Iterable[float]) -> float:
     """The geometric mean of numbers from 0 to 1; 0 if one of them is 0."""
     values = list(values)
     return math.exp(statistics.fmean(map(math.log, values))) if all(values) else 0.0
-
-
-def _probabilities(line: Mapping[str, Any], count: int, results_file: str | Path | None) -> list[float]:
-    """The probabilities in a line of results, which may be of an earlier run."""
-    try:
-        found = checked(list[float], line.get("probabilities"), "probabilities")
-        if len(found) != count or min(found) < 0:
-            raise ReadableError(f"it needs the probabilities of {count} answers")
-    except ValueError as error:
-        raise WrongFileError(f"{results_file}, the line of {line['filename']}: {error}; delete the file") from error
-    return found

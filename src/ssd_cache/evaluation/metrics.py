@@ -102,15 +102,17 @@ def load_inception(path: str | Path, *, device: str | torch.device = "auto") -> 
     Raises:
         MetricsError: the file cannot be read as TorchScript.
     """
-    where = resolve_device(device)
+    return _Features(load_torchscript(path, device, "StyleGAN's inception-2015-12-05.pt")).eval()
+
+
+def load_torchscript(path: str | Path, device: str | torch.device, example: str) -> torch.nn.Module:
+    """Load a TorchScript file; raises MetricsError, with an `example` of a file, if it is not one."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is deprecated; the file uses it
-            return _Features(torch.jit.load(str(path), map_location=where)).eval()
+            warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is deprecated; the files use it
+            return torch.jit.load(str(path), map_location=resolve_device(device)).eval()
     except (RuntimeError, ValueError, OSError) as error:
-        raise MetricsError(
-            f"{path} is not a TorchScript file ({first_line(error)}); give StyleGAN's inception-2015-12-05.pt"
-        ) from error
+        raise MetricsError(f"{path} is not a TorchScript file ({first_line(error)}); give {example}") from error
 
 
 class _Features(torch.nn.Module):

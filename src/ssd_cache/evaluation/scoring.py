@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
@@ -33,6 +34,7 @@ def judge_files(
     settings: Mapping[str, Any],
     results_file: str | Path | None,
     on_file: Callable[[], object] | None = None,
+    kinds: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """The lines of some files, in order.
 
@@ -42,6 +44,7 @@ def judge_files(
         settings: the field `judge` of all lines.
         results_file: file of the lines. If it exists, its files are not judged again, except those that have changed.
         on_file: called after every file, for a progress bar.
+        kinds: types of fields that `judge` returns, to check in an existing file of results.
 
     Raises:
         WrongFileError: the file of results holds something else, or results of another run.
@@ -49,7 +52,7 @@ def judge_files(
         OSError: the file of results cannot be written.
     """
     path = None if results_file is None else Path(results_file)
-    earlier = {line["filename"]: line for line in read_lines(path, settings)}
+    earlier = {line["filename"]: line for line in read_lines(path, settings, kinds)}
     lines = []
     for index, (file, known) in enumerate(files):
         content = file.read_bytes()
@@ -67,7 +70,7 @@ def judge_files(
     return lines
 
 
-def read_lines(path: Path | None, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+def read_lines(path: Path | None, settings: Mapping[str, Any], kinds: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The lines of an earlier run with the same settings; removes an incomplete last line from the file.
 
     Raises:
@@ -81,7 +84,7 @@ def read_lines(path: Path | None, settings: Mapping[str, Any]) -> list[dict[str,
     lines = []
     for number, text in enumerate(complete.split(b"\n")[:-1], 1):
         try:
-            line = checked_fields(LINE, parse_json(text))
+            line = checked_fields({**LINE, **kinds}, parse_json(text))
             if differing := differences(line["judge"], settings):
                 raise ReadableError(f"a result of another run ({differing})")
         except ValueError as error:

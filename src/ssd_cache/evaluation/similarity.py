@@ -6,7 +6,6 @@ are those of torchmetrics, or an LPIPS from a TorchScript file.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from ssd_cache.evaluation import bootstrap
 from ssd_cache.evaluation.export import read_settings
 from ssd_cache.evaluation.image_folders import FolderImage, find_captioned
 from ssd_cache.evaluation.judge_models import decode_image
-from ssd_cache.evaluation.metrics import MetricsError
+from ssd_cache.evaluation.metrics import MetricsError, load_torchscript
 from ssd_cache.io.showing import differences, first_line, first_names
 from ssd_cache.models.settings import resolve_device
 
@@ -146,16 +145,8 @@ def load_lpips(source: str | Path = "alex", *, device: str | torch.device = "aut
     Raises:
         MetricsError: a missing package or file; the message says where to put it.
     """
-    where = resolve_device(device)
     if source != "alex":
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is deprecated; the file uses it
-                network = torch.jit.load(str(source), map_location=where).eval()
-        except (RuntimeError, ValueError, OSError) as error:
-            raise MetricsError(
-                f"{source} is not a TorchScript file ({first_line(error)}); give StyleGAN's vgg16.pt, alex or none"
-            ) from error
+        network = load_torchscript(source, device, "StyleGAN's vgg16.pt, alex or none")
 
         def distance(image: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
             first, second = (network(one.float(), resize_images=False, return_lpips=True) for one in (image, other))
@@ -165,7 +156,7 @@ def load_lpips(source: str | Path = "alex", *, device: str | torch.device = "aut
     try:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-        metric = LearnedPerceptualImagePatchSimilarity("alex", normalize=True).to(where)
+        metric = LearnedPerceptualImagePatchSimilarity("alex", normalize=True).to(resolve_device(device))
     except (ImportError, OSError, RuntimeError) as error:  # no package, no download, torchvision for another torch
         raise MetricsError(
             f"LPIPS with AlexNet needs torchmetrics, torchvision and {ALEXNET} in {torch.hub.get_dir()}/checkpoints "

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ssd_cache.evaluation import bootstrap
-from ssd_cache.evaluation.dpg.folder import NUM_IMAGES, cut_sheet, find_sheets
+from ssd_cache.evaluation.dpg.folder import cut_sheet, find_sheets
 from ssd_cache.evaluation.dpg.questions import Question, missing_parents
 from ssd_cache.evaluation.scoring import judge_files
 from ssd_cache.io.showing import ReadableError, first_names
-from ssd_cache.io.untrusted import WrongFileError, checked
 
 if TYPE_CHECKING:
     from ssd_cache.evaluation.vqa import VQAModel
@@ -114,8 +113,9 @@ def score_sheets(
 
     scorer = f"DPG rules (VQA = {vqa.name})" + (", official quirks" if official else "")
     judge = {"benchmark": "DPG-Bench", "scorer": scorer, "official": official}
-    lines = dict(zip(wanted, judge_files(files, ask, judge, results_file, on_sheet), strict=True))
-    answers = {item_id: _answers(line, len(questions[item_id]), results_file) for item_id, line in lines.items()}
+    judged = judge_files(files, ask, judge, results_file, on_sheet, {"answers": list[list[int]]})
+    lines = dict(zip(wanted, judged, strict=True))
+    answers = {item_id: [list(map(bool, crop)) for crop in line["answers"]] for item_id, line in lines.items()}
     answered = [(questions[item_id], crops[-1:] if official else crops) for item_id, crops in answers.items()]
     prompts = {item_id: line["result"] for item_id, line in lines.items()}
     return DPGScore(
@@ -160,17 +160,6 @@ def _why_dropped(item_id: str, sheets: Mapping[str, Path], questions: Questions)
     if missing := missing_parents(questions[item_id]):
         return f"no question {', '.join(missing)}, on which others depend"
     return "" if item_id in sheets else "no image"
-
-
-def _answers(line: Mapping[str, Any], num_questions: int, results_file: str | Path | None) -> Answers:
-    """The answers in a line of results, which may be of an earlier run."""
-    try:
-        answers = checked(list[list[int]], line.get("answers"), "answers")
-        if list(map(len, answers)) != [num_questions] * NUM_IMAGES:
-            raise ReadableError(f"it needs answers to {num_questions} questions for {NUM_IMAGES} images")
-    except ValueError as error:
-        raise WrongFileError(f"{results_file}, the line of {line['filename']}: {error}; delete the file") from error
-    return [list(map(bool, crop)) for crop in answers]
 
 
 def apply_dependencies(answers: Sequence[bool], questions: Sequence[Question]) -> list[bool]:

@@ -665,7 +665,7 @@ def test_similarity_to_the_full_cache(geneval, export, tmp_path):
         assert found["standard_error"] == pytest.approx(np.std(means) / len(means) ** 0.5, rel=1e-3)
         assert (found["num_images"], found["num_equal"]) == (6, 1)
         assert f"{found['mean']:.4f}" in result.stdout
-    assert "1 images equal their reference" in result.stdout
+    assert "images that equal their reference: 1; their PSNR" in result.stdout
     alone = run("similarity", "out", "--reference", "full", "--lpips", "none")
     assert ("PSNR, dB" in alone.stdout, "LPIPS " in alone.stdout) == (True, False)
 

@@ -162,7 +162,7 @@ def similarity(
     rows = [(one.name, cell(one.mean, 4), cell(one.standard_error, 4), one.num_images) for one in results]
     notes = [f"{folder} against {reference}; means over prompts", f"LPIPS: {lpips}"]
     if equal := results[0].num_equal:
-        notes.append(f"{equal} images equal their reference; their PSNR is infinite and left out")
+        notes.append(f"images that equal their reference: {equal}; their PSNR is infinite and left out")
     columns = ("", "mean", "standard error", "images")
     data = {"folder": str(folder), "reference": str(reference), "lpips": lpips, "results": list(map(to_json, results))}
     print_and_save(Report("Similarity to the full cache", columns, rows, notes, data), output)

@@ -8,44 +8,29 @@ model that is too large for one GPU, see docs/devices.md.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import typer
-from PIL import Image
 
 from ssd_cache import SSDCache
-from ssd_cache.evaluation.export import claim_folder, generate_images
-from ssd_cache.io.writing import write_files
+from ssd_cache.evaluation.export import ImageSet, claim_folder, generate_images
 from ssd_cache.models import find_generator, resolve_device, resolve_dtype
 from ssd_cache.profiling.measuring import prompts_sha256
 from ssd_cache.runs.processes import Processes
 
 
 @dataclass(frozen=True)
-class Images:
-    """One file per prompt, in the form that `generate_images` requires (`ImageSet`)."""
+class Images(ImageSet):
+    """One PNG file per prompt."""
 
     root: Path
     texts: Sequence[str]
-    unit: int = 1
 
     def path(self, number: int) -> Path:
         """The file of an image; a file that exists is complete."""
         return self.root / f"{number:05}.png"
-
-    def missing(self, numbers: range) -> list[int]:
-        """Numbers of the images that do not exist yet."""
-        return [number for number in numbers if not self.path(number).exists()]
-
-    def write(self, numbers: range, images: Sequence[Image.Image]) -> None:
-        """Write the images of a batch that do not exist yet."""
-        for number in self.missing(numbers):
-            content = io.BytesIO()
-            images[number - numbers.start].save(content, format="PNG")
-            write_files({self.path(number): content.getvalue()})
 
 
 def main(

@@ -7,6 +7,7 @@ they load weights, so all that a command refuses is checked. Of commands that sc
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -29,7 +30,7 @@ SHELL = re.compile(r"^```(?:bash|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`ssd-cache ([^`]+)`")
 PROMPT = "a photo of a red circle"
 TAKES_PROMPTS = ("generate", "profile", "fit", "learn")
-SCORES = ("score", "compare", "report", "fid", "clipscore")
+SCORES = ("score", "compare", "report", "fid", "clipscore", "similarity")
 """Commands of `eval` over files that other commands wrote; only their options are checked."""
 
 
@@ -79,6 +80,8 @@ def shelf(tmp_path_factory):
         (shelf / name).write_text(f"{PROMPT}\na photo of two squares\n")
     line = '{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}\n'
     (shelf / "evaluation_metadata.jsonl").write_text(line)
+    pairs = {"vqa_list": [["Is the circle red?", "Yes"]], "skills": ["attribute"]}
+    (shelf / "geneval2_data.jsonl").write_text(json.dumps({"prompt": "a red circle", "atom_count": 2, **pairs}) + "\n")
     (shelf / "dpg_bench.csv").write_text(
         "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language"
         "\na,a red circle,,1,0,entity,whole,entity - whole (circle),Is there a circle?\n"

@@ -10,17 +10,15 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.tiny_judges import WORDS, tiny_tokenizer, write_blip
+from helpers.tiny_judges import WORDS, write_blip, write_llava
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ssd_cache.evaluation.dpg.prompts import read_prompts
+from ssd_cache.evaluation.dpg.folder import SheetFolder, cut_sheet, find_sheets, read_prompts, write_sheet
 from ssd_cache.evaluation.dpg.questions import Question, read_questions
-from ssd_cache.evaluation.dpg.rules import apply_dependencies, category_scores, prompt_score
-from ssd_cache.evaluation.dpg.score import score_sheets
-from ssd_cache.evaluation.dpg.sheet import SheetFolder, cut_sheet, find_sheets, write_sheet
-from ssd_cache.evaluation.dpg.vqa import ChatVQA, load_vqa
+from ssd_cache.evaluation.dpg.score import apply_dependencies, category_scores, prompt_score, score_sheets
+from ssd_cache.evaluation.vqa import ChatVQA, load_vqa
 
 REAL_PROMPTS = Path(__file__).parents[3] / "shared" / "data" / "dpg_bench" / "prompts.jsonl"
 COLOURS = ["red", "green", "blue", "white"]
@@ -60,15 +58,6 @@ def write_csv(path, rows=ROWS, header=HEADER, text="A car,\nred as can be."):
             cells = [item, text, "car", number, dependency, broad, detailed, triple, asked]
             writer.writerow(dict(zip(HEADER, cells, strict=True)))
     return path
-
-
-def repack(rows=ROWS):
-    items = {}
-    for item, number, dependency, broad, detailed, _, asked in rows:
-        row = items.setdefault(item, {"item_id": item, "prompt": "A car.", "questions": []})
-        names = ("proposition_id", "question", "dependency", "category_broad", "category_detailed")
-        row["questions"].append(dict(zip(names, (int(number), asked, dependency, broad, detailed), strict=True)))
-    return list(items.values())
 
 
 def write_lines(path, rows):
@@ -152,11 +141,10 @@ def test_the_real_prompts():
 # questions
 
 
-def test_both_formats_give_the_same_questions(tmp_path):
-    for path in (write_csv(tmp_path / "q.csv"), write_lines(tmp_path / "q.jsonl", repack())):
-        read = read_questions(path)
-        assert read == QUESTIONS, path
-        assert list(read) == ["0", "whoops5"]
+def test_questions_are_read_in_the_order_of_the_file(tmp_path):
+    read = read_questions(write_csv(tmp_path / "q.csv"))
+    assert read == QUESTIONS
+    assert list(read) == ["0", "whoops5"]
 
 
 @pytest.mark.parametrize(
@@ -165,8 +153,8 @@ def test_both_formats_give_the_same_questions(tmp_path):
         ({1: ("0", "1", "0", "e", "w", "e - w (x)", "Twice?")}, "row 3: question '1' of item '0' occurs twice"),
         ({1: ("0", "2", "1,9", "e", "w", "e - w (x)", "A?")}, "questions of item '0' depend on 9, which it lacks"),
         ({4: ("whoops5", "2", "", "e", "w", "e - w (x)", "A?")}, "row 6: dependency is empty"),
-        ({4: ("whoops5", "2", "0", "e", "w", "", "A?")}, "row 6: category_broad is empty"),
-        ({0: ("0", "1", "0", "e", "w", "e - w (x)", " ")}, "row 2: question is empty"),
+        ({4: ("whoops5", "2", "0", "e", "w", "", "A?")}, "row 6: tuple is empty"),
+        ({0: ("0", "1", "0", "e", "w", "e - w (x)", " ")}, "row 2: question_natural_language is empty"),
         ({0: ("", "1", "0", "e", "w", "e - w (x)", "A?")}, "row 2: item_id is empty"),
     ],
 )
@@ -183,22 +171,15 @@ def test_bad_question_files_are_named(tmp_path):
     (tmp_path / "short.csv").write_text(",".join(HEADER) + "\n0,text\n", "utf-8")
     with pytest.raises(ValueError, match="short.csv, row 2: not 9 fields"):
         read_questions(tmp_path / "short.csv")
-    rows = repack()
-    del rows[1]["questions"][0]["category_broad"]
-    with pytest.raises(ValueError, match="q.jsonl, line 2: 'category_broad' is missing"):
-        read_questions(write_lines(tmp_path / "q.jsonl", rows))
-    with pytest.raises(ValueError, match="q.jsonl has no questions"):
-        read_questions(write_lines(tmp_path / "q.jsonl", []))
+    with pytest.raises(ValueError, match="q.csv has no questions"):
+        read_questions(write_csv(tmp_path / "q.csv", []))
 
 
 def test_official_reading_loses_the_first_question(tmp_path):
     expected = {"0": QUESTIONS["0"][1:], "whoops5": QUESTIONS["whoops5"]}
     assert read_questions(write_csv(tmp_path / "q.csv"), official=True) == expected
-    assert read_questions(write_lines(tmp_path / "q.jsonl", repack()), official=True) == expected
-    lost = write_lines(tmp_path / "lost.jsonl", repack(ROWS[1:]))  # a re-pack made after the loss
-    assert read_questions(lost, official=True) == expected
-    with pytest.raises(ValueError, match="lost.jsonl: questions of item '0' depend on 1, which it lacks"):
-        read_questions(lost)
+    with pytest.raises(ValueError, match="lost.csv: questions of item '0' depend on 1, which it lacks"):
+        read_questions(write_csv(tmp_path / "lost.csv", ROWS[1:]))
 
 
 # rules
@@ -265,12 +246,13 @@ def test_dependency_rule_equals_the_reference(item):
 
 
 def test_a_sheet_is_cut_as_it_was_written(tmp_path):
-    path = write_sheet(tmp_path / "new", "a", squares())
+    path = tmp_path / "new" / "a.png"
+    write_sheet(path, squares())
     assert [file.name for file in path.parent.iterdir()] == ["a.png"]  # no temporary file is left
     with Image.open(path) as sheet:
-        crops = cut_sheet(sheet, SIDE)
-        with pytest.raises(ValueError, match=r"64 x 64; with side=384 it must be 768 x 768.*pass side=32"):
-            cut_sheet(sheet, 384)
+        crops = cut_sheet(sheet)
+        with pytest.raises(ValueError, match="a.png is 64 x 60, not four images in a square; generate it again"):
+            cut_sheet(sheet.crop((0, 0, 64, 60)), "a.png")
     assert [crop.tobytes() for crop in crops] == [square.tobytes() for square in squares()]
 
 
@@ -278,7 +260,8 @@ def test_missing_sheets_are_written(tmp_path):
     folder = SheetFolder(tmp_path / "new", {"b": "x", "a": "y", "c": "z"})
     assert folder.texts == ["x"] * 4 + ["y"] * 4 + ["z"] * 4
     assert folder.missing(range(12)) == list(range(12))
-    before = write_sheet(tmp_path / "new", "a", squares()).stat()
+    write_sheet(folder.root / "a.png", squares())
+    before = (folder.root / "a.png").stat()
     assert folder.missing(range(12)) == [0, 1, 2, 3, 8, 9, 10, 11]
     folder.write(range(4, 12), squares(colours=["red"] * 8))
     assert folder.missing(range(12)) == [0, 1, 2, 3]
@@ -288,8 +271,8 @@ def test_missing_sheets_are_written(tmp_path):
 def test_bad_sheets_are_named(tmp_path):
     for images in (squares()[:3], [*squares()[:3], Image.new("RGB", (8, 8))], [Image.new("RGB", (8, 4))] * 4):
         with pytest.raises(ValueError, match="4 squares of one size"):
-            write_sheet(tmp_path, "a", images)
-    write_sheet(tmp_path, "a", squares())
+            write_sheet(tmp_path / "a.png", images)
+    write_sheet(tmp_path / "a.png", squares())
     (tmp_path / "a.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match="are both of item 'a'"):
         find_sheets(tmp_path)
@@ -299,97 +282,97 @@ def test_bad_sheets_are_named(tmp_path):
 
 
 def test_scores_of_a_run(tmp_path):
-    write_sheet(tmp_path, "0", squares(colours=["red", "red", "red", "blue"]))
-    write_sheet(tmp_path, "whoops5", squares(colours=["blue", "red", "blue", "red"]))
-    result = score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE)
-    assert result.name == "DPG rules (VQA = red)"
-    assert result.prompts == {"0": 0.75, "whoops5": 0.5}
+    write_sheet(tmp_path / "0.png", squares(colours=["red", "red", "red", "blue"]))
+    write_sheet(tmp_path / "whoops5.png", squares(colours=["blue", "red", "blue", "red"]))
+    result = score_sheets(tmp_path, QUESTIONS, OneColour())
+    assert result.judge["scorer"] == "DPG rules (VQA = red)"
+    assert result.prompts == {"0": 75, "whoops5": 50}
     assert result.overall == 62.5
-    assert result.standard_error == pytest.approx(12.5)
+    assert result.standard_error == pytest.approx(12.5 / 2**0.5)
     assert result.level1 == {"attribute": 75, "entity": 62.5, "global": 50, "relation": 75}
-    assert result.is_complete
-    assert json.loads(json.dumps(result.to_dict()))["overall"] == 62.5
-    official = score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, official=True)
-    assert official.name == "DPG rules (VQA = red), official quirks"
+    official = score_sheets(tmp_path, QUESTIONS, OneColour(), official=True)
+    assert official.judge["scorer"] == "DPG rules (VQA = red), official quirks"
     assert official.level1 == {"attribute": 0, "entity": 50, "global": 100, "relation": 0}
 
 
 def test_missing_and_unexpected_images(tmp_path):
-    write_sheet(tmp_path, "0", squares())
+    write_sheet(tmp_path / "0.png", squares())
     vqa = OneColour()
     with pytest.raises(ValueError, match="1 of 2 sheets; missing: whoops5; generate them"):
-        score_sheets(tmp_path, QUESTIONS, vqa, SIDE)
-    assert score_sheets(tmp_path, QUESTIONS, vqa, SIDE, item_ids=["0"]).overall == 25
-    official = score_sheets(tmp_path, QUESTIONS, vqa, SIDE, official=True)
+        score_sheets(tmp_path, QUESTIONS, vqa)
+    assert score_sheets(tmp_path, QUESTIONS, vqa, item_ids=["0"]).overall == 25
+    official = score_sheets(tmp_path, QUESTIONS, vqa, official=True)
     assert official.dropped == {"whoops5": "no image"}
-    assert (official.num_prompts, official.is_complete) == (2, False)
-    write_sheet(tmp_path, "stranger", squares())
+    write_sheet(tmp_path / "stranger.png", squares())
     with pytest.raises(ValueError, match="images without questions: stranger"):
-        score_sheets(tmp_path, QUESTIONS, vqa, SIDE, item_ids=["0"])
-    assert score_sheets(tmp_path, QUESTIONS, vqa, SIDE, official=True).dropped["stranger"] == "no questions"
+        score_sheets(tmp_path, QUESTIONS, vqa, item_ids=["0"])
+    assert score_sheets(tmp_path, QUESTIONS, vqa, official=True).dropped["stranger"] == "no questions"
     vqa.asked.clear()
-    with pytest.raises(ValueError, match="0.png is 64 x 64"):
-        score_sheets(tmp_path, {"0": QUESTIONS["0"], "stranger": QUESTIONS["0"]}, vqa, 384)
+    Image.new("RGB", (64, 62)).save(tmp_path / "0.png")
+    with pytest.raises(ValueError, match="0.png is 64 x 62"):
+        score_sheets(tmp_path, {"0": QUESTIONS["0"], "stranger": QUESTIONS["0"]}, vqa)
     assert not vqa.asked
 
 
 def test_official_run_drops_the_first_prompt(tmp_path):
     for item_id in QUESTIONS:
-        write_sheet(tmp_path / "sheets", item_id, squares(colours=["red"] * 4))
+        write_sheet(tmp_path / "sheets" / f"{item_id}.png", squares(colours=["red"] * 4))
     questions = read_questions(write_csv(tmp_path / "q.csv"), official=True)
-    result = score_sheets(tmp_path / "sheets", questions, OneColour(), SIDE, official=True)
-    assert result.prompts == {"whoops5": 1}
+    result = score_sheets(tmp_path / "sheets", questions, OneColour(), official=True)
+    assert result.prompts == {"whoops5": 100}
     assert result.dropped == {"0": "no question 1, on which others depend"}
     with pytest.raises(ValueError, match="1 items cannot be scored"):
-        score_sheets(tmp_path / "sheets", questions, OneColour(), SIDE)
+        score_sheets(tmp_path / "sheets", questions, OneColour())
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"no image"])
-def test_an_unreadable_image_is_named_and_the_run_continues(tmp_path, damage):
-    path = write_sheet(tmp_path, "0", squares())
+def test_an_unreadable_sheet_stops_the_run_and_its_results_are_kept(tmp_path, damage):
+    for item_id in QUESTIONS:
+        write_sheet(tmp_path / f"{item_id}.png", squares())
+    path, results = tmp_path / "whoops5.png", tmp_path / "r.jsonl"
     path.write_bytes(damage(path.read_bytes()))
-    write_sheet(tmp_path, "whoops5", squares())
-    result = score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, results=tmp_path / "r.jsonl")
-    assert list(result.unreadable) == ["0"]
-    assert "0.png: the image cannot be read" in result.unreadable["0"]
-    assert result.prompts == {"whoops5": 0.25}
-    assert not result.is_complete
-    write_sheet(tmp_path, "0", squares())
-    assert score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, results=tmp_path / "r.jsonl").is_complete
-    with pytest.raises(ValueError, match="none of 1 prompts"):
-        path.write_bytes(b"")
-        score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, item_ids=["0"])
+    with pytest.raises(ValueError, match="whoops5.png: the image cannot be read .* delete it"):
+        score_sheets(tmp_path, QUESTIONS, OneColour(), results_file=results)
+    write_sheet(path, squares())
+    vqa = OneColour()
+    assert score_sheets(tmp_path, QUESTIONS, vqa, results_file=results).prompts == {"0": 25, "whoops5": 25}
+    assert set(vqa.asked) == {"Is this a photo?", "Is there a dog?"}
+    path.unlink()
+    with pytest.raises(ValueError, match="no prompt can be scored .no image."):
+        score_sheets(tmp_path, QUESTIONS, vqa, item_ids=["whoops5"], official=True)
 
 
 def test_a_run_resumes_where_it_stopped(tmp_path):
     for item_id in QUESTIONS:
-        write_sheet(tmp_path, item_id, squares())
+        write_sheet(tmp_path / f"{item_id}.png", squares())
     results = tmp_path / "r.jsonl"
-    whole = score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, results=results)
-    header, first, second = results.read_text("utf-8").splitlines()
+    whole = score_sheets(tmp_path, QUESTIONS, OneColour(), results_file=results)
+    first, second = results.read_text("utf-8").splitlines()
     row = json.loads(first)
-    assert (row["item_id"], row["answers"][0], row["scores"][1], row["score"]) == ("0", [1] * 3, [0] * 3, 0.25)
-    results.write_text(f"{header}\n{first}\n{second[:30]}", "utf-8")  # killed in the middle of a line
+    assert (row["filename"], row["answers"][0], row["answers"][1], row["result"]) == ("0.png", [1] * 3, [0] * 3, 25)
+    results.write_text(f"{first}\n{second[:30]}", "utf-8")  # killed in the middle of a line
     vqa = OneColour()
-    assert score_sheets(tmp_path, QUESTIONS, vqa, SIDE, results=results) == whole
+    assert score_sheets(tmp_path, QUESTIONS, vqa, results_file=results) == whole
     assert set(vqa.asked) == {"Is this a photo?", "Is there a dog?"}
-    assert results.read_text("utf-8").splitlines() == [header, first, second]
-    write_sheet(tmp_path, "0", squares(colours=["red"] * 4))  # another image: asked again
-    assert score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, results=results).prompts["0"] == 1
+    assert results.read_text("utf-8").splitlines() == [first, second]
+    write_sheet(tmp_path / "0.png", squares(colours=["red"] * 4))  # another image: asked again
+    assert score_sheets(tmp_path, QUESTIONS, OneColour(), results_file=results).prompts["0"] == 100
+    other = QUESTIONS | {"0": QUESTIONS["0"][:1]}  # other questions: asked again
+    vqa.asked.clear()
+    score_sheets(tmp_path, other, vqa, results_file=results)
+    assert set(vqa.asked) == {"Is there a car?"}
     with pytest.raises(ValueError, match="r.jsonl, line 1: a result of another run"):
-        score_sheets(tmp_path, QUESTIONS, OneColour("blue"), SIDE, results=results)
+        score_sheets(tmp_path, QUESTIONS, OneColour("blue"), results_file=results)
+    for damage, message in ("x", "r.jsonl, line 1: answers='x'"), ([[1]], "shorter"):
+        results.write_text(json.dumps(json.loads(second) | {"answers": damage}) + "\n", "utf-8")
+        with pytest.raises(ValueError, match=message):
+            score_sheets(tmp_path, QUESTIONS, OneColour(), results_file=results)
     results.write_text("something else\n", "utf-8")
     with pytest.raises(ValueError, match="r.jsonl, line 1: Expecting value"):
-        score_sheets(tmp_path, QUESTIONS, OneColour(), SIDE, results=results)
+        score_sheets(tmp_path, QUESTIONS, OneColour(), results_file=results)
 
 
 # VQA models, tiny and with random weights, saved and loaded
-
-CHAT = (
-    "{% for message in messages %}USER {% for part in message.content %}"
-    "{{ '<image> ' if part.type == 'image' else part.text + ' ' }}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
@@ -399,54 +382,20 @@ def blip_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llava_folder(tmp_path_factory):
-    import torch
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    torch.manual_seed(0)
-    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", **shared, "image_size": SIDE, "patch_size": 16},
-        text_config={
-            "model_type": "llama",
-            **shared,
-            "num_key_value_heads": 2,
-            "vocab_size": len(WORDS),
-            "initializer_range": 0.5,
-            "pad_token_id": 0,
-            "bos_token_id": 4,
-            "eos_token_id": 3,
-        },
-        image_token_id=WORDS.index("<image>"),
-        image_seq_length=4,
-        vision_feature_layer=-1,
-    )
-    folder = tmp_path_factory.mktemp("llava")
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    LlavaProcessor(
-        images,
-        tiny_tokenizer(),
-        patch_size=16,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT,
-    ).save_pretrained(folder)
-    return folder
+    return write_llava(tmp_path_factory.mktemp("llava"), SIDE)
 
 
 ASKED = [question.text for questions in QUESTIONS.values() for question in questions]
 
 
 def test_whole_run_with_blip(blip_folder, tmp_path):
-    vqa = load_vqa(blip_folder, name="tiny BLIP", device="cpu")
+    vqa = load_vqa(blip_folder, device="cpu")
     for item_id in QUESTIONS:
-        write_sheet(tmp_path, item_id, squares())
-    result = score_sheets(tmp_path, QUESTIONS, vqa, SIDE, results=tmp_path / "r.jsonl")
-    assert result.name == "DPG rules (VQA = tiny BLIP)"
-    assert result.is_complete
+        write_sheet(tmp_path / f"{item_id}.png", squares())
+    result = score_sheets(tmp_path, QUESTIONS, vqa, results_file=tmp_path / "r.jsonl")
+    assert result.judge["scorer"] == f"DPG rules (VQA = {blip_folder})"
     assert result.answers["0"][1] == [vqa.answers(squares()[1], [asked.text])[0] for asked in QUESTIONS["0"]]
-    assert score_sheets(tmp_path, QUESTIONS, vqa, SIDE, results=tmp_path / "r.jsonl") == result
+    assert score_sheets(tmp_path, QUESTIONS, vqa, results_file=tmp_path / "r.jsonl") == result
 
 
 def test_blip_answers_are_those_of_generate(blip_folder):
@@ -471,14 +420,13 @@ def test_blip_answers_are_those_of_generate(blip_folder):
 
 
 def test_whole_run_with_a_chat_model(llava_folder, tmp_path):
-    vqa = load_vqa(llava_folder, name="tiny LLaVA", device="cpu", batch_size=2)
+    vqa = load_vqa(llava_folder, device="cpu", batch_size=2)
     assert vqa.yes_ids == [WORDS.index("yes"), WORDS.index("Yes")]
     assert vqa.no_ids == [WORDS.index("no"), WORDS.index("No")]
     for item_id in QUESTIONS:
-        write_sheet(tmp_path, item_id, squares())
-    result = score_sheets(tmp_path, QUESTIONS, vqa, SIDE)
-    assert result.name == "DPG rules (VQA = tiny LLaVA)"
-    assert result.is_complete
+        write_sheet(tmp_path / f"{item_id}.png", squares())
+    result = score_sheets(tmp_path, QUESTIONS, vqa)
+    assert result.judge["scorer"] == f"DPG rules (VQA = {llava_folder})"
     assert result.answers["0"][1] == [vqa.answers(squares()[1], [asked.text])[0] for asked in QUESTIONS["0"]]
 
 

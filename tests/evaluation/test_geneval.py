@@ -7,6 +7,7 @@ weights detect in real images is not tested here.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +16,13 @@ import torch
 from helpers.tiny_judges import write_classifier, write_detector
 from PIL import Image
 
-from ssd_cache.evaluation.geneval import (
-    SCORER,
-    ColorClassifier,
-    Detector,
-    ImageResult,
-    SampleFolder,
-    read_prompts,
-    score_folder,
-    summarize,
-)
+from ssd_cache.evaluation.geneval import SCORER, ColorClassifier, Detector, SampleFolder, read_prompts, score_folder
 from ssd_cache.evaluation.geneval import detector as detector_module
 from ssd_cache.evaluation.geneval.colors import TEMPLATES, cut_out
 from ssd_cache.evaluation.geneval.detector import MEAN, STD, prepare
-from ssd_cache.evaluation.geneval.names import CLASSES, COLORS, TAGS
-from ssd_cache.evaluation.geneval.prompts import parse_prompt
+from ssd_cache.evaluation.geneval.prompts import CLASSES, COLORS, TAGS, parse_prompt
 from ssd_cache.evaluation.geneval.rules import Detection, judge, objects_of
+from ssd_cache.evaluation.geneval.score import summarize
 
 OFFICIAL_FILE = Path(__file__).parents[3] / "shared" / "data" / "geneval" / "evaluation_metadata.jsonl"
 
@@ -102,8 +94,8 @@ def test_scores_count_above_the_cut():
     assert objects_of(many, "colors")["person"] == many[:3:-1]
 
 
-def result(tag, metadata, correct, **more):
-    return ImageResult(f"{metadata}/samples/0.png", tag, metadata, correct, "", metadata, **more)
+def result(tag, metadata, correct):
+    return {"tag": tag, "metadata": metadata, "result": float(correct), "judge": {"scorer": SCORER}}
 
 
 def test_overall_is_the_mean_of_tags():
@@ -116,15 +108,13 @@ def test_overall_is_the_mean_of_tags():
     assert score.prompts_correct == 2 / 3
     assert score.num_images == {"counting": 4, "colors": 2}
     assert score.num_prompts == {"counting": 2, "colors": 1}
-    assert score.scorer == score.to_dict()["scorer"] == SCORER == "GenEval rules, HF detector"
-    assert score.unreadable == ()
-
-
-def test_results_of_two_runs_are_not_mixed():
-    with pytest.raises(ValueError, match="results of two runs"):
-        summarize([result("colors", "a", True), result("colors", "b", True, scorer="another")])
-    with pytest.raises(ValueError, match="no results"):
-        summarize([])
+    assert score.judge["scorer"] == SCORER == "GenEval rules, HF detector"
+    # by prompt 0.5 and 0, the standard deviation of which is 0.25; a single prompt has no spread
+    assert score.tag_errors == {
+        "counting": pytest.approx(0.25 / 2**0.5),
+        "colors": pytest.approx(math.nan, nan_ok=True),
+    }
+    assert math.isnan(score.standard_error)
 
 
 # The prompt file
@@ -196,18 +186,18 @@ def noise(seed, size=(40, 30)):
 
 
 def fill(folder):
-    folder.write(range(len(folder)), [noise(number) for number in range(len(folder))])
+    folder.write(range(len(folder.texts)), [noise(number) for number in range(len(folder.texts))])
 
 
 def test_a_folder_is_resumed_and_checked(tmp_path):
     folder = SampleFolder(tmp_path / "out", [parse_prompt(BENCH), parse_prompt(TWO)], 2)
     with pytest.raises(ValueError, match="0 of 4 images"):
         folder.check_complete()
-    assert folder.missing() == [0, 1, 2, 3]
+    assert folder.missing(range(4)) == [0, 1, 2, 3]
     assert folder.texts == ["a photo of a bench"] * 2 + ["a photo of an apple and a banana"] * 2
     folder.write(range(0, 1), [noise(0).convert("RGBA")])
     folder.write(range(2, 3), [noise(1)])
-    assert folder.missing() == [1, 3]
+    assert folder.missing(range(4)) == [1, 3]
     assert folder.missing(range(1, 3)) == [1]
     with pytest.raises(ValueError, match="2 of 4 images .* missing: 00000/samples/00001.png, 00001/samples/00001.png"):
         folder.check_complete()
@@ -247,13 +237,13 @@ def test_unexpected_images_are_refused(tmp_path):
 def test_images_of_another_prompt_are_refused(tmp_path):
     fill(SampleFolder(tmp_path, [parse_prompt(BENCH)], 1))
     other = SampleFolder(tmp_path, [parse_prompt(TWO)], 2)
-    with pytest.raises(ValueError, match="the prompt of the images is 'a photo of a bench'"):
+    with pytest.raises(ValueError, match=r"the images are of \{.*bench.*, but prompt 0 is \{"):
         other.write(range(1, 2), [noise(0)])
     other = SampleFolder(tmp_path, [parse_prompt(TWO)], 1)
-    with pytest.raises(ValueError, match="the prompt of the images is 'a photo of a bench'"):
+    with pytest.raises(ValueError, match=r"the images are of \{.*bench.*, but prompt 0 is \{"):
         other.check_complete()
     (tmp_path / "00000" / "metadata.jsonl").unlink()
-    with pytest.raises(ValueError, match="the prompt of the images is unknown"):
+    with pytest.raises(ValueError, match="the images are of None, but prompt 0 is"):
         other.check_complete()
 
 
@@ -431,14 +421,15 @@ def folder(tmp_path):
 
 
 def test_a_folder_is_scored(folder, detector, classifier, tmp_path):
-    seen_results = []
+    seen_images = []
     score = score_folder(
-        folder, detector, classifier, results_file=tmp_path / "results.jsonl", on_image=seen_results.append
+        folder, detector, classifier, results_file=tmp_path / "results.jsonl", on_image=lambda: seen_images.append(1)
     )
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text("utf-8").splitlines()]
-    assert [line["filename"] for line in lines] == [folder.name(number) for number in range(len(folder))]
-    assert summarize([ImageResult(**line) for line in lines]) == summarize(seen_results) == score
-    assert {line["scorer"] for line in lines} == {SCORER}
+    assert [line["filename"] for line in lines] == [folder.name(number) for number in range(len(folder.texts))]
+    assert repr(summarize(lines)) == repr(score)  # NaN does not equal itself
+    assert len(seen_images) == 10
+    assert {line["judge"]["scorer"] for line in lines} == {SCORER}
     for number, line in enumerate(lines):
         prompt = folder.prompt_of(number)
         assert (line["tag"], line["prompt"], line["metadata"]) == (prompt.tag, prompt.prompt, prompt.to_json())
@@ -452,7 +443,7 @@ def test_a_folder_is_scored(folder, detector, classifier, tmp_path):
     assert score.tags["position"] == score.tags["two_object"] == score.tags["counting"] == 0
     assert score.overall == sum(score.tags.values()) / 5
     assert score.num_images == dict.fromkeys(("single_object", "two_object", "counting", "colors", "position"), 2)
-    assert score.settings["detector"] == detector.name
+    assert score.judge["detector"] == detector.name
 
 
 def test_a_run_resumes_after_an_incomplete_line(folder, detector, classifier, tmp_path, monkeypatch):
@@ -464,7 +455,7 @@ def test_a_run_resumes_after_an_incomplete_line(folder, detector, classifier, tm
     looked = []
     detect = detector.detect
     monkeypatch.setattr(detector, "detect", lambda image: looked.append(image) or detect(image))
-    assert score_folder(folder, detector, classifier, results_file=path) == whole
+    assert repr(score_folder(folder, detector, classifier, results_file=path)) == repr(whole)
     assert len(looked) == 4
     assert path.read_text("utf-8") == text
     overwrite(folder, 1, noise(99))
@@ -485,21 +476,18 @@ def test_results_of_another_run_are_refused(folder, detector, classifier, tmp_pa
         score_folder(folder, detector, classifier, results_file=path)
 
 
-def test_unreadable_images_are_named(folder, detector, classifier, tmp_path):
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"no image"])
+def test_an_unreadable_image_stops_the_run_and_its_results_are_kept(folder, detector, classifier, tmp_path, damage):
     path = tmp_path / "results.jsonl"
-    content = folder.path(0).read_bytes()
-    folder.path(0).write_bytes(content[: len(content) // 2])
-    folder.path(5).write_bytes(b"no image")
-    score = score_folder(folder, detector, classifier, results_file=path)
-    assert score.unreadable == ("00000/samples/00000.png", "00002/samples/00001.png")
-    assert score.tags["single_object"] == 0.5
-    assert score.num_images["single_object"] == 2
-    first = json.loads(path.read_text("utf-8").splitlines()[0])
-    assert (first["readable"], first["correct"]) == (False, False)
-    assert "cannot be read" in first["reason"]
-    overwrite(folder, 0, noise(0))
+    folder.path(5).write_bytes(damage(folder.path(5).read_bytes()))
+    with pytest.raises(ValueError, match="00002/samples/00001.png: the image cannot be read .* delete it"):
+        score_folder(folder, detector, classifier, results_file=path)
+    before = path.read_text("utf-8")
+    assert before.count("\n") == 5
     overwrite(folder, 5, noise(5))
-    assert score_folder(folder, detector, classifier, results_file=path).unreadable == ()
+    score = score_folder(folder, detector, classifier, results_file=path)
+    assert sum(score.num_images.values()) == 10
+    assert path.read_text("utf-8").startswith(before)
 
 
 def test_an_incomplete_folder_is_not_scored(folder, detector, classifier):

@@ -1,4 +1,4 @@
-"""Small random judges of images, as folders: a Mask2Former, a CLIP, a BLIP for VQA, of the real classes.
+"""Small random judges of images, as folders: a Mask2Former, a CLIP, a BLIP for VQA and a LLaVA, of the real classes.
 
 Their answers mean nothing; the tests check how they are loaded and called.
 """
@@ -18,6 +18,9 @@ from transformers import (
     CLIPTextConfig,
     CLIPTokenizer,
     CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     PreTrainedTokenizerFast,
@@ -25,10 +28,17 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from ssd_cache.evaluation.geneval.names import CLASSES
+from ssd_cache.evaluation.geneval.prompts import CLASSES
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[BOS]", "<image>", "yes", "no", "Yes", "No", "USER", "ASSISTANT"]
 WORDS += ["Is", "there", "a", "car", "dog", "photo", "this", "the", "red", "driven", "Answer", "with", "or", "?", "."]
+WORDS += ["How", "many", "squares", "in", "one", "word", "two", "Two", "2", "three"]
+
+CHAT = (
+    "{% for message in messages %}USER {% for part in message.content %}"
+    "{{ '<image> ' if part.type == 'image' else part.text + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT{% endif %}"
+)
 
 
 def write_detector(folder, labels=80):
@@ -125,4 +135,37 @@ def write_blip(folder, side):
     BlipForQuestionAnswering(config).save_pretrained(folder)
     images = BlipImageProcessorPil(size={"height": side, "width": side})
     BlipProcessor(images, tiny_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def write_llava(folder, side):
+    """A small random LLaVA, a chat model, for images of `side` pixels, with the words of these tests."""
+    torch.manual_seed(0)
+    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **shared, "image_size": side, "patch_size": 16},
+        text_config={
+            "model_type": "llama",
+            **shared,
+            "num_key_value_heads": 2,
+            "vocab_size": len(WORDS),
+            "initializer_range": 0.5,
+            "pad_token_id": 0,
+            "bos_token_id": 4,
+            "eos_token_id": 3,
+        },
+        image_token_id=WORDS.index("<image>"),
+        image_seq_length=4,
+        vision_feature_layer=-1,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    LlavaProcessor(
+        images,
+        tiny_tokenizer(),
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT,
+    ).save_pretrained(folder)
     return folder

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,14 @@ import pytest
 import torch
 from helpers.hostile import mutants
 from helpers.tiny_checkpoint import SIDE, write_checkpoint
+from PIL import Image
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache, learn_score, profile_heads
-from ssd_cache.evaluation.dpg import score as dpg_score
+from ssd_cache.evaluation.comparing import read_results
 from ssd_cache.evaluation.export import ExportError, claim_folder, read_settings
 from ssd_cache.evaluation.fidelity import measure_divergence, measure_fidelity
-from ssd_cache.evaluation.geneval import score as geneval_score
-from ssd_cache.evaluation.geneval.summary import ImageResult
-from ssd_cache.evaluation.prompt_results import read_prompt_results
-from ssd_cache.evaluation.result_file import append_row
 from ssd_cache.evaluation.results_folder import Record, ResultsError, ResultsFolder
+from ssd_cache.evaluation.scoring import judge_files
 from ssd_cache.evaluation.tables import read_summary, to_json, to_markdown, write_report
 from ssd_cache.io.showing import ReadableError
 from ssd_cache.models import find_generator
@@ -78,10 +76,8 @@ def formats(generator, profiled, tmp_path, request) -> Format:
         "shapes run": _shapes_run,
         "shapes lines": _shapes_lines,
         "export": _export,
-        "geneval lines": _geneval,
-        "geneval scores": _geneval_scores,
-        "dpg lines": _dpg,
-        "dpg scores": _dpg_scores,
+        "results of images": _scoring,
+        "compared results": _compared,
     }[request.param](generator, profiled, tmp_path)
 
 
@@ -97,7 +93,7 @@ FORMATS = (
         "shapes lines",
         "export",
     ),
-    *("geneval lines", "geneval scores", "dpg lines", "dpg scores"),
+    *("results of images", "compared results"),
 )
 
 
@@ -240,57 +236,32 @@ def _export(generator, profiled, tmp_path):
     return Format(root / "settings.json", read, (ExportError,), names_file=False)
 
 
-JUDGE = {"detector": "d", "rules": {"threshold": 0.3}}
+JUDGE = {"benchmark": "GenEval", "detector": "d", "rules": {"threshold": 0.3}}
 
 
-def _image_results(tmp_path):
-    path = tmp_path / "results.jsonl"
-    prompt = '{"tag": "colors", "prompt": "0"}'
-    results = [
-        ImageResult(f"0000{number}.png", "colors", "0", number > 0, "", prompt, settings=JUDGE) for number in range(3)
-    ]
-    path.write_text("".join(json.dumps(asdict(result)) + "\n" for result in results))
-    return path
+def _result_lines(tmp_path):
+    """A file of results, and a function that judges the same images again."""
+    path, files = tmp_path / "results.jsonl", []
+    for number in range(3):
+        image = tmp_path / f"0000{number}.png"
+        Image.new("RGB", (2, 2)).save(image)
+        files.append((image, {"filename": image.name, "tag": "colors", "metadata": "0"}))
+    judge_files(files, lambda number, image: {"result": float(number > 0)}, JUDGE, path)
+
+    def would_draw(number, image):
+        raise WouldDraw
+
+    return path, lambda: json.dumps(judge_files(files, would_draw, JUDGE, path))
 
 
-def _geneval(generator, profiled, tmp_path):
-    path = _image_results(tmp_path)
-
-    def read():
-        results = geneval_score.read_results(path, JUDGE)
-        json.dumps([asdict(result) for result in results])
-        geneval_score.summarize(results or [ImageResult("", "colors", "0", True, "", "")])
-
-    return Format(path, read, (ValueError,))
+def _scoring(generator, profiled, tmp_path):
+    path, judge_again = _result_lines(tmp_path)
+    return Format(path, judge_again, (ValueError,))
 
 
-def _geneval_scores(generator, profiled, tmp_path):
-    path = _image_results(tmp_path)
-    return Format(path, lambda: read_prompt_results(path), (ValueError,))
-
-
-def _dpg_rows(tmp_path):
-    path, settings = tmp_path / "results.jsonl", {"name": "vqa", "official": False, "crops": 2}
-    dpg_score.read_results(path, settings)  # begins the file
-    for item_id in ("a", "b"):
-        row = {"item_id": item_id, "key": "k", "answers": [[1, 0], [1, 1]], "score": 0.75}
-        append_row(path, row)
-    return path, settings
-
-
-def _dpg(generator, profiled, tmp_path):
-    path, settings = _dpg_rows(tmp_path)
-
-    def read():
-        for row in dpg_score.read_results(path, settings).values():
-            json.dumps([list(map(bool, crop)) for crop in row["answers"]])
-
-    return Format(path, read, (ValueError,))
-
-
-def _dpg_scores(generator, profiled, tmp_path):
-    path, _ = _dpg_rows(tmp_path)
-    return Format(path, lambda: read_prompt_results(path), (ValueError,))
+def _compared(generator, profiled, tmp_path):
+    path, _ = _result_lines(tmp_path)
+    return Format(path, lambda: read_results(path), (ValueError,))
 
 
 def attack(one: Format, generator, number: int, seed: int) -> int:

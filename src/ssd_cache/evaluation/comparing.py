@@ -1,7 +1,7 @@
-"""Compares results of GenEval or DPG-Bench: every file against the first, with a test of each difference.
+"""Compares results of one benchmark: every results.jsonl against the first, with a test of each difference.
 
-It refuses files that are not comparable. It does not know which policy generated which images; the user who names the
-files does. `prompt_results.py` reads the files, `bootstrap.py` has the statistics.
+A file is read completely or refused with the line at fault, since a difference is meaningful only over complete sets.
+Which policy generated which images is not known here; the user who names the files knows it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,30 @@ from typing import Any
 
 from ssd_cache.evaluation import bootstrap
 from ssd_cache.evaluation.bootstrap import NUM_RESAMPLES, Difference, to_json
-from ssd_cache.evaluation.prompt_results import PromptResults, read_prompt_results
-from ssd_cache.io.showing import differences, shown
+from ssd_cache.evaluation.scoring import LINE, RESULTS_FILE
+from ssd_cache.io.showing import ReadableError, differences, shown
+from ssd_cache.io.untrusted import checked_fields, read_json_lines
 
 OVERALL = "overall"
+
+
+@dataclass(frozen=True)
+class PromptResults:
+    """The content of one file: the judge with its settings, and the number of results of every prompt.
+
+    `strata` has the mean result of each prompt, by tag. The key of a prompt contains everything that its images are
+    judged on.
+    """
+
+    path: Path
+    judge: dict[str, Any]
+    strata: dict[str, dict[str, float]]
+    num_results: int
+
+    @property
+    def prompts(self) -> set[tuple[str, str]]:
+        """Tag and key of all prompts."""
+        return {(tag, prompt) for tag, results in self.strata.items() for prompt in results}
 
 
 @dataclass(frozen=True)
@@ -27,7 +47,7 @@ class Row:
         task: `OVERALL`, or one of GenEval's tags.
         results: short name of the file: the parts of its path that differ from the other paths. For example `full` and
             `ssd-20` for `full/results/results.jsonl` and `ssd-20/results/results.jsonl`.
-        score: for GenEval the share of correct images, and overall the mean of the tags; for DPG-Bench 0 to 100.
+        score: for GenEval the share of correct images, and overall the mean of the tags; else 0 to 100.
         standard_error: of the score, from the spread between prompts; NaN if a tag has a single prompt.
         difference: score minus that of the first file; None for the first file.
     """
@@ -50,11 +70,10 @@ class Comparison:
         """The comparison without the results of single prompts, for a JSON file."""
         first = self.files[0]
         return {
-            "benchmark": first.benchmark,
             "judge": first.judge,
             "files": [str(file.path) for file in self.files],
             "num_prompts": len(first.prompts),
-            "num_pictures": first.num_images,
+            "num_results": first.num_results,
             "num_resamples": NUM_RESAMPLES,
             "rows": [to_json(row) for row in self.rows],
         }
@@ -67,32 +86,70 @@ def compare_results(paths: Sequence[str | Path]) -> Comparison:
     resample holds the same prompts of both files, so the difficulty of a prompt does not affect a difference.
 
     Raises:
-        ValueError: fewer than two files, a file that cannot be read (see `read_prompt_results`), or files with
-            different benchmarks, judges, prompts or numbers of images.
+        ValueError: fewer than two files, a file that cannot be read (see `read_results`), or files with different
+            judges, prompts or numbers of images.
     """
     if len(paths) < 2:
         raise ValueError(f"{len(paths)} file(s) of results: give two or more; the others are compared with the first")
-    first, *others = files = [read_prompt_results(path) for path in paths]
+    first, *others = files = [read_results(path) for path in paths]
     for other in others:
         _check_alike(first, other)
     names = _short_names([file.path for file in files])
     tasks = {OVERALL: list(first.strata)}
     if len(first.strata) > 1:
-        tasks |= {stratum: [stratum] for stratum in first.strata}
+        tasks |= {tag: [tag] for tag in first.strata}
     rows = []
-    for task, strata in tasks.items():
-        results = [{stratum: file.strata[stratum] for stratum in strata} for file in files]
+    for task, tags in tasks.items():
+        results = [{tag: file.strata[tag] for tag in tags} for file in files]
         for name, found in zip(names, results, strict=True):
             difference = None if found is results[0] else bootstrap.compare(found, results[0])
             rows.append(Row(task, name, bootstrap.mean(found), bootstrap.standard_error(found), difference))
     return Comparison(tuple(files), tuple(rows))
 
 
+def read_results(path: str | Path) -> PromptResults:
+    """Read the results of a file, or of the `results.jsonl` in a folder. Of two lines about a file the later counts.
+
+    Raises:
+        ValueError: no such file, a file that no scorer wrote, a damaged or incomplete line, lines of several judges,
+            or prompts with unequal numbers of results.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path /= RESULTS_FILE
+    try:
+        return _read(path)
+    except (OSError, ValueError) as error:
+        problem = f"{path}: cannot be read ({error.strerror})" if isinstance(error, OSError) else error
+        raise ReadableError(f"{problem}; give a complete {RESULTS_FILE} of an `ssd-cache eval ... score`") from error
+
+
+def _read(path: Path) -> PromptResults:
+    files: dict[str, dict[str, Any]] = {}
+    for place, line in read_json_lines(path):
+        try:
+            files[checked_fields(LINE, line)["filename"]] = line
+            judge = next(iter(files.values()))["judge"]
+            if differing := differences(judge, line["judge"], ("before", "here")):
+                raise ReadableError(f"another judge than in the lines before ({differing})")
+        except ValueError as error:
+            raise ReadableError(f"{place}: {error}") from error
+    results: dict[str, dict[str, list[float]]] = {}
+    for line in files.values():
+        results.setdefault(line["tag"], {}).setdefault(line["metadata"], []).append(line["result"])
+    numbers = sorted({len(found) for prompts in results.values() for found in prompts.values()})
+    if len(numbers) != 1:  # else the mean over prompts would not be the mean over images
+        what = f"{numbers[0]} to {numbers[-1]} results of a prompt" if numbers else "no result of a prompt"
+        raise ReadableError(f"{path}: {what}; run the score command to its end")
+    means = {
+        tag: {prompt: sum(found) / len(found) for prompt, found in prompts.items()} for tag, prompts in results.items()
+    }
+    return PromptResults(path, judge, means, numbers[0])
+
+
 def _check_alike(first: PromptResults, other: PromptResults) -> None:
     """Refuse a file that is not comparable to the first."""
-    wanted, found = (
-        {"benchmark": file.benchmark, **file.judge, "images of a prompt": file.num_images} for file in (first, other)
-    )
+    wanted, found = ({**file.judge, "results of a prompt": file.num_results} for file in (first, other))
     if differing := differences(wanted, found, ("there", "here")):
         raise ValueError(f"{other.path}: not comparable with {first.path} ({differing}); score both in the same way")
     if changed := sorted(first.prompts ^ other.prompts):

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -18,6 +18,7 @@ from transformers import Cache
 
 from ssd_cache.budget import check_count
 from ssd_cache.evaluation.conditions import hashed_seed
+from ssd_cache.evaluation.judge_models import encode_png
 from ssd_cache.io.showing import ReadableError, differences
 from ssd_cache.io.untrusted import checked_fields, parse_json
 from ssd_cache.io.writing import write_files
@@ -35,24 +36,35 @@ class ExportError(ReadableError):
     """A folder that a run cannot generate into, or can no longer write to."""
 
 
-class ImageSet(Protocol):
-    """The images of a benchmark, numbered from 0, and their files.
+class ImageSet:
+    """Images that are numbered from 0, and their files; a subclass defines `path`.
 
     Attributes:
         root: their folder.
         texts: the prompt of each image.
-        unit: images that are written together; a batch size is a multiple of it.
+        unit: images that are written as one file; a batch size is a multiple of it.
     """
 
     root: Path
     texts: Sequence[str]
-    unit: int
+    unit: int = 1
+
+    def path(self, number: int) -> Path:
+        """The file of an image; a file that exists is complete."""
+        raise NotImplementedError
 
     def missing(self, numbers: range) -> list[int]:
         """Numbers of the images that do not exist yet."""
+        return [number for number in numbers if not self.path(number).is_file()]
 
     def write(self, numbers: range, images: Sequence[Image.Image]) -> None:
         """Write the images of a batch that do not exist yet, each completely or not at all."""
+        for number in self.missing(numbers):
+            write_files({self.path(number): self.encode(number, images[number - numbers.start])})
+
+    def encode(self, number: int, image: Image.Image) -> bytes:
+        """The content of an image's file."""
+        return encode_png(image)
 
 
 def claim_folder(root: Path, settings: Mapping[str, Any], prompts: str, *, write: bool = True) -> None:
@@ -111,7 +123,7 @@ def recorded_batch_size(root: Path) -> int | None:
 
 def generate_images(
     generator: Generator,
-    pictures: ImageSet,
+    images: ImageSet,
     make_cache: Callable[[], Cache],
     *,
     batch_size: int,
@@ -132,7 +144,7 @@ def generate_images(
 
     Args:
         generator: generates the images.
-        pictures: prompts and files of the images.
+        images: prompts and files of the images.
         make_cache: makes a fresh cache; called for every batch.
         batch_size: images generated at once; their prompts are padded to the longest.
         seed: seed of the whole run.
@@ -147,14 +159,14 @@ def generate_images(
         ExportError: an image cannot be written; earlier ones are kept.
         ValueError: the batch size is not valid.
     """
-    if check_count("batch_size", batch_size, 1) % pictures.unit:
+    if check_count("batch_size", batch_size, 1) % images.unit:
         raise ExportError(
-            f"batch_size={batch_size}: {pictures.unit} images are written as one; give a multiple of {pictures.unit}"
+            f"batch_size={batch_size}: {images.unit} images are written as one; give a multiple of {images.unit}"
         )
     processes = Processes() if processes is None else processes
-    total, cells = len(pictures.texts), generator.checkpoint.num_visual_tokens
+    total, cells = len(images.texts), generator.checkpoint.num_visual_tokens
     batches = [range(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
-    todo = [(index, numbers) for index, numbers in enumerate(batches) if pictures.missing(numbers)]
+    todo = [(index, numbers) for index, numbers in enumerate(batches) if images.missing(numbers)]
     processes.gather_all(None)  # all must list what is missing before one writes, or their lists would differ
     own = todo[processes.index :: processes.count]
     count = sum(len(numbers) for _, numbers in own)
@@ -167,19 +179,19 @@ def generate_images(
     ) as bar:
         for index, numbers in own:
             tokens = generator.generate(
-                [pictures.texts[number] for number in numbers],
+                [images.texts[number] for number in numbers],
                 make_cache(),
                 guidance_scale=guidance_scale,
                 temperature=temperature,
                 seed=seed_of_batch(seed, index),
                 on_tokens=bar.update,
             )
-            images = generator.to_images(tokens)  # the whole batch: another batch size may change the last bits
+            batch = generator.to_images(tokens)  # the whole batch: another batch size may change the last bits
             try:
-                pictures.write(numbers, images)
+                images.write(numbers, batch)
             except OSError as error:
                 raise ExportError(
-                    f"{pictures.root}: images cannot be written ({error.strerror}); earlier ones are kept: make room, "
+                    f"{images.root}: images cannot be written ({error.strerror}); earlier ones are kept: make room, "
                     "and run the same command again to resume"
                 ) from error
     processes.gather_all(None)

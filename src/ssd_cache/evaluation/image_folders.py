@@ -15,10 +15,9 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from ssd_cache.evaluation.export import read_settings
-from ssd_cache.evaluation.geneval.prompts import parse_prompt
+from ssd_cache.evaluation.export import ImageSet, read_settings
 from ssd_cache.io.showing import ReadableError, shown
-from ssd_cache.io.untrusted import read_json_lines
+from ssd_cache.io.untrusted import checked_fields, parse_json, read_json_lines
 from ssd_cache.io.writing import write_files
 
 CAPTIONS_FILE = "metadata.jsonl"
@@ -86,7 +85,10 @@ def _geneval_images(folder: Path) -> list[FolderImage]:
     found = []
     for captions in sorted(folder.glob(f"[0-9]*/{CAPTIONS_FILE}")):
         if samples := sorted((captions.parent / "samples").glob("[0-9]*.png")):
-            text = parse_prompt(captions.read_text("utf-8"), str(captions)).prompt
+            try:
+                text = checked_fields({"prompt": str}, parse_json(captions.read_bytes()))["prompt"]
+            except ValueError as error:
+                raise ImageFolderError(f"{captions}: {error}; generate the images again") from error
             found += [FolderImage(path.relative_to(folder).as_posix(), path, text) for path in samples]
     return found
 
@@ -106,7 +108,7 @@ def _listed_images(folder: Path) -> list[FolderImage]:
 
 
 @dataclass
-class NumberedImages:
+class NumberedImages(ImageSet):
     """An `ImageSet` of PNG files named by number, `num_images` of each prompt; `facts` are the metadata of all."""
 
     root: Path
@@ -114,15 +116,10 @@ class NumberedImages:
     num_images: int
     batch_size: int
     facts: Mapping[str, Any]
-    unit: int = 1
 
     def path(self, number: int) -> Path:
         """The file of an image, counted from 0; a file that exists is complete."""
         return self.root / f"{number:05}.png"
-
-    def missing(self, numbers: range) -> list[int]:
-        """Numbers of the images that do not exist yet."""
-        return [number for number in numbers if not self.path(number).exists()]
 
     def metadata(self, number: int) -> str:
         """The prompt and settings of an image, as JSON. The images of a batch share its seed."""
@@ -142,13 +139,12 @@ class NumberedImages:
         """torch's seed for a batch."""
         return seed + batch
 
-    def write(self, numbers: range, images: Sequence[Image.Image]) -> None:
-        """Write the images of a batch that do not exist yet, each completely or not at all."""
-        for number in self.missing(numbers):
-            text, content = PngImagePlugin.PngInfo(), io.BytesIO()
-            text.add_text(CHUNK, self.metadata(number))
-            images[number - numbers.start].save(content, format="PNG", pnginfo=text)
-            write_files({self.path(number): content.getvalue()})
+    def encode(self, number: int, image: Image.Image) -> bytes:
+        """A PNG file with the metadata in a text chunk."""
+        text, content = PngImagePlugin.PngInfo(), io.BytesIO()
+        text.add_text(CHUNK, self.metadata(number))
+        image.save(content, format="PNG", pnginfo=text)
+        return content.getvalue()
 
     def write_list(self) -> int:
         """Write `metadata.jsonl`, one line for each existing image; returns their number."""

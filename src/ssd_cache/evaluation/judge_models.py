@@ -11,23 +11,21 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from ssd_cache.io.showing import ReadableError
 from ssd_cache.models.settings import resolve_device, resolve_dtype
+
+CLIP = "openai/clip-vit-large-patch14"
+"""The weights that GenEval and torchmetrics' CLIPScore use, with their own activation (quick_gelu)."""
 
 
 def load_judge(
     model_class: Any, source: str | Path, *, kind: str = "", dtype: str | torch.dtype, device: str | torch.device
 ) -> Any:
-    """Load a model from a folder or the Hub, in evaluation mode.
+    """Load a model of transformers from a folder or the Hub, in evaluation mode.
 
-    Args:
-        model_class: a class of transformers.
-        source: folder or Hub id.
-        kind: the only `model_type` that is accepted, if given.
-        dtype: as `resolve_dtype` takes it.
-        device: as `resolve_device` takes it.
+    `kind` is the only `model_type` that is accepted, if given.
 
     Raises:
         ValueError: another kind of model, or weights are missing.
@@ -43,14 +41,22 @@ def load_judge(
     return model.to(device).eval()
 
 
-def decode_image(content: bytes) -> Image.Image:
-    """The RGB image in the bytes of a file; raises ValueError with the reason if it is not a complete image."""
+def load_clip(source: str | Path = CLIP, *, device: str | torch.device = "auto") -> tuple[CLIPModel, CLIPProcessor]:
+    """Load a CLIP in float32, with a processor that resizes with PIL on every machine; raises as `load_judge`."""
+    model = load_judge(CLIPModel, source, kind="clip", dtype="float32", device=device)
+    return model, CLIPProcessor(CLIPImageProcessorPil.from_pretrained(source), AutoTokenizer.from_pretrained(source))
+
+
+def decode_image(content: bytes, path: Path) -> Image.Image:
+    """The RGB image in the bytes of a file; raises ValueError if it is not a complete image."""
     try:
         with Image.open(io.BytesIO(content)) as file:
             return file.convert("RGB")
     except Exception as error:  # PIL's formats raise OSError, SyntaxError, ValueError, struct.error and more
         kind = "not an image file" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise ReadableError(f"the image cannot be read ({kind}); generate it again") from error
+        raise ReadableError(
+            f"{path}: the image cannot be read ({kind}); delete it, generate it again, and run the same command again"
+        ) from error
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -1,14 +1,13 @@
 """FID between a folder of images and a folder of references, and CLIPScore of images and their captions.
 
-FID is torchmetrics' own class. Nothing is generated here, and a missing package or missing weights are an error.
+FID is torchmetrics' own class. A missing package, missing weights or an unreadable image are an error.
 """
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ssd_cache.evaluation.clip import CLIP, load_clip
 from ssd_cache.evaluation.image_folders import FolderImage
+from ssd_cache.evaluation.judge_models import CLIP, decode_image, load_clip
 from ssd_cache.io.showing import ReadableError, first_line
 from ssd_cache.models.settings import resolve_device
 
@@ -36,22 +35,20 @@ class MetricResult:
     Attributes:
         name: the metric, and the model of its features.
         value: the number.
-        num_pictures: number of images; for FID those of the first folder.
+        num_images: number of images; for FID those of the first folder.
         num_references: for FID, number of reference images.
         num_cut: for CLIPScore, prompts longer than the model's limit, which were truncated.
-        unreadable: images that could not be read, and why; they are left out.
     """
 
     name: str
     value: float
-    num_pictures: int
+    num_images: int
     num_references: int = 0
     num_cut: int = 0
-    unreadable: dict[str, str] = field(default_factory=dict)
 
 
 def fid(
-    pictures: Sequence[FolderImage],
+    images: Sequence[FolderImage],
     references: Sequence[FolderImage],
     extractor: torch.nn.Module | None = None,
     *,
@@ -62,7 +59,7 @@ def fid(
     """The Fréchet distance between the features of two sets of images (Heusel et al., arXiv 1706.08500).
 
     Args:
-        pictures: images, as from `find_images`; each is passed at its own size, and the extractor resizes it.
+        images: images, as from `find_images`; each is passed at its own size, and the extractor resizes it.
         references: likewise; crop them to squares first if the reference must be square.
         extractor: from uint8 `[1, 3, height, width]` to features `[1, n]`; see `load_inception`.
             Default: torch-fidelity's Inception-V3 with the weights of the original FID.
@@ -71,30 +68,29 @@ def fid(
         progress: show a progress bar over images.
 
     Raises:
-        MetricsError: fewer than two readable images in a set, a missing package, or weights that are not available.
+        MetricsError: fewer than two images in a set, an unreadable image, a missing package, or weights that are not
+            available.
     """
+    if min(len(images), len(references)) < 2:
+        raise MetricsError(f"{len(images)} images and {len(references)} references: FID needs two or more of each")
     where = resolve_device(device)
     try:
-        network = importlib.import_module("torchmetrics.image.fid").FrechetInceptionDistance
-        metric = network(feature=2048, antialias=False) if extractor is None else network(feature=extractor.eval())
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        metric = FrechetInceptionDistance(
+            **{"feature": 2048, "antialias": False} if extractor is None else {"feature": extractor.eval()}
+        ).to(where)
     except (ImportError, OSError, RuntimeError) as error:  # no package, no download, torchvision for another torch
         raise MetricsError(
             f"FID needs torchmetrics and an Inception-V3 ({first_line(error)}): pip install 'ssd-cache[eval]' "
             "torch-fidelity, or give a TorchScript Inception (--inception, load_inception)"
         ) from error
-    metric = metric.to(where)
-    unreadable: dict[str, str] = {}
-    counts = {True: 0, False: 0}
     with torch.inference_mode():
-        for is_real, given in ((True, references), (False, pictures)):
-            for _, image in _readable(given, unreadable, "FID" if progress else None):
+        for is_real, given in ((True, references), (False, images)):
+            for _, image in _opened(given, "FID" if progress else None):
                 metric.update(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(where), real=is_real)
-                counts[is_real] += 1
-            if counts[is_real] < 2:
-                what = "references" if is_real else "images"
-                raise MetricsError(f"{counts[is_real]} readable {what} of {len(given)}: FID needs two or more")
         value = metric.compute().item()
-    return MetricResult(f"FID ({name})", value, counts[False], counts[True], unreadable=unreadable)
+    return MetricResult(f"FID ({name})", value, len(images), len(references))
 
 
 def load_inception(path: str | Path, *, device: str | torch.device = "auto") -> torch.nn.Module:
@@ -106,15 +102,17 @@ def load_inception(path: str | Path, *, device: str | torch.device = "auto") -> 
     Raises:
         MetricsError: the file cannot be read as TorchScript.
     """
-    where = resolve_device(device)
+    return _Features(load_torchscript(path, device, "StyleGAN's inception-2015-12-05.pt")).eval()
+
+
+def load_torchscript(path: str | Path, device: str | torch.device, example: str) -> torch.nn.Module:
+    """Load a TorchScript file; raises MetricsError, with an `example` of a file, if it is not one."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is deprecated; the file uses it
-            return _Features(torch.jit.load(str(path), map_location=where)).eval()
+            warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is deprecated; the files use it
+            return torch.jit.load(str(path), map_location=resolve_device(device)).eval()
     except (RuntimeError, ValueError, OSError) as error:
-        raise MetricsError(
-            f"{path} is not a TorchScript file ({first_line(error)}); give StyleGAN's inception-2015-12-05.pt"
-        ) from error
+        raise MetricsError(f"{path} is not a TorchScript file ({first_line(error)}); give {example}") from error
 
 
 class _Features(torch.nn.Module):
@@ -144,36 +142,24 @@ def clip_score(
         progress: show a progress bar over images.
 
     Raises:
-        MetricsError: no readable image.
+        MetricsError: an unreadable image.
         ValueError: the model is not a CLIP, or its weights are incomplete.
         OSError: the model cannot be found.
     """
     model, processor = load_clip(source, device=device)
     longest = model.config.text_config.max_position_embeddings
-    unreadable: dict[str, str] = {}
     cosines, num_cut = [], 0
     with torch.inference_mode():
-        for one, image in _readable(captioned, unreadable, "CLIPScore" if progress else None):
+        for one, image in _opened(captioned, "CLIPScore" if progress else None):
             num_cut += len(processor.tokenizer(one.caption)["input_ids"]) > longest
             inputs = processor(text=one.caption, images=image, truncation=True, max_length=longest, return_tensors="pt")
             outputs = model(**inputs.to(model.device))
             cosines.append(torch.cosine_similarity(outputs.image_embeds, outputs.text_embeds).item())
-    if not cosines:
-        raise MetricsError(
-            f"none of {len(captioned)} images can be read ({next(iter(unreadable.values()), 'no images')})"
-        )
     value = max(0.0, 100 * sum(cosines) / len(cosines))
-    return MetricResult(f"CLIPScore ({source})", value, len(cosines), num_cut=num_cut, unreadable=unreadable)
+    return MetricResult(f"CLIPScore ({source})", value, len(cosines), num_cut=num_cut)
 
 
-def _readable(
-    images: Sequence[FolderImage], unreadable: dict[str, str], title: str | None
-) -> Iterator[tuple[FolderImage, Image.Image]]:
-    """Yield each image with its pixels, RGB, and note those that cannot be read; shows a bar if it has a title."""
+def _opened(images: Sequence[FolderImage], title: str | None) -> Iterator[tuple[FolderImage, Image.Image]]:
+    """Yield each image with its pixels, RGB; shows a bar if it has a title."""
     for one in tqdm(images, desc=title, unit=" images", disable=title is None):
-        try:
-            image = one.open()
-        except Exception as error:  # PIL's formats raise OSError, SyntaxError, ValueError, struct.error and more
-            unreadable[one.name] = str(error)
-        else:
-            yield one, image
+        yield one, decode_image(one.path.read_bytes(), one.path)

@@ -1,4 +1,4 @@
-"""Shared code of `eval geneval` and `eval dpg`: options, the export of images, and the frame of a scoring run.
+"""Shared code of the benchmarks of `eval`: options, the command that exports images, and the frame of a scoring run.
 
 All checks run before weights are loaded. Generating batches and resuming a folder are in
 `ssd_cache.evaluation.export`.
@@ -8,29 +8,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
 from tqdm import tqdm
 
-from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.settings import equal_budget
 from ssd_cache.cli.errors import Failure, WrongUse, refusing
+from ssd_cache.cli.eval.score_table import Report, print_and_save
 from ssd_cache.cli.files import check_place
 from ssd_cache.cli.loading import find_model, load_generator
-from ssd_cache.cli.options import CACHE, SAMPLING, output_option
+from ssd_cache.cli.options import (
+    CACHE,
+    SAMPLING,
+    Budget,
+    Device,
+    Dtype,
+    Grid,
+    Guidance,
+    HeadMapName,
+    ModelName,
+    Temperature,
+    option,
+    output_option,
+)
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.evaluation.conditions import run_conditions
-from ssd_cache.evaluation.dpg import SheetFolder
-from ssd_cache.evaluation.export import claim_folder, generate_images
-from ssd_cache.evaluation.geneval import SampleFolder
-from ssd_cache.evaluation.policies import SETTINGS, choose_head_map, parse_policy, resolve_policies
-from ssd_cache.models import resolve_device, resolve_dtype
+from ssd_cache.evaluation.export import ImageSet, claim_folder, generate_images
+from ssd_cache.evaluation.policies import DEFAULT, SETTINGS, choose_head_map, parse_policy, resolve_policies
+from ssd_cache.evaluation.scoring import RESULTS_FILE
+from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
 from ssd_cache.models.find import find_folder
 from ssd_cache.runs.processes import Processes
 
@@ -38,134 +49,132 @@ Folder = Annotated[
     Path,
     typer.Argument(help="The folder of the images.", metavar="FOLDER", exists=True, file_okay=False),
 ]
+Results = Annotated[Path | None, output_option("Output folder of the results.", "FOLDER", default="results in FOLDER")]
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="Output folder of the images.", metavar="FOLDER", show_default=False)
 ]
+PromptsFile = Annotated[
+    Path, typer.Option(help="The benchmark's prompts, or some of them.", metavar="PATH", exists=True)
+]
+Samples = Annotated[int, option("Images of each prompt.", "N", least=1)]
 PolicyName = Annotated[
     str,
-    typer.Option(
-        help="Cache policy: full, ssd, h2o, streaming-llm, ..., with settings as in ssd:buffer=8. default is the head "
-        "map's own settings, recorded under their exact name.",
-        metavar="NAME",
-        rich_help_panel=CACHE,
+    option(
+        "Cache policy: full, ssd, h2o, streaming-llm, ..., with settings as in ssd:buffer=8. default is the head map's "
+        "own settings, recorded under their exact name.",
+        "NAME",
+        CACHE,
     ),
 ]
-BatchSize = Annotated[
-    int, typer.Option(help="Images at once; part of the settings.", metavar="N", min=1, rich_help_panel=SAMPLING)
-]
+BatchSize = Annotated[int, option("Images at once; part of the settings.", "N", SAMPLING, least=1)]
 ExportSeed = Annotated[
-    int,
-    typer.Option(
-        help="Combined with the number of a batch, it gives the seed of the batch.",
-        metavar="N",
-        rich_help_panel=SAMPLING,
-    ),
-]
-Results = Annotated[
-    Path | None,
-    output_option("Output folder of the results.", "FOLDER", default="results in FOLDER"),
+    int, option("Combined with the number of a batch, it gives the seed of the batch.", "N", SAMPLING)
 ]
 
-
-@dataclass(frozen=True)
-class Options:
-    """The options of an export, as given on the command line."""
-
-    model: str
-    grid: str | None
-    head_map: str | None
-    policy: str
-    budget: str | None
-    batch_size: int
-    guidance: float | None
-    temperature: float | None
-    seed: int
-    dtype: str
-    device: str
+Score = TypeVar("Score")
 
 
-def export(
-    benchmark: str,
-    images: SampleFolder | SheetFolder,
-    prompts: Sequence[tuple[str, str]],
-    num_samples: int,
-    options: Options,
-) -> None:
-    """Generate the missing images of a benchmark's folder, and print how many there are.
+Prompts = tuple[ImageSet, Sequence[tuple[str, str]], str]
+"""Images to generate, (tag or id, text) of every prompt, and the content of prompts.jsonl."""
+
+
+def new_app(help: str) -> typer.Typer:
+    """A group of commands that prints its help when it is called without a command."""
+
+    def show_help(context: typer.Context) -> None:
+        if context.invoked_subcommand is None:
+            typer.echo(context.get_help())
+            raise typer.Exit(2)
+
+    return typer.Typer(callback=show_help, invoke_without_command=True, help=help)
+
+
+def export_command(
+    benchmark: str, num_samples: int, read_prompts: Callable[[Path, Path, int], Prompts]
+) -> Callable[..., None]:
+    """The command that generates the images of a benchmark.
 
     Args:
-        benchmark: name of the benchmark in the folder's settings.
-        images: the images to generate.
-        prompts: tag or id, and text of every prompt, for the settings.
-        num_samples: images of each prompt.
-        options: the other options.
+        benchmark: its name in the folder's settings.
+        num_samples: default number of images per prompt.
+        read_prompts: reads the prompts, from the output folder, the prompt file and the number of images per prompt.
     """
-    budget = None if options.budget is None else parse_budget(options.budget)
-    with refusing():
-        policy = parse_policy(options.policy)
-        if options.batch_size % images.unit:
-            raise WrongUse(
-                f"--batch-size {options.batch_size}: {images.unit} images are written as one; give a multiple of "
-                f"{images.unit}"
-            )
-        check_place("--output", images.root, is_folder=True)
-        processes = Processes()
-        device = resolve_device(processes.choose_device(options.device))
-        dtype = resolve_dtype(options.dtype, device)
-        checkpoint = find_model(options.model, options.grid)
-        checkpoint.check_decodable()
-        sampling = checkpoint.sampling(options.guidance, options.temperature, options.seed)
-        labels = choose_head_map(checkpoint, options.head_map, [policy])
-        [policy] = resolve_policies([policy], labels)
-        [amount] = policy.budgets([equal_budget(labels) if budget is None else budget])
-        cache = policy.make_cache(labels, amount)
-        settings: dict[str, Any] = {
-            "format": f"ssd-cache {benchmark} export 1",
-            "model": checkpoint.name,
-            "policy": policy.label,
-            "budget": amount,
-            "num_slots": cache.mean_slots,
-            **_slots_entry(cache),
-            "head_map": "online" if cache.head_map.is_online else cache.head_map.digest,
-            "seed": sampling.seed,
-            "num_prompts": len(prompts),
-            "num_samples": num_samples,
-            **run_conditions(
-                checkpoint,
-                prompts,
-                dtype=dtype,
-                device=device,
-                batch_size=options.batch_size,
-                sampling=sampling,
-                settings={name: getattr(cache, name) for name in SETTINGS if name != "slots"},
-            ),
-        }
-        lines = images.prompt_lines()
-        processes.check_agreement(settings | {"prompts": hashlib.sha256(lines.encode()).hexdigest()})
-        claim_folder(images.root, settings, lines, write=processes.is_main)
-    generated = generate_images(
-        load_generator(checkpoint, dtype, device),
-        images,
-        lambda: policy.make_cache(labels, amount),
-        batch_size=options.batch_size,
-        **asdict(sampling),
-        processes=processes,
-    )
-    if processes.is_main:
-        total = len(images.texts)
-        here = total - len(images.missing(range(total)))
-        share = f"{generated} generated now" if processes.count == 1 else f"{processes.count} processes"
-        Console(highlight=False, markup=False).print(
-            f"{images.root}: {here} of {total} images ({share}; {described(settings)})", soft_wrap=True
+
+    def export(
+        output: Output,
+        prompts_file: PromptsFile,
+        samples: Samples = num_samples,
+        model: ModelName = BUNDLED,
+        grid: Grid = None,
+        head_map: HeadMapName = None,
+        policy: PolicyName = DEFAULT,
+        budget: Budget = None,
+        batch_size: BatchSize = 16,
+        guidance: Guidance = None,
+        temperature: Temperature = None,
+        seed: ExportSeed = 42,
+        dtype: Dtype = "auto",
+        device: Device = "auto",
+    ) -> None:
+        with refusing():
+            images, prompts, lines = read_prompts(output, prompts_file, samples)
+            if batch_size % images.unit:
+                raise WrongUse(
+                    f"--batch-size {batch_size}: {images.unit} images are written as one; give a multiple of "
+                    f"{images.unit}"
+                )
+            check_place("--output", output, is_folder=True)
+            [chosen] = parsed = [parse_policy(policy)]
+            amount = None if budget is None else parse_budget(budget)
+            processes = Processes()
+            where = resolve_device(processes.choose_device(device))
+            kind = resolve_dtype(dtype, where)
+            checkpoint = find_model(model, grid)
+            checkpoint.check_decodable()
+            sampling = checkpoint.sampling(guidance, temperature, seed)
+            labels = choose_head_map(checkpoint, head_map, parsed)
+            [chosen] = resolve_policies(parsed, labels)
+            [amount] = chosen.budgets([equal_budget(labels) if amount is None else amount])
+            cache = chosen.make_cache(labels, amount)
+            slots = hashlib.sha256(json.dumps(cache.num_slots).encode()).hexdigest()[:12]
+            settings: dict[str, Any] = {
+                "format": f"ssd-cache {benchmark} export 1",
+                "model": checkpoint.name,
+                "policy": chosen.label,
+                "budget": amount,
+                "num_slots": cache.mean_slots,
+                "slots": f"{cache.slots} {slots}",
+                "head_map": "online" if cache.head_map.is_online else cache.head_map.digest,
+                "seed": sampling.seed,
+                "num_prompts": len(prompts),
+                "num_samples": samples,
+                **run_conditions(
+                    checkpoint,
+                    prompts,
+                    dtype=kind,
+                    device=where,
+                    batch_size=batch_size,
+                    sampling=sampling,
+                    settings={name: getattr(cache, name) for name in SETTINGS if name != "slots"},
+                ),
+            }
+            processes.check_agreement(settings | {"prompts": hashlib.sha256(lines.encode()).hexdigest()})
+            claim_folder(output, settings, lines, write=processes.is_main)
+        generated = generate_images(
+            load_generator(checkpoint, kind, where),
+            images,
+            lambda: chosen.make_cache(labels, amount),
+            batch_size=batch_size,
+            **asdict(sampling),
+            processes=processes,
         )
+        if processes.is_main:
+            total = len(images.texts)
+            here = total - len(images.missing(range(total)))
+            share = f"{generated} generated now" if processes.count == 1 else f"{processes.count} processes"
+            typer.echo(f"{output}: {here} of {total} images ({share}; {described(settings)})")
 
-
-def _slots_entry(cache: SSDCache) -> dict[str, Any]:
-    """Digest of the slots if they are not equal. Equal slots have no entry, to match folders of older versions."""
-    if cache.slots == "uniform":
-        return {}
-    digest = hashlib.sha256(json.dumps(cache.num_slots).encode()).hexdigest()[:12]
-    return {"slots": f"{cache.slots} {digest}"}
+    return export
 
 
 def described(settings: Mapping[str, Any]) -> str:
@@ -174,11 +183,11 @@ def described(settings: Mapping[str, Any]) -> str:
         return "generated by another program, settings unknown"
     budget = settings["budget"]
     share = f"{budget:.0%} of the visual tokens" if isinstance(budget, float) else f"{budget} visual tokens"
+    by_head = "" if settings["slots"].startswith("uniform") else "head by head, "
     return (
-        f"{settings['model']}, policy {settings['policy']}, budget {share} "
-        f"({'head by head, ' if 'slots' in settings else ''}{settings['num_slots']:g} slots a head in every row of "
-        f"guidance, the prompt not counted), map {settings['head_map']}, seed {settings['seed']}, guidance "
-        f"{settings['guidance_scale']:g}, temperature {settings['temperature']:g}, {settings['dtype']}"
+        f"{settings['model']}, policy {settings['policy']}, budget {share} ({by_head}{settings['num_slots']:g} slots a "
+        f"head in every row of guidance, the prompt not counted), map {settings['head_map']}, seed {settings['seed']}, "
+        f"guidance {settings['guidance_scale']:g}, temperature {settings['temperature']:g}, {settings['dtype']}"
     )
 
 
@@ -199,15 +208,23 @@ def judge(option: str, name: str) -> Iterator[None]:
         raise Failure(f"{option} {name}: {error}") from error
 
 
-@contextmanager
-def scoring(results: Path, total: int, unit: str) -> Iterator[tqdm]:
-    """Progress bar of a run that writes into the folder `results`; turns errors of the disk into Failures."""
+def score(
+    folder: Path,
+    total: int,
+    unit: str,
+    work: Callable[[Path, Callable[[], object]], Score],
+    report: Callable[[Score], Report],
+) -> None:
+    """Score images with a progress bar, and write results.jsonl and the report into a folder.
+
+    `work` gets the path of results.jsonl and a function to call after each of the `total` units.
+    """
     try:
-        results.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=total, desc="scoring", unit=unit) as bar:
-            yield bar
+        with tqdm(total=total, desc="scoring", unit=f" {unit}") as bar:
+            result = work(folder / RESULTS_FILE, bar.update)
+        print_and_save(report(result), folder)
     except OSError as error:
         raise Failure(
-            f"{results} cannot be written ({error.strerror}); the results so far are kept: make room, and run the same "
+            f"{folder} cannot be written ({error.strerror}); the results so far are kept: make room, and run the same "
             "command again to resume"
         ) from error

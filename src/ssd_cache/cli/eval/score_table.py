@@ -1,4 +1,4 @@
-"""A table of scores: print it on the terminal, and write it as Markdown and as JSON with its data.
+"""A table of results: print it on the terminal, and write it as Markdown and as JSON with its data.
 
 It only formats. Numbers and text come from the commands.
 """
@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ssd_cache.evaluation.bootstrap import to_json
 from ssd_cache.io.markdown import escape, table
 from ssd_cache.io.writing import write_files
 
@@ -47,13 +48,15 @@ class Report:
             console.print(note, soft_wrap=True)
 
 
-def print_and_save(report: Report, folder: Path, console: Console, name: str = "summary") -> None:
-    """Print a report, and write it into a folder as `<name>.json` and `<name>.md`.
+def print_and_save(report: Report, folder: Path | None, name: str = "summary") -> None:
+    """Print a report, and write it into a folder, if there is one, as `<name>.json` and `<name>.md`.
 
     Raises:
         OSError: the files cannot be written.
     """
-    data = json.dumps(report.data, indent=1, ensure_ascii=False) + "\n"
-    write_files({folder / f"{name}.json": data.encode(), folder / f"{name}.md": report.markdown().encode()})
+    console = Console(highlight=False, markup=False)
     report.show(console)
-    console.print(f"wrote {folder}", soft_wrap=True)
+    if folder is not None:
+        data = json.dumps(to_json(dict(report.data)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        write_files({folder / f"{name}.json": data.encode(), folder / f"{name}.md": report.markdown().encode()})
+        console.print(f"wrote {folder}", soft_wrap=True)

@@ -1,67 +1,90 @@
-"""Scores a folder of sheets: queries a VQA model with every question for every image, then applies the rules.
+"""Scores a folder of sheets: queries a VQA model with every question for every image, then applies DPG-Bench's rules.
 
-Raw answers are stored, one prompt per line, so an interrupted run continues where it stopped. It generates nothing;
-`rules.py` computes the scores from the answers.
+The rules are the official script's (ELLA, `compute_dpg_bench.py`), reimplemented. Answers have the form
+`[crops][questions]`, with questions in the order of the file.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
+from ssd_cache.evaluation import bootstrap
+from ssd_cache.evaluation.dpg.folder import cut_sheet, find_sheets
 from ssd_cache.evaluation.dpg.questions import Question, missing_parents
-from ssd_cache.evaluation.dpg.rules import Answers, DPGScore, apply_dependencies, category_scores, prompt_score
-from ssd_cache.evaluation.dpg.sheet import NUM_IMAGES, cut_sheet, find_sheets
-from ssd_cache.evaluation.judge_models import decode_image
-from ssd_cache.evaluation.result_file import append_row, check_settings, read_rows
+from ssd_cache.evaluation.scoring import judge_files
 from ssd_cache.io.showing import ReadableError, first_names
-from ssd_cache.io.untrusted import checked_fields
 
 if TYPE_CHECKING:
-    from ssd_cache.evaluation.dpg.vqa import VQAModel
+    from ssd_cache.evaluation.vqa import VQAModel
 
 Questions = Mapping[str, Sequence[Question]]
 """Questions by item id, as `read_questions` returns them."""
+
+Answers = list[list[bool]]
+"""Raw answers about one sheet, `[crops][questions]`."""
+
+
+@dataclass(frozen=True)
+class DPGScore:
+    """The score of a folder.
+
+    Attributes:
+        overall: the DPG score, 0 to 100: the mean over prompts, not over questions.
+        standard_error: of `overall`, see `bootstrap.standard_error`; NaN for a single prompt.
+        level1: scores of the five broad categories, 0 to 100, sorted by name; computed from raw answers.
+        level2: scores of the finer categories, in the same form.
+        prompts: scores by item id, 0 to 100.
+        dropped: item ids excluded from all means, with the reason; only with the official quirks.
+        answers: raw answers by item id, `[crops][questions]`.
+        judge: the scorer and its settings.
+    """
+
+    overall: float
+    standard_error: float
+    level1: dict[str, float]
+    level2: dict[str, float]
+    prompts: dict[str, float]
+    dropped: dict[str, str]
+    answers: dict[str, Answers]
+    judge: dict[str, Any]
 
 
 def score_sheets(
     folder: str | Path,
     questions: Questions,
     vqa: VQAModel,
-    side: int,
     *,
     item_ids: Iterable[str] | None = None,
     official: bool = False,
-    results: str | Path | None = None,
-    on_prompt: Callable[[str], object] | None = None,
+    results_file: str | Path | None = None,
+    on_sheet: Callable[[], object] | None = None,
 ) -> DPGScore:
     """Query the VQA model with every question for every image of every sheet, and score the answers.
-
-    An incomplete or damaged sheet is listed in `unreadable`, and the run continues. Unless `official`, missing sheets
-    and questions raise an error before the first question.
 
     Args:
         folder: folder of the sheets, one per prompt, named by item id; see `write_sheet`.
         questions: questions by item id, as `read_questions` returns them.
         vqa: the model that answers the questions.
-        side: side of one image in pixels, 384 for Janus-Pro.
         item_ids: the prompts to score. Default: all prompts that have questions.
         official: reproduce the official script. Prompts without a sheet or without questions, and those with a question
             whose parent is absent, are dropped from every mean. Category scores use only the last crop. Read the
             questions with `official=True` too.
-        results: file of JSON lines to write: first the settings, then one line per prompt with its raw answers, its
-            scores after the dependency rule, and its score. If the file exists, prompts with unchanged image and
-            questions are taken from it, and unreadable ones are tried again.
-        on_prompt: called with each item id that was tried, for a progress bar.
+        results_file: file of JSON lines, one per sheet, with its raw answers and its score. If it exists, sheets with
+            unchanged image and questions are taken from it.
+        on_sheet: called after every sheet, for a progress bar.
 
     Raises:
-        ValueError: a sheet is missing, has no questions or has the wrong size, the results belong to other settings, or
-            no prompt can be scored.
+        ValueError: a sheet is missing, cannot be read, has no questions or has the wrong size, the results belong to
+            other settings, or no prompt can be scored.
         OSError: results cannot be written.
     """
-    name = f"DPG rules (VQA = {vqa.name})" + (", official quirks" if official else "")
     sheets = find_sheets(folder)
     wanted = list(dict.fromkeys(questions if item_ids is None else item_ids))
     dropped: dict[str, str] = {}
@@ -71,43 +94,39 @@ def score_sheets(
         dropped = {item_id: why for item_id in wanted if (why := _why_dropped(item_id, sheets, questions))}
     else:
         check_complete(folder, questions, wanted)
-    path = None if results is None else Path(results)
-    earlier = read_results(path, {"name": name, "side": side, "official": official})
-    answers: dict[str, Answers] = {}
-    unreadable: dict[str, str] = {}
-    for item_id in (item_id for item_id in wanted if item_id not in dropped):
-        asked, content = questions[item_id], sheets[item_id].read_bytes()
-        key = hashlib.sha256(repr(tuple(asked)).encode() + b"\0" + content).hexdigest()
-        row = earlier.get(item_id, {})
-        if row.get("key") != key or list(map(len, row["answers"])) != [len(asked)] * NUM_IMAGES:
-            try:
-                sheet = decode_image(content)
-            except ValueError as error:
-                row = {"item_id": item_id, "unreadable": f"{sheets[item_id]}: {error}"}
-            else:
-                crops = cut_sheet(sheet, side, str(sheets[item_id]))
-                row = _row(item_id, key, [vqa.answers(crop, [one.text for one in asked]) for crop in crops], asked)
-            append_row(path, row)
-        if "unreadable" in row:
-            unreadable[item_id] = row["unreadable"]
-        else:
-            answers[item_id] = [list(map(bool, crop)) for crop in row["answers"]]
-        if on_prompt is not None:
-            on_prompt(item_id)
-    if not answers:
-        why = next(iter([*unreadable.values(), *dropped.values()]), "there are no questions")
-        raise ReadableError(f"none of {len(wanted)} prompts of {folder} can be scored ({why})")
+    wanted = [item_id for item_id in wanted if item_id not in dropped]
+    if not wanted:
+        raise ReadableError(f"{folder}: no prompt can be scored ({next(iter(dropped.values()), 'no questions')})")
+    files = []
+    for item_id in wanted:
+        asked = json.dumps({"item_id": item_id, "questions": [asdict(one) for one in questions[item_id]]})
+        files.append((sheets[item_id], {"filename": sheets[item_id].name, "tag": "prompts", "metadata": asked}))
+
+    def ask(number: int, sheet: Image.Image) -> dict[str, Any]:
+        asked = questions[wanted[number]]
+        crops = cut_sheet(sheet, str(files[number][0]))
+        answers = [vqa.answers(crop, [one.text for one in asked]) for crop in crops]
+        return {
+            "answers": [list(map(int, crop)) for crop in answers],
+            "result": 100 * prompt_score([apply_dependencies(crop, asked) for crop in answers]),
+        }
+
+    scorer = f"DPG rules (VQA = {vqa.name})" + (", official quirks" if official else "")
+    judge = {"benchmark": "DPG-Bench", "scorer": scorer, "official": official}
+    judged = judge_files(files, ask, judge, results_file, on_sheet, {"answers": list[list[int]]})
+    lines = dict(zip(wanted, judged, strict=True))
+    answers = {item_id: [list(map(bool, crop)) for crop in line["answers"]] for item_id, line in lines.items()}
     answered = [(questions[item_id], crops[-1:] if official else crops) for item_id, crops in answers.items()]
+    prompts = {item_id: line["result"] for item_id, line in lines.items()}
     return DPGScore(
-        name=name,
-        prompts={item_id: prompt_score(_counted(crops, questions[item_id])) for item_id, crops in answers.items()},
+        overall=statistics.fmean(prompts.values()),
+        standard_error=bootstrap.standard_error({"prompts": prompts}),
         level1=category_scores(answered, lambda question: question.broad),
         level2=category_scores(answered, lambda question: question.category),
-        num_prompts=len(wanted),
+        prompts=prompts,
         dropped=dropped,
-        unreadable=unreadable,
         answers=answers,
-        is_official=official,
+        judge=judge,
     )
 
 
@@ -134,42 +153,6 @@ def check_complete(folder: str | Path, questions: Questions, item_ids: Iterable[
         )
 
 
-def read_results(path: Path | None, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rows with answers of an earlier run with the same settings, by item id; begins the file if there is none.
-
-    Raises:
-        WrongFileError: the file holds something else, or results of another run.
-    """
-
-    def check(number: int, row: dict[str, Any]) -> dict[str, Any]:
-        if number == 1:
-            check_settings(row, settings)
-            return row
-        answered = {"answers": list[list[int | bool]], "key": str} if "answers" in row else {}
-        return checked_fields({"item_id": str, **answered}, row)
-
-    rows = read_rows(path, check)
-    if not rows:
-        append_row(path, settings)
-    return {row["item_id"]: row for row in rows if "answers" in row}
-
-
-def _row(item_id: str, key: str, answers: Answers, questions: Sequence[Question]) -> dict[str, Any]:
-    """The row of a prompt in the file of results."""
-    counted = _counted(answers, questions)
-    return {
-        "item_id": item_id,
-        "key": key,
-        "answers": [list(map(int, crop)) for crop in answers],
-        "scores": [list(map(int, crop)) for crop in counted],
-        "score": prompt_score(counted),
-    }
-
-
-def _counted(answers: Answers, questions: Sequence[Question]) -> list[list[bool]]:
-    return [apply_dependencies(crop, questions) for crop in answers]
-
-
 def _why_dropped(item_id: str, sheets: Mapping[str, Path], questions: Questions) -> str:
     """The reason why the official script drops an item; empty if it does not."""
     if item_id not in questions:
@@ -177,3 +160,34 @@ def _why_dropped(item_id: str, sheets: Mapping[str, Path], questions: Questions)
     if missing := missing_parents(questions[item_id]):
         return f"no question {', '.join(missing)}, on which others depend"
     return "" if item_id in sheets else "no image"
+
+
+def apply_dependencies(answers: Sequence[bool], questions: Sequence[Question]) -> list[bool]:
+    """Which questions about one crop count: those answered with yes whose parents count.
+
+    The rule is applied in file order and in place, with the current values of the parents. So a "no" cascades down a
+    chain whose parents are listed first. It does not reach a child that is listed before its parent is zeroed. Example
+    for the chain 1 <- 2 <- 3: "no yes yes" gives 0 0 0; listed as 1, 3, 2 the same answers give 0 1 0.
+    """
+    counts = {question.proposition_id: bool(answer) for question, answer in zip(questions, answers, strict=True)}
+    for question in questions:
+        if not all(counts[parent] for parent in question.parents):
+            counts[question.proposition_id] = False
+    return [counts[question.proposition_id] for question in questions]
+
+
+def prompt_score(counted: Sequence[Sequence[bool]]) -> float:
+    """Mean over the crops of a prompt of the share of questions that count, from `apply_dependencies` of each crop."""
+    return sum(sum(crop) / len(crop) for crop in counted) / len(counted)
+
+
+def category_scores(
+    answered: Iterable[tuple[Sequence[Question], Answers]], category_of: Callable[[Question], str]
+) -> dict[str, float]:
+    """Percentage of raw yes over all questions of each category, sorted by name, from every prompt's raw answers."""
+    by_category: dict[str, list[bool]] = {}
+    for questions, crops in answered:
+        for crop in crops:
+            for question, answer in zip(questions, crop, strict=True):
+                by_category.setdefault(category_of(question), []).append(answer)
+    return {name: 100 * statistics.fmean(by_category[name]) for name in sorted(by_category)}

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ssd_cache.evaluation.clip import CLIP, load_clip
-from ssd_cache.evaluation.geneval.names import COLORS
+from ssd_cache.evaluation.geneval.prompts import COLORS
 from ssd_cache.evaluation.geneval.rules import Detection
+from ssd_cache.evaluation.judge_models import CLIP, load_clip
 
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 BACKGROUND = (0x99, 0x99, 0x99)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import Mask2FormerForUniversalSegmentation
 
-from ssd_cache.evaluation.geneval.names import CLASSES
+from ssd_cache.evaluation.geneval.prompts import CLASSES
 from ssd_cache.evaluation.geneval.rules import Detection
 from ssd_cache.evaluation.judge_models import load_judge
 

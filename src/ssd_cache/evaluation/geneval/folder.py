@@ -1,57 +1,52 @@
 """GenEval's image folder, as the official scorer reads it: `00000/metadata.jsonl`, `00000/samples/00000.png`, ...
 
-It writes images, lists missing ones, and refuses an incomplete folder: the official scorer silently takes the mean
-over the images it finds. Generating and scoring are done elsewhere.
+An incomplete folder is refused: the official scorer silently takes the mean over the images that it finds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 from PIL import Image
 
-from ssd_cache.evaluation.geneval.prompts import GenEvalPrompt, parse_prompt
-from ssd_cache.evaluation.judge_models import encode_png
+from ssd_cache.evaluation.export import ImageSet
 from ssd_cache.io.showing import ReadableError, first_names, shown
+from ssd_cache.io.untrusted import parse_json
 from ssd_cache.io.writing import write_files
 
 NUM_SAMPLES = 4
 """Images per prompt, by convention: 553 x 4 = 2212 in all."""
 
 
-class SampleFolder:
-    """The images of some prompts in one folder; the constructor reads and writes no files.
+class Prompt(Protocol):
+    """A line of a prompt file: the text to generate from, and the whole line as JSON."""
 
-    Images are numbered: image `n` is sample `n % num_samples` of prompt `n // num_samples`.
+    @property
+    def prompt(self) -> str: ...
 
-    Attributes:
-        root: the folder.
-        prompts: those of the prompt file in its order; a prompt's number is its index, from 0.
-        num_samples: images per prompt.
-        texts: the text to generate each image from.
-        unit: number of images that are written together.
+    def to_json(self) -> str: ...
+
+
+P = TypeVar("P", bound=Prompt)
+
+
+class SampleFolder(ImageSet, Generic[P]):
+    """The images of some prompts in one folder: image `n` is sample `n % num_samples` of prompt `n // num_samples`.
+
+    The constructor reads and writes no files. `prompts` are those of the prompt file in its order.
     """
 
-    unit = 1
-
-    def __init__(self, root: str | Path, prompts: Sequence[GenEvalPrompt], num_samples: int = NUM_SAMPLES):
+    def __init__(self, root: str | Path, prompts: Sequence[P], num_samples: int = NUM_SAMPLES):
         if not prompts:
-            raise ValueError("prompts is empty: give the prompts of GenEval's file (see read_prompts)")
+            raise ValueError("prompts is empty: give the prompts of a file (see read_prompts)")
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples!r}: give a whole number from 1 up; {NUM_SAMPLES} is usual")
         self.root, self.prompts, self.num_samples = Path(root), tuple(prompts), num_samples
-        self.texts: Sequence[str] = [self.prompt_of(number).prompt for number in range(len(self))]
+        self.texts: Sequence[str] = [prompt.prompt for prompt in prompts for _ in range(num_samples)]
 
-    def __len__(self) -> int:
-        """Number of images in the complete folder."""
-        return len(self.prompts) * self.num_samples
-
-    def prompt_lines(self) -> str:
-        """The prompts as JSON lines that `read_prompts` can read."""
-        return "".join(prompt.to_json() + "\n" for prompt in self.prompts)
-
-    def prompt_of(self, number: int) -> GenEvalPrompt:
+    def prompt_of(self, number: int) -> P:
         """The prompt of an image."""
         return self.prompts[number // self.num_samples]
 
@@ -66,26 +61,19 @@ class SampleFolder:
         """The path of an image below the root, with slashes."""
         return self.path(number).relative_to(self.root).as_posix()
 
-    def missing(self, numbers: range | None = None) -> list[int]:
-        """Numbers of the images that are still to be generated, of all images or of some."""
-        numbers = range(len(self)) if numbers is None else numbers
-        return [number for number in numbers if not self.path(number).is_file()]
-
     def write(self, numbers: range, images: Sequence[Image.Image]) -> None:
-        """Write those of some images that are missing, each completely or not at all, after their metadata.jsonl.
+        """Write those of some images that are missing, after the metadata.jsonl of their prompts.
 
         Raises:
             ValueError: the folder holds images of another prompt.
             OSError: an image cannot be written.
         """
-        for number in self.missing(numbers):
-            prompt, path = number // self.num_samples, self.path(number)
-            path.parent.mkdir(parents=True, exist_ok=True)
+        for prompt in dict.fromkeys(number // self.num_samples for number in self.missing(numbers)):
             if self._metadata(prompt).exists():
                 self._check_metadata(prompt)
             else:
                 write_files({self._metadata(prompt): f"{self.prompts[prompt].to_json()}\n".encode()})
-            write_files({path: encode_png(images[numbers.index(number)])})
+        super().write(numbers, images)
 
     def check_complete(self) -> None:
         """Refuse a folder for which the official scorer would compute a wrong mean.
@@ -93,13 +81,16 @@ class SampleFolder:
         Raises:
             ValueError: an image or metadata.jsonl is missing or of another prompt, or there are unexpected images.
         """
-        wanted = f"{len(self)} images ({len(self.prompts)} prompts x {self.num_samples})"
-        if missing := self.missing():
-            names = first_names(list(map(self.name, missing)))
-            raise ReadableError(f"{self.root}: {len(self) - len(missing)} of {wanted}; missing: {names}; generate them")
-        expected = set(map(self.name, range(len(self))))
+        numbers = range(len(self.texts))
+        wanted = f"{len(numbers)} images ({len(self.prompts)} prompts x {self.num_samples})"
+        if missing := [self.name(number) for number in self.missing(numbers)]:
+            raise ReadableError(
+                f"{self.root}: {len(numbers) - len(missing)} of {wanted}; missing: {first_names(missing)}; generate "
+                "them"
+            )
+        expected = set(map(self.path, numbers))
         found = [path for path in self.root.glob("*/samples/*.png") if path.parts[-3].isdigit() and path.stem.isdigit()]
-        if extra := sorted({path.relative_to(self.root).as_posix() for path in found} - expected):
+        if extra := sorted(path.relative_to(self.root).as_posix() for path in set(found) - expected):
             raise ReadableError(
                 f"{self.root}: not only the expected {wanted}, but also {first_names(extra)}; remove them, or give the "
                 "prompts and num_samples that they were generated with"
@@ -112,11 +103,10 @@ class SampleFolder:
 
     def _check_metadata(self, prompt: int) -> None:
         """Check that the folder of a prompt holds images of this prompt."""
-        path, wanted = self._metadata(prompt), self.prompts[prompt]
-        found = parse_prompt(path.read_text("utf-8"), str(path)) if path.is_file() else None
+        path, wanted = self._metadata(prompt), parse_json(self.prompts[prompt].to_json())
+        found = parse_json(path.read_bytes()) if path.is_file() else None
         if found != wanted:
-            known = "unknown" if found is None else f"{shown(found.prompt)} ({found.tag})"
             raise ReadableError(
-                f"{path}: the prompt of the images is {known}, but prompt {prompt} is {shown(wanted.prompt)} "
-                f"({wanted.tag}); give the prompt file they were generated from, or another folder"
+                f"{path}: the images are of {shown(found)}, but prompt {prompt} is {shown(wanted)}; give the prompt "
+                "file they were generated from, or another folder"
             )

@@ -1,8 +1,7 @@
 """GenEval's rules: from detections to objects, and from objects to a verdict on one image.
 
 They use only boxes, scores and names. Detections come from `detector.py`, colours from a function passed as argument.
-`summary.py` computes the means over images. Source: github.com/djghosh13/geneval, evaluation/evaluate_images.py,
-reimplemented from its rules.
+Source: github.com/djghosh13/geneval, evaluation/evaluate_images.py, reimplemented from its rules.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ssd_cache.evaluation.geneval.names import CLASSES
-from ssd_cache.evaluation.geneval.prompts import GenEvalPrompt, Include
+from ssd_cache.evaluation.geneval.prompts import CLASSES, GenEvalPrompt, Include
 from ssd_cache.shapes.relations import Box, relations
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # a detection counts if its score is above this; for the tag "counting"
@@ -35,7 +33,7 @@ class Detection:
     """One object that a detector found.
 
     Attributes:
-        label: index of its class in `names.CLASSES`.
+        label: index of its class in `prompts.CLASSES`.
         score: from 0 to 1.
         box: its bounding box.
         mask: its pixels, boolean `[height, width]` of the image, or None when only the box is known.

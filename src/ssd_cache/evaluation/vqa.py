@@ -1,12 +1,12 @@
 """Models that answer yes/no questions about an image: BLIP, tuned for VQA, and any chat model of images and text.
 
-They replace the official script's mPLUG, so scores differ from papers'. `rules.py` computes the scores.
+They replace the mPLUG of DPG-Bench's official script, so scores differ from papers'.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,28 +64,22 @@ class BlipVQA(VQAModel):
         pixels = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
         pixels = pixels.to(self.model.device, self.model.dtype)  # [1, 3, height, width]
         ids = [self.processor.tokenizer(question)["input_ids"] for question in questions]
-        by_length: dict[int, list[int]] = {}
-        for row, tokens in enumerate(ids):
-            by_length.setdefault(len(tokens), []).append(row)
         texts = [""] * len(questions)
-        for rows in by_length.values():
+        for length in sorted(set(map(len, ids))):
+            rows = [row for row, tokens in enumerate(ids) if len(tokens) == length]
             for start in range(0, len(rows), self.batch_size):
                 batch = rows[start : start + self.batch_size]
-                for row, text in zip(batch, self._generate(pixels, [ids[row] for row in batch]), strict=True):
-                    texts[row] = text
+                input_ids = torch.tensor([ids[row] for row in batch], device=self.model.device)  # [batch, tokens]
+                output = self.model.generate(
+                    input_ids=input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    pixel_values=pixels.expand(len(batch), -1, -1, -1),
+                    max_new_tokens=MAX_ANSWER_TOKENS,
+                    do_sample=False,
+                )
+                for row, text in zip(batch, self.processor.batch_decode(output, skip_special_tokens=True), strict=True):
+                    texts[row] = text.strip().lower()
         return texts
-
-    def _generate(self, pixels: torch.Tensor, ids: list[list[int]]) -> list[str]:
-        """The answers to questions with the same number of tokens."""
-        input_ids = torch.tensor(ids, device=self.model.device)  # [batch, tokens]
-        output = self.model.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            pixel_values=pixels.expand(len(ids), -1, -1, -1),
-            max_new_tokens=MAX_ANSWER_TOKENS,
-            do_sample=False,
-        )
-        return [text.strip().lower() for text in self.processor.batch_decode(output, skip_special_tokens=True)]
 
 
 class ChatVQA(VQAModel):
@@ -104,14 +98,31 @@ class ChatVQA(VQAModel):
     def answers(self, image: Image.Image, questions: Sequence[str]) -> list[bool]:
         return [yes > no for yes, no in self.log_probabilities(image, questions)]
 
-    @torch.inference_mode()
     def log_probabilities(self, image: Image.Image, questions: Sequence[str]) -> list[tuple[float, float]]:
         """Log-probabilities (yes, no) of the next token for each question, each summed over its spellings."""
-        image = image.convert("RGB")
         pairs: list[tuple[float, float]] = []
-        for start in range(0, len(questions), self.batch_size):
+        for logits in self._next_token(image, [f"{question} Answer with yes or no." for question in questions]):
+            yes, no = (logits[:, ids].logsumexp(-1).tolist() for ids in (self.yes_ids, self.no_ids))
+            pairs += zip(yes, no, strict=True)
+        return pairs
+
+    def probabilities(self, image: Image.Image, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
+        """Probability of the answers to each text: the sum over the first tokens of their spellings."""
+        log_probabilities = torch.cat(list(self._next_token(image, texts))).cpu()  # [texts, vocabulary]
+        tokenizer = self.processor.tokenizer
+        found = []
+        for row, spellings in zip(log_probabilities, answers, strict=True):
+            tokens = {tokenizer.encode(word, add_special_tokens=False)[0] for word in spellings}
+            found.append(sum(row[token].exp().item() for token in sorted(tokens - {tokenizer.unk_token_id})))
+        return found
+
+    @torch.inference_mode()
+    def _next_token(self, image: Image.Image, texts: Sequence[str]) -> Iterator[torch.Tensor]:
+        """Log-probabilities of the token after each text, `[batch, vocabulary]`, batch by batch."""
+        image = image.convert("RGB")
+        for start in range(0, len(texts), self.batch_size):
             inputs = self.processor.apply_chat_template(
-                [self._chat(image, question) for question in questions[start : start + self.batch_size]],
+                [_chat(image, text) for text in texts[start : start + self.batch_size]],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
@@ -121,15 +132,7 @@ class ChatVQA(VQAModel):
             output = self.model.generate(  # handles each family's positions, and keeps the logits of one token only
                 **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
             )
-            log_probabilities = output.logits[0].float().log_softmax(-1)  # [batch, vocabulary]
-            yes, no = (log_probabilities[:, ids].logsumexp(-1).tolist() for ids in (self.yes_ids, self.no_ids))
-            pairs += zip(yes, no, strict=True)
-        return pairs
-
-    @staticmethod
-    def _chat(image: Image.Image, question: str) -> list[dict[str, Any]]:
-        text = f"{question} Answer with yes or no."
-        return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+            yield output.logits[0].float().log_softmax(-1)
 
     def _token_ids(self, word: str) -> list[int]:
         """Ids of the spellings of a word that are one token."""
@@ -142,22 +145,20 @@ class ChatVQA(VQAModel):
         return ids
 
 
+def _chat(image: Image.Image, text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+
+
 def load_vqa(
     source: str | Path,
     *,
-    name: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     batch_size: int = 8,
 ) -> BlipVQA | ChatVQA:
     """Load the VQA model of a folder or a Hub id, as `BlipVQA` for BLIP and as `ChatVQA` for any other model.
 
-    Args:
-        source: folder or Hub id.
-        name: name stored in the results; the source if not given.
-        dtype: "auto" is float32 on a CPU, else bfloat16.
-        device: "auto" is a GPU if there is one.
-        batch_size: questions answered at once.
+    `batch_size` questions are answered at once.
 
     Raises:
         ValueError: the model is neither, some of its weights are missing, or it has no chat template.
@@ -171,5 +172,5 @@ def load_vqa(
     except ValueError as error:  # transformers has no image-text class for this model type
         raise ReadableError(first_line(error)) from error
     if is_blip:
-        return BlipVQA(model, BlipProcessor.from_pretrained(source), name or str(source), batch_size)
-    return ChatVQA(model, AutoProcessor.from_pretrained(source), name or str(source), batch_size)
+        return BlipVQA(model, BlipProcessor.from_pretrained(source), str(source), batch_size)
+    return ChatVQA(model, AutoProcessor.from_pretrained(source), str(source), batch_size)

@@ -29,7 +29,7 @@ from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Generator, generator_of
 from ssd_cache.profiling.measuring import check_prompts, model_facts, prompts_sha256
 from ssd_cache.training.learning_state import HELD_OUT, LearningRun, LearningState
-from ssd_cache.training.recording import check_trainable, record_images, replay_images
+from ssd_cache.training.recording import check_trainable, replay_images
 from ssd_cache.training.teacher_forcing import Recording
 from ssd_cache.training.trainer import Trainer, mean_attention
 
@@ -118,16 +118,9 @@ def learn_score(
     generator = model if isinstance(model, Generator) else generator_of(model, processor)
     check_whole(generator.language_model)
     generator.checkpoint.check_head_map(head_map)
-    plans = check_learning(
-        head_map,
-        budget,
-        buffer=buffer,
-        num_recent=num_recent,
-        num_sinks=num_sinks,
-        num_steps=num_steps,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-    )
+    settings: dict[str, Any] = {"learning_rate": learning_rate, "batch_size": batch_size}
+    cache_settings: dict[str, Any] = {"buffer": buffer, "num_recent": num_recent, "num_sinks": num_sinks}
+    plans = check_learning(head_map, budget, num_steps=num_steps, **settings, **cache_settings)
     resolved = generator.sampling(guidance_scale, temperature, seed)
     resolved.check_random()
     check_prompts(generator, prompts)
@@ -136,11 +129,9 @@ def learn_score(
     facts = {
         "num_prompts": len(prompts),
         "prompts_sha256": prompts_sha256(prompts),
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
+        **settings,
+        **cache_settings,
         "buffer": plans[0].buffer,
-        "num_recent": num_recent,
-        "num_sinks": num_sinks,
         "seed": seed,
         **sampling,
     }
@@ -187,12 +178,11 @@ def check_learning(
     head_map: HeadMap,
     budget: Budget | None = None,
     *,
+    num_steps: int,
+    learning_rate: float,
+    batch_size: int,
     buffer: int | None = None,
-    num_recent: int | float = 0,
-    num_sinks: int = 0,
-    num_steps: int = 400,
-    learning_rate: float = 0.02,
-    batch_size: int = 4,
+    **cache_settings: Any,
 ) -> list[LayerPlan]:
     """The plan of each layer; raises ValueError for settings of `learn_score` that are out of range."""
     check_count("num_steps", num_steps, 1)
@@ -203,8 +193,8 @@ def check_learning(
         what = "finds its labels during generation" if head_map.is_online else "has draft grids"
         raise ValueError(f"this head map {what}, and a score is learned for the labels and places of a single grid")
     buffer = default_buffer(head_map.layout, "learned") if buffer is None else buffer
-    settings: dict[str, Any] = {"buffer": buffer, "num_recent": num_recent, "num_sinks": num_sinks}
-    plans = [layer.plan for layer in SSDCache(head_map, budget, score="sum", **settings).layers]
+    cache_settings = {"num_recent": 0, **cache_settings}
+    plans = [layer.plan for layer in SSDCache(head_map, budget, score="sum", buffer=buffer, **cache_settings).layers]
     heads = [head for plan in plans for head in zip(plan.is_spatial, plan.num_slots, strict=True)]
     if all(is_spatial or num_slots >= head_map.num_visual_tokens for is_spatial, num_slots in heads):
         raise ValueError("no head of this map ranks tokens at this budget: all are spatial, or hold everything")
@@ -229,12 +219,10 @@ def _recordings(
     recordings = []
     for index, batch in enumerate(tqdm(batches, unit=" batches", desc="images", disable=not progress)):
         settings: dict[str, Any] = {**sampling, "seed": seed + index}
-        if index < len(run.images):
-            recording = replay_images(generator, batch, run.images[index], **settings)
-        else:
-            recording, tokens = record_images(generator, batch, **settings)
-            run.images.append(tokens)
+        if index == len(run.images):
+            run.images.append(generator.generate(batch, **settings).cpu())
             run.save()
+        recording = replay_images(generator, batch, run.images[index], **settings)
         recordings.append(recording.conditional() if abs(sampling["guidance_scale"] - 1) < NO_GUIDANCE else recording)
     return recordings
 

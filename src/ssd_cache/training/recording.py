@@ -1,11 +1,11 @@
-"""Makes recordings: generates images with a full cache and records the inputs of the decoder, or replays tokens.
+"""Makes recordings: the decoder's inputs of an image, from its visual tokens, without running the decoder's layers.
 
-A replay gives the same inputs without running the decoder's layers. `teacher_forcing.py` uses the recordings.
+`teacher_forcing.py` uses the recordings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,41 +28,28 @@ def check_trainable(generator: Generator) -> None:
         )
 
 
-def record_images(generator: Generator, prompts: Sequence[str], **settings) -> tuple[Recording, torch.Tensor]:
-    """Generate an image for each prompt with the model's own cache, and record the inputs of its decoder.
-
-    The settings are those of `Generator.generate`. Also returns the visual tokens `[images, cells]`, on the CPU. Raises
-    GeneratorError if the decoder does not get the prompt at once and then one token at a time.
-    """
-    calls, tokens = _record(generator, lambda: generator.generate(prompts, **settings))
-    return _recording_of(generator, calls, len(prompts)), tokens
-
-
 def replay_images(generator: Generator, prompts: Sequence[str], tokens: torch.Tensor, **settings) -> Recording:
-    """The recording of images that were generated before, bit for bit equal to the recording from `record_images`.
+    """The inputs that the decoder got when it generated these images, bit for bit.
 
     The model's own `generate` runs again on the given tokens, with a decoder that returns zeros. The inputs of the
-    decoder depend only on the tokens, and its layers would take almost all the time. Raises GeneratorError for tokens
-    that do not fit the model.
+    decoder depend only on the tokens, and its layers would take almost all the time.
+
+    Args:
+        generator: the generator of the images.
+        prompts: one for each image, in the order in which they were generated together.
+        tokens: visual tokens, int64 `[images, cells]`.
+        settings: as for `Generator.generate`.
+
+    Raises:
+        GeneratorError: tokens that do not fit the model, or a decoder that does not get the prompt at once and then one
+            token at a time.
     """
-    shape = len(prompts), generator.checkpoint.num_visual_tokens
-    if tokens.dtype != torch.int64 or tokens.shape != shape or tokens.min() < 0:
-        raise GeneratorError(f"tokens are {tokens.dtype} {list(tokens.shape)}: give int64 {list(shape)}, all from 0 up")
-    with _empty_decoder(generator, tokens):
-        calls, taken = _record(
-            generator, lambda: generator.generate(prompts, DynamicCache(), **{**settings, "temperature": 0.0})
+    name, cells = generator.checkpoint.name, generator.checkpoint.num_visual_tokens
+    if tokens.dtype != torch.int64 or tokens.shape != (len(prompts), cells) or tokens.min() < 0:
+        raise GeneratorError(
+            f"tokens are {tokens.dtype} {list(tokens.shape)}: give int64 {[len(prompts), cells]}, all from 0 up"
         )
-    if not torch.equal(taken, tokens):
-        raise GeneratorError(f"{generator.checkpoint.name} did not take the tokens given: they are of other images")
-    return _recording_of(generator, calls, len(prompts))
-
-
-Calls = list[dict[str, torch.Tensor]]
-
-
-def _record(generator: Generator, generate: Callable[[], torch.Tensor]) -> tuple[Calls, torch.Tensor]:
-    """The inputs of every call of the decoder, and the tokens that were generated."""
-    calls: Calls = []
+    calls: list[dict[str, torch.Tensor]] = []
 
     def remember(decoder: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         named = {"input_ids": args[0]} if args else {}
@@ -71,19 +58,18 @@ def _record(generator: Generator, generate: Callable[[], torch.Tensor]) -> tuple
 
     handle = generator.language_model.get_decoder().register_forward_pre_hook(remember, with_kwargs=True)
     try:
-        return calls, generate().cpu()
+        with _empty_decoder(generator, tokens):
+            taken = generator.generate(prompts, DynamicCache(), **{**settings, "temperature": 0.0})
     finally:
         handle.remove()
-
-
-def _recording_of(generator: Generator, calls: Calls, num_prompts: int) -> Recording:
+    if not torch.equal(taken.cpu(), tokens):
+        raise GeneratorError(f"{name} did not take the tokens given: they are of other images")
     names = calls[0].keys() - {"attention_mask"}
     length = {name: 1 if name != "position_ids" else -1 for name in names}
-    cells = generator.checkpoint.num_visual_tokens
     if len(calls) != cells or any(call[name].shape[length[name]] != 1 for call in calls[1:] for name in names):
         raise GeneratorError(
-            f"{generator.checkpoint.name} cannot be trained on: its decoder ran {len(calls)} times for {cells} visual "
-            "tokens, and it has to be given the prompt at once and then one token at a time"
+            f"{name} cannot be trained on: its decoder ran {len(calls)} times for {cells} visual tokens, and it has to "
+            "be given the prompt at once and then one token at a time"
         )
     inputs = {name: torch.cat([call[name] for call in calls], length[name]) for name in names}
     rows, num_prompt = next(calls[0][name] for name in names if name != "position_ids").shape[:2]
@@ -91,7 +77,7 @@ def _recording_of(generator: Generator, calls: Calls, num_prompts: int) -> Recor
     seen = mask.bool() if mask is not None and mask.ndim == 2 else prompt_columns(mask, num_prompt)
     if seen is None:
         seen = torch.ones(rows, num_prompt, dtype=torch.bool, device=generator.model.device)
-    return Recording(inputs, seen, generator.is_unconditional(num_prompts))
+    return Recording(inputs, seen, generator.is_unconditional(len(prompts)))
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def test_pretended_evictions_leave_the_tokens_that_the_cache_holds(run):
         warnings.simplefilter("ignore")
         cache = SSDCache(head_map, run["slots"], **settings)
     (layer,) = cache.layers
-    pretended = retained_tokens(layer.plan, learned.at(0), keys, values, softness=1.0)
+    pretended = retained_tokens(layer.plan, learned.at(0), keys, values, softness=1.0).at(slice(0, length))
     layer.update(keys[:, :, :1], values[:, :, :1])  # a prompt of one token
     for step in range(length):
         layer._query_missing = False  # nothing attends here
@@ -61,7 +61,7 @@ def test_the_cut_moves_with_the_scores_near_it():
     keys = torch.zeros(1, 1, 6, 2)
     keys[..., 0] = torch.tensor([0.3, 0.9, 0.1, 0.8, 0.2, 0.5])
     keys.requires_grad_(True)
-    held = retained_tokens(cache.layers[0].plan, learned, keys, torch.zeros(1, 1, 6, 2), softness=1.0)
+    held = retained_tokens(cache.layers[0].plan, learned, keys, torch.zeros(1, 1, 6, 2), softness=1.0).at(slice(0, 6))
     assert held[0, 0, 5].tolist() == [0, 1, 0, 1, 0, 1]
     held[0, 0, 5, 0].backward()
     slope = keys.grad[0, 0, :, 0]

@@ -28,13 +28,20 @@ from ssd_cache.head_map.checks import MAX_TEXT
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Generator, generator_of
 from ssd_cache.profiling.measuring import check_prompts, model_facts, prompts_sha256
+from ssd_cache.runs.batching import fitting_batch_size, image_nbytes
+from ssd_cache.runs.processes import Processes
 from ssd_cache.training.learning_state import HELD_OUT, LearningRun, LearningState
+from ssd_cache.training.memory import step_nbytes
 from ssd_cache.training.recording import check_trainable, replay_images
 from ssd_cache.training.teacher_forcing import Recording
 from ssd_cache.training.trainer import Trainer, mean_attention
 
 BATCHES_AT_ONCE = 4
-"""Batches generated together, since a few images take almost as long to generate as many."""
+"""Batches generated together if they fit, since a few images take almost as long to generate as many."""
+
+MEMORY = 4 << 30
+"""Bytes, in addition to the weights, that images take at once: K and V in generation, `step_nbytes` in a step. It is
+fixed, because another number of images at once would change images and rounding. One image may take more."""
 
 NO_GUIDANCE = 0.01
 """Within this distance of 1, guidance has no effect and the unconditional rows are skipped."""
@@ -80,8 +87,13 @@ def learn_score(
     these are not always the tokens that receive the most attention. The initial score is the mean attention that each
     position still receives from a given row on.
 
-    Memory, in addition to the model: the decoder inputs of every image, and during a step, several copies of every
-    layer's attention weights.
+    Memory, in addition to the model: the decoder inputs of every image, in the memory of the CPU; and at most `MEMORY`
+    bytes, unless one image needs more. A step keeps the input of each layer and computes the rest again in the backward
+    pass. It takes as many images through the decoder at once as fit, and adds up their gradients.
+
+    Under `accelerate launch` or `torchrun`, the processes take the batches in turn when images are generated, and the
+    images of each step. The score is that of one process, up to rounding. Every process returns it; only the main
+    process writes the state file.
 
     Args:
         model: a loaded image model of a supported family, or a `Generator`.
@@ -96,13 +108,15 @@ def learn_score(
             total, so the score differs from that of a run with this total.
         learning_rate: learning rate of Adam for the position weights; those of K and V use a third of it.
         processor: the model's processor; by default loaded from the same source as the model.
-        batch_size: images per step; four times as many are generated together.
+        batch_size: images per step, shared by the processes; four times as many are generated together, or fewer if
+            their K and V would take more than `MEMORY`.
         guidance_scale: as for `Generator.generate`.
         temperature: as for `Generator.generate`, above 0.
         seed: seed of the first images, and of the order of the training batches.
         progress: show a progress bar over images, then over steps.
         state_file: a file that is written after every batch of images, every `SAVE_SECONDS` of steps, and when the run
-            is interrupted. If it exists, the run resumes from it and gives the same score, bit for bit.
+            is interrupted. If it exists, the run resumes from it and gives the same score, bit for bit, with the same
+            number of processes.
 
     Returns:
         The map with the score as `learned` and the budget that it was trained for as `budget`. Its
@@ -115,7 +129,7 @@ def learn_score(
         ProfilingError: numbers that are not finite, a state file of another run, or one that cannot be written.
         ValueError: any other setting out of range, or a map under which no head ranks its tokens.
     """
-    generator = model if isinstance(model, Generator) else generator_of(model, processor)
+    generator, processes = model if isinstance(model, Generator) else generator_of(model, processor), Processes()
     check_whole(generator.language_model)
     generator.checkpoint.check_head_map(head_map)
     settings: dict[str, Any] = {"learning_rate": learning_rate, "batch_size": batch_size}
@@ -125,7 +139,7 @@ def learn_score(
     resolved.check_random()
     check_prompts(generator, prompts)
     check_trainable(generator)
-    sampling = {"guidance_scale": resolved.guidance_scale, "temperature": resolved.temperature}
+    sampling: dict[str, Any] = {"guidance_scale": resolved.guidance_scale, "temperature": resolved.temperature}
     facts = {
         "num_prompts": len(prompts),
         "prompts_sha256": prompts_sha256(prompts),
@@ -151,21 +165,25 @@ def learn_score(
         method=f"{(head_map.method or 'labels given').removesuffix(LEARNED)}{LEARNED}"[:MAX_TEXT],
         profile={**head_map.profile, "learning": {"num_steps": num_steps, **facts}},
     )
-    run = LearningRun.open(None if state_file is None else Path(state_file), fingerprint, result)
+    path = Path(state_file) if state_file is not None and processes.is_main else None
+    run = LearningRun.open(path, fingerprint, result)
     run.begin_stage(num_steps)
+    processes.check_agreement({**fingerprint, "num_steps": num_steps})
+    run = replace(processes.gather_all(run)[0], path=path)
     if run.after is None:
-        *recordings, held_out = _recordings(
-            generator, prompts, BATCHES_AT_ONCE * batch_size, seed, sampling, run, progress
-        )
+        shows = progress and processes.is_main
+        *recordings, held_out = _recordings(generator, prompts, batch_size, seed, sampling, run, processes, shows)
+        num_at_once = _num_at_once(generator, [*recordings, held_out], -(-batch_size // processes.count), buffer)
         if run.learning is None:
-            first = mean_attention(generator, recordings[0], head_map) if head_map.learned is None else head_map.learned
-            run.learning = LearningState.beginning(first)
-        trainer = Trainer(generator, plans, **sampling, learning_rate=learning_rate, num_steps=num_steps)
+            first = head_map.learned or mean_attention(generator, recordings[0], head_map, num_at_once)
+            run.learning = LearningState.beginning(processes.gather_all(first)[0])
+        schedule: dict[str, Any] = {"learning_rate": learning_rate, "num_steps": num_steps, "num_at_once": num_at_once}
+        trainer = Trainer(generator, plans, **sampling, **schedule, processes=processes)
         if run.before is None:
-            run.before = trainer.divergences(run.learning, held_out, batch_size)
+            run.before = trainer.divergences(run.learning, held_out)
             run.save()
-        _take_steps(run, trainer, islice(_batches(recordings, batch_size, seed), run.num_steps, num_steps), progress)
-        run.after = trainer.divergences(run.learning, held_out, batch_size)
+        _take_steps(run, trainer, islice(_batches(recordings, batch_size, seed), run.num_steps, num_steps), shows)
+        run.after = trainer.divergences(run.learning, held_out)
         run.save()
     assert run.learning is not None
     learning = {**result.profile["learning"], "held_out": run.compared()}
@@ -204,27 +222,48 @@ def check_learning(
 def _recordings(
     generator: Generator,
     prompts: Sequence[str],
-    num_at_once: int,
+    batch_size: int,
     seed: int,
-    sampling: dict[str, float],
+    sampling: dict[str, Any],
     run: LearningRun,
+    processes: Processes,
     progress: bool,
 ) -> list[Recording]:
     """A recording for each batch, then the held-out one; images that the run does not hold are generated and added.
 
-    Where guidance has no effect, recordings have no unconditional rows.
+    The processes generate batches in turn, each with the seed of its number. Where guidance has no effect, recordings
+    have no unconditional rows.
     """
-    batches = [list(prompts[start : start + num_at_once]) for start in range(0, len(prompts), num_at_once)]
+    # a high estimate of the longest prompt's tokens, including the chat template, without the tokenizer
+    num_prompt = max(len(prompt.encode()) for prompt in prompts) // 3 + 64
+    of_image = image_nbytes(generator, num_prompt)
+    num_together = fitting_batch_size(BATCHES_AT_ONCE * batch_size, of_image, MEMORY, batch_size)
+    batches = [list(prompts[start : start + num_together]) for start in range(0, len(prompts), num_together)]
     batches.append([prompts[index * len(prompts) // HELD_OUT] for index in range(HELD_OUT)])
-    recordings = []
-    for index, batch in enumerate(tqdm(batches, unit=" batches", desc="images", disable=not progress)):
-        settings: dict[str, Any] = {**sampling, "seed": seed + index}
+    recordings: list[Recording] = []
+    bar = tqdm(enumerate(batches), total=len(batches), unit=" batches", desc="images", disable=not progress)
+    for index, batch in bar:
         if index == len(run.images):
-            run.images.append(generator.generate(batch, **settings).cpu())
+            own, tokens = index + processes.index, None
+            if own < len(batches):
+                tokens = generator.generate(batches[own], **sampling, seed=seed + own).cpu()
+            run.images += [found for found in processes.gather_all(tokens) if found is not None]
             run.save()
-        recording = replay_images(generator, batch, run.images[index], **settings)
+        recording = replay_images(generator, batch, run.images[index], **sampling, seed=seed + index)
         recordings.append(recording.conditional() if abs(sampling["guidance_scale"] - 1) < NO_GUIDANCE else recording)
     return recordings
+
+
+def _num_at_once(generator: Generator, recordings: Sequence[Recording], most: int, buffer: int | None) -> int:
+    """Images that go through the decoder at once in a step: `most`, halved until they fit into `MEMORY`."""
+    num_prompt = max(recording.seen.shape[1] for recording in recordings)
+    rows = 2 if recordings[0].is_unconditional.any() else 1
+    size = most
+    while size > 1 and (
+        step_nbytes(generator.checkpoint, generator.model.dtype, rows * size, num_prompt, buffer) > MEMORY
+    ):
+        size //= 2
+    return size
 
 
 def _take_steps(run: LearningRun, trainer: Trainer, recordings: Iterator[Recording], progress: bool) -> None:

@@ -71,12 +71,11 @@ def replay_images(generator: Generator, prompts: Sequence[str], tokens: torch.Te
             f"{name} cannot be trained on: its decoder ran {len(calls)} times for {cells} visual tokens, and it has to "
             "be given the prompt at once and then one token at a time"
         )
-    inputs = {name: torch.cat([call[name] for call in calls], length[name]) for name in names}
+    inputs = {name: torch.cat([call[name] for call in calls], length[name]).cpu() for name in names}
     rows, num_prompt = next(calls[0][name] for name in names if name != "position_ids").shape[:2]
     mask = calls[0].get("attention_mask")
     seen = mask.bool() if mask is not None and mask.ndim == 2 else prompt_columns(mask, num_prompt)
-    if seen is None:
-        seen = torch.ones(rows, num_prompt, dtype=torch.bool, device=generator.model.device)
+    seen = torch.ones(rows, num_prompt, dtype=torch.bool) if seen is None else seen.cpu()
     return Recording(inputs, seen, generator.is_unconditional(len(prompts)))
 
 

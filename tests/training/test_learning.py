@@ -19,7 +19,7 @@ from ssd_cache.evaluation.fidelity import measure_fidelity
 from ssd_cache.head_map.learned_score import LearnedScore
 from ssd_cache.models import GeneratorError, find_generator
 from ssd_cache.runs.run_state import ProfilingError, read_state, write_state
-from ssd_cache.training import learning
+from ssd_cache.training import learning, recording
 from ssd_cache.training.learning_state import FORMAT, WHAT, LearningRun, LearningState
 from ssd_cache.training.pretended import masked_softmax, retained_tokens
 from ssd_cache.training.recording import replay_images
@@ -239,7 +239,7 @@ def test_more_steps_extend_a_run_on_the_schedule_of_the_new_total(generator, tmp
 
 
 def test_images_are_kept_batch_by_batch(generator, tmp_path, monkeypatch):
-    monkeypatch.setattr(learning, "BATCHES_AT_ONCE", 1)
+    monkeypatch.setattr(recording, "BATCHES_AT_ONCE", 1)
     state, drawn, generate = tmp_path / "state", [], type(generator).generate
 
     def stops(self, prompts, cache=None, **settings):

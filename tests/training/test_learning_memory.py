@@ -16,7 +16,7 @@ from helpers.tiny_checkpoint import SIDE, write_checkpoint, write_family
 from ssd_cache import HeadMap, learn_score
 from ssd_cache.models import find_generator
 from ssd_cache.runs.processes import Processes
-from ssd_cache.training import learning, teacher_forcing
+from ssd_cache.training import memory, teacher_forcing
 from ssd_cache.training.learning import check_learning
 from ssd_cache.training.learning_state import LearningState
 from ssd_cache.training.memory import step_nbytes
@@ -132,7 +132,7 @@ def test_the_formula_bounds_the_measured_peak(dtype, tmp_path, monkeypatch):
     generator, recording = recorded(tmp_path, dtype=dtype)
     rows, num_prompt = recording.seen.shape
     for bound in (1 << 26, 1 << 18):
-        for module in (teacher_forcing, sys.modules[step_nbytes.__module__]):
+        for module in (teacher_forcing, memory):
             monkeypatch.setattr(module, "BLOCK_BYTES", bound)
         peak = step_peak(generator, recording)
         found = step_nbytes(generator.checkpoint, generator.model.dtype, rows, num_prompt, 5)
@@ -149,7 +149,7 @@ def test_images_are_taken_one_by_one_where_memory_is_short(tmp_path, monkeypatch
         whole = learn_score(generator, PROMPTS, labels, batch_size=3, guidance_scale=2.0, **settings)
         assert set(sizes) == {3}
         sizes.clear()
-        patch.setattr(learning, "MEMORY", 1)
+        patch.setattr(memory, "MEMORY", 1)
         parts = learn_score(generator, PROMPTS, labels, batch_size=3, guidance_scale=2.0, **settings)
         assert set(sizes) == {3, 1}  # the batches, and the images of each
     for name, tensor in whole.learned.tensors().items():

@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -28,23 +27,12 @@ from ssd_cache.head_map.checks import MAX_TEXT
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Generator, generator_of
 from ssd_cache.profiling.measuring import check_prompts, model_facts, prompts_sha256
-from ssd_cache.runs.batching import fitting_batch_size, image_nbytes
 from ssd_cache.runs.processes import Processes
-from ssd_cache.training.learning_state import HELD_OUT, LearningRun, LearningState
-from ssd_cache.training.memory import step_nbytes
-from ssd_cache.training.recording import check_trainable, replay_images
+from ssd_cache.training.learning_state import LearningRun, LearningState
+from ssd_cache.training.memory import images_at_once
+from ssd_cache.training.recording import check_trainable, make_recordings, training_batches
 from ssd_cache.training.teacher_forcing import Recording
 from ssd_cache.training.trainer import Trainer, mean_attention
-
-BATCHES_AT_ONCE = 4
-"""Batches generated together if they fit, since a few images take almost as long to generate as many."""
-
-MEMORY = 4 << 30
-"""Bytes, in addition to the weights, that images take at once: K and V in generation, `step_nbytes` in a step. It is
-fixed, because another number of images at once would change images and rounding. One image may take more."""
-
-NO_GUIDANCE = 0.01
-"""Within this distance of 1, guidance has no effect and the unconditional rows are skipped."""
 
 SAVE_SECONDS = 30
 """Seconds between two writes of the state file during the steps."""
@@ -87,8 +75,8 @@ def learn_score(
     these are not always the tokens that receive the most attention. The initial score is the mean attention that each
     position still receives from a given row on.
 
-    Memory, in addition to the model: the decoder inputs of every image, in the memory of the CPU; and at most `MEMORY`
-    bytes, unless one image needs more. A step keeps the input of each layer and computes the rest again in the backward
+    Memory, in addition to the model: the decoder inputs of every image, in the memory of the CPU; and at most 4 GiB,
+    unless one image needs more. A step keeps the input of each layer and computes the rest again in the backward
     pass. It takes as many images through the decoder at once as fit, and adds up their gradients.
 
     Under `accelerate launch` or `torchrun`, the processes take the batches in turn when images are generated, and the
@@ -109,7 +97,7 @@ def learn_score(
         learning_rate: learning rate of Adam for the position weights; those of K and V use a third of it.
         processor: the model's processor; by default loaded from the same source as the model.
         batch_size: images per step, shared by the processes; four times as many are generated together, or fewer if
-            their K and V would take more than `MEMORY`.
+            their K and V would take more than 2.8 GiB.
         guidance_scale: as for `Generator.generate`.
         temperature: as for `Generator.generate`, above 0.
         seed: seed of the first images, and of the order of the training batches.
@@ -172,8 +160,10 @@ def learn_score(
     run = replace(processes.gather_all(run)[0], path=path)
     if run.after is None:
         shows = progress and processes.is_main
-        *recordings, held_out = _recordings(generator, prompts, batch_size, seed, sampling, run, processes, shows)
-        num_at_once = _num_at_once(generator, [*recordings, held_out], -(-batch_size // processes.count), buffer)
+        *recordings, held_out = make_recordings(generator, prompts, batch_size, seed, sampling, run, processes, shows)
+        num_prompt = max(recording.seen.shape[1] for recording in (*recordings, held_out))
+        most, rows_of_image = -(-batch_size // processes.count), 2 if held_out.is_unconditional.any() else 1
+        num_at_once = images_at_once(generator, most, rows_of_image, num_prompt, buffer)
         if run.learning is None:
             first = head_map.learned or mean_attention(generator, recordings[0], head_map, num_at_once)
             run.learning = LearningState.beginning(processes.gather_all(first)[0])
@@ -182,7 +172,9 @@ def learn_score(
         if run.before is None:
             run.before = trainer.divergences(run.learning, held_out)
             run.save()
-        _take_steps(run, trainer, islice(_batches(recordings, batch_size, seed), run.num_steps, num_steps), shows)
+        _take_steps(
+            run, trainer, islice(training_batches(recordings, batch_size, seed), run.num_steps, num_steps), shows
+        )
         run.after = trainer.divergences(run.learning, held_out)
         run.save()
     assert run.learning is not None
@@ -219,53 +211,6 @@ def check_learning(
     return plans
 
 
-def _recordings(
-    generator: Generator,
-    prompts: Sequence[str],
-    batch_size: int,
-    seed: int,
-    sampling: dict[str, Any],
-    run: LearningRun,
-    processes: Processes,
-    progress: bool,
-) -> list[Recording]:
-    """A recording for each batch, then the held-out one; images that the run does not hold are generated and added.
-
-    The processes generate batches in turn, each with the seed of its number. Where guidance has no effect, recordings
-    have no unconditional rows.
-    """
-    # a high estimate of the longest prompt's tokens, including the chat template, without the tokenizer
-    num_prompt = max(len(prompt.encode()) for prompt in prompts) // 3 + 64
-    of_image = image_nbytes(generator, num_prompt)
-    num_together = fitting_batch_size(BATCHES_AT_ONCE * batch_size, of_image, MEMORY, batch_size)
-    batches = [list(prompts[start : start + num_together]) for start in range(0, len(prompts), num_together)]
-    batches.append([prompts[index * len(prompts) // HELD_OUT] for index in range(HELD_OUT)])
-    recordings: list[Recording] = []
-    bar = tqdm(enumerate(batches), total=len(batches), unit=" batches", desc="images", disable=not progress)
-    for index, batch in bar:
-        if index == len(run.images):
-            own, tokens = index + processes.index, None
-            if own < len(batches):
-                tokens = generator.generate(batches[own], **sampling, seed=seed + own).cpu()
-            run.images += [found for found in processes.gather_all(tokens) if found is not None]
-            run.save()
-        recording = replay_images(generator, batch, run.images[index], **sampling, seed=seed + index)
-        recordings.append(recording.conditional() if abs(sampling["guidance_scale"] - 1) < NO_GUIDANCE else recording)
-    return recordings
-
-
-def _num_at_once(generator: Generator, recordings: Sequence[Recording], most: int, buffer: int | None) -> int:
-    """Images that go through the decoder at once in a step: `most`, halved until they fit into `MEMORY`."""
-    num_prompt = max(recording.seen.shape[1] for recording in recordings)
-    rows = 2 if recordings[0].is_unconditional.any() else 1
-    size = most
-    while size > 1 and (
-        step_nbytes(generator.checkpoint, generator.model.dtype, rows * size, num_prompt, buffer) > MEMORY
-    ):
-        size //= 2
-    return size
-
-
 def _take_steps(run: LearningRun, trainer: Trainer, recordings: Iterator[Recording], progress: bool) -> None:
     """Take a step on each recording; the run is saved every `SAVE_SECONDS` and at the end, also after an exception."""
     assert run.learning is not None
@@ -284,12 +229,3 @@ def _take_steps(run: LearningRun, trainer: Trainer, recordings: Iterator[Recordi
                     saved = time.monotonic()
     finally:
         run.save()
-
-
-def _batches(recordings: Sequence[Recording], batch_size: int, seed: int) -> Iterator[Recording]:
-    """Endless training batches; their order depends only on the seed. Images of a batch were generated together."""
-    parts = [part for recording in recordings for part in recording.split(batch_size)]
-    order = torch.Generator().manual_seed(seed)
-    while True:
-        for index in torch.randperm(len(parts), generator=order).tolist():
-            yield parts[index]

@@ -1,4 +1,4 @@
-"""`step_nbytes`: the memory of a training step, by a formula over the model's configuration.
+"""The memory of a training step, by a formula over the model's configuration, and the images that fit into it.
 
 The formula is an upper bound of what `tests/learning_memory.py` measures. Nothing is run here.
 """
@@ -8,8 +8,13 @@ from __future__ import annotations
 import torch
 
 from ssd_cache.cache.settings import default_buffer
+from ssd_cache.models import Generator
 from ssd_cache.models.checkpoint import Checkpoint
 from ssd_cache.training.teacher_forcing import BLOCK_BYTES
+
+MEMORY = 4 << 30
+"""Bytes, in addition to the weights, that images take at once: K and V in generation, `step_nbytes` in a step. It is
+fixed, because another number of images at once would change images and rounding. One image may take more."""
 
 ATTENTION, HEAD = 8, 6
 """Tensors of the size of a block that exist at once in the backward pass of attention, and of the output head."""
@@ -53,3 +58,14 @@ def step_nbytes(
     linear = ATTENTION // 2 * block + of_inner * 6 * size + of_hidden * (4 * size + 12)
     kept = (checkpoint.num_layers + 3) * of_hidden * size
     return kept + max(evictions + max(attention, linear), HEAD * BLOCK_BYTES)
+
+
+def images_at_once(generator: Generator, most: int, rows_of_image: int, num_prompt: int, buffer: int | None) -> int:
+    """Images that go through the decoder at once in a step: `most`, halved until they fit into `MEMORY`, at least 1.
+
+    `rows_of_image` is 2 with guidance; the other arguments are those of `step_nbytes`.
+    """
+    size, model = most, (generator.checkpoint, generator.model.dtype)
+    while size > 1 and step_nbytes(*model, rows_of_image * size, num_prompt, buffer) > MEMORY:
+        size //= 2
+    return size

@@ -1,4 +1,4 @@
-"""Makes recordings: the decoder's inputs of an image, from its visual tokens, without running the decoder's layers.
+"""Recordings of training images: generated with a full cache, then replayed to get the inputs of the decoder.
 
 `teacher_forcing.py` uses the recordings.
 """
@@ -7,16 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ssd_cache._compat import CACHE, take_cache
 from ssd_cache.cache.attention import prompt_columns
 from ssd_cache.models import Generator, GeneratorError
+from ssd_cache.runs.batching import fitting_batch_size, image_nbytes
+from ssd_cache.runs.processes import Processes
+from ssd_cache.training.learning_state import HELD_OUT, LearningRun
 from ssd_cache.training.likelihood import certain_scores
+from ssd_cache.training.memory import MEMORY
 from ssd_cache.training.teacher_forcing import Recording
+
+BATCHES_AT_ONCE = 4
+"""Batches generated together if they fit, since a few images take almost as long to generate as many."""
+
+NO_GUIDANCE = 0.01
+"""Within this distance of 1, guidance has no effect and the unconditional rows are skipped."""
 
 
 def check_trainable(generator: Generator) -> None:
@@ -26,6 +38,50 @@ def check_trainable(generator: Generator) -> None:
             f"{generator.checkpoint.name} cannot be trained on: it has no head for visual tokens (its "
             "get_output_embeddings() is None)"
         )
+
+
+def make_recordings(
+    generator: Generator,
+    prompts: Sequence[str],
+    batch_size: int,
+    seed: int,
+    sampling: dict[str, Any],
+    run: LearningRun,
+    processes: Processes,
+    progress: bool,
+) -> list[Recording]:
+    """A recording for each batch, then the held-out one; images that the run does not hold are generated and added.
+
+    The processes generate batches in turn, each with the seed of its number. Where guidance has no effect, recordings
+    have no unconditional rows.
+    """
+    # a high estimate of the longest prompt's tokens, including the chat template, without the tokenizer
+    num_prompt = max(len(prompt.encode()) for prompt in prompts) // 3 + 64
+    of_image = image_nbytes(generator, num_prompt)
+    num_together = fitting_batch_size(BATCHES_AT_ONCE * batch_size, of_image, MEMORY, batch_size)
+    batches = [list(prompts[start : start + num_together]) for start in range(0, len(prompts), num_together)]
+    batches.append([prompts[index * len(prompts) // HELD_OUT] for index in range(HELD_OUT)])
+    recordings: list[Recording] = []
+    bar = tqdm(enumerate(batches), total=len(batches), unit=" batches", desc="images", disable=not progress)
+    for index, batch in bar:
+        if index == len(run.images):
+            own, tokens = index + processes.index, None
+            if own < len(batches):
+                tokens = generator.generate(batches[own], **sampling, seed=seed + own).cpu()
+            run.images += [found for found in processes.gather_all(tokens) if found is not None]
+            run.save()
+        recording = replay_images(generator, batch, run.images[index], **sampling, seed=seed + index)
+        recordings.append(recording.conditional() if abs(sampling["guidance_scale"] - 1) < NO_GUIDANCE else recording)
+    return recordings
+
+
+def training_batches(recordings: Sequence[Recording], batch_size: int, seed: int) -> Iterator[Recording]:
+    """Endless training batches; their order depends only on the seed. Images of a batch were generated together."""
+    parts = [part for recording in recordings for part in recording.split(batch_size)]
+    order = torch.Generator().manual_seed(seed)
+    while True:
+        for index in torch.randperm(len(parts), generator=order).tolist():
+            yield parts[index]
 
 
 def replay_images(generator: Generator, prompts: Sequence[str], tokens: torch.Tensor, **settings) -> Recording:

@@ -52,8 +52,7 @@ def default_batch_size(
         free //= processes.count if device.type == "cpu" else 1
         # a high estimate of the longest prompt's tokens, including the chat template, without the tokenizer
         of_image = image_nbytes(generator, max(len(prompt.encode()) for prompt in prompts) // 3 + 64, cache)
-        while size > 1 and size * of_image > USABLE * free:
-            size //= 2
+        size = fitting_batch_size(most, of_image, free)
     size = min(processes.gather_all(size))
     if size < min(most, len(prompts)) and processes.is_main:
         warnings.warn(
@@ -61,6 +60,17 @@ def default_batch_size(
             "give a batch size to choose another number",
             stacklevel=2,
         )
+    return size
+
+
+def fitting_batch_size(most: int, of_image: int, free: int, unit: int = 1) -> int:
+    """`most`, halved until that many images of `of_image` bytes take at most `USABLE` of `free` bytes.
+
+    A reduced number is a multiple of `unit`, and at least `unit`.
+    """
+    size = most
+    while size > unit and size * of_image > USABLE * free:
+        size = max(unit, size // 2 // unit * unit)
     return size
 
 

@@ -125,7 +125,10 @@ def scale_counts(budget: Budget, before: int, after: int) -> Budget:
 
 
 def _cut(slots: Sequence[int], total: int, least: Sequence[int], most: int) -> list[int]:
-    """Cut slots to a common limit, but none below its `least`, so that they add up to `total`."""
+    """Cut the largest entries of `slots` to a common limit so that all add up to `total`.
+
+    No entry gets less than its `least`, nor more than `most`, the number of grid cells.
+    """
 
     def limited(limit: int) -> list[int]:
         return [max(bound, min(number, limit)) for number, bound in zip(slots, least, strict=True)]

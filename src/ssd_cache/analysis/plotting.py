@@ -54,7 +54,7 @@ def color_map(bad: str = TO_COME):
 
 
 def index_ticks(axis: Axis, number: int, spacing: float = 1.0, start: float = 0.0) -> None:
-    """Number the layers or heads on an axis, at most 16 of them."""
+    """Put at most 16 tick labels on an axis of `number` layers or heads; index i is at `start + i * spacing`."""
     shown = range(0, number, -(-number // 16))
     axis.set_ticks([start + index * spacing for index in shown], list(map(str, shown)))
 

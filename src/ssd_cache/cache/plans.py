@@ -72,10 +72,11 @@ class LayerPlan:
 
     @property
     def takes_kernel(self) -> bool:
-        """Whether the fused kernel of `kernels/dispatch.py` may run the steps; the layer then holds no queries.
+        """Whether the fused kernel of `kernels/dispatch.py` supports this layer.
 
-        It may not in an online layer, which needs all queries of a query window to find its labels, nor with quantised
-        slots, which the kernel cannot read, nor with a scorer that does not add up the attention as the kernel does.
+        The kernel adds up attention at every step, so the layer then stores no queries. It does not support online
+        layers, which label their heads from stored queries; quantised slots; and scorers that add up attention in
+        another way.
         """
         adds_up = not self.scorer.needs_queries or type(self.scorer).observe is Scorer.observe
         return adds_up and not self.is_online and self.kv_dtype is None

@@ -25,8 +25,8 @@ class NamedPolicy:
 
     Attributes:
         name: the name, as users write it.
-        apply: makes map, budget and settings from the map and the budget of a run.
-        needs_labels: whether the labels of the run's map matter, not only its shape.
+        apply: takes the user's head map and budget; returns the head map, budget and settings for `SSDCache`.
+        needs_labels: whether the policy uses the labels of the user's head map, not only its shape.
         citation: paper of the method, or "".
     """
 

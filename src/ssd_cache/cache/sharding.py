@@ -30,7 +30,10 @@ def is_distributed() -> bool:
 
 
 def own_heads(head_map: HeadMap, shard: tuple[int, int]) -> slice:
-    """The KV heads of every layer that process `index` of `count` holds; raises if heads cannot be split evenly."""
+    """The KV heads that one process holds in every layer; `shard` is (index of the process, number of processes).
+
+    Raises ValueError for an index out of range, and HeadMapError if the heads cannot be split evenly.
+    """
     index, count = shard
     if not 0 <= index < count:
         raise ValueError(f"shard={shard}: give (number of this process, number of processes), counting from 0")

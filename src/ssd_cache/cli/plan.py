@@ -89,7 +89,7 @@ def parse_budget(text: str, option: str = "--budget", least: int = 2) -> Amount:
 
 
 def choose_policies(policy: str | None, compare: bool, slots: str | None) -> list[Policy]:
-    """The policies in the order of the rows. `slots` applies to the chosen policy, not to those beside it."""
+    """The policies in the order of the result table's rows; `slots` does not apply to those that `--compare` adds."""
     if compare and policy is not None:
         raise WrongUse(f"--compare generates with {', '.join(COMPARED)}: leave --policy out")
     if slots == "uniform" and policy in ("ssd", "margin"):  # the name already implies equal slots

@@ -109,7 +109,10 @@ def _listed_images(folder: Path) -> list[FolderImage]:
 
 @dataclass
 class NumberedImages(ImageSet):
-    """An `ImageSet` of PNG files named by number, `num_images` of each prompt; `facts` are the metadata of all."""
+    """PNG files named by the number of the image: `num_images` consecutive images per prompt.
+
+    `facts` are the settings that all images share; the metadata of every image include them.
+    """
 
     root: Path
     texts: Sequence[str]

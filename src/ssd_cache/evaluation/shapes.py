@@ -100,7 +100,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images that are generated at once; `number` counts the batches of a seed, `prompts` are prompt indices."""
+    """Images that are generated at once.
+
+    Attributes:
+        policy, budget, seed: those of the images.
+        number: index of the batch among those of the same policy, budget and seed; torch's seed depends on it.
+        prompts: indices in `Plan.prompts`.
+    """
 
     policy: Policy
     budget: Amount

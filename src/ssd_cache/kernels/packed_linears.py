@@ -86,7 +86,10 @@ def _can_be_packed(module: torch.nn.Linear) -> bool:
 
 
 class _Prompts:
-    """Count of products with several tokens per row: each may be the prompt of a new image."""
+    """Number of matrix products with several tokens per row, which occur only in a prompt.
+
+    A higher number may mean a new image, whose weights may have changed: each weight is then packed again.
+    """
 
     num_seen = 0
 

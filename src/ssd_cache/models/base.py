@@ -188,6 +188,6 @@ class Generator(ABC):
     def sampling(
         self, guidance_scale: float | None = None, temperature: float | None = None, seed: int = 0
     ) -> ResolvedSampling:
-        """Resolve settings as `Checkpoint.sampling` does, with the own values of the loaded model."""
+        """Check settings as `Checkpoint.sampling` does; None stands for the value in the model's generation config."""
         own = getattr(self.model, "generation_config", None) or GenerationConfig()
         return self.checkpoint.sampling(guidance_scale, temperature, seed, own)

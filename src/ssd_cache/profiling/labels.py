@@ -1,6 +1,7 @@
-"""Labels from `HeadStatistics`: which heads are spatial, which are semantic.
+"""Label heads as spatial or semantic from `HeadStatistics`.
 
-Other methods, windows, thresholds or levels need no further images. `profiling/allocation.py` allocates slots.
+The same statistics can be labelled again by another method, window, threshold or measured level (slots per head)
+without generating images. `profiling/allocation.py` allocates slots.
 """
 
 from __future__ import annotations

@@ -114,6 +114,6 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def _entry(path: Path, name: str) -> int:
-    """The number after a name in a file of names and numbers."""
+    """The integer after `name` in a file with a name and an integer per line, such as /proc/meminfo."""
     [line] = [line for line in path.read_text("ascii").splitlines() if line.split()[:1] == [name]]
     return int(line.split()[1])

@@ -78,7 +78,10 @@ class _Held:
         self.alive, self.soft, self.after = everything > 0, everything, [everything]
 
     def evict(self, ranks: torch.Tensor, spared: torch.Tensor) -> None:
-        """Drop the `buffer` held tokens with the lowest `ranks`, `[rows, heads, seen]`, except those in `spared`."""
+        """Evict `buffer` tokens per row and head: of those still held, the tokens with the lowest rank.
+
+        `ranks` is `[rows, heads, seen]`. Tokens where the boolean mask `spared` is True are kept.
+        """
         seen = ranks.shape[2]
         alive = self.alive[..., :seen]
         ranks = ranks.masked_fill(spared, torch.inf)

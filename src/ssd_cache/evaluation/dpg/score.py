@@ -73,16 +73,16 @@ def score_sheets(
         questions: questions by item id, as `read_questions` returns them.
         vqa: the model that answers the questions.
         item_ids: the prompts to score. Default: all prompts that have questions.
-        official: reproduce the official script. Prompts without a sheet or without questions, and those with a question
-            whose parent is absent, are dropped from every mean. Category scores use only the last crop. Read the
-            questions with `official=True` too.
-        results_file: file of JSON lines, one per sheet, with its raw answers and its score. If it exists, sheets with
-            unchanged image and questions are taken from it.
+        official: reproduce the official script. A prompt is dropped from every mean if it has no sheet or no questions,
+            or if one of its questions names a parent question that the file lacks. Category scores use only the last
+            image of each sheet. Read the questions with `official=True` too.
+        results_file: file of JSON lines, one per sheet, with its raw answers and its score. If it exists, sheets whose
+            images and questions are unchanged are not scored again.
         on_sheet: called after every sheet, for a progress bar.
 
     Raises:
-        ValueError: a sheet is missing, cannot be read, has no questions or has the wrong size, the results belong to
-            other settings, or no prompt can be scored.
+        ValueError: a sheet is missing, cannot be read, has no questions or is not square, the results belong to other
+            settings, or no prompt can be scored.
         OSError: results cannot be written.
     """
     sheets = find_sheets(folder)

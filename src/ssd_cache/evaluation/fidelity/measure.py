@@ -116,7 +116,7 @@ def check_run(generator: Generator, prompts: Sequence[str]) -> None:
 def fingerprint(
     generator: Generator, prompts: Sequence[str], batch_size: int, sampling: ResolvedSampling
 ) -> dict[str, Any]:
-    """The facts that a state file of a run over these prompts depends on."""
+    """The settings that a state file records; a run resumes from the file only if they are equal."""
     return {
         **model_facts(generator),
         "num_prompts": len(prompts),

@@ -88,9 +88,9 @@ class Report:
             rows = [row for row in self.rows if row.batch_size == batch_size]
             speeds = {row.cache: row.tokens_per_second for row in rows}
             for title, heads, cells in (
-                ("Speed", ["tokens/s", "rounds", *(f"to {name.removesuffix('Cache')}" for name in RIVALS)], _speed),
-                ("Steps in ms", ["mean", "median of each quarter", "roofline", "of it"], _steps),
-                ("Memory", ["K and V", "beside", "peak"], _memory),
+                ("Speed", ["tokens/s", "min to max", *(f"to {name.removesuffix('Cache')}" for name in RIVALS)], _speed),
+                ("Steps in ms", ["mean", "median of each quarter", "roofline", "roofline / mean"], _steps),
+                ("Memory", ["K and V", "overhead", "peak"], _memory),
             ):
                 lines = [
                     [row.cache, *([row.failure, *["-"] * (len(heads) - 1)] if row.failure else cells(row, speeds))]

@@ -210,7 +210,7 @@ def generate_windows(
 
 
 def held_bytes(cache: Cache) -> tuple[int, int]:
-    """Bytes that a cache holds now: K and V, and other tensors beside them."""
+    """Bytes that a cache holds now: K and V, and the other tensors."""
     if isinstance(cache, SSDCache):
         stats = cache.memory_stats()
         return stats.key_value, stats.bookkeeping

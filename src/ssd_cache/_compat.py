@@ -16,7 +16,7 @@ OLDEST, NEXT = (5, 18), (5, 25)
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The first two numbers of a version."""
+    """The major and minor version, as integers."""
     return tuple(map(int, version.split(".")[:2]))
 
 

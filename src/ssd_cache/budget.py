@@ -1,6 +1,6 @@
 """Resolve a budget to slots, refuse invalid values, and scale the slots that a head map was fitted to.
 
-Plain numbers in, plain numbers out: no tensors, no state.
+All functions take and return Python numbers, lists and dicts; they use no tensors and keep no state.
 """
 
 from __future__ import annotations

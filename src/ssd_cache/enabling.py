@@ -148,7 +148,7 @@ class _GenerateWithCache(Patch):
 
 
 def _bind(model: PreTrainedModel, generate: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a `generate` call by name; `generate` is the model's own or its replacement."""
+    """All arguments of a `generate` call by name; `generate` is the model's method or its replacement."""
     if not args:
         return dict(kwargs)
     signature = inspect.signature(generate)
@@ -180,7 +180,7 @@ def _take_guidance(model: PreTrainedModel, call: dict[str, Any], cache: SSDCache
     if beams > 1:
         raise ValueError(f"num_beams={beams} with guidance_scale={scale}: generate guided images with num_beams=1")
     negative = [call.pop(name, None) for name in ("negative_prompt_ids", "negative_prompt_attention_mask")]
-    call["guidance_scale"] = 1.0  # set, since the model's own settings would apply guidance again
+    call["guidance_scale"] = 1.0  # set, since the model's generation config would apply guidance again
     return batched_guidance(model, scale, *negative, cache=cache)
 
 

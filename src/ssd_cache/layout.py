@@ -44,7 +44,7 @@ class ImageLayout:
 
     @property
     def grids(self) -> tuple[Grid, ...]:
-        """All grids in the order of their tokens; the image's own is the last."""
+        """All grids in the order of their tokens; the grid of the image is the last."""
         return (*self.draft_grids, self.grid)
 
     @property

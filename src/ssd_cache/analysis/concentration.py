@@ -75,7 +75,7 @@ class Concentration:
         return any(c.kind == "semantic" and c.margin.p_value <= SIGNIFICANT / 2 for c in self.curves)
 
     def sentence(self, model: str) -> str:
-        """The finding as a sentence with its numbers."""
+        """The finding as a sentence, with share, chance and p of both tests."""
         found = [curve for curve in self.curves if curve.kind == "semantic"]
         if not found:
             return f"{model} has no semantic head by this map, so semantic concentration cannot be measured."

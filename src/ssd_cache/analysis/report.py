@@ -1,4 +1,4 @@
-"""The report of an analysis: one self-contained HTML page, and a JSON file with all its numbers.
+"""Write the report of an analysis: one self-contained HTML page, and a JSON file with all measured values.
 
 `report.html.j2` is the page. Jinja2 escapes all text. Images are embedded, and nothing is loaded from a network.
 """
@@ -58,7 +58,7 @@ def render(analysis: Analysis) -> str:
 
 
 def _embedded(figure: Figure | Image.Image) -> str:
-    """A PNG as the address of an image."""
+    """The image as a data URL of a PNG file."""
     if isinstance(figure, Image.Image):
         buffer = io.BytesIO()
         figure.save(buffer, "PNG")
@@ -69,7 +69,7 @@ def _embedded(figure: Figure | Image.Image) -> str:
 
 
 def as_json(analysis: Analysis) -> dict[str, Any]:
-    """All numbers of an analysis as JSON types, with floats to seven digits and without images."""
+    """All measured values of an analysis as JSON types, floats rounded to seven digits, without images."""
     numbers = plain({name: value for name, value in vars(analysis).items() if name != "images"})
     numbers["concentration"]["sentence"] = analysis.concentration.sentence(analysis.conditions["model"])
     for policy, part in analysis.retention.items():

@@ -41,7 +41,7 @@ class HeadScores:
 
 
 def head_scores(head_map: HeadMap) -> HeadScores:
-    """The labels of a map and the statistics behind them: the one that its method names, and the others.
+    """The labels of a map and its statistics; `name` is the statistic by which the map's method labelled the heads.
 
     `fit_heads` labels by the coverage at each head's own slots; "coverage" is that at the profiled budget.
     """

@@ -32,7 +32,7 @@ from ssd_cache.profiling.measuring import check_prompts, generate_recorded
 from ssd_cache.profiling.recorder import RecordingCache
 
 BASELINES = ("h2o", "streaming-llm")
-"""Policies that are measured in addition to the head map's own settings."""
+"""Policies that are measured in addition to the head map with its default settings."""
 
 NUM_IMAGES = 4
 
@@ -46,7 +46,7 @@ class Analysis:
         scores: labels of the head map and the statistics behind them.
         attention: attention of the most spatial and the most semantic head, during generation with a full cache.
         concentration: semantic concentration over all images of the full cache.
-        retention: by policy, the tokens of the first image that each head held; the map's own policy comes first.
+        retention: by policy, the tokens of the first image that each head held; the head map's policy comes first.
         memory: by policy, bytes at the end, for all images together.
         images: the first image by policy, "full" first.
     """
@@ -157,9 +157,9 @@ def analyze(
 def make_caches(
     checkpoint: Checkpoint, head_map: HeadMap, budget: Budget | None, buffer: int | None, num_images: int
 ) -> dict[str, SSDCache]:
-    """Check the settings of `analyze` for a model that may not be loaded yet, and make its caches, by policy.
+    """Check the settings of `analyze`, before the model is loaded, and make one cache per policy.
 
-    The head map's own policy comes first. Raises the same errors as `analyze`.
+    The policy of the head map's default settings comes first. Raises the same errors as `analyze`.
     """
     if head_map.is_online:
         raise HeadMapError("an online map has no labels to analyze: give a head map, or profile the model first")

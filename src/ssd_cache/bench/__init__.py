@@ -1,7 +1,7 @@
-"""Speed and memory of cache policies, compared in one run with transformers' own caches and the roofline.
+"""Measure speed and memory of cache policies, compared in one run with the caches of transformers and the roofline.
 
-`run` generates the same images with every cache and returns a `Report` of plain numbers. It measures speed, not image
-quality; `evaluation` measures quality.
+`run` generates the same images with every cache and returns the measured values as a `Report`. It measures speed;
+`evaluation` measures image quality.
 """
 
 from ssd_cache.bench.cases import Case, choose_cases

@@ -80,7 +80,7 @@ class Case:
 
     @property
     def is_full(self) -> bool:
-        """Whether it is one of transformers' own caches."""
+        """Whether the cache is a full cache of transformers."""
         return self.cache in RIVALS
 
     def make_cache(self, subject: Subject) -> Cache:

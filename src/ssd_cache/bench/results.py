@@ -1,6 +1,6 @@
-"""The results of a run as plain numbers, as JSON, and as tables for the terminal and for Markdown.
+"""The results of a run as dataclasses, as JSON, and as tables for the terminal and for Markdown.
 
-Nothing is measured here; `bench/running.py` makes the numbers.
+Nothing is measured here; `bench/running.py` measures.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Row:
         quarters_ms: the median step of each quarter of the image.
         key_value, bookkeeping: bytes that the cache holds at the end of an image.
         peak: torch's peak of allocated memory on a GPU, weights included; None on a CPU.
-        work: bytes that a step must read and operations that it must make.
-        least_ms: lower bound of a step on this machine.
+        work: bytes that a step must read, and floating-point operations that it must execute.
+        least_ms: lower bound of the time of a step on this machine.
     """
 
     cache: str

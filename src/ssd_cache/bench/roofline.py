@@ -51,7 +51,7 @@ class StepWork:
     operations: float
 
     def least_seconds(self, machine: Machine) -> float:
-        """The larger of the times for reading all bytes and for making all operations."""
+        """The larger of the times that reading all bytes and executing all operations take."""
         memory = (self.weight_bytes + self.key_value_bytes) / machine.copy_speed
         return max(memory, self.operations / machine.matrix_speed)
 
@@ -75,7 +75,7 @@ def step_work(subject: Subject, case: Case, batch_size: int, positions: Sequence
 
 
 def mean_tokens_read(subject: Subject, case: Case, positions: Sequence[int]) -> float:
-    """Visual tokens whose K and V a step must read, its own included: mean over heads and steps.
+    """Visual tokens whose K and V a step must read, the new token included: mean over heads and steps.
 
     A full cache has seen `position + 1` visual tokens. A head with fewer slots than that holds between `slots - buffer`
     and `slots` older ones. Further reads, for example of masked free slots, are overhead and do not count.

@@ -98,7 +98,7 @@ def run(
     Args:
         subject: the model.
         cases: caches and policies.
-        batch_sizes: numbers of images at once; each has its own tables.
+        batch_sizes: images generated at once; the report has separate tables for each size.
         windows: the visual tokens of an image that are generated, as from `choose_windows`.
         rounds: counted rounds.
         command: the command that repeats the run.

@@ -1,4 +1,4 @@
-"""The measured model and its generation loop: Janus by its own `generate`, others step by step, most with guidance.
+"""The measured model and its generation loop: `generate` of Janus, or a step-by-step loop for other models.
 
 A model is a checkpoint, or a shape with random weights: the cost of a step does not depend on their values. `fill`
 fills a cache up to any point of an image, and `generate` continues from there. Nothing is timed here.
@@ -220,7 +220,7 @@ class Subject:
 
 
 class JanusSubject(Subject):
-    """Janus with its own `generate`, including sampling, guidance and masks."""
+    """Janus, run by the `generate` method of the model, including sampling, guidance and masks."""
 
     def output_modules(self) -> list[torch.nn.Module]:
         return [self.model.model.generation_head, self.model.model.generation_aligner]
@@ -253,7 +253,7 @@ class JanusSubject(Subject):
 
 
 def head_map_for(name: str, grid: Grid | None = None) -> HeadMap:
-    """The model's own head map, or random labels, found without loading weights; arguments as for `load_subject`.
+    """The head map in the model's folder, or else random labels; loads no weights. Arguments as for `load_subject`.
 
     Random labels are good enough, because the speed of a cache hardly depends on the labels.
     """

@@ -1,4 +1,4 @@
-"""The attention "ssd": pass each step's query to the layer of the cache, which attends to the tokens of every head.
+"""The attention "ssd": passes the query of each step to the cache layer, which attends to the tokens of every head.
 
 Importing this module registers the name with transformers, for attention and for masks. With any other cache than
 `SSDCache`, or without a cache, it is sdpa itself, so a model may keep it permanently.

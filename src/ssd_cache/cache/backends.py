@@ -22,8 +22,8 @@ class HeadGroups:
         stores: the stores of the layer. No reference is kept to them.
 
     Attributes:
-        heads: int64 `[heads of the group]` for each group, the numbers of its heads, where the kernel reads them.
-        order: int64 `[kv_heads]`, all heads in the order of storage; None if it is the model's own order.
+        heads: for each group, the indices of its heads, int64 `[heads of the group]`, read by the kernel.
+        order: int64 `[kv_heads]`, all heads in the order of storage; None if this is the model's order.
     """
 
     def __init__(self, stores: Sequence[SlotStore]):

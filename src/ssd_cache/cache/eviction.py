@@ -25,7 +25,7 @@ def slot_of(number: int, num_slots, buffer):
 def is_spared(positions: torch.Tensor, num_seen: int, num_recent: int, num_sinks: int) -> torch.Tensor:
     """Which tokens a semantic head may not drop: the `num_recent` newest of `num_seen`, and the first `num_sinks`.
 
-    `positions` are numbers of visual tokens, counted from 0, in any shape.
+    `positions` are indices of visual tokens, from 0, in any shape.
     """
     return (positions >= num_seen - num_recent) | (positions < num_sinks)
 

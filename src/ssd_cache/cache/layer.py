@@ -1,7 +1,7 @@
 """`SSDLayer`: the part of `SSDCache` for one layer of the model, where each head keeps tokens by its kind.
 
-It implements transformers' layer interface (tokens seen and tokens stored are different numbers here), and passes K, V
-and queries to slot stores. One token is one `update` and one `attend`.
+It implements transformers' layer interface and passes K, V and queries to slot stores. The count of tokens seen, which
+gives positions, differs from the count of tokens stored. Each visual token calls `update` once and `attend` once.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class SSDLayer(CacheLayerMixin):
         self.slots: list[Slot] = []
         self.num_prompt = 0
         self.has_kernel = self.allows_cpu_kernel = False
-        self._num_groups, self._scaling = 0, 1.0  # query heads of a KV head, and the factor of their products
+        self._num_groups, self._scaling = 0, 1.0  # query heads per KV head, and the factor on attention logits
         self._query_missing = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -150,7 +150,7 @@ class SSDLayer(CacheLayerMixin):
         Args:
             query: `[batch, kv_heads, groups, head_dim]`.
             key, value: as `update` returned them.
-            scaling: factor on the products of query and keys.
+            scaling: factor on the dot products of query and keys.
             dropout: share of softmax weights dropped in training.
 
         Returns:
@@ -174,7 +174,7 @@ class SSDLayer(CacheLayerMixin):
         Args:
             query: `[batch, heads, new, head_dim]`.
             mask: `[batch, num_prompt]`, False on padding, or None.
-            scaling: factor on the products of queries and keys.
+            scaling: factor on the dot products of queries and keys.
             window: tokens of a sliding window, or None for full attention.
 
         Raises:
@@ -329,7 +329,7 @@ class SSDLayer(CacheLayerMixin):
         self._select_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only the rows `indices`, given as numbers or as a boolean mask."""
+        """Keep only the rows `indices`, a tensor of integers or a boolean mask."""
         self._select_rows(lambda tensor: tensor[indices.to(tensor.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -364,7 +364,7 @@ class SSDLayer(CacheLayerMixin):
 
 
 def _own(states: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy if it is a view of a larger one (fused queries, K and V), to free the larger one."""
+    """The tensor, or a copy if it is a view, such as K in fused queries, K and V, which a view would keep in memory."""
     if torch.compiler.is_compiling():  # the compiler cannot trace storages
         return states
     is_view = states.untyped_storage().nbytes() > states.nbytes

@@ -16,7 +16,7 @@ class GroupPlan:
     """Heads of one layer with equally many slots, the semantic heads first, and their eviction rule.
 
     Attributes:
-        heads: numbers of the layer's KV heads.
+        heads: indices of the group's KV heads in the layer.
         num_semantic: number of semantic heads; the other heads keep tokens by age.
         num_slots: slots for visual tokens in each head.
         buffer: eviction interval: tokens evicted at once, when a token arrives and all slots are taken.

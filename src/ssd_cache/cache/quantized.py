@@ -46,8 +46,8 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, kv_dtype: str, dtype: 
     """Multiply codes `[..., head_dim]` by scales `[...]` in float32, and convert the result to `dtype`."""
     if kv_dtype == "fp8":
         # Exponent and mantissa shifted up by seven bits are a float16 of 1/256 of the value; the sign bit stays on top.
-        # The bits that would read as 480 are NaN in float8, so no finite number has them. A CPU does this for many
-        # numbers at a time, but converts float8 to float32 one by one, which is six times slower.
+        # The bits that would read as 480 are NaN in float8, so no finite value has them. A CPU does this for many
+        # values at a time, but converts float8 to float32 one by one, which is six times slower.
         codes, scales = (codes.to(torch.int16) << 7 & ~(1 << 14)).view(torch.float16), 256 * scales
     return codes.float().mul_(scales[..., None]).to(dtype)
 

@@ -141,9 +141,9 @@ def attention_weights(
     Args:
         query_states: `[batch, kv_heads, groups, steps, head_dim]`, `groups` query heads to a KV head.
         key_states: `[batch, kv_heads, num_prompt + stored, head_dim]`.
-        scaling: factor on the products, as in the model's attention.
+        scaling: factor on the dot products of queries and keys, as in the model's attention.
         num_prompt: prompt tokens at the front of `key_states`; all queries see them.
-        num_first: visual tokens that the first query sees, its own included; each later query sees one more.
+        num_first: visual tokens that the first query sees, including the new one; each later query sees one more.
         prompt_mask: `[batch, num_prompt]`, False on padding.
 
     Returns:
@@ -151,7 +151,7 @@ def attention_weights(
     """
     batch, heads, groups, steps, head_dim = query_states.shape
     length = key_states.shape[2]
-    # scale before the product, as sdpa does: in fp16 the unscaled product can overflow when attention does not
+    # scale before the matrix product, as sdpa does: in fp16, unscaled logits can overflow
     queries = query_states.reshape(batch, heads, groups * steps, head_dim) * scaling
     logits = (queries @ key_states.transpose(2, 3)).view(batch, heads, groups, steps, length).float()
     step = torch.arange(steps, device=logits.device)[:, None]

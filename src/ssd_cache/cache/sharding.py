@@ -1,7 +1,7 @@
 """Tensor parallel models: the KV heads of every layer that this process holds, and a check that all have the same map.
 
 transformers splits a layer's heads over the processes into equal parts, in order, when it loads the model
-(`DistributedConfig(tp_plan="auto")`). This module splits nothing; the cache takes its own heads of map and budget.
+(`DistributedConfig(tp_plan="auto")`). The cache of each process uses the part of head map and budget for its heads.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def check_whole(model: PreTrainedModel) -> None:
 def check_agreement(model: PreTrainedModel, head_map: HeadMap, settings: Mapping[str, Any]) -> None:
     """Raise HeadMapError in every process of a tensor parallel model if their maps or settings differ.
 
-    They would keep different tokens. Every process must call this; a model in one process needs no communication.
+    With different maps, the processes would keep different tokens. Every process must call this function. For a model
+    in one process it does nothing.
     """
     mesh = _mesh(model)
     if mesh is None:

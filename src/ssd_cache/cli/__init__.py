@@ -1,4 +1,4 @@
-"""The command line `ssd-cache`: a thin layer over the library, with no logic of its own.
+"""The command line `ssd-cache`: reads options, calls the library and prints results.
 
 Exit codes: 0 done, 2 wrong use, 1 any other failure, including an interruption. Errors are one line on stderr.
 """

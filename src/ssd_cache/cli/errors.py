@@ -93,7 +93,7 @@ class OneLineGroup(TyperGroup):
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    # tqdm.write redraws a progress bar that is on the line
+    # tqdm.write prints a progress bar that is on the line again
     tqdm.write(_one_line(f"warning: {message}"), file=sys.stderr)
 
 

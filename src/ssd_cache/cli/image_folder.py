@@ -30,7 +30,7 @@ def generate_folder(job: Job, output_dir: Path) -> None:
     first, generator, processes = next(iter(folders.values())), None, job.processes
     with refusing():
         batch_size = job.batch_size or processes.gather_all(recorded_batch_size(first))[0]
-        if batch_size is None:  # the default depends on the memory left beside the weights
+        if batch_size is None:  # the default depends on the memory that the weights leave free
             for folder in folders.values():
                 check_unclaimed(folder)
             generator = job.load()

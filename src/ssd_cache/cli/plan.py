@@ -24,7 +24,7 @@ from ssd_cache.runs.batching import default_batch_size, image_nbytes
 from ssd_cache.runs.processes import Processes
 
 COMPARED = ("full", "ssd", "h2o", "streaming-llm")
-"""Policies of `--compare`, as in the paper's tables. The head map's own settings are added to them."""
+"""Policies of `--compare`, as in the paper's tables. The head map with its default settings is added to them."""
 
 ONLINE = "online"
 """Value of `--head-map` for no map: the cache labels the heads during generation."""
@@ -109,7 +109,7 @@ def make_caches(
 ) -> dict[str, SSDCache]:
     """Create a cache for every policy, by its exact name; raises ValueError or WrongUse.
 
-    A full cache beside other policies keeps the model's dtype. A full cache alone is quantised by `kv_dtype`.
+    `kv_dtype` quantises a full cache only if it is the only policy; in a comparison it keeps the model's dtype.
     """
     if head_map == ONLINE:
         labels = HeadMap.online(num_layers=checkpoint.num_layers, num_kv_heads=checkpoint.num_kv_heads)

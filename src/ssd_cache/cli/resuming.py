@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 
 class StateFile:
-    """The state file of a command. It is beside the output unless `--resume` gives another path."""
+    """The state file of a command: `OUTPUT.state`, unless `--resume` gives another path."""
 
     def __init__(self, resume: Path | None, output: Path):
         if resume is not None:

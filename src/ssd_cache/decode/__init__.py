@@ -1,6 +1,6 @@
-"""Run the decoder's steps over an `SSDCache`: compiled, recorded as a CUDA graph, and with batched guidance.
+"""Faster generation over an `SSDCache`: compiled decode steps, CUDA graphs, and batched guidance.
 
-These modules do not decide which tokens the cache keeps. Everything that they put on a model is removed again.
+These modules do not decide which tokens the cache keeps. Their context managers restore the model at the end.
 """
 
 from ssd_cache.decode.fast_decode import fast_decode

@@ -18,7 +18,7 @@ from ssd_cache.decode.patching import Block, Patch, patched
 
 @contextmanager
 def ssd_attention(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
-    """Set the decoder's attention to `name` inside the block, with transformers' own switch; other towers keep theirs.
+    """Set the decoder's attention to `name` inside the block; the model's other towers are not changed.
 
     Raises:
         ValueError: the model has layers whose keys and values an `SSDCache` cannot hold.

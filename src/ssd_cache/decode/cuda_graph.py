@@ -51,7 +51,7 @@ class RecordedStep:
         return self.num_run > WARM_UP
 
     def __call__(self, run: Callable[..., Any], cache: SSDCache, arguments: dict[str, Any]) -> Any:
-        """The outputs of `run(**arguments)`; tensors are copies, since the next replay overwrites the graph's own."""
+        """The outputs of `run(**arguments)`; copied, since the next replay overwrites the graph's outputs."""
         inputs = _tensors(arguments)
         if self.graph is None:
             self._record(run, arguments, inputs)

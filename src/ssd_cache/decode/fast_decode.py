@@ -1,6 +1,6 @@
 """`fast_decode`: compile a model's one-token steps over an `SSDCache` inside the block, and record them on a GPU.
 
-The standard `generate` is not changed. Work that changes Python numbers (counting, scoring, evicting) is done before
+The standard `generate` is not changed. Work that changes Python state (counting, scoring, evicting) is done before
 the compiled call, so one compiled graph serves every step of an image. The prompt, other caches, and steps that request
 hidden states run uncompiled. Measured only on the CPU, not on a GPU.
 """

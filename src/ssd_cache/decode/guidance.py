@@ -66,7 +66,7 @@ class _Guidance(Block):
 
 
 class _GuidedForward(Patch):
-    """Replacement for `forward` over `batch` rows that runs the model's own over twice as many, for guided calls."""
+    """Replacement for `forward`: for guided calls, it runs the model's `forward` over twice the rows."""
 
     def __call__(self, *args, **kwargs):
         cache, owners = find_cache(kwargs), list(self.owners)
@@ -122,7 +122,7 @@ class _Rows:
         self.is_padded = bool(self.num_padding or mask is not None or (negative_mask == 0).any())
 
     def mask(self, mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-        """Mask of both branches, `[2 * batch, length]`, from the conditional branch's mask; None without padding."""
+        """Mask of both branches, `[2 * batch, length]`, from that of the conditional branch; None without padding."""
         if not self.is_padded:
             return None
         negative = F.pad(self.negative_mask, (0, length - self.width), value=1)

@@ -1,5 +1,5 @@
 """Measures the quality of images that were generated with a cache policy.
 
 `shapes` is the exact benchmark on the bundled model; it writes result lines to a folder, and `tables` and `plots` read
-them. `geneval` and `dpg` are public benchmarks, scored by their own rules. Speed is measured in `bench`.
+them. `geneval` and `dpg` are public benchmarks, scored by the rules of their authors. Speed is measured in `bench`.
 """

@@ -80,7 +80,7 @@ class Comparison:
 
 
 def compare_results(paths: Sequence[str | Path]) -> Comparison:
-    """Scores of two or more files, and the paired differences of all against the first.
+    """Compute the scores of two or more files, and the paired difference of each from the first.
 
     Prompts are resampled 10,000 times with replacement, with all their images, and within each tag of GenEval. A
     resample holds the same prompts of both files, so the difficulty of a prompt does not affect a difference.

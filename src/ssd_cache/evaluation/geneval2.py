@@ -1,4 +1,4 @@
-"""GenEval 2 by its own rules: prompts with a question for every atom, and Soft-TIFA scores of their images.
+"""GenEval 2 by the rules of its authors: prompts with a question for every atom, and Soft-TIFA scores of their images.
 
 A chat model answers every question in one word, and the probability of the right word is the question's score. Source:
 github.com/facebookresearch/GenEval2 (Kamath et al., arXiv 2512.16853), reimplemented from its rules. Its prompts are

@@ -59,7 +59,7 @@ def fid(
     """The Fréchet distance between the features of two sets of images (Heusel et al., arXiv 1706.08500).
 
     Args:
-        images: images, as from `find_images`; each is passed at its own size, and the extractor resizes it.
+        images: images, as from `find_images`; they are passed in their original size, and the extractor resizes them.
         references: likewise; crop them to squares first if the reference must be square.
         extractor: from uint8 `[1, 3, height, width]` to features `[1, n]`; see `load_inception`.
             Default: torch-fidelity's Inception-V3 with the weights of the original FID.

@@ -1,6 +1,6 @@
 """Plots the result against the budget, one line per policy, with 95% bands.
 
-The output is a figure as PNG. The numbers come from `tables.py`.
+The output is a figure as PNG. `tables.py` computes the plotted values.
 """
 
 from __future__ import annotations

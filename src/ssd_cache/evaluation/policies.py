@@ -26,7 +26,7 @@ from ssd_cache.profiling.allocation import fit_heads
 
 RANDOM = re.compile(r"random-(\d{1,9})")
 DEFAULT = "default"
-"""The head map's own settings; `resolve_policies` replaces it by the policy that they amount to."""
+"""Name for the head map's default settings; `resolve_policies` replaces it by the policy that these settings make."""
 
 
 def _online(head_map: HeadMap, budget: Budget | None) -> Applied:
@@ -54,7 +54,7 @@ EXPERIMENTS = {
         NamedPolicy("inverted", _inverted),
     )
 }
-"""Policies in addition to the cache's own registry."""
+"""Policies in addition to the registry of `cache/policies.py`."""
 
 OWN = (DEFAULT, *EXPERIMENTS, "random-N")
 """Names in addition to `POLICIES`. `random-N` is a control: as many spatial heads, placed at random with seed N."""
@@ -90,7 +90,7 @@ class Policy:
     """One of the policies to compare: a name and the settings in it.
 
     Attributes:
-        name: one of `POLICIES`, one of `OWN`, or a folder with a head map, which is used with its own settings.
+        name: one of `POLICIES`, one of `OWN`, or a folder with a head map, which is used with its default settings.
         settings: settings of `SSDCache` for this policy; they take precedence over those of the whole run.
     """
 
@@ -169,7 +169,7 @@ def _resolved(policy: Policy, head_map: HeadMap, run: Mapping[str, Any]) -> Poli
 
 
 def choose_head_map(checkpoint: Checkpoint, name: str | None, policies: Sequence[Policy]) -> HeadMap:
-    """The head map of a run: the named one, else the checkpoint's own, else just its shape where that is enough.
+    """The head map of a run: the named one, or the checkpoint's, or one with the right shape if no policy needs labels.
 
     Raises:
         ValueError: a policy needs labels and there is no map, the map cannot be read, or its shape does not fit.

@@ -199,7 +199,7 @@ def _plain(value: Any) -> str:
 
 
 def to_json(summary: Summary) -> dict[str, Any]:
-    """The numbers of the report; missing values are null."""
+    """The report's values as JSON types; missing ones are null."""
     return {
         "rows": [bootstrap.to_json(row) for row in summary.rows],
         "differences": [bootstrap.to_json(entry) for entry in summary.comparisons],

@@ -58,7 +58,7 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any], words: tupl
 
 
 def first_names(names: Sequence[str], most: int = 5) -> str:
-    """The first few of some names, and the number of the others."""
+    """The first `most` names, separated by commas, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(printable(name, MAX_VALUE) for name in names[:most]) + more
 

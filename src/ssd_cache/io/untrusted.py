@@ -178,10 +178,10 @@ def _json_type(kind: Any) -> Any:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """The header's texts and the tensors of a safetensors file; all numbers must be finite.
+    """The metadata strings and the tensors of a safetensors file; all values must be finite.
 
     Raises:
-        ValueError: not a safetensors file, a damaged one, or one with NaN or infinite numbers.
+        ValueError: not a safetensors file, a damaged one, or one with NaN or infinite values.
         OSError: the file cannot be opened.
     """
     try:

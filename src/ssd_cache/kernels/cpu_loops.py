@@ -72,7 +72,7 @@ def takes_weight(weight: torch.Tensor) -> bool:
 
 
 def pack(weight: torch.Tensor, place: torch.Tensor) -> None:
-    """Copy a weight that `takes_weight` to `place`, with as many numbers, in the layout `[out / PANEL, in, PANEL]`."""
+    """Copy a weight that `takes_weight` accepts to `place`, of equal size, in the layout `[out / PANEL, in, PANEL]`."""
     turned = weight.reshape(-1, PANEL, weight.shape[1]).transpose(1, 2)
     place.view(turned.shape).copy_(turned)
 

@@ -1,7 +1,7 @@
-"""Linear layers on packed weights: `cpu_loops.py` multiplies them by few rows much faster than torch does.
+"""Linear layers on packed weights: for a few rows, `cpu_loops.py` multiplies them much faster than torch does.
 
-This is for CPUs, where reading weights dominates the time of a step. Inside the block, the model's linear layers have
-another class; afterwards they have their own class again. Results agree with torch's up to rounding, also when weights
+This is for CPUs, where reading weights dominates the time of a step. Inside the block, the class of the model's linear
+layers is replaced; at the end it is restored. Results agree with torch's up to rounding, also when weights
 change inside the block. `fast_decode` uses this module; it does not depend on caches.
 """
 
@@ -19,7 +19,7 @@ from ssd_cache.kernels import cpu_loops as cpu_kernels
 from ssd_cache.kernels.checks import PLAIN
 
 MAX_ROWS = 512
-"""Products with more rows, such as a long prompt's, use torch: reading weights does not limit their speed."""
+"""Matrix products with more rows, as for a long prompt, use torch: reading weights does not limit their speed."""
 
 COPY = "_ssd_packed"
 """Name of the attribute that holds a weight's `PackedWeight` inside the block."""
@@ -31,7 +31,7 @@ _lock = threading.RLock()  # reentrant: garbage collection may end a block while
 def packed_linears(model: torch.nn.Module) -> Iterator[None]:
     """Run the linear layers of a model on packed weights inside the block: float32 on the CPU.
 
-    A weight is packed when it is first used in a small product. So only weights that decode steps use are copied: those
+    A weight is packed when it is first multiplied by few rows. So only weights that decode steps use are copied: those
     of the decoder's layers and of the head, not those of the other towers. The copy is freed at the end of the block.
     Blocks on one model may nest and overlap; the last one that ends frees the copy.
 
@@ -39,7 +39,7 @@ def packed_linears(model: torch.nn.Module) -> Iterator[None]:
     `load_state_dict`, `.data =`). A change that torch does not count (`.data.mul_(2)`, as some libraries merge
     adapters) therefore takes effect from the next prompt on.
 
-    torch's own product runs for weights of a tensor subclass, parametrized weights, weights created in inference mode
+    torch's `F.linear` runs for weights of a tensor subclass, parametrized weights, weights created in inference mode
     (torch does not count their changes), layers with hooks or an overridden `forward`, output sizes that are not a
     multiple of `cpu_loops.PANEL`, prompts, gradients and autocast, and for all layers where the loops cannot be built.
     """
@@ -98,7 +98,7 @@ class PackedWeight:
     """A weight's copy in the layout of `cpu_loops.linear`, and the state of the weight when it was copied.
 
     Attributes:
-        place: memory for the copy, not written before the first product.
+        place: memory for the copy, not written before the first use.
         prompts: the prompt count, shared by the weights of a block.
         users: layers with this weight, and the number of blocks that each is in.
     """
@@ -144,7 +144,7 @@ class _PackedLinear(torch.nn.Linear):
 def _multiply(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     packed: PackedWeight | None = getattr(weight, COPY, None)
     product = None if packed is None else packed.multiply(states, weight, bias)
-    # torch's own product, or its own error; contiguous, to match `_shape`
+    # `F.linear` also raises torch's errors; contiguous, to match `_shape`
     return F.linear(states, weight, bias).contiguous() if product is None else product
 
 
@@ -154,7 +154,7 @@ def _shape(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 # This is a torch operator, because a weight is packed once, outside of a compiled graph. It is defined with
-# torch.library.Library, since the wrapper of torch.library.custom_op costs more than the product of a narrow layer. The
+# torch.library.Library, since the wrapper of torch.library.custom_op costs more than multiplying a narrow layer. The
 # copy is an attribute of the weight; compiled graphs pass the same weight object.
 _library = torch.library.Library("ssd_cache", "FRAGMENT")
 _library.define("packed_linear(Tensor states, Tensor weight, Tensor? bias) -> Tensor")

@@ -119,7 +119,7 @@ def decode_kernel(
     tl.store(keys + (first + end) * HEAD_DIM + dim, own_key, mask=in_head)
     tl.store(values + (first + end) * VALUE_DIM + value_dim, own_value, mask=in_value)
 
-    # The softmax starts from the token's own weight, which is never masked, so there is always a highest logit.
+    # The softmax starts from the new token's logit, which is never masked, so there is always a highest logit.
     scaled = q.to(tl.float32) * tl.where(is_there, scaling, float("nan"))
     own = tl.sum(scaled * own_key.to(tl.float32)[None, :], 1)
     highest = own

@@ -73,7 +73,7 @@ class Generator(ABC):
 
     @staticmethod
     def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
-        """The decoder's own configuration, with its numbers of layers and heads."""
+        """The configuration of the decoder, which gives its numbers of layers and heads."""
         return config.get_text_config(decoder=True)
 
     @classmethod
@@ -106,10 +106,10 @@ class Generator(ABC):
 
     @abstractmethod
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Make inputs for the model's own `generate`, left-padded `[batch, prompt length]`, on the model's device."""
+        """Make inputs for `model.generate`, left-padded `[batch, prompt length]`, on the model's device."""
 
     def call_arguments(self, inputs: Mapping[str, torch.Tensor], sampling: ResolvedSampling) -> dict[str, Any]:
-        """Arguments of the model's `generate` besides inputs, cache and temperature: by default, the number of tokens.
+        """Arguments of `model.generate` in addition to inputs, cache and temperature; by default the number of tokens.
 
         `top_k` is only for temperatures above 0.
         """
@@ -149,9 +149,9 @@ class Generator(ABC):
 
         Args:
             prompts: one text per image; repeat a prompt to generate several images of it.
-            cache: a new cache, or one after `reset()`; the model's own default when not given.
-            guidance_scale: above 1, for a model with guidance; the checkpoint's own when not given.
-            temperature: 0 always takes the likeliest token; the checkpoint's own when not given.
+            cache: a new cache, or one after `reset()`. Default: the cache that the model makes.
+            guidance_scale: above 1, for a model with guidance. Default: the checkpoint's or the family's value.
+            temperature: 0 always takes the likeliest token. Default: the value in the checkpoint.
             seed: seed of the batch.
             on_tokens: called at every step with the number of visual tokens that the step generated.
 

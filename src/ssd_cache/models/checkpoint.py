@@ -27,7 +27,7 @@ BUNDLED = "shapes-janus"
 BUNDLED_FOLDER = Path(__file__).parents[1] / "shapes" / "checkpoint"
 
 HEAD_MAP_FOLDER = "head_map"
-"""Subfolder of a checkpoint that holds its own head map."""
+"""Subfolder of a checkpoint with the head map for this checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Checkpoint:
         """Check the settings of `Generator.generate`, and replace None by the checkpoint's own value or the default.
 
         Args:
-            own: the generation config with the checkpoint's own values; read from the checkpoint when not given.
+            own: the generation config that replaces None. Default: read from the checkpoint.
 
         Raises:
             GeneratorError: a value out of range, or a guidance scale for a model without guidance.

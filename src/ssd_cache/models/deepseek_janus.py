@@ -118,7 +118,7 @@ def _import_janus() -> Any:
     """Import `janus.models` of DeepSeek's package, which registers its classes with transformers."""
     try:
         return importlib.import_module("janus.models")
-    except Exception as error:  # old code beside current packages can fail with any exception class
+    except Exception as error:  # old code with current packages can fail with any exception class
         raise GeneratorError(
             f"this is a checkpoint for DeepSeek's janus package, which cannot be imported here ({error!r}): install "
             "it as docs/models.md says, or use the checkpoint for transformers (deepseek-community/...)"

@@ -31,7 +31,7 @@ class GlmImageGenerator(Generator):
 
     @staticmethod
     def layout_of_call(call: Mapping[str, Any]) -> ImageLayout | None:
-        """Read the generated grids of a row. Input images come first; then the generated grids, in reverse order."""
+        """Read the generated grids of a row. The call lists the input images' first, then these in reverse order."""
         grids, counts, ids = (call.get(name) for name in ("image_grid_thw", "images_per_sample", "input_ids"))
         if grids is None or ids is None:
             return None

@@ -89,7 +89,7 @@ def fit_heads(head_map: HeadMap, budget: Amount = 0.2, *, step: int | None = Non
 
 
 def measured_levels(head_map: HeadMap, among: Collection[int] | None = None) -> list[int]:
-    """The numbers of slots at which a map has retained attention, of those in `among` if it is given.
+    """The levels (slots per head) at which a map has retained attention; only those in `among`, if given.
 
     Raises:
         ValueError: fewer than two.

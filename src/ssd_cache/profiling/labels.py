@@ -32,7 +32,7 @@ def label_heads(
     """Label every head.
 
     - "coverage": a head is spatial if `retained("spatial")` is more than `retained("semantic")`; a tie, up to rounding,
-      is semantic. This measures the effect of the cache on the head; its only setting is the cache's own budget.
+      is semantic. This measures the effect of the cache on the head; its only setting is the budget of the cache.
     - "window": a head is spatial if `window_mass(window)` is at least `threshold`. The default threshold is the one
       whose labels retain the most attention, summed over the heads: in the order of window mass, it lies midway between
       the two neighbours that have the greatest sum of `retained("spatial") - retained("semantic")` above them.

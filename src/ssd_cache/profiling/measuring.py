@@ -226,7 +226,7 @@ def prompts_sha256(prompts: Sequence[str]) -> str:
 
 
 def weights_sha256(model: PreTrainedModel) -> str:
-    """Hash of a sample of every parameter's numbers; a few suffice, because training changes all of them."""
+    """Hash of a few values of every parameter; a few suffice, because training changes all of them."""
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()

@@ -29,8 +29,8 @@ class Observer(Protocol):
     def observe(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, rows: slice) -> None:
         """Receive the attention of one grid row of queries (the last row is one short), for some rows of the batch.
 
-        Draft grids are split into parts of the same number of queries, so that the image's own grid rows arrive whole;
-        the first part may be shorter.
+        Draft grids are split into parts of the same number of queries, of which the first may be shorter. The rows of
+        the image's grid therefore arrive whole.
 
         Args:
             layer_idx: the decoder layer.

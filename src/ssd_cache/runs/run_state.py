@@ -137,7 +137,7 @@ class ResumableState:
     """Tensors of results and of progress, none of them below 0, that a run fills in place and saves after every part.
 
     Args:
-        state_file: when it exists, its numbers are copied into `tensors`; None saves nothing.
+        state_file: when it exists, its values are copied into `tensors`; None saves nothing.
         kind: name and version of the format.
         what: a description of the contents, for error messages.
         settings: everything that the results depend on, as JSON values.

@@ -32,7 +32,7 @@ NEGLIGIBLE = 0.005
 """Nats per image: a head below this is not measured at larger budgets, where it would cost no more."""
 
 NUM_CACHES = 8
-"""Compressed caches beside the full one; each needs almost as much memory as the full cache."""
+"""Compressed caches that run together with the full one; each takes almost as much memory as the full cache."""
 
 
 def measure_divergence(
@@ -77,7 +77,7 @@ def measure_divergence(
         GeneratorError: there are no prompts, a prompt is too long, or a generation setting is out of range.
         HeadMapError: the map has another model's shape.
         ProfilingError: the state file is of another run, or cannot be written.
-        ValueError: the map has no levels, a level was not measured, or numbers are not finite.
+        ValueError: the map has no levels, a level was not measured, or a measured value is not finite.
     """
     generator.checkpoint.check_head_map(head_map)
     sampling = generator.sampling(guidance_scale, temperature, seed)

@@ -1,7 +1,7 @@
-"""Runs compressed caches beside a full cache, on the same inputs at every step, and measures how they differ.
+"""Runs a full cache and compressed caches on the same inputs at every step, and measures how they differ.
 
 The model's own `generate` runs the loop. Hooks on the decoder, on its attention outputs and on the head that scores
-visual tokens do the rest. Only a few numbers per step are stored, not the attention weights.
+visual tokens run and compare the other caches. Only a few values per step are stored, not the attention weights.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def compare_caches(
 
 
 class _Lockstep:
-    """Runs `caches` beside `full`, the cache to generate with, while `hooked()` is open.
+    """Runs `caches` after each step of `full`, the cache that generates, while `hooked()` is open.
 
     The generator's attention implementation must be "ssd". `num_compared` counts the compared distributions.
     """

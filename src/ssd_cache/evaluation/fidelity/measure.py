@@ -47,7 +47,7 @@ def measure_fidelity(
     checkpoint's `top_k` is not applied).
 
     Memory: the K and V of the full cache and of all other caches at once, one step's attention weights, and
-    `layers * (kv_heads + 1)` numbers per step and cache.
+    `layers * (kv_heads + 1)` floats per step and cache.
 
     Args:
         generator: the model.

@@ -1,4 +1,4 @@
-"""Writes the results of `measure_fidelity`: fidelity.json with the numbers, fidelity.png with the figure.
+"""Writes the results of `measure_fidelity`: fidelity.json with the values, fidelity.png with the figure.
 
 The figure shows divergence and agreement by grid row, divergence by budget, and a heat map of the heads. Colours
 distinguish policies, line styles the budgets of one policy.
@@ -34,7 +34,7 @@ LOWEST_KL = 1e-8
 def write_fidelity(
     results: Mapping[str, Fidelity], folder: str | os.PathLike[str], conditions: Mapping[str, Any] | None = None
 ) -> list[Path]:
-    """Write the numbers and the figure, either both or neither; returns their paths.
+    """Write fidelity.json and fidelity.png, either both or neither; returns their paths.
 
     Args:
         results: as `measure_fidelity` returns them; see `draw_fidelity` for how names affect the figure.
@@ -57,7 +57,7 @@ def write_fidelity(
 
 
 def _as_json(results: Mapping[str, Fidelity]) -> dict[str, Any]:
-    """The numbers as JSON types; floats have seven digits.
+    """The measured values as JSON types; floats are rounded to seven digits.
 
     KL and agreement are given for every image and step, attention errors for every step and layer. Retained mass is a
     mean over each grid row, since `[steps, layers, kv_heads]` is millions of numbers in a large model.

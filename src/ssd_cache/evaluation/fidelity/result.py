@@ -1,6 +1,6 @@
 """The measurements of one compressed cache against the full cache, and the means over them.
 
-It holds numbers only; `lockstep.py` measures them, `report.py` writes and plots them.
+`lockstep.py` measures them, `report.py` writes and plots them.
 """
 
 from __future__ import annotations

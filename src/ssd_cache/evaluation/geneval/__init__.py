@@ -1,4 +1,4 @@
-"""GenEval by its own rules with transformers' detector: prompts, the image folder, and the score.
+"""GenEval by the rules of its authors, with transformers' detector: prompts, the image folder, and the score.
 
 The results are not official GenEval scores, since the detector has other weights; they are labelled "GenEval rules, HF
 detector".

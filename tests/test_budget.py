@@ -156,7 +156,7 @@ def test_a_fifth_of_the_bundled_map_is_the_map_as_it_was_fitted():
     assert len({number for layer in half.num_slots for number in layer}) > 5
 
 
-def draw_picture(model, **cache):
+def generate_image(model, **cache):
     torch.manual_seed(0)
     inputs = left_padded_prompts((5, 9, 3))
     return model.generate(**inputs, generation_mode="image", **cache, do_sample=True, guidance_scale=3.0)
@@ -164,12 +164,12 @@ def draw_picture(model, **cache):
 
 def test_enable_passes_a_number_and_slots_on():
     model = tiny_janus(grid_side=6)
-    own = draw_picture(model, **{CACHE: SSDCache(FITTED, buffer=2, num_recent=0)})
-    equal = draw_picture(model, **{CACHE: SSDCache(FITTED, 16, slots="uniform", buffer=2, num_recent=0)})
-    assert not torch.equal(own, equal), "both draw the same, so this tests nothing"
+    own = generate_image(model, **{CACHE: SSDCache(FITTED, buffer=2, num_recent=0)})
+    equal = generate_image(model, **{CACHE: SSDCache(FITTED, 16, slots="uniform", buffer=2, num_recent=0)})
+    assert not torch.equal(own, equal), "both generate the same, so this tests nothing"
     for settings, expected in (({}, own), ({"slots": "uniform"}, equal)):
         with enable(model, FITTED, budget=16 / 36, buffer=2, num_recent=0, **settings):
-            assert torch.equal(draw_picture(model), expected)
+            assert torch.equal(generate_image(model), expected)
 
 
 def test_a_shard_holds_its_part_of_the_slots_of_the_whole_map():

@@ -96,7 +96,7 @@ def test_where_policies_fail_frames_what_is_wrong(tmp_path, capsys):
     wrong = capsys.readouterr().out.count("streaming-llm 20%: ")
     assert 0 < wrong < 6
     sheet = Image.open(tmp_path / "failures.png").convert("RGB")
-    side = 384  # of a picture of shapes-janus
+    side = 384  # of an image of shapes-janus
     framed = sheet.get_flattened_data().count(example.WRONG)
     edge = side // 32
     assert framed == wrong * (side**2 - (side - 2 * edge) ** 2)

@@ -111,7 +111,7 @@ def test_no_file_tells_on_a_machine():
     for path in (ROOT / name for name in names if name):
         try:
             text = path.read_text("utf-8")
-        except (UnicodeDecodeError, FileNotFoundError):  # a picture, weights; or deleted and not yet committed
+        except (UnicodeDecodeError, FileNotFoundError):  # an image, weights; or deleted and not yet committed
             continue
         for what, pattern in MACHINE_TEXT.items():
             found += [f"{path.relative_to(ROOT)}: {what}: {match[0]!r}" for match in re.finditer(pattern, text)]

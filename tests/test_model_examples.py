@@ -1,4 +1,4 @@
-"""examples/emu3.py and examples/glm_image.py run with arguments, on small random weights, and save a picture."""
+"""examples/emu3.py and examples/glm_image.py run with arguments, on small random weights, and save an image."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_a_failed_save_leaves_the_older_state(tmp_path):
     assert state.read_bytes() == b"old"
 
 
-def test_the_checkpoint_loads_and_draws_with_transformers_alone(unbroken):
+def test_the_checkpoint_loads_and_generates_with_transformers_alone(unbroken):
     model = JanusForConditionalGeneration.from_pretrained(unbroken, dtype=torch.float32).eval()
     processor = JanusProcessor.from_pretrained(unbroken)
     inputs = processor(
@@ -119,14 +119,14 @@ def test_every_token_comes_out_of_the_decoder_in_its_exact_colour(unbroken):
     model = JanusForConditionalGeneration.from_pretrained(unbroken, dtype=torch.float32).eval()
     processor = JanusProcessor.from_pretrained(unbroken)
     rng = random.Random(0)
-    pictures = [torch.tensor(rng.choices(range(len(PALETTE)), k=576)), torch.arange(576) % len(PALETTE)]
+    noise = [torch.tensor(rng.choices(range(len(PALETTE)), k=576)), torch.arange(576) % len(PALETTE)]
     scenes = [make_scene(rng, kind) for kind in KINDS]
-    tokens = torch.stack(pictures + [torch.from_numpy(scene.tokens) for scene in scenes])
+    tokens = torch.stack(noise + [torch.from_numpy(scene.tokens) for scene in scenes])
     with torch.no_grad():
         pixels = model.decode_image_tokens(tokens).permute(0, 3, 1, 2)
     images = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["pixel_values"]
-    for picture, image in zip(tokens.numpy(), images, strict=True):
-        cells = np.array(PALETTE, dtype=np.uint8)[picture.reshape(24, 24)]
+    for codes, image in zip(tokens.numpy(), images, strict=True):
+        cells = np.array(PALETTE, dtype=np.uint8)[codes.reshape(24, 24)]
         np.testing.assert_array_equal(np.asarray(image), cells.repeat(16, 0).repeat(16, 1))
     for scene, image in zip(scenes, images[2:], strict=True):
         assert judge(image, scene.caption).correct
@@ -136,7 +136,7 @@ def test_training_sees_prompts_as_generation_gives_them():
     processor = example.build_processor()
     tokenizer, rng = processor.tokenizer, random.Random("prompts")
     captions = [make_scene(rng, rows=24).caption for _ in range(200)]
-    prompts, seen, pictures, kinds = example.make_batch(processor, 200, 24, "prompts", example.EVEN)
+    prompts, seen, images, kinds = example.make_batch(processor, 200, 24, "prompts", example.EVEN)
     inputs = processor(
         text=captions,
         generation_mode="image",
@@ -144,7 +144,7 @@ def test_training_sees_prompts_as_generation_gives_them():
         max_length=example.PROMPT_LENGTH,
         return_tensors="pt",
     )
-    assert pictures.shape == (200, 576)
+    assert images.shape == (200, 576)
     assert tokenizer.unk_token_id not in inputs.input_ids
     np.testing.assert_array_equal(inputs.attention_mask.bool(), seen)
     blank = inputs.input_ids.clone()  # as Janus's own generate blanks the unconditional rows

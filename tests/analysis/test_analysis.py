@@ -560,7 +560,7 @@ def test_without_the_optional_packages_the_remedy_is_told(analysis, tmp_path, mo
 
 @pytest.mark.parametrize(("layers", "heads"), [(1, 1), (2, 3), (30, 32)])
 @pytest.mark.parametrize("scored", [True, False])
-def test_score_figures_of_all_sizes_are_drawn(layers, heads, scored):
+def test_score_figures_of_all_sizes_are_plotted(layers, heads, scored):
     scores = torch.rand(layers, heads)
     made = HeadMap(scores > 0.5, (24, 24), scores=scores if scored else None, threshold=0.5)
     assert to_png(plot_scores(head_scores(made)), dpi=40).startswith(b"\x89PNG")

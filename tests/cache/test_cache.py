@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.caches import GRID, draw_picture, feed, half_drawn, mixed_map, move_and_go_on, random_states
+from helpers.caches import GRID, feed, generate_image, half_generated, mixed_map, move_and_go_on, random_states
 from helpers.models import left_padded_prompts, random_score, tiny_janus, tiny_llama
 from transformers import DynamicCache, DynamicLayer
 
@@ -34,28 +34,28 @@ def maps(layers, kv_heads, grid):
 
 @pytest.mark.parametrize("kind", ["spatial", "semantic", "mixed"])
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.001])
-def test_full_budget_draws_the_same_tokens_as_dynamic_cache(kind, guidance_scale):
+def test_full_budget_generates_the_same_tokens_as_dynamic_cache(kind, guidance_scale):
     model = tiny_janus(grid_side=12)
-    expected = draw_picture(model, DynamicCache(), guidance_scale=guidance_scale)
+    expected = generate_image(model, DynamicCache(), guidance_scale=guidance_scale)
     cache = SSDCache(maps(2, 2, (12, 12))[kind], 1.0)
-    assert torch.equal(draw_picture(model, cache, guidance_scale=guidance_scale), expected)
-    assert cache.get_seq_length() == 9 + 143  # the last token is drawn and never fed back
+    assert torch.equal(generate_image(model, cache, guidance_scale=guidance_scale), expected)
+    assert cache.get_seq_length() == 9 + 143  # the last token is generated and never fed back
     plain = tiny_janus(grid_side=12, attn_implementation="sdpa")
-    assert torch.equal(draw_picture(plain, DynamicCache(), guidance_scale=guidance_scale), expected)
+    assert torch.equal(generate_image(plain, DynamicCache(), guidance_scale=guidance_scale), expected)
 
 
 def test_full_janus_grid_is_identical_too():
     model = tiny_janus()
-    expected = draw_picture(model, DynamicCache(), lengths=(4,))
+    expected = generate_image(model, DynamicCache(), lengths=(4,))
     assert expected.shape == (1, 576)
-    assert torch.equal(draw_picture(model, SSDCache(mixed_map(grid=(24, 24)), 1.0), lengths=(4,)), expected)
+    assert torch.equal(generate_image(model, SSDCache(mixed_map(grid=(24, 24)), 1.0), lengths=(4,)), expected)
 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_full_budget_is_identical_with_every_score(score):
     model = tiny_janus(grid_side=6)
-    expected = draw_picture(model, DynamicCache())
-    assert torch.equal(draw_picture(model, SSDCache(learned_map(), 1.0, score=score, num_sinks=2)), expected)
+    expected = generate_image(model, DynamicCache())
+    assert torch.equal(generate_image(model, SSDCache(learned_map(), 1.0, score=score, num_sinks=2)), expected)
 
 
 @pytest.mark.parametrize("kind", ["spatial", "semantic", "mixed"])
@@ -100,7 +100,7 @@ def test_nbytes_is_the_formula(budget, dtype):
     cache = SSDCache(head_map, budget, buffer=3, num_recent=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tokens = draw_picture(model, cache)
+        tokens = generate_image(model, cache)
     assert tokens.shape == (3, 36)
     rows, prompt, head_dim, itemsize = 6, 9, 16, torch.finfo(dtype).bits // 8
     slots = 0
@@ -117,7 +117,7 @@ def test_nbytes_is_the_formula(budget, dtype):
 
 def test_tokens_seen_is_not_tokens_stored():
     cache = SSDCache(mixed_map(), 12, buffer=4, num_recent=2)
-    draw_picture(tiny_janus(grid_side=6), cache)
+    generate_image(tiny_janus(grid_side=6), cache)
     assert cache.get_seq_length() == 9 + 35
     assert all(store.num_stored <= 12 for layer in cache.layers for store in layer.stores)
 
@@ -126,7 +126,7 @@ def test_left_padding_changes_nothing_when_layers_differ_in_length():
     model = tiny_janus(grid_side=6)
     budget = [{"spatial": 20, "semantic": 14}, {"spatial": 13, "semantic": 30}]
     together = SSDCache(mixed_map(), budget, buffer=3, num_recent=2)
-    batch = draw_picture(model, together, lengths=(5, 9), do_sample=False)
+    batch = generate_image(model, together, lengths=(5, 9), do_sample=False)
     short = left_padded_prompts((5, 9))
     alone = model.generate(
         input_ids=short["input_ids"][:1, 4:],
@@ -137,7 +137,7 @@ def test_left_padding_changes_nothing_when_layers_differ_in_length():
         **{CACHE: SSDCache(mixed_map(), budget, buffer=3, num_recent=2)},
     )
     # the unconditional row's blanked words are seen, so only rows of one length can be compared to the token:
-    # the first row of `batch` has 4 masked columns that a row alone does not have, and must draw the same
+    # the first row of `batch` has 4 masked columns that a row alone does not have, and must generate the same
     assert torch.equal(batch[:1], alone)
 
 
@@ -147,10 +147,10 @@ def test_left_padding_changes_nothing_when_layers_differ_in_length():
 @pytest.mark.parametrize("budget", [12, {"spatial": 9, "semantic": 13}])
 @pytest.mark.parametrize("move", ["reorder", "select", "mask", "repeat"])
 @pytest.mark.parametrize("score", ["sum", "last", "margin"])
-def test_rows_can_be_moved_in_mid_picture(budget, move, score):
+def test_rows_can_be_moved_in_mid_image(budget, move, score):
     rows = {"reorder": [2, 0, 0], "select": [1, 2], "mask": [0, 2], "repeat": [0, 0, 1, 1, 2, 2]}[move]
     rows = torch.tensor(rows)
-    moved, expected = half_drawn(budget, score=score), half_drawn(budget, rows, score=score)
+    moved, expected = half_generated(budget, score=score), half_generated(budget, rows, score=score)
     move_and_go_on(moved, expected, move, rows)
     assert moved.nbytes == expected.nbytes
 
@@ -169,17 +169,17 @@ def test_rows_can_be_moved_before_the_first_visual_token():
 def test_reset_makes_it_as_new():
     model = tiny_janus(grid_side=6)
     cache = SSDCache(mixed_map(), 14, buffer=3)
-    first = draw_picture(model, cache)
+    first = generate_image(model, cache)
     cache.reset()
     assert cache.get_seq_length() == cache.memory_stats().full_cache == 0
-    other = draw_picture(model, cache, lengths=(4,), seed=5)
+    other = generate_image(model, cache, lengths=(4,), seed=5)
     cache.reset()
-    assert torch.equal(draw_picture(model, cache), first)
-    assert torch.equal(draw_picture(model, SSDCache(mixed_map(), 14, buffer=3), lengths=(4,), seed=5), other)
+    assert torch.equal(generate_image(model, cache), first)
+    assert torch.equal(generate_image(model, SSDCache(mixed_map(), 14, buffer=3), lengths=(4,), seed=5), other)
 
 
 def test_a_deep_copy_goes_on_alike_and_apart():
-    original = half_drawn(12)
+    original = half_generated(12)
     copied = copy.deepcopy(original)
     for step in range(12):
         states = random_states(3, 1, 50 + step)
@@ -309,17 +309,17 @@ def test_a_short_window_is_warned_of():
 
 
 @pytest.mark.parametrize(("layers", "kv_heads"), [(2, 4), (1, 2), (3, 2)])
-def test_a_map_for_another_model_is_refused_before_a_token_is_drawn(layers, kv_heads):
+def test_a_map_for_another_model_is_refused_before_a_token_is_generated(layers, kv_heads):
     model = tiny_janus(grid_side=6)
     cache = SSDCache(HeadMap.uniform("spatial", num_layers=layers, num_kv_heads=kv_heads, grid=GRID), 0.5)
     with pytest.raises(HeadMapError, match=f"{layers} layers"):
-        draw_picture(model, cache)
+        generate_image(model, cache)
 
 
 def test_semantic_heads_notice_that_queries_do_not_arrive():
     model = tiny_janus(grid_side=6, attn_implementation="sdpa")
     with pytest.raises(ValueError, match=r"set_attn_implementation\('ssd'\)"):
-        draw_picture(model, SSDCache(mixed_map(), 0.5, buffer=3))
+        generate_image(model, SSDCache(mixed_map(), 0.5, buffer=3))
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
@@ -328,7 +328,7 @@ def test_spatial_heads_need_no_queries(attn_implementation):
     results = []
     for implementation in (attn_implementation, "ssd"):
         model = tiny_janus(grid_side=6, attn_implementation=implementation)
-        results.append(draw_picture(model, SSDCache(head_map, 16, buffer=3, num_sinks=2), do_sample=False))
+        results.append(generate_image(model, SSDCache(head_map, 16, buffer=3, num_sinks=2), do_sample=False))
     assert torch.equal(*results)
 
 
@@ -339,7 +339,7 @@ def test_heads_that_keep_the_margin_need_no_queries(attn_implementation):
     for implementation in (attn_implementation, "ssd"):
         model = tiny_janus(grid_side=6, attn_implementation=implementation)
         cache = SSDCache.from_policy("margin", head_map, 18, buffer=3)
-        results.append(draw_picture(model, cache, do_sample=False))
+        results.append(generate_image(model, cache, do_sample=False))
         assert not any(layer.plan.needs_ssd_attention for layer in cache.layers)
         (store,) = cache.layers[0].stores
         assert store.queries is None
@@ -359,7 +359,7 @@ def test_the_margin_beside_other_heads_needs_the_attention_ssd():
     ]
     model = tiny_janus(grid_side=6, attn_implementation="sdpa")
     with pytest.raises(ValueError, match=r"set_attn_implementation\('ssd'\)"):
-        draw_picture(model, SSDCache.from_policy("margin", mixed_map(), 18, buffer=3))
+        generate_image(model, SSDCache.from_policy("margin", mixed_map(), 18, buffer=3))
 
 
 @pytest.mark.parametrize("make", [SSDCache, lambda *args, **kwargs: SSDCache.from_policy("margin", *args)])
@@ -368,22 +368,22 @@ def test_the_margin_gives_an_online_map_nothing_to_label_by(make):
         make(HeadMap.online(num_layers=2, num_kv_heads=2, grid=GRID), 0.5, score="margin")
 
 
-def test_a_second_picture_without_reset_is_refused():
+def test_a_second_image_without_reset_is_refused():
     model = tiny_janus(grid_side=6)
     cache = SSDCache(mixed_map(), 0.5, buffer=3)
-    draw_picture(model, cache)
+    generate_image(model, cache)
     with pytest.raises(ValueError, match=r"cache\.reset\(\)"):
-        draw_picture(model, cache)
+        generate_image(model, cache)
 
 
-def test_another_batch_in_mid_picture_is_refused():
-    cache = half_drawn(12)
+def test_another_batch_in_mid_image_is_refused():
+    cache = half_generated(12)
     with pytest.raises(ValueError, match="holds 3 rows .* and got 2 rows"):
         feed(cache, random_states(2, 1, 7))
 
 
 def test_more_tokens_than_the_grid_warn_once_and_go_on():
-    cache = half_drawn(12)
+    cache = half_generated(12)
     with pytest.warns(UserWarning, match="6 x 6 = 36 visual tokens") as caught:
         for step in range(60):
             feed(cache, random_states(3, 1, 200 + step))
@@ -402,7 +402,7 @@ def test_full_budget_past_the_grid_keeps_a_window():
 
 
 def test_cropping_and_offloading_are_refused():
-    cache = half_drawn(12)
+    cache = half_generated(12)
     cache.crop(0)
     with pytest.raises(ValueError, match="evicted tokens are gone"):
         cache.crop(-1)
@@ -426,17 +426,17 @@ def test_enable_gives_each_call_a_fresh_cache_and_leaves_nothing():
     model = tiny_janus(grid_side=6, attn_implementation="sdpa")
     configs = [model.config, model.config.text_config, model.config.vision_config, model.config.vq_config]
     before = [config._attn_implementation for config in configs]
-    full = draw_picture(model, None)
+    full = generate_image(model, None)
     with enable(model, mixed_map(), budget=14, buffer=3) as same:
         assert same is model
         assert model.config.text_config._attn_implementation == "ssd"
-        first, second = draw_picture(model, None), draw_picture(model, None)
+        first, second = generate_image(model, None), generate_image(model, None)
     assert torch.equal(first, second)
-    expected = draw_picture(tiny_janus(grid_side=6), SSDCache(mixed_map(), 14, buffer=3))
+    expected = generate_image(tiny_janus(grid_side=6), SSDCache(mixed_map(), 14, buffer=3))
     assert torch.equal(first, expected)
     assert "generate" not in vars(model)
     assert [config._attn_implementation for config in configs] == before
-    assert torch.equal(draw_picture(model, None), full)
+    assert torch.equal(generate_image(model, None), full)
 
 
 def test_enable_is_undone_after_an_exception_and_nests():

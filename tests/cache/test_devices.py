@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import left_padded_prompts, random_score, tiny_janus, tiny_llama
-from helpers.tensor_parallel_child import CASES, SIDE, draw, draw_glm, draw_janus, load
+from helpers.tensor_parallel_child import CASES, SIDE, generate, generate_glm, generate_janus, load
 from helpers.tiny_checkpoint import write_checkpoint, write_family
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -77,7 +77,7 @@ def test_state_lives_with_its_layer(devices, budget):
             assert places == {device}
 
 
-def test_layers_that_accelerate_loads_from_disk_draw_the_same(tmp_path):
+def test_layers_that_accelerate_loads_from_disk_generate_the_same(tmp_path):
     pytest.importorskip("accelerate")
     tiny_llama(attn_implementation="sdpa").save_pretrained(tmp_path / "llama")
     parts = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
@@ -113,7 +113,7 @@ def test_a_learned_score_stays_on_the_device_of_its_layer():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device beside the CPU")
-def test_layers_on_cpu_and_gpu_draw_what_a_dynamic_cache_draws():
+def test_layers_on_cpu_and_gpu_generate_what_a_dynamic_cache_generates():
     """The fake devices above compute nothing; this does."""
     model = tiny_llama()
     place(model, ("cpu", "cuda:0"))
@@ -157,7 +157,7 @@ def run_both(command_of, **settings):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """The folder of a Llama of 4 KV heads, a Janus and a GLM-Image of 2, and what two processes drew with them."""
+    """The folder of a Llama of 4 KV heads, a Janus and a GLM-Image of 2, and what two processes generated."""
     folder = tmp_path_factory.mktemp("parallel")
     tiny_llama(heads=8, kv_heads=4, attn_implementation="sdpa").save_pretrained(folder / "llama")
     tiny_janus(grid_side=SIDE, attn_implementation="sdpa").save_pretrained(folder / "janus")
@@ -171,7 +171,7 @@ def test_two_processes_generate_the_same_as_one(both):
     folder, results = both
     model = load(LlamaForCausalLM, folder / "llama")
     for name, case in CASES.items():
-        tokens, nbytes = draw(model, *case)
+        tokens, nbytes = generate(model, *case)
         parts = [result["cases"][name] for result in results]
         assert [part[0] for part in parts] == [tokens, tokens], name
         assert sum(part[1] for part in parts) == nbytes, name  # each holds its own heads and no others
@@ -180,13 +180,13 @@ def test_two_processes_generate_the_same_as_one(both):
 
 def test_two_processes_generate_a_janus_image(both):
     folder, results = both
-    tokens = draw_janus(load(JanusForConditionalGeneration, folder / "janus"))
+    tokens = generate_janus(load(JanusForConditionalGeneration, folder / "janus"))
     assert [result["janus"] for result in results] == [tokens, tokens]
 
 
 def test_two_processes_generate_a_glm_image_image(both):
     folder, results = both
-    tokens = draw_glm(load(GlmImageForConditionalGeneration, folder / "glm"))
+    tokens = generate_glm(load(GlmImageForConditionalGeneration, folder / "glm"))
     assert [result["glm"] for result in results] == [tokens, tokens]
 
 

@@ -1,6 +1,6 @@
 """Slots in 8 bits: errors within their bounds, plain loops, bytes, and codes that move with their scales.
 
-What a trained model still draws is shown by one picture here; scores are in docs/results.md.
+One image shows that a trained model still meets its caption; docs/results.md has the accuracy.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.caches import draw_picture, feed, half_drawn, mixed_map, move_and_go_on, random_states
+from helpers.caches import feed, generate_image, half_generated, mixed_map, move_and_go_on, random_states
 from helpers.compiling import needs_compiler, static_addresses
 from helpers.models import left_padded_prompts, tiny_janus, tiny_llama
 from helpers.plain_loops import runs, same_as_plain_loops
@@ -140,11 +140,11 @@ def test_codes_and_scales_move_with_their_tokens(kv_dtype, dtype, kind):
 def test_any_attention_serves_where_no_query_is_needed(kv_dtype):
     head_map = HeadMap.uniform("spatial", num_layers=2, num_kv_heads=2, grid=(6, 6))
     caches = [SSDCache(head_map, 16, buffer=3, kv_dtype=kv_dtype) for _ in range(2)]
-    drawn = [
-        draw_picture(tiny_janus(grid_side=6, attn_implementation=name), cache, do_sample=False)
+    generated = [
+        generate_image(tiny_janus(grid_side=6, attn_implementation=name), cache, do_sample=False)
         for name, cache in zip(("sdpa", "ssd"), caches, strict=True)
     ]
-    assert torch.equal(*drawn)
+    assert torch.equal(*generated)
 
 
 @both
@@ -173,7 +173,7 @@ def test_nbytes_is_the_formula_and_that_of_the_tensors(kv_dtype, dtype, budget):
     cache = SSDCache(mixed_map(), budget, buffer=3, num_recent=2, kv_dtype=kv_dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert draw_picture(model, cache).shape == (3, 36)
+        assert generate_image(model, cache).shape == (3, 36)
     rows, prompt, head_dim, heads = 6, 9, 16, 4  # guidance doubles the rows
     slots = sum(sum(layer.plan.num_slots) for layer in cache.layers)
     assert cache.nbytes == rows * 2 * (heads * prompt * head_dim * dtype.itemsize + slots * (head_dim + 4))
@@ -193,7 +193,7 @@ def test_nbytes_is_the_formula_and_that_of_the_tensors(kv_dtype, dtype, budget):
 
 def test_without_kv_dtype_nothing_is_quantised():
     cache = SSDCache(mixed_map(), 14, buffer=3)
-    draw_picture(tiny_janus(grid_side=6), cache)
+    generate_image(tiny_janus(grid_side=6), cache)
     assert {type(store) for layer in cache.layers for store in layer.stores} == {SlotStore}
     assert "kv_dtype" not in repr(cache)
 
@@ -215,15 +215,15 @@ def test_a_full_budget_is_quantised_and_near_the_full_cache(kv_dtype):
 # --- state that moves as one
 
 
-def half_drawn_in_8_bits(kv_dtype, rows=None):
-    return half_drawn({"spatial": 9, "semantic": 13}, rows, num_recent=3, kv_dtype=kv_dtype)
+def half_generated_in_8_bits(kv_dtype, rows=None):
+    return half_generated({"spatial": 9, "semantic": 13}, rows, num_recent=3, kv_dtype=kv_dtype)
 
 
 @both
 @pytest.mark.parametrize("move", ["reorder", "select", "repeat"])
 def test_rows_move_with_their_scales(kv_dtype, move):
     rows = torch.tensor({"reorder": [2, 0, 0], "select": [1, 2], "repeat": [0, 0, 1, 1, 2, 2]}[move])
-    moved, expected = half_drawn_in_8_bits(kv_dtype), half_drawn_in_8_bits(kv_dtype, rows)
+    moved, expected = half_generated_in_8_bits(kv_dtype), half_generated_in_8_bits(kv_dtype, rows)
     move_and_go_on(moved, expected, move, rows)
     assert moved.nbytes == expected.nbytes
 
@@ -232,17 +232,17 @@ def test_rows_move_with_their_scales(kv_dtype, move):
 def test_reset_makes_it_as_new(kv_dtype):
     model = tiny_janus(grid_side=6)
     cache = SSDCache(mixed_map(), 14, buffer=3, kv_dtype=kv_dtype)
-    first = draw_picture(model, cache)
+    first = generate_image(model, cache)
     cache.reset()
     assert cache.get_seq_length() == 0
-    draw_picture(model, cache, lengths=(4,), seed=5)
+    generate_image(model, cache, lengths=(4,), seed=5)
     cache.reset()
-    assert torch.equal(draw_picture(model, cache), first)
+    assert torch.equal(generate_image(model, cache), first)
 
 
 @both
 def test_a_deep_copy_goes_on_alike_and_apart(kv_dtype):
-    original = half_drawn_in_8_bits(kv_dtype)
+    original = half_generated_in_8_bits(kv_dtype)
     copied = copy.deepcopy(original)
     for step in range(12):
         states = random_states(3, 1, 50 + step)
@@ -260,15 +260,15 @@ def test_a_deep_copy_goes_on_alike_and_apart(kv_dtype):
 @pytest.mark.parametrize(
     ("kv_dtype", "budget"), [("int8", {"spatial": 30, "semantic": 50}), ("fp8", 0.4)], ids=["two stores", "one"]
 )
-def test_compiled_steps_draw_eagers_tokens(kv_dtype, budget):
+def test_compiled_steps_generate_eagers_tokens(kv_dtype, budget):
     torch._dynamo.reset()
     counters.clear()
     labels = HeadMap(torch.tensor([[True, False]]), grid=(12, 12))
     model = tiny_janus(layers=1, grid_side=12)
     eager, fast = (SSDCache(labels, budget, buffer=12, kv_dtype=kv_dtype) for _ in range(2))
-    expected = draw_picture(model, eager, do_sample=False)
+    expected = generate_image(model, eager, do_sample=False)
     with fast_decode(model):
-        assert torch.equal(draw_picture(model, fast, do_sample=False), expected)
+        assert torch.equal(generate_image(model, fast, do_sample=False), expected)
     assert counters["stats"]["unique_graphs"] == 1
     for mine, other in zip(fast.layers[0].stores, eager.layers[0].stores, strict=True):
         held = slice(other.num_stored)
@@ -276,7 +276,7 @@ def test_compiled_steps_draw_eagers_tokens(kv_dtype, budget):
 
 
 @both
-def test_nothing_moves_in_memory_while_a_picture_is_drawn(kv_dtype):
+def test_nothing_moves_in_memory_while_an_image_is_generated(kv_dtype):
     """What a recorded CUDA graph lives by; it reads codes and scales, so their addresses count too."""
     model = tiny_llama()
     ids = torch.randint(10, 40, (2, 100))
@@ -321,12 +321,12 @@ def test_an_unknown_kv_dtype_is_refused(kv_dtype, message):
         SSDCache(mixed_map(), 0.5, kv_dtype=kv_dtype)
 
 
-def test_the_bundled_model_draws_its_prompt():
+def test_the_bundled_model_generates_its_prompt():
     bundled = find_generator(BUNDLED).load("float32", "cpu")
     caption = "a photo of a red circle and a blue square"
     cache = SSDCache(bundled.checkpoint.head_map(), kv_dtype="int8")
-    drawn = bundled.generate([caption], cache, seed=0)
-    verdict = judge(drawn[0], caption)
+    generated = bundled.generate([caption], cache, seed=0)
+    verdict = judge(generated[0], caption)
     assert verdict.correct, verdict.reason
     stats = cache.memory_stats()
     # a fifth of the visual tokens, at 36 bytes for 128, and the prompt whole

@@ -536,7 +536,7 @@ def test_what_does_not_fit_side_by_side_goes_on_below():
         assert (top, left) == (tops[2 * (place // 3) + row], lefts[place % 3])
 
 
-def test_nothing_touches_the_rim_and_captions_are_drawn():
+def test_nothing_touches_the_rim_and_captions_are_printed():
     sheet = contact_sheet({"policy\n12.3 MB\n4.5x": squares(2)}, ["a word", "another " * 200], 2)
     pixels = np.asarray(sheet)
     for rim in (pixels[:4], pixels[-4:], pixels[:, :4], pixels[:, -4:]):

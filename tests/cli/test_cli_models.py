@@ -186,11 +186,11 @@ GENEVAL = {"prompt": "a red circle", "tag": "single_object", "include": [{"class
 
 def test_geneval_is_exported_in_a_stated_grid(run):
     Path("p.jsonl").write_text(json.dumps(GENEVAL))
-    options = ["--prompts-file", "p.jsonl", "--policy", "online", "--budget", "18", "--samples", 2, "-o", "pictures"]
+    options = ["--prompts-file", "p.jsonl", "--policy", "online", "--budget", "18", "--samples", 2, "-o", "images"]
     result = run("eval geneval export", "emu3", *options)
     assert result.exit_code == 0, result.output
-    pictures = sorted(Path("pictures").rglob("*.png"))
-    assert [Image.open(path).size for path in pictures] == [(48, 48)] * 2
+    images = sorted(Path("images").rglob("*.png"))
+    assert [Image.open(path).size for path in images] == [(48, 48)] * 2
 
 
 REFUSED = [

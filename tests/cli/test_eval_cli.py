@@ -1,6 +1,6 @@
 """`ssd-cache eval geneval|dpg|fid|clipscore`, from options to files, with small random models that are saved on disk.
 
-The pictures are noise and the scores mean nothing. That pictures are the library's own, survive a kill bit for bit, and
+The images are noise and the scores mean nothing. That images are the library's own, survive a kill bit for bit, and
 are scored by the rules is tested; the rules themselves are held in test_geneval.py and test_dpg.py.
 """
 
@@ -55,7 +55,7 @@ QUESTIONS = [  # item, id, dependency, tuple, question
     ("whoops5", "1", "0", "global - - (photo)", "Is this a photo ?"),
     ("vrd7", "1", "0", "entity - whole (dog)", "Is there a dog ?"),
 ]
-DRAW = ("--budget", "0.5", "--batch-size", "4", "--device", "cpu")
+SETTINGS = ("--budget", "0.5", "--batch-size", "4", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def run(*arguments):
 
 def export_arguments(bench, model, output, *more):
     prompts = {"geneval": ("--prompts-file", "g.jsonl", "--samples", 2), "dpg": ("--prompts-file", "d.jsonl")}[bench]
-    return [bench, "export", "--model", model, "--output", output, *prompts, *DRAW, *more]
+    return [bench, "export", "--model", model, "--output", output, *prompts, *SETTINGS, *more]
 
 
 @pytest.fixture
@@ -116,9 +116,9 @@ def export(model):
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory, model):
+def generated(tmp_path_factory, model):
     """Folders of both benchmarks, generated once; tests get copies."""
-    folder = tmp_path_factory.mktemp("drawn")
+    folder = tmp_path_factory.mktemp("generated")
     write_inputs(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -131,15 +131,15 @@ def drawn(tmp_path_factory, model):
 
 
 @pytest.fixture
-def geneval(drawn, tmp_path):
+def geneval(generated, tmp_path):
     """A copy of GenEval's folder, as `out`."""
-    return shutil.copytree(drawn / "geneval", tmp_path / "out")
+    return shutil.copytree(generated / "geneval", tmp_path / "out")
 
 
 @pytest.fixture
-def dpg(drawn, tmp_path):
+def dpg(generated, tmp_path):
     """A copy of DPG-Bench's folder, as `out`."""
-    return shutil.copytree(drawn / "dpg", tmp_path / "out")
+    return shutil.copytree(generated / "dpg", tmp_path / "out")
 
 
 @pytest.fixture
@@ -188,9 +188,9 @@ def test_geneval_is_generated_into_the_official_layout(export, model):
             cache = SSDCache(head_map(), 0.5)
             tokens = generator.generate([texts[i] for i in part], cache, seed=hashed_seed(42, batch))
         for number, image in zip(part, generator.to_images(tokens), strict=True):
-            with Image.open(places[number]) as picture:
-                assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (PIXELS, PIXELS))
-                assert picture.tobytes() == image.convert("RGB").tobytes()
+            with Image.open(places[number]) as written:
+                assert (written.format, written.mode, written.size) == ("PNG", "RGB", (PIXELS, PIXELS))
+                assert written.tobytes() == image.convert("RGB").tobytes()
     settings = json.loads(Path("out/settings.json").read_text("utf-8"))
     expected = {"policy": "ssd", "budget": 0.5, "num_slots": 32, "seed": 42, "guidance_scale": 3, "dtype": "float32"}
     expected |= {"head_map": head_map().digest, "num_prompts": 3, "num_samples": 2, "batch_size": 4}
@@ -203,7 +203,7 @@ def test_an_export_uses_a_maps_own_settings_and_names_them(export, model):
     torch.manual_seed(0)
     own = replace(head_map(), budget=[[20, 40], [26, 18]], learned=random_score(2, 2, 16, (SIDE, SIDE)))
     own.save_pretrained("own")
-    arguments = ("--prompts-file", "g.jsonl", "--samples", 2, *DRAW[2:], "--head-map", "own")  # without a budget
+    arguments = ("--prompts-file", "g.jsonl", "--samples", 2, *SETTINGS[2:], "--head-map", "own")  # without a budget
     result = run("geneval", "export", "--model", model, "--output", "default", *arguments)
     assert result.exit_code == 0, result.output
     settings = json.loads(Path("default/settings.json").read_text("utf-8"))
@@ -220,8 +220,8 @@ def test_an_export_uses_a_maps_own_settings_and_names_them(export, model):
         warnings.simplefilter("ignore")
         tokens = generator.generate(texts[:4], SSDCache(own), seed=hashed_seed(42, 0))
     image = generator.to_images(tokens)[0]
-    with Image.open("default/00000/samples/00000.png") as picture:
-        assert picture.tobytes() == image.convert("RGB").tobytes()
+    with Image.open("default/00000/samples/00000.png") as written:
+        assert written.tobytes() == image.convert("RGB").tobytes()
 
     result = run("geneval", "export", "--model", model, "--output", "equal", *arguments, "--policy", "ssd")
     assert result.exit_code == 0, result.output
@@ -243,8 +243,8 @@ def test_dpg_is_generated_as_sheets(dpg, model):
 
 
 @pytest.mark.parametrize("bench", ["geneval", "dpg"])
-def test_only_missing_images_are_generated_again(drawn, export, bench):
-    shutil.copytree(drawn / bench, "out")
+def test_only_missing_images_are_generated_again(generated, export, bench):
+    shutil.copytree(generated / bench, "out")
     whole = contents("out")
     lost = Path("out/00001/samples/00000.png" if bench == "geneval" else "out/vrd7.png")
     lost.unlink()
@@ -258,7 +258,7 @@ def test_only_missing_images_are_generated_again(drawn, export, bench):
     assert "(0 generated now; " in export(bench, "out").stdout
 
 
-def test_a_killed_run_ends_like_an_uninterrupted_one(drawn, export, child):
+def test_a_killed_run_ends_like_an_uninterrupted_one(generated, export, child):
     process = child("geneval", "killed")
     deadline = time.monotonic() + 300
     while not list(Path("killed").rglob("[!.]*.png")):
@@ -269,10 +269,10 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(drawn, export, child):
     process.wait()
     assert len(list(Path("killed").rglob("[!.]*.png"))) < 6, "it was too fast to be killed in between"
     assert export("geneval", "killed").exit_code == 0
-    assert contents("killed") == contents(drawn / "geneval")
+    assert contents("killed") == contents(generated / "geneval")
 
 
-def test_two_processes_generate_the_same_as_one(drawn, child):
+def test_two_processes_generate_the_same_as_one(generated, child):
     pytest.importorskip("accelerate")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -284,7 +284,7 @@ def test_two_processes_generate_the_same_as_one(drawn, child):
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "both: 12 of 12 images (2 processes; " in outputs[0][0]
     assert (outputs[1][0], "generating" in outputs[1][1]) == ("", False)
-    assert contents("both") == contents(drawn / "dpg")
+    assert contents("both") == contents(generated / "dpg")
 
 
 def test_a_folder_with_other_settings_is_refused(geneval, export):
@@ -306,7 +306,7 @@ def test_a_folder_with_other_settings_is_refused(geneval, export):
     assert "num_prompts 3 there, 1 now" in export("geneval", "out").stderr
     assert contents("out") == before
     Path("mine").mkdir()
-    Path("mine/notes.txt").write_text("no picture", "utf-8")
+    Path("mine/notes.txt").write_text("no image", "utf-8")
     assert "it is not empty and has no settings.json" in export("geneval", "mine").stderr
 
 
@@ -523,8 +523,8 @@ def test_a_model_that_answers_no_questions_is_refused(dpg, judges):
 class Moments(torch.nn.Module):
     """Stands in for StyleGAN's Inception, with its signature: the mean of each colour."""
 
-    def forward(self, pictures: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        means = pictures.float().mean(dim=(2, 3))
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        means = images.float().mean(dim=(2, 3))
         return means if return_features else means.softmax(-1)
 
 
@@ -554,8 +554,8 @@ def test_fid_is_the_frechet_distance_of_features(inception):
     noise("b", 12, 90, 160, name="below/{}.jpg")
     features = []
     for folder in ("a", "b"):
-        pictures = [np.array(picture.open(), dtype=float) for picture in find_images(folder)]
-        features.append(np.array([picture.mean((0, 1)) for picture in pictures]))
+        images = [np.array(image.open(), dtype=float) for image in find_images(folder)]
+        features.append(np.array([image.mean((0, 1)) for image in images]))
     (first, second), covariances = [part.mean(0) for part in features], [np.cov(part.T) for part in features]
     root = scipy.sqrtm(covariances[0] @ covariances[1]).real
     expected = ((first - second) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
@@ -565,7 +565,7 @@ def test_fid_is_the_frechet_distance_of_features(inception):
     assert summary["value"] == pytest.approx(expected, rel=1e-3)  # features and their mean in float32
     assert (summary["num_images"], summary["num_references"]) == (9, 12)
     assert "with fewer than 10000 images an FID is too high" in " ".join(result.stdout.split())
-    Path("a/0.png").write_bytes(b"no picture")
+    Path("a/0.png").write_bytes(b"no image")
     result = run("fid", "a", "--reference", "b", "--inception", inception)
     assert result.exit_code == 2
     assert "a/0.png: the image cannot be read" in result.stderr
@@ -574,16 +574,16 @@ def test_fid_is_the_frechet_distance_of_features(inception):
 def test_fid_takes_any_module(inception):
     pytest.importorskip("torchmetrics")
     noise("a", 5, 40, 200)
-    pictures = find_images("a")
+    images = find_images("a")
 
     class Plain(torch.nn.Module):
-        def forward(self, pictures):
-            return pictures.float().mean((2, 3))
+        def forward(self, images):
+            return images.float().mean((2, 3))
 
-    assert fid(pictures, pictures, Plain()).value == pytest.approx(0, abs=0.05)  # of a spread of about 2000, in float32
-    assert fid(pictures, pictures, load_inception(inception)).value == pytest.approx(0, abs=0.05)
+    assert fid(images, images, Plain()).value == pytest.approx(0, abs=0.05)  # of a spread of about 2000, in float32
+    assert fid(images, images, load_inception(inception)).value == pytest.approx(0, abs=0.05)
     with pytest.raises(MetricsError, match="1 images and 5 references: FID needs two or more of each"):
-        fid(pictures[:1], pictures, Plain())
+        fid(images[:1], images, Plain())
 
 
 def test_fid_says_what_is_missing(monkeypatch):

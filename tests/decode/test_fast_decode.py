@@ -30,7 +30,7 @@ def _fresh_compiler():
     counters.clear()
 
 
-def draw(model, cache, lengths=(5, 9, 3), **kwargs):
+def generate(model, cache, lengths=(5, 9, 3), **kwargs):
     inputs = left_padded_prompts(lengths)
     return model.generate(**inputs, generation_mode="image", **{CACHE: cache}, do_sample=False, **kwargs)
 
@@ -45,16 +45,16 @@ SETTINGS = {
 
 @needs_compiler
 @pytest.mark.parametrize("name", SETTINGS)
-def test_compiled_pictures_are_eager_pictures_and_compile_once(name):
+def test_compiled_images_are_eager_images_and_compile_once(name):
     model = tiny_janus(grid_side=12)
     eager = SSDCache(LABELS, **SETTINGS[name])
-    expected = draw(model, eager)
+    expected = generate(model, eager)
     fast = SSDCache(LABELS, **SETTINGS[name])
     with fast_decode(model):
-        assert torch.equal(draw(model, fast), expected)
+        assert torch.equal(generate(model, fast), expected)
         assert counters["stats"]["unique_graphs"] == 1
-        assert torch.equal(draw(model, SSDCache(LABELS, **SETTINGS[name])), expected)
-        assert counters["stats"]["unique_graphs"] == 1, "the second picture compiled again"
+        assert torch.equal(generate(model, SSDCache(LABELS, **SETTINGS[name])), expected)
+        assert counters["stats"]["unique_graphs"] == 1, "the second image compiled again"
     for ours, theirs in zip(fast.layers, eager.layers, strict=True):
         assert ours.get_seq_length() == theirs.get_seq_length()
         assert ours.has_kernel
@@ -73,9 +73,9 @@ def test_online_labels_are_found_in_compiled_steps():
     model = tiny_janus(grid_side=12)
     online = HeadMap.online(num_layers=2, num_kv_heads=2, grid=GRID)
     eager, fast = SSDCache(online, 0.4), SSDCache(online, 0.4)
-    expected = draw(model, eager)
+    expected = generate(model, eager)
     with fast_decode(model):
-        assert torch.equal(draw(model, fast), expected)
+        assert torch.equal(generate(model, fast), expected)
     assert fast.labels == eager.labels
 
 
@@ -94,10 +94,10 @@ def test_text_model_with_grouped_heads_and_left_padding():
 def test_other_sizes_compile_a_little_more_and_stay_right():
     model = tiny_janus(grid_side=12)
     sizes = [(5, 9, 3), (4,), (6, 6), (8, 3, 2, 7)]
-    expected = [draw(model, SSDCache(LABELS, 0.4), lengths=lengths) for lengths in sizes]
+    expected = [generate(model, SSDCache(LABELS, 0.4), lengths=lengths) for lengths in sizes]
     with fast_decode(model):
         for lengths, tokens in zip(sizes, expected, strict=True):
-            assert torch.equal(draw(model, SSDCache(LABELS, 0.4), lengths=lengths), tokens)
+            assert torch.equal(generate(model, SSDCache(LABELS, 0.4), lengths=lengths), tokens)
     assert counters["stats"]["unique_graphs"] <= 4
 
 
@@ -187,7 +187,7 @@ def test_enable_can_be_fast():
     assert "generate" not in vars(model)
 
 
-def test_steps_may_be_compiled_in_mid_picture_and_not():
+def test_steps_may_be_compiled_in_mid_image_and_not():
     """The decoder alone, step by step: eager and compiled steps in turn lead to the same states."""
     model = tiny_llama()
     tokens = torch.randint(10, 40, (2, 100))
@@ -206,8 +206,8 @@ def test_steps_may_be_compiled_in_mid_picture_and_not():
 
 
 @needs_compiler
-def test_a_picture_begun_inside_may_end_outside():
-    """The kernel that its prompt chose goes on, uncompiled, and the next picture is an eager one again."""
+def test_an_image_begun_inside_may_end_outside():
+    """The kernel that its prompt chose goes on, uncompiled, and the next image is an eager one again."""
     model = tiny_llama()
     tokens = torch.randint(10, 40, (2, 100))
     cache = SSDCache(LABELS, 0.4, buffer=10)
@@ -230,9 +230,9 @@ def test_a_picture_begun_inside_may_end_outside():
 
 def test_other_caches_are_left_alone():
     model = tiny_janus(grid_side=12)
-    expected = draw(model, DynamicCache())
+    expected = generate(model, DynamicCache())
     with fast_decode(model):
-        assert torch.equal(draw(model, DynamicCache()), expected)
+        assert torch.equal(generate(model, DynamicCache()), expected)
     assert counters["stats"]["unique_graphs"] == 0
 
 
@@ -248,7 +248,7 @@ def test_what_is_put_on_the_model_comes_off():
 
 def test_without_a_compiler_it_says_so_once_and_goes_on():
     model = tiny_janus(grid_side=12)
-    expected = draw(model, SSDCache(LABELS, 0.4))
+    expected = generate(model, SSDCache(LABELS, 0.4))
     # by torch's own patch: an entry that stands for another is gone once pytest's monkeypatch has put it back
     no_compiler = torch._inductor.config.patch({"cpp.cxx": ("/no/such/compiler",), "force_disable_caches": True})
     asked = (cpu_kernels.library, fused.passes_trial)
@@ -258,7 +258,7 @@ def test_without_a_compiler_it_says_so_once_and_goes_on():
         warnings.simplefilter("always")
         with fast_decode(model):
             for _ in range(2):
-                assert torch.equal(draw(model, SSDCache(LABELS, 0.4)), expected)
+                assert torch.equal(generate(model, SSDCache(LABELS, 0.4)), expected)
     for answer in asked:
         answer.cache_clear()
     told = [str(warning.message) for warning in caught if "fast_decode continues" in str(warning.message)]
@@ -270,7 +270,7 @@ def test_without_a_compiler_it_says_so_once_and_goes_on():
 @needs_compiler
 def test_where_its_loops_can_not_be_built_it_says_so_once_and_compiles_without(monkeypatch, tmp_path):
     model = tiny_janus(grid_side=12)
-    expected = draw(model, SSDCache(LABELS, 0.4))
+    expected = generate(model, SSDCache(LABELS, 0.4))
     (tmp_path / "loops.cpp").write_text("#error not for this processor")
     monkeypatch.setattr(cpu_kernels, "__file__", str(tmp_path / "loops.py"))
     asked = (cpu_kernels.library, fused.passes_trial)
@@ -280,7 +280,7 @@ def test_where_its_loops_can_not_be_built_it_says_so_once_and_compiles_without(m
         warnings.simplefilter("always")
         with fast_decode(model):
             cache = SSDCache(LABELS, 0.4)
-            assert torch.equal(draw(model, cache), expected)
+            assert torch.equal(generate(model, cache), expected)
     for answer in asked:
         answer.cache_clear()
     assert not any(layer.has_kernel for layer in cache.layers)

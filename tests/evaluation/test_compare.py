@@ -1,7 +1,7 @@
 """`ssd-cache eval compare`: differences of scored folders against a bootstrap in plain loops and closed forms.
 
 Most files are written here in the scorers' own types; those of the last part come from the scorers, with small random
-models. What differs between policies is not tested: the pictures are noise.
+models. What differs between policies is not tested: the images are noise.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def write(name, lines):
     return path
 
 
-def drawn(seed, share, num_prompts, num_samples=2):
+def sampled(seed, share, num_prompts, num_samples=2):
     """Words of random digits, of which a `share` is 1."""
     rng = random.Random(seed)
     return " ".join("".join(str(int(rng.random() < share)) for _ in range(num_samples)) for _ in range(num_prompts))
@@ -89,8 +89,8 @@ def shares(text):
 
 
 def test_the_bootstrap_equals_plain_loops():
-    first = {"single_object": drawn(1, 0.5, 9), "counting": drawn(2, 0.4, 15)}
-    second = {"single_object": drawn(3, 0.7, 9), "counting": drawn(4, 0.5, 15)}
+    first = {"single_object": sampled(1, 0.5, 9), "counting": sampled(2, 0.4, 15)}
+    second = {"single_object": sampled(3, 0.7, 9), "counting": sampled(4, 0.5, 15)}
     found = compare_results([write("a", geneval_lines(**first)), write("b", geneval_lines(**second))])
     row = next(row for row in found.rows if (row.task, row.results) == ("overall", "b"))
 
@@ -108,10 +108,10 @@ def test_the_bootstrap_equals_plain_loops():
         differences.append(difference)
     mean = sum(sum(shares(text)) / len(shares(text)) for text in second.values()) / 2
     assert row.score == pytest.approx(mean, abs=1e-12)
-    # a standard deviation of N draws is known to 1 / sqrt(2 N) of itself; four of these, of both sides
+    # a standard deviation of N samples is known to 1 / sqrt(2 N) of itself; four of these, of both sides
     assert row.standard_error == pytest.approx(np.std(scores), rel=4 * math.hypot(*2 * [1 / math.sqrt(2 * number)]))
     assert row.difference.difference == pytest.approx(np.mean(differences), abs=4 * np.std(differences) / number**0.5)
-    # a tail of 2.5% of N draws is known to 0.0025, which is 0.05 standard deviations; four of these
+    # a tail of 2.5% of N samples is known to 0.0025, which is 0.05 standard deviations; four of these
     low, high = np.quantile(differences, [0.025, 0.975])
     assert row.difference.low == pytest.approx(low, abs=0.2 * np.std(differences))
     assert row.difference.high == pytest.approx(high, abs=0.2 * np.std(differences))
@@ -307,12 +307,12 @@ REFUSED = {
     ),
     "a prompt's tag changed": ("g", geneval_with(1, tag="colors"), "1 to 2 results of a prompt; run the score command"),
     "other questions": ("d", dpg_lines(ANSWERS | {"0": ["11", "10"]}), "2 are in one of them only, such as '0 (2 q"),
-    "other numbers of pictures": (
+    "other numbers of images": (
         "g",
         geneval_lines(**{tag: " ".join(word[0] for word in text.split()) for tag, text in TAGS.items()}),
         "not comparable with a/results.jsonl (results of a prompt 2 there, 1 here); score both in the same way",
     ),
-    "a missing picture": ("g", geneval_lines(**TAGS)[:-1], "1 to 2 results of a prompt; run the score command"),
+    "a missing image": ("g", geneval_lines(**TAGS)[:-1], "1 to 2 results of a prompt; run the score command"),
     "no line": ("g", [], "b/results.jsonl: no result of a prompt; run the score command to its end; give a complete"),
     "something else": ("g", ['{"overall": 0.5}'], "line 1: 'filename' is missing"),
     "a summary": (

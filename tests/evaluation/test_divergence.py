@@ -56,7 +56,7 @@ def test_a_score_is_the_divergence_of_a_cache_with_that_head_alone_compressed(ge
         )
     found = measured.scores[f"divergence-{level}"][layer, head].item()
     assert found > 0
-    # drawn tokens are fed back by another road, so that sampling's rounding is all that may differ
+    # generated tokens are fed back by another road, so that sampling's rounding is all that may differ
     assert found == pytest.approx(total / len(PROMPTS), rel=1e-5)
 
 
@@ -119,13 +119,13 @@ def test_heads_are_measured_side_by_side_or_one_by_one(generator, profiled, meas
 
 
 def test_images_are_kept_batch_by_batch(generator, profiled, measured, tmp_path, monkeypatch):
-    state, settings, drawn = tmp_path / "state", {"batch_size": 2, "progress": False}, []
+    state, settings, generated = tmp_path / "state", {"batch_size": 2, "progress": False}, []
     generate = type(generator).generate
 
     def stops(self, prompts, cache=None, **keywords):
         if cache is None:
-            drawn.append(prompts)
-            if len(drawn) == 2:
+            generated.append(prompts)
+            if len(generated) == 2:
                 raise KeyboardInterrupt
         return generate(self, prompts, cache, **keywords)
 
@@ -133,7 +133,7 @@ def test_images_are_kept_batch_by_batch(generator, profiled, measured, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         measure_divergence(generator, PROMPTS, profiled, state_file=state, **settings)
     assert measure_divergence(generator, PROMPTS, profiled, state_file=state, **settings) == measured
-    assert drawn == [PROMPTS[:2], PROMPTS[2:], PROMPTS[2:]]
+    assert generated == [PROMPTS[:2], PROMPTS[2:], PROMPTS[2:]]
 
 
 def test_a_state_of_other_labels_at_a_level_or_of_another_cache_is_refused(generator, profiled, tmp_path, monkeypatch):

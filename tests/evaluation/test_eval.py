@@ -127,7 +127,7 @@ def test_results_of_equal_slots_are_not_mixed_with_fitted_ones_of_the_same_name(
         return run_of() | {"policies": plan.describe()}
 
     before = described("ssd,learned")
-    before["policies"]["learned"]["slots"] = {"0.2": 115}  # as an earlier version wrote it, and drew it
+    before["policies"]["learned"]["slots"] = {"0.2": 115}  # as an earlier version wrote it
     ResultsFolder(tmp_path, before).close()
     ResultsFolder(tmp_path, described("ssd")).close()  # which means what it meant
     with pytest.raises(ResultsError, match=r"policy learned: .*slots {'0.2': 115} there, {'0.2': \[\[60, 180\]"):
@@ -255,7 +255,7 @@ def test_the_bootstrap_of_six_prompts_has_the_binomial_distribution():
     # P(X <= 1) = 0.018, P(X <= 2) = 0.100, P(X <= 5) = 0.912
     assert (found.difference, found.low, found.high) == pytest.approx((1 / 3, -1 / 3, 1))
     assert found.num_prompts == 6
-    # P(X <= 3) = 0.320, doubled; standard error of 10,000 draws 0.0047, doubled, times 4
+    # P(X <= 3) = 0.320, doubled; standard error of 10,000 samples 0.0047, doubled, times 4
     assert found.p == pytest.approx(0.639, abs=0.038)
 
 
@@ -295,20 +295,20 @@ def test_differences_that_are_no_numbers_give_no_numbers(value):
     assert np.isnan([found.difference, found.low, found.high, found.p]).all()
 
 
-def test_the_bootstrap_equals_drawing_prompts_one_by_one():
+def test_the_bootstrap_equals_sampling_prompts_one_by_one():
     rng = np.random.default_rng(3)
     first, second = (
         {kind: {p: float(rng.random() < share) for p in range(30)} for kind in "ab"} for share in (0.8, 0.6)
     )
     found = compare(first, second)
-    drawn = np.zeros(20_000)
+    sampled = np.zeros(20_000)
     for kind in "ab":
         values = np.array([first[kind][p] - second[kind][p] for p in range(30)])
-        drawn += values[rng.integers(0, 30, (20_000, 30))].mean(1) / 2
-    assert found.difference == pytest.approx(drawn.mean(), abs=0.003)
-    # a percentile of 10,000 draws of a sum in steps of 1/60 may be off by one step
-    assert [found.low, found.high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=1 / 60 + 1e-9)
-    assert found.p == pytest.approx(2 * (drawn <= 1e-12).mean(), abs=0.01)
+        sampled += values[rng.integers(0, 30, (20_000, 30))].mean(1) / 2
+    assert found.difference == pytest.approx(sampled.mean(), abs=0.003)
+    # a percentile of 10,000 samples of a sum in steps of 1/60 may be off by one step
+    assert [found.low, found.high] == pytest.approx(np.quantile(sampled, [0.025, 0.975]), abs=1 / 60 + 1e-9)
+    assert found.p == pytest.approx(2 * (sampled <= 1e-12).mean(), abs=0.01)
 
 
 def test_equal_policies_differ_by_nothing_and_the_sign_turns_round():
@@ -424,7 +424,7 @@ def test_a_full_disk_keeps_the_lines_before(tmp_path, monkeypatch):
     assert read_records([tmp_path])[0] == [record(), record(prompt=1)]
 
 
-def test_processes_share_every_batch_and_draw_none_twice():
+def test_processes_share_every_batch_and_generate_none_twice():
     prompts = shapes_prompts(2, 1)
     assert [kind for kind, _ in prompts] == 2 * list(KINDS)
     plan = Plan(parse_policies("full,ssd"), [0.2, 0.5], [0, 7], prompts, 5, HEAD_MAP, {})
@@ -449,7 +449,7 @@ def test_seeds_of_torch_depend_on_sample_and_batch_alone():
 
 
 def lines_of(shares, num_per_kind=20):
-    """Records whose share of correct pictures is about as asked, spread over the kinds."""
+    """Records whose share of correct images is about as asked, spread over the kinds."""
     rng = np.random.default_rng(0)
     prompts = shapes_prompts(num_per_kind, 1)
     return [
@@ -499,7 +499,7 @@ def run(tmp_path, monkeypatch):
 def test_the_report_is_made_from_the_lines_of_several_folders(run):
     records = lines_of(SHARES)
     write_results(Path("a"), records[:400])
-    write_results(Path("b"), records[360:])  # some pictures twice
+    write_results(Path("b"), records[360:])  # some images twice
     result = run("report", "a", "b", "--output", "new/report")
     assert result.exit_code == 0, result.output
     text = Path("new/report/results.md").read_text()
@@ -605,7 +605,7 @@ def test_the_plot_stands_many_policies_and_one_budget():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder with a random Janus of two layers that draws 24 x 24 tokens of the palette."""
+    """A folder with a random Janus of two layers that generates 24 x 24 tokens of the palette."""
     folder = tmp_path_factory.mktemp("noise") / "model"
     other = tiny_janus()
     config = other.config
@@ -677,7 +677,7 @@ def test_a_killed_run_goes_on_to_the_lines_of_an_unbroken_one(model, unbroken, t
     assert 0 < len(kept) < 12
     path.write_text(
         "".join(kept[:-2]) + kept[-2][:50]
-    )  # as if killed in the midst of a line, of a picture within a batch
+    )  # as if killed in the midst of a line, of an image within a batch
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["eval", *arguments_of(model, "results")])
     assert result.exit_code == 0, result.output
@@ -692,7 +692,7 @@ def test_two_processes_go_on_where_one_stopped(model, unbroken, tmp_path):
     results.mkdir()
     (results / "run.json").write_bytes((unbroken / "run.json").read_bytes())
     done = (unbroken / "results-0.jsonl").read_text().splitlines(keepends=True)[:4]
-    (results / "results-0.jsonl").write_text("".join(done))  # four pictures of the first batch
+    (results / "results-0.jsonl").write_text("".join(done))  # four images of the first batch
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -709,7 +709,7 @@ def test_two_processes_go_on_where_one_stopped(model, unbroken, tmp_path):
     assert "visual tokens" not in outputs[1][1]
 
 
-def test_what_is_there_is_not_drawn_again(model, unbroken, monkeypatch):
+def test_what_is_there_is_not_generated_again(model, unbroken, monkeypatch):
     monkeypatch.setattr(JanusForConditionalGeneration, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     before = lines(unbroken)
     result = CliRunner().invoke(app, ["eval", *arguments_of(model, unbroken)])
@@ -737,7 +737,7 @@ def test_an_interruption_says_how_to_go_on(model, tmp_path, monkeypatch):
     assert "keeps 0 images: run the same command again to resume" in result.stderr.splitlines()[-1]
 
 
-def test_models_that_draw_another_world_are_refused(run, tmp_path):
+def test_models_that_generate_another_world_are_refused(run, tmp_path):
     config = tiny_janus(grid_side=8).config
     config.save_pretrained(tmp_path / "small")
     result = run("shapes", "--model", tmp_path / "small")

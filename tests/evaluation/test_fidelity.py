@@ -165,12 +165,12 @@ def test_every_number_is_that_of_plain_loops(monkeypatch, family):
         feeds.append({name: value for name, value in kwargs.items() if name != CACHE})
 
     hook = generator.model.get_decoder().register_forward_pre_hook(keep, with_kwargs=True)
-    drawing = {"guidance_scale": guidance, "temperature": temperature, "seed": 5}
-    tokens = generator.generate(PROMPTS, DynamicCache(), **drawing)
+    sampling = {"guidance_scale": guidance, "temperature": temperature, "seed": 5}
+    tokens = generator.generate(PROMPTS, DynamicCache(), **sampling)
     hook.remove()
     assert len(feeds) == CELLS
     results = measure_fidelity(
-        generator, PROMPTS, {name: lambda s=s: SSDCache(labels, **s) for name, s in SETTINGS.items()}, **drawing
+        generator, PROMPTS, {name: lambda s=s: SSDCache(labels, **s) for name, s in SETTINGS.items()}, **sampling
     )
     full_scores, full = plain_run(
         generator, monkeypatch, feeds, lambda layer, head: ReferenceHead("spatial", CELLS, CELLS, 1, 0, 0)
@@ -238,19 +238,19 @@ def test_nothing_is_lost_where_nothing_is_evicted(family):
         assert result.budget == 1.0
 
 
-def test_the_pictures_are_those_of_the_full_cache_and_given_tokens_are_fed():
+def test_the_images_are_those_of_the_full_cache_and_given_tokens_are_fed():
     generator, labels = make_generator("janus"), HeadMap(LABELS, GRID)
     caches = {"h2o": lambda: SSDCache.from_policy("h2o", labels, 12, buffer=3)}
-    drawn = measure_fidelity(generator, PROMPTS, caches, seed=7)["h2o"]
+    generated = measure_fidelity(generator, PROMPTS, caches, seed=7)["h2o"]
     tokens = generator.generate(PROMPTS, DynamicCache(), temperature=1.0, seed=7)
-    assert torch.equal(drawn.tokens, tokens)
+    assert torch.equal(generated.tokens, tokens)
     again = measure_fidelity(generator, PROMPTS, caches, seed=8, tokens=tokens)["h2o"]
     for name in ("tokens", "kl", "agrees", "attention_error", "retained"):
-        assert torch.equal(getattr(again, name), getattr(drawn, name)), name
+        assert torch.equal(getattr(again, name), getattr(generated, name)), name
     others = torch.randint(0, 32, (2, CELLS), generator=torch.Generator().manual_seed(0))
     other = measure_fidelity(generator, PROMPTS, caches, tokens=others)["h2o"]
     assert torch.equal(other.tokens, others)
-    assert not torch.equal(other.kl, drawn.kl)
+    assert not torch.equal(other.kl, generated.kl)
 
 
 def test_caches_beside_do_not_matter_and_less_budget_holds_less():
@@ -271,7 +271,7 @@ def test_caches_beside_do_not_matter_and_less_budget_holds_less():
         assert (result.kl[:, budget] > 0).all()
 
 
-def test_labels_found_while_drawing_are_told():
+def test_labels_found_during_generation_are_told():
     generator = make_generator("janus")
     online = HeadMap.online(num_layers=2, num_kv_heads=2, grid=GRID)
     kept = []
@@ -372,7 +372,7 @@ def test_sums_are_means_of_what_was_measured():
         retained=torch.tensor([[[1.0, 0.8]], [[0.5, 0.6]], [[0.6, 0.1]]]),
     )
     assert result.mean_kl == 2.0
-    assert result.kl_standard_error == pytest.approx(math.sqrt(2) / math.sqrt(2))  # pictures have 1 and 3
+    assert result.kl_standard_error == pytest.approx(math.sqrt(2) / math.sqrt(2))  # images have 1 and 3
     assert result.agreement == pytest.approx(4 / 6)
     assert result.mean_attention_error == pytest.approx(0.2)
     assert result.mean_retained == pytest.approx(0.6)

@@ -1,4 +1,4 @@
-"""Maps of generators that draw a preview before the picture: their cells, files, and what a cache makes of them."""
+"""Maps of generators with a draft grid before the image: their cells, their files, and their use by a cache."""
 
 from __future__ import annotations
 

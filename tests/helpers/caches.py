@@ -21,7 +21,7 @@ def mixed_map(layers=2, kv_heads=2, grid=GRID, learned=None):
     return HeadMap(is_spatial, grid=grid, learned=learned)
 
 
-def draw_picture(model, cache, lengths=(5, 9, 3), seed=0, **kwargs):
+def generate_image(model, cache, lengths=(5, 9, 3), seed=0, **kwargs):
     torch.manual_seed(seed)
     kwargs = {"do_sample": True, "guidance_scale": 5.0, **kwargs}
     return model.generate(**left_padded_prompts(lengths), generation_mode="image", **{CACHE: cache}, **kwargs)
@@ -42,7 +42,7 @@ def feed(cache, states, rows=None):
     return torch.stack(outputs)
 
 
-def half_drawn(budget, rows=None, **settings):
+def half_generated(budget, rows=None, **settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cache = SSDCache(mixed_map(), budget, **{"buffer": 4, "num_recent": 2, **settings})

@@ -34,14 +34,14 @@ BOS, EOS, PAD, BOI = 1, 2, 0, 4
 
 
 def random_score(num_layers, kv_heads, head_dim, grid) -> LearnedScore:
-    """A learned score of numbers drawn at random."""
+    """A learned score with random weights."""
     shape, (rows, columns) = (num_layers, kv_heads), grid
     sizes = {"key": (head_dim,), "value": (head_dim,), "row": (rows, rows), "column": (rows, columns)}
     return LearnedScore(**{name: torch.randn(*shape, *size) for name, size in sizes.items()})
 
 
 def tiny_janus(*, layers=2, hidden=32, heads=2, grid_side=24, seed=0, attn_implementation="ssd"):
-    """A Janus whose pictures have `grid_side` squared visual tokens."""
+    """A Janus whose images have `grid_side` squared visual tokens."""
     torch.manual_seed(seed)
     config = JanusConfig(
         text_config={
@@ -180,7 +180,7 @@ def emu3_processor():
 
 
 def tiny_emu3(processor, *, layers=2, heads=4, kv_heads=2, hidden=32, seed=0, attn_implementation="ssd"):
-    """An Emu3 with grouped KV heads, whose pictures are of any size."""
+    """An Emu3 with grouped KV heads, whose images are of any size."""
     torch.manual_seed(seed)
     vocabulary = processor.tokenizer.get_vocab()
     config = Emu3Config(
@@ -229,14 +229,14 @@ def glm_image_processor():
     codes = [f"<|code {code}|>" for code in range(GLM_CODES)]
     words = ["a", "photo", "of", "red", "blue", "circle", "square"]
     tokenizer = words_tokenizer(words, GLM_TOKENS, first=[*codes, "<bos>", "<eos>"])
-    pictures = GlmImageImageProcessorPil(
+    images = GlmImageImageProcessorPil(
         patch_size=16, temporal_patch_size=1, merge_size=1, min_pixels=32 * 32, max_pixels=512 * 512
     )
-    return GlmImageProcessor(pictures, tokenizer, chat_template=GLM_TEMPLATE)
+    return GlmImageProcessor(images, tokenizer, chat_template=GLM_TEMPLATE)
 
 
 def tiny_glm_image(processor, *, layers=2, seed=0, attn_implementation="ssd"):
-    """GLM-Image's autoregressive part with two KV heads and M-RoPE, whose pictures are of any size."""
+    """GLM-Image's autoregressive part with two KV heads and M-RoPE, whose images are of any size."""
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer
     config = GlmImageConfig(
@@ -313,6 +313,6 @@ def glm_image_pipeline(model=None, processor=None):
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
     )
     pipe.set_progress_bar_config(disable=True)
-    # random weights end a picture early, which a trained model does not: forbid it
+    # random weights end an image early, which a trained model does not: forbid it
     pipe.vision_language_encoder.generation_config.suppress_tokens = [GLM_CODES, GLM_CODES + 1]
     return pipe

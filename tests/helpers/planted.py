@@ -1,6 +1,6 @@
 """A Janus whose heads are known by construction: all weights are set by hand, nothing is random.
 
-It draws one fixed picture at temperature 0. A token's id tells its column, the first grid row has ids of its own, and
+It generates one fixed image at temperature 0. A token's id encodes its column, the first grid row has other ids, and
 the attention's output is multiplied by 0, so what heads look at changes nothing. The kinds of head:
 
 - "above": at the token right above, by the phases of RoPE on constant queries and keys;
@@ -30,7 +30,7 @@ NORM = math.sqrt(4 * HEAD_DIM / 2)
 
 
 def planted_generator():
-    """A `Generator` with two layers of four heads that look where `LOOKS` says, and pictures of 8 x 8 tokens."""
+    """A `Generator` with two layers of four heads that look where `LOOKS` says, and images of 8 x 8 tokens."""
     model = tiny_janus(layers=len(LOOKS), hidden=4 * HEAD_DIM, heads=4, grid_side=SIDE)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -59,7 +59,7 @@ def _plant_head(attention, dims, look):
         query[:half, ONE], query[half:, ONE] = 32 * angles.cos(), -32 * angles.sin()
         key[:half, ONE] = 1
     else:
-        query[half - 1, ONE] = 24  # the slowest pair hardly turns within a picture
+        query[half - 1, ONE] = 24  # the slowest pair hardly turns within an image
         key[half - 1, list(TARGETS[look])] = 1
     attention.q_proj.weight[dims], attention.k_proj.weight[dims] = query / NORM, key / NORM
 
@@ -92,7 +92,7 @@ def _plant_succession(janus):
 
 
 def planted_tokens():
-    """The picture that it draws, `[cells]`."""
+    """The image that it generates, `[cells]`."""
     rows = torch.arange(SIDE).repeat(SIDE, 1)
     rows[0] += SIDE
     return rows.flatten()

@@ -1,6 +1,6 @@
 """One of the processes of a tensor parallel model; test_devices.py starts them and reads the JSON that each prints.
 
-It is no test: it draws with the caches of `CASES`, which the test draws with in one process.
+It is not a test: it generates with the caches of `CASES`, with which the test also generates in one process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CASES = {
 JANUS_MAP = HeadMap(torch.tensor([[True, False], [False, True]]), (SIDE, SIDE))
 
 
-def draw(model, head_map, settings):
+def generate(model, head_map, settings):
     """Tokens, and the cache's bytes, of two prompts with padding, sampled."""
     torch.manual_seed(0)
     with enable(model, head_map, **settings):
@@ -47,7 +47,7 @@ def draw(model, head_map, settings):
     return output.sequences.tolist(), output.past_key_values.nbytes
 
 
-def draw_janus(model):
+def generate_janus(model):
     """Visual tokens with guidance."""
     torch.manual_seed(0)
     with enable(model, JANUS_MAP, budget=14, buffer=4):
@@ -56,8 +56,8 @@ def draw_janus(model):
         ).tolist()
 
 
-def draw_glm(model):
-    """Preview and picture, of prompts with padding."""
+def generate_glm(model):
+    """Preview and image, of prompts with padding."""
     generator = generator_of(model, glm_image_processor(), (8, 4))
     head_map = HeadMap(JANUS_MAP.is_spatial, (8, 4), previews=[(22, 11)])
     with enable(model, head_map, budget=0.2):
@@ -75,8 +75,8 @@ def load(family, folder, **kwargs):
 def errors(model, rank):
     """What is refused, by name."""
     cases = {
-        "unlike maps": lambda: draw(model, MIXED if rank == 0 else ~MIXED, {"budget": 14, "buffer": 4}),
-        "unlike budgets": lambda: draw(model, MIXED, {"budget": 14 + rank, "buffer": 4}),
+        "unlike maps": lambda: generate(model, MIXED if rank == 0 else ~MIXED, {"budget": 14, "buffer": 4}),
+        "unlike budgets": lambda: generate(model, MIXED, {"budget": 14 + rank, "buffer": 4}),
         "not told": lambda: model.generate(torch.ones(1, 4, dtype=torch.long), past_key_values=SSDCache(MIXED, 1.0)),
         "profile": lambda: profile_heads(
             generator_of(model, words_tokenizer(["a", "circle"], {}), (SIDE, SIDE)), ["a circle"], progress=False
@@ -99,11 +99,11 @@ def main(folder: Path) -> None:
     split = {"distributed_config": DistributedConfig(tp_plan="auto")}
     model = load(LlamaForCausalLM, folder / "llama", **split)
     rank = torch.distributed.get_rank()
-    result = {"cases": {name: draw(model, *case) for name, case in CASES.items()}}
+    result = {"cases": {name: generate(model, *case) for name, case in CASES.items()}}
     result["errors"] = errors(model, rank)
     result["online heads"] = len(SSDCache.online(model, 14, grid=(SIDE, SIDE), buffer=4).layers[0].plan.is_spatial)
-    result["janus"] = draw_janus(load(JanusForConditionalGeneration, folder / "janus", **split))
-    result["glm"] = draw_glm(load(GlmImageForConditionalGeneration, folder / "glm", **split))
+    result["janus"] = generate_janus(load(JanusForConditionalGeneration, folder / "janus", **split))
+    result["glm"] = generate_glm(load(GlmImageForConditionalGeneration, folder / "glm", **split))
     print(json.dumps(result))
     torch.distributed.destroy_process_group()
 

@@ -1,7 +1,7 @@
-"""Checkpoint folders with random weights: a Janus with small pictures, a head map and the words of shapes-janus, and
-other families, whose pictures are of any size.
+"""Checkpoint folders with random weights: a Janus with small images, a head map and the words of shapes-janus, and
+other families, whose images are of any size.
 
-The Janus's pictures are 8 x 8 visual tokens (128 x 128 pixels), so that drawing one takes a fraction of a second.
+The Janus's images are 8 x 8 visual tokens (128 x 128 pixels), so one is generated in a fraction of a second.
 """
 
 from __future__ import annotations

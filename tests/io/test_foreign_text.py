@@ -1,4 +1,4 @@
-"""Foreign text on pages and pictures: model cards, tables of results, the HTML report, figures and contact sheets.
+"""Foreign text on pages and images: model cards, tables of results, the HTML report, figures and contact sheets.
 
 The pages are rendered by two Markdown libraries and read as HTML: no tag, link, image or front matter of its own.
 """
@@ -189,7 +189,7 @@ def test_ordinary_names_stay_as_they_are():
 
 
 @pytest.mark.parametrize("hostile", [*WITH_LINES, r"$\frac{$", "_hidden", "$" * 3])
-def test_figures_are_drawn_with_any_name(hostile):
+def test_figures_are_plotted_with_any_name(hostile):
     pytest.importorskip("matplotlib")
     summary = summarize([record(hostile), record(hostile, 1)], run_of(hostile))
     assert Image.open(io.BytesIO(plot_result_by_budget(summary))).width < 4000
@@ -203,7 +203,7 @@ def test_figures_are_drawn_with_any_name(hostile):
 
 
 @pytest.mark.parametrize("hostile", WITH_LINES)
-def test_contact_sheets_are_drawn_with_any_caption(hostile):
+def test_contact_sheets_are_made_with_any_caption(hostile):
     image = Image.new("RGB", (48, 48))
     sheet = contact_sheet({f"{hostile[:40]}\n{hostile[:40]}": [image, image]}, [hostile, "b"], 2)
     assert sheet.width < 2000

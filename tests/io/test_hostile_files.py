@@ -37,7 +37,7 @@ LONGEST = 2200
 """Characters of a message: 2000 of the library's own, and what a caller puts around it."""
 
 
-class WouldDraw(Exception):
+class WouldGenerate(Exception):
     """The file was accepted, and there is work left."""
 
 
@@ -226,7 +226,7 @@ SETTINGS = {"format": "ssd-cache geneval export 1", "model": "m", "budget": 0.2,
 
 
 def _export(generator, profiled, tmp_path):
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     claim_folder(root, SETTINGS, "{}\n")
 
     def read():
@@ -248,10 +248,10 @@ def _result_lines(tmp_path):
         files.append((image, {"filename": image.name, "tag": "colors", "metadata": "0"}))
     judge_files(files, lambda number, image: {"result": float(number > 0)}, JUDGE, path)
 
-    def would_draw(number, image):
-        raise WouldDraw
+    def would_generate(number, image):
+        raise WouldGenerate
 
-    return path, lambda: json.dumps(judge_files(files, would_draw, JUDGE, path))
+    return path, lambda: json.dumps(judge_files(files, would_generate, JUDGE, path))
 
 
 def _scoring(generator, profiled, tmp_path):
@@ -269,10 +269,10 @@ def attack(one: Format, generator, number: int, seed: int) -> int:
     good, refused = one.path.read_bytes(), []
     with pytest.MonkeyPatch.context() as patch:
 
-        def would_draw(*_, **__):
-            raise WouldDraw
+        def would_generate(*_, **__):
+            raise WouldGenerate
 
-        patch.setattr(type(generator), "generate", would_draw)
+        patch.setattr(type(generator), "generate", would_generate)
         for index, hostile in enumerate(mutants(good, number, seed)):
             one.path.write_bytes(hostile)
             one.prepare()
@@ -280,7 +280,7 @@ def attack(one: Format, generator, number: int, seed: int) -> int:
             unchanged = True
             try:
                 one.read()
-            except WouldDraw:
+            except WouldGenerate:
                 pass
             except one.errors as error:
                 refused.append((index, error))

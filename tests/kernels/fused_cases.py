@@ -61,19 +61,19 @@ def torch_path(monkeypatch):
     monkeypatch.setattr(fused, "can_serve", lambda *states, on_cpu: False)
 
 
-def draw(model, cache, **kwargs):
+def generate(model, cache, **kwargs):
     inputs = left_padded_prompts((5, 8))
     return model.generate(**inputs, generation_mode="image", **{CACHE: cache}, do_sample=False, **kwargs)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_janus_draws_the_tokens_of_the_torch_path_with_its_scores(name, monkeypatch):
+def test_janus_generates_the_tokens_of_the_torch_path_with_its_scores(name, monkeypatch):
     """With guidance and left padding; tokens equal in float32, as the logits of these models are far apart."""
     model = tiny_janus(grid_side=4)
     with_kernel, plain = SSDCache(LABELS, **SETTINGS[name]), SSDCache(LABELS, **SETTINGS[name])
-    tokens = draw(model, with_kernel)
+    tokens = generate(model, with_kernel)
     torch_path(monkeypatch)
-    assert torch.equal(tokens, draw(model, plain))
+    assert torch.equal(tokens, generate(model, plain))
     for ours, theirs in zip(with_kernel.layers, plain.layers, strict=True):
         assert ours.has_kernel
         assert not theirs.has_kernel
@@ -83,7 +83,7 @@ def test_janus_draws_the_tokens_of_the_torch_path_with_its_scores(name, monkeypa
             assert torch.equal(mine.positions[..., held], other.positions[..., held])
             # float32 rounding of two orders of summation, over at most 16 queries
             torch.testing.assert_close(mine.received, other.received, rtol=1e-4, atol=1e-5)
-            # the last token is drawn and not fed; all else was written by the kernel
+            # the last token is generated and not fed; all else was written by the kernel
             end = slice(other.num_prompt + other.num_stored)
             torch.testing.assert_close(mine.keys[:, :, end], other.keys[:, :, end], rtol=1e-4, atol=1e-5)
             assert mine.bookkeeping_nbytes <= other.bookkeeping_nbytes
@@ -93,11 +93,11 @@ def test_compiled_steps_with_the_kernel_are_one_graph():
     from torch._dynamo.utils import counters
 
     model = tiny_janus(grid_side=4)
-    expected, caches = draw(model, SSDCache(LABELS, 8, buffer=2)), [SSDCache(LABELS, 8, buffer=2) for _ in range(2)]
+    expected, caches = generate(model, SSDCache(LABELS, 8, buffer=2)), [SSDCache(LABELS, 8, buffer=2) for _ in range(2)]
     counters.clear()
     with fast_decode(model):
         for cache in caches:
-            assert torch.equal(draw(model, cache), expected)
+            assert torch.equal(generate(model, cache), expected)
             assert counters["stats"]["unique_graphs"] == 1
             assert all(layer.has_kernel for layer in cache.layers)
 
@@ -165,7 +165,7 @@ def test_an_online_layer_and_gradients_keep_the_torch_path():
         assert not any(layer.has_kernel for layer in cache.layers)
 
 
-def test_gradients_and_another_attention_in_mid_picture_are_refused():
+def test_gradients_and_another_attention_in_mid_image_are_refused():
     model, cache = tiny_llama(), SSDCache(LABELS, 0.5, buffer=2)
     inputs = left_padded_prompts((4, 4))["input_ids"]
     model(inputs, past_key_values=cache)

@@ -1,7 +1,7 @@
 """The fused kernels: their cases run in Triton's interpreter and on the CPU, and Triton's compiles for real GPUs.
 
 The interpreter has to be asked for before Triton is imported, so `fused_cases.py` runs in a process of its own. On a
-GPU the kernel serves by itself wherever this suite draws; the last test holds it to the torch path there.
+GPU every test that generates uses the kernel by default; the last test holds it to the torch path there.
 """
 
 from __future__ import annotations
@@ -70,19 +70,19 @@ def test_without_triton_and_without_a_gpu_the_torch_path_is_taken():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel itself, not its interpreter, needs a CUDA device")
 @pytest.mark.parametrize("is_fast", [False, True])
-def test_kernel_draws_the_tokens_of_the_torch_path_on_a_gpu(is_fast, monkeypatch):
-    """With `fast_decode` as a recorded CUDA graph, for two pictures in a row."""
+def test_kernel_generates_the_tokens_of_the_torch_path_on_a_gpu(is_fast, monkeypatch):
+    """With `fast_decode` as a recorded CUDA graph, for two images in a row."""
     labels = HeadMap(torch.tensor([[True, False], [False, True]]), grid=(12, 12))
     model = tiny_janus(grid_side=12).cuda()
     inputs = {name: tensor.cuda() for name, tensor in left_padded_prompts((5, 9, 3)).items()}
 
-    def draw(cache):
+    def generate(cache):
         return model.generate(**inputs, generation_mode="image", **{CACHE: cache}, do_sample=False)
 
     caches = [SSDCache(labels, 0.4) for _ in range(2)]
     with fast_decode(model) if is_fast else torch.no_grad():
-        tokens = [draw(cache) for cache in caches]
+        tokens = [generate(cache) for cache in caches]
     assert all(layer.has_kernel for layer in caches[1].layers)
     monkeypatch.setattr(fused, "can_serve", lambda *states, on_cpu: False)
-    for drawn in tokens:
-        assert torch.equal(drawn, draw(SSDCache(labels, 0.4)))
+    for generated in tokens:
+        assert torch.equal(generated, generate(SSDCache(labels, 0.4)))

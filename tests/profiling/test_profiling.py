@@ -104,12 +104,12 @@ def test_sums_equal_a_recomputation_from_eager_attention():
     # the same rows once more, all at once, with attention weights handed out
     ids = inputs["input_ids"].repeat(2, 1)
     ids[3:][(ids[3:] != 1) & (ids[3:] != 4)] = 0
-    drawn = model.prepare_embeddings_for_image_generation(tokens[:, :-1].repeat(2, 1))
+    generated = model.prepare_embeddings_for_image_generation(tokens[:, :-1].repeat(2, 1))
     mask = torch.cat([inputs["attention_mask"].repeat(2, 1), torch.ones(6, 35, dtype=torch.long)], dim=1)
     model.set_attn_implementation({"text_config": "eager"})
     with torch.no_grad():
         attentions = model.model.language_model(
-            inputs_embeds=torch.cat([model.get_input_embeddings()(ids), drawn], dim=1),
+            inputs_embeds=torch.cat([model.get_input_embeddings()(ids), generated], dim=1),
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             output_attentions=True,
@@ -148,15 +148,15 @@ def test_tokens_held_on_paper_are_those_that_the_cache_holds():
     for kind in ("semantic", "spatial"):
         head_map = HeadMap.uniform(kind, num_layers=2, num_kv_heads=2, grid=grid)
         caches[kind] = SSDCache(head_map, 14, **settings)
-    drawn = []
+    generated = []
     for cache in (watching, *caches.values()):
         torch.manual_seed(1)
-        drawn.append(
+        generated.append(
             model.generate(**inputs, generation_mode="image", guidance_scale=3.0, do_sample=True, **{CACHE: cache})
         )
     watching.finish()
-    assert torch.equal(drawn[0], drawn[1])
-    assert torch.equal(drawn[0], drawn[2])
+    assert torch.equal(generated[0], generated[1])
+    assert torch.equal(generated[0], generated[2])
     for layer in range(2):
         on_paper = observer.retention[layer][:, :, 0, :35] > -torch.inf
         for kind, cache in caches.items():
@@ -301,18 +301,18 @@ def test_heads_are_fitted_by_what_was_measured(planted):
 # --- labels
 
 
-def filled(seed, grid=(4, 5), pictures=2, previews=()):
+def filled(seed, grid=(4, 5), images=2, previews=()):
     """Statistics with made-up sums."""
     generator = torch.Generator().manual_seed(seed)
     statistics = HeadStatistics(ImageLayout(grid, previews), 2, 3, [Level(8, 2, 2), Level(12, 2, 2)])
     for value in statistics.sums.values():
         value.copy_(torch.rand(value.shape, generator=generator, dtype=torch.float64))
-    statistics.num_pictures = pictures
+    statistics.num_pictures = images
     return statistics
 
 
 def test_statistics_add_up_and_come_back_from_their_state(tmp_path):
-    first, second = filled(1), filled(2, pictures=3)
+    first, second = filled(1), filled(2, images=3)
     both = first + second
     assert both.num_pictures == 5
     torch.testing.assert_close(both.sums["spatial"], first.sums["spatial"] + second.sums["spatial"])
@@ -333,9 +333,9 @@ def test_statistics_add_up_and_come_back_from_their_state(tmp_path):
         load_state(tmp_path / "sums", again, lambda _: {"num_prompts": 4})
 
 
-def test_after_a_preview_windows_stay_within_the_picture():
+def test_after_a_preview_windows_stay_within_the_image():
     statistics = filled(0, previews=[(3, 7)])
-    assert resolve_window(statistics.layout, None) == 6  # a row of the picture and one
+    assert resolve_window(statistics.layout, None) == 6  # a row of the image and one
     assert resolve_window(ImageLayout((2, 5), ((3, 7),)), None) == 6  # the last of two rows sees the first, and no more
     assert statistics.window_mass(11).shape == (2, 3)
     with pytest.raises(ValueError, match="window=12 reaches into the draft grid for some queries: give at most 11"):
@@ -345,9 +345,9 @@ def test_after_a_preview_windows_stay_within_the_picture():
     both = statistics + filled(1, previews=[(3, 7)])
     assert both.empty().layout.num_draft_tokens == 21
     retained = both.retained("spatial", 8).maximum(both.retained("semantic", 8)).mean().item()
-    of_picture = (32 * retained + 8) / 40  # of 21 + 20 tokens all but the last are queries, and 8 of them evict nothing
+    of_image = (32 * retained + 8) / 40  # of 21 + 20 tokens all but the last are queries, and 8 of them evict nothing
     labels = both.retained("spatial", 8) > both.retained("semantic", 8)
-    assert STUDY.retained_attention(both, labels, 8) == pytest.approx(of_picture, rel=1e-6)
+    assert STUDY.retained_attention(both, labels, 8) == pytest.approx(of_image, rel=1e-6)
     assert fit_heads(map_of(both), 8).previews == ((3, 7),)
 
 
@@ -422,13 +422,13 @@ def test_a_map_says_how_it_was_made_and_the_model_stays_as_it_was(folder, genera
 def test_an_interrupted_run_goes_on_from_its_state(generator, tmp_path, monkeypatch, interrupted_at):
     settings = {"progress": False, "batch_size": 1, **SETTINGS}
     whole = profile_heads(generator, PROMPTS, **settings)
-    state, drawn = tmp_path / "sums", []
+    state, generated = tmp_path / "sums", []
     measure = measuring._measure_batch
 
     def measure_batch(generator, prompts, *args, **kwargs):
-        if len(drawn) == interrupted_at:
+        if len(generated) == interrupted_at:
             raise KeyboardInterrupt
-        drawn.append(prompts)
+        generated.append(prompts)
         return measure(generator, prompts, *args, **kwargs)
 
     with monkeypatch.context() as patch:
@@ -437,8 +437,8 @@ def test_an_interrupted_run_goes_on_from_its_state(generator, tmp_path, monkeypa
             profile_heads(generator, PROMPTS, state_file=state, **settings)
     assert [path.name for path in tmp_path.iterdir()] == ["sums"]
     assert profile_heads(generator, PROMPTS, state_file=state, **settings) == whole
-    # nothing is left to draw, so other labels come at once
-    monkeypatch.setattr(measuring, "_measure_batch", lambda *_, **__: pytest.fail("drawn again"))
+    # no image is missing, so other labels need no generation
+    monkeypatch.setattr(measuring, "_measure_batch", lambda *_, **__: pytest.fail("generated again"))
     assert profile_heads(generator, PROMPTS, state_file=state, **settings) == whole
     assert profile_heads(generator, PROMPTS, state_file=state, method="window", **settings).threshold is not None
 
@@ -509,9 +509,9 @@ def test_weights_are_told_apart_by_a_few_of_their_numbers(folder, generator, tmp
     assert len({weights_sha256(one.model) for one in (generator, other, half)}) == 3
 
 
-def test_prompts_are_refused_before_anything_is_drawn(generator, monkeypatch):
-    monkeypatch.setattr(generator.model, "generate", lambda *_, **__: pytest.fail("drawn"))
-    long = "red " * 961  # 1024 positions, 64 of them the picture's
+def test_prompts_are_refused_before_anything_is_generated(generator, monkeypatch):
+    monkeypatch.setattr(generator.model, "generate", lambda *_, **__: pytest.fail("generated"))
+    long = "red " * 961  # 1024 positions, 64 of them the image's
     for prompts, message in (
         ([], "at least one prompt, and none that is empty"),
         ("a circle", "give a list"),
@@ -554,7 +554,7 @@ def test_a_model_whose_queries_do_not_arrive_is_refused(folder, monkeypatch):
         profile_heads(generator, PROMPTS, progress=False, **SETTINGS)
 
 
-def test_a_grid_that_the_model_does_not_draw_is_refused(folder, monkeypatch):
+def test_a_grid_that_the_model_does_not_generate_is_refused(folder, monkeypatch):
     generator = find_generator(str(folder)).load()
     monkeypatch.setattr(type(generator), "layout_of", staticmethod(lambda *_: ImageLayout((9, 9))))
     with pytest.raises(ProfilingError, match="generated 64 visual tokens, but its grid is 9 x 9"):
@@ -742,7 +742,7 @@ def test_two_processes_make_the_map_that_one_makes(folder, tmp_path):
     for done, name in ((both, "both"), (alone, "alone")):
         assert done.stdout.count("wrote") == 1  # the main process alone says and writes anything
         assert done.stdout.endswith(f"wrote {name}\n")
-    assert f"{2 * 64}/{2 * 64}" in both.stderr  # its bar counts its own pictures, two of the three
+    assert f"{2 * 64}/{2 * 64}" in both.stderr  # its bar counts its own images, two of the three
     assert f"{3 * 64}/{3 * 64}" in alone.stderr
     assert HeadMap.from_pretrained(tmp_path / "both") == HeadMap.from_pretrained(tmp_path / "alone")
     sums, sums_of_both = (load_file(tmp_path / f"{name}.sums") for name in ("alone", "both"))

@@ -1,4 +1,4 @@
-"""The little world of shapes: scenes meet their captions, and the judge reads pictures back without a mistake.
+"""The little world of shapes: scenes meet their captions, and the judge reads images back without a mistake.
 
 Whether a scene meets a caption is decided here by a rule of its own, over the list of objects that were painted; the
 judge sees nothing but cells. What was trained on these scenes is tested elsewhere.
@@ -131,15 +131,15 @@ def test_every_caption_that_a_scene_does_not_meet_is_rejected(scenes, source):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pictures_are_judged_as_tokens_are(kind):
+def test_images_are_judged_as_tokens_are(kind):
     rng = random.Random(kind)
     for _ in range(40):
         scene, other = make(rng, kind), make(rng, kind)
-        picture = enlarge(scene.tokens)
-        np.testing.assert_array_equal(to_tokens(picture).reshape(-1), scene.tokens)
+        large = enlarge(scene.tokens)
+        np.testing.assert_array_equal(to_tokens(large).reshape(-1), scene.tokens)
         jpeg = io.BytesIO()
-        picture.save(jpeg, "JPEG", quality=75)
-        for image in (picture, enlarge(scene.tokens, 1), picture.resize((500, 300), 0), Image.open(jpeg)):
+        large.save(jpeg, "JPEG", quality=75)
+        for image in (large, enlarge(scene.tokens, 1), large.resize((500, 300), 0), Image.open(jpeg)):
             assert judge(image, scene.caption).correct
             assert judge(image, other.caption) == judge(scene.tokens, other.caption)
 
@@ -228,7 +228,7 @@ def test_an_unreadable_caption_is_an_error_that_shows_readable_ones(caption):
 
 
 @pytest.mark.parametrize("size", [0, 1, 575, 577, 24])
-def test_pictures_of_other_sizes_are_refused(size):
+def test_images_of_other_sizes_are_refused(size):
     with pytest.raises(ValueError, match=f"has 576 tokens, got {size}"):
         judge(np.zeros(size, dtype=int), "a photo of a circle")
 
@@ -253,18 +253,18 @@ CIRCLE = SceneObject("circle", "red", 8, 8)
     ],
 )
 def test_stray_cells_are_noise_up_to_a_size_and_junk_from_there(cells, reason):
-    picture = draw((CIRCLE,))
+    tokens = draw((CIRCLE,))
     for row, column in cells:
-        picture[row, column] = PALETTE.index((24, 54, 128))  # dark blue
-    assert judge(picture, "a photo of a circle").reason == reason
+        tokens[row, column] = PALETTE.index((24, 54, 128))  # dark blue
+    assert judge(tokens, "a photo of a circle").reason == reason
 
 
 def test_a_shape_may_lack_cells_but_not_many():
-    picture = draw((SceneObject("square", "blue", 8, 8),))
-    picture[8, 8:12] = 0
-    assert judge(picture, "a photo of a blue square").correct
-    picture[8:11, 8:13] = 0
-    assert judge(picture, "a photo of a blue square").reason == "1 blot(s) that are not an object"
+    tokens = draw((SceneObject("square", "blue", 8, 8),))
+    tokens[8, 8:12] = 0
+    assert judge(tokens, "a photo of a blue square").correct
+    tokens[8:11, 8:13] = 0
+    assert judge(tokens, "a photo of a blue square").reason == "1 blot(s) that are not an object"
 
 
 def test_an_object_that_nobody_asked_for_fails():

@@ -19,10 +19,10 @@ from ssd_cache.evaluation.fidelity import measure_fidelity
 from ssd_cache.head_map.learned_score import LearnedScore
 from ssd_cache.models import GeneratorError, find_generator
 from ssd_cache.runs.run_state import ProfilingError, read_state, write_state
-from ssd_cache.training import learning
+from ssd_cache.training import learning, recording
 from ssd_cache.training.learning_state import FORMAT, WHAT, LearningRun, LearningState
 from ssd_cache.training.pretended import masked_softmax, retained_tokens
-from ssd_cache.training.recording import record_images, replay_images
+from ssd_cache.training.recording import replay_images
 from ssd_cache.training.trainer import Trainer
 
 GRID = (SIDE, SIDE)
@@ -43,7 +43,7 @@ def test_pretended_evictions_leave_the_tokens_that_the_cache_holds(run):
         warnings.simplefilter("ignore")
         cache = SSDCache(head_map, run["slots"], **settings)
     (layer,) = cache.layers
-    pretended = retained_tokens(layer.plan, learned.at(0), keys, values, softness=1.0)
+    pretended = retained_tokens(layer.plan, learned.at(0), keys, values, softness=1.0).at(slice(0, length))
     layer.update(keys[:, :, :1], values[:, :, :1])  # a prompt of one token
     for step in range(length):
         layer._query_missing = False  # nothing attends here
@@ -61,7 +61,7 @@ def test_the_cut_moves_with_the_scores_near_it():
     keys = torch.zeros(1, 1, 6, 2)
     keys[..., 0] = torch.tensor([0.3, 0.9, 0.1, 0.8, 0.2, 0.5])
     keys.requires_grad_(True)
-    held = retained_tokens(cache.layers[0].plan, learned, keys, torch.zeros(1, 1, 6, 2), softness=1.0)
+    held = retained_tokens(cache.layers[0].plan, learned, keys, torch.zeros(1, 1, 6, 2), softness=1.0).at(slice(0, 6))
     assert held[0, 0, 5].tolist() == [0, 1, 0, 1, 0, 1]
     held[0, 0, 5, 0].backward()
     slope = keys.grad[0, 0, :, 0]
@@ -239,7 +239,7 @@ def test_more_steps_extend_a_run_on_the_schedule_of_the_new_total(generator, tmp
 
 
 def test_images_are_kept_batch_by_batch(generator, tmp_path, monkeypatch):
-    monkeypatch.setattr(learning, "BATCHES_AT_ONCE", 1)
+    monkeypatch.setattr(recording, "BATCHES_AT_ONCE", 1)
     state, drawn, generate = tmp_path / "state", [], type(generator).generate
 
     def stops(self, prompts, cache=None, **settings):
@@ -279,17 +279,24 @@ def test_replayed_images_give_the_same_inputs_bit_for_bit(family, tmp_path):
     generator = found.load("float32", "cpu")
     decoder = generator.language_model.get_decoder()
     prompts = ["a red circle", "a blue square and a red circle"]
-    recording, tokens = record_images(generator, prompts, seed=3)
-    layers = []
+    layers, calls = [], []
+
+    def remember(decoder, args, kwargs):
+        calls.append({name: value.clone() for name, value in kwargs.items() if isinstance(value, torch.Tensor)})
+
+    handle = decoder.register_forward_pre_hook(remember, with_kwargs=True)
+    tokens = generator.generate(prompts, seed=3)
+    handle.remove()
     handle = decoder.layers[0].register_forward_hook(lambda *_: layers.append(1))
     again = replay_images(generator, prompts, tokens, seed=3)
     handle.remove()
     assert not layers  # no layer runs
-    assert again.inputs.keys() == recording.inputs.keys()
-    for name, tensor in recording.inputs.items():
-        assert torch.equal(again.inputs[name], tensor)
-    assert torch.equal(again.seen, recording.seen)
-    assert torch.equal(again.is_unconditional, recording.is_unconditional)
+    assert again.inputs.keys() & {"input_ids", "inputs_embeds"}
+    for name, tensor in again.inputs.items():
+        assert torch.equal(torch.cat([call[name] for call in calls], 1), tensor)
+    if (mask := calls[0].get("attention_mask")) is not None and mask.ndim == 2:
+        assert torch.equal(again.seen, mask.bool())
+    assert torch.equal(again.is_unconditional, generator.is_unconditional(2))
     assert "forward" not in vars(decoder)
     assert not generator.visual_head._forward_hooks
     for wrong in (tokens[:1], tokens.float(), -1 - tokens, tokens + 10**6):

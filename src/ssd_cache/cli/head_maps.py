@@ -176,7 +176,9 @@ def learn(
     ] = 400,
     rate: Annotated[float, option("Learning rate at the first step.", "X")] = 0.02,
     resume: Resume = None,
-    batch_size: Annotated[int, option("Images a step; four times as many are generated at once.", "N", least=1)] = 4,
+    batch_size: Annotated[
+        int, option("Images a step. Up to four times as many are generated at once.", "N", least=1)
+    ] = 4,
     model: options.ModelName = BUNDLED,
     grid: options.Grid = None,
     guidance: options.Guidance = None,
@@ -189,7 +191,9 @@ def learn(
 
     Generates an image of each prompt with a full cache. Gradient descent on a
     few parameters a head then minimises how far eviction moves the model's
-    output on these tokens. Give a few hundred different prompts.
+    output on these tokens. Give a few hundred different prompts. Several
+    processes share the images under
+    `accelerate launch --multi_gpu -m ssd_cache.cli learn ...`.
     You can stop it at any point: the same command resumes it.
     """
     texts, state = _begin(prompts, prompts_file, output, resume)
@@ -206,10 +210,13 @@ def learn(
         sampling.check_random()
         labels = find_labels(checkpoint, head_map)
         check_learning(labels, **settings)
-        generator = load_generator(checkpoint, dtype, device)
+        processes = Processes()
+        generator = load_generator(checkpoint, dtype, processes.choose_device(device))
     settings |= asdict(sampling)
     learned = state.run(lambda path: learn_score(generator, texts, labels, state_file=path, **settings))
     found = learned.profile["learning"]["held_out"]
+    if not processes.is_main:
+        return
     _save(
         learned,
         output,

@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -28,16 +27,12 @@ from ssd_cache.head_map.checks import MAX_TEXT
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Generator, generator_of
 from ssd_cache.profiling.measuring import check_prompts, model_facts, prompts_sha256
-from ssd_cache.training.learning_state import HELD_OUT, LearningRun, LearningState
-from ssd_cache.training.recording import check_trainable, record_images, replay_images
+from ssd_cache.runs.processes import Processes
+from ssd_cache.training.learning_state import LearningRun, LearningState
+from ssd_cache.training.memory import images_at_once
+from ssd_cache.training.recording import check_trainable, make_recordings, training_batches
 from ssd_cache.training.teacher_forcing import Recording
 from ssd_cache.training.trainer import Trainer, mean_attention
-
-BATCHES_AT_ONCE = 4
-"""Batches generated together, since a few images take almost as long to generate as many."""
-
-NO_GUIDANCE = 0.01
-"""Within this distance of 1, guidance has no effect and the unconditional rows are skipped."""
 
 SAVE_SECONDS = 30
 """Seconds between two writes of the state file during the steps."""
@@ -80,8 +75,13 @@ def learn_score(
     these are not always the tokens that receive the most attention. The initial score is the mean attention that each
     position still receives from a given row on.
 
-    Memory, in addition to the model: the decoder inputs of every image, and during a step, several copies of every
-    layer's attention weights.
+    Memory, in addition to the model: the decoder inputs of every image, in the memory of the CPU; and at most 4 GiB,
+    unless one image needs more. A step keeps the input of each layer and computes the rest again in the backward
+    pass. It takes as many images through the decoder at once as fit, and adds up their gradients.
+
+    Under `accelerate launch` or `torchrun`, the processes take the batches in turn when images are generated, and the
+    images of each step. The score is that of one process, up to rounding. Every process returns it; only the main
+    process writes the state file.
 
     Args:
         model: a loaded image model of a supported family, or a `Generator`.
@@ -96,13 +96,15 @@ def learn_score(
             total, so the score differs from that of a run with this total.
         learning_rate: learning rate of Adam for the position weights; those of K and V use a third of it.
         processor: the model's processor; by default loaded from the same source as the model.
-        batch_size: images per step; four times as many are generated together.
+        batch_size: images per step, shared by the processes; four times as many are generated together, or fewer if
+            their K and V would take more than 2.8 GiB.
         guidance_scale: as for `Generator.generate`.
         temperature: as for `Generator.generate`, above 0.
         seed: seed of the first images, and of the order of the training batches.
         progress: show a progress bar over images, then over steps.
         state_file: a file that is written after every batch of images, every `SAVE_SECONDS` of steps, and when the run
-            is interrupted. If it exists, the run resumes from it and gives the same score, bit for bit.
+            is interrupted. If it exists, the run resumes from it and gives the same score, bit for bit, with the same
+            number of processes.
 
     Returns:
         The map with the score as `learned` and the budget that it was trained for as `budget`. Its
@@ -115,32 +117,23 @@ def learn_score(
         ProfilingError: numbers that are not finite, a state file of another run, or one that cannot be written.
         ValueError: any other setting out of range, or a map under which no head ranks its tokens.
     """
-    generator = model if isinstance(model, Generator) else generator_of(model, processor)
+    generator, processes = model if isinstance(model, Generator) else generator_of(model, processor), Processes()
     check_whole(generator.language_model)
     generator.checkpoint.check_head_map(head_map)
-    plans = check_learning(
-        head_map,
-        budget,
-        buffer=buffer,
-        num_recent=num_recent,
-        num_sinks=num_sinks,
-        num_steps=num_steps,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-    )
+    settings: dict[str, Any] = {"learning_rate": learning_rate, "batch_size": batch_size}
+    cache_settings: dict[str, Any] = {"buffer": buffer, "num_recent": num_recent, "num_sinks": num_sinks}
+    plans = check_learning(head_map, budget, num_steps=num_steps, **settings, **cache_settings)
     resolved = generator.sampling(guidance_scale, temperature, seed)
     resolved.check_random()
     check_prompts(generator, prompts)
     check_trainable(generator)
-    sampling = {"guidance_scale": resolved.guidance_scale, "temperature": resolved.temperature}
+    sampling: dict[str, Any] = {"guidance_scale": resolved.guidance_scale, "temperature": resolved.temperature}
     facts = {
         "num_prompts": len(prompts),
         "prompts_sha256": prompts_sha256(prompts),
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
+        **settings,
+        **cache_settings,
         "buffer": plans[0].buffer,
-        "num_recent": num_recent,
-        "num_sinks": num_sinks,
         "seed": seed,
         **sampling,
     }
@@ -160,21 +153,29 @@ def learn_score(
         method=f"{(head_map.method or 'labels given').removesuffix(LEARNED)}{LEARNED}"[:MAX_TEXT],
         profile={**head_map.profile, "learning": {"num_steps": num_steps, **facts}},
     )
-    run = LearningRun.open(None if state_file is None else Path(state_file), fingerprint, result)
+    path = Path(state_file) if state_file is not None and processes.is_main else None
+    run = LearningRun.open(path, fingerprint, result)
     run.begin_stage(num_steps)
+    processes.check_agreement({**fingerprint, "num_steps": num_steps})
+    run = replace(processes.gather_all(run)[0], path=path)
     if run.after is None:
-        *recordings, held_out = _recordings(
-            generator, prompts, BATCHES_AT_ONCE * batch_size, seed, sampling, run, progress
-        )
+        shows = progress and processes.is_main
+        *recordings, held_out = make_recordings(generator, prompts, batch_size, seed, sampling, run, processes, shows)
+        num_prompt = max(recording.seen.shape[1] for recording in (*recordings, held_out))
+        most, rows_of_image = -(-batch_size // processes.count), 2 if held_out.is_unconditional.any() else 1
+        num_at_once = images_at_once(generator, most, rows_of_image, num_prompt, buffer)
         if run.learning is None:
-            first = mean_attention(generator, recordings[0], head_map) if head_map.learned is None else head_map.learned
-            run.learning = LearningState.beginning(first)
-        trainer = Trainer(generator, plans, **sampling, learning_rate=learning_rate, num_steps=num_steps)
+            first = head_map.learned or mean_attention(generator, recordings[0], head_map, num_at_once)
+            run.learning = LearningState.beginning(processes.gather_all(first)[0])
+        schedule: dict[str, Any] = {"learning_rate": learning_rate, "num_steps": num_steps, "num_at_once": num_at_once}
+        trainer = Trainer(generator, plans, **sampling, **schedule, processes=processes)
         if run.before is None:
-            run.before = trainer.divergences(run.learning, held_out, batch_size)
+            run.before = trainer.divergences(run.learning, held_out)
             run.save()
-        _take_steps(run, trainer, islice(_batches(recordings, batch_size, seed), run.num_steps, num_steps), progress)
-        run.after = trainer.divergences(run.learning, held_out, batch_size)
+        _take_steps(
+            run, trainer, islice(training_batches(recordings, batch_size, seed), run.num_steps, num_steps), shows
+        )
+        run.after = trainer.divergences(run.learning, held_out)
         run.save()
     assert run.learning is not None
     learning = {**result.profile["learning"], "held_out": run.compared()}
@@ -187,12 +188,11 @@ def check_learning(
     head_map: HeadMap,
     budget: Budget | None = None,
     *,
+    num_steps: int,
+    learning_rate: float,
+    batch_size: int,
     buffer: int | None = None,
-    num_recent: int | float = 0,
-    num_sinks: int = 0,
-    num_steps: int = 400,
-    learning_rate: float = 0.02,
-    batch_size: int = 4,
+    **cache_settings: Any,
 ) -> list[LayerPlan]:
     """The plan of each layer; raises ValueError for settings of `learn_score` that are out of range."""
     check_count("num_steps", num_steps, 1)
@@ -203,40 +203,12 @@ def check_learning(
         what = "finds its labels during generation" if head_map.is_online else "has draft grids"
         raise ValueError(f"this head map {what}, and a score is learned for the labels and places of a single grid")
     buffer = default_buffer(head_map.layout, "learned") if buffer is None else buffer
-    settings: dict[str, Any] = {"buffer": buffer, "num_recent": num_recent, "num_sinks": num_sinks}
-    plans = [layer.plan for layer in SSDCache(head_map, budget, score="sum", **settings).layers]
+    cache_settings = {"num_recent": 0, **cache_settings}
+    plans = [layer.plan for layer in SSDCache(head_map, budget, score="sum", buffer=buffer, **cache_settings).layers]
     heads = [head for plan in plans for head in zip(plan.is_spatial, plan.num_slots, strict=True)]
     if all(is_spatial or num_slots >= head_map.num_visual_tokens for is_spatial, num_slots in heads):
         raise ValueError("no head of this map ranks tokens at this budget: all are spatial, or hold everything")
     return plans
-
-
-def _recordings(
-    generator: Generator,
-    prompts: Sequence[str],
-    num_at_once: int,
-    seed: int,
-    sampling: dict[str, float],
-    run: LearningRun,
-    progress: bool,
-) -> list[Recording]:
-    """A recording for each batch, then the held-out one; images that the run does not hold are generated and added.
-
-    Where guidance has no effect, recordings have no unconditional rows.
-    """
-    batches = [list(prompts[start : start + num_at_once]) for start in range(0, len(prompts), num_at_once)]
-    batches.append([prompts[index * len(prompts) // HELD_OUT] for index in range(HELD_OUT)])
-    recordings = []
-    for index, batch in enumerate(tqdm(batches, unit=" batches", desc="images", disable=not progress)):
-        settings: dict[str, Any] = {**sampling, "seed": seed + index}
-        if index < len(run.images):
-            recording = replay_images(generator, batch, run.images[index], **settings)
-        else:
-            recording, tokens = record_images(generator, batch, **settings)
-            run.images.append(tokens)
-            run.save()
-        recordings.append(recording.conditional() if abs(sampling["guidance_scale"] - 1) < NO_GUIDANCE else recording)
-    return recordings
 
 
 def _take_steps(run: LearningRun, trainer: Trainer, recordings: Iterator[Recording], progress: bool) -> None:
@@ -257,12 +229,3 @@ def _take_steps(run: LearningRun, trainer: Trainer, recordings: Iterator[Recordi
                     saved = time.monotonic()
     finally:
         run.save()
-
-
-def _batches(recordings: Sequence[Recording], batch_size: int, seed: int) -> Iterator[Recording]:
-    """Endless training batches; their order depends only on the seed. Images of a batch were generated together."""
-    parts = [part for recording in recordings for part in recording.split(batch_size)]
-    order = torch.Generator().manual_seed(seed)
-    while True:
-        for index in torch.randperm(len(parts), generator=order).tolist():
-            yield parts[index]

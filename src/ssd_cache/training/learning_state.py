@@ -45,42 +45,44 @@ OF_STATES = 1 / 3
 
 @dataclass(frozen=True)
 class LearningState:
-    """The score's tensors, the running means of their gradients and squared gradients, and the number of steps."""
+    """The score, the running means of its gradients and of their squares, and the number of steps.
 
-    score_tensors: dict[str, torch.Tensor]
-    means: dict[str, torch.Tensor]
-    squares: dict[str, torch.Tensor]
-    num_steps: int
+    `tensors` holds `score.NAME`, `mean.NAME` and `square.NAME` for each name of a `LearnedScore`.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    num_steps: int = 0
 
     @classmethod
     def beginning(cls, learned: LearnedScore) -> LearningState:
         """The state before the first step, with the score `learned`."""
-        tensors = {name: tensor.clone() for name, tensor in learned.tensors().items()}
-        means, squares = ({name: torch.zeros_like(tensor) for name, tensor in tensors.items()} for _ in range(2))
-        return cls(tensors, means, squares, num_steps=0)
+        score = learned.tensors()
+        zeros = {f"{part}.{name}": torch.zeros_like(tensor) for part in PARTS for name, tensor in score.items()}
+        return cls(zeros | {f"score.{name}": tensor.clone() for name, tensor in score.items()})
 
     def score(self) -> LearnedScore:
         """The current score."""
-        return LearnedScore(**self.score_tensors)
+        return LearnedScore(**{name: self.tensors[f"score.{name}"] for name in LearnedScore.NAMES})
 
     def parameters(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Copies of the score's tensors on a device, which require gradients."""
-        return {name: tensor.to(device, copy=True).requires_grad_(True) for name, tensor in self.score_tensors.items()}
+        tensors = self.score().tensors()
+        return {name: tensor.to(device, copy=True).requires_grad_(True) for name, tensor in tensors.items()}
 
     def follow(self, gradients: Mapping[str, torch.Tensor], learning_rate: float) -> LearningState:
         """The state after one more step of Adam."""
         num_steps = self.num_steps + 1
-        tensors, means, squares = {}, {}, {}
-        for name, tensor in self.score_tensors.items():
-            gradient = gradients[name].to(tensor.device)
-            means[name] = self.means[name].lerp(gradient, 1 - BETAS[0])
-            squares[name] = self.squares[name].lerp(gradient.square(), 1 - BETAS[1])
-            mean, square = (
-                held[name] / (1 - beta**num_steps) for held, beta in zip((means, squares), BETAS, strict=True)
-            )
+        tensors: dict[str, torch.Tensor] = {}
+        for name, gradient in gradients.items():
+            score, mean, square = (self.tensors[f"{part}.{name}"] for part in PARTS)
+            gradient = gradient.to(score.device)
+            mean = mean.lerp(gradient, 1 - BETAS[0])
+            square = square.lerp(gradient.square(), 1 - BETAS[1])
             rate = learning_rate * (OF_STATES if name in ("key", "value") else 1)
-            tensors[name] = tensor - rate * mean / (square.sqrt() + TINY)
-        return LearningState(tensors, means, squares, num_steps)
+            unbiased = mean / (1 - BETAS[0] ** num_steps), square / (1 - BETAS[1] ** num_steps)
+            score = score - rate * unbiased[0] / (unbiased[1].sqrt() + TINY)
+            tensors |= {f"score.{name}": score, f"mean.{name}": mean, f"square.{name}": square}
+        return LearningState(tensors, num_steps)
 
 
 @dataclass
@@ -143,9 +145,7 @@ class LearningRun:
             return
         tensors = {f"images.{index}": tokens for index, tokens in enumerate(self.images)}
         tensors |= {name: held for name in ("before", "after") if (held := getattr(self, name)) is not None}
-        if (state := self.learning) is not None:
-            parts = dict(zip(PARTS, (state.score_tensors, state.means, state.squares), strict=True))
-            tensors |= {f"{part}.{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
+        tensors |= {} if self.learning is None else self.learning.tensors
         counts = {"num_steps": self.num_steps, "stages": self.stages}
         write_state(self.path, FORMAT, RunState(tensors, self.settings, counts, self.after is not None), WHAT)
 
@@ -185,11 +185,10 @@ def _learning_of(tensors: Mapping[str, torch.Tensor], num_steps: int, head_map: 
     """The score and Adam's moments, checked; None where there are no tensors. Raises ValueError."""
     if not tensors:
         return None
-    score = {name: tensors[f"score.{name}"] for name in sorted(LearnedScore.NAMES) if f"score.{name}" in tensors}
     empty = torch.empty(0)
-    check_like(tensors, {f"{part}.{name}": score.get(name, empty) for part in PARTS for name in LearnedScore.NAMES})
-    checked_learned(LearnedScore(**score), head_map.is_spatial.shape, head_map.layout)
-    parts = [{name: tensors[f"{part}.{name}"] for name in score} for part in PARTS]
-    if any((square < 0).any() for square in parts[2].values()):
+    like = {name: tensors.get(f"score.{name}", empty) for name in LearnedScore.NAMES}
+    check_like(tensors, {f"{part}.{name}": tensor for part in PARTS for name, tensor in like.items()})
+    checked_learned(LearnedScore(**like), head_map.is_spatial.shape, head_map.layout)
+    if any((tensors[f"square.{name}"] < 0).any() for name in like):
         raise ValueError("squares of gradients are below 0")
-    return LearningState(parts[0], parts[1], parts[2], num_steps)
+    return LearningState(dict(tensors), num_steps)

@@ -7,6 +7,8 @@ This module runs no model and takes no optimizer steps.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ssd_cache.cache.eviction import is_spared, lowest
@@ -14,24 +16,40 @@ from ssd_cache.cache.plans import LayerPlan
 from ssd_cache.head_map.learned_score import LearnedScore
 
 
+@dataclass(frozen=True)
+class RetainedTokens:
+    """Which visual tokens the heads of a layer hold, after each eviction; float32 ones and zeros.
+
+    Attributes:
+        parts: for heads with equal slots and labels, their indices; the tokens `[rows, heads, 1 + evictions, tokens]`;
+            and the number of evictions before each token arrives, `[tokens]`.
+    """
+
+    parts: list[tuple[list[int], torch.Tensor, torch.Tensor]]
+
+    def at(self, arriving: slice) -> torch.Tensor:
+        """The tokens held when some visual tokens arrive, `[rows, kv_heads, arriving, tokens]`; ones for later ones."""
+        found: dict[int, torch.Tensor] = {}
+        for heads, after, number in self.parts:
+            found |= dict(zip(heads, after.index_select(2, number[arriving]).unbind(1), strict=True))
+        return torch.stack([found[head] for head in sorted(found)], 1)
+
+
 def retained_tokens(
     plan: LayerPlan, learned: LearnedScore, keys: torch.Tensor, values: torch.Tensor, softness: float
-) -> torch.Tensor:
-    """Which visual tokens the heads of a layer hold when each visual token arrives.
+) -> RetainedTokens:
+    """Simulate the evictions of a layer over a whole image.
 
     Args:
         plan: plan of the layer; semantic heads rank tokens by `learned`, spatial heads by age.
         learned: score of the layer's heads.
         keys, values: K and V of the visual tokens, `[rows, kv_heads, tokens, head_dim]`.
         softness: temperature of the soft threshold, in units of the score; affects only the gradient.
-
-    Returns:
-        `[rows, kv_heads, arriving token, tokens]`, float32 ones and zeros; ones for tokens after the arriving one.
     """
-    rows, heads, length, _ = keys.shape
+    rows, _, length, _ = keys.shape
     worth = learned.of_states(keys, values)
     positions = torch.arange(length, device=keys.device)
-    parts: dict[int, torch.Tensor] = {}
+    parts = []
     kinds = list(zip(plan.num_slots, plan.is_spatial, strict=True))
     for num_slots, is_spatial in set(kinds):
         mine = [head for head, kind in enumerate(kinds) if kind == (num_slots, is_spatial)]
@@ -48,8 +66,8 @@ def retained_tokens(
             held.evict(ranks, is_spared(seen, num_seen, num_recent, plan.num_sinks))
         # number of evictions before each token arrived
         number = torch.div(positions - num_slots, buffer, rounding_mode="floor").add(1).clamp(0, len(evictions))
-        parts |= dict(zip(mine, torch.stack(held.after, 2).index_select(2, number).unbind(1), strict=True))
-    return torch.stack([parts[head] for head in range(heads)], 1)
+        parts.append((mine, torch.stack(held.after, 2), number))
+    return RetainedTokens(parts)
 
 
 class _Held:
@@ -85,32 +103,36 @@ class _Held:
 class _MaskedSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-        num_prompt = logits.shape[-1] - held.shape[-1]
         masked = logits.clone()
-        masked[..., num_prompt:, num_prompt:].masked_fill_(held[:, :, None] < 0.5, -torch.inf)
+        masked[_visual_part(logits, held)].masked_fill_(held[:, :, None] < 0.5, -torch.inf)
         total = masked.logsumexp(-1, keepdim=True)
-        weights = (masked - total).exp()
+        weights = masked.sub_(total).exp_()
         ctx.save_for_backward(logits, weights, total, held)
         return weights
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         logits, weights, total, held = ctx.saved_tensors
-        start = logits.shape[-1] - held.shape[-1]
         change = gradient - (weights * gradient).sum(-1, keepdim=True)
+        visual = _visual_part(logits, held)
         # the weight that an evicted token would have if it alone were added
-        visual = (..., slice(start, None), slice(start, None))
-        let_in = torch.sigmoid(logits[visual] - total[..., start:, :])
+        let_in = (logits[visual] - total[*visual[:2], :]).sigmoid_()
         share = torch.where(held[:, :, None] < 0.5, let_in, weights[visual])
-        return weights * change, (share * change[visual]).sum(2)
+        return weights * change, share.mul_(change[visual]).sum(2)
+
+
+def _visual_part(logits: torch.Tensor, held: torch.Tensor) -> tuple:
+    """The index of the visual queries and tokens in logits; they are the last ones."""
+    queries, tokens = (all_of - visual for all_of, visual in zip(logits.shape[-2:], held.shape[-2:], strict=True))
+    return ..., slice(queries, None), slice(tokens, None)
 
 
 def masked_softmax(logits: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
     """Softmax over the held tokens, with a gradient also for tokens that are not held.
 
     Args:
-        logits: `[rows, kv_heads, groups, prompt + tokens, prompt + tokens]`, minus infinity for masked tokens.
-        held: `[rows, kv_heads, tokens, tokens]`, ones and zeros for the visual tokens.
+        logits: `[rows, kv_heads, groups, queries, prompt + tokens]`, minus infinity for masked tokens.
+        held: `[rows, kv_heads, visual queries, tokens]`, ones and zeros; the last queries are the visual ones.
 
     Returns:
         The weights, of the logits' shape. In the backward pass, the gradient of `held` is the change of the loss that

@@ -1,22 +1,34 @@
-"""Makes recordings: generates images with a full cache and records the inputs of the decoder, or replays tokens.
+"""Recordings of training images: generated with a full cache, then replayed to get the inputs of the decoder.
 
-A replay gives the same inputs without running the decoder's layers. `teacher_forcing.py` uses the recordings.
+`teacher_forcing.py` uses the recordings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ssd_cache._compat import CACHE, take_cache
 from ssd_cache.cache.attention import prompt_columns
 from ssd_cache.models import Generator, GeneratorError
+from ssd_cache.runs.batching import fitting_batch_size, image_nbytes
+from ssd_cache.runs.processes import Processes
+from ssd_cache.training.learning_state import HELD_OUT, LearningRun
 from ssd_cache.training.likelihood import certain_scores
+from ssd_cache.training.memory import MEMORY
 from ssd_cache.training.teacher_forcing import Recording
+
+BATCHES_AT_ONCE = 4
+"""Batches generated together if they fit, since a few images take almost as long to generate as many."""
+
+NO_GUIDANCE = 0.01
+"""Within this distance of 1, guidance has no effect and the unconditional rows are skipped."""
 
 
 def check_trainable(generator: Generator) -> None:
@@ -28,41 +40,72 @@ def check_trainable(generator: Generator) -> None:
         )
 
 
-def record_images(generator: Generator, prompts: Sequence[str], **settings) -> tuple[Recording, torch.Tensor]:
-    """Generate an image for each prompt with the model's own cache, and record the inputs of its decoder.
+def make_recordings(
+    generator: Generator,
+    prompts: Sequence[str],
+    batch_size: int,
+    seed: int,
+    sampling: dict[str, Any],
+    run: LearningRun,
+    processes: Processes,
+    progress: bool,
+) -> list[Recording]:
+    """A recording for each batch, then the held-out one; images that the run does not hold are generated and added.
 
-    The settings are those of `Generator.generate`. Also returns the visual tokens `[images, cells]`, on the CPU. Raises
-    GeneratorError if the decoder does not get the prompt at once and then one token at a time.
+    The processes generate batches in turn, each with the seed of its number. Where guidance has no effect, recordings
+    have no unconditional rows.
     """
-    calls, tokens = _record(generator, lambda: generator.generate(prompts, **settings))
-    return _recording_of(generator, calls, len(prompts)), tokens
+    # a high estimate of the longest prompt's tokens, including the chat template, without the tokenizer
+    num_prompt = max(len(prompt.encode()) for prompt in prompts) // 3 + 64
+    of_image = image_nbytes(generator, num_prompt)
+    num_together = fitting_batch_size(BATCHES_AT_ONCE * batch_size, of_image, MEMORY, batch_size)
+    batches = [list(prompts[start : start + num_together]) for start in range(0, len(prompts), num_together)]
+    batches.append([prompts[index * len(prompts) // HELD_OUT] for index in range(HELD_OUT)])
+    recordings: list[Recording] = []
+    bar = tqdm(enumerate(batches), total=len(batches), unit=" batches", desc="images", disable=not progress)
+    for index, batch in bar:
+        if index == len(run.images):
+            own, tokens = index + processes.index, None
+            if own < len(batches):
+                tokens = generator.generate(batches[own], **sampling, seed=seed + own).cpu()
+            run.images += [found for found in processes.gather_all(tokens) if found is not None]
+            run.save()
+        recording = replay_images(generator, batch, run.images[index], **sampling, seed=seed + index)
+        recordings.append(recording.conditional() if abs(sampling["guidance_scale"] - 1) < NO_GUIDANCE else recording)
+    return recordings
+
+
+def training_batches(recordings: Sequence[Recording], batch_size: int, seed: int) -> Iterator[Recording]:
+    """Endless training batches; their order depends only on the seed. Images of a batch were generated together."""
+    parts = [part for recording in recordings for part in recording.split(batch_size)]
+    order = torch.Generator().manual_seed(seed)
+    while True:
+        for index in torch.randperm(len(parts), generator=order).tolist():
+            yield parts[index]
 
 
 def replay_images(generator: Generator, prompts: Sequence[str], tokens: torch.Tensor, **settings) -> Recording:
-    """The recording of images that were generated before, bit for bit equal to the recording from `record_images`.
+    """The inputs that the decoder got when it generated these images, bit for bit.
 
     The model's own `generate` runs again on the given tokens, with a decoder that returns zeros. The inputs of the
-    decoder depend only on the tokens, and its layers would take almost all the time. Raises GeneratorError for tokens
-    that do not fit the model.
+    decoder depend only on the tokens, and its layers would take almost all the time.
+
+    Args:
+        generator: the generator of the images.
+        prompts: one for each image, in the order in which they were generated together.
+        tokens: visual tokens, int64 `[images, cells]`.
+        settings: as for `Generator.generate`.
+
+    Raises:
+        GeneratorError: tokens that do not fit the model, or a decoder that does not get the prompt at once and then one
+            token at a time.
     """
-    shape = len(prompts), generator.checkpoint.num_visual_tokens
-    if tokens.dtype != torch.int64 or tokens.shape != shape or tokens.min() < 0:
-        raise GeneratorError(f"tokens are {tokens.dtype} {list(tokens.shape)}: give int64 {list(shape)}, all from 0 up")
-    with _empty_decoder(generator, tokens):
-        calls, taken = _record(
-            generator, lambda: generator.generate(prompts, DynamicCache(), **{**settings, "temperature": 0.0})
+    name, cells = generator.checkpoint.name, generator.checkpoint.num_visual_tokens
+    if tokens.dtype != torch.int64 or tokens.shape != (len(prompts), cells) or tokens.min() < 0:
+        raise GeneratorError(
+            f"tokens are {tokens.dtype} {list(tokens.shape)}: give int64 {[len(prompts), cells]}, all from 0 up"
         )
-    if not torch.equal(taken, tokens):
-        raise GeneratorError(f"{generator.checkpoint.name} did not take the tokens given: they are of other images")
-    return _recording_of(generator, calls, len(prompts))
-
-
-Calls = list[dict[str, torch.Tensor]]
-
-
-def _record(generator: Generator, generate: Callable[[], torch.Tensor]) -> tuple[Calls, torch.Tensor]:
-    """The inputs of every call of the decoder, and the tokens that were generated."""
-    calls: Calls = []
+    calls: list[dict[str, torch.Tensor]] = []
 
     def remember(decoder: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         named = {"input_ids": args[0]} if args else {}
@@ -71,27 +114,25 @@ def _record(generator: Generator, generate: Callable[[], torch.Tensor]) -> tuple
 
     handle = generator.language_model.get_decoder().register_forward_pre_hook(remember, with_kwargs=True)
     try:
-        return calls, generate().cpu()
+        with _empty_decoder(generator, tokens):
+            taken = generator.generate(prompts, DynamicCache(), **{**settings, "temperature": 0.0})
     finally:
         handle.remove()
-
-
-def _recording_of(generator: Generator, calls: Calls, num_prompts: int) -> Recording:
+    if not torch.equal(taken.cpu(), tokens):
+        raise GeneratorError(f"{name} did not take the tokens given: they are of other images")
     names = calls[0].keys() - {"attention_mask"}
     length = {name: 1 if name != "position_ids" else -1 for name in names}
-    cells = generator.checkpoint.num_visual_tokens
     if len(calls) != cells or any(call[name].shape[length[name]] != 1 for call in calls[1:] for name in names):
         raise GeneratorError(
-            f"{generator.checkpoint.name} cannot be trained on: its decoder ran {len(calls)} times for {cells} visual "
-            "tokens, and it has to be given the prompt at once and then one token at a time"
+            f"{name} cannot be trained on: its decoder ran {len(calls)} times for {cells} visual tokens, and it has to "
+            "be given the prompt at once and then one token at a time"
         )
-    inputs = {name: torch.cat([call[name] for call in calls], length[name]) for name in names}
+    inputs = {name: torch.cat([call[name] for call in calls], length[name]).cpu() for name in names}
     rows, num_prompt = next(calls[0][name] for name in names if name != "position_ids").shape[:2]
     mask = calls[0].get("attention_mask")
     seen = mask.bool() if mask is not None and mask.ndim == 2 else prompt_columns(mask, num_prompt)
-    if seen is None:
-        seen = torch.ones(rows, num_prompt, dtype=torch.bool, device=generator.model.device)
-    return Recording(inputs, seen, generator.is_unconditional(num_prompts))
+    seen = torch.ones(rows, num_prompt, dtype=torch.bool) if seen is None else seen.cpu()
+    return Recording(inputs, seen, generator.is_unconditional(len(prompts)))
 
 
 @contextmanager

@@ -5,7 +5,8 @@ It accesses no files and generates no images: `learning.py` provides recordings,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 
 import torch
 
@@ -13,11 +14,11 @@ from ssd_cache.cache.plans import LayerPlan
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.head_map.learned_score import LearnedScore
 from ssd_cache.models import Generator
+from ssd_cache.runs.processes import Processes
 from ssd_cache.runs.run_state import ProfilingError
 from ssd_cache.training.learning_state import LearningState
-from ssd_cache.training.likelihood import kl_divergence
 from ssd_cache.training.pretended import masked_softmax, retained_tokens
-from ssd_cache.training.teacher_forcing import Recording, log_probabilities_of, teacher_forced
+from ssd_cache.training.teacher_forcing import Recording, Weigh, WeighBlock, divergence_of_states, teacher_forced
 
 SOFTNESS = 1.0, 0.4
 """Initial and final temperature of the soft eviction threshold."""
@@ -30,7 +31,11 @@ LEAST = 1e-4
 
 
 class Trainer:
-    """Takes gradient steps of a score, on a schedule of `num_steps`; `plans` are those of the cache it is for."""
+    """Takes gradient steps of a score, on a schedule of `num_steps`; `plans` are those of the cache it is for.
+
+    The images of a step go through the decoder `num_at_once` at a time, so memory does not depend on their number.
+    The processes of a run take these parts in turn and all get the same result.
+    """
 
     def __init__(
         self,
@@ -40,81 +45,102 @@ class Trainer:
         temperature: float,
         learning_rate: float,
         num_steps: int,
+        num_at_once: int,
+        processes: Processes,
     ):
         self.generator, self.plans = generator, plans
         self.sampling = {"guidance_scale": guidance_scale, "temperature": temperature}
         self.learning_rate, self.num_steps = learning_rate, num_steps
-        self.softness = SOFTNESS[-1]
-        self.score: LearnedScore | None = None  # None while everything is kept
+        self.num_at_once, self.processes = num_at_once, processes
 
     def step(self, state: LearningState, recording: Recording) -> tuple[LearningState, float]:
         """The state after a step, and the mean divergence per token before it, in nats, over images and tokens."""
         done = state.num_steps / self.num_steps
         first, last = SOFTNESS
-        self.softness = first * (last / first) ** done
-        parameters = state.parameters(self.generator.model.device)
-        with torch.enable_grad():
-            loss = self._divergence(recording, LearnedScore(**parameters)).mean()
-            loss.backward()
+        softness = first * (last / first) ** done
+        parameters, own_loss = state.parameters(self.generator.model.device), 0.0
+        for part in self._own_parts(recording):
+            share = len(part.is_unconditional) / len(recording.is_unconditional)
+            with teacher_forced(self.generator, part) as run, torch.enable_grad():
+                mean = self._divergence(run, part, LearnedScore(**parameters), softness).mean() * share
+                mean.backward()
+            own_loss += mean.item()
+        loss = sum(self.processes.gather_all(own_loss))
+        self._check(torch.tensor(loss))
+        for value in parameters.values():
+            own = torch.zeros_like(value) if value.grad is None else value.grad
+            value.grad = torch.stack(self.processes.gather_all(own.cpu())).sum(0).to(value.device)
         torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
         rate = self.learning_rate * min(1.0, (state.num_steps + 1) / WARM_UP) * (1 - done) ** 0.5
         gradients = {name: value.grad for name, value in parameters.items() if value.grad is not None}
-        return state.follow(gradients, rate), loss.item()
+        return state.follow(gradients, rate), loss
 
     @torch.no_grad()
-    def divergences(self, state: LearningState, recording: Recording, batch_size: int) -> torch.Tensor:
+    def divergences(self, state: LearningState, recording: Recording) -> torch.Tensor:
         """The mean divergence per token of each image, in nats, float64 `[images]`; takes no step."""
-        score = LearnedScore(**state.parameters(self.generator.model.device))
-        parts = [self._divergence(part, score) for part in recording.split(batch_size)]
-        return torch.cat([part.double().mean(1).cpu() for part in parts])
+        score, own = LearnedScore(**state.parameters(self.generator.model.device)), []
+        for part in self._own_parts(recording):
+            with teacher_forced(self.generator, part) as run:
+                own.append(self._divergence(run, part, score, SOFTNESS[-1]).double().mean(1).cpu())
+        rounds = zip_longest(*self.processes.gather_all(own))
+        found = torch.cat([part for parts in rounds for part in parts if part is not None])
+        self._check(found)
+        return found
 
-    def _divergence(self, recording: Recording, score: LearnedScore) -> torch.Tensor:
+    def _own_parts(self, recording: Recording) -> list[Recording]:
+        """The images of this process, `num_at_once` in each part."""
+        return recording.split(self.num_at_once)[self.processes.index :: self.processes.count]
+
+    def _divergence(
+        self, run: Callable[[Weigh], torch.Tensor], recording: Recording, score: LearnedScore, softness: float
+    ) -> torch.Tensor:
         """KL divergence of the next token, full cache against evicted cache, `[images, cells]`."""
-        with teacher_forced(self.generator, recording, self._weigh):
-            with torch.no_grad():
-                full = log_probabilities_of(self.generator, recording, **self.sampling)
-            self.score = score
-            try:
-                found = kl_divergence(full, log_probabilities_of(self.generator, recording, **self.sampling))
-            finally:
-                self.score = None
-        if not found.isfinite().all():
+
+        def weigh_retained(layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> WeighBlock:
+            retained = retained_tokens(self.plans[layer_idx], score.at(layer_idx), keys, values, softness)
+            return lambda logits, arriving: masked_softmax(logits, retained.at(arriving))
+
+        with torch.no_grad():
+            full = run(lambda *_: lambda logits, _: logits.softmax(-1))
+        evicted = run(weigh_retained)
+        return divergence_of_states(self.generator, recording.is_unconditional, full, evicted, **self.sampling)
+
+    def _check(self, divergences: torch.Tensor) -> None:
+        if not divergences.isfinite().all():
             raise ProfilingError(
                 f"{self.generator.checkpoint.name} gives NaN or infinite numbers: its numbers overflow, as they may in "
                 "float16; load it in bfloat16 or float32"
             )
-        return found
-
-    def _weigh(self, layer_idx: int, logits: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        if self.score is None:
-            return logits.softmax(-1)
-        score = self.score.at(layer_idx)
-        return masked_softmax(logits, retained_tokens(self.plans[layer_idx], score, keys, values, self.softness))
 
 
 @torch.no_grad()
-def mean_attention(generator: Generator, recording: Recording, head_map: HeadMap) -> LearnedScore:
+def mean_attention(generator: Generator, recording: Recording, head_map: HeadMap, num_at_once: int) -> LearnedScore:
     """The initial score: the logarithm of the attention that each position still receives from a given row on.
 
-    The attention is averaged over images. The logarithm is split into a row part and a part by column and row distance.
-    The weights of K and V are zero.
+    The attention is averaged over images, `num_at_once` of which go through the decoder at a time. The logarithm is
+    split into a row part and a part by column and row distance. The weights of K and V are zero.
     """
     rows, columns = head_map.grid
-    found: dict[int, torch.Tensor] = {}
+    received = torch.zeros(*head_map.is_spatial.shape, rows, rows * columns)
     dims: dict[str, int] = {}
 
-    def record(layer_idx: int, logits: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        weights, num_visual = logits.softmax(-1), keys.shape[2]
-        received = weights[..., -num_visual:, -num_visual:].sum(2).mean(0)  # [kv_heads, tokens, tokens]
-        received = torch.nn.functional.pad(received, (0, 1, 0, 1))  # the last token is never fed to the decoder
-        future = received.unflatten(1, (rows, columns)).sum(2).flip(1).cumsum(1).flip(1)
-        found[layer_idx] = (future + LEAST).log().unflatten(2, (rows, columns)).cpu()
+    def record(layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> WeighBlock:
         dims.update(key=keys.shape[3], value=values.shape[3])
-        return weights
+        num_visual = keys.shape[2]  # the last visual token is never fed to the decoder, and receives nothing
 
-    with teacher_forced(generator, recording, record):
-        log_probabilities_of(generator, recording, guidance_scale=1.0, temperature=1.0)
-    table = torch.stack([found[layer] for layer in sorted(found)])  # [layers, kv_heads, rows now, rows, columns]
+        def weigh(logits: torch.Tensor, arriving: slice) -> torch.Tensor:
+            weights, numbers = logits.softmax(-1), torch.arange(arriving.start, arriving.stop)
+            visual = weights[..., weights.shape[-2] - len(numbers) :, -num_visual:].sum((0, 2)).cpu()
+            received[layer_idx, ..., :num_visual].index_add_(1, numbers // columns, visual)
+            return weights
+
+        return weigh
+
+    for part in recording.split(num_at_once):
+        with teacher_forced(generator, part) as run:
+            run(record)
+    future = (received / len(recording.is_unconditional)).flip(2).cumsum(2).flip(2)
+    table = (future + LEAST).log().unflatten(3, (rows, columns))  # [layers, kv_heads, rows now, rows, columns]
     row = table.mean(-1)
     rest = table - row[..., None]
     column = torch.stack(

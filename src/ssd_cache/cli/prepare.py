@@ -64,8 +64,8 @@ def prepare(
     Prints a plan with the time and memory of each stage, measured on its first
     batch. Everything is kept in the folder OUTPUT.state: you can stop at any
     point, and the same command resumes. Without --prompts-file, the prompts are
-    600 captions that come with the package. Several processes share the images
-    under `accelerate launch -m ssd_cache.cli prepare ... --quick`.
+    600 captions that come with the package. Several processes share each stage
+    under `accelerate launch -m ssd_cache.cli prepare ...`.
     """
     if quick and stages:
         raise WrongUse("--quick and --stages both choose the stages: give one of them")

@@ -17,7 +17,7 @@ from ssd_cache.profiling.measuring import DEFAULT_BATCH_SIZE
 from ssd_cache.runs.batching import free_memory
 from ssd_cache.runs.metering import metered
 from ssd_cache.runs.run_state import ProfilingError
-from ssd_cache.training.learning import BATCHES_AT_ONCE
+from ssd_cache.training.recording import BATCHES_AT_ONCE
 
 
 def check_weights_fit(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:

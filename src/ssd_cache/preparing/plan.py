@@ -21,9 +21,10 @@ from ssd_cache.profiling.allocation import fit_heads
 from ssd_cache.runs.batching import image_nbytes
 from ssd_cache.runs.metering import Cost, metered
 from ssd_cache.runs.processes import Processes
-from ssd_cache.training.learning import BATCHES_AT_ONCE, NO_GUIDANCE, check_learning
+from ssd_cache.training.learning import check_learning
 from ssd_cache.training.learning_state import HELD_OUT, LearningState
-from ssd_cache.training.recording import replay_images
+from ssd_cache.training.memory import images_at_once
+from ssd_cache.training.recording import NO_GUIDANCE, generated_together, replay_images
 from ssd_cache.training.trainer import Trainer, mean_attention
 
 WARM_SECONDS = 20.0
@@ -104,7 +105,7 @@ def make_plan(
         _measure_images(generator, settings, folder, processes, progress)
     is_learning = any(stage.name == "learn" for stage in stages)
     if is_learning and "step" not in folder.costs:
-        _measure_learning(generator, settings, folder)
+        _measure_learning(generator, settings, folder, processes)
     estimates, before = [], None
     is_finished = True
     for stage in stages:
@@ -124,9 +125,10 @@ def _estimate(name: str, generator: Generator, settings: Settings, folder: State
         return Cost(1.0, batch.peak_bytes)
     if name == "learn":
         images, step, inputs = (folder.costs[part] for part in ("images", "step", "inputs"))
-        size = BATCHES_AT_ONCE * LEARNED_AT_ONCE
+        size = generated_together(generator, settings.learned, LEARNED_AT_ONCE)
         num_batches = math.ceil(len(settings.learned) / size) + HELD_OUT / size
-        seconds = num_batches * images.seconds + (settings.num_steps + PASSES_OF_HELD_OUT) * step.seconds
+        seconds = num_batches * images.seconds / num_processes
+        seconds += (settings.num_steps + PASSES_OF_HELD_OUT) * step.seconds
         peaks = [cost.peak_bytes for cost in (images, step) if cost.peak_bytes is not None]
         held = round((num_batches - 1) * (inputs.peak_bytes or 0))
         return Cost(seconds, max(peaks) + held if peaks else None)
@@ -170,9 +172,9 @@ def _measure_images(
     folder.costs = processes.gather_all(folder.costs)[0]
 
 
-def _measure_learning(generator: Generator, settings: Settings, folder: StateFolder) -> None:
+def _measure_learning(generator: Generator, settings: Settings, folder: StateFolder, processes: Processes) -> None:
     """Generate the images of a few training steps, take one or two of these, and record the costs."""
-    device, size = generator.model.device, BATCHES_AT_ONCE * LEARNED_AT_ONCE
+    device, size = generator.model.device, generated_together(generator, settings.learned, LEARNED_AT_ONCE)
     prompts = settings.learned[:size]
     sampling: dict[str, Any] = asdict(settings.sampling)
     seed = sampling.pop("seed")
@@ -183,19 +185,23 @@ def _measure_learning(generator: Generator, settings: Settings, folder: StateFol
     if abs(sampling["guidance_scale"] - 1) < NO_GUIDANCE:
         recording = recording.conditional()
     learning = settings.learning(generator.checkpoint.grid[1])
-    labels = HeadMap.from_pretrained(folder.path / FIRST)
+    labels = processes.gather_all(HeadMap.from_pretrained(folder.path / FIRST) if processes.is_main else None)[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the stage emits the same ones
         plans = check_learning(labels, **learning)
-    rate, num_steps = learning["learning_rate"], learning["num_steps"]
-    trainer = Trainer(generator, plans, **sampling, learning_rate=rate, num_steps=num_steps)
     part = recording.split(LEARNED_AT_ONCE)[0]
-    state = LearningState.beginning(mean_attention(generator, part, labels))
-    with metered(device) as step:
-        trainer.step(state, part)
-    if step.seconds < WARM_SECONDS:
+    schedule: dict[str, Any] = {name: learning[name] for name in ("learning_rate", "num_steps")}
+    most, rows_of_image = math.ceil(LEARNED_AT_ONCE / processes.count), 2 if part.is_unconditional.any() else 1
+    num_at_once = images_at_once(generator, most, rows_of_image, part.seen.shape[1], learning["buffer"])
+    trainer = Trainer(generator, plans, **sampling, **schedule, num_at_once=num_at_once, processes=processes)
+    state = LearningState.beginning(mean_attention(generator, part, labels, num_at_once))
+    for _ in range(2):
         with metered(device) as step:
             trainer.step(state, part)
-    inputs = Cost(0.0, sum(tensor.nbytes for tensor in recording.inputs.values()))
-    folder.costs |= {"images": images, "inputs": inputs, "step": step}
-    folder.save()
+        if processes.gather_all(step.seconds)[0] > WARM_SECONDS:
+            break
+    if processes.is_main:
+        inputs = Cost(0.0, sum(tensor.nbytes for tensor in recording.inputs.values()))
+        folder.costs |= {"images": images, "inputs": inputs, "step": step}
+        folder.save()
+    folder.costs = processes.gather_all(folder.costs)[0]

@@ -59,7 +59,7 @@ def prepare(
     Everything is kept in the folder `OUTPUT.state`. The same call goes on after an interruption at any point, and
     skips finished stages. Further stages may be added in a later call: `stages=QUICK` first, then all.
 
-    Under `accelerate launch`, the processes share `profile` and `check`. Learning runs in a single process.
+    Under `accelerate launch`, the processes share the work of each stage.
 
     Args:
         model: a loaded image model of a supported family, or a `Generator`.
@@ -97,7 +97,7 @@ def prepare(
         kept = processes.gather_all(folder.settings.get("batch_size"))[0]
         batch_size = kept or default_batch_size(generator, texts, DEFAULT_BATCH_SIZE, processes=processes)
     settings = Settings(texts, budget, num_steps, batch_size, generator.sampling(guidance_scale, temperature, seed))
-    check_stages(stages, generator, settings, processes)
+    check_stages(stages, generator, settings)
     check_prompts(generator, texts)
     if "learn" in stages:
         check_trainable(generator)

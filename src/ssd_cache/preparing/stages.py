@@ -20,7 +20,6 @@ from ssd_cache.preparing.state import StateFolder
 from ssd_cache.profiling.allocation import fit_heads
 from ssd_cache.profiling.profiling import check_profiling, profile_heads
 from ssd_cache.runs.processes import Processes
-from ssd_cache.runs.run_state import ProfilingError
 from ssd_cache.training.learning import check_learning, learn_score
 
 STAGES = ("profile", "fit", "learn", "check")
@@ -150,13 +149,8 @@ def run_profile(
         return profile_heads(generator, prompts, batch_size=batch_size, state_file=state_file, **levels, **shared)
 
 
-def check_stages(names: Sequence[str], generator: Generator, settings: Settings, processes: Processes) -> None:
-    """Refuse, before any work, stages and settings that would fail later.
-
-    Raises:
-        ProfilingError: learning in several processes.
-        ValueError: any other setting out of range.
-    """
+def check_stages(names: Sequence[str], generator: Generator, settings: Settings) -> None:
+    """Refuse, before any work, stages and settings that would fail later; raises ValueError."""
     if unknown := [name for name in names if name not in STAGES]:
         raise ValueError(f"stage {unknown[0]!r} is unknown: give some of {', '.join(STAGES)}")
     if not names:
@@ -176,11 +170,6 @@ def check_stages(names: Sequence[str], generator: Generator, settings: Settings,
                 check_learning(labels, settings.budget, **settings.learning(checkpoint.grid[1]))
         except ValueError as error:
             raise ValueError(f"{error}; --quick (stages={QUICK}) leaves learning out") from error
-        if processes.count > 1:
-            raise ProfilingError(
-                f"learning runs in one process, and there are {processes.count}: prepare with --quick in all of them, "
-                "then run the same command without --quick in one"
-            )
 
 
 def check_prompts_differ(prompts: Sequence[str]) -> None:

@@ -161,7 +161,7 @@ def check_stages(names: Sequence[str], generator: Generator, settings: Settings)
     settings.sampling.check_random()
     heads = (checkpoint.num_layers, checkpoint.num_kv_heads)
     profiling = settings.profiling(checkpoint.num_visual_tokens)
-    check_profiling(checkpoint.layout, fit=heads, batch_size=settings.batch_size, **profiling)
+    check_profiling(checkpoint.layout, fit=True, batch_size=settings.batch_size, **profiling)
     if "learn" in names:
         labels = HeadMap.uniform("semantic", num_layers=heads[0], num_kv_heads=heads[1]).with_layout(checkpoint.layout)
         try:

@@ -33,7 +33,7 @@ def test_online_labels_and_tokens_as_plain_loops(run, num_slots):
     least = run["buffer"] + run["num_recent"] + run["num_sinks"]
     assume(least < cells)
     num_slots = least + num_slots % (cells - least)
-    score = "sum" if run["score"] in ("margin", "learned") else run["score"]  # an online map refuses the others
+    score = run["score"] if run["score"] in ("sum", "mean", "last") else "sum"  # the others see no attention
     num_prompt, total = run["num_prompt"], run["num_prompt"] + cells
     queries = torch.randn(batch, kv_heads * groups, total, dim) * run["sharpness"]
     keys, values = torch.randn(batch, kv_heads, total, dim), torch.randn(batch, kv_heads, total, dim)
@@ -146,14 +146,16 @@ def test_sinks_are_spared_by_score_too():
 def test_scores_in_numbers():
     attention = torch.tensor([[[1.4, 0.5, 0.4, 0.2]]])  # the table of docs/concepts.md
     positions = torch.tensor([[[0, 1, 2, 3]]])
+    keys = torch.tensor([[[[3.0, 0.0], [0.0, 4.0], [0.0, 0.0], [1.0, 0.0]]]])  # their mean is (1, 1)
     formed = {
-        name: make_scorer(name, 3, None).rank(attention, positions, 4, states=None)[0, 0].tolist()
+        name: make_scorer(name, 3, None).rank(attention, positions, 4, states=lambda: (keys, None))[0, 0].tolist()
         for name in SCORES
         if name != "learned"
     }
     assert formed["sum"] == formed["last"] == pytest.approx([1.4, 0.5, 0.4, 0.2])
     assert formed["mean"] == pytest.approx([0.35, 0.5 / 3, 0.2, 0.2])
     assert formed["margin"] == [1, 0, 1, 1]
+    assert formed["key-distance"] == pytest.approx([5**0.5, 10**0.5, 2**0.5, 1])
 
 
 @given(st.integers(1, 9), st.data())

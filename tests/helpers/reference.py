@@ -16,7 +16,8 @@ class AmbiguousError(Exception):
 class ReferenceHead:
     """One KV head of one row: which visual tokens it holds, and what attention over them gives.
 
-    score: "sum", "mean", "last", "margin" or "learned", what a semantic head ranks its tokens by; columns: of the grid;
+    score: "sum", "mean", "last", "margin", "key-distance" or "learned", what a semantic head ranks its tokens by;
+    columns: of the grid;
     learned: for "learned", lists of floats: key, value, row (by row of the next token, and of the token), column (by
     rows between them, and column of the token).
     """
@@ -36,6 +37,9 @@ class ReferenceHead:
         """The score of a visual token when `arrived` of them had arrived and as many queries had been made."""
         if self.score == "margin":
             return 1.0 if token % self.columns in (0, self.columns - 1) else 0.0
+        if self.score == "key-distance":
+            held = [self.keys[kept] for kept in self.kept]
+            return math.dist(self.keys[token], [sum(numbers) / len(held) for numbers in zip(*held, strict=True)])
         if self.score == "learned":
             key, value, row, column = self.learned
             now, stands = (min(number // self.columns, len(row) - 1) for number in (arrived, token))

@@ -18,7 +18,7 @@ from ssd_cache._compat import CACHE
 from ssd_cache.budget import Budget
 from ssd_cache.cache.layer import SSDLayer
 from ssd_cache.cache.policies import POLICIES, find_policy
-from ssd_cache.cache.settings import DEFAULT_RECENT, CacheSettings, choose_slots, default_buffer, equal_budget
+from ssd_cache.cache.settings import CacheSettings, choose_slots, default_buffer, default_recent, equal_budget
 from ssd_cache.cache.sharding import shard_of
 from ssd_cache.cache.slots import StaticSlots
 from ssd_cache.head_map.head_map import HeadMap, HeadMapError
@@ -60,16 +60,17 @@ class SSDCache(Cache):
             `num_sinks`. "uniform", the default for any other map, gives every head that number. A budget that is a dict
             or a list is used unchanged.
         buffer: eviction interval: the number of tokens evicted at once, when a token arrives and all slots are taken.
-            Default: a grid row, or a third of a row with a learned score, which is cheap to compute. 1 evicts at every
-            step.
+            Default: a grid row, or a third of a row with "learned" and "key-distance", which are cheap to compute. 1
+            evicts at every step.
         num_recent: newest tokens that a semantic head always keeps; a float in [0, 1) is a fraction of its slots.
-            Default: a quarter of the slots, or none with a learned score.
+            Default: a quarter of the slots; none with "learned"; a grid row and four tokens with "key-distance".
         num_sinks: first tokens of the image that every head always keeps.
         score: how a semantic head ranks its tokens. "sum": the attention received since a token arrived. "mean": that
             sum divided by the number of queries since. "last": the attention of the last `buffer` queries. "margin":
-            the grid's first and last column rank above all other columns. "learned": the map's learned score. The last
-            two need no queries: they work with any attention if all heads of a layer are of one kind and hold equally
-            many tokens. Default: "learned" if the map carries such a score, else "sum".
+            the grid's first and last column rank above all other columns. "key-distance": the distance of the token's
+            key from the mean key of the tokens that the head holds. "learned": the map's learned score. The last three
+            need no queries: they work with any attention if all heads of a layer are of one kind and hold equally many
+            tokens. Default: "learned" if the map carries such a score, else "sum".
         kv_dtype: "int8" or "fp8" stores K and V of visual tokens in 8 bits per number, with a scale for each row, head
             and token, at any budget; the prompt keeps the model's dtype. None stores everything in the model's dtype.
         shard: for a tensor parallel model, the index of this process and the number of processes. The cache then uses
@@ -110,7 +111,7 @@ class SSDCache(Cache):
         if buffer is None:
             buffer = default_buffer(head_map.layout, score)
         if num_recent is None:
-            num_recent = 0 if score == "learned" else DEFAULT_RECENT
+            num_recent = default_recent(head_map.layout, score)
         settings = CacheSettings(head_map, budget, slots, buffer, num_recent, num_sinks, score, kv_dtype, shard)
         super().__init__(layers=[SSDLayer(plan) for plan in settings.plans()])
         self.head_map, self.budget, self.slots, self.shard = head_map, budget, slots, shard

@@ -31,9 +31,6 @@ from ssd_cache.layout import ImageLayout
 DEFAULT_BUDGET = 0.2
 """The paper's budget: a fifth of the visual tokens."""
 
-DEFAULT_RECENT = 0.25
-"""Fraction of a semantic head's slots that keeps the newest tokens, whatever their score; see docs/results.md."""
-
 SLOTS = ("fitted", "uniform")
 """How one number is shared among the heads: in the fitted proportions of the map, or equally."""
 
@@ -185,9 +182,18 @@ def equal_budget(head_map: HeadMap) -> Amount:
 
 
 def default_buffer(layout: ImageLayout, score: str) -> int:
-    """Default eviction interval: a row for a score computed from queries, a third of a row for a learned score."""
+    """Default eviction interval: a row, or a third of a row for the two scores that are cheap to compute."""
     columns = layout.grid[1]
-    return max(1, columns // 3) if score == "learned" else columns
+    return max(1, columns // 3) if score in ("learned", "key-distance") else columns
+
+
+def default_recent(layout: ImageLayout, score: str) -> int | float:
+    """Default `num_recent`: a quarter of the slots for a score by attention; see docs/results.md.
+
+    A learned score needs none. Key distance does not know that most heads attend to the token right above: it gets a
+    row and four tokens.
+    """
+    return {"learned": 0, "key-distance": layout.widest + 4}.get(score, 0.25)
 
 
 def _check_name(setting: str, name: object, known: Iterable[str], otherwise: str = "") -> None:

@@ -362,12 +362,6 @@ def test_the_margin_beside_other_heads_needs_the_attention_ssd():
         draw_picture(model, SSDCache.from_policy("margin", mixed_map(), 18, buffer=3))
 
 
-@pytest.mark.parametrize("make", [SSDCache, lambda *args, **kwargs: SSDCache.from_policy("margin", *args)])
-def test_the_margin_gives_an_online_map_nothing_to_label_by(make):
-    with pytest.raises(ValueError, match="score='margin' looks at no attention"):
-        make(HeadMap.online(num_layers=2, num_kv_heads=2, grid=GRID), 0.5, score="margin")
-
-
 def test_a_second_picture_without_reset_is_refused():
     model = tiny_janus(grid_side=6)
     cache = SSDCache(mixed_map(), 0.5, buffer=3)

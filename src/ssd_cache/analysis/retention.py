@@ -78,7 +78,7 @@ def read_retention(cache: SSDCache, *, row: int = 0) -> Retention:
     positions, kinds = [], []
     for layer in cache.layers:
         positions.append(tuple(tuple(held[row].tolist()) for held in layer.held_positions()))
-        kinds.append(layer.labels or layer.plan.is_spatial)
+        kinds.append(layer.plan.is_spatial)
     return Retention(cache.head_map.grid, cache.layers[0].num_visual, tuple(positions), torch.tensor(kinds))
 
 

@@ -67,11 +67,6 @@ class CacheSettings:
                 f"score='learned': the head map ({self.head_map.origin}) carries no learned score; `ssd-cache learn` "
                 f"makes a map with one, or {others}"
             )
-        if self.score == "margin" and self.head_map.is_online:
-            raise ValueError(
-                "score='margin' looks at no attention, by which an online map labels its heads: give a map with "
-                f"labels, or {others}"
-            )
         if self.score == "margin" and self.head_map.layout.draft_grids:
             raise ValueError(
                 "score='margin' needs the columns of a single grid, but this head map has draft grids of other "
@@ -89,11 +84,6 @@ class CacheSettings:
         if self.slots == "fitted" and is_amount(budget):
             budget = self._fitted_slots(budget)
         num_slots = resolve_budget(budget, labels, cells)
-        if head_map.is_online and not (isinstance(budget, int | float) or all(map(is_amount, budget))):
-            raise ValueError(
-                f"budget={budget!r} may give heads of one layer different numbers of slots: an online map does not "
-                "know yet which head is which, so give one number, or a list with one for each layer"
-            )
         self._check_room(labels, num_slots)
         own, learned = own_heads(head_map, self.shard), head_map.learned
         return [
@@ -106,7 +96,6 @@ class CacheSettings:
                 num_recent=tuple(resolve_recent(self.num_recent, held) for held in num_slots[index][own]),
                 num_sinks=self.num_sinks,
                 scorer=make_scorer(self.score, head_map.layout.widest, learned and learned.at(index)).at(own),
-                is_online=head_map.is_online,
                 kv_dtype=self.kv_dtype,
             )
             for index in range(head_map.num_layers)

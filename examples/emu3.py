@@ -2,7 +2,7 @@
 
     python examples/emu3.py "a photo of a red circle" --head-map user/emu3-head-map --output circle.png
 
-Without --head-map the cache labels the heads itself. Guidance runs in the same batch and needs no special code.
+Without --head-map the cache needs no labels. Guidance runs in the same batch and needs no special code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompt")
     parser.add_argument("--model", default="BAAI/Emu3-Gen-hf", help="a Hub id or folder in transformers' format")
-    parser.add_argument("--head-map", help="a Hub repository or folder; labels are found online when not given")
+    parser.add_argument("--head-map", help="a Hub repository or folder; none is needed when not given")
     parser.add_argument("--budget", type=float, help="fraction of the visual tokens that a head keeps")
     parser.add_argument("--side", type=int, default=90, help="visual tokens in a row and in a column")
     parser.add_argument("--negative", default="lowres, blurry", help="what the unconditional rows read")

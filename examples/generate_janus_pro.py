@@ -35,7 +35,7 @@ def main(
         model, dtype=resolve_dtype(dtype, where), attn_implementation="ssd"
     )
     janus = janus.to(where).eval()
-    if head_map == "online":  # the cache labels the heads during generation
+    if head_map == "online":  # no head map
         cache = SSDCache.online(janus, budget)
     else:  # without a budget the map's own slots, or 0.2 of the visual tokens
         cache = SSDCache(HeadMap.from_pretrained(head_map), budget)

@@ -2,7 +2,7 @@
 
     python examples/glm_image.py "a photo of a red circle" --height 1024 --width 1024 --output circle.png
 
-Without --head-map the cache labels the heads itself. The diffusion part, which runs afterwards, has no KV cache.
+Without --head-map the cache needs no labels. The diffusion part, which runs afterwards, has no KV cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompt")
     parser.add_argument("--model", default="zai-org/GLM-Image", help="a Hub id or folder in diffusers' format")
-    parser.add_argument("--head-map", help="a Hub repository or folder; labels are found online when not given")
+    parser.add_argument("--head-map", help="a Hub repository or folder; none is needed when not given")
     parser.add_argument("--budget", type=float, help="fraction of the visual tokens that a head keeps")
     parser.add_argument("--height", type=int, default=1024, help="pixels, a multiple of 32")
     parser.add_argument("--width", type=int, default=1024, help="pixels, a multiple of 32")

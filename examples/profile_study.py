@@ -2,9 +2,9 @@
 
     python examples/profile_study.py --num-prompts 128 --output study
 
-One run with the model's own guidance answers most questions. A second run uses another guidance scale, and a third
-uses caches that label the heads online. The study measures labels, the attention that they retain, seconds and bytes.
-`ssd-cache eval shapes` measures image quality. An interrupted study resumes from the sums in the folder.
+One run with the model's own guidance answers most questions, and a second run uses another guidance scale. The study
+measures labels, the attention that they retain, seconds and bytes. `ssd-cache eval shapes` measures image quality. An
+interrupted study resumes from the sums in the folder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,7 @@ import torch
 import typer
 from tqdm import tqdm
 
-from ssd_cache import HeadMap, SSDCache
-from ssd_cache.decode.attention_switch import ssd_attention
+from ssd_cache import HeadMap
 from ssd_cache.models import Generator, find_generator
 from ssd_cache.profiling.allocation import fit_heads
 from ssd_cache.profiling.labels import METHODS, Method, label_heads, map_scores
@@ -116,27 +114,6 @@ def measure_parts(
         )
         for start in tqdm(range(0, len(prompts), part_size), desc=f"guidance {guidance:g}")
     ]
-
-
-def generate_online(
-    generator: Generator, prompts: list[str], batch_size: int, head_map: HeadMap, slots: int, seed: int, **settings
-) -> tuple[list[torch.Tensor], dict[str, float]]:
-    """Labels that online caches find, per batch; and seconds per image, online and with a map, measured alternately."""
-    labels, spent = [], {"online": 0.0, "offline": 0.0}
-    grid = head_map.grid
-    with ssd_attention(generator.model):
-        for start in tqdm(range(0, len(prompts), batch_size), desc=f"online at {slots} slots"):
-            part = prompts[start : start + batch_size]
-            caches = {
-                "online": SSDCache.online(generator.model, slots, grid=grid, **settings),
-                "offline": SSDCache(head_map, slots, **settings),
-            }
-            for name, cache in caches.items():
-                spent[name] += seconds(generator, partial(generator.generate, part, cache, seed=seed + start))
-            found = caches["online"].labels
-            assert found is not None
-            labels.append(found.is_spatial)
-    return labels, {name: value / len(prompts) for name, value in spent.items()}
 
 
 def vary_labels(statistics: HeadStatistics) -> list[dict[str, Any]]:
@@ -235,7 +212,6 @@ def main(
     prompt_seed: int = 7,
     timed_prompts: int = 16,
     rounds: int = 3,
-    online_prompts: int = 32,
     memory: bool = True,
     device: str = "auto",
     output: Path = Path("profile-study"),
@@ -314,19 +290,6 @@ def main(
         name: {size: retained_attention(statistics, of, slots) for size, slots in sizes.items()}
         for name, of in maps.items()
     }
-    retained["online"], numbers["online"] = {}, {}
-    for size, slots in sizes.items():
-        found, spent = generate_online(
-            generator, prompts[:online_prompts], timed_prompts, fitted, slots, seed, num_recent=num_recent
-        )
-        retained["online"][size] = mean([retained_attention(statistics, of, slots) for of in found])
-        numbers["online"][size] = {
-            "agrees with coverage": mean([label_agreement(of, labels) for of in found]),
-            "agrees with window": mean([label_agreement(of, usual["window"]) for of in found]),
-            "agreement of two batches": mean([label_agreement(of, found[0]) for of in found[1:]] or [1.0]),
-            "seconds per image, online": spent["online"],
-            "seconds per image, with a map": spent["offline"],
-        }
     by_head = {size: fit_heads(fitted, slots) for size, slots in sizes.items()}
     retained["fitted head by head"] = {
         size: retained_attention(statistics, of.is_spatial, torch.tensor(of.slots)) for size, of in by_head.items()
@@ -334,8 +297,6 @@ def main(
     numbers["retained"] = retained
     rows = [[name, *values.values()] for name, values in retained.items()]
     text.append(table("Retained attention, mean over the heads.", ["map", *sizes], rows))
-    rows = [[name, *(of[name] for of in numbers["online"].values())] for name in numbers["online"][next(iter(sizes))]]
-    text.append(table(f"Labels found during generation ({online_prompts} prompts).", ["online", *sizes], rows))
     names = ["window_mass", "margin", "prompt", "coverage"]
     rows = [
         [f"{layer}.{head}", "spatial" if label else "semantic", *(scores[name][layer, head].item() for name in names)]

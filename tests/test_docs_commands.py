@@ -86,7 +86,8 @@ def shelf(tmp_path_factory):
         "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language"
         "\na,a red circle,,1,0,entity,whole,entity - whole (circle),Is there a circle?\n"
     )
-    (shelf / "prompts").mkdir()
+    for name in ("prompts", "results", "more-results"):
+        (shelf / name).mkdir()
     (shelf / "prompts" / "a.txt").write_text("a red circle")
     (shelf / "examples").mkdir()
     shutil.copy(ROOT / "examples" / "captions.txt", shelf / "examples")

@@ -10,12 +10,14 @@ from ssd_cache.head_map import HeadMap, HeadMapError, LearnedScore
 if TYPE_CHECKING:
     from ssd_cache.decode import fast_decode
     from ssd_cache.enabling import enable
+    from ssd_cache.preparing import prepare
     from ssd_cache.profiling import fit_heads, measure_heads, profile_heads
     from ssd_cache.training import learn_score
 
-__version__, _LATER = "0.1.0", {"enable": "enabling", "fast_decode": "decode", "learn_score": "training"}
+__version__, _LATER = "0.1.0", {"enable": "enabling", "fast_decode": "decode"}
+_LATER |= {"learn_score": "training", "prepare": "preparing"}
 __all__ = ["POLICIES", "HeadMap", "HeadMapError", "LearnedScore", "MemoryStats", "SSDCache"]
-__all__ += ["enable", "fast_decode", "fit_heads", "learn_score", "measure_heads", "profile_heads"]
+__all__ += ["enable", "fast_decode", "fit_heads", "learn_score", "measure_heads", "prepare", "profile_heads"]
 
 
 def __getattr__(name: str):

@@ -418,7 +418,7 @@ def test_maps_and_prompts_that_cannot_be_used_are_refused(generator, monkeypatch
 
 def test_a_grid_that_the_model_does_not_generate_is_refused(folder, monkeypatch):
     generator = find_generator(str(folder)).load()
-    monkeypatch.setattr(type(generator), "layout_of", staticmethod(lambda *_: ImageLayout((9, 9))))
+    monkeypatch.setattr(type(generator.checkpoint), "layout", ImageLayout((9, 9)))
     labels = HeadMap.uniform("spatial", num_layers=2, num_kv_heads=2, grid=(9, 9))
     with pytest.raises(ProfilingError, match="generated 64 visual tokens, but its grid is 9 x 9"):
         analyze(generator, CIRCLE, labels, budget=0.4, num_images=1, progress=False)

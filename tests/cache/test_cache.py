@@ -146,7 +146,7 @@ def test_left_padding_changes_nothing_when_layers_differ_in_length():
 
 @pytest.mark.parametrize("budget", [12, {"spatial": 9, "semantic": 13}])
 @pytest.mark.parametrize("move", ["reorder", "select", "mask", "repeat"])
-@pytest.mark.parametrize("score", ["sum", "last", "margin"])
+@pytest.mark.parametrize("score", ["sum", "last", "margin", "key-distance"])
 def test_rows_can_be_moved_in_mid_image(budget, move, score):
     rows = {"reorder": [2, 0, 0], "select": [1, 2], "mask": [0, 2], "repeat": [0, 0, 1, 1, 2, 2]}[move]
     rows = torch.tensor(rows)
@@ -360,12 +360,6 @@ def test_the_margin_beside_other_heads_needs_the_attention_ssd():
     model = tiny_janus(grid_side=6, attn_implementation="sdpa")
     with pytest.raises(ValueError, match=r"set_attn_implementation\('ssd'\)"):
         generate_image(model, SSDCache.from_policy("margin", mixed_map(), 18, buffer=3))
-
-
-@pytest.mark.parametrize("make", [SSDCache, lambda *args, **kwargs: SSDCache.from_policy("margin", *args)])
-def test_the_margin_gives_an_online_map_nothing_to_label_by(make):
-    with pytest.raises(ValueError, match="score='margin' looks at no attention"):
-        make(HeadMap.online(num_layers=2, num_kv_heads=2, grid=GRID), 0.5, score="margin")
 
 
 def test_a_second_image_without_reset_is_refused():

@@ -1,4 +1,4 @@
-"""Caches that label heads for themselves, inside transformers' own generate; test_retention.py has the rule itself."""
+"""Caches without a head map, inside transformers' own generate; test_retention.py has the rule itself."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ GRID = (6, 6)
 SETTINGS = {"budget": 20, "grid": GRID, "buffer": 4}
 
 
-def draw_picture(model, cache, lengths=(5, 9, 3)):
+def draw_picture(model, cache, lengths=(5, 9, 3), do_sample=True):
     torch.manual_seed(0)
     inputs = left_padded_prompts(lengths)
-    return model.generate(**inputs, generation_mode="image", **{CACHE: cache}, do_sample=True, guidance_scale=3.0)
+    return model.generate(**inputs, generation_mode="image", **{CACHE: cache}, do_sample=do_sample, guidance_scale=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -37,39 +37,57 @@ def model():
     return tiny_janus(grid_side=6, heads=4, layers=3)
 
 
-def test_labels_appear_and_the_pictures_are_those_of_the_labels(model):
-    cache = SSDCache.online(model, **SETTINGS)
-    assert cache.labels is None
-    tokens = draw_picture(model, cache)
-    labels = cache.labels
-    assert 0 < labels.is_spatial.sum() < labels.is_spatial.numel(), "a model whose heads are all alike tests nothing"
-    # nothing is evicted before the labels are known, so the same labels from the start draw the same tokens
-    known = SSDCache(labels, 20, buffer=4)
-    assert torch.equal(draw_picture(model, known), tokens)
-    for ours, theirs in zip(cache.layers, known.layers, strict=True):
-        assert ours.labels == theirs.labels
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_no_queries_are_needed(model, attn_implementation):
+    cache, expected = (SSDCache.online(model, **SETTINGS) for _ in range(2))
+    tokens = draw_picture(model, expected, do_sample=False)
+    other = tiny_janus(grid_side=6, heads=4, layers=3, attn_implementation=attn_implementation)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(draw_picture(other, cache, do_sample=False), tokens)
+    for ours, theirs in zip(cache.layers, expected.layers, strict=True):
+        assert ours.stores[0].queries is None
         assert torch.equal(ours.stores[0].positions, theirs.stores[0].positions)
-    assert cache.nbytes == known.nbytes
 
 
-def test_reset_forgets_the_labels(model):
+def test_heads_keep_different_tokens_and_the_newest_row(model):
+    cache = SSDCache.online(model, **SETTINGS)
+    draw_picture(model, cache)
+    assert (cache.score, cache.num_recent) == ("key-distance", 10)
+    heads = [head[row].tolist() for layer in cache.layers for head in layer.held_positions() for row in range(3)]
+    assert len({tuple(head) for head in heads}) > 1
+    assert all(set(range(25, 35)) <= set(head) for head in heads)
+
+
+@pytest.mark.parametrize("settings", [{}, {"kv_dtype": "int8"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_do_not_depend_on_other_rows(settings, dtype):
+    """Each row evicts on its own keys; with grouped query heads."""
+    head_map = HeadMap.online(num_layers=1, num_kv_heads=2, grid=GRID)
+    whole, alone = (SSDCache(head_map, 20, buffer=4, **settings) for _ in range(2))
+    torch.manual_seed(0)
+    for number in (5, *[1] * 36):
+        keys, values = torch.randn(2, 3, 2, number, 8).to(dtype)
+        whole.update(keys, values, 0)
+        alone.update(keys[1:2], values[1:2], 0)
+    assert torch.equal(whole.layers[0].stores[0].positions[1:2], alone.layers[0].stores[0].positions)
+    assert not torch.equal(*whole.layers[0].stores[0].positions[:2])
+
+
+def test_reset_makes_it_as_new(model):
     cache = SSDCache.online(model, **SETTINGS)
     first = draw_picture(model, cache)
     cache.reset()
-    assert cache.labels is None
     assert torch.equal(draw_picture(model, cache), first)
-    assert cache.labels is not None
 
 
-def test_a_full_budget_needs_no_labels_and_is_dynamic_cache(model):
+def test_a_full_budget_is_dynamic_cache(model):
     cache = SSDCache.online(model, 1.0, grid=GRID)
     assert torch.equal(draw_picture(model, cache), draw_picture(model, DynamicCache()))
-    assert cache.labels is None
 
 
 @pytest.mark.parametrize("step", [10, 19, 20, 25])
-def test_copies_and_moved_rows_label_alike(model, step):
-    """A deep copy made before, at or after the labelling goes on as the original does."""
+def test_copies_and_moved_rows_go_on_alike(model, step):
+    """A deep copy made before, at or after the first eviction goes on as the original does."""
     config = model.config.get_text_config(decoder=True)
     torch.manual_seed(1)
     cache = SSDCache.online(model, **SETTINGS)
@@ -86,7 +104,6 @@ def test_copies_and_moved_rows_label_alike(model, step):
             ours = decoder(inputs_embeds=new, past_key_values=cache).last_hidden_state
             theirs = decoder(inputs_embeds=new.flip(0), past_key_values=twin).last_hidden_state
             torch.testing.assert_close(theirs.flip(0), ours)
-    assert torch.equal(twin.labels.is_spatial, cache.labels.is_spatial)
 
 
 def test_enable_takes_an_online_map(model):
@@ -96,14 +113,9 @@ def test_enable_takes_an_online_map(model):
         assert torch.equal(draw_picture(model, None), expected)
 
 
-def test_different_budgets_of_the_kinds_are_refused(model):
-    with pytest.raises(ValueError, match="different numbers of slots: an online map does not know"):
-        SSDCache.online(model, {"spatial": 18, "semantic": 20}, grid=GRID, buffer=4)
-
-
 def test_an_online_map_can_not_be_saved_or_inverted(tmp_path):
     head_map = HeadMap.online(num_layers=3, num_kv_heads=4)
-    assert repr(head_map) == "HeadMap(3 layers x 4 KV heads, online, grid 24x24, labels found at run time)"
+    assert repr(head_map) == "HeadMap(3 layers x 4 KV heads, online, grid 24x24, made without profiling)"
     assert head_map != HeadMap.uniform("semantic", num_layers=3, num_kv_heads=4)
     for refused in (lambda: head_map.save_pretrained(tmp_path / "map"), lambda: ~head_map):
         with pytest.raises(HeadMapError, match="an online map has no labels, so it cannot be"):
@@ -138,7 +150,7 @@ def test_a_map_with_an_impossible_budget_is_refused(budget, message):
 
 
 def test_the_grid_is_read_from_the_model(model):
-    cache = SSDCache.online(model, buffer=2)
+    cache = SSDCache.online(model, buffer=2, num_recent=2)
     assert (cache.head_map.grid, cache.head_map.previews) == (GRID, ())
     assert cache.num_slots[0][0] == round(0.2 * 36)
     assert torch.equal(draw_picture(model, SSDCache.online(model, 20, buffer=4)), draw_picture(model, online(model)))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.plain_loops import held_tokens, runs, same_as_plain_loops, step_reference, step_through
-from helpers.reference import AmbiguousError, ReferenceHead, online_kind
-from hypothesis import assume, given
+from helpers.reference import ReferenceHead
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ssd_cache import HeadMap, SSDCache
@@ -25,70 +24,24 @@ def test_same_tokens_and_outputs_as_plain_loops(run, is_counted):
     same_as_plain_loops(run, is_counted)
 
 
-@given(runs(), st.integers(1, 30))
-def test_online_labels_and_tokens_as_plain_loops(run, num_slots):
-    torch.manual_seed(run["seed"])
-    batch, kv_heads, groups, dim = run["batch"], len(run["is_spatial"]), run["groups"], 4
-    grid, cells = run["grid"], run["grid"][0] * run["grid"][1]
-    least = run["buffer"] + run["num_recent"] + run["num_sinks"]
-    assume(least < cells)
-    num_slots = least + num_slots % (cells - least)
-    score = "sum" if run["score"] in ("margin", "learned") else run["score"]  # an online map refuses the others
-    num_prompt, total = run["num_prompt"], run["num_prompt"] + cells
-    queries = torch.randn(batch, kv_heads * groups, total, dim) * run["sharpness"]
-    keys, values = torch.randn(batch, kv_heads, total, dim), torch.randn(batch, kv_heads, total, dim)
-    for head in range(0, kv_heads, 2):  # every other head follows what came just before
-        for token in range(1, total):
-            keys[:, head, token] = 0.7 * keys[:, head, token - 1] + 0.7 * keys[:, head, token]
-            for query in range(head * groups, (head + 1) * groups):
-                queries[:, query, token] = 3 * keys[:, head, token]
-    settings = {name: run[name] for name in ("buffer", "num_recent", "num_sinks")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        head_map = HeadMap.online(num_layers=1, num_kv_heads=kv_heads, grid=grid)
-        cache = SSDCache(head_map, num_slots, score=score, **settings)
-    reference = {
-        (row, head): ReferenceHead("semantic", num_slots, cells, *settings.values(), score)
-        for row in range(batch)
-        for head in range(kv_heads)
-    }
-    kinds = None
-    for step, output in step_through(cache, queries, keys, values, num_prompt, None):
-        if step == num_slots:
-            try:
-                kinds = [online_kind([reference[row, head] for row in range(batch)]) for head in range(kv_heads)]
-            except AmbiguousError:
-                assume(False)
-            for (_, head), slow in reference.items():
-                slow.evicts_by_score = kinds[head] == "semantic"
-        expected = step_reference(reference, queries, keys, values, num_prompt, step, None)
-        assert held_tokens(cache.layers[0]) == {place: sorted(slow.kept) for place, slow in reference.items()}
-        for (row, head), rows in expected.items():
-            mine = output[row, head * groups : (head + 1) * groups].double()
-            torch.testing.assert_close(mine, rows, rtol=1e-4, atol=1e-5)
-        labels = cache.labels
-        assert (labels is None) == (step < num_slots)
-        if labels is not None:
-            assert labels.is_spatial[0].tolist() == [kind == "spatial" for kind in kinds]
-
-
 @pytest.mark.parametrize(
     ("policy", "settings"),
     [
-        # semantic: num_recent, num_sinks, score
-        ("linear", (5, 4, "last")),
-        ("h2o", (10, 0, "sum")),
-        ("margin", (5, 0, "margin")),
+        # semantic: buffer, num_recent, num_sinks, score
+        ("linear", (5, 5, 4, "last")),
+        ("h2o", (5, 10, 0, "sum")),
+        ("margin", (5, 5, 0, "margin")),
+        ("online", (1, 9, 0, "key-distance")),
     ],
 )
 def test_policies_are_the_reference_with_their_settings(policy, settings):
-    num_recent, num_sinks, score = settings
+    buffer, num_recent, num_sinks, score = settings
     grid, cells, slots, num_prompt = (6, 5), 30, 21, 3
     queries, keys, values = (torch.randn(2, 2, num_prompt + cells, 4) for _ in range(3))
     head_map = HeadMap.uniform("semantic", num_layers=1, num_kv_heads=2, grid=grid)
     cache = SSDCache.from_policy(policy, head_map, 0.7)
     reference = {
-        (row, head): ReferenceHead("semantic", slots, cells, 5, num_recent, num_sinks, score, grid[1])
+        (row, head): ReferenceHead("semantic", slots, cells, buffer, num_recent, num_sinks, score, grid[1])
         for row in range(2)
         for head in range(2)
     }
@@ -146,14 +99,16 @@ def test_sinks_are_spared_by_score_too():
 def test_scores_in_numbers():
     attention = torch.tensor([[[1.4, 0.5, 0.4, 0.2]]])  # the table of docs/concepts.md
     positions = torch.tensor([[[0, 1, 2, 3]]])
+    keys = torch.tensor([[[[3.0, 0.0], [0.0, 4.0], [0.0, 0.0], [1.0, 0.0]]]])  # their mean is (1, 1)
     formed = {
-        name: make_scorer(name, 3, None).rank(attention, positions, 4, states=None)[0, 0].tolist()
+        name: make_scorer(name, 3, None).rank(attention, positions, 4, states=lambda: (keys, None))[0, 0].tolist()
         for name in SCORES
         if name != "learned"
     }
     assert formed["sum"] == formed["last"] == pytest.approx([1.4, 0.5, 0.4, 0.2])
     assert formed["mean"] == pytest.approx([0.35, 0.5 / 3, 0.2, 0.2])
     assert formed["margin"] == [1, 0, 1, 1]
+    assert formed["key-distance"] == pytest.approx([5**0.5, 10**0.5, 2**0.5, 1])
 
 
 @given(st.integers(1, 9), st.data())

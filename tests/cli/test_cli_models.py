@@ -57,8 +57,6 @@ def test_generate_runs_an_emu3_of_another_size_with_labels_of_its_own_grid(run, 
         "generate", "emu3", *PROMPTS, "--head-map", folders / "map", "--budget", 14, "--buffer", 4, "-o", "a.png"
     )
     assert result.exit_code == 0, result.output
-    assert "84 visual" not in result.stdout
-    assert f"{2 * 6 * 7}" in result.stdout
     generator = find_generator(str(folders / "emu3"), GRIDS["emu3"]).load()
     cache = SSDCache(HeadMap(LABELS, GRIDS["emu3"]), 14, buffer=4)
     first, second = generator.to_images(generator.generate(PROMPTS, cache))

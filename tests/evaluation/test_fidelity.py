@@ -271,21 +271,6 @@ def test_caches_beside_do_not_matter_and_less_budget_holds_less():
         assert (result.kl[:, budget] > 0).all()
 
 
-def test_labels_found_during_generation_are_told():
-    generator = make_generator("janus")
-    online = HeadMap.online(num_layers=2, num_kv_heads=2, grid=GRID)
-    kept = []
-
-    def make_cache():
-        kept.append(SSDCache(online, 18, buffer=6))
-        return kept[-1]
-
-    result = measure_fidelity(generator, PROMPTS, {"online": make_cache})["online"]
-    assert len(kept) == 1
-    assert torch.equal(result.is_spatial, kept[0].labels.is_spatial)
-    assert result.retained.max() <= 1 + 5e-6
-
-
 # --- what stays on the model
 
 
@@ -520,15 +505,6 @@ def test_an_interrupted_measurement_goes_on_after_its_last_part(tmp_path, monkey
         for field in dataclasses.fields(Fidelity):
             one, other = (getattr(results[name], field.name) for results in (expected, found))
             assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-
-def test_labels_found_while_a_cache_runs_are_found_in_one_batch(tmp_path):
-    generator = make_generator("janus")
-    caches = {"online": lambda: SSDCache(HeadMap.online(num_layers=2, num_kv_heads=2, grid=GRID), 24, buffer=2)}
-    settings = {"batch_size": 1, "state_file": tmp_path / "state", "guidance_scale": 2.0}
-    found = measure_fidelity(generator, PROMPTS, caches, **settings)["online"]
-    assert torch.equal(found.kl, measure_fidelity(generator, PROMPTS, caches, guidance_scale=2.0)["online"].kl)
-    assert not (tmp_path / "state").exists()
 
 
 WRONG = [

@@ -16,7 +16,8 @@ class AmbiguousError(Exception):
 class ReferenceHead:
     """One KV head of one row: which visual tokens it holds, and what attention over them gives.
 
-    score: "sum", "mean", "last", "margin" or "learned", what a semantic head ranks its tokens by; columns: of the grid;
+    score: "sum", "mean", "last", "margin", "key-distance" or "learned", what a semantic head ranks its tokens by;
+    columns: of the grid;
     learned: for "learned", lists of floats: key, value, row (by row of the next token, and of the token), column (by
     rows between them, and column of the token).
     """
@@ -36,6 +37,9 @@ class ReferenceHead:
         """The score of a visual token when `arrived` of them had arrived and as many queries had been made."""
         if self.score == "margin":
             return 1.0 if token % self.columns in (0, self.columns - 1) else 0.0
+        if self.score == "key-distance":
+            held = [self.keys[kept] for kept in self.kept]
+            return math.dist(self.keys[token], [sum(numbers) / len(held) for numbers in zip(*held, strict=True)])
         if self.score == "learned":
             key, value, row, column = self.learned
             now, stands = (min(number // self.columns, len(row) - 1) for number in (arrived, token))
@@ -128,29 +132,3 @@ def float8_code(number):
     size = abs(number)
     bits = min(range(127), key=lambda bits: (abs(float8(bits) - size), bits & 1))
     return bits | (128 if math.copysign(1.0, number) < 0 else 0)
-
-
-def online_kind(rows):
-    """The kind that an online map gives a KV head whose slots are full for the first time; `rows` are its rows.
-
-    Looks back at the last `buffer` queries: of the tokens from before them, did the newest half receive more of their
-    attention, or the half of highest score? Scores are those of an eviction right before these queries.
-    """
-    window = hitters = 0.0
-    for head in rows:
-        first = head.num_slots - head.buffer  # the first of the last queries
-        num_kept = first // 2
-        num_recent = head.num_recent * num_kept // head.num_slots
-        score = {token: head.score_of(token, first) for token in range(first)}
-        spared = [token for token in range(first) if token >= first - num_recent]
-        others = sorted((token for token in range(first) if token not in spared), key=lambda t: (-score[t], -t))
-        num_others = num_kept - len(spared)
-        if 0 < num_others < len(others) and score[others[num_others - 1]] - score[others[num_others]] < 1e-5:
-            raise AmbiguousError
-        kept_by_score = spared + others[:num_others]
-        for query in range(first, head.num_slots):
-            window += sum(head.received[query].get(token, 0.0) for token in range(first - num_kept, first))
-            hitters += sum(head.received[query].get(token, 0.0) for token in kept_by_score)
-    if abs(window - hitters) < 1e-5 * max(window, hitters) and window != hitters:
-        raise AmbiguousError
-    return "spatial" if window > hitters else "semantic"

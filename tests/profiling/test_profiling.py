@@ -556,7 +556,7 @@ def test_a_model_whose_queries_do_not_arrive_is_refused(folder, monkeypatch):
 
 def test_a_grid_that_the_model_does_not_generate_is_refused(folder, monkeypatch):
     generator = find_generator(str(folder)).load()
-    monkeypatch.setattr(type(generator), "layout_of", staticmethod(lambda *_: ImageLayout((9, 9))))
+    monkeypatch.setattr(type(generator.checkpoint), "layout", ImageLayout((9, 9)))
     with pytest.raises(ProfilingError, match="generated 64 visual tokens, but its grid is 9 x 9"):
         profile_heads(generator, PROMPTS, progress=False, budget=30, buffer=4)
 

@@ -423,7 +423,7 @@ def test_each_process_of_a_split_model_takes_the_score_of_its_heads():
     [
         ({"row": torch.zeros(2, 2, SIDE, SIDE + 1)}, r"row of the learned score is torch.float32 \[2, 2, 8, 9\]"),
         ({"column": torch.zeros(2, 2, SIDE)}, "column of the learned score"),
-        ({"key": torch.zeros(2, 3, 4)}, r"must be a float tensor \[2, 2, head_dim\]"),
+        ({"key": torch.zeros(2, 3, 4)}, r"must be a float tensor of shape \[2, 2, head_dim\]"),
         ({"value": torch.zeros(2, 2, 0)}, "value of the learned score"),
         ({"key": torch.zeros(2, 2, 4, dtype=torch.int64)}, "torch.int64"),
         ({"key": torch.full((2, 2, 4), torch.nan)}, "NaN or infinite"),

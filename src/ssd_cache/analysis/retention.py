@@ -66,7 +66,7 @@ def read_retention(cache: SSDCache, *, row: int = 0) -> Retention:
     if not 0 <= row < num_rows:
         raise ValueError(f"row={row} is out of range: the cache holds {num_rows} rows, counted from 0")
     positions = tuple(tuple(tuple(held[row].tolist()) for held in layer.held_positions()) for layer in cache.layers)
-    kinds = torch.tensor([layer.labels or layer.plan.is_spatial for layer in cache.layers])
+    kinds = torch.tensor([layer.plan.is_spatial for layer in cache.layers])
     return Retention(cache.head_map.grid, cache.layers[0].num_visual, positions, kinds)
 
 

@@ -18,7 +18,7 @@ from ssd_cache._compat import CACHE
 from ssd_cache.budget import Budget
 from ssd_cache.cache.layer import SSDLayer
 from ssd_cache.cache.policies import POLICIES, find_policy
-from ssd_cache.cache.settings import DEFAULT_RECENT, CacheSettings, choose_slots, default_buffer, equal_budget
+from ssd_cache.cache.settings import CacheSettings, choose_slots, default_buffer, default_recent, equal_budget
 from ssd_cache.cache.sharding import shard_of
 from ssd_cache.cache.slots import StaticSlots
 from ssd_cache.head_map.head_map import HeadMap, HeadMapError
@@ -60,16 +60,17 @@ class SSDCache(Cache):
             `num_sinks`. "uniform", the default for any other map, gives every head that number. A budget that is a dict
             or a list is used unchanged.
         buffer: eviction interval: the number of tokens evicted at once, when a token arrives and all slots are taken.
-            Default: a grid row, or a third of a row with a learned score, which is cheap to compute. 1 evicts at every
-            step.
+            Default: a grid row, or a third of a row with "learned" and "key-distance", which are cheap to compute. 1
+            evicts at every step.
         num_recent: newest tokens that a semantic head always keeps; a float in [0, 1) is a fraction of its slots.
-            Default: a quarter of the slots, or none with a learned score.
+            Default: a quarter of the slots; none with "learned"; a grid row and four tokens with "key-distance".
         num_sinks: first tokens of the image that every head always keeps.
         score: how a semantic head ranks its tokens. "sum": the attention received since a token arrived. "mean": that
             sum divided by the number of queries since. "last": the attention of the last `buffer` queries. "margin":
-            the grid's first and last column rank above all other columns. "learned": the map's learned score. The last
-            two need no queries: they work with any attention if all heads of a layer are of one kind and hold equally
-            many tokens. Default: "learned" if the map carries such a score, else "sum".
+            the grid's first and last column rank above all other columns. "key-distance": the distance of the token's
+            key from the mean key of the tokens that the head holds. "learned": the map's learned score. The last three
+            need no queries: they work with any attention if all heads of a layer are of one kind and hold equally many
+            tokens. Default: "learned" if the map carries such a score, "key-distance" for an online map, else "sum".
         kv_dtype: "int8" or "fp8" stores K and V of visual tokens in 8 bits per number, with a scale for each row, head
             and token, at any budget; the prompt keeps the model's dtype. None stores everything in the model's dtype.
         shard: for a tensor parallel model, the index of this process and the number of processes. The cache then uses
@@ -77,8 +78,8 @@ class SSDCache(Cache):
 
     Raises:
         ValueError: a setting is out of range, a name is unknown, a budget is too small for `buffer` and the tokens that
-            must be kept; "margin" with an online map, "learned" with a map that carries no such score, or
-            slots="fitted" with a map that carries no slots.
+            must be kept; "learned" with a map that carries no such score, or slots="fitted" with a map that carries no
+            slots.
         HeadMapError: at the first update, if the map does not fit the model.
 
     Attributes:
@@ -106,11 +107,12 @@ class SSDCache(Cache):
         if budget is None:
             budget = equal_budget(head_map) if slots == "uniform" or head_map.budget is None else head_map.budget
         if score is None:
-            score = "sum" if head_map.learned is None else "learned"
+            own = "key-distance" if head_map.is_online else "sum"
+            score = own if head_map.learned is None else "learned"
         if buffer is None:
             buffer = default_buffer(head_map.layout, score)
         if num_recent is None:
-            num_recent = 0 if score == "learned" else DEFAULT_RECENT
+            num_recent = default_recent(head_map.layout, score)
         settings = CacheSettings(head_map, budget, slots, buffer, num_recent, num_sinks, score, kv_dtype, shard)
         super().__init__(layers=[SSDLayer(plan) for plan in settings.plans()])
         self.head_map, self.budget, self.slots, self.shard = head_map, budget, slots, shard
@@ -127,11 +129,13 @@ class SSDCache(Cache):
         grid: tuple[int, int] | None = None,
         **settings,
     ) -> SSDCache:
-        """Make a cache for a model without a head map; it labels the heads from the first grid rows of each batch.
+        """Make a cache for a model without a head map: every head is semantic, with score="key-distance".
+
+        It needs no profiling and no training, and no queries: any attention implementation works.
 
         Args:
             model: the generator, from whose decoder the numbers of layers and KV heads are read.
-            budget: as for `SSDCache`, but the same for both kinds. Default: 0.2.
+            budget: as for `SSDCache`. Default: 0.2.
             grid: rows and columns of the model's visual tokens. Default: read from the configuration of Janus. Required
                 for models with several image sizes (Emu3, GLM-Image) and for models of unknown families.
             settings: as for `SSDCache`.
@@ -151,8 +155,8 @@ class SSDCache(Cache):
 
         Args:
             policy: one of `POLICIES`: "full" (keep every token), "ssd" (the paper's policy), "learned" (the default
-                for a map with a learned score), "h2o", "streaming-llm", "linear" (LineAR) or "margin".
-                docs/concepts.md lists their settings, and the differences from the papers.
+                for a map with a learned score), "online" (as `SSDCache.online`), "h2o", "streaming-llm", "linear"
+                (LineAR) or "margin". docs/concepts.md lists their settings, and the differences from the papers.
             head_map: the map; for the other policies only its shape matters.
             budget: as for `SSDCache`. By default, every policy holds as many tokens as the map's own slots, or 0.2 of
                 the grid.
@@ -193,7 +197,7 @@ class SSDCache(Cache):
     def static_step(self) -> Iterator[None]:
         """Run the model's forward over one visual token as a static step, after its host-side work.
 
-        On entering, due scores, labels and evictions are computed. Inside the block, `update` and the attention "ssd"
+        On entering, due scores and evictions are computed. Inside the block, `update` and the attention "ssd"
         work on all slots under a mask, and slots are tensors. Shapes and Python numbers are then the same at every
         step, so the forward can be compiled once (`fast_decode` does this).
         """
@@ -255,19 +259,6 @@ class SSDCache(Cache):
         """Visual tokens that a head may hold, on average over the heads."""
         held = [slots for layer in self.num_slots for slots in layer]
         return sum(held) / len(held)
-
-    @property
-    def labels(self) -> HeadMap | None:
-        """The labels in use: the map's, or those that an online cache found for this batch (None until then).
-
-        In a tensor parallel model, an online cache labels only the heads of its own process.
-        """
-        if not self.head_map.is_online:
-            return self.head_map
-        labels = [layer.labels for layer in self.layers]
-        if None in labels:
-            return None
-        return HeadMap(torch.tensor(labels), method="found online").with_layout(self.head_map.layout)
 
     @property
     def nbytes(self) -> int:

@@ -87,14 +87,6 @@ class SSDLayer(CacheLayerMixin):
         """Visual tokens seen."""
         return self.stores[0].num_seen if self.stores else 0
 
-    @property
-    def labels(self) -> tuple[bool, ...] | None:
-        """For each KV head whether it is spatial; None while an online layer has not found its labels."""
-        if not self.plan.is_online:
-            return self.plan.is_spatial
-        found = self.stores[0].labels if self.stores else None
-        return None if found is None else tuple(found)
-
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Store new tokens and return the keys and values that their queries attend to.
 
@@ -202,11 +194,7 @@ class SSDLayer(CacheLayerMixin):
         self.slots, self.is_static = slots, True
 
     def _reserve(self) -> None:
-        first = self.stores[0].plan
         self.slots = [store.reserve() for store in self.stores]
-        if self.stores[0].plan is not first:  # the one store of an online layer has found its labels
-            self.groups = HeadGroups(self.stores)
-            self.version += 1
 
     def _extend_prompt(self, key_states: torch.Tensor, value_states: torch.Tensor):
         if self.keys is None or self.values is None:
@@ -237,8 +225,6 @@ class SSDLayer(CacheLayerMixin):
             self.stores = self._former[1]
             for store in self.stores:
                 store.begin(keys, values, self.prompt_mask)
-        if self.plan.is_online:  # its store sorts the heads anew in every image
-            self._former = None
         self.keys = self.values = None
 
     def _fit(self, states: torch.Tensor, held: torch.Tensor) -> torch.Tensor:

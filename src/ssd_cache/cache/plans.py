@@ -23,7 +23,6 @@ class GroupPlan:
         num_recent: newest tokens that a semantic head never drops.
         num_sinks: first tokens of the image that no head drops.
         scorer: ranks the tokens of the semantic heads.
-        is_online: whether the heads' kinds are found when the slots are first full.
     """
 
     heads: tuple[int, ...]
@@ -33,7 +32,6 @@ class GroupPlan:
     num_recent: int
     num_sinks: int
     scorer: Scorer
-    is_online: bool = False
 
     @property
     def is_scored(self) -> bool:
@@ -46,8 +44,7 @@ class LayerPlan:
     """Settings of one layer.
 
     `is_spatial`, `num_slots` and `num_recent` have one entry per KV head (`num_recent` has no effect on spatial heads).
-    An online layer starts with semantic heads and finds the spatial ones when its slots are first full; its heads have
-    equally many slots. Slots are stored in the model's dtype, or quantised to `kv_dtype`.
+    Slots are stored in the model's dtype, or quantised to `kv_dtype`.
     """
 
     layer_idx: int
@@ -58,7 +55,6 @@ class LayerPlan:
     num_recent: tuple[int, ...]
     num_sinks: int
     scorer: Scorer
-    is_online: bool = False
     kv_dtype: str | None = None
 
     @cached_property
@@ -74,12 +70,11 @@ class LayerPlan:
     def takes_kernel(self) -> bool:
         """Whether the fused kernel of `kernels/dispatch.py` supports this layer.
 
-        The kernel adds up attention at every step, so the layer then stores no queries. It does not support online
-        layers, which label their heads from stored queries; quantised slots; and scorers that add up attention in
-        another way.
+        The kernel adds up attention at every step, so the layer then stores no queries. It does not support quantised
+        slots, nor scorers that add up attention in another way.
         """
         adds_up = not self.scorer.needs_queries or type(self.scorer).observe is Scorer.observe
-        return adds_up and not self.is_online and self.kv_dtype is None
+        return adds_up and self.kv_dtype is None
 
     @cached_property
     def groups(self) -> list[GroupPlan]:
@@ -101,5 +96,4 @@ class LayerPlan:
             num_recent=self.num_recent[heads[0]],  # of the first semantic head, if there is one
             num_sinks=self.num_sinks if evicts else 0,
             scorer=self.scorer.at(heads[:num_semantic]),
-            is_online=self.is_online and evicts,
         )

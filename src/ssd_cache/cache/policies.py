@@ -56,6 +56,13 @@ def _learned(head_map: HeadMap, budget: Budget | None) -> Applied:
     return head_map, budget, {"score": "learned"}
 
 
+def _online(head_map: HeadMap, budget: Budget | None) -> Applied:
+    """Every head semantic, tokens ranked by the distance of their key from the mean key: no map, no queries."""
+    online = HeadMap.online(num_layers=head_map.num_layers, num_kv_heads=head_map.num_kv_heads)
+    budget = equal_budget(head_map) if budget is None else budget
+    return online.with_layout(head_map.layout), budget, {"score": "key-distance"}
+
+
 def _h2o(head_map: HeadMap, budget: Budget | None) -> Applied:
     """Every head semantic, half of its slots for the newest tokens."""
     return *_uniform("semantic", head_map, budget), {"num_recent": 0.5}
@@ -87,6 +94,7 @@ REGISTRY: Mapping[str, NamedPolicy] = {
         NamedPolicy("full", _full, needs_labels=False),
         NamedPolicy("ssd", _ssd, citation="Jian and Wang, arXiv 2510.18716"),
         NamedPolicy("learned", _learned),
+        NamedPolicy("online", _online, needs_labels=False),
         NamedPolicy("h2o", _h2o, needs_labels=False, citation="Zhang et al., arXiv 2306.14048"),
         NamedPolicy("streaming-llm", _streaming_llm, needs_labels=False, citation="Xiao et al., arXiv 2309.17453"),
         NamedPolicy("linear", _linear, needs_labels=False, citation="LineAR, arXiv 2512.04857"),
@@ -119,6 +127,8 @@ def own_policy(head_map: HeadMap, *, slots: str | None = None, score: str | None
         >>> own_policy(HeadMap(torch.tensor([[True, False]]), budget=[[60, 170]]))
         ('ssd', {'slots': 'fitted'})
     """
+    if head_map.is_online and score in (None, "key-distance"):
+        return "online", {} if slots is None else {"slots": slots}
     own = "uniform" if head_map.budget is None else "fitted"
     is_learned = head_map.learned is not None if score is None else score == "learned"
     name, usual = ("learned", own) if is_learned else ("ssd", "uniform")

@@ -97,6 +97,21 @@ class MarginScorer(Scorer):
         return ((column == 0) | (column == self.columns - 1)).float()
 
 
+class KeyDistanceScorer(Scorer):
+    """The score "key-distance": the distance of a token's key from the mean key of the head's tokens.
+
+    Tokens whose keys are alike can replace each other; a key far from the mean is rare among the tokens held. After
+    KeyDiff (arXiv 2504.15364), which measures the angle between them instead. Keys are as stored, after RoPE.
+    """
+
+    words: ClassVar[str] = "distance from the mean key"
+    needs_queries: ClassVar[bool] = False
+
+    def rank(self, received, positions, num_seen, states):
+        keys = states()[0].float()
+        return (keys - keys.mean(2, keepdim=True)).norm(dim=-1)
+
+
 @dataclass(frozen=True)
 class LearnedScorer(Scorer):
     """The score "learned": the head map's learned score of the layer's heads; needs no queries."""
@@ -117,7 +132,14 @@ class LearnedScorer(Scorer):
 
 
 SCORES: Mapping[str, type[Scorer]] = MappingProxyType(
-    {"sum": Scorer, "mean": MeanScorer, "last": LastScorer, "margin": MarginScorer, "learned": LearnedScorer}
+    {
+        "sum": Scorer,
+        "mean": MeanScorer,
+        "last": LastScorer,
+        "margin": MarginScorer,
+        "key-distance": KeyDistanceScorer,
+        "learned": LearnedScorer,
+    }
 )
 """The scores by name."""
 

@@ -31,9 +31,6 @@ from ssd_cache.layout import ImageLayout
 DEFAULT_BUDGET = 0.2
 """The paper's budget: a fifth of the visual tokens."""
 
-DEFAULT_RECENT = 0.25
-"""Fraction of a semantic head's slots that keeps the newest tokens, whatever their score; see docs/results.md."""
-
 SLOTS = ("fitted", "uniform")
 """How one number is shared among the heads: in the fitted proportions of the map, or equally."""
 
@@ -70,11 +67,6 @@ class CacheSettings:
                 f"score='learned': the head map ({self.head_map.origin}) carries no learned score; `ssd-cache learn` "
                 f"makes a map with one, or {others}"
             )
-        if self.score == "margin" and self.head_map.is_online:
-            raise ValueError(
-                "score='margin' looks at no attention, by which an online map labels its heads: give a map with "
-                f"labels, or {others}"
-            )
         if self.score == "margin" and self.head_map.layout.draft_grids:
             raise ValueError(
                 "score='margin' needs the columns of a single grid, but this head map has draft grids of other "
@@ -92,11 +84,6 @@ class CacheSettings:
         if self.slots == "fitted" and is_amount(budget):
             budget = self._fitted_slots(budget)
         num_slots = resolve_budget(budget, labels, cells)
-        if head_map.is_online and not (isinstance(budget, int | float) or all(map(is_amount, budget))):
-            raise ValueError(
-                f"budget={budget!r} may give heads of one layer different numbers of slots: an online map does not "
-                "know yet which head is which, so give one number, or a list with one for each layer"
-            )
         self._check_room(labels, num_slots)
         own, learned = own_heads(head_map, self.shard), head_map.learned
         return [
@@ -109,7 +96,6 @@ class CacheSettings:
                 num_recent=tuple(resolve_recent(self.num_recent, held) for held in num_slots[index][own]),
                 num_sinks=self.num_sinks,
                 scorer=make_scorer(self.score, head_map.layout.widest, learned and learned.at(index)).at(own),
-                is_online=head_map.is_online,
                 kv_dtype=self.kv_dtype,
             )
             for index in range(head_map.num_layers)
@@ -185,9 +171,18 @@ def equal_budget(head_map: HeadMap) -> Amount:
 
 
 def default_buffer(layout: ImageLayout, score: str) -> int:
-    """Default eviction interval: a row for a score computed from queries, a third of a row for a learned score."""
+    """Default eviction interval: a row, or a third of a row for the two scores that are cheap to compute."""
     columns = layout.grid[1]
-    return max(1, columns // 3) if score == "learned" else columns
+    return max(1, columns // 3) if score in ("learned", "key-distance") else columns
+
+
+def default_recent(layout: ImageLayout, score: str) -> int | float:
+    """Default `num_recent`: a quarter of the slots for a score by attention; see docs/results.md.
+
+    A learned score needs none. Key distance does not know that most heads attend to the token right above: it gets a
+    row and four tokens.
+    """
+    return {"learned": 0, "key-distance": layout.widest + 4}.get(score, 0.25)
 
 
 def _check_name(setting: str, name: object, known: Iterable[str], otherwise: str = "") -> None:

@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 
 from ssd_cache.cache.eviction import compact, select_victims, slot_of
-from ssd_cache.cache.online import prefers_window
 from ssd_cache.cache.plans import GroupPlan
 from ssd_cache.cache.scorers import attention_weights
 
@@ -54,7 +53,6 @@ class SlotStore:
         num_seen: visual tokens seen.
         num_stored: visual tokens stored in each head; the next token takes this slot or, after an eviction, another.
         num_scored: of these, the tokens whose queries are already in `received`.
-        labels: True for each head that an online store has found to be spatial, in their order before that.
     """
 
     STATES: tuple[str, ...] = ("keys", "values")
@@ -97,7 +95,6 @@ class SlotStore:
         self.received.zero_()
         self.num_seen = self.num_stored = self.num_scored = 0
         self._expect_tokens()
-        self.labels: list[bool] | None = None
 
     def _expect_tokens(self) -> None:
         """Set the positions of the free slots, which the next tokens fill in order."""
@@ -166,31 +163,12 @@ class SlotStore:
                 num_first=self.num_scored + 1,
                 prompt_mask=None if self.mask is None else self.mask[:, : self.num_prompt],
             )
-            if self.plan.is_online and self.num_stored == self.plan.num_slots:
-                # tokens older than the held queries, in the order of arrival
-                ranks = self._rank(self.num_scored, self.num_scored)
-                self.labels = prefers_window(weights, ranks, self.num_prompt, self.plan.num_recent).tolist()
             self.plan.scorer.observe(self.received[..., : self.num_stored], weights[..., self.num_prompt :])
-            if self.labels is not None and self.plan.is_online:
-                self._sort_heads(self.labels)
         self.num_scored = self.num_stored
 
     def _scored_keys(self) -> torch.Tensor:
         """Keys that the held queries saw, `[batch, num_semantic, num_prompt + num_stored, head_dim]`."""
         return self.keys[:, : self.plan.num_semantic, : self.num_prompt + self.num_stored]
-
-    def _sort_heads(self, labels: list[bool]) -> None:
-        """Store the heads that were found to be semantic first."""
-        order = sorted(range(len(labels)), key=lambda head: labels[head])
-        index, num_semantic = torch.tensor(order, device=self.keys.device), labels.count(False)
-        with normal_tensors():
-            for name in (*self.STATES, "positions"):
-                setattr(self, name, getattr(self, name)[:, index])
-            self.received = self.received[:, index[:num_semantic]]
-            if self.queries is not None:
-                self.queries = self.queries[:, index[:num_semantic]]
-        heads = tuple(self.plan.heads[head] for head in order)
-        self.plan = replace(self.plan, heads=heads, num_semantic=num_semantic, is_online=False)
 
     def _rank(self, num_seen: int, num_tokens: int) -> torch.Tensor:
         """Ranks of the tokens in the semantic heads' first `num_tokens` slots, `[batch, num_semantic, num_tokens]`."""

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import ssd_cache
-from ssd_cache.cli import analyze, bench, eval, generate, head_maps, inspect
+from ssd_cache.cli import analyze, bench, eval, generate, head_maps, inspect, prepare
 from ssd_cache.cli.errors import OneLineGroup
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
+app.command("prepare")(prepare.prepare)
 app.command("profile")(head_maps.profile)
 app.command("fit")(head_maps.fit)
 app.command("learn")(head_maps.learn)

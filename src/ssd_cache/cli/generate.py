@@ -50,7 +50,7 @@ def generate(
     head_map: Annotated[
         str | None,
         option(
-            "A folder, a Hub id, or online to label heads during generation.",
+            "A folder, a Hub id, or online to use no labels.",
             "NAME",
             MODEL,
             default="in the model's folder",

@@ -27,7 +27,7 @@ COMPARED = ("full", "ssd", "h2o", "streaming-llm")
 """Policies of `--compare`, as in the paper's tables. The head map with its default settings is added to them."""
 
 ONLINE = "online"
-"""Value of `--head-map` for no map: the cache labels the heads during generation."""
+"""Value of `--head-map` for no map: the cache ranks tokens by their keys alone."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Turns policy names such as `ssd`, `random-1` or `ssd:buffer=8,num_recent=0.5` into fresh caches.
 
-It adds to the registry of `cache/policies.py`: labels found during generation, fitted slots, two controls, and head
-maps in folders. The rules of retention are in `cache/`; nothing is generated here.
+It adds to the registry of `cache/policies.py`: fitted slots, two controls, and head maps in folders. The rules of
+retention are in `cache/`; nothing is generated here.
 """
 
 from __future__ import annotations
@@ -29,12 +29,6 @@ DEFAULT = "default"
 """Name for the head map's default settings; `resolve_policies` replaces it by the policy that these settings make."""
 
 
-def _online(head_map: HeadMap, budget: Budget | None) -> Applied:
-    """Labels found during generation; only the shape of the map is used."""
-    labels = HeadMap.online(num_layers=head_map.num_layers, num_kv_heads=head_map.num_kv_heads)
-    return labels.with_layout(head_map.layout), budget, {}
-
-
 def _fitted(head_map: HeadMap, budget: Budget | None) -> Applied:
     """Kinds and slots of each head from `fit_heads`, at every budget."""
     assert is_amount(budget)
@@ -49,7 +43,6 @@ def _inverted(head_map: HeadMap, budget: Budget | None) -> Applied:
 EXPERIMENTS = {
     policy.name: policy
     for policy in (
-        NamedPolicy("online", _online, needs_labels=False),
         NamedPolicy("fitted", _fitted),
         NamedPolicy("inverted", _inverted),
     )
@@ -60,7 +53,7 @@ OWN = (DEFAULT, *EXPERIMENTS, "random-N")
 """Names in addition to `POLICIES`. `random-N` is a control: as many spatial heads, placed at random with seed N."""
 
 WITHOUT_LABELS = tuple(name for name, policy in {**REGISTRY, **EXPERIMENTS}.items() if not policy.needs_labels)
-"""Policies that use only the shape of a head map, or find their own labels."""
+"""Policies that use only the shape of a head map."""
 
 
 def _find(name: str) -> NamedPolicy | None:
@@ -163,7 +156,8 @@ def _resolved(policy: Policy, head_map: HeadMap, run: Mapping[str, Any]) -> Poli
     own = {name: value for name, value in policy.settings.items() if name != "slots"}
     score = own.get("score", run.get("score"))
     name, settings = own_policy(head_map, slots=policy.settings.get("slots"), score=score)
-    if own.get("score") == {"learned": "learned", "ssd": "sum"}[name]:  # the policy name already implies this score
+    implied = {"learned": "learned", "online": "key-distance", "ssd": "sum"}
+    if own.get("score") == implied[name]:
         del own["score"]
     return Policy(name, MappingProxyType(own | settings))
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCardData
 from PIL import Image, ImageDraw, ImageFont
 
-from ssd_cache.io.markdown import code_block, escape
+from ssd_cache.io.markdown import code_block, escape, table
+from ssd_cache.io.untrusted import checked
 
 if TYPE_CHECKING:
     from ssd_cache.head_map.head_map import HeadMap
@@ -48,12 +50,22 @@ Spatial-Semantic head Decoupling, [arXiv 2510.18716](https://arxiv.org/abs/2510.
 |---|---|
 {facts}
 
-## How it was made
+{fidelity}## How it was made
 
 {profile}
 
 `config.json` holds these facts, `{tensors}` the labels `is_spatial` `[layers, kv_heads]` and the scores behind them.
 No code, no pickle.
+"""
+FIDELITY = """\
+## Fidelity to the full cache
+
+Mean over {num_images} images that nothing was fitted to: the KL divergence of the distribution of the next token
+from that of the full cache, how often the most likely token is the same, and the share of the full cache's attention
+that falls on tokens still held.
+
+{table}
+
 """
 EXAMPLE = """\
 from transformers import {model_class}
@@ -64,6 +76,20 @@ head_map = HeadMap.from_pretrained({repo})
 cache = SSDCache(head_map, budget=0.2)       # a fifth of the visual tokens
 tokens = model.generate(**inputs, {mode}**cache.as_kwargs())
 cache.reset()                                # ready for the next image"""
+
+
+@dataclass(frozen=True)
+class FidelityPoint:
+    """How far a cache with one budget is from the full cache, mean over images and steps; the KL is in nats."""
+
+    budget: float
+    kl: float
+    agreement: float
+    retained: float
+    kl_standard_error: float | None = None
+
+
+FIDELITY_HEADS = ["budget", "KL per token, nats", "same most likely token", "attention retained"]
 
 
 def card(head_map: HeadMap, repo_id: str) -> str:
@@ -105,9 +131,34 @@ def card(head_map: HeadMap, repo_id: str) -> str:
         plot=PLOT_NAME,
         example=code_block(example, "python"),
         facts="\n".join(rows),
+        fidelity=_fidelity(head_map),
         profile=profile if head_map.profile else "It carries no record of how it was made.",
         tensors="head_map.safetensors",
     )
+
+
+def fidelity_rows(head_map: HeadMap) -> list[list[str]]:
+    """The fidelity curve that `prepare` measured, as rows of a table under `FIDELITY_HEADS`; empty without one."""
+    try:
+        points = checked(list[FidelityPoint], head_map.profile["fidelity"]["curve"])
+    except (KeyError, TypeError, ValueError):  # no curve, or facts of the same name from elsewhere
+        return []
+    return [
+        [
+            f"{point.budget:.0%}",
+            f"{point.kl:.4f}" + ("" if point.kl_standard_error is None else f" ± {point.kl_standard_error:.4f}"),
+            f"{point.agreement:.2%}",
+            f"{point.retained:.1%}",
+        ]
+        for point in points
+    ]
+
+
+def _fidelity(head_map: HeadMap) -> str:
+    if not (rows := fidelity_rows(head_map)):
+        return ""
+    num_images = escape(head_map.profile["fidelity"].get("num_images"))
+    return FIDELITY.format(num_images=num_images, table=table(FIDELITY_HEADS, rows))
 
 
 def plot_labels(head_map: HeadMap) -> Image.Image:

@@ -74,7 +74,7 @@ class HeadMap:
     profile: dict[str, Any]
     previews: tuple[Grid, ...]
     is_online: bool = field(init=False)
-    """Whether a cache finds the labels at run time; see [`HeadMap.online`]."""
+    """Whether the map has no labels; see [`HeadMap.online`]."""
     layout: ImageLayout = field(init=False)
     """The grid and the draft grids together."""
     origin: str = field(init=False)
@@ -132,12 +132,12 @@ class HeadMap:
 
     @classmethod
     def online(cls, *, num_layers: int, num_kv_heads: int, grid: Grid = (24, 24)) -> HeadMap:
-        """A map without labels: an `SSDCache` finds the labels itself, from the first rows of each batch of images.
+        """A map without labels: an `SSDCache` keeps tokens in every head by their keys alone (score="key-distance").
 
-        `cache.labels` holds the labels found. An online map cannot be saved or inverted.
+        Use it for a model that nobody has profiled. An online map cannot be saved or inverted.
         """
         head_map = cls.uniform("semantic", num_layers=num_layers, num_kv_heads=num_kv_heads, grid=grid)
-        return head_map._set(is_online=True, method="online", origin="labels found at run time")
+        return head_map._set(is_online=True, method="online", origin="made without profiling")
 
     @classmethod
     def from_pretrained(
@@ -334,8 +334,7 @@ class HeadMap:
     def _check_labelled(self, what: str) -> None:
         if self.is_online:
             raise HeadMapError(
-                f"an online map has no labels, so it cannot be {what}; use the labels that a cache found "
-                "(cache.labels), or profile_heads"
+                f"an online map has no labels, so it cannot be {what}; profile_heads makes a map with labels"
             )
 
     def _facts(self) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def check_learning(
     if isinstance(learning_rate, bool) or not 0 < learning_rate < 1:
         raise ValueError(f"learning_rate={learning_rate!r} is out of range: give a number between 0 and 1 (0.02)")
     if head_map.is_online or head_map.layout.draft_grids:
-        what = "finds its labels during generation" if head_map.is_online else "has draft grids"
+        what = "has no labels" if head_map.is_online else "has draft grids"
         raise ValueError(f"this head map {what}, and a score is learned for the labels and places of a single grid")
     buffer = default_buffer(head_map.layout, "learned") if buffer is None else buffer
     cache_settings = {"num_recent": 0, **cache_settings}

@@ -40,6 +40,14 @@ def check_trainable(generator: Generator) -> None:
         )
 
 
+def generated_together(generator: Generator, prompts: Sequence[str], batch_size: int) -> int:
+    """Images that are generated at once, for steps of `batch_size` images."""
+    # a high estimate of the longest prompt's tokens, including the chat template, without the tokenizer
+    num_prompt = max(len(prompt.encode()) for prompt in prompts) // 3 + 64
+    of_image = image_nbytes(generator, num_prompt)
+    return fitting_batch_size(BATCHES_AT_ONCE * batch_size, of_image, MEMORY, batch_size)
+
+
 def make_recordings(
     generator: Generator,
     prompts: Sequence[str],
@@ -55,10 +63,7 @@ def make_recordings(
     The processes generate batches in turn, each with the seed of its number. Where guidance has no effect, recordings
     have no unconditional rows.
     """
-    # a high estimate of the longest prompt's tokens, including the chat template, without the tokenizer
-    num_prompt = max(len(prompt.encode()) for prompt in prompts) // 3 + 64
-    of_image = image_nbytes(generator, num_prompt)
-    num_together = fitting_batch_size(BATCHES_AT_ONCE * batch_size, of_image, MEMORY, batch_size)
+    num_together = generated_together(generator, prompts, batch_size)
     batches = [list(prompts[start : start + num_together]) for start in range(0, len(prompts), num_together)]
     batches.append([prompts[index * len(prompts) // HELD_OUT] for index in range(HELD_OUT)])
     recordings: list[Recording] = []

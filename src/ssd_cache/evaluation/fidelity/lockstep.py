@@ -114,12 +114,12 @@ class _Lockstep:
             yield
 
     def finish(self, tokens: torch.Tensor) -> dict[str, Fidelity]:
-        """The results for the generated tokens, on the CPU, with labels that online caches found; frees all K and V."""
+        """The results for the generated tokens, on the CPU; frees all K and V."""
         results = {
             name: replace(
                 result,
                 tokens=tokens,
-                is_spatial=(self.caches[name].labels or self.caches[name].head_map).is_spatial,
+                is_spatial=self.caches[name].head_map.is_spatial,
                 **{part: getattr(result, part).cpu() for part in MEASURED},
             )
             for name, result in self.results.items()

@@ -53,8 +53,7 @@ def measure_fidelity(
         generator: the model.
         prompts: one image is generated for each.
         caches: by name, a function that makes a fresh cache; called once.
-        batch_size: images compared at once; all of them when not given, and when a cache labels its heads online,
-            because online labels depend on the whole batch.
+        batch_size: images compared at once; all of them when not given.
         state_file: a file that is written after the images and after every `batch_size` of them; when it exists, the
             run resumes from it. A run in one part writes no file.
         seed: seed of the batch; `Generator.generate` with this seed generates the same tokens.
@@ -77,8 +76,7 @@ def measure_fidelity(
     total, shape = len(prompts), (len(prompts), generator.checkpoint.num_visual_tokens)
     if tokens is not None and (tokens.dtype.is_floating_point or tokens.dtype == torch.bool or tokens.shape != shape):
         raise GeneratorError(f"tokens are {tokens.dtype} {list(tokens.shape)}: give integers {list(shape)}")
-    if batch_size is None or any(cache.head_map.is_online for cache in made.values()):
-        batch_size = total
+    batch_size = total if batch_size is None else batch_size
     if total <= check_count("batch_size", batch_size, 1):
         return compare_caches(generator, prompts, made, sampling, tokens, progress)
     settings = fingerprint(generator, prompts, batch_size, sampling) | {

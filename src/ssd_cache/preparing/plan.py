@@ -1,0 +1,207 @@
+"""The plan of a preparation: for each stage its images, estimated time and peak memory, from measured first batches.
+
+The first batches of `profile` are part of that stage. For `learn`, a batch of images and one or two training steps are
+run only to measure them. `fit` takes seconds. The decoder passes of `check` are counted.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ssd_cache.head_map.head_map import HeadMap
+from ssd_cache.models import Generator
+from ssd_cache.preparing.check import curve_budgets
+from ssd_cache.preparing.stages import LEARNED_AT_ONCE, Settings, Stage, run_profile
+from ssd_cache.preparing.state import StateFolder
+from ssd_cache.profiling.allocation import fit_heads
+from ssd_cache.runs.batching import image_nbytes
+from ssd_cache.runs.metering import Cost, metered
+from ssd_cache.runs.processes import Processes
+from ssd_cache.training.learning import check_learning
+from ssd_cache.training.learning_state import HELD_OUT, LearningState
+from ssd_cache.training.memory import images_at_once
+from ssd_cache.training.recording import NO_GUIDANCE, generated_together, replay_images
+from ssd_cache.training.trainer import Trainer, mean_attention
+
+WARM_SECONDS = 20.0
+"""A first batch or training step shorter than this is followed by a second one, because of its one-time work."""
+
+FIRST = "first-batch"
+"""Folder of the map that is fitted to the first batch; a training step is measured with it."""
+
+PASSES_OF_HELD_OUT = 2
+"""Training steps that take about as long as the held-out images before and after training."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The estimated cost of a stage."""
+
+    stage: str
+    num_images: int
+    cost: Cost
+    is_finished: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a preparation with their estimated costs.
+
+    Attributes:
+        model, device: names.
+        estimates: in the order of the stages.
+    """
+
+    model: str
+    device: str
+    estimates: Sequence[Estimate]
+
+    @property
+    def seconds(self) -> float:
+        """Estimated seconds of the stages that are not finished."""
+        return sum(estimate.cost.seconds for estimate in self.estimates if not estimate.is_finished)
+
+    def text(self) -> str:
+        """The plan as lines of text."""
+        left = f"about {duration(self.seconds)}" if self.seconds else "nothing left to do"
+        lines = [f"{self.model} on {self.device}: {left}"]
+        lines.append(f"{'stage':<10}{'images':>7}{'time':>12}{'peak memory':>14}")
+        for estimate in self.estimates:
+            seconds = "finished" if estimate.is_finished else duration(estimate.cost.seconds)
+            images = estimate.num_images or "-"
+            lines.append(f"{estimate.stage:<10}{images:>7}{seconds:>12}{memory(estimate.cost.peak_bytes):>14}")
+        return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """A time in words, such as "42 s", "7 min" or "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def memory(num_bytes: int | None) -> str:
+    """A number of bytes in words."""
+    return "unknown" if num_bytes is None else f"{num_bytes / 1e9:.1f} GB"
+
+
+def make_plan(
+    generator: Generator,
+    settings: Settings,
+    stages: Sequence[Stage],
+    folder: StateFolder,
+    processes: Processes,
+    progress: bool,
+) -> Plan:
+    """Measure the first batches that no earlier call has measured, and estimate every stage.
+
+    Every process must call this function; all get the plan of the main process.
+    """
+    if "first batch" not in folder.costs:
+        _measure_images(generator, settings, folder, processes, progress)
+    is_learning = any(stage.name == "learn" for stage in stages)
+    if is_learning and "step" not in folder.costs:
+        _measure_learning(generator, settings, folder, processes)
+    estimates, before = [], None
+    is_finished = True
+    for stage in stages:
+        found = folder.result(stage.name, before) if is_finished and processes.is_main else None
+        is_finished = found is not None
+        before = found
+        cost = _estimate(stage.name, generator, settings, folder, processes.count)
+        estimates.append(Estimate(stage.name, stage.num_images, cost, is_finished))
+    plan = Plan(generator.checkpoint.name, str(generator.model.device), estimates)
+    return processes.gather_all(plan)[0]
+
+
+def _estimate(name: str, generator: Generator, settings: Settings, folder: StateFolder, num_processes: int) -> Cost:
+    """The estimated cost of a stage."""
+    batch = folder.costs["first batch"]
+    if name == "fit":
+        return Cost(1.0, batch.peak_bytes)
+    if name == "learn":
+        images, step, inputs = (folder.costs[part] for part in ("images", "step", "inputs"))
+        size = generated_together(generator, settings.learned, LEARNED_AT_ONCE)
+        num_batches = math.ceil(len(settings.learned) / size) + HELD_OUT / size
+        seconds = num_batches * images.seconds / num_processes
+        seconds += (settings.num_steps + PASSES_OF_HELD_OUT) * step.seconds
+        peaks = [cost.peak_bytes for cost in (images, step) if cost.peak_bytes is not None]
+        held = round((num_batches - 1) * (inputs.peak_bytes or 0))
+        return Cost(seconds, max(peaks) + held if peaks else None)
+    prompts = settings.profiled if name == "profile" else settings.checked
+    num_batches = math.ceil(math.ceil(len(prompts) / settings.batch_size) / num_processes)
+    if name == "profile":
+        return Cost(num_batches * batch.seconds, batch.peak_bytes)
+    # every cache runs the decoder once more, beside the full cache, and holds its share of K and V
+    checkpoint = generator.checkpoint
+    equal = HeadMap.uniform("semantic", num_layers=checkpoint.num_layers, num_kv_heads=checkpoint.num_kv_heads)
+    budgets = curve_budgets(equal.with_layout(checkpoint.layout), settings.budget)
+    held = round(sum(budgets) * min(settings.batch_size, len(prompts)) * image_nbytes(generator, 0))
+    peak = None if batch.peak_bytes is None else batch.peak_bytes + held
+    return Cost(num_batches * (1 + len(budgets)) * batch.seconds, peak)
+
+
+def _measure_images(
+    generator: Generator, settings: Settings, folder: StateFolder, processes: Processes, progress: bool
+) -> None:
+    """Run the first batches of `profile`, whose sums the stage keeps; their fitted map serves to measure learning.
+
+    The cost is that of the last one, because the first batch includes one-time work. Where an earlier call has already
+    run some batches, they are run again.
+    """
+    state_file = None if folder.file("profile").exists() else folder.file("profile")
+    size, sampling = settings.batch_size, asdict(settings.sampling)
+    for number in (1, 2):
+        with metered(generator.model.device) as cost:
+            head_map = run_profile(
+                generator, settings, settings.profiled[: number * size], state_file, **sampling, progress=progress
+            )
+        if state_file is None:
+            cost.seconds /= number
+        elif processes.is_main:
+            folder.add_cost("profile", cost)
+        if 2 * size > len(settings.profiled) or processes.gather_all(cost.seconds)[0] > WARM_SECONDS:
+            break
+    if processes.is_main:
+        fit_heads(head_map, settings.budget).save_pretrained(folder.path / FIRST)
+        folder.add_cost("first batch", cost)
+    folder.costs = processes.gather_all(folder.costs)[0]
+
+
+def _measure_learning(generator: Generator, settings: Settings, folder: StateFolder, processes: Processes) -> None:
+    """Generate the images of a few training steps, take one or two of these, and record the costs."""
+    device, size = generator.model.device, generated_together(generator, settings.learned, LEARNED_AT_ONCE)
+    prompts = settings.learned[:size]
+    sampling: dict[str, Any] = asdict(settings.sampling)
+    seed = sampling.pop("seed")
+    with metered(device) as images:
+        tokens = generator.generate(prompts, seed=seed, **sampling).cpu()
+    images.seconds *= size / len(prompts)
+    recording = replay_images(generator, prompts, tokens, seed=seed, **sampling)
+    if abs(sampling["guidance_scale"] - 1) < NO_GUIDANCE:
+        recording = recording.conditional()
+    learning = settings.learning(generator.checkpoint.grid[1])
+    labels = processes.gather_all(HeadMap.from_pretrained(folder.path / FIRST) if processes.is_main else None)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the stage emits the same ones
+        plans = check_learning(labels, **learning)
+    part = recording.split(LEARNED_AT_ONCE)[0]
+    schedule: dict[str, Any] = {name: learning[name] for name in ("learning_rate", "num_steps")}
+    most, rows_of_image = math.ceil(LEARNED_AT_ONCE / processes.count), 2 if part.is_unconditional.any() else 1
+    num_at_once = images_at_once(generator, most, rows_of_image, part.seen.shape[1], learning["buffer"])
+    trainer = Trainer(generator, plans, **sampling, **schedule, num_at_once=num_at_once, processes=processes)
+    state = LearningState.beginning(mean_attention(generator, part, labels, num_at_once))
+    for _ in range(2):
+        with metered(device) as step:
+            trainer.step(state, part)
+        if processes.gather_all(step.seconds)[0] > WARM_SECONDS:
+            break
+    if processes.is_main:
+        inputs = Cost(0.0, sum(tensor.nbytes for tensor in recording.inputs.values()))
+        folder.costs |= {"images": images, "inputs": inputs, "step": step}
+        folder.save()
+    folder.costs = processes.gather_all(folder.costs)[0]

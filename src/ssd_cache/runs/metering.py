@@ -1,0 +1,63 @@
+"""Measures a part of a run: its wall time, and the peak memory of the process or of the GPU.
+
+On a CPU, Linux resets and reports the peak of the resident memory, which includes the model's weights. On a GPU, torch
+reports the peak of the memory that it allocated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+PROCESS = Path("/proc/self")
+
+
+@dataclass
+class Cost:
+    """Seconds of wall time, and the peak memory in bytes; None where the system does not report it."""
+
+    seconds: float = 0.0
+    peak_bytes: int | None = None
+
+
+@contextmanager
+def metered(device: torch.device) -> Iterator[Cost]:
+    """Measure the block; the result is filled in at its end, also after an exception."""
+    _release_memory()
+    cost, started = Cost(), time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            (PROCESS / "clear_refs").write_text("5")  # resets VmHWM
+    try:
+        yield cost
+    finally:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            cost.peak_bytes = torch.cuda.max_memory_allocated(device)
+        else:
+            cost.peak_bytes = _peak_resident()
+        cost.seconds = time.perf_counter() - started
+
+
+def _release_memory() -> None:
+    """Return memory that earlier work has freed to the system, so that it is not part of the block's peak."""
+    gc.collect()
+    with suppress(OSError, AttributeError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _peak_resident() -> int | None:
+    with suppress(OSError):
+        if found := re.search(r"^VmHWM:\s*(\d+) kB", (PROCESS / "status").read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
+    return None

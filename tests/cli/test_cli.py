@@ -125,7 +125,7 @@ BAD = [
     ([CIRCLE, "--kv-dtype", "int4"], "kv_dtype='int4' is unknown: did you mean 'int8'? give one of 'int8', 'fp8'"),
     (
         [CIRCLE, "--policy", "lru"],
-        "unknown policy 'lru'; the policies are full, ssd, learned, h2o, streaming-llm, linear",
+        "unknown policy 'lru'; the policies are full, ssd, learned, online, h2o, streaming-llm, linear",
     ),
     ([CIRCLE, "--policy", "ssd", "--compare"], "--compare generates with full, ssd, h2o, streaming-llm: leave"),
     ([CIRCLE, "--guidance", "1"], "guidance_scale=1.0 is out of range"),

@@ -75,8 +75,8 @@ def test_generate_writes_the_visual_tokens_of_every_family(run, folders, name):
     labels = HeadMap.online(num_layers=2, num_kv_heads=2).with_layout(checkpoint.layout)
     expected = checkpoint.load().generate(PROMPTS, SSDCache(labels, 0.5, buffer=4), seed=3)
     found = load_file("a.safetensors")
-    assert set(found) == {"ssd"}
-    assert torch.equal(found["ssd"], expected)
+    assert set(found) == {"online"}
+    assert torch.equal(found["online"], expected)
     assert f"wrote a.safetensors (2 x {checkpoint.num_visual_tokens} tokens)" in result.stdout
 
 
@@ -85,7 +85,7 @@ def test_the_tokens_of_a_comparison_are_named_by_policy(run):
         "generate", "llama", *PROMPTS, "--compare", "--head-map", "online", "--budget", 18, "-o", "A.SAFETENSORS"
     )
     assert result.exit_code == 0, result.output
-    assert set(load_file("A.SAFETENSORS")) == {"full", "ssd", "h2o", "streaming-llm"}
+    assert set(load_file("A.SAFETENSORS")) == {"full", "online", "ssd", "h2o", "streaming-llm"}
     assert "does not know as an image generator: each prompt is followed by 6 x 6 plain tokens" in result.stderr
 
 

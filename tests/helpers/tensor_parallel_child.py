@@ -28,7 +28,7 @@ CASES = {
     "inverted": (~MIXED, {"budget": {"spatial": 14, "semantic": 16}, "buffer": 4}),
     "by head": (MIXED, {"budget": BY_HEAD, "buffer": 4}),
     "one kind": (ONE_KIND, {"budget": 14, "buffer": 4}),
-    "online": (HeadMap.online(num_layers=2, num_kv_heads=4, grid=(SIDE, SIDE)), {"budget": 14, "buffer": 4}),
+    "online": (HeadMap.online(num_layers=2, num_kv_heads=4, grid=(SIDE, SIDE)), {"budget": 18, "buffer": 4}),
 }
 JANUS_MAP = HeadMap(torch.tensor([[True, False], [False, True]]), (SIDE, SIDE))
 
@@ -101,7 +101,7 @@ def main(folder: Path) -> None:
     rank = torch.distributed.get_rank()
     result = {"cases": {name: generate(model, *case) for name, case in CASES.items()}}
     result["errors"] = errors(model, rank)
-    result["online heads"] = len(SSDCache.online(model, 14, grid=(SIDE, SIDE), buffer=4).layers[0].plan.is_spatial)
+    result["online heads"] = len(SSDCache.online(model, 18, grid=(SIDE, SIDE), buffer=4).layers[0].plan.is_spatial)
     result["janus"] = generate_janus(load(JanusForConditionalGeneration, folder / "janus", **split))
     result["glm"] = generate_glm(load(GlmImageForConditionalGeneration, folder / "glm", **split))
     print(json.dumps(result))

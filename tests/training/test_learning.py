@@ -375,7 +375,7 @@ def test_settings_out_of_range_are_refused_before_anything_is_drawn(generator, m
 
 def test_maps_that_nothing_can_be_learned_for_are_refused(generator):
     online = HeadMap.online(num_layers=2, num_kv_heads=2, grid=GRID)
-    with pytest.raises(ValueError, match="finds its labels during generation"):
+    with pytest.raises(ValueError, match="this head map has no labels"):
         learn_score(generator, PROMPTS, online, **SETTINGS)
     with pytest.raises(HeadMapError, match="use the map that was made for this model"):
         learn_score(generator, PROMPTS, HeadMap.uniform("semantic", num_layers=3, num_kv_heads=2, grid=GRID))

@@ -29,10 +29,17 @@ USE_SSD_ATTENTION = (
 class GroupedStates(list):
     """Keys (or values) of a layer, for the attention "ssd": a tensor for each group of heads with equally many tokens.
 
-    If the kernel writes K and V, the list holds only the new token's keys or values.
+    If the kernel writes K and V, the list holds only the new token's keys or values. Another attention, which uses it
+    as a tensor, gets an AttributeError with the remedy.
     """
 
     ssd_layer: SSDLayer
+
+    def __getattr__(self, name: str):
+        raise AttributeError(
+            "this layer's heads hold different numbers of tokens, or a kernel writes them, which only the attention "
+            f"'ssd' supports; {USE_SSD_ATTENTION}"
+        )
 
 
 class SSDLayer(CacheLayerMixin):

@@ -85,9 +85,12 @@ def analyze(
         prompt: the text prompt of all images.
         head_map: the map with the labels.
         processor: the processor of the model. Default: loaded from the same source as the model.
-        budget, buffer: as for `SSDCache`, for every policy.
+        budget: as for `SSDCache`, for every policy.
+        buffer: as for `SSDCache`, for every policy.
         num_images: images per batch; the margin test needs several (see `margin_test`).
-        guidance_scale, temperature, seed: as for `Generator.generate`.
+        guidance_scale: as for `Generator.generate`.
+        temperature: as for `Generator.generate`.
+        seed: as for `Generator.generate`.
         progress: show a progress bar that counts visual tokens.
 
     Raises:

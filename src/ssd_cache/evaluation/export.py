@@ -148,7 +148,8 @@ def generate_images(
         make_cache: makes a fresh cache; called for every batch.
         batch_size: images generated at once; their prompts are padded to the longest.
         seed: seed of the whole run.
-        guidance_scale, temperature: as for `Generator.generate`.
+        guidance_scale: as for `Generator.generate`.
+        temperature: as for `Generator.generate`.
         processes: the processes that share the batches; by default only this one.
         progress: show a progress bar over visual tokens, in the main process.
         seed_of_batch: torch's seed, from `seed` and the number of a batch.

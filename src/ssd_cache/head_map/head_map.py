@@ -43,7 +43,8 @@ class HeadMap:
             several by name. Finite; kept in float32.
         threshold: the score above which a head was labelled spatial.
         model_id: the model that was profiled, as given to its `from_pretrained`.
-        revision, model_type: the commit of that model and its `config.model_type`.
+        revision: the commit of that model.
+        model_type: its `config.model_type`.
         method: how the labels were made, in a few words.
         budget: the budget that the map was fitted to, as for [`SSDCache`], which uses it when none is given.
         learned: a score by which semantic heads rank their tokens, made by [`learn_score`] for this grid. [`SSDCache`]

@@ -69,13 +69,16 @@ def measure_heads(
     Args:
         model: a loaded image model of a supported family, or a `Generator`.
         prompts: one image is generated for each.
-        budget, buffer, num_recent, num_sinks: of the cache that will use the results, as for `SSDCache`; the budget is
-            one number.
+        budget: budget of the cache that will use the results, one number as for `SSDCache`.
+        buffer: eviction interval of that cache.
+        num_recent: newest tokens that semantic heads of that cache keep.
+        num_sinks: first tokens that spatial heads of that cache keep.
         levels: further budgets at which retained attention is measured, for `fit_heads`.
         processor: the model's processor; loaded from the model's source when not given.
         batch_size: images at once. When not given, the batch size of the state file, else 4, or fewer if free memory
             is too small for 4 (with a warning).
-        guidance_scale, temperature: as for `Generator.generate`.
+        guidance_scale: as for `Generator.generate`.
+        temperature: as for `Generator.generate`.
         seed: seed of the first batch; batch `i` uses `seed + i`.
         progress: show a progress bar over visual tokens.
         state_file: file that stores the sums after every batch. If it exists, the run resumes from it. A longer list of

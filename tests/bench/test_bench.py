@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from ssd_cache import HeadMap
 from ssd_cache.bench import SHAPES, Case, Report, choose_cases, choose_windows, load_subject, run
 from ssd_cache.bench import roofline as roofline_module
+from ssd_cache.bench.cases import RIVALS
 from ssd_cache.bench.results import Row, number, size
 from ssd_cache.bench.roofline import Machine, StepWork, mean_tokens_read, measure_machine, step_work
 from ssd_cache.bench.running import Measurement, held_bytes, measure, summarize, timed_positions
@@ -244,7 +245,7 @@ def test_bytes_are_those_at_the_end_of_an_image(janus, windows):
 
 
 def test_a_checkpoint_is_measured_with_its_maps_own_settings():
-    names = [case.name for case in choose_cases(head_map_for("shapes-janus"))][3:]
+    names = [case.name for case in choose_cases(head_map_for("shapes-janus"))][len(RIVALS) + 1 :]
     assert names[:5] == [
         "learned 100%",
         "learned 50%",
@@ -253,7 +254,7 @@ def test_a_checkpoint_is_measured_with_its_maps_own_settings():
         "learned:buffer=1 20%",
     ]
     assert names[5:] == ["ssd 20%", "h2o 20%", "streaming-llm 20%"]
-    names = [case.name for case in choose_cases(head_map_for("small-cpu"))][3:]
+    names = [case.name for case in choose_cases(head_map_for("small-cpu"))][len(RIVALS) + 1 :]
     assert names[:5] == ["ssd 100%", "ssd 50%", "ssd 20%", "ssd 20%, fast_decode", "ssd:buffer=1 20%"]
     assert names[5:] == ["h2o 20%", "streaming-llm 20%"]
 
@@ -271,7 +272,7 @@ def test_names_of_cases_tell_them_apart():
 
 
 def test_every_policy_comes_at_every_budget():
-    cases = choose_cases(HEAD_MAP, policies="full,ssd:buffer=4", budgets=[0.5, 20])[3:]
+    cases = choose_cases(HEAD_MAP, policies="full,ssd:buffer=4", budgets=[0.5, 20])[len(RIVALS) + 1 :]
     assert [case.name for case in cases] == [
         "full 100%",
         "full 100%, fast_decode",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.children import TWO_PROCESSES
 from helpers.tiny_checkpoint import SIDE, write_checkpoint
 from PIL import Image
 
@@ -193,9 +194,6 @@ def test_several_gpus_give_the_images_of_one_process_and_resume(folder, prompts_
     pytest.importorskip("accelerate")
     # one thread each, since sums in another order round differently
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    # accelerate 1.15 starts several processes with --multi_gpu alone; without a GPU they compute on the CPU
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
     def run(*launcher):
         command = [sys.executable, *launcher, EXAMPLES / "several_gpus.py", prompts_file, "--model", folder]
@@ -211,7 +209,7 @@ def test_several_gpus_give_the_images_of_one_process_and_resume(folder, prompts_
         example.main(prompts_file, model=str(folder), budget=0.5, batch_size=1, device="cpu", output=tmp_path / "alone")
     finally:
         torch.set_num_threads(threads)
-    assert run(*launch) == ["process 0 of 2 on cpu: 2 images", "process 1 of 2 on cpu: 1 images"]
+    assert run(*TWO_PROCESSES) == ["process 0 of 2 on cpu: 2 images", "process 1 of 2 on cpu: 1 images"]
     alone, both = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("alone", "both"))
     assert alone == both
     assert {"00000.png", "00001.png", "00002.png"} < alone.keys()

@@ -14,6 +14,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+TWO_PROCESSES = (
+    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+)
+"""Arguments of Python that start a program twice. accelerate 1.15 starts several processes with --multi_gpu alone;
+without a GPU they compute on the CPU."""
+
+
+def run_cli(*arguments, cwd: Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run `ssd-cache` to its end, by `launcher` if given. One thread each: sums in another order round differently."""
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "ssd_cache.cli", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "CUDA_VISIBLE_DEVICES": ""},
+        text=True,
+        capture_output=True,
+        timeout=500,
+        check=False,
+    )
+
 
 @contextmanager
 def handling_interrupts() -> Iterator[None]:

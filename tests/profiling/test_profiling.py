@@ -9,7 +9,6 @@ import errno
 import itertools
 import json
 import os
-import subprocess
 import sys
 import weakref
 from collections import Counter
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.attention_reference import compare
+from helpers.children import TWO_PROCESSES, run_cli
 from helpers.models import left_padded_prompts, tiny_janus
 from helpers.planted import IS_SPATIAL, LOOKS, SIDE, planted_generator, planted_tokens
 from helpers.tiny_checkpoint import load_example, write_checkpoint
@@ -718,26 +718,13 @@ def test_help_fits_80_columns_and_names_every_option(run):
 
 def test_two_processes_make_the_map_that_one_makes(folder, tmp_path):
     pytest.importorskip("accelerate")
-    # one thread each, since sums in another order round differently
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "CUDA_VISIBLE_DEVICES": ""}
     arguments = ["--batch-size", "1", "--model", str(folder), "--budget", "30", "--buffer", "4", "--device", "cpu"]
-    # accelerate 1.15 starts several processes with --multi_gpu alone; without a GPU they compute on the CPU
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
 
-    def profile(output, *launcher):
+    def profile(output, launcher=()):
         places = ["-o", output, "--resume", f"{output}.sums"]
-        return subprocess.run(
-            [sys.executable, "-m", *launcher, "ssd_cache.cli", "profile", *PROMPTS, *arguments, *places],
-            cwd=tmp_path,
-            env=environment,
-            text=True,
-            capture_output=True,
-            timeout=500,
-            check=False,
-        )
+        return run_cli("profile", *PROMPTS, *arguments, *places, cwd=tmp_path, launcher=launcher)
 
-    both, alone = profile("both", *launch), profile("alone")
+    both, alone = profile("both", TWO_PROCESSES), profile("alone")
     assert (both.returncode, alone.returncode) == (0, 0), both.stderr + alone.stderr
     for done, name in ((both, "both"), (alone, "alone")):
         assert done.stdout.count("wrote") == 1  # the main process alone says and writes anything

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from helpers.children import TWO_PROCESSES, run_cli
 from helpers.models import random_score
 from helpers.peak_bytes import PeakBytes
 from helpers.tiny_checkpoint import SIDE, write_checkpoint, write_family
@@ -166,25 +164,13 @@ def test_two_processes_learn_the_score_of_one(tmp_path):
     pytest.importorskip("accelerate")
     folder = write_checkpoint(tmp_path / "model", guidance_scale=2.0)
     labels = HeadMap(IS_SPATIAL, GRID).save_pretrained(tmp_path / "labels")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "CUDA_VISIBLE_DEVICES": ""}
     arguments = ["--model", str(folder), "--head-map", str(labels), "--budget", "24", "--buffer", "5"]
     arguments += ["--batch-size", "3", "--steps", "4", "--device", "cpu"]
-    # accelerate 1.15 starts several processes with --multi_gpu alone; without a GPU they compute on the CPU
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
 
-    def learn(output, *launcher):
-        return subprocess.run(
-            [sys.executable, "-m", *launcher, "ssd_cache.cli", "learn", *PROMPTS, *arguments, "-o", output],
-            cwd=tmp_path,
-            env=environment,
-            text=True,
-            capture_output=True,
-            timeout=500,
-            check=False,
-        )
+    def learn(output, launcher=()):
+        return run_cli("learn", *PROMPTS, *arguments, "-o", output, cwd=tmp_path, launcher=launcher)
 
-    both, alone = learn("both", *launch), learn("alone")
+    both, alone = learn("both", TWO_PROCESSES), learn("alone")
     assert (both.returncode, alone.returncode) == (0, 0), both.stderr + alone.stderr
     for done, name in ((both, "both"), (alone, "alone")):
         assert done.stdout.count("wrote") == 1  # the main process alone prints and writes

@@ -24,7 +24,7 @@ from ssd_cache.runs.processes import Processes
 from ssd_cache.training.learning import check_learning
 from ssd_cache.training.learning_state import HELD_OUT, LearningState
 from ssd_cache.training.memory import images_at_once
-from ssd_cache.training.recording import NO_GUIDANCE, generated_together, replay_images
+from ssd_cache.training.recording import generated_together, replay_images, without_idle_rows
 from ssd_cache.training.trainer import Trainer, mean_attention
 
 WARM_SECONDS = 20.0
@@ -182,8 +182,7 @@ def _measure_learning(generator: Generator, settings: Settings, folder: StateFol
         tokens = generator.generate(prompts, seed=seed, **sampling).cpu()
     images.seconds *= size / len(prompts)
     recording = replay_images(generator, prompts, tokens, seed=seed, **sampling)
-    if abs(sampling["guidance_scale"] - 1) < NO_GUIDANCE:
-        recording = recording.conditional()
+    recording = without_idle_rows(recording, sampling["guidance_scale"])
     learning = settings.learning(generator.checkpoint.grid[1])
     labels = processes.gather_all(HeadMap.from_pretrained(folder.path / FIRST) if processes.is_main else None)[0]
     with warnings.catch_warnings():
@@ -191,8 +190,7 @@ def _measure_learning(generator: Generator, settings: Settings, folder: StateFol
         plans = check_learning(labels, **learning)
     part = recording.split(LEARNED_AT_ONCE)[0]
     schedule: dict[str, Any] = {name: learning[name] for name in ("learning_rate", "num_steps")}
-    most, rows_of_image = math.ceil(LEARNED_AT_ONCE / processes.count), 2 if part.is_unconditional.any() else 1
-    num_at_once = images_at_once(generator, most, rows_of_image, part.seen.shape[1], learning["buffer"])
+    num_at_once = images_at_once(generator, [part], math.ceil(LEARNED_AT_ONCE / processes.count), learning["buffer"])
     trainer = Trainer(generator, plans, **sampling, **schedule, num_at_once=num_at_once, processes=processes)
     state = LearningState.beginning(mean_attention(generator, part, labels, num_at_once))
     for _ in range(2):

@@ -50,8 +50,7 @@ def default_batch_size(
     free = free_memory(device)
     if free is not None:
         free //= processes.count if device.type == "cpu" else 1
-        # a high estimate of the longest prompt's tokens, including the chat template, without the tokenizer
-        of_image = image_nbytes(generator, max(len(prompt.encode()) for prompt in prompts) // 3 + 64, cache)
+        of_image = image_nbytes(generator, longest_prompt(prompts), cache)
         size = fitting_batch_size(most, of_image, free)
     size = min(processes.gather_all(size))
     if size < min(most, len(prompts)) and processes.is_main:
@@ -72,6 +71,11 @@ def fitting_batch_size(most: int, of_image: int, free: int, unit: int = 1) -> in
     while size > unit and size * of_image > USABLE * free:
         size = max(unit, size // 2 // unit * unit)
     return size
+
+
+def longest_prompt(prompts: Sequence[str]) -> int:
+    """A high estimate of the longest prompt's tokens, including the chat template, without the tokenizer."""
+    return max(len(prompt.encode()) for prompt in prompts) // 3 + 64
 
 
 def image_nbytes(generator: Generator, num_prompt: int, cache: SSDCache | None = None) -> int:

@@ -161,9 +161,7 @@ def learn_score(
     if run.after is None:
         shows = progress and processes.is_main
         *recordings, held_out = make_recordings(generator, prompts, batch_size, seed, sampling, run, processes, shows)
-        num_prompt = max(recording.seen.shape[1] for recording in (*recordings, held_out))
-        most, rows_of_image = -(-batch_size // processes.count), 2 if held_out.is_unconditional.any() else 1
-        num_at_once = images_at_once(generator, most, rows_of_image, num_prompt, buffer)
+        num_at_once = images_at_once(generator, [*recordings, held_out], -(-batch_size // processes.count), buffer)
         if run.learning is None:
             first = head_map.learned or mean_attention(generator, recordings[0], head_map, num_at_once)
             run.learning = LearningState.beginning(processes.gather_all(first)[0])

@@ -5,12 +5,14 @@ The formula is an upper bound of what `tests/learning_memory.py` measures. Nothi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ssd_cache.cache.settings import default_buffer
 from ssd_cache.models import Generator
 from ssd_cache.models.checkpoint import Checkpoint
-from ssd_cache.training.teacher_forcing import BLOCK_BYTES
+from ssd_cache.training.teacher_forcing import BLOCK_BYTES, Recording
 
 MEMORY = 4 << 30
 """Bytes, in addition to the weights, that images take at once: K and V in generation, `step_nbytes` in a step. It is
@@ -60,11 +62,13 @@ def step_nbytes(
     return kept + max(evictions + max(attention, linear), HEAD * BLOCK_BYTES)
 
 
-def images_at_once(generator: Generator, most: int, rows_of_image: int, num_prompt: int, buffer: int | None) -> int:
+def images_at_once(generator: Generator, recordings: Sequence[Recording], most: int, buffer: int | None) -> int:
     """Images that go through the decoder at once in a step: `most`, halved until they fit into `MEMORY`, at least 1.
 
-    `rows_of_image` is 2 with guidance; the other arguments are those of `step_nbytes`.
+    All `recordings` have the same rows for an image; the longest prompt counts. `buffer` is as for `step_nbytes`.
     """
+    rows_of_image = 2 if recordings[0].is_unconditional.any() else 1
+    num_prompt = max(recording.seen.shape[1] for recording in recordings)
     size, model = most, (generator.checkpoint, generator.model.dtype)
     while size > 1 and step_nbytes(*model, rows_of_image * size, num_prompt, buffer) > MEMORY:
         size //= 2

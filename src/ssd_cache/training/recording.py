@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ssd_cache._compat import CACHE, take_cache
 from ssd_cache.cache.attention import prompt_columns
 from ssd_cache.models import Generator, GeneratorError
-from ssd_cache.runs.batching import fitting_batch_size, image_nbytes
+from ssd_cache.runs.batching import fitting_batch_size, image_nbytes, longest_prompt
 from ssd_cache.runs.processes import Processes
 from ssd_cache.training.learning_state import HELD_OUT, LearningRun
 from ssd_cache.training.likelihood import certain_scores
@@ -42,9 +42,7 @@ def check_trainable(generator: Generator) -> None:
 
 def generated_together(generator: Generator, prompts: Sequence[str], batch_size: int) -> int:
     """Images that are generated at once, for steps of `batch_size` images."""
-    # a high estimate of the longest prompt's tokens, including the chat template, without the tokenizer
-    num_prompt = max(len(prompt.encode()) for prompt in prompts) // 3 + 64
-    of_image = image_nbytes(generator, num_prompt)
+    of_image = image_nbytes(generator, longest_prompt(prompts))
     return fitting_batch_size(BATCHES_AT_ONCE * batch_size, of_image, MEMORY, batch_size)
 
 
@@ -76,8 +74,13 @@ def make_recordings(
             run.images += [found for found in processes.gather_all(tokens) if found is not None]
             run.save()
         recording = replay_images(generator, batch, run.images[index], **sampling, seed=seed + index)
-        recordings.append(recording.conditional() if abs(sampling["guidance_scale"] - 1) < NO_GUIDANCE else recording)
+        recordings.append(without_idle_rows(recording, sampling["guidance_scale"]))
     return recordings
+
+
+def without_idle_rows(recording: Recording, guidance_scale: float) -> Recording:
+    """The recording, without its unconditional rows where guidance has no effect."""
+    return recording.conditional() if abs(guidance_scale - 1) < NO_GUIDANCE else recording
 
 
 def training_batches(recordings: Sequence[Recording], batch_size: int, seed: int) -> Iterator[Recording]:

@@ -7,7 +7,6 @@ All checks run before weights are loaded. Generating batches and resuming a fold
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -37,7 +36,7 @@ from ssd_cache.cli.options import (
     output_option,
 )
 from ssd_cache.cli.plan import parse_budget
-from ssd_cache.evaluation.conditions import run_conditions
+from ssd_cache.evaluation.conditions import cache_facts, run_conditions
 from ssd_cache.evaluation.export import ImageSet, claim_folder, generate_images
 from ssd_cache.evaluation.policies import DEFAULT, SETTINGS, choose_head_map, parse_policy, resolve_policies
 from ssd_cache.evaluation.scoring import RESULTS_FILE
@@ -135,16 +134,15 @@ def export_command(
             labels = choose_head_map(checkpoint, head_map, parsed)
             [chosen] = resolve_policies(parsed, labels)
             [amount] = chosen.budgets([equal_budget(labels) if amount is None else amount])
-            cache = chosen.make_cache(labels, amount)
-            slots = hashlib.sha256(json.dumps(cache.num_slots).encode()).hexdigest()[:12]
+            facts = cache_facts(chosen.make_cache(labels, amount))
             settings: dict[str, Any] = {
                 "format": f"ssd-cache {benchmark} export 1",
                 "model": checkpoint.name,
                 "policy": chosen.label,
                 "budget": amount,
-                "num_slots": cache.mean_slots,
-                "slots": f"{cache.slots} {slots}",
-                "head_map": "online" if cache.head_map.is_online else cache.head_map.digest,
+                "num_slots": facts["num_slots"],
+                "slots": f"{facts['slots']} {facts['slots_sha256']}",
+                "head_map": facts["head_map"],
                 "seed": sampling.seed,
                 "num_prompts": len(prompts),
                 "num_samples": samples,
@@ -155,7 +153,7 @@ def export_command(
                     device=where,
                     batch_size=batch_size,
                     sampling=sampling,
-                    settings={name: getattr(cache, name) for name in SETTINGS if name != "slots"},
+                    settings={name: facts[name] for name in SETTINGS if name != "slots"},
                 ),
             }
             processes.check_agreement(settings | {"prompts": hashlib.sha256(lines.encode()).hexdigest()})

@@ -272,6 +272,18 @@ def test_the_plan_comes_first_and_says_what_is_measured(run, checkpoint):
     assert {"profile", "fit", "check"} == plan["finished"].keys()
 
 
+def test_a_run_shows_one_line_in_turn_for_all_stages(run):
+    result = run()
+    assert result.exit_code == 0
+    shown = result.stderr.replace("\r", "\n").split("\n")
+    assert any(part.startswith("profile (1 of 4), then about ") and "profiling:" in part for part in shown)
+    assert any(part.startswith("learn (3 of 4), then about ") and "learning:" in part for part in shown)
+    left = [line.split("\r")[-1].strip() for line in result.stderr.split("\n")]  # finished bars were cleared
+    ends = [line.split(" took ")[0] for line in left if " took " in line]
+    assert ends == ["profile (1 of 4):", "fit (2 of 4):", "learn (3 of 4):", "check (4 of 4):"]
+    assert not [line for line in left if "then about" in line]
+
+
 def test_the_peak_memory_of_a_block_is_measured():
     with metered(torch.device("cpu")) as before:
         pass

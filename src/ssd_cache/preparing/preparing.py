@@ -21,7 +21,7 @@ from ssd_cache.budget import Amount
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Generator, generator_of
 from ssd_cache.preparing.limits import refuse_long_run
-from ssd_cache.preparing.plan import Plan, make_plan
+from ssd_cache.preparing.plan import Plan, duration, make_plan, memory
 from ssd_cache.preparing.report import write_outputs
 from ssd_cache.preparing.stages import STAGES, Settings, Stage, check_stages, make_stages
 from ssd_cache.preparing.state import StateFolder
@@ -30,6 +30,7 @@ from ssd_cache.prompts import default_prompts
 from ssd_cache.runs.batching import default_batch_size
 from ssd_cache.runs.metering import metered
 from ssd_cache.runs.processes import Processes
+from ssd_cache.runs.progress import on_one_line
 from ssd_cache.training.recording import check_trainable
 
 
@@ -117,16 +118,15 @@ def prepare(
     folder.costs, folder.finished = processes.gather_all((folder.costs, folder.finished))[0]
     todo = make_stages(stages, generator, settings, folder, processes, progress)
     shows = progress and processes.is_main
-    if shows and not folder.costs:
-        tqdm.write("measuring the first batches", file=sys.stderr)
-    plan = make_plan(generator, settings, todo, folder, processes, shows)
+    with on_one_line("measuring the first batches"):
+        plan = make_plan(generator, settings, todo, folder, processes, shows)
     if max_hours is not None:
         refuse_long_run(generator.checkpoint, generator.model.device, plan.seconds, max_hours)
     if processes.is_main and on_plan is not None:
         on_plan(plan)
     elif shows:
         tqdm.write(plan.text(), file=sys.stderr)
-    head_map = _run(todo, folder, generator, processes, shows)
+    head_map = _run(todo, plan, folder, generator, processes, shows)
     if processes.is_main:
         write_outputs(place, head_map, plan, folder)
         head_map = HeadMap.from_pretrained(place)
@@ -139,7 +139,7 @@ def state_path(output: Path) -> Path:
 
 
 def _run(
-    stages: Sequence[Stage], folder: StateFolder, generator: Generator, processes: Processes, shows: bool
+    stages: Sequence[Stage], plan: Plan, folder: StateFolder, generator: Generator, processes: Processes, shows: bool
 ) -> HeadMap:
     """Run the stages that are not finished, each on the map of the stage before it; returns the last map."""
     head_map: HeadMap | None = None
@@ -147,10 +147,13 @@ def _run(
         kept = folder.result(stage.name, head_map) if processes.is_main else None
         found = processes.gather_all(kept)[0]
         if found is None:
-            if shows:
-                tqdm.write(f"{stage.name} ({number} of {len(stages)})", file=sys.stderr)
+            title = f"{stage.name} ({number} of {len(stages)})"
+            rest = sum(estimate.cost.seconds for estimate in plan.estimates[number:])
             try:
-                with metered(generator.model.device) as cost:
+                with (
+                    on_one_line(f"{title}, then about {duration(rest)} more" if rest else title),
+                    metered(generator.model.device) as cost,
+                ):
                     found = stage.run(head_map)
             finally:
                 if processes.is_main:
@@ -158,6 +161,9 @@ def _run(
             if processes.is_main:
                 found = folder.finish(stage.name, head_map, found)
             found = processes.gather_all(found)[0]
+            if shows:
+                took = f"took {duration(cost.seconds)}, with at most {memory(cost.peak_bytes)}"
+                tqdm.write(f"{title}: {took}", file=sys.stderr)
         head_map = found
     assert head_map is not None
     return head_map

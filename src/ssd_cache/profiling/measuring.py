@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ssd_cache.budget import Amount, check_count
@@ -30,6 +29,7 @@ from ssd_cache.profiling.state import load_state, recorded_batch_size, save_stat
 from ssd_cache.profiling.statistics import HeadStatistics, Level, resolve_levels
 from ssd_cache.runs.batching import default_batch_size
 from ssd_cache.runs.processes import Processes
+from ssd_cache.runs.progress import progress_bar
 from ssd_cache.runs.run_state import ProfilingError, check_state_place
 
 DEFAULT_BATCH_SIZE = 4
@@ -130,9 +130,10 @@ def measure_heads(
     statistics, done = processes.gather_all((statistics, done))[0]
     own = range(done + processes.index, len(batches), processes.count)
     num_tokens = checkpoint.num_visual_tokens * sum(len(batches[index]) for index in own)
+    shows = progress and processes.is_main
     with (
         ssd_attention(generator.language_model),
-        tqdm(total=num_tokens, unit="token", disable=not (progress and processes.is_main), desc="profiling") as bar,
+        progress_bar(desc="profiling", total=num_tokens, unit=" tokens", disable=not shows) as bar,
     ):
         for first in range(done, len(batches), processes.count):
             mine, batch = first + processes.index, statistics.empty()

@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ssd_cache.budget import Budget, check_count, is_amount
@@ -28,6 +27,7 @@ from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Generator, generator_of
 from ssd_cache.profiling.measuring import check_prompts, model_facts, prompts_sha256
 from ssd_cache.runs.processes import Processes
+from ssd_cache.runs.progress import progress_bar
 from ssd_cache.training.learning_state import LearningRun, LearningState
 from ssd_cache.training.memory import images_at_once
 from ssd_cache.training.recording import check_trainable, make_recordings, training_batches
@@ -214,7 +214,8 @@ def _take_steps(run: LearningRun, trainer: Trainer, recordings: Iterator[Recordi
     assert run.learning is not None
     recent: deque[float] = deque(maxlen=SMOOTHED)
     saved = time.monotonic()
-    bar = tqdm(total=trainer.num_steps, initial=run.num_steps, unit=" steps", desc="learning", disable=not progress)
+    steps: dict[str, Any] = {"total": trainer.num_steps, "initial": run.num_steps, "unit": " steps"}
+    bar = progress_bar(desc="learning", **steps, disable=not progress)
     try:
         with bar:
             for recording in recordings:

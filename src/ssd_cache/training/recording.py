@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -19,6 +18,7 @@ from ssd_cache.cache.attention import prompt_columns
 from ssd_cache.models import Generator, GeneratorError
 from ssd_cache.runs.batching import fitting_batch_size, image_nbytes, longest_prompt
 from ssd_cache.runs.processes import Processes
+from ssd_cache.runs.progress import progress_bar
 from ssd_cache.training.learning_state import HELD_OUT, LearningRun
 from ssd_cache.training.likelihood import certain_scores
 from ssd_cache.training.memory import MEMORY
@@ -65,7 +65,7 @@ def make_recordings(
     batches = [list(prompts[start : start + num_together]) for start in range(0, len(prompts), num_together)]
     batches.append([prompts[index * len(prompts) // HELD_OUT] for index in range(HELD_OUT)])
     recordings: list[Recording] = []
-    bar = tqdm(enumerate(batches), total=len(batches), unit=" batches", desc="images", disable=not progress)
+    bar = progress_bar(enumerate(batches), total=len(batches), unit=" batches", desc="images", disable=not progress)
     for index, batch in bar:
         if index == len(run.images):
             own, tokens = index + processes.index, None

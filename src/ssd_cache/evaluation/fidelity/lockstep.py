@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
 from ssd_cache._compat import CACHE, take_cache
 from ssd_cache.cache.cache import SSDCache
@@ -23,6 +22,7 @@ from ssd_cache.evaluation.fidelity.result import MEASURED, Fidelity
 from ssd_cache.models import Generator, GeneratorError, ResolvedSampling
 from ssd_cache.profiling.measuring import generate_recorded
 from ssd_cache.profiling.recorder import RecordingCache
+from ssd_cache.runs.progress import progress_bar
 from ssd_cache.training.likelihood import certain_scores, kl_divergence, log_probabilities
 
 
@@ -47,7 +47,7 @@ def compare_caches(
     with (
         ssd_attention(generator.language_model),
         lockstep.hooked(),
-        tqdm(
+        progress_bar(
             total=len(prompts) * cells,
             unit=" visual tokens",
             desc=f"full and {len(caches)} more",

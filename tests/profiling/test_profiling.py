@@ -85,7 +85,7 @@ def test_sums_equal_plain_loops_over_made_up_attention(grid, drafts, num_queries
         for part in (slice(0, 2), slice(2, 3)):
             observer.observe(0, weights[part, :, :, first:stop, : num_prompt + stop], num_prompt, part)
     statistics = observer.finish()
-    assert statistics.num_pictures == 1
+    assert statistics.num_images == 1
     for branch, part in (("all", slice(0, 3)), ("conditional", slice(0, 1)), ("unconditional", slice(1, 3))):
         compare(statistics, [weights[part]], num_prompt, resolve_window(layout, None), branch)
     for window in (1, widest_window(layout)) if drafts else (1, 2 * columns, queries - 1):
@@ -307,19 +307,21 @@ def filled(seed, grid=(4, 5), images=2, previews=()):
     statistics = HeadStatistics(ImageLayout(grid, previews), 2, 3, [Level(8, 2, 2), Level(12, 2, 2)])
     for value in statistics.sums.values():
         value.copy_(torch.rand(value.shape, generator=generator, dtype=torch.float64))
-    statistics.num_pictures = images
+    statistics.num_images = images
     return statistics
 
 
 def test_statistics_add_up_and_come_back_from_their_state(tmp_path):
     first, second = filled(1), filled(2, images=3)
     both = first + second
-    assert both.num_pictures == 5
+    assert both.num_images == 5
     torch.testing.assert_close(both.sums["spatial"], first.sums["spatial"] + second.sums["spatial"])
     again, settings = both.empty(), {"num_prompts": 5}
     save_state(tmp_path / "sums", both, 2, settings)
     assert load_state(tmp_path / "sums", again, lambda _: settings) == 2
-    assert again.num_pictures == 5
+    assert again.num_images == 5
+    with pytest.warns(FutureWarning, match="num_images"):
+        assert again.num_pictures == 5
     assert all(torch.equal(value, both.sums[name]) for name, value in again.sums.items())
     assert torch.equal(again.window_mass(6), both.window_mass(6))
     with pytest.raises(ValueError, match="do not add up"):

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.attention_reference import compare
-from helpers.children import TWO_PROCESSES, run_cli
+from helpers.children import run_cli, run_two
 from helpers.models import left_padded_prompts, tiny_janus
 from helpers.planted import IS_SPATIAL, LOOKS, SIDE, planted_generator, planted_tokens
 from helpers.tiny_checkpoint import load_example, write_checkpoint
@@ -722,17 +722,17 @@ def test_two_processes_make_the_map_that_one_makes(folder, tmp_path):
     pytest.importorskip("accelerate")
     arguments = ["--batch-size", "1", "--model", str(folder), "--budget", "30", "--buffer", "4", "--device", "cpu"]
 
-    def profile(output, launcher=()):
-        places = ["-o", output, "--resume", f"{output}.sums"]
-        return run_cli("profile", *PROMPTS, *arguments, *places, cwd=tmp_path, launcher=launcher)
+    def command(output):
+        return ["profile", *PROMPTS, *arguments, "-o", output, "--resume", f"{output}.sums"]
 
-    both, alone = profile("both", TWO_PROCESSES), profile("alone")
-    assert (both.returncode, alone.returncode) == (0, 0), both.stderr + alone.stderr
-    for done, name in ((both, "both"), (alone, "alone")):
-        assert done.stdout.count("wrote") == 1  # the main process alone says and writes anything
-        assert done.stdout.endswith(f"wrote {name}\n")
-    assert f"{2 * 64}/{2 * 64}" in both.stderr  # its bar counts its own images, two of the three
-    assert f"{3 * 64}/{3 * 64}" in alone.stderr
+    both, alone = run_two(command("both"), cwd=tmp_path), run_cli(*command("alone"), cwd=tmp_path)
+    assert [code for code, _, _ in (*both, alone)] == [0, 0, 0], (*both, alone)
+    for (_, stdout, _), name in ((both[0], "both"), (alone, "alone")):
+        assert stdout.count("wrote") == 1
+        assert stdout.endswith(f"wrote {name}\n")
+    assert both[1][1] == ""  # the main process alone prints and writes
+    assert f"{2 * 64}/{2 * 64}" in both[0][2]  # its bar counts its own images, two of the three
+    assert f"{3 * 64}/{3 * 64}" in alone[2]
     assert HeadMap.from_pretrained(tmp_path / "both") == HeadMap.from_pretrained(tmp_path / "alone")
     sums, sums_of_both = (load_file(tmp_path / f"{name}.sums") for name in ("alone", "both"))
     assert sums.keys() == sums_of_both.keys()

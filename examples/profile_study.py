@@ -170,7 +170,7 @@ def split_half_agreement(
             sampled = chance.sample(parts, size)
             halves = total(sampled[: size // 2]), total(sampled[size // 2 :])
             found.append(label_agreement(*(label_heads(half, **labelling)[0] for half in halves)))
-        results[sum(part.num_pictures for part in parts[:size])] = (mean(found), min(found))
+        results[sum(part.num_images for part in parts[:size])] = (mean(found), min(found))
         size *= 2
     return results
 

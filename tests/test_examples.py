@@ -73,8 +73,8 @@ def test_publish_head_map(folder, prompts_file, tmp_path, capsys, monkeypatch, h
     assert "3 prompts" in capsys.readouterr().out
 
 
-def test_pictures_per_gpu_counts_what_a_cache_really_holds(folder, capsys):
-    example = load("pictures_per_gpu")
+def test_images_per_gpu_counts_what_a_cache_really_holds(folder, capsys):
+    example = load("images_per_gpu")
     checkpoint = find_generator(str(folder))
     generator = checkpoint.load(device="cpu")
     for budget in (1.0, 0.5):
@@ -156,7 +156,7 @@ def test_an_oracle_that_sees_everything_generates_as_the_full_cache(folder):
 
 @pytest.mark.parametrize("name", ["DynamicCache", "ssd 50%"])
 def test_first_images_are_timed(folder, capsys, name):
-    example = load("first_pictures")
+    example = load("first_images")
     example.main(name, model=str(folder), batch_size=2)
     example.main(name, model=str(folder), batch_size=2, steps=True)
     images, steps = capsys.readouterr().out.splitlines()
@@ -165,7 +165,7 @@ def test_first_images_are_timed(folder, capsys, name):
 
 
 @pytest.mark.parametrize("room", [0, 1, 2, 5, 16, 37])
-def test_pictures_per_gpu_finds_the_largest_batch(room):
+def test_images_per_gpu_finds_the_largest_batch(room):
     tried = []
 
     def generate(number):
@@ -173,17 +173,17 @@ def test_pictures_per_gpu_finds_the_largest_batch(room):
         if number > room:
             raise torch.OutOfMemoryError
 
-    assert load("pictures_per_gpu").largest(generate) == room
+    assert load("images_per_gpu").largest(generate) == room
     assert len(tried) <= 2 * (room + 2).bit_length()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the number of images that fit in a GPU is measured on one")
-def test_pictures_per_gpu_generates_until_memory_is_full(folder, capsys):
+def test_images_per_gpu_generates_until_memory_is_full(folder, capsys):
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(200e6 / total)
     try:
-        load("pictures_per_gpu").main(model=str(folder), budget=0.5, device="cuda")
+        load("images_per_gpu").main(model=str(folder), budget=0.5, device="cuda")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     full, half = (int(line.split()[1]) for line in capsys.readouterr().out.splitlines()[-2:])

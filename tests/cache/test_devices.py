@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.children import run_two
 from helpers.models import left_padded_prompts, random_score, tiny_janus, tiny_llama
 from helpers.tensor_parallel_child import CASES, SIDE, generate, generate_glm, generate_janus, load
 from helpers.tiny_checkpoint import write_checkpoint, write_family
@@ -132,13 +133,13 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def run_both(command_of, **settings):
-    """Exit code, stdout and stderr of two processes of one group, each with its own command."""
+def run_both(command, **settings):
+    """Exit code, stdout and stderr of two processes of one group."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     children = [
         subprocess.Popen(
-            command_of(rank),
+            command,
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             text=True,
             stdout=subprocess.PIPE,
@@ -162,7 +163,7 @@ def both(tmp_path_factory):
     tiny_llama(heads=8, kv_heads=4, attn_implementation="sdpa").save_pretrained(folder / "llama")
     tiny_janus(grid_side=SIDE, attn_implementation="sdpa").save_pretrained(folder / "janus")
     write_family("glm", folder / "glm")
-    answers = run_both(lambda rank: [sys.executable, "-m", "helpers.tensor_parallel_child", folder], cwd=TESTS)
+    answers = run_both([sys.executable, "-m", "helpers.tensor_parallel_child", folder], cwd=TESTS)
     assert [code for code, _, _ in answers] == [0, 0], "\n".join(stderr for *_, stderr in answers)
     return folder, [json.loads(stdout.splitlines()[-1]) for _, stdout, _ in answers]
 
@@ -216,9 +217,9 @@ def test_processes_that_share_prompts_and_do_not_agree_are_told_both_in_each(tmp
     labels = HeadMap(torch.tensor([[True, False], [False, True]]), (8, 8), model_id=str(model))
     for rank, head_map in enumerate((labels, ~labels)):
         head_map.save_pretrained(tmp_path / f"map-{rank}")
-    command = [sys.executable, "-m", "ssd_cache.cli", "generate", "a red circle", "a blue square", "--batch-size", "1"]
-    command += ["--model", str(model), "--budget", "14", "--buffer", "4", "--output-dir", "out"]
-    answers = run_both(lambda rank: [*command, "--head-map", f"map-{rank}"], cwd=tmp_path)
+    command = ["generate", "a red circle", "a blue square", "--batch-size", "1", "--output-dir", "out"]
+    command += ["--model", model, "--budget", "14", "--buffer", "4", "--head-map"]
+    answers = run_two([*command, "map-0"], [*command, "map-1"], cwd=tmp_path)
     for code, _, stderr in answers:
         assert code == 2, stderr
         message = stderr.splitlines()[-1]

@@ -26,7 +26,7 @@ GRID = (6, 6)
 SETTINGS = {"budget": 20, "grid": GRID, "buffer": 4}
 
 
-def draw_picture(model, cache, lengths=(5, 9, 3), do_sample=True):
+def generate_image(model, cache, lengths=(5, 9, 3), do_sample=True):
     torch.manual_seed(0)
     inputs = left_padded_prompts(lengths)
     return model.generate(**inputs, generation_mode="image", **{CACHE: cache}, do_sample=do_sample, guidance_scale=3.0)
@@ -40,10 +40,10 @@ def model():
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_no_queries_are_needed(model, attn_implementation):
     cache, expected = (SSDCache.online(model, **SETTINGS) for _ in range(2))
-    tokens = draw_picture(model, expected, do_sample=False)
+    tokens = generate_image(model, expected, do_sample=False)
     other = tiny_janus(grid_side=6, heads=4, layers=3, attn_implementation=attn_implementation)
     other.load_state_dict(model.state_dict())
-    assert torch.equal(draw_picture(other, cache, do_sample=False), tokens)
+    assert torch.equal(generate_image(other, cache, do_sample=False), tokens)
     for ours, theirs in zip(cache.layers, expected.layers, strict=True):
         assert ours.stores[0].queries is None
         assert torch.equal(ours.stores[0].positions, theirs.stores[0].positions)
@@ -51,7 +51,7 @@ def test_no_queries_are_needed(model, attn_implementation):
 
 def test_heads_keep_different_tokens_and_the_newest_row(model):
     cache = SSDCache.online(model, **SETTINGS)
-    draw_picture(model, cache)
+    generate_image(model, cache)
     assert (cache.score, cache.num_recent) == ("key-distance", 10)
     heads = [head[row].tolist() for layer in cache.layers for head in layer.held_positions() for row in range(3)]
     assert len({tuple(head) for head in heads}) > 1
@@ -75,14 +75,14 @@ def test_rows_do_not_depend_on_other_rows(settings, dtype):
 
 def test_reset_makes_it_as_new(model):
     cache = SSDCache.online(model, **SETTINGS)
-    first = draw_picture(model, cache)
+    first = generate_image(model, cache)
     cache.reset()
-    assert torch.equal(draw_picture(model, cache), first)
+    assert torch.equal(generate_image(model, cache), first)
 
 
 def test_a_full_budget_is_dynamic_cache(model):
     cache = SSDCache.online(model, 1.0, grid=GRID)
-    assert torch.equal(draw_picture(model, cache), draw_picture(model, DynamicCache()))
+    assert torch.equal(generate_image(model, cache), generate_image(model, DynamicCache()))
 
 
 @pytest.mark.parametrize("step", [10, 19, 20, 25])
@@ -108,9 +108,9 @@ def test_copies_and_moved_rows_go_on_alike(model, step):
 
 def test_enable_takes_an_online_map(model):
     head_map = HeadMap.online(num_layers=3, num_kv_heads=4, grid=GRID)
-    expected = draw_picture(model, SSDCache.online(model, **SETTINGS))
+    expected = generate_image(model, SSDCache.online(model, **SETTINGS))
     with enable(model, head_map, budget=20, buffer=4):
-        assert torch.equal(draw_picture(model, None), expected)
+        assert torch.equal(generate_image(model, None), expected)
 
 
 def test_an_online_map_can_not_be_saved_or_inverted(tmp_path):
@@ -153,7 +153,9 @@ def test_the_grid_is_read_from_the_model(model):
     cache = SSDCache.online(model, buffer=2, num_recent=2)
     assert (cache.head_map.grid, cache.head_map.previews) == (GRID, ())
     assert cache.num_slots[0][0] == round(0.2 * 36)
-    assert torch.equal(draw_picture(model, SSDCache.online(model, 20, buffer=4)), draw_picture(model, online(model)))
+    assert torch.equal(
+        generate_image(model, SSDCache.online(model, 20, buffer=4)), generate_image(model, online(model))
+    )
     assert SSDCache.online(model, 0.5, grid=(4, 9)).head_map.grid == (4, 9)  # what is given goes first
 
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.plain_loops import held_tokens, runs, same_as_plain_loops, step_reference, step_through
+from helpers.plain_loops import chooses_by_score, held_tokens, runs, same_as_plain_loops, step_reference, step_through
 from helpers.reference import ReferenceHead
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssd_cache import HeadMap, SSDCache
@@ -22,6 +22,19 @@ MODULE = SimpleNamespace(num_key_value_groups=1, is_causal=True)
 @given(runs(), st.booleans())
 def test_same_tokens_and_outputs_as_plain_loops(run, is_counted):
     same_as_plain_loops(run, is_counted)
+
+
+def test_most_runs_choose_by_score_and_by_every_score():
+    scores = []  # of the runs that choose by them; None for the others
+
+    @settings(max_examples=300, derandomize=True)
+    @given(runs())
+    def collect(run):
+        scores.append(run["score"] if chooses_by_score(run) else None)
+
+    collect()
+    assert scores.count(None) <= len(scores) / 2
+    assert set(scores) >= set(SCORES)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.children import start_cli
-from helpers.hub_server import HubServer, Repo
+from helpers.hub_server import Repo
 from helpers.models import random_score
 from helpers.tiny_checkpoint import SIDE, head_map, write_checkpoint
 from PIL import Image
@@ -125,7 +125,7 @@ BAD = [
     ([CIRCLE, "--kv-dtype", "int4"], "kv_dtype='int4' is unknown: did you mean 'int8'? give one of 'int8', 'fp8'"),
     (
         [CIRCLE, "--policy", "lru"],
-        "unknown policy 'lru'; the policies are full, ssd, learned, online, h2o, streaming-llm, linear",
+        f"unknown policy 'lru'; the policies are {', '.join(POLICIES[:7])}",
     ),
     ([CIRCLE, "--policy", "ssd", "--compare"], "--compare generates with full, ssd, h2o, streaming-llm: leave"),
     ([CIRCLE, "--guidance", "1"], "guidance_scale=1.0 is out of range"),
@@ -574,9 +574,14 @@ def child(tmp_path):
 
 
 def test_ctrl_c_ends_with_1_one_line_and_no_file(folder, child, tmp_path):
-    process = child(
-        "generate", CIRCLE, "--model", folder, "--num-images", 1000, "--batch-size", 1, "--budget", "0.4", "-o", "a.png"
-    )
+    """Also where SIGINT is ignored: a shell starts background jobs so, and what they start inherits it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        options = ("--num-images", 1000, "--batch-size", 1, "--budget", "0.4", "-o", "a.png")
+        process = child("generate", CIRCLE, "--model", folder, *options)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
     seen = ""
     while not re.search(r"[1-9]\d*/\d", seen):  # the bar has moved: it is generating
         character = process.stderr.read(1)
@@ -591,71 +596,46 @@ def test_ctrl_c_ends_with_1_one_line_and_no_file(folder, child, tmp_path):
     assert files(tmp_path) == []
 
 
-def test_ctrl_c_ends_a_process_also_where_the_tests_ignore_it(folder, child, tmp_path):
-    """A shell starts background jobs with SIGINT ignored, and what they start inherits it."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        test_ctrl_c_ends_with_1_one_line_and_no_file(folder, child, tmp_path)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_exit_codes_of_a_process(folder, child, tmp_path):
-    process = child("generate", CIRCLE, "--model", folder, "--policy", "full")
+def test_the_bundled_model_generates_its_prompt_and_a_mistake_ends_with_2(child, tmp_path):
+    process = child("generate", "a photo of a red circle and a blue square")
+    refused = child("generate", CIRCLE, "--budget", "2.0")
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert files(tmp_path) == ["picture.png"]
-    assert "full" in out
-    assert "Loading weights" not in err
-    for arguments, code in ((("--model", folder, "--budget", "2.0"), 2), (("--model", "user/nowhere"), 1)):
-        process = child("generate", CIRCLE, *arguments, HF_HUB_OFFLINE="1")
-        out, err = process.communicate()
-        assert (process.returncode, out, err.count("\n")) == (code, "", 1)
-
-
-def test_a_model_and_a_map_come_from_the_hub(folder, child, tmp_path):
-    with HubServer() as hub:
-        hub.repos["user/tiny"], hub.repos["user/map"] = Repo(), Repo()
-        hub.repos["user/tiny"].commit({path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
-        hub.repos["user/map"].commit({path.name: path.read_bytes() for path in (folder / "head_map").iterdir()})
-        environment = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1,localhost",
-        }
-        arguments = ("generate", CIRCLE, "--budget", "0.4", "--model")
-        process = child(*arguments, "user/tiny", "--head-map", "user/map", **environment)
-        out, err = process.communicate()
-        assert process.returncode == 0, err
-        assert "user/tiny on cpu" in out
-        hub.repos["user/pipe"] = Repo()
-        hub.repos["user/pipe"].commit({"model_index.json": b'{"_class_name": "GlmImagePipeline"}'})
-        process = child(*arguments, "user/pipe", **environment)
-        _, err = process.communicate()
-        assert (process.returncode, err.count("\n")) == (2, 1), err
-        assert "'user/pipe' is a diffusers pipeline: load it with diffusers" in err
-        assert "ssd_cache.enable(pipe.PART, head_map, ...)" in err
-        assert (tmp_path / "picture.png").exists()
-        for model, message in (("user/other", "no such repository on the Hub"), ("user/map", "is a head map")):
-            process = child(*arguments, model, **environment)
-            out, err = process.communicate()
-            assert (process.returncode, out, err.count("\n")) == (2, "", 1)
-            assert f"model '{model}'" in err
-            assert message in err
-
-
-def test_the_bundled_model_generates_its_prompt(child, tmp_path):
-    process = child("generate", "a photo of a red circle and a blue square")
-    out, err = process.communicate()
-    assert process.returncode == 0, err
     with Image.open(tmp_path / "picture.png") as image:
         assert image.size == (384, 384)
     assert "576/576" in err
     assert float(table(out)["learned"][1].removesuffix("x")) > 4
     assert "warning" not in err
+    assert "Loading weights" not in err
+    out, err = refused.communicate()
+    assert (refused.returncode, out, err.count("\n")) == (2, "", 1)
+
+
+def test_a_model_that_was_never_loaded_is_not_found_offline(run):
+    result = run(CIRCLE, "--model", "user/nowhere")
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+
+
+def test_a_model_and_a_map_come_from_the_hub(run, hub, folder):
+    hub.repos["user/tiny"], hub.repos["user/map"] = Repo(), Repo()
+    hub.repos["user/tiny"].commit({path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
+    hub.repos["user/map"].commit({path.name: path.read_bytes() for path in (folder / "head_map").iterdir()})
+    result = run(CIRCLE, "--budget", "0.4", "--model", "user/tiny", "--head-map", "user/map")
+    assert result.exit_code == 0, result.output
+    assert "user/tiny on cpu" in result.stdout
+    assert Path("picture.png").exists()
+    hub.repos["user/pipe"] = Repo()
+    hub.repos["user/pipe"].commit({"model_index.json": b'{"_class_name": "GlmImagePipeline"}'})
+    result = run(CIRCLE, "--budget", "0.4", "--model", "user/pipe")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "'user/pipe' is a diffusers pipeline: load it with diffusers" in result.stderr
+    assert "ssd_cache.enable(pipe.PART, head_map, ...)" in result.stderr
+    for model, message in (("user/other", "no such repository on the Hub"), ("user/map", "is a head map")):
+        result = run(CIRCLE, "--budget", "0.4", "--model", model)
+        assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+        assert f"model '{model}'" in result.stderr
+        assert message in result.stderr
 
 
 def test_several_processes_share_a_folder_alone(run, monkeypatch):

@@ -10,7 +10,7 @@ import csv
 import json
 import resource
 import shutil
-import socket
+import signal
 import sys
 import time
 import warnings
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.children import start_cli
+from helpers.children import Forked, run_two
 from helpers.models import random_score
 from helpers.tiny_checkpoint import SIDE, head_map, write_checkpoint
 from helpers.tiny_judges import write_blip, write_classifier, write_detector
@@ -142,23 +142,6 @@ def dpg(generated, tmp_path):
     return shutil.copytree(generated / "dpg", tmp_path / "out")
 
 
-@pytest.fixture
-def child(model):
-    """Starts an export in a process of its own; it is gone when the test is."""
-    started = []
-
-    def start(bench, output, *more, **environment):
-        arguments = export_arguments(bench, model, output, *more)
-        process = start_cli("eval", *arguments, flags=("-W", "ignore"), **{"OMP_NUM_THREADS": "1", **environment})
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
 def contents(folder):
     """All files of a folder by name, with their bytes."""
     return {
@@ -258,32 +241,26 @@ def test_only_missing_images_are_generated_again(generated, export, bench):
     assert "(0 generated now; " in export(bench, "out").stdout
 
 
-def test_a_killed_run_ends_like_an_uninterrupted_one(generated, export, child):
-    process = child("geneval", "killed")
+def test_a_killed_run_ends_like_an_uninterrupted_one(generated, export, model):
+    process = Forked("eval", *export_arguments("geneval", model, "killed"))
     deadline = time.monotonic() + 300
     while not list(Path("killed").rglob("[!.]*.png")):
-        assert process.poll() is None, process.communicate()
+        assert process.returncode is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.kill()
-    process.wait()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
     assert len(list(Path("killed").rglob("[!.]*.png"))) < 6, "it was too fast to be killed in between"
     assert export("geneval", "killed").exit_code == 0
     assert contents("killed") == contents(generated / "geneval")
 
 
-def test_two_processes_generate_the_same_as_one(generated, child):
+def test_two_processes_generate_the_same_as_one(generated, model):
     pytest.importorskip("accelerate")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    group["ACCELERATE_USE_CPU"] = "true"
-    processes = [child("dpg", "both", RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
-    outputs = [process.communicate(timeout=500) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "both: 12 of 12 images (2 processes; " in outputs[0][0]
-    assert (outputs[1][0], "generating" in outputs[1][1]) == ("", False)
+    answers = run_two(["eval", *export_arguments("dpg", model, "both")])
+    assert [code for code, _, _ in answers] == [0, 0], answers
+    assert "both: 12 of 12 images (2 processes; " in answers[0][1]
+    assert (answers[1][1], "generating" in answers[1][2]) == ("", False)
     assert contents("both") == contents(generated / "dpg")
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.children import start_cli
+from helpers.children import Forked, run_two
 from helpers.tiny_checkpoint import SIDE, head_map, write_checkpoint
 from PIL import Image
 from typer.testing import CliRunner
@@ -197,40 +196,33 @@ def test_prompts_may_hold_any_characters(run):
 
 
 def test_ctrl_c_leaves_a_folder_that_the_same_command_completes(run, model):
-    options = ("--num-images", 60, "--batch-size", 1, "--policy", "full", "--device", "cpu")
-    process = start_cli("generate", CIRCLE, "--model", model, "--output-dir", "out", *options, OMP_NUM_THREADS="1")
+    options = ("--num-images", 24, "--batch-size", 1, "--policy", "full", "--device", "cpu")
+    process = Forked("generate", CIRCLE, "--model", model, "--output-dir", "out", *options)
     while not list(Path().glob("out/0*.png")):
-        assert process.poll() is None, process.communicate()
+        assert process.returncode is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate()
     assert process.returncode == 1
     kept = contents("out")
     names = sorted(name for name in kept if name.endswith(".png"))
-    assert 0 < len(names) < 60, "it was too fast to be interrupted"
-    last = f"ssd-cache: interrupted; out keeps {len(names)} of 60 images: run the same command again to resume"
+    assert 0 < len(names) < 24, "it was too fast to be interrupted"
+    last = f"ssd-cache: interrupted; out keeps {len(names)} of 24 images: run the same command again to resume"
     assert rest.splitlines()[-1] == last
     assert [json.loads(line)["file_name"] for line in kept["metadata.jsonl"].decode().splitlines()] == names
     result = run(CIRCLE, "--output-dir", "out", options=options)
-    assert f"60 of 60 images ({60 - len(names)} generated now; " in result.stdout, result.output
+    assert f"24 of 24 images ({24 - len(names)} generated now; " in result.stdout, result.output
     assert all(contents("out")[name] == kept[name] for name in names)
     generator = find_generator(str(model)).load()
-    for number in (0, len(names) - 1, len(names), 59):
+    for number in (0, len(names) - 1, len(names), 23):
         tokens = generator.generate([CIRCLE], SSDCache.from_policy("full", head_map()), seed=number)
         np.testing.assert_array_equal(Image.open(f"out/{number:05}.png"), generator.to_images(tokens)[0])
 
 
 def test_two_processes_make_the_folder_that_one_makes(whole, model):
     pytest.importorskip("accelerate")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    group |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    arguments = ("generate", CIRCLE, SQUARES, "--model", model, "--output-dir", "both", *OPTIONS)
-    processes = [start_cli(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
-    outputs = [process.communicate(timeout=500) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "both: 4 of 4 images (2 processes; " in outputs[0][0]
-    assert outputs[1][0] == ""
+    answers = run_two(["generate", CIRCLE, SQUARES, "--model", model, "--output-dir", "both", *OPTIONS])
+    assert [code for code, _, _ in answers] == [0, 0], answers
+    assert "both: 4 of 4 images (2 processes; " in answers[0][1]
+    assert answers[1][1] == ""
     assert contents("both") == contents(whole)

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import re
-import socket
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.children import start_cli
+from helpers.children import Forked, run_two
 from helpers.models import random_score, tiny_janus
 from helpers.tiny_checkpoint import load_example
 from transformers import JanusForConditionalGeneration
@@ -641,10 +641,6 @@ def lines(folder):
     return sorted(line for path in folder.glob("results-*.jsonl") for line in path.read_text().splitlines())
 
 
-def start(arguments, cwd, **environment):
-    return start_cli("eval", *arguments, cwd=cwd, **{"OMP_NUM_THREADS": "1", "COLUMNS": "80", **environment})
-
-
 def test_lines_hold_what_repeats_them(unbroken, model):
     records, problems = read_records([unbroken])
     assert problems == []
@@ -667,11 +663,11 @@ def test_lines_hold_what_repeats_them(unbroken, model):
 
 
 def test_a_killed_run_goes_on_to_the_lines_of_an_unbroken_one(model, unbroken, tmp_path, monkeypatch):
-    process = start(arguments_of(model, "results"), tmp_path)
+    process = Forked("eval", *arguments_of(model, "results"), cwd=tmp_path)
     path = tmp_path / "results" / "results-0.jsonl"
-    while process.poll() is None and not (path.exists() and path.stat().st_size):
+    while process.returncode is None and not (path.exists() and path.stat().st_size):
         time.sleep(0.02)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.communicate()
     kept = path.read_text().splitlines(keepends=True)
     assert 0 < len(kept) < 12
@@ -693,20 +689,13 @@ def test_two_processes_go_on_where_one_stopped(model, unbroken, tmp_path):
     (results / "run.json").write_bytes((unbroken / "run.json").read_bytes())
     done = (unbroken / "results-0.jsonl").read_text().splitlines(keepends=True)[:4]
     (results / "results-0.jsonl").write_text("".join(done))  # four images of the first batch
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    group["ACCELERATE_USE_CPU"] = "true"
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    processes = [start(arguments_of(model, "results"), tmp_path, **group, **rank) for rank in ranks]
-    outputs = [process.communicate(timeout=500) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    answers = run_two(["eval", *arguments_of(model, "results")], cwd=tmp_path)
+    assert [code for code, _, _ in answers] == [0, 0], answers
     assert lines(results) == lines(unbroken)
     shares = [len((results / f"results-{rank}.jsonl").read_text().splitlines()) for rank in range(2)]
     assert shares == [6, 6]
-    assert any("| ssd:num_recent=4 | 20% |" in stdout for stdout, _ in outputs)
-    assert "visual tokens" not in outputs[1][1]
+    assert any("| ssd:num_recent=4 | 20% |" in stdout for _, stdout, _ in answers)
+    assert "visual tokens" not in answers[1][2]
 
 
 def test_what_is_there_is_not_generated_again(model, unbroken, monkeypatch):

@@ -76,15 +76,20 @@ def step_reference(reference, queries, keys, values, num_prompt, step, seen):
 
 @st.composite
 def runs(draw, largest_side=5):
+    """The settings of a run. In most runs, semantic heads choose by score which tokens they evict."""
     grid = (draw(st.integers(2, largest_side)), draw(st.integers(2, largest_side)))
     cells = grid[0] * grid[1]
-    buffer = draw(st.integers(1, 6))
-    num_recent, num_sinks = draw(st.integers(0, 4)), draw(st.integers(0, 3))
+    chooses = draw(st.sampled_from([True, True, True, False]))
+    room = cells - 2 if chooses else cells + 13  # for tokens that are evicted at once or never evicted
+    buffer = draw(st.integers(1, min(6, room)))
+    num_recent = draw(st.integers(0, min(4, room - buffer)))
+    num_sinks = draw(st.integers(0, min(3, room - buffer - num_recent)))
     least = buffer + num_recent + num_sinks
-    slots = {kind: draw(st.integers(min(least, cells), cells)) for kind in ("spatial", "semantic")}
+    enough = st.integers(min(least, cells), cells)
+    slots = {"spatial": draw(enough), "semantic": draw(st.integers(least + 1, cells - 1) if chooses else enough)}
     if draw(st.booleans()):
-        slots["semantic"] = slots["spatial"]
-    kv_heads = draw(st.integers(1, 4))
+        slots["spatial"] = slots["semantic"]
+    heads = st.lists(st.booleans(), min_size=1, max_size=4)
     return {
         "grid": grid,
         "buffer": buffer,
@@ -92,15 +97,22 @@ def runs(draw, largest_side=5):
         "num_sinks": num_sinks,
         "score": draw(st.sampled_from(list(SCORES))),
         "slots": slots,
-        "is_spatial": draw(st.lists(st.booleans(), min_size=kv_heads, max_size=kv_heads)),
+        "is_spatial": draw(heads.filter(lambda spatial: not all(spatial)) if chooses else heads),
         "groups": draw(st.integers(1, 3)),
         "batch": draw(st.integers(1, 3)),
         "num_prompt": draw(st.integers(1, 4)),
-        "num_visual": draw(st.integers(1, cells + 3)),
+        "num_visual": draw(st.integers(slots["semantic"] + 1 if chooses else 1, cells + 3)),
         "padded": draw(st.booleans()),
         "sharpness": draw(st.sampled_from([0.3, 1.0, 3.0])),
         "seed": draw(st.integers(0, 2**20)),
     }
+
+
+def chooses_by_score(run) -> bool:
+    """Whether a semantic head evicts in this run, and has more candidates than it evicts."""
+    slots, cells = run["slots"]["semantic"], run["grid"][0] * run["grid"][1]
+    has_choice = slots > run["buffer"] + run["num_recent"] + run["num_sinks"]
+    return not all(run["is_spatial"]) and slots < cells and run["num_visual"] > slots and has_choice
 
 
 def same_as_plain_loops(run, is_counted, kv_dtype=None):
@@ -168,6 +180,7 @@ def same_as_plain_loops(run, is_counted, kv_dtype=None):
                     held_values[row, [head] * groups][:, columns],
                 )
                 torch_errors.append((plain[:, 0].double() - expected).abs().max())
+    assert any(slow.has_chosen for slow in reference.values()) == chooses_by_score(run)
     # at most twice the error of torch's own attention over the same tokens; 1e-6 for runs in which that is nil
     assert max(errors) <= 2 * max(torch_errors) + 1e-6
     return cache

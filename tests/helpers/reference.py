@@ -29,6 +29,7 @@ class ReferenceHead:
         self.num_recent = num_recent
         self.num_sinks = num_sinks if num_slots < num_cells else 0
         self.score, self.columns, self.learned = score, columns, learned
+        self.has_chosen = False  # whether a score has decided which tokens stay
         self.kept = []
         self.received = []  # one dict a step: visual token -> weight
         self.keys, self.values = [], []  # of every visual token that ever arrived
@@ -56,6 +57,7 @@ class ReferenceHead:
             score = {token: self.score_of(token, arrived) for token in self.kept}
             candidates = [token for token in self.kept if self.num_sinks <= token < arrived - self.num_recent]
             ranked = sorted(candidates, key=lambda token: (score[token], token))
+            self.has_chosen |= len(ranked) > self.buffer
             if len(ranked) > self.buffer and self.score != "margin":  # whole numbers are never ambiguous
                 last, spared = score[ranked[self.buffer - 1]], score[ranked[self.buffer]]
                 if spared - last < 1e-5 * max(1.0, abs(spared)):

@@ -14,6 +14,7 @@ from transformers import AutoConfig, DynamicCache
 from ssd_cache import HeadMap, HeadMapError, SSDCache
 from ssd_cache.models import (
     BUNDLED,
+    FAMILIES,
     GeneratorError,
     JanusGenerator,
     ResolvedSampling,
@@ -84,7 +85,7 @@ def _other_type(path):
         (_no_type, "its config.json cannot be read"),
         (_head_map, "is a head map, not a model"),
         (_pipeline, r"is a diffusers pipeline: load it with diffusers, and call .*enable\(pipe.PART, head_map, ...\)"),
-        (_other_type, "is of type 'llama'; ssd-cache supports emu3, glm_image, janus, multi_modality, and any other"),
+        (_other_type, f"is of type 'llama'; ssd-cache supports {', '.join(sorted(FAMILIES))}, and any other"),
     ],
 )
 def test_folders_without_a_checkpoint_are_refused(tmp_path, make, message):

@@ -145,7 +145,7 @@ def test_it_is_a_generator_like_all_others(folder, generator):
     assert generator.is_unconditional(2).tolist() == [False, True, False, True]
     assert generator.to_images(tokens)[0].size == (384, 384)
     statistics = measure_heads(generator, [PROMPT], progress=False)
-    assert statistics.num_pictures == 1
+    assert statistics.num_images == 1
     caches = {"full": lambda: SSDCache(HEAD_MAP, 1.0), "small": lambda: SSDCache(HEAD_MAP, 0.2)}
     found = measure_fidelity(generator, [PROMPT], caches)
     assert found["full"].mean_kl == 0 < found["small"].mean_kl

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.attention_reference import compare
-from helpers.children import TWO_PROCESSES, run_cli
+from helpers.children import run_cli, run_two
 from helpers.models import left_padded_prompts, tiny_janus
 from helpers.planted import IS_SPATIAL, LOOKS, SIDE, planted_generator, planted_tokens
 from helpers.tiny_checkpoint import load_example, write_checkpoint
@@ -85,7 +85,7 @@ def test_sums_equal_plain_loops_over_made_up_attention(grid, drafts, num_queries
         for part in (slice(0, 2), slice(2, 3)):
             observer.observe(0, weights[part, :, :, first:stop, : num_prompt + stop], num_prompt, part)
     statistics = observer.finish()
-    assert statistics.num_pictures == 1
+    assert statistics.num_images == 1
     for branch, part in (("all", slice(0, 3)), ("conditional", slice(0, 1)), ("unconditional", slice(1, 3))):
         compare(statistics, [weights[part]], num_prompt, resolve_window(layout, None), branch)
     for window in (1, widest_window(layout)) if drafts else (1, 2 * columns, queries - 1):
@@ -307,19 +307,21 @@ def filled(seed, grid=(4, 5), images=2, previews=()):
     statistics = HeadStatistics(ImageLayout(grid, previews), 2, 3, [Level(8, 2, 2), Level(12, 2, 2)])
     for value in statistics.sums.values():
         value.copy_(torch.rand(value.shape, generator=generator, dtype=torch.float64))
-    statistics.num_pictures = images
+    statistics.num_images = images
     return statistics
 
 
 def test_statistics_add_up_and_come_back_from_their_state(tmp_path):
     first, second = filled(1), filled(2, images=3)
     both = first + second
-    assert both.num_pictures == 5
+    assert both.num_images == 5
     torch.testing.assert_close(both.sums["spatial"], first.sums["spatial"] + second.sums["spatial"])
     again, settings = both.empty(), {"num_prompts": 5}
     save_state(tmp_path / "sums", both, 2, settings)
     assert load_state(tmp_path / "sums", again, lambda _: settings) == 2
-    assert again.num_pictures == 5
+    assert again.num_images == 5
+    with pytest.warns(FutureWarning, match="num_images"):
+        assert again.num_pictures == 5
     assert all(torch.equal(value, both.sums[name]) for name, value in again.sums.items())
     assert torch.equal(again.window_mass(6), both.window_mass(6))
     with pytest.raises(ValueError, match="do not add up"):
@@ -720,17 +722,17 @@ def test_two_processes_make_the_map_that_one_makes(folder, tmp_path):
     pytest.importorskip("accelerate")
     arguments = ["--batch-size", "1", "--model", str(folder), "--budget", "30", "--buffer", "4", "--device", "cpu"]
 
-    def profile(output, launcher=()):
-        places = ["-o", output, "--resume", f"{output}.sums"]
-        return run_cli("profile", *PROMPTS, *arguments, *places, cwd=tmp_path, launcher=launcher)
+    def command(output):
+        return ["profile", *PROMPTS, *arguments, "-o", output, "--resume", f"{output}.sums"]
 
-    both, alone = profile("both", TWO_PROCESSES), profile("alone")
-    assert (both.returncode, alone.returncode) == (0, 0), both.stderr + alone.stderr
-    for done, name in ((both, "both"), (alone, "alone")):
-        assert done.stdout.count("wrote") == 1  # the main process alone says and writes anything
-        assert done.stdout.endswith(f"wrote {name}\n")
-    assert f"{2 * 64}/{2 * 64}" in both.stderr  # its bar counts its own images, two of the three
-    assert f"{3 * 64}/{3 * 64}" in alone.stderr
+    both, alone = run_two(command("both"), cwd=tmp_path), run_cli(*command("alone"), cwd=tmp_path)
+    assert [code for code, _, _ in (*both, alone)] == [0, 0, 0], (*both, alone)
+    for (_, stdout, _), name in ((both[0], "both"), (alone, "alone")):
+        assert stdout.count("wrote") == 1
+        assert stdout.endswith(f"wrote {name}\n")
+    assert both[1][1] == ""  # the main process alone prints and writes
+    assert f"{2 * 64}/{2 * 64}" in both[0][2]  # its bar counts its own images, two of the three
+    assert f"{3 * 64}/{3 * 64}" in alone[2]
     assert HeadMap.from_pretrained(tmp_path / "both") == HeadMap.from_pretrained(tmp_path / "alone")
     sums, sums_of_both = (load_file(tmp_path / f"{name}.sums") for name in ("alone", "both"))
     assert sums.keys() == sums_of_both.keys()

@@ -227,6 +227,13 @@ def test_an_unreadable_caption_is_an_error_that_shows_readable_ones(caption):
     assert judge(draw((SceneObject("circle", "red", 0, 0),)), "A photo  of a\tred circle").correct
 
 
+def test_the_former_name_of_a_parameter_is_accepted_with_a_warning():
+    tokens = draw((CIRCLE,))
+    with pytest.warns(FutureWarning, match=r"judge\(picture=\.\.\.\) is now image="):
+        verdict = judge(picture=tokens, caption="a photo of a circle")
+    assert verdict == judge(image=tokens, caption="a photo of a circle") == judge(tokens, "a photo of a circle")
+
+
 @pytest.mark.parametrize("size", [0, 1, 575, 577, 24])
 def test_images_of_other_sizes_are_refused(size):
     with pytest.raises(ValueError, match=f"has 576 tokens, got {size}"):

@@ -109,7 +109,7 @@ def labels(learned=None, grid=GRID) -> HeadMap:
 
 
 def divergence(generator, head_map, prompts=PROMPTS, **settings) -> float:
-    """Of a token, mean over the pictures; the cache itself draws along."""
+    """KL divergence per token, mean over the images; the cache itself is used."""
     caches = {"one": lambda: SSDCache(head_map, 24, buffer=5)}
     (result,) = measure_fidelity(generator, prompts, caches, **settings).values()
     return result.kl.sum().item() / len(prompts) / head_map.num_visual_tokens
@@ -240,12 +240,12 @@ def test_more_steps_extend_a_run_on_the_schedule_of_the_new_total(generator, tmp
 
 def test_images_are_kept_batch_by_batch(generator, tmp_path, monkeypatch):
     monkeypatch.setattr(recording, "BATCHES_AT_ONCE", 1)
-    state, drawn, generate = tmp_path / "state", [], type(generator).generate
+    state, calls, generate = tmp_path / "state", [], type(generator).generate
 
     def stops(self, prompts, cache=None, **settings):
         if cache is None:
-            drawn.append((len(prompts), settings["seed"]))
-            if len(drawn) == 2:
+            calls.append((len(prompts), settings["seed"]))
+            if len(calls) == 2:
                 raise KeyboardInterrupt
         return generate(self, prompts, cache, **settings)
 
@@ -253,7 +253,7 @@ def test_images_are_kept_batch_by_batch(generator, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=1, state_file=state)
     learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=1, state_file=state)
-    assert drawn == [(2, 0), (1, 1), (1, 1), (8, 2)]  # the last are the held-out ones
+    assert calls == [(2, 0), (1, 1), (1, 1), (8, 2)]  # the last are the held-out ones
 
 
 def test_steps_are_saved_by_the_clock(generator, tmp_path, monkeypatch):

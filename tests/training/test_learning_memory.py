@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.children import TWO_PROCESSES, run_cli
+from helpers.children import run_two
 from helpers.models import random_score
 from helpers.peak_bytes import PeakBytes
 from helpers.tiny_checkpoint import SIDE, write_checkpoint, write_family
+from typer.testing import CliRunner
 
 from ssd_cache import HeadMap, learn_score
+from ssd_cache.cli import app
 from ssd_cache.models import find_generator
 from ssd_cache.runs.processes import Processes
 from ssd_cache.training import memory, teacher_forcing
@@ -167,14 +169,12 @@ def test_two_processes_learn_the_score_of_one(tmp_path):
     arguments = ["--model", str(folder), "--head-map", str(labels), "--budget", "24", "--buffer", "5"]
     arguments += ["--batch-size", "3", "--steps", "4", "--device", "cpu"]
 
-    def learn(output, launcher=()):
-        return run_cli("learn", *PROMPTS, *arguments, "-o", output, cwd=tmp_path, launcher=launcher)
-
-    both, alone = learn("both", TWO_PROCESSES), learn("alone")
-    assert (both.returncode, alone.returncode) == (0, 0), both.stderr + alone.stderr
-    for done, name in ((both, "both"), (alone, "alone")):
-        assert done.stdout.count("wrote") == 1  # the main process alone prints and writes
-        assert done.stdout.endswith(f"wrote {name}\n")
+    both = run_two(["learn", *PROMPTS, *arguments, "-o", "both"], cwd=tmp_path)
+    assert [code for code, _, _ in both] == [0, 0], both
+    assert both[0][1].endswith("wrote both\n")
+    assert both[1][1] == ""  # the main process alone prints and writes
+    alone = CliRunner().invoke(app, ["learn", *PROMPTS, *arguments, "-o", str(tmp_path / "alone")])
+    assert alone.exit_code == 0, alone.output
     found, expected = (HeadMap.from_pretrained(tmp_path / name) for name in ("both", "alone"))
     for name, tensor in expected.learned.tensors().items():
         # gradients are added in another order; Adam's first steps have the size of the learning rate in any case

@@ -107,6 +107,7 @@ def plot_attention(attention: HeadAttention) -> Figure:
     figure = new_figure(0.6 + sum(heights))
     from matplotlib.colors import PowerNorm
     from matplotlib.patches import Rectangle
+    from matplotlib.ticker import MaxNLocator
 
     axes = figure.subplot_mosaic([*panels, ["keys", "keys"]], height_ratios=heights)
     to_come = torch.ones(attention.first_rows.shape, dtype=torch.bool).triu(1)
@@ -127,5 +128,7 @@ def plot_attention(attention: HeadAttention) -> Figure:
     image = axes["keys"].imshow(attention.first_rows.masked_fill(to_come, torch.nan).numpy(), **style)
     edges = range(0, len(attention.first_rows), columns)
     axes["keys"].set(xlabel="key: visual token", ylabel="query: visual token", xticks=edges, yticks=edges)
-    figure.colorbar(image, ax=list(axes.values()), label="weight (root scale)", location="bottom", extend="max")
+    bar = figure.colorbar(image, ax=list(axes.values()), label="weight (root scale)", location="bottom", extend="max")
+    bar.locator = MaxNLocator(4)  # on the root scale, large weights are close together
+    bar.update_ticks()
     return figure

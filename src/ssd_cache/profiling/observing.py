@@ -37,7 +37,7 @@ class HeadObserver:
         is_unconditional: torch.Tensor,
     ):
         self.statistics = HeadStatistics(layout, num_layers, num_kv_heads, levels)
-        self.statistics.num_pictures = int((~is_unconditional).sum())
+        self.statistics.num_images = int((~is_unconditional).sum())
         self.branch = is_unconditional.long()
         self.num_rows = torch.bincount(self.branch, minlength=2).double()  # conditional, unconditional
         self.retention: dict[int, torch.Tensor] = {}  # by layer: `scores` of `retain`

@@ -50,7 +50,7 @@ def load_state(path: Path, statistics: HeadStatistics, settings_of: Callable[[in
             raise ValueError(f"{sums['num_pictures']:g} images of {settings['num_prompts']} prompts")
     except ValueError as error:
         raise not_a_state(path, WHAT, error) from error
-    statistics.num_pictures = settings["num_prompts"]
+    statistics.num_images = settings["num_prompts"]
     for name, value in statistics.sums.items():
         value.copy_(sums[name])
     return num_batches
@@ -66,4 +66,5 @@ def recorded_batch_size(path: Path) -> int | None:
 
 
 def _tensors(statistics: HeadStatistics) -> dict[str, torch.Tensor]:
-    return statistics.sums | {"num_pictures": torch.tensor(statistics.num_pictures, dtype=torch.float64)}
+    # the files keep the former name of num_images
+    return statistics.sums | {"num_pictures": torch.tensor(statistics.num_images, dtype=torch.float64)}

@@ -115,12 +115,12 @@ class HeadStatistics:
 
     Attributes:
         sums: by name, `[layers, kv_heads, 2, ...]`, float64; conditional rows, then unconditional rows.
-        num_pictures: number of images observed.
+        num_images: number of images observed.
         run: the settings of the run that measured them, as JSON values, for a head map's profile.
     """
 
     def __init__(self, layout: ImageLayout, num_layers: int, num_kv_heads: int, levels: Sequence[Level]):
-        self.layout, self.levels, self.num_pictures = layout, tuple(levels), 0
+        self.layout, self.levels, self.num_images = layout, tuple(levels), 0
         self.run: dict[str, Any] = {}
         self._arguments = layout, num_layers, num_kv_heads, self.levels
         shapes: dict[str, tuple[int, ...]] = {"offsets": (layout.grid[0], 2 * layout.grid[1] - 1)}
@@ -130,6 +130,12 @@ class HeadStatistics:
             name: torch.zeros(num_layers, num_kv_heads, 2, *shape, dtype=torch.float64)
             for name, shape in shapes.items()
         }
+
+    @property
+    def num_pictures(self) -> int:
+        """Deprecated name of `num_images`."""
+        warnings.warn("HeadStatistics.num_pictures is now num_images", FutureWarning, stacklevel=2)
+        return self.num_images
 
     @property
     def num_visual_tokens(self) -> int:
@@ -188,7 +194,7 @@ class HeadStatistics:
     def _sum(self, name: str, rows: Rows) -> torch.Tensor:
         if rows not in BRANCHES:
             raise ValueError(f"rows={rows!r}: give one of {', '.join(map(repr, BRANCHES))}")
-        if self.num_pictures and not self.sums["queries"][:, :, BRANCHES[rows]].any():
+        if self.num_images and not self.sums["queries"][:, :, BRANCHES[rows]].any():
             raise ValueError(f"rows={rows!r}: this model has no such rows; give 'all'")
         return self.sums[name][:, :, BRANCHES[rows]].sum(2)
 
@@ -202,7 +208,7 @@ class HeadStatistics:
         if self._arguments != other._arguments:
             raise ValueError(f"statistics of {self._arguments} and of {other._arguments} do not add up")
         total = self.empty()
-        total.num_pictures = self.num_pictures + other.num_pictures
+        total.num_images = self.num_images + other.num_images
         total.sums = {name: value + other.sums[name] for name, value in self.sums.items()}
         return total
 

@@ -24,6 +24,9 @@ MAX_IMAGES = 32
 USABLE = 0.7
 """Fraction of the free memory that a batch's K and V may take; the rest is for activations and copies."""
 
+CGROUP = Path("/sys/fs/cgroup")
+"""The folder in which Linux (cgroup v2) reports the memory limit of this container."""
+
 
 def default_batch_size(
     generator: Generator,
@@ -106,14 +109,14 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    found, group = [], Path("/sys/fs/cgroup")
+    found = []
     if device.type == "cpu":
         with suppress(OSError, ValueError):
             found.append(1024 * _entry(Path("/proc/meminfo"), "MemAvailable:"))
         with suppress(OSError, ValueError):
-            limit = int((group / "memory.max").read_text("ascii"))  # without a limit this is "max", a ValueError
-            used = int((group / "memory.current").read_text("ascii"))
-            found.append(max(0, limit - used + _entry(group / "memory.stat", "inactive_file")))
+            limit = int((CGROUP / "memory.max").read_text("ascii"))  # without a limit this is "max", a ValueError
+            used = int((CGROUP / "memory.current").read_text("ascii"))
+            found.append(max(0, limit - used + _entry(CGROUP / "memory.stat", "inactive_file")))
     return min(found, default=None)
 
 

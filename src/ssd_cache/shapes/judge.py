@@ -6,7 +6,9 @@ in one point: anything that the caption does not name (another object, stray cel
 
 from __future__ import annotations
 
+import functools
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,18 +87,32 @@ def parse_caption(caption: str) -> Requirement:
     )
 
 
-def to_tokens(picture: np.ndarray | Image.Image | Sequence[int]) -> np.ndarray:
+def _accepts_picture(function):
+    """Accept `picture`, the former name of the parameter `image`, with a warning."""
+
+    @functools.wraps(function)
+    def with_former_name(*args, **kwargs):
+        if "picture" in kwargs:
+            warnings.warn(f"{function.__name__}(picture=...) is now image=...", FutureWarning, stacklevel=2)
+            kwargs["image"] = kwargs.pop("picture")
+        return function(*args, **kwargs)
+
+    return with_former_name
+
+
+@_accepts_picture
+def to_tokens(image: np.ndarray | Image.Image | Sequence[int]) -> np.ndarray:
     """Convert an image to tokens `[24, 24]`: from 576 tokens in any shape, or from the middle pixel of every cell.
 
     Raises:
         ValueError: an image of another size.
     """
-    if isinstance(picture, Image.Image):
-        if picture.width < GRID[1] or picture.height < GRID[0]:
-            raise ValueError(f"an image of {picture.width} x {picture.height} pixels has fewer than 24 x 24 cells")
-        cells = np.asarray(picture.convert("RGB").resize(GRID[::-1], Image.Resampling.NEAREST), dtype=np.int64)
+    if isinstance(image, Image.Image):
+        if image.width < GRID[1] or image.height < GRID[0]:
+            raise ValueError(f"an image of {image.width} x {image.height} pixels has fewer than 24 x 24 cells")
+        cells = np.asarray(image.convert("RGB").resize(GRID[::-1], Image.Resampling.NEAREST), dtype=np.int64)
         return ((cells[:, :, None] - np.array(PALETTE)) ** 2).sum(-1).argmin(-1)
-    tokens = np.asarray(picture)
+    tokens = np.asarray(image)
     if tokens.size != GRID[0] * GRID[1]:
         raise ValueError(f"an image of shapes has {GRID[0] * GRID[1]} tokens, got {tokens.size}")
     return tokens.reshape(GRID)
@@ -136,10 +152,11 @@ def _shape_of(cells: np.ndarray) -> str | None:
     return best
 
 
-def read_objects(picture) -> tuple[tuple[FoundObject, ...], int]:
+@_accepts_picture
+def read_objects(image) -> tuple[tuple[FoundObject, ...], int]:
     """Read the objects of an image in raster order, and count the blots that are not objects."""
     objects, junk = [], 0
-    for color, cells in _blots(to_tokens(picture)):
+    for color, cells in _blots(to_tokens(image)):
         if len(cells) < MIN_CELLS:
             continue
         shape = _shape_of(cells) if len(cells) >= MIN_OBJECT_CELLS else None
@@ -151,18 +168,19 @@ def read_objects(picture) -> tuple[tuple[FoundObject, ...], int]:
     return tuple(objects), junk
 
 
-def judge(picture, caption: str) -> Verdict:
+@_accepts_picture
+def judge(image, caption: str) -> Verdict:
     """Decide whether an image shows the content of its caption, and nothing else.
 
     Args:
-        picture: 576 tokens in any shape, or a PIL image of at least 24 x 24 pixels.
+        image: 576 tokens in any shape, or a PIL image of at least 24 x 24 pixels.
         caption: a caption that `parse_caption` accepts.
 
     Raises:
         ValueError: a caption that cannot be read, or an image of another size.
     """
     requirement = parse_caption(caption)
-    objects, junk = read_objects(picture)
+    objects, junk = read_objects(image)
     wanted = Counter(shape for shape, _ in requirement.objects)
     found = Counter(item.shape for item in objects)
     if junk:

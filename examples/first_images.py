@@ -1,7 +1,7 @@
 """Time the first images of a process with a cache; `ssd-cache bench` warms up before it measures.
 
-    python examples/first_pictures.py "ssd 20%"            # whole images, by generate
-    python examples/first_pictures.py "ssd 20%" --steps    # only the decoder's steps, on random embeddings
+    python examples/first_images.py "ssd 20%"            # whole images, by generate
+    python examples/first_images.py "ssd 20%" --steps    # only the decoder's steps, on random embeddings
 
 Run it once for each cache, to give each its own process. The compilation time is not counted.
 """

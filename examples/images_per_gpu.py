@@ -1,6 +1,6 @@
 """How many images fit on a GPU at once, with the full cache and with an SSDCache?
 
-    python examples/pictures_per_gpu.py --model deepseek-community/Janus-Pro-1B --memory 24
+    python examples/images_per_gpu.py --model deepseek-community/Janus-Pro-1B --memory 24
 
 It counts, from the configuration alone, the weights and the K and V of an image's rows. It does not count activations
 or torch's own reserve. The results are therefore upper bounds. With `--device cuda` it also measures the number by

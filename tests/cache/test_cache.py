@@ -146,7 +146,7 @@ def test_left_padding_changes_nothing_when_layers_differ_in_length():
 
 @pytest.mark.parametrize("budget", [12, {"spatial": 9, "semantic": 13}])
 @pytest.mark.parametrize("move", ["reorder", "select", "mask", "repeat"])
-@pytest.mark.parametrize("score", ["sum", "last", "margin", "key-distance"])
+@pytest.mark.parametrize("score", ["sum", "last", "margin", "leverage"])
 def test_rows_can_be_moved_in_mid_image(budget, move, score):
     rows = {"reorder": [2, 0, 0], "select": [1, 2], "mask": [0, 2], "repeat": [0, 0, 1, 1, 2, 2]}[move]
     rows = torch.tensor(rows)

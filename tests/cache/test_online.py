@@ -52,7 +52,7 @@ def test_no_queries_are_needed(model, attn_implementation):
 def test_heads_keep_different_tokens_and_the_newest_row(model):
     cache = SSDCache.online(model, **SETTINGS)
     generate_image(model, cache)
-    assert (cache.score, cache.num_recent) == ("key-distance", 10)
+    assert (cache.score, cache.num_recent) == ("leverage", 10)
     heads = [head[row].tolist() for layer in cache.layers for head in layer.held_positions() for row in range(3)]
     assert len({tuple(head) for head in heads}) > 1
     assert all(set(range(25, 35)) <= set(head) for head in heads)

@@ -44,7 +44,7 @@ def test_most_runs_choose_by_score_and_by_every_score():
         ("linear", (5, 5, 4, "last")),
         ("h2o", (5, 10, 0, "sum")),
         ("margin", (5, 5, 0, "margin")),
-        ("online", (1, 9, 0, "key-distance")),
+        ("online", (1, 9, 0, "leverage")),
     ],
 )
 def test_policies_are_the_reference_with_their_settings(policy, settings):
@@ -121,7 +121,8 @@ def test_scores_in_numbers():
     assert formed["sum"] == formed["last"] == pytest.approx([1.4, 0.5, 0.4, 0.2])
     assert formed["mean"] == pytest.approx([0.35, 0.5 / 3, 0.2, 0.2])
     assert formed["margin"] == [1, 0, 1, 1]
-    assert formed["key-distance"] == pytest.approx([5**0.5, 10**0.5, 2**0.5, 1])
+    # the matrix is [[1.725, -1], [-1, 3.225]]: the covariance [[1.5, -1], [-1, 3]], and a tenth of its mean diagonal
+    assert formed["leverage"] == pytest.approx([2.3284, 2.7941, 1.5231, 0.3780], rel=1e-4)
 
 
 @given(st.integers(1, 9), st.data())

@@ -16,7 +16,7 @@ class AmbiguousError(Exception):
 class ReferenceHead:
     """One KV head of one row: which visual tokens it holds, and what attention over them gives.
 
-    score: "sum", "mean", "last", "margin", "key-distance" or "learned", what a semantic head ranks its tokens by;
+    score: "sum", "mean", "last", "margin", "leverage" or "learned", what a semantic head ranks its tokens by;
     columns: of the grid;
     learned: for "learned", lists of floats: key, value, row (by row of the next token, and of the token), column (by
     rows between them, and column of the token).
@@ -38,9 +38,8 @@ class ReferenceHead:
         """The score of a visual token when `arrived` of them had arrived and as many queries had been made."""
         if self.score == "margin":
             return 1.0 if token % self.columns in (0, self.columns - 1) else 0.0
-        if self.score == "key-distance":
-            held = [self.keys[kept] for kept in self.kept]
-            return math.dist(self.keys[token], [sum(numbers) / len(held) for numbers in zip(*held, strict=True)])
+        if self.score == "leverage":
+            return leverage(self.keys[token], [self.keys[kept] for kept in self.kept])
         if self.score == "learned":
             key, value, row, column = self.learned
             now, stands = (min(number // self.columns, len(row) - 1) for number in (arrived, token))
@@ -60,7 +59,7 @@ class ReferenceHead:
             self.has_chosen |= len(ranked) > self.buffer
             if len(ranked) > self.buffer and self.score != "margin":  # whole numbers are never ambiguous
                 last, spared = score[ranked[self.buffer - 1]], score[ranked[self.buffer]]
-                if spared - last < 1e-5 * max(1.0, abs(spared)):
+                if spared - last < (1e-4 if self.score == "leverage" else 1e-5) * max(1.0, abs(spared)):
                     raise AmbiguousError
         else:
             ranked = sorted(token for token in self.kept if token >= self.num_sinks)
@@ -134,3 +133,23 @@ def float8_code(number):
     size = abs(number)
     bits = min(range(127), key=lambda bits: (abs(float8(bits) - size), bits & 1))
     return bits | (128 if math.copysign(1.0, number) < 0 else 0)
+
+
+def leverage(key, keys, ridge=0.1):
+    """Squared distance of a key from the mean of `keys`, in units of their variance; `ridge` is in mean variances."""
+    size = range(len(key))
+    mean = [sum(other[i] for other in keys) / len(keys) for i in size]
+    centred = [[other[i] - mean[i] for i in size] for other in keys]
+    spread = [[sum(other[i] * other[j] for other in centred) / len(keys) for j in size] for i in size]
+    least = ridge * max(sum(spread[i][i] for i in size) / len(key), 1e-12)
+    away = [key[i] - mean[i] for i in size]
+    rows = [[*(spread[i][j] + least * (i == j) for j in size), away[i]] for i in size]
+    for i in size:  # Gaussian elimination; the matrix is positive definite, so no pivoting
+        for j in range(i + 1, len(key)):
+            factor = rows[j][i] / rows[i][i]
+            rows[j] = [low - factor * high for low, high in zip(rows[j], rows[i], strict=True)]
+    solution = [0.0] * len(key)
+    for i in reversed(size):
+        rest = sum(rows[i][j] * solution[j] for j in range(i + 1, len(key)))
+        solution[i] = (rows[i][-1] - rest) / rows[i][i]
+    return sum(one * other for one, other in zip(away, solution, strict=True))

@@ -54,7 +54,7 @@ SETTINGS = {
     "full": {"budget": 1.0},
     "last": {"budget": 11, "buffer": 4, "score": "last", "num_sinks": 1},
     "margin": {"budget": 10, "buffer": 3, "score": "margin"},
-    "key-distance": {"budget": 11, "buffer": 3, "score": "key-distance"},
+    "leverage": {"budget": 11, "buffer": 3, "score": "leverage"},
 }
 
 

@@ -60,17 +60,18 @@ class SSDCache(Cache):
             `num_sinks`. "uniform", the default for any other map, gives every head that number. A budget that is a dict
             or a list is used unchanged.
         buffer: eviction interval: the number of tokens evicted at once, when a token arrives and all slots are taken.
-            Default: a grid row, or a third of a row with "learned" and "key-distance", which are cheap to compute. 1
+            Default: a grid row, or a third of a row with "learned" and "leverage", which need no queries. 1
             evicts at every step.
         num_recent: newest tokens that a semantic head always keeps; a float in [0, 1) is a fraction of its slots.
-            Default: a quarter of the slots; none with "learned"; a grid row and four tokens with "key-distance".
+            Default: a quarter of the slots; none with "learned"; a grid row and four tokens with "leverage".
         num_sinks: first tokens of the image that every head always keeps.
         score: how a semantic head ranks its tokens. "sum": the attention received since a token arrived. "mean": that
             sum divided by the number of queries since. "last": the attention of the last `buffer` queries. "margin":
-            the grid's first and last column rank above all other columns. "key-distance": the distance of the token's
-            key from the mean key of the tokens that the head holds. "learned": the map's learned score. The last three
-            need no queries: they work with any attention if all heads of a layer are of one kind and hold equally many
-            tokens. Default: "learned" if the map carries such a score, "key-distance" for an online map, else "sum".
+            the grid's first and last column rank above all other columns. "leverage": the distance of the token's
+            key from the mean key of the tokens that the head holds, in units of their variance in that direction.
+            "learned": the map's learned score. The last three need no queries: they work with any attention if all
+            heads of a layer are of one kind and hold equally many tokens. Default: "learned" if the map carries such a
+            score, "leverage" for an online map, else "sum".
         kv_dtype: "int8" or "fp8" stores K and V of visual tokens in 8 bits per number, with a scale for each row, head
             and token, at any budget; the prompt keeps the model's dtype. None stores everything in the model's dtype.
         shard: for a tensor parallel model, the index of this process and the number of processes. The cache then uses
@@ -107,7 +108,7 @@ class SSDCache(Cache):
         if budget is None:
             budget = equal_budget(head_map) if slots == "uniform" or head_map.budget is None else head_map.budget
         if score is None:
-            own = "key-distance" if head_map.is_online else "sum"
+            own = "leverage" if head_map.is_online else "sum"
             score = own if head_map.learned is None else "learned"
         if buffer is None:
             buffer = default_buffer(head_map.layout, score)
@@ -129,7 +130,7 @@ class SSDCache(Cache):
         grid: tuple[int, int] | None = None,
         **settings,
     ) -> SSDCache:
-        """Make a cache for a model without a head map: every head is semantic, with score="key-distance".
+        """Make a cache for a model without a head map: every head is semantic, with score="leverage".
 
         It needs no profiling and no training, and no queries: any attention implementation works.
 

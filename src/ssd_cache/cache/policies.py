@@ -60,7 +60,7 @@ def _online(head_map: HeadMap, budget: Budget | None) -> Applied:
     """Every head semantic, tokens ranked by the distance of their key from the mean key: no map, no queries."""
     online = HeadMap.online(num_layers=head_map.num_layers, num_kv_heads=head_map.num_kv_heads)
     budget = equal_budget(head_map) if budget is None else budget
-    return online.with_layout(head_map.layout), budget, {"score": "key-distance"}
+    return online.with_layout(head_map.layout), budget, {"score": "leverage"}
 
 
 def _h2o(head_map: HeadMap, budget: Budget | None) -> Applied:
@@ -127,7 +127,7 @@ def own_policy(head_map: HeadMap, *, slots: str | None = None, score: str | None
         >>> own_policy(HeadMap(torch.tensor([[True, False]]), budget=[[60, 170]]))
         ('ssd', {'slots': 'fitted'})
     """
-    if head_map.is_online and score in (None, "key-distance"):
+    if head_map.is_online and score in (None, "leverage"):
         return "online", {} if slots is None else {"slots": slots}
     own = "uniform" if head_map.budget is None else "fitted"
     is_learned = head_map.learned is not None if score is None else score == "learned"

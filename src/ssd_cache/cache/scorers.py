@@ -17,6 +17,9 @@ from ssd_cache.head_map.learned_score import LearnedScore
 
 States = tuple[torch.Tensor, torch.Tensor]
 
+RIDGE, TINY = 0.1, 1e-12
+"""Ridge of the leverage, in mean variances of a key's components; and the smallest such mean, for keys all alike."""
+
 
 @dataclass(frozen=True)
 class Scorer:
@@ -97,19 +100,26 @@ class MarginScorer(Scorer):
         return ((column == 0) | (column == self.columns - 1)).float()
 
 
-class KeyDistanceScorer(Scorer):
-    """The score "key-distance": the distance of a token's key from the mean key of the head's tokens.
+class LeverageScorer(Scorer):
+    """The score "leverage": how far a token's key stands out from the keys that the head holds.
 
-    Tokens whose keys are alike can replace each other; a key far from the mean is rare among the tokens held. After
-    KeyDiff (arXiv 2504.15364), which measures the angle between them instead. Keys are as stored, after RoPE.
+    It is the statistical leverage of the key, with a ridge: its squared distance from the mean key, in units of the
+    variance of the keys in that direction. Tokens whose keys are alike can replace each other. Compactor (Chari and Van
+    Durme, arXiv 2507.08143) ranks tokens by approximate leverage and attention; here the leverage is exact, and keys
+    are as stored, after RoPE.
     """
 
-    words: ClassVar[str] = "distance from the mean key"
+    words: ClassVar[str] = "leverage of the key"
     needs_queries: ClassVar[bool] = False
 
     def rank(self, received, positions, num_seen, states):
         keys = states()[0].float()
-        return (keys - keys.mean(2, keepdim=True)).norm(dim=-1)
+        keys = keys - keys.mean(2, keepdim=True)
+        covariance = keys.mT @ keys / keys.shape[2]
+        variances = covariance.diagonal(dim1=-2, dim2=-1)
+        variances += RIDGE * variances.mean(-1, keepdim=True).clamp(min=TINY)
+        # inv_ex leaves the result unchecked, so a GPU does not wait; with the ridge, the matrix can be inverted
+        return (keys @ torch.linalg.inv_ex(covariance)[0]).mul_(keys).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,7 @@ SCORES: Mapping[str, type[Scorer]] = MappingProxyType(
         "mean": MeanScorer,
         "last": LastScorer,
         "margin": MarginScorer,
-        "key-distance": KeyDistanceScorer,
+        "leverage": LeverageScorer,
         "learned": LearnedScorer,
     }
 )

@@ -171,18 +171,18 @@ def equal_budget(head_map: HeadMap) -> Amount:
 
 
 def default_buffer(layout: ImageLayout, score: str) -> int:
-    """Default eviction interval: a row, or a third of a row for the two scores that are cheap to compute."""
+    """Default eviction interval: a row, or a third of a row for the scores that do not wait for a window of queries."""
     columns = layout.grid[1]
-    return max(1, columns // 3) if score in ("learned", "key-distance") else columns
+    return max(1, columns // 3) if score in ("learned", "leverage") else columns
 
 
 def default_recent(layout: ImageLayout, score: str) -> int | float:
     """Default `num_recent`: a quarter of the slots for a score by attention; see docs/results.md.
 
-    A learned score needs none. Key distance does not know that most heads attend to the token right above: it gets a
+    A learned score needs none. Leverage does not know that most heads attend to the token right above: it gets a
     row and four tokens.
     """
-    return {"learned": 0, "key-distance": layout.widest + 4}.get(score, 0.25)
+    return {"learned": 0, "leverage": layout.widest + 4}.get(score, 0.25)
 
 
 def _check_name(setting: str, name: object, known: Iterable[str], otherwise: str = "") -> None:

@@ -156,7 +156,7 @@ def _resolved(policy: Policy, head_map: HeadMap, run: Mapping[str, Any]) -> Poli
     own = {name: value for name, value in policy.settings.items() if name != "slots"}
     score = own.get("score", run.get("score"))
     name, settings = own_policy(head_map, slots=policy.settings.get("slots"), score=score)
-    implied = {"learned": "learned", "online": "key-distance", "ssd": "sum"}
+    implied = {"learned": "learned", "online": "leverage", "ssd": "sum"}
     if own.get("score") == implied[name]:
         del own["score"]
     return Policy(name, MappingProxyType(own | settings))

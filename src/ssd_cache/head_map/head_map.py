@@ -133,7 +133,7 @@ class HeadMap:
 
     @classmethod
     def online(cls, *, num_layers: int, num_kv_heads: int, grid: Grid = (24, 24)) -> HeadMap:
-        """A map without labels: an `SSDCache` keeps tokens in every head by their keys alone (score="key-distance").
+        """A map without labels: an `SSDCache` keeps tokens in every head by their keys alone (score="leverage").
 
         Use it for a model that nobody has profiled. An online map cannot be saved or inverted.
         """

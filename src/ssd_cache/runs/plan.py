@@ -13,12 +13,13 @@ from ssd_cache.runs.metering import Cost
 
 @dataclass(frozen=True)
 class Estimate:
-    """The estimated cost of a stage."""
+    """The estimated cost of a stage; `disk_bytes` are those of its missing files."""
 
     stage: str
     num_images: int
     cost: Cost
     is_finished: bool
+    disk_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,14 @@ class Plan:
         """The plan as lines of text."""
         left = f"about {duration(self.seconds)}" if self.seconds else "nothing left to do"
         lines = [f"{self.model} on {self.device}: {left}"]
-        lines.append(f"{'stage':<10}{'images':>7}{'time':>12}{'peak memory':>14}")
+        width = max(10, *(len(estimate.stage) + 2 for estimate in self.estimates))
+        has_disk = any(estimate.disk_bytes for estimate in self.estimates)
+        lines.append(f"{'stage':<{width}}{'images':>7}{'time':>12}{'peak memory':>14}{'disk' if has_disk else '':>10}")
         for estimate in self.estimates:
             seconds = "finished" if estimate.is_finished else duration(estimate.cost.seconds)
-            images = estimate.num_images or "-"
-            lines.append(f"{estimate.stage:<10}{images:>7}{seconds:>12}{memory(estimate.cost.peak_bytes):>14}")
+            disk = memory(estimate.disk_bytes) if estimate.disk_bytes else ""
+            columns = f"{seconds:>12}{memory(estimate.cost.peak_bytes):>14}{disk:>10}"
+            lines.append(f"{estimate.stage:<{width}}{estimate.num_images or '-':>7}{columns}".rstrip())
         return "\n".join(lines)
 
 

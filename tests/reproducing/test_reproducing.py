@@ -477,3 +477,15 @@ def test_policies_without_labels_are_not_compared_with_each_other():
         ("ssd 20%", "h2o 20%"),
         ("ssd 20%", "streaming-llm 20%"),
     ]
+
+
+@pytest.mark.slow
+def test_shapes_janus_is_named_as_such(place):
+    options = ["-o", "shapes", *OPTIONS, "--policies", "full,learned", "--budgets", "0.2", "--batch-size", "8"]
+    result = run(["shapes-janus", *options])
+    assert result.exit_code == 0, result.output
+    page = (place / "shapes" / "reproduction.md").read_text()
+    assert page.startswith("# Reproduction of SSD (arXiv 2510.18716) with shapes-janus\n")
+    assert "- shapes-janus is the small model of this package and not a model of the paper." in page
+    rows = json.loads((place / "shapes" / "reproduction.json").read_text())["geneval"]["rows"]
+    assert [(row["policy"], row["paper"]) for row in rows] == [("full", {}), ("learned", {})]

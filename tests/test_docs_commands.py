@@ -21,6 +21,8 @@ from typer.testing import CliRunner
 from ssd_cache import HeadMap
 from ssd_cache.bench import subject
 from ssd_cache.cli import app
+from ssd_cache.evaluation.geneval import DETECTOR
+from ssd_cache.evaluation.judge_models import CLIP
 from ssd_cache.models import BUNDLED, Checkpoint
 from ssd_cache.models.checkpoint import BUNDLED_FOLDER
 
@@ -89,6 +91,12 @@ def shelf(tmp_path_factory):
     for name in ("prompts", "results", "more-results"):
         (shelf / name).mkdir()
     (shelf / "prompts" / "a.txt").write_text("a red circle")
+    for judge in (DETECTOR, CLIP, "Salesforce/blip-vqa-capfilt-large"):  # `reproduce` looks for them
+        (shelf / judge).mkdir(parents=True)
+        (shelf / judge / "config.json").write_text("{}")
+    (shelf / "dpg_bench").mkdir()
+    shutil.copytree(shelf / "prompts", shelf / "dpg_bench" / "prompts")
+    shutil.copy(shelf / "dpg_bench.csv", shelf / "dpg_bench")
     (shelf / "examples").mkdir()
     shutil.copy(ROOT / "examples" / "captions.txt", shelf / "examples")
     for name in ("my-head-map", "my-map"):

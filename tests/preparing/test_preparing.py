@@ -25,10 +25,11 @@ from ssd_cache.evaluation.fidelity import measure_fidelity
 from ssd_cache.head_map.card import card
 from ssd_cache.io import writing
 from ssd_cache.models import Checkpoint, find_generator
-from ssd_cache.preparing import limits, stages
-from ssd_cache.preparing.plan import duration
+from ssd_cache.preparing import stages
 from ssd_cache.prompts import PROMPTS_FILE
+from ssd_cache.runs import limits
 from ssd_cache.runs.metering import metered
+from ssd_cache.runs.plan import duration
 from ssd_cache.runs.run_state import ProfilingError, is_finished, read_state
 from ssd_cache.shapes import make_prompts
 from ssd_cache.training.learning_state import FORMAT as LEARNING

@@ -287,6 +287,11 @@ def load_subject(name: str, dtype: torch.dtype, device: torch.device, grid: Grid
         model, num_prompt = make_model(SHAPES[name], dtype, device), SHAPES[name].num_prompt
     else:
         model, num_prompt = find_generator(name, grid).load(dtype, device).language_model, NUM_PROMPT
+    return make_subject(name, model, head_map, num_prompt)
+
+
+def make_subject(name: str, model: PreTrainedModel, head_map: HeadMap, num_prompt: int = NUM_PROMPT) -> Subject:
+    """The subject of a loaded language model; raises GeneratorError for a model that is not like Llama."""
     if not hasattr(model.get_decoder(), "layers") or not hasattr(model.get_decoder(), "norm"):
         raise GeneratorError(f"{name} is a {type(model).__name__}; the bench measures models that are built like Llama")
     family = JanusSubject if isinstance(model, JanusForConditionalGeneration) else Subject

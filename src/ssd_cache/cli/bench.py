@@ -82,7 +82,7 @@ def bench(
     in interleaved rounds. The baselines are transformers' own full caches and
     this machine's roofline. Random models have random head maps.
     """
-    batch_sizes, asked_grid = _parse_batch_sizes(batch_size), parse_grid(grid)
+    batch_sizes, asked_grid = parse_batch_sizes(batch_size), parse_grid(grid)
     with refusing():
         where = resolve_device(device)
         if where.type not in COPY_BYTES:
@@ -123,10 +123,11 @@ def bench(
     console.print("\n".join(report.condition_lines()), f"\nto repeat it: {report.command}", soft_wrap=True)
 
 
-def _parse_batch_sizes(text: str) -> list[int]:
+def parse_batch_sizes(text: str, option: str = "--batch-size") -> list[int]:
+    """Parse a comma-separated list of batch sizes, sorted and without duplicates; raises WrongUse."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) >= 1 for part in parts):
-        raise WrongUse(f"--batch-size {text}: give whole numbers from 1 up, with commas between (1,8,32)")
+        raise WrongUse(f"{option} {text}: give whole numbers from 1 up, with commas between (1,8,32)")
     return sorted(set(map(int, parts)))
 
 

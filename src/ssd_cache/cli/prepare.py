@@ -19,11 +19,12 @@ from ssd_cache.cli.plan import parse_budget
 from ssd_cache.cli.resuming import interruptible
 from ssd_cache.models import resolve_device, resolve_dtype
 from ssd_cache.preparing import prepare as prepare_model
-from ssd_cache.preparing.limits import check_hours, check_weights_fit
+from ssd_cache.preparing.limits import check_hours
 from ssd_cache.preparing.preparing import state_path
 from ssd_cache.preparing.report import REPORT, usage
 from ssd_cache.preparing.stages import QUICK, STAGES, check_prompts_differ
 from ssd_cache.prompts import default_prompts
+from ssd_cache.runs.limits import check_weights_fit
 from ssd_cache.runs.processes import Processes
 
 MAX_HOURS = 12.0

@@ -16,7 +16,9 @@ import torch
 import transformers
 
 import ssd_cache
+from ssd_cache.budget import Amount
 from ssd_cache.cache.cache import SSDCache
+from ssd_cache.evaluation.policies import SETTINGS
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Checkpoint, ResolvedSampling
 
@@ -37,7 +39,6 @@ def run_conditions(
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The conditions of a run as JSON values; `prompts` are (kind, caption), `settings` those of every cache."""
-    texts = "\n".join(f"{kind}\t{caption}" for kind, caption in prompts)
     return {
         **checkpoint.layout.as_json(),
         "ssd_cache": ssd_cache.__version__,
@@ -47,12 +48,58 @@ def run_conditions(
         "device": f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "model_sha256": model_sha256(checkpoint),
-        "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+        "prompts_sha256": sha256_of_prompts(prompts),
         "batch_size": batch_size,
         "seeds": "first 63 bits of sha256('seed batch')",
         "guidance_scale": sampling.guidance_scale,
         "temperature": sampling.temperature,
         "settings": dict(settings),
+    }
+
+
+def sha256_of_prompts(prompts: Sequence[tuple[str, str]]) -> str:
+    """Checksum of (kind, caption) pairs."""
+    return hashlib.sha256("\n".join(f"{kind}\t{caption}" for kind, caption in prompts).encode()).hexdigest()
+
+
+def image_settings(
+    benchmark: str,
+    cache: SSDCache,
+    policy: str,
+    budget: Amount,
+    *,
+    model: str,
+    seed: int,
+    num_prompts: int,
+    num_samples: int,
+    conditions: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The settings that a folder of a benchmark's images records, with everything that the images depend on.
+
+    Args:
+        benchmark: its name.
+        cache: a cache of the policy.
+        policy: exact name of the policy.
+        budget: of the cache.
+        model: name of the model.
+        seed: of the run.
+        num_prompts, num_samples: prompts, and images of each.
+        conditions: as from `run_conditions`; the settings of the cache replace those in it.
+    """
+    facts = cache_facts(cache)
+    return {
+        "format": f"ssd-cache {benchmark} export 1",
+        "model": model,
+        "policy": policy,
+        "budget": budget,
+        "num_slots": facts["num_slots"],
+        "slots": f"{facts['slots']} {facts['slots_sha256']}",
+        "head_map": facts["head_map"],
+        "seed": seed,
+        "num_prompts": num_prompts,
+        "num_samples": num_samples,
+        **conditions,
+        "settings": {name: facts[name] for name in SETTINGS if name != "slots"},
     }
 
 
@@ -63,13 +110,12 @@ def digest_of(head_map: HeadMap) -> str:
 
 def cache_facts(cache: SSDCache) -> dict[str, Any]:
     """The settings that determine which tokens a cache keeps, as JSON values."""
-    names = ("slots", "buffer", "num_recent", "num_sinks", "score", "kv_dtype")
     slots = [list(layer) for layer in cache.num_slots]
     return {
         "head_map": digest_of(cache.head_map),
         "num_slots": cache.mean_slots,
         "slots_sha256": hashlib.sha256(json.dumps(slots).encode()).hexdigest()[:12],
-        **{name: getattr(cache, name) for name in names},
+        **{name: getattr(cache, name) for name in SETTINGS},
     }
 
 

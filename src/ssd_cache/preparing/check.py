@@ -20,8 +20,9 @@ from ssd_cache.evaluation.fidelity import measure_fidelity
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.io.untrusted import checked, parse_json
 from ssd_cache.models import Generator
-from ssd_cache.preparing.state import StateFolder, write_part
+from ssd_cache.preparing.state import StateFolder
 from ssd_cache.runs.processes import Processes
+from ssd_cache.runs.run_folder import write_part
 
 CURVE = (0.1, 0.2, 0.3, 0.5)
 """Budgets of the curve, with the map's own."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from ssd_cache.head_map.head_map import HeadMap
@@ -20,6 +20,7 @@ from ssd_cache.preparing.state import StateFolder
 from ssd_cache.profiling.allocation import fit_heads
 from ssd_cache.runs.batching import image_nbytes
 from ssd_cache.runs.metering import Cost, metered
+from ssd_cache.runs.plan import Estimate, Plan
 from ssd_cache.runs.processes import Processes
 from ssd_cache.training.learning import check_learning
 from ssd_cache.training.learning_state import HELD_OUT, LearningState
@@ -35,58 +36,6 @@ FIRST = "first-batch"
 
 PASSES_OF_HELD_OUT = 2
 """Training steps that take about as long as the held-out images before and after training."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The estimated cost of a stage."""
-
-    stage: str
-    num_images: int
-    cost: Cost
-    is_finished: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The stages of a preparation with their estimated costs.
-
-    Attributes:
-        model, device: names.
-        estimates: in the order of the stages.
-    """
-
-    model: str
-    device: str
-    estimates: Sequence[Estimate]
-
-    @property
-    def seconds(self) -> float:
-        """Estimated seconds of the stages that are not finished."""
-        return sum(estimate.cost.seconds for estimate in self.estimates if not estimate.is_finished)
-
-    def text(self) -> str:
-        """The plan as lines of text."""
-        left = f"about {duration(self.seconds)}" if self.seconds else "nothing left to do"
-        lines = [f"{self.model} on {self.device}: {left}"]
-        lines.append(f"{'stage':<10}{'images':>7}{'time':>12}{'peak memory':>14}")
-        for estimate in self.estimates:
-            seconds = "finished" if estimate.is_finished else duration(estimate.cost.seconds)
-            images = estimate.num_images or "-"
-            lines.append(f"{estimate.stage:<10}{images:>7}{seconds:>12}{memory(estimate.cost.peak_bytes):>14}")
-        return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """A time in words, such as "42 s", "7 min" or "3.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def memory(num_bytes: int | None) -> str:
-    """A number of bytes in words."""
-    return "unknown" if num_bytes is None else f"{num_bytes / 1e9:.1f} GB"
 
 
 def make_plan(

@@ -20,15 +20,17 @@ from ssd_cache.analysis.plotting import check_packages
 from ssd_cache.budget import Amount
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Generator, generator_of
-from ssd_cache.preparing.limits import refuse_long_run
-from ssd_cache.preparing.plan import Plan, duration, make_plan, memory
+from ssd_cache.preparing.limits import SHORTER
+from ssd_cache.preparing.plan import make_plan
 from ssd_cache.preparing.report import write_outputs
 from ssd_cache.preparing.stages import STAGES, Settings, Stage, check_stages, make_stages
 from ssd_cache.preparing.state import StateFolder
 from ssd_cache.profiling.measuring import DEFAULT_BATCH_SIZE, check_prompts, model_facts, prompts_sha256
 from ssd_cache.prompts import default_prompts
 from ssd_cache.runs.batching import default_batch_size
+from ssd_cache.runs.limits import refuse_long_run
 from ssd_cache.runs.metering import metered
+from ssd_cache.runs.plan import Plan, duration, memory
 from ssd_cache.runs.processes import Processes
 from ssd_cache.runs.progress import on_one_line
 from ssd_cache.training.recording import check_trainable
@@ -121,7 +123,7 @@ def prepare(
     with on_one_line("measuring the first batches"):
         plan = make_plan(generator, settings, todo, folder, processes, shows)
     if max_hours is not None:
-        refuse_long_run(generator.checkpoint, generator.model.device, plan.seconds, max_hours)
+        refuse_long_run(generator.checkpoint, generator.model.device, plan.seconds, max_hours, SHORTER)
     if processes.is_main and on_plan is not None:
         on_plan(plan)
     elif shows:

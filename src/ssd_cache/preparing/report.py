@@ -16,9 +16,9 @@ from ssd_cache.analysis.plotting import new_figure, to_png
 from ssd_cache.head_map.card import FIDELITY_HEADS, PLOT_NAME, card, fidelity_rows, png
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.io.writing import write_files
-from ssd_cache.preparing.plan import Plan, duration, memory
 from ssd_cache.preparing.state import StateFolder
 from ssd_cache.runs.metering import Cost
+from ssd_cache.runs.plan import Plan, duration, memory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

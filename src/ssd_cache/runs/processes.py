@@ -8,12 +8,16 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
 
 from ssd_cache.io.showing import differences
 from ssd_cache.runs.run_state import ProfilingError
+
+PATIENCE = timedelta(days=7)
+"""Time that a process waits for others. torch waits 10 to 30 minutes, and shares of a long run differ by more."""
 
 
 class Processes:
@@ -40,7 +44,7 @@ class Processes:
                 ) from error
             has_gpus = torch.accelerator.is_available() and not torch.backends.mps.is_available()
             use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-            self._state = state = self._accelerate.PartialState(cpu=use_cpu or not has_gpus)
+            self._state = state = self._accelerate.PartialState(cpu=use_cpu or not has_gpus, timeout=PATIENCE)
             if state.num_processes != wanted:  # each would generate all images and overwrite the others' files
                 raise ProfilingError(
                     f"WORLD_SIZE={wanted}, but accelerate finds {state.num_processes} process: start them with "

@@ -36,9 +36,9 @@ from ssd_cache.cli.options import (
     output_option,
 )
 from ssd_cache.cli.plan import parse_budget
-from ssd_cache.evaluation.conditions import cache_facts, run_conditions
+from ssd_cache.evaluation.conditions import image_settings, run_conditions
 from ssd_cache.evaluation.export import ImageSet, claim_folder, generate_images
-from ssd_cache.evaluation.policies import DEFAULT, SETTINGS, choose_head_map, parse_policy, resolve_policies
+from ssd_cache.evaluation.policies import DEFAULT, choose_head_map, parse_policy, resolve_policies
 from ssd_cache.evaluation.scoring import RESULTS_FILE
 from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
 from ssd_cache.models.find import find_folder
@@ -134,28 +134,26 @@ def export_command(
             labels = choose_head_map(checkpoint, head_map, parsed)
             [chosen] = resolve_policies(parsed, labels)
             [amount] = chosen.budgets([equal_budget(labels) if amount is None else amount])
-            facts = cache_facts(chosen.make_cache(labels, amount))
-            settings: dict[str, Any] = {
-                "format": f"ssd-cache {benchmark} export 1",
-                "model": checkpoint.name,
-                "policy": chosen.label,
-                "budget": amount,
-                "num_slots": facts["num_slots"],
-                "slots": f"{facts['slots']} {facts['slots_sha256']}",
-                "head_map": facts["head_map"],
-                "seed": sampling.seed,
-                "num_prompts": len(prompts),
-                "num_samples": samples,
-                **run_conditions(
-                    checkpoint,
-                    prompts,
-                    dtype=kind,
-                    device=where,
-                    batch_size=batch_size,
-                    sampling=sampling,
-                    settings={name: facts[name] for name in SETTINGS if name != "slots"},
-                ),
-            }
+            conditions = run_conditions(
+                checkpoint,
+                prompts,
+                dtype=kind,
+                device=where,
+                batch_size=batch_size,
+                sampling=sampling,
+                settings={},
+            )
+            settings = image_settings(
+                benchmark,
+                chosen.make_cache(labels, amount),
+                chosen.label,
+                amount,
+                model=checkpoint.name,
+                seed=sampling.seed,
+                num_prompts=len(prompts),
+                num_samples=samples,
+                conditions=conditions,
+            )
             processes.check_agreement(settings | {"prompts": hashlib.sha256(lines.encode()).hexdigest()})
             claim_folder(output, settings, lines, write=processes.is_main)
         generated = generate_images(

@@ -45,22 +45,57 @@ inline void store(BFloat16* at, float value) {  // round to nearest, ties to eve
   at->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
+inline float sum_of(Lanes lanes) {
+  float parts[LANES];
+  __builtin_memcpy(parts, &lanes, sizeof parts);
+  for (int width = LANES / 2; width; width /= 2)
+    for (int at = 0; at < width; at++) parts[at] += parts[at + width];
+  return parts[0];
+}
+
+// e^x of numbers that are not positive, within 1.2e-7 of each result; 0 below -87.3, where float32 has subnormal numbers
+// only. x is n * ln 2 + r, and e^r a polynomial (that of the Cephes library).
+inline Lanes exponential(Lanes x) {
+  const Lanes shift = Lanes{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, in the lowest bits
+  const Lanes shifted = x * 1.44269504f + shift, n = shifted - shift;
+  const Lanes r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
+  Lanes sum = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  sum = sum * r + 8.3334519073e-3f;
+  sum = sum * r + 4.1665795894e-2f;
+  sum = sum * r + 1.6666665459e-1f;
+  sum = sum * r + 5.0000001201e-1f;
+  sum = sum * (r * r) + r + 1.0f;
+  const Lanes power = (Lanes)(((Bits)shifted << 23) + 0x3f800000);  // 2^n
+  return (Lanes)((Bits)(sum * power) & ~(Bits)(x < -87.3f));
+}
+
 template <typename T>
 float dot(const float* a, const T* b, int64_t size) {
   Lanes sums{};
   int64_t dim = 0;
   for (; dim + LANES <= size; dim += LANES) sums += load_lanes(a + dim) * load_lanes(b + dim);
-  float sum = 0;
-  for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
+  float sum = sum_of(sums);
   for (; dim < size; dim++) sum += a[dim] * load(b + dim);
   return sum;
 }
 
-template <typename T>
-void add_scaled(float* sums, float scale, const T* values, int64_t size) {
-  int64_t dim = 0;
-  for (; dim + LANES <= size; dim += LANES) *(Lanes*)(sums + dim) += scale * load_lanes(values + dim);
-  for (; dim < size; dim++) sums[dim] += scale * load(values + dim);
+// Writes the sums over columns of weight times value, from dimension `dim` on, `vectors` registers at a time.
+template <int vectors, typename T>
+void weighted_sums(const float* weights, const T* values, int64_t columns, int64_t size, T* sums, int64_t dim = 0) {
+  for (; dim + vectors * LANES <= size; dim += vectors * LANES) {
+    Lanes parts[vectors]{};
+    for (int64_t column = 0; column < columns; column++)
+      for (int at = 0; at < vectors; at++)
+        parts[at] += weights[column] * load_lanes(values + column * size + dim + at * LANES);
+    for (int at = 0; at < vectors; at++)
+      for (int lane = 0; lane < LANES; lane++) store(sums + dim + at * LANES + lane, parts[at][lane]);
+  }
+  if constexpr (vectors > 1) return weighted_sums<vectors / 2>(weights, values, columns, size, sums, dim);
+  for (; dim < size; dim++) {
+    float sum = 0;
+    for (int64_t column = 0; column < columns; column++) sum += weights[column] * load(values + column * size + dim);
+    store(sums + dim, sum);
+  }
 }
 
 // False, with nothing written, if `heads` has a head that the layer does not have.
@@ -75,7 +110,8 @@ bool decode(const T* query, const T* new_key, const T* new_value, T* keys, T* va
   if (batch == 0) return true;  // without rows, the number of columns is unbounded
 #pragma omp parallel
   {
-    std::vector<float> scaled(head_dim), weights(end + 1), sums(value_dim);
+    // the weights of whole registers; those after the last column are 0
+    std::vector<float> scaled(head_dim), weights((end + LANES) / LANES * LANES);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < batch * num_heads; task++) {
       const int64_t row = task / num_heads, head = task % num_heads, model_head = row * kv_heads + heads[head];
@@ -87,25 +123,23 @@ bool decode(const T* query, const T* new_key, const T* new_value, T* keys, T* va
       for (int64_t group = 0; group < groups; group++) {
         const T* const asking = query + (model_head * groups + group) * head_dim;
         for (int64_t dim = 0; dim < head_dim; dim++) scaled[dim] = load(asking + dim) * scaling;
-        float highest = dot(scaled.data(), own_keys + end * head_dim, head_dim);
-        weights[end] = highest;
         for (int64_t column = 0; column < end; column++) {
-          weights[column] = dot(scaled.data(), own_keys + column * head_dim, head_dim);
-          if (!mask || mask[row * length + column]) highest = std::fmax(highest, weights[column]);
+          const bool is_seen = !mask || mask[row * length + column];
+          weights[column] = is_seen ? dot(scaled.data(), own_keys + column * head_dim, head_dim) : -INFINITY;
         }
-        float total = 0;
-        for (int64_t column = 0; column <= end; column++) {
-          const bool is_seen = column == end || !mask || mask[row * length + column];
-          weights[column] = is_seen ? std::exp(weights[column] - highest) : 0;
-          total += weights[column];
+        weights[end] = dot(scaled.data(), own_keys + end * head_dim, head_dim);
+        std::fill(weights.begin() + end + 1, weights.end(), -INFINITY);
+        float highest = weights[end];
+        for (int64_t column = 0; column < end; column++) highest = std::fmax(highest, weights[column]);
+        Lanes totals{};
+        for (size_t at = 0; at < weights.size(); at += LANES) {
+          const Lanes part = exponential(load_lanes(&weights[at]) - highest);
+          *(Lanes*)&weights[at] = part;
+          totals += part;
         }
-        for (float& sum : sums) sum = 0;
-        for (int64_t column = 0; column <= end; column++) {
-          weights[column] /= total;
-          add_scaled(sums.data(), weights[column], own_values + column * value_dim, value_dim);
-        }
-        T* const result = output + (model_head * groups + group) * value_dim;
-        for (int64_t dim = 0; dim < value_dim; dim++) store(result + dim, sums[dim]);
+        const float total = sum_of(totals);
+        for (size_t at = 0; at < weights.size(); at += LANES) *(Lanes*)&weights[at] /= Lanes{} + total;
+        weighted_sums<8>(weights.data(), own_values, end + 1, value_dim, output + (model_head * groups + group) * value_dim);
         if (head < num_scored) {
           float* const received = scores + (row * num_scored + head) * num_slots;
           for (int64_t at = 0; at <= slot; at++) received[at] += weights[num_prompt + at];

@@ -1,16 +1,19 @@
-"""The C++ loops as built: their exponential, and fused multiply-add."""
+"""The C++ loops as built: their exponential, fused multiply-add, and the number of threads."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.compiling import needs_compiler
 
 from ssd_cache.kernels import cpu_library
@@ -76,3 +79,53 @@ def test_the_built_library_multiplies_and_adds_in_one_instruction():
     command = ["objdump", "--disassemble", "--no-show-raw-insn", cpu_kernels.library()._name]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert found.count("vfmadd") > 100
+
+
+THREADS = """
+import os, threading, torch
+from ssd_cache.kernels import cpu_loops, dispatch
+
+def count():
+    return len(os.listdir("/proc/self/task"))
+
+def run():
+    weight, states = torch.randn(64, 64), torch.randn(4, 64)
+    place = torch.empty(64 * 64)
+    cpu_loops.pack(weight, place)
+    before = count()
+    cpu_loops.linear(states, weight, place, None)
+    new, keys = torch.randn(4, 2, 1, 8), torch.randn(4, 2, 9, 8)
+    rest = torch.zeros(4, 2, 6), torch.tensor([0, 1]), None, torch.tensor(3), 0.3, torch.empty(4, 2, 1, 8)
+    dispatch.decode(new, new, new, keys, keys.clone(), *rest)
+    print(count() - before)
+
+torch.set_num_threads({threads})
+run()
+other = threading.Thread(target=run)
+other.start()
+other.join()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
+@pytest.mark.parametrize(("threads", "others"), [(1, "8"), (3, "1")])
+def test_threads_are_those_of_torch(threads, others):
+    """Also in another Python thread, where OpenMP would go by its environment; the calling thread is one of them."""
+    environment = {**os.environ, "OMP_NUM_THREADS": others}
+    command = [sys.executable, "-c", THREADS.format(threads=threads)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == [str(threads - 1)] * 2, done.stderr
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    weight, states = torch.randn(96, 64), torch.randn(5, 64)
+    place = torch.empty(weight.numel())
+    cpu_kernels.pack(weight, place)
+    before, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            results.append(cpu_kernels.linear(states, weight, place, None))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)

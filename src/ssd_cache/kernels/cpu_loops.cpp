@@ -103,12 +103,13 @@ template <typename T>
 bool decode(const T* query, const T* new_key, const T* new_value, T* keys, T* values, float* scores,
             const int64_t* heads, const bool* mask, float scaling, T* output, const int64_t* sizes) {
   const int64_t batch = sizes[0], kv_heads = sizes[1], groups = sizes[2], head_dim = sizes[3], value_dim = sizes[4],
-                num_heads = sizes[5], num_scored = sizes[6], num_prompt = sizes[7], num_slots = sizes[8], slot = sizes[9];
+                num_heads = sizes[5], num_scored = sizes[6], num_prompt = sizes[7], num_slots = sizes[8], slot = sizes[9],
+                num_threads = sizes[10];
   const int64_t length = num_prompt + num_slots, end = num_prompt + slot;  // columns before `end` hold earlier tokens
   for (int64_t head = 0; head < num_heads; head++)
     if (heads[head] < 0 || heads[head] >= kv_heads) return false;
   if (batch == 0) return true;  // without rows, the number of columns is unbounded
-#pragma omp parallel
+#pragma omp parallel num_threads(num_threads)
   {
     // the weights of whole registers; those after the last column are 0
     std::vector<float> scaled(head_dim), weights((end + LANES) / LANES * LANES);
@@ -196,7 +197,7 @@ bool decode_bfloat16(const BFloat16* query, const BFloat16* new_key, const BFloa
 
 // `packed` is a weight `[out, in]` in the layout `[out / PANEL, in, PANEL]`.
 void linear(const float* states, const float* packed, const float* bias, float* output, int64_t num_rows, int64_t in,
-            int64_t out) {
+            int64_t out, int64_t num_threads) {
   // copy of the states in blocks of ROWS rows, each block stored column by column
   std::vector<float> turned(num_rows * in);
   for (int64_t first = 0; first < num_rows; first += ROWS) {
@@ -205,7 +206,7 @@ void linear(const float* states, const float* packed, const float* bias, float* 
       for (int64_t column = 0; column < in; column++)
         turned[first * in + column * rows + row] = states[(first + row) * in + column];
   }
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) num_threads(num_threads)
   for (int64_t at = 0; at < out; at += PANEL) {
     const float* const panel = packed + at * in;
     const float* const shift = bias ? bias + at : nullptr;

@@ -24,7 +24,7 @@ PANEL = 16
 DECODERS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
 """Name of the decode loop for each dtype of K and V."""
 
-_Sizes = ctypes.c_int64 * 10
+_Sizes = ctypes.c_int64 * 11
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def library() -> ctypes.CDLL | None:
         found = cpu_library.load(Path(__file__).with_suffix(".cpp"))
         if found is None:
             return None
-        found.linear.argtypes, found.linear.restype = [pointer] * 4 + [size] * 3, None
+        found.linear.argtypes, found.linear.restype = [pointer] * 4 + [size] * 4, None
         for name in DECODERS.values():
             loop = getattr(found, name)
             loop.argtypes, loop.restype = [pointer] * 8 + [ctypes.c_float] + [pointer] * 2, ctypes.c_bool
@@ -99,6 +99,7 @@ def linear(
         states.numel() // in_features,
         in_features,
         out_features,
+        torch.get_num_threads(),
     )
     return output
 
@@ -121,7 +122,7 @@ def launch(given: Arguments) -> None:
         None if given.mask is None else given.mask.data_ptr(),
         given.scaling,
         given.output.data_ptr(),
-        _Sizes(*sizes, slot),
+        _Sizes(*sizes, slot, torch.get_num_threads()),
     )
     if not is_done:
         raise ValueError(f"heads {given.heads.tolist()} are not all among the layer's {sizes[1]} KV heads")

@@ -95,8 +95,8 @@ def run():
     before = count()
     cpu_loops.linear(states, weight, place, None)
     new, keys = torch.randn(4, 2, 1, 8), torch.randn(4, 2, 9, 8)
-    rest = torch.zeros(4, 2, 6), torch.tensor([0, 1]), None, torch.tensor(3), 0.3, torch.empty(4, 2, 1, 8)
-    dispatch.decode(new, new, new, keys, keys.clone(), *rest)
+    store = [keys], [keys.clone()], [torch.zeros(4, 2, 6)], [torch.tensor([0, 1])], [], [torch.tensor(3)]
+    dispatch.decode(new, new, new, *store, 0.3, torch.empty(4, 2, 1, 8))
     print(count() - before)
 
 torch.set_num_threads({threads})

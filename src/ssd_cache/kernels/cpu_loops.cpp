@@ -1,5 +1,5 @@
-// The two loops that take most of a step's time on a CPU: attention over a store of slots, and linear layers for few
-// rows. Plain C++ with the vector types of GCC and Clang. cpu_loops.py builds it and documents the shapes.
+// The two loops that take most of a step's time on a CPU: attention over the stores of a layer, and linear layers for
+// few rows. Plain C++ with the vector types of GCC and Clang. cpu_loops.py builds it and documents the shapes.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -98,24 +98,47 @@ void weighted_sums(const float* weights, const T* values, int64_t columns, int64
   }
 }
 
-// False, with nothing written, if `heads` has a head that the layer does not have.
+// One store of a layer, and the sizes that all its stores share.
 template <typename T>
-bool decode(const T* query, const T* new_key, const T* new_value, T* keys, T* values, float* scores,
-            const int64_t* heads, const bool* mask, float scaling, T* output, const int64_t* sizes) {
-  const int64_t batch = sizes[0], kv_heads = sizes[1], groups = sizes[2], head_dim = sizes[3], value_dim = sizes[4],
-                num_heads = sizes[5], num_scored = sizes[6], num_prompt = sizes[7], num_slots = sizes[8], slot = sizes[9],
-                num_threads = sizes[10];
-  const int64_t length = num_prompt + num_slots, end = num_prompt + slot;  // columns before `end` hold earlier tokens
-  for (int64_t head = 0; head < num_heads; head++)
-    if (heads[head] < 0 || heads[head] >= kv_heads) return false;
+struct Store {
+  T *keys, *values;
+  float* scores;
+  const int64_t* heads;
+  const bool* mask;
+  const int64_t* slot;
+  int64_t num_heads, num_scored, num_prompt, num_slots;
+};
+struct Layer {
+  int64_t batch, kv_heads, groups, head_dim, value_dim, num_stores, num_threads;
+};
+
+// False, with nothing written, if a store has a head that the layer does not have, or lacks its slot.
+template <typename T>
+bool decode(const T* query, const T* new_key, const T* new_value, const Store<T>* stores, float scaling, T* output,
+            const Layer* layer) {
+  const auto [batch, kv_heads, groups, head_dim, value_dim, num_stores, num_threads] = *layer;
+  std::vector<int64_t> first_task{0};  // of each store; a task is a row and a head
+  int64_t longest = 0;
+  for (int64_t at = 0; at < num_stores; at++) {
+    const Store<T>& store = stores[at];
+    for (int64_t head = 0; head < store.num_heads; head++)
+      if (store.heads[head] < 0 || store.heads[head] >= kv_heads) return false;
+    if (*store.slot < 0 || *store.slot >= store.num_slots) return false;
+    first_task.push_back(first_task.back() + batch * store.num_heads);
+    longest = std::max(longest, store.num_prompt + *store.slot + 1);
+  }
   if (batch == 0) return true;  // without rows, the number of columns is unbounded
 #pragma omp parallel num_threads(num_threads)
   {
-    // the weights of whole registers; those after the last column are 0
-    std::vector<float> scaled(head_dim), weights((end + LANES) / LANES * LANES);
+    std::vector<float> scaled(head_dim), weights(longest + LANES);
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < batch * num_heads; task++) {
-      const int64_t row = task / num_heads, head = task % num_heads, model_head = row * kv_heads + heads[head];
+    for (int64_t number = 0; number < first_task.back(); number++) {
+      const int64_t at = std::upper_bound(first_task.begin(), first_task.end(), number) - first_task.begin() - 1;
+      const auto& [keys, values, scores, heads, mask, slot, num_heads, num_scored, num_prompt, num_slots] = stores[at];
+      const int64_t length = num_prompt + num_slots, end = num_prompt + *slot;  // columns before `end` hold tokens
+      const int64_t padded = (end + LANES) / LANES * LANES;  // whole registers; weights after the last column are 0
+      const int64_t task = number - first_task[at], row = task / num_heads, head = task % num_heads;
+      const int64_t model_head = row * kv_heads + heads[head];
       T* const own_keys = keys + task * length * head_dim;
       T* const own_values = values + task * length * value_dim;
       for (int64_t dim = 0; dim < head_dim; dim++) own_keys[end * head_dim + dim] = new_key[model_head * head_dim + dim];
@@ -129,21 +152,21 @@ bool decode(const T* query, const T* new_key, const T* new_value, T* keys, T* va
           weights[column] = is_seen ? dot(scaled.data(), own_keys + column * head_dim, head_dim) : -INFINITY;
         }
         weights[end] = dot(scaled.data(), own_keys + end * head_dim, head_dim);
-        std::fill(weights.begin() + end + 1, weights.end(), -INFINITY);
+        std::fill(weights.begin() + end + 1, weights.begin() + padded, -INFINITY);
         float highest = weights[end];
         for (int64_t column = 0; column < end; column++) highest = std::fmax(highest, weights[column]);
         Lanes totals{};
-        for (size_t at = 0; at < weights.size(); at += LANES) {
+        for (int64_t at = 0; at < padded; at += LANES) {
           const Lanes part = exponential(load_lanes(&weights[at]) - highest);
           *(Lanes*)&weights[at] = part;
           totals += part;
         }
         const float total = sum_of(totals);
-        for (size_t at = 0; at < weights.size(); at += LANES) *(Lanes*)&weights[at] /= Lanes{} + total;
+        for (int64_t at = 0; at < padded; at += LANES) *(Lanes*)&weights[at] /= Lanes{} + total;
         weighted_sums<8>(weights.data(), own_values, end + 1, value_dim, output + (model_head * groups + group) * value_dim);
         if (head < num_scored) {
           float* const received = scores + (row * num_scored + head) * num_slots;
-          for (int64_t at = 0; at <= slot; at++) received[at] += weights[num_prompt + at];
+          for (int64_t at = 0; at <= *slot; at++) received[at] += weights[num_prompt + at];
         }
       }
     }
@@ -180,19 +203,17 @@ void multiply_last(int64_t left, const float* states, const float* panel, const 
 
 }  // namespace
 
-// Python checks sizes, dtypes and devices before each call; this file checks the heads.
+// Python checks sizes, dtypes and devices before each call; this file checks heads and slots.
 extern "C" {
 
-bool decode_float32(const float* query, const float* new_key, const float* new_value, float* keys, float* values,
-                    float* scores, const int64_t* heads, const bool* mask, float scaling, float* output,
-                    const int64_t* sizes) {
-  return decode(query, new_key, new_value, keys, values, scores, heads, mask, scaling, output, sizes);
+bool decode_float32(const float* query, const float* new_key, const float* new_value, const Store<float>* stores,
+                    float scaling, float* output, const Layer* layer) {
+  return decode(query, new_key, new_value, stores, scaling, output, layer);
 }
 
-bool decode_bfloat16(const BFloat16* query, const BFloat16* new_key, const BFloat16* new_value, BFloat16* keys,
-                     BFloat16* values, float* scores, const int64_t* heads, const bool* mask, float scaling,
-                     BFloat16* output, const int64_t* sizes) {
-  return decode(query, new_key, new_value, keys, values, scores, heads, mask, scaling, output, sizes);
+bool decode_bfloat16(const BFloat16* query, const BFloat16* new_key, const BFloat16* new_value,
+                     const Store<BFloat16>* stores, float scaling, BFloat16* output, const Layer* layer) {
+  return decode(query, new_key, new_value, stores, scaling, output, layer);
 }
 
 // `packed` is a weight `[out, in]` in the layout `[out / PANEL, in, PANEL]`.

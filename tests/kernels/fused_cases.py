@@ -128,7 +128,8 @@ def test_one_step_in_numbers_of_any_precision(dtype, groups):
     scores = torch.rand(batch, 1, num_slots)
     before = keys.clone(), values.clone(), scores.clone()
     output = torch.full((batch, 3, groups, 12), 7.0, dtype=dtype)
-    fused.decode(query, new_key, new_value, keys, values, scores, heads, mask, torch.tensor(slot), 0.3, output)
+    store = [keys], [values], [scores], [heads], [mask], [torch.tensor(slot)]
+    fused.decode(query, new_key, new_value, *store, 0.3, output)
 
     assert torch.equal(keys[:, :, end], new_key[:, heads, 0])
     assert torch.equal(values[:, :, end], new_value[:, heads, 0])
@@ -152,6 +153,24 @@ def test_one_step_in_numbers_of_any_precision(dtype, groups):
     received[:, : slot + 1] = logits.softmax(-1)[:, 0, :, num_prompt:].sum(1)
     # sums in float32, whatever the dtype, of at most 150 shares below 1
     torch.testing.assert_close(scores[:, 0].double(), before[2][:, 0] + received, rtol=1e-5, atol=1e-6)
+
+
+def test_one_call_over_stores_of_several_lengths_equals_a_call_for_each():
+    """Bit for bit; one of the stores holds no token yet."""
+    new = [torch.randn(2, 4, 1, 8) for _ in range(3)]
+    parts = []
+    for heads, num_slots, slot in (([3, 0], 30, 20), ([1], 4, 0), ([2], 9, 8)):
+        states = [torch.randn(2, len(heads), 5 + num_slots, 8) for _ in range(2)]
+        parts.append((*states, torch.rand(2, 1, num_slots), torch.tensor(heads), torch.rand(2, 5 + num_slots) < 0.8,
+                      torch.tensor(slot)))  # fmt: skip
+    copies = [[tensor.clone() for tensor in part] for part in parts]
+    together, single = torch.empty(2, 4, 1, 8), torch.empty(2, 4, 1, 8)
+    fused.decode(*new, *map(list, zip(*parts, strict=True)), 0.3, together)
+    for part in copies:
+        fused.decode(*new, *([tensor] for tensor in part), 0.3, single)
+    assert torch.equal(together, single)
+    for part, other in zip(parts, copies, strict=True):
+        assert all(map(torch.equal, part, other))
 
 
 def test_gradients_keep_the_torch_path():
@@ -197,6 +216,6 @@ def test_heads_and_slots_that_are_not_there_give_nan(heads, slot, wrong):
     """A GPU cannot raise; head 0 and slot 0 stand in for them, and memory stays whole."""
     states, output = torch.randn(1, 3, 1, 4), torch.zeros(1, 3, 1, 4)
     keys, values, scores = torch.zeros(1, 2, 12, 4), torch.zeros(1, 2, 12, 4), torch.zeros(1, 1, 10)
-    arguments = states, states, states, keys, values, scores, torch.tensor(heads), None, torch.tensor(slot)
-    fused.decode(*arguments, 0.5, output)
+    store = [keys], [values], [scores], [torch.tensor(heads)], [], [torch.tensor(slot)]
+    fused.decode(states, states, states, *store, 0.5, output)
     assert output.isnan().any(-1).flatten().nonzero().flatten().tolist() == wrong

@@ -72,58 +72,77 @@ def spoil(chance: random.Random, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.new_empty([0] * tensor.dim())
 
 
+def random_store(chance: random.Random, heads: list[int], batch: int, num_prompt: int, dims, dtype, has_mask: bool):
+    """A store of some of a layer's heads, with a random number of slots and scored heads."""
+    num_slots = chance.randint(1, 9)
+    length = num_prompt + num_slots
+    return {
+        "keys": torch.randn(batch, len(heads), length, dims[0]).to(dtype),
+        "values": torch.randn(batch, len(heads), length, dims[1]).to(dtype),
+        "scores": torch.rand(batch, chance.randint(0, len(heads)), num_slots),
+        "heads": torch.tensor(heads),
+        "mask": (torch.rand(batch, length) < 0.7) if has_mask else None,
+        "slot": torch.tensor(chance.randrange(num_slots)),
+    }
+
+
 def decode_case(chance: random.Random) -> str:
-    """One step over a store: the numbers of `reference`, or a refusal that leaves everything as it was."""
+    """One step over a layer's stores: the numbers of `reference`, or a refusal that leaves everything as it was."""
     dtype = chance.choice(tuple(cpu_kernels.DECODERS))
     batch, kv_heads, groups = chance.randrange(4), chance.randint(1, 4), chance.choice((1, 1, 2, 3))
-    head_dim, value_dim = chance.choice((1, 3, 8, 16, 33)), chance.choice((1, 4, 16, 20))
-    num_heads, num_prompt, num_slots = chance.randint(1, kv_heads), chance.randrange(5), chance.randint(1, 9)
-    num_scored = chance.randint(0, num_heads)
-    length = num_prompt + num_slots
-    arguments = {
-        "query": torch.randn(batch, kv_heads, groups, head_dim).to(dtype),
-        "new_key": torch.randn(batch, kv_heads, 1, head_dim).to(dtype),
-        "new_value": torch.randn(batch, kv_heads, 1, value_dim).to(dtype),
-        "keys": torch.randn(batch, num_heads, length, head_dim).to(dtype),
-        "values": torch.randn(batch, num_heads, length, value_dim).to(dtype),
-        "scores": torch.rand(batch, num_scored, num_slots),
-        "heads": torch.tensor(chance.sample(range(kv_heads), num_heads)),
-        "mask": (torch.rand(batch, length) < 0.7) if chance.random() < 0.5 else None,
-        "slot": torch.tensor(chance.randrange(num_slots)),
+    dims, num_prompt = (chance.choice((1, 3, 8, 16, 33)), chance.choice((1, 4, 16, 20))), chance.randrange(5)
+    has_mask = chance.random() < 0.5
+    heads = chance.sample(range(kv_heads), chance.randint(1, kv_heads))
+    cut = chance.randint(0, len(heads) - 1)
+    parts = [part for part in (heads[:cut], heads[cut:]) if part]  # of two stores, or one
+    stores = [random_store(chance, part, batch, num_prompt, dims, dtype, has_mask) for part in parts]
+    token = {
+        "query": torch.randn(batch, kv_heads, groups, dims[0]).to(dtype),
+        "new_key": torch.randn(batch, kv_heads, 1, dims[0]).to(dtype),
+        "new_value": torch.randn(batch, kv_heads, 1, dims[1]).to(dtype),
         "scaling": chance.choice((0.3, 1.0, 30.0, 0.0)),
-        "output": torch.full((batch, kv_heads, groups, value_dim), 7.0, dtype=dtype),
+        "output": torch.full((batch, kv_heads, groups, dims[1]), 7.0, dtype=dtype),
     }
     is_spoilt = chance.random() < 0.7
-    names = [name for name, value in arguments.items() if value is not None]
-    for name in chance.sample(names, chance.randint(1, 2) if is_spoilt else 0):
+    places = [(group, name) for group in (token, *stores) for name, value in group.items() if torch.is_tensor(value)]
+    for arguments, name in chance.sample(places, chance.randint(1, 2) if is_spoilt else 0):
         if name == "heads" and chance.random() < 0.5:
-            arguments[name][chance.randrange(num_heads)] = chance.choice((-1, kv_heads, 1 << 40))
+            heads = arguments[name] = arguments[name].clone()
+            heads.flatten()[:1] = chance.choice((-1, kv_heads, 1 << 40))
         elif name == "slot" and chance.random() < 0.5:
+            num_slots = arguments["scores"].shape[-1] if arguments["scores"].dim() else 1
             arguments[name] = torch.tensor(chance.choice((-1, num_slots, -(1 << 62), (1 << 62) + 1)))
-        elif name != "scaling":
+        else:
             arguments[name] = spoil(chance, arguments[name])
-    written = ("keys", "values", "scores", "output")
-    is_real = all(arguments[name].device.type == "cpu" and arguments[name].numel() < 1 << 20 for name in written)
-    before = {name: arguments[name].clone() for name in written} if is_real else {}
+    written = [token["output"], *(store[name] for store in stores for name in ("keys", "values", "scores"))]
+    is_real = all(tensor.device.type == "cpu" and tensor.numel() < 1 << 20 for tensor in written)
+    before = [tensor.clone() for tensor in written] if is_real else []
+    lists = [[store[name] for store in stores] for name in ("keys", "values", "scores", "heads", "mask", "slot")]
+    lists[4] = [mask for mask in lists[4] if mask is not None]
     run = torch.ops.ssd_cache.decode if chance.random() < 0.5 else fused.decode
     try:
-        run(*arguments.values())
+        run(token["query"], token["new_key"], token["new_value"], *lists, token["scaling"], token["output"])
     except REFUSALS:
-        for name, tensor in before.items():
-            assert torch.equal(arguments[name], tensor), f"{name} was written before it was refused"
+        for tensor, then in zip(written, before, strict=False):
+            assert torch.equal(tensor, then), "a tensor was written before the call was refused"
         return "refused"
-    given = [before.get(name, value) for name, value in arguments.items()]
-    keys, values, scores, attended = reference(*given[:-1])
-    heads, limit = arguments["heads"], 16 * torch.finfo(dtype).eps
-    assert torch.equal(arguments["keys"], keys)
-    assert torch.equal(arguments["values"], values)
-    size = float(values.abs().max()) if values.numel() else 0.0
+    limit = 16 * torch.finfo(dtype).eps
     # logits of up to 30 * 33 * 9 in float32 sums; their errors are those of the weights
-    slack = 1 + 0.01 * abs(arguments["scaling"]) * arguments["query"].shape[3]
-    torch.testing.assert_close(
-        arguments["output"][:, heads].double(), attended, rtol=0, atol=limit * slack * max(size, 1.0)
-    )
-    torch.testing.assert_close(arguments["scores"], scores, rtol=1e-5, atol=1e-4 * slack)
+    slack = 1 + 0.01 * abs(token["scaling"]) * token["query"].shape[3]
+    for number, store in enumerate(stores):
+        states = before[1 + 3 * number : 4 + 3 * number]
+        keys, values, scores, attended = reference(
+            *(token[name] for name in ("query", "new_key", "new_value")),
+            *states,
+            *(store[name] for name in ("heads", "mask", "slot")),
+            token["scaling"],
+        )
+        assert torch.equal(store["keys"], keys)
+        assert torch.equal(store["values"], values)
+        size = float(values.abs().max()) if values.numel() else 0.0
+        output = token["output"][:, store["heads"]].double()
+        torch.testing.assert_close(output, attended, rtol=0, atol=limit * slack * max(size, 1.0))
+        torch.testing.assert_close(store["scores"], scores, rtol=1e-5, atol=1e-4 * slack)
     return "answered"
 
 

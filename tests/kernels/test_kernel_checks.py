@@ -5,6 +5,8 @@ They give torch's answer, raise torch's error, or refuse in clear words; memory 
 
 from __future__ import annotations
 
+import copy
+import io
 import os
 import subprocess
 import sys
@@ -116,6 +118,10 @@ def test_layouts_that_the_loop_cannot_read_take_torchs_way():
 # A step over a store
 
 
+LISTS = {"keys": "keys", "values": "values", "scores": "scores", "heads": "heads", "mask": "masks", "slot": "slots"}
+"""The arguments with a tensor for each store, by their names for one store."""
+
+
 def step(**changes):
     """Arguments of `fused.decode` for two rows, three KV heads, two heads in the store, one scored; some replaced."""
     arguments = {
@@ -133,7 +139,7 @@ def step(**changes):
     }
     for name, change in changes.items():
         arguments[name] = change(arguments[name])
-    return arguments
+    return {LISTS.get(name, name): [value] if name in LISTS else value for name, value in arguments.items()}
 
 
 WRONG = {
@@ -173,7 +179,8 @@ WRONG = {
 @pytest.mark.parametrize("changes", WRONG.values(), ids=WRONG)
 def test_a_step_that_does_not_fit_is_refused_before_anything_is_written(changes, run):
     arguments = step(**changes)
-    written = [arguments[name] for name in ("keys", "values", "scores", "output") if not arguments[name].is_meta]
+    written = [*arguments["keys"], *arguments["values"], *arguments["scores"], arguments["output"]]
+    written = [tensor for tensor in written if not tensor.is_meta]
     before = [tensor.clone() for tensor in written]
     with pytest.raises(ValueError, match=r"kernel|heads|slot|columns|dimensions|devices"):
         run(*arguments.values())
@@ -184,7 +191,50 @@ def test_a_step_that_does_not_fit_is_refused_before_anything_is_written(changes,
 def test_the_step_itself_fits():
     arguments = step()
     fused.decode(*arguments.values())
-    assert torch.equal(arguments["keys"][:, :, 7], arguments["new_key"][:, [2, 0], 0])
+    assert torch.equal(arguments["keys"][0][:, :, 7], arguments["new_key"][:, [2, 0], 0])
+
+
+@needs_compiler
+@pytest.mark.parametrize("run", [fused.decode, torch.ops.ssd_cache.decode], ids=["function", "operator"])
+@pytest.mark.parametrize("name", ["keys", "values", "scores", "heads", "masks", "slots"])
+def test_lists_of_other_lengths_are_refused(name, run):
+    for number in (0, 2):
+        if (name, number) != ("masks", 0):  # no masks: no padding
+            arguments = step()
+            arguments[name] = arguments[name] * number
+            with pytest.raises(ValueError, match="of as many stores"):
+                run(*arguments.values())
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["keys", "values", "scores", "heads", "masks", "slots"])
+def test_a_store_is_checked_again_when_one_of_its_tensors_is_replaced(name):
+    """The first call keeps the addresses of the store's tensors; the loop must not use them for another tensor."""
+    arguments = step()
+    fused.decode(*arguments.values())
+    fitting = dict(arguments)
+    fitting[name] = [arguments[name][0].clone()]
+    first = arguments["output"].clone()
+    arguments[name][0].zero_()  # what the former address holds has no effect
+    fused.decode(*fitting.values())
+    assert torch.equal(first, fitting["output"])
+    spoilt = {**fitting, name: [fitting[name][0][..., None].expand(*fitting[name][0].shape, 2)]}
+    with pytest.raises(ValueError, match="kernel got|dimensions"):
+        fused.decode(*spoilt.values())
+
+
+@needs_compiler
+def test_a_copied_or_pickled_store_has_no_addresses_of_the_first():
+    arguments = step()
+    fused.decode(*arguments.values())
+    file = io.BytesIO()
+    torch.save(arguments, file)
+    file.seek(0)
+    first = arguments["output"].clone()
+    for other in (copy.deepcopy(arguments), torch.load(file, weights_only=False)):
+        arguments["keys"][0].zero_()
+        fused.decode(*other.values())
+        assert torch.equal(other["output"], first)
 
 
 def test_a_kernel_is_not_concluded_to_fail_from_a_full_device(monkeypatch):
@@ -216,10 +266,10 @@ def test_the_trial_finds_a_kernel_that_errs_in_one_thing(what, monkeypatch):
     def err(*arguments):
         given = list(arguments)
         if what == "mask":
-            given[7] = None
+            given[7] = []
         else:
             at = {"keys": 3, "scores": 5}[what]
-            given[at] = given[at].clone()
+            given[at] = [given[at][0].clone()]
         launch(*given)
 
     fused.passes_trial.cache_clear()

@@ -78,7 +78,7 @@ class HeadGroups:
         value: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """Run one kernel per store: write K and V, attend, and add the attention to what the tokens received.
+        """Run the kernel over all stores: write K and V, attend, and add the attention to what the tokens received.
 
         `key` and `value` are K and V of the new token, `[batch, kv_heads, 1, head_dim]`; query and output are as in
         `attend_in_torch`.
@@ -86,12 +86,19 @@ class HeadGroups:
         if query.dtype != key.dtype and torch.is_autocast_enabled(query.device.type):
             query = query.to(key.dtype)  # as sdpa does under autocast
         output = query.new_empty(*query.shape[:3], value.shape[3])
-        for store, slot, heads in zip(stores, slots, self.heads, strict=True):
-            if isinstance(slot, int):
-                slot = torch.full((), slot, device=query.device)
-            dispatch.decode(
-                query, key, value, store.keys, store.values, store.received, heads, store.mask, slot, scaling, output
-            )
+        dispatch.decode(
+            query,
+            key,
+            value,
+            [store.keys for store in stores],
+            [store.values for store in stores],
+            [store.received for store in stores],
+            self.heads,
+            [store.mask for store in stores if store.mask is not None],
+            [torch.full((), slot, device=query.device) if isinstance(slot, int) else slot for slot in slots],
+            scaling,
+            output,
+        )
         return output
 
 

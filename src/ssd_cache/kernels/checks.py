@@ -1,12 +1,13 @@
-"""Checks the arguments of a fused decode step before every launch, because the kernels access raw memory.
+"""Checks the arguments of a fused decode step before a launch, because the kernels access raw memory.
 
-Both kernels call `check`, so it cannot be bypassed. It checks shapes, dtypes, devices and layouts. It reads no tensor
-data, so it never waits for a device. The kernels themselves check the data (heads and slot).
+Both kernels call `check_token` at every launch, and `check_stores` whenever a store has another tensor than before, so
+neither can be bypassed. They check shapes, dtypes, devices and layouts. They read no tensor data, so they never wait
+for a device. The kernels themselves check the data (heads and slots).
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,67 +19,135 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 """Types whose `data_ptr` is the address of the tensor's data; this need not hold for a subclass."""
 
 
-class Arguments(NamedTuple):
-    """The arguments of `dispatch.decode`, which gives their shapes."""
+class Store(NamedTuple):
+    """The tensors of one store."""
 
-    query: torch.Tensor
-    new_key: torch.Tensor
-    new_value: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
     scores: torch.Tensor
     heads: torch.Tensor
     mask: torch.Tensor | None
     slot: torch.Tensor
+
+
+class Arguments(NamedTuple):
+    """The arguments of `dispatch.decode`, which gives their shapes."""
+
+    query: torch.Tensor
+    new_key: torch.Tensor
+    new_value: torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    scores: list[torch.Tensor]
+    heads: list[torch.Tensor]
+    masks: list[torch.Tensor]
+    slots: list[torch.Tensor]
     scaling: float
     output: torch.Tensor
 
+    def stores(self) -> list[Store]:
+        """The tensors of each store."""
+        masks: Sequence[torch.Tensor | None] = self.masks or [None] * len(self.keys)
+        lists = (self.keys, self.values, self.scores, self.heads, masks, self.slots)
+        return [Store(*tensors) for tensors in zip(*lists, strict=True)]
 
-def check(given: Arguments, dtypes: Container[torch.dtype]) -> tuple[int, ...]:
-    """Refuse arguments that do not fit together.
 
-    Returns:
-        batch, kv_heads, groups, head_dim, value_dim, heads of the store, heads that are scored, num_prompt, num_slots.
+class LayerSizes(NamedTuple):
+    """Sizes that the stores of a layer share."""
+
+    batch: int
+    kv_heads: int
+    groups: int
+    head_dim: int
+    value_dim: int
+
+
+class StoreSizes(NamedTuple):
+    """Sizes of one store: its heads, those of them that are scored, and its columns."""
+
+    num_heads: int
+    num_scored: int
+    num_prompt: int
+    num_slots: int
+
+
+def check_token(given: Arguments, dtypes: Container[torch.dtype]) -> LayerSizes:
+    """Refuse a query, K, V or output that do not fit together; they are new in every step.
 
     Raises:
         ValueError: the kernel cannot take a shape, dtype, device or layout; the message names it and what is expected.
     """
-    query, keys, values, scores = given.query, given.keys, given.values, given.scores
-    dtype, device = query.dtype, query.device
-    if dtype not in dtypes or type(query) not in PLAIN:
-        raise ValueError(f"the decode kernel does not take a {type(query).__name__} in {dtype}: use torch's attention")
-    if not (query.dim() == keys.dim() == values.dim() == 4 and scores.dim() == 3):
-        shapes = [tuple(tensor.shape) for tensor in (query, keys, values, scores)]
-        raise ValueError(f"query, keys, values and scores have 4, 4, 4 and 3 dimensions, got {shapes}")
+    query = given.query
+    if query.dtype not in dtypes or type(query) not in PLAIN:
+        raise ValueError(
+            f"the decode kernel does not take a {type(query).__name__} in {query.dtype}: use torch's attention"
+        )
+    if not query.dim() == given.output.dim() == 4:
+        raise ValueError(
+            f"query and output have 4 dimensions, got {tuple(query.shape)} and {tuple(given.output.shape)}"
+        )
     batch, kv_heads, groups, head_dim = query.shape
-    num_heads, length, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
+    value_dim = given.output.shape[3]
+    if not (groups and head_dim and value_dim):
+        raise ValueError("the decode kernel got heads without queries or without numbers")
+    _check("new_key", given.new_key, query, query.dtype, (batch, kv_heads, 1, head_dim), is_in_place=False)
+    _check("new_value", given.new_value, query, query.dtype, (batch, kv_heads, 1, value_dim), is_in_place=False)
+    _check("output", given.output, query, query.dtype, (batch, kv_heads, groups, value_dim))
+    return LayerSizes(batch, kv_heads, groups, head_dim, value_dim)
+
+
+def check_stores(given: Arguments, layer: LayerSizes) -> list[StoreSizes]:
+    """Refuse stores that do not fit a token, which `check_token` accepted, or each other.
+
+    Raises:
+        ValueError: as for `check_token`.
+    """
+    query = given.query
+    counts = [len(tensors) for tensors in (given.keys, given.values, given.scores, given.heads, given.slots)]
+    if len({*counts, len(given.masks) or counts[0]}) > 1 or not counts[0]:
+        raise ValueError(f"keys, values, scores, heads, masks and slots are of as many stores, got {counts}")
+    return [_check_store(store, layer, query) for store in given.stores()]
+
+
+def _check_store(store: Store, layer: LayerSizes, query: torch.Tensor) -> StoreSizes:
+    keys, values, scores, heads, mask, slot = store
+    if not (keys.dim() == values.dim() == 4 and scores.dim() == 3):
+        shapes = [tuple(tensor.shape) for tensor in (keys, values, scores)]
+        raise ValueError(f"keys, values and scores have 4, 4 and 3 dimensions, got {shapes}")
+    num_heads, length = keys.shape[1], keys.shape[2]
     num_scored, num_slots = scores.shape[1], scores.shape[2]
     if not 1 <= num_slots <= length:
         raise ValueError(f"{length} columns cannot hold {num_slots} slots: give 1 to {length}")
-    if num_scored > num_heads or not (groups and head_dim and value_dim):
-        raise ValueError(f"{num_scored} of {num_heads} heads cannot be scored, or a head has no queries or no numbers")
-    for name, own, shape, is_in_place in (
-        ("new_key", dtype, (batch, kv_heads, 1, head_dim), False),
-        ("new_value", dtype, (batch, kv_heads, 1, value_dim), False),
-        ("keys", dtype, (batch, num_heads, length, head_dim), True),
-        ("values", dtype, (batch, num_heads, length, value_dim), True),
-        ("scores", torch.float32, (batch, num_scored, num_slots), True),
-        ("heads", torch.int64, (num_heads,), True),
-        ("mask", torch.bool, (batch, length), True),
-        ("slot", torch.int64, (), False),
-        ("output", dtype, (batch, kv_heads, groups, value_dim), True),
+    if num_scored > num_heads:
+        raise ValueError(f"{num_scored} of {num_heads} heads cannot be scored")
+    batch, dtype = layer.batch, query.dtype
+    _check("keys", keys, query, dtype, (batch, num_heads, length, layer.head_dim))
+    _check("values", values, query, dtype, (batch, num_heads, length, layer.value_dim))
+    _check("scores", scores, query, torch.float32, (batch, num_scored, num_slots))
+    _check("heads", heads, query, torch.int64, (num_heads,))
+    if mask is not None:
+        _check("mask", mask, query, torch.bool, (batch, length))
+    _check("slot", slot, query, torch.int64, (), is_in_place=False)
+    return StoreSizes(num_heads, num_scored, length - num_slots, num_slots)
+
+
+def _check(
+    name: str,
+    tensor: torch.Tensor,
+    query: torch.Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    is_in_place: bool = True,
+) -> None:
+    if not (
+        tensor.shape == shape
+        and tensor.dtype is dtype
+        and tensor.device == query.device
+        and type(tensor) in PLAIN
+        and (not is_in_place or tensor.is_contiguous())
     ):
-        tensor = getattr(given, name)
-        if tensor is not None and not (
-            tensor.shape == shape
-            and tensor.dtype is own
-            and tensor.device == device
-            and type(tensor) in PLAIN
-            and (not is_in_place or tensor.is_contiguous())
-        ):
-            layout = " and contiguous" if is_in_place else ""
-            raise ValueError(
-                f"the decode kernel got {name} of shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device} "
-                f"({type(tensor).__name__}), and takes a plain tensor of shape {shape}, {own} on {device}{layout}"
-            )
-    return batch, kv_heads, groups, head_dim, value_dim, num_heads, num_scored, length - num_slots, num_slots
+        layout = " and contiguous" if is_in_place else ""
+        raise ValueError(
+            f"the decode kernel got {name} of shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device} "
+            f"({type(tensor).__name__}), and takes a plain tensor of shape {shape}, {dtype} on {query.device}{layout}"
+        )

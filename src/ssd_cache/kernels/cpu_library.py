@@ -17,6 +17,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+FLAGS = ("-ffp-contract=fast",)
+"""Flags after those of `torch.compile`, which forbid fused multiply-add. The loops need no equal last bits."""
+
 
 def load(source: Path) -> ctypes.CDLL | None:
     """The library of a C++ source, built if it is not in the cache folder; None where there is no compiler.
@@ -92,7 +95,7 @@ def _command(source: Path) -> list[str] | None:
         builder = CppBuilder(name=source.stem, sources=f"{source.stem}.cpp", BuildOption=options)
     except InvalidCxxCompiler:
         return None
-    return shlex.split(builder.get_command_line())
+    return [*shlex.split(builder.get_command_line()), *FLAGS]
 
 
 def _processor() -> str:

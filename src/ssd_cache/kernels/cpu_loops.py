@@ -10,13 +10,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import warnings
+import weakref
 from pathlib import Path
 
 import torch
 
 from ssd_cache.io.showing import first_line
 from ssd_cache.kernels import cpu_library
-from ssd_cache.kernels.checks import PLAIN, Arguments, check
+from ssd_cache.kernels.checks import PLAIN, Arguments, LayerSizes, check_stores, check_token
 
 PANEL = 16
 """Outputs of a linear layer computed together; must equal `PANEL` in the C++ source."""
@@ -24,7 +25,10 @@ PANEL = 16
 DECODERS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
 """Name of the decode loop for each dtype of K and V."""
 
-_Sizes = ctypes.c_int64 * 10
+TABLE = "_ssd_table"
+"""Name of the attribute of a layer's first keys that holds its `_Table`."""
+
+_Sizes = ctypes.c_int64 * (len(LayerSizes._fields) + 2)
 
 
 @functools.cache
@@ -39,10 +43,10 @@ def library() -> ctypes.CDLL | None:
         found = cpu_library.load(Path(__file__).with_suffix(".cpp"))
         if found is None:
             return None
-        found.linear.argtypes, found.linear.restype = [pointer] * 4 + [size] * 3, None
+        found.linear.argtypes, found.linear.restype = [pointer] * 4 + [size] * 4, None
         for name in DECODERS.values():
             loop = getattr(found, name)
-            loop.argtypes, loop.restype = [pointer] * 8 + [ctypes.c_float] + [pointer] * 2, ctypes.c_bool
+            loop.argtypes, loop.restype = [pointer] * 4 + [ctypes.c_float] + [pointer] * 2, ctypes.c_bool
     except Exception as error:  # compilers, loaders and torch's private modules raise many unrelated classes
         warnings.warn(f"fast_decode continues without ssd-cache's CPU kernels: {first_line(error)}", stacklevel=2)
         return None
@@ -99,29 +103,69 @@ def linear(
         states.numel() // in_features,
         in_features,
         out_features,
+        torch.get_num_threads(),
     )
     return output
 
 
+class _Table:
+    """The addresses and sizes of a layer's stores as the loop reads them, made once for the tensors of the stores."""
+
+    def __init__(self, given: Arguments, layer: LayerSizes):
+        rows, checked = [], check_stores(given, layer)
+        for store, sizes in zip(given.stores(), checked, strict=True):
+            rows += [0 if tensor is None else tensor.data_ptr() for tensor in store] + list(sizes)
+        self.numbers = (ctypes.c_int64 * len(rows))(*rows)
+        self.layer, self.dtype, self.num_stores = layer, given.query.dtype, len(given.keys)
+        self.tensors = [weakref.ref(tensor) for tensor in _store_tensors(given)]
+
+    def __reduce__(self):
+        """Copies and pickles of the keys hold None instead."""
+        return (type(None), ())
+
+    def serves(self, given: Arguments, layer: LayerSizes) -> bool:
+        """Whether all tensors are those that the table was made for."""
+        tensors = _store_tensors(given)
+        return (
+            self.layer == layer
+            and self.dtype is given.query.dtype
+            and len(tensors) == len(self.tensors)
+            and all(kept() is tensor for kept, tensor in zip(self.tensors, tensors, strict=True))
+        )
+
+
+def _store_tensors(given: Arguments) -> list[torch.Tensor]:
+    return [*given.keys, *given.values, *given.scores, *given.heads, *given.masks, *given.slots]
+
+
 def launch(given: Arguments) -> None:
-    """Run the decode loop over a store; see `dispatch.decode`.
+    """Run the decode loop over the stores of a layer; see `dispatch.decode`.
+
+    The stores are checked when one of their tensors is another object than at the last launch. Their data must stay
+    where it was.
 
     Raises:
-        ValueError: as for `checks.check`; also for a slot that is not there, or for heads that the layer does not have.
+        ValueError: as for `checks.check_token`; also for a slot that is not there, or for heads that the layer does not
+            have.
     """
-    sizes = check(given, dtypes=DECODERS)
+    layer = check_token(given, dtypes=DECODERS)
     if not given.query.is_cpu:
         raise ValueError(f"the loops for the CPU got a query on {given.query.device}")
-    slot, num_slots = int(given.slot), sizes[-1]
-    if not 0 <= slot < num_slots:
-        raise ValueError(f"slot is {slot}: the store has slots 0 to {num_slots - 1}")
+    table: _Table | None = getattr(given.keys[0], TABLE, None) if given.keys else None
+    if table is None or not table.serves(given, layer):
+        table = _Table(given, layer)
+        setattr(given.keys[0], TABLE, table)
     new = [states.contiguous() for states in (given.query, given.new_key, given.new_value)]  # kept alive by the list
     is_done = getattr(_loops(), DECODERS[given.query.dtype])(
-        *(tensor.data_ptr() for tensor in (*new, given.keys, given.values, given.scores, given.heads)),
-        None if given.mask is None else given.mask.data_ptr(),
+        *(tensor.data_ptr() for tensor in new),
+        table.numbers,
         given.scaling,
         given.output.data_ptr(),
-        _Sizes(*sizes, slot),
+        _Sizes(*layer, table.num_stores, torch.get_num_threads()),
     )
     if not is_done:
-        raise ValueError(f"heads {given.heads.tolist()} are not all among the layer's {sizes[1]} KV heads")
+        found = [(heads.tolist(), int(slot), scores.shape[2]) for _, _, scores, heads, _, slot in given.stores()]
+        raise ValueError(
+            f"a store has no such slot, or heads that are not among the layer's {layer.kv_heads} KV heads; heads, slot "
+            f"and number of slots of each store: {found}"
+        )

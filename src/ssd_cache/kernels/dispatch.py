@@ -1,4 +1,4 @@
-"""Fused decode step: write K and V, attend, and add the received attention to the scores; one launch instead of five.
+"""Fused decode step: write K and V, attend, and add the received attention to the scores; one call for a layer.
 
 It runs a Triton kernel on CUDA, and a C++ loop on a CPU inside `fast_decode`, if that kernel passes a small trial
 against torch. A step's attention is added to the scores at once, so no queries are stored. This module handles only
@@ -91,7 +91,8 @@ def _try(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, v
     given = [query, new_key, new_value, keys, values, torch.zeros(2, 1, num_slots), heads, mask, torch.tensor(number)]
     given = [tensor.to(device, copy=True) for tensor in given]
     output = given[0].new_full((2, 2, groups, value_dim), float("nan"))
-    _launch(*given[:7], given[7] if has_mask else None, given[8], scaling, output)
+    store = [[tensor] for tensor in given[3:]]
+    _launch(*given[:3], *store[:4], store[4] if has_mask else [], store[5], scaling, output)
 
     keys[:, :, end : end + 1], values[:, :, end : end + 1] = new_key[:, heads], new_value[:, heads]
     stored = slice(end + 1)
@@ -116,16 +117,18 @@ def decode(
     query: torch.Tensor,
     new_key: torch.Tensor,
     new_value: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scores: torch.Tensor,
-    heads: torch.Tensor,
-    mask: torch.Tensor | None,
-    slot: torch.Tensor,
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    scores: list[torch.Tensor],
+    heads: list[torch.Tensor],
+    masks: list[torch.Tensor],
+    slots: list[torch.Tensor],
     scaling: float,
     output: torch.Tensor,
 ) -> None:
-    """Run one token's decode step over a store (see `SlotStore`), in place, without waiting for the device.
+    """Run one token's decode step over a layer's stores (see `SlotStore`), in place, without waiting for the device.
+
+    The lists have one tensor for each store. `heads` and `num_slots` are those of the store.
 
     Args:
         query: `[batch, kv_heads, groups, head_dim]`, all heads of the layer in the model's order.
@@ -134,13 +137,13 @@ def decode(
         scores: `[batch, num_scored, num_slots]`, float32; the attention received in the first `num_scored` heads is
             added.
         heads: `[heads]`, the layer's KV head of each head in the store.
-        mask: `[batch, num_prompt + num_slots]`, False on the prompt's padding, or None.
-        slot: slot of the token, int64, a tensor without dimensions; the token sees the slots up to it.
+        masks: `[batch, num_prompt + num_slots]`, False on the prompt's padding; an empty list without padding.
+        slots: slot of the token, int64, a tensor without dimensions; the token sees the slots up to it.
         scaling: factor applied to the dot products of query and keys.
-        output: `[batch, kv_heads, groups, value_dim]`; the rows of the store's heads are written.
+        output: `[batch, kv_heads, groups, value_dim]`; the rows of the stores' heads are written.
     """
     run = torch.ops.ssd_cache.decode if torch.compiler.is_compiling() else _launch
-    run(query, new_key, new_value, keys, values, scores, heads, mask, slot, scaling, output)
+    run(query, new_key, new_value, keys, values, scores, heads, masks, slots, scaling, output)
 
 
 def _launch(*arguments) -> None:
@@ -154,7 +157,8 @@ def _launch(*arguments) -> None:
 
 def _trace(query: torch.Tensor, *arguments) -> None:
     """Fake implementation for tracing: no output shapes. torch also runs it when any argument is a meta tensor."""
-    if any(isinstance(other, torch.Tensor) and other.device != query.device for other in arguments):
+    tensors = (tensor for given in arguments for tensor in (given if isinstance(given, list) else [given]))
+    if any(isinstance(tensor, torch.Tensor) and tensor.device != query.device for tensor in tensors):
         raise ValueError("the decode kernel got tensors on several devices, and takes those of one")
 
 
@@ -163,8 +167,8 @@ def _trace(query: torch.Tensor, *arguments) -> None:
 # long as a layer's attention.
 _library = torch.library.Library("ssd_cache", "FRAGMENT")
 _library.define(
-    "decode(Tensor query, Tensor new_key, Tensor new_value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) scores, "
-    "Tensor heads, Tensor? mask, Tensor slot, float scaling, Tensor(d!) output) -> ()"
+    "decode(Tensor query, Tensor new_key, Tensor new_value, Tensor(a!)[] keys, Tensor(b!)[] values, "
+    "Tensor(c!)[] scores, Tensor[] heads, Tensor[] masks, Tensor[] slots, float scaling, Tensor(d!) output) -> ()"
 )
 _library.impl("decode", _launch, "CompositeExplicitAutograd")
 torch.library.register_fake("ssd_cache::decode", _trace, lib=_library)

@@ -37,7 +37,7 @@ def packed_linears(model: torch.nn.Module) -> Iterator[None]:
 
     Each weight is packed again after each prompt, and at its next use after a change that torch counts (`mul_`,
     `load_state_dict`, `.data =`). A change that torch does not count (`.data.mul_(2)`, as some libraries merge
-    adapters) therefore takes effect from the next prompt on.
+    adapters) therefore takes effect from the next prompt on; a prompt of one token does not count as one.
 
     torch's `F.linear` runs for weights of a tensor subclass, parametrized weights, weights created in inference mode
     (torch does not count their changes), layers with hooks or an overridden `forward`, output sizes that are not a
@@ -125,9 +125,10 @@ class PackedWeight:
         state = weight.data_ptr(), weight._version, weight.shape, self.prompts.num_seen
         if self.made_of != state:
             with self.lock:
-                self.made_of = None
-                cpu_kernels.pack(weight, self.place)
-                self.made_of, self.storage = state, weight.untyped_storage()
+                if self.made_of != state:  # no other thread has packed it meanwhile
+                    self.made_of = None
+                    cpu_kernels.pack(weight, self.place)
+                    self.made_of, self.storage = state, weight.untyped_storage()
         return cpu_kernels.linear(states, weight, self.place, bias)
 
 

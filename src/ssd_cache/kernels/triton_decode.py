@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ssd_cache.kernels.checks import DTYPES, Arguments, check
+from ssd_cache.kernels.checks import DTYPES, Arguments, check_stores, check_token
 
 TILE = 1 << 14
 """Bytes in a tile of keys: 64 tokens of 128 numbers in bfloat16. The compiler reports 107 registers per thread, so that
@@ -19,35 +19,37 @@ four programs run at once on a multiprocessor of an H100. It was not tuned on a 
 
 
 def launch(given: Arguments) -> None:
-    """Run the kernel over a store; see `dispatch.decode`.
+    """Run the kernel over each store of a layer; see `dispatch.decode`.
 
     Invalid heads or an invalid slot give NaN, since checking them would mean waiting for the device.
 
     Raises:
-        ValueError: as for `checks.check`.
+        ValueError: as for `checks.check_token`.
     """
-    batch, kv_heads, groups, head_dim, value_dim, num_heads, num_scored, num_prompt, num_slots = check(given, DTYPES)
-    if not batch:
+    layer = check_token(given, DTYPES)
+    sizes = check_stores(given, layer)
+    if not layer.batch:
         return
-    query, keys, scores = given.query, given.keys, given.scores
+    query = given.query
     new = [states.contiguous() for states in (query, given.new_key, given.new_value)]
-    logits = scores.new_empty(batch, num_scored, groups, num_slots)
-    mask = scores if given.mask is None else given.mask
-    pointers = (*new, keys, given.values, scores, logits, mask, given.heads, given.slot, given.output)
     # Triton launches on the current device, which may not be the device of this layer
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        decode_kernel[(num_heads, batch)](
-            *pointers,
-            *(given.scaling, kv_heads, num_scored, num_prompt, num_slots),
-            GROUPS=groups,
-            HEAD_DIM=head_dim,
-            VALUE_DIM=value_dim,
-            HAS_MASK=given.mask is not None,
-            # Triton's interpreter, used without a GPU, does not support bfloat16 matrix products
-            UPCAST=not query.is_cuda,
-            num_stages=2,
-            **block_sizes(groups, head_dim, value_dim, keys.itemsize),
-        )
+        for store, (num_heads, num_scored, num_prompt, num_slots) in zip(given.stores(), sizes, strict=True):
+            keys, values, scores, heads, mask, slot = store
+            logits = scores.new_empty(layer.batch, num_scored, layer.groups, num_slots)
+            pointers = (*new, keys, values, scores, logits, scores if mask is None else mask, heads, slot, given.output)
+            decode_kernel[(num_heads, layer.batch)](
+                *pointers,
+                *(given.scaling, layer.kv_heads, num_scored, num_prompt, num_slots),
+                GROUPS=layer.groups,
+                HEAD_DIM=layer.head_dim,
+                VALUE_DIM=layer.value_dim,
+                HAS_MASK=mask is not None,
+                # Triton's interpreter, used without a GPU, does not support bfloat16 matrix products
+                UPCAST=not query.is_cuda,
+                num_stages=2,
+                **block_sizes(layer.groups, layer.head_dim, layer.value_dim, keys.itemsize),
+            )
 
 
 def block_sizes(groups: int, head_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:

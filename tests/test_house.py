@@ -18,7 +18,7 @@ SOURCE = ROOT / "src"
 
 ORDER = [
     *("_compat", "io", "layout", "budget", "model_grids", "kernels", "head_map", "cache", "decode", "models"),
-    *("enabling", "runs", "shapes", "prompts", "profiling", "training", "analysis"),
+    *("enabling", "runs", "shapes", "emoji", "prompts", "profiling", "training", "analysis"),
     *("evaluation", "bench", "preparing", "reproducing", "cli"),
 ]
 """Packages and root modules; each imports only from those before it. CONTRIBUTING.md says what each is for."""

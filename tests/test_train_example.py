@@ -19,6 +19,7 @@ from ssd_cache.shapes.judge import judge
 from ssd_cache.shapes.scenes import GRID, KINDS, PALETTE, make_scene
 
 example = load_example()
+training = load_example("janus_training")
 SMALL = {
     "draw_steps": 2,
     "bind_steps": 3,
@@ -85,14 +86,14 @@ def test_a_start_gives_the_weights_that_training_goes_on_from(unbroken, tmp_path
 
 def test_a_failed_save_leaves_the_older_state(tmp_path):
     state = tmp_path / "training.pt"
-    example.write(state, lambda path: path.write_bytes(b"old"))
+    training.write(state, lambda path: path.write_bytes(b"old"))
 
     def break_off(path):
         path.write_bytes(b"half of the n")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        example.write(state, break_off)
+        training.write(state, break_off)
     assert state.read_bytes() == b"old"
 
 
@@ -161,21 +162,20 @@ def test_blockwise_attention_is_attention(length):
     query, key, value = torch.randn(3, 2, 2, length, 8, dtype=torch.float64)
     seen = torch.ones(2, length, dtype=torch.bool)
     seen[1, : length // 3] = False
-    row = torch.zeros(2, 1, 1, length).masked_fill(~seen[:, None, None], -1e30)
     allowed = seen[:, None, None] & torch.ones(length, length, dtype=torch.bool).tril()
+    mask = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, -1e30)
     expected = F.scaled_dot_product_attention(query, key, value, allowed, scale=0.3).transpose(1, 2)
-    output, _ = example.blockwise_attention(None, query, key, value, row, scaling=0.3)
+    output, _ = training.blockwise_attention(None, query, key, value, mask, scaling=0.3)
     mine, theirs = output[seen], expected[seen]  # what a padded column attends to is never read
-    # the scores are summed in float32: its rounding, of numbers of about 1
-    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (48, 16), (16, 48)])
 def test_muon_is_torchs_own_in_another_precision(shape):
     ours, exact, theirs = (torch.nn.Parameter(torch.full(shape, 0.1)) for _ in range(3))
     optimizers = [
-        example.Muon([ours], lr=0.1, weight_decay=0.01, dtype=torch.bfloat16),
-        example.Muon([exact], lr=0.1, weight_decay=0.01, dtype=torch.float32),
+        training.Muon([ours], lr=0.1, weight_decay=0.01, dtype=torch.bfloat16),
+        training.Muon([exact], lr=0.1, weight_decay=0.01, dtype=torch.float32),
         torch.optim.Muon([theirs], lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
     ]
     for _ in range(3):

@@ -31,7 +31,9 @@ SIDE, LAYERS, HEADS = 8, 2, 2
 
 
 def load_example(name="train_shapes_janus"):
-    """A file of examples/ as a module."""
+    """A file of examples/ as a module, which may import others beside it."""
+    if str(EXAMPLE.parent) not in sys.path:
+        sys.path.append(str(EXAMPLE.parent))
     spec = importlib.util.spec_from_file_location(name, EXAMPLE.with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there

@@ -39,17 +39,46 @@ def test_pretended_evictions_leave_the_tokens_that_the_cache_holds(run):
     learned = random_score(1, heads, dim, grid)
     head_map = HeadMap(torch.tensor([run["is_spatial"]]), grid=grid, learned=learned)
     settings = {name: run[name] for name in ("buffer", "num_recent", "num_sinks")}
+    assert_same_as_cache(head_map, run["slots"], keys, values, **settings)
+
+
+@pytest.mark.parametrize("length", [14, 36])
+def test_heads_whose_slots_fill_at_different_times_are_pretended_together(length):
+    """Their tokens are those of the cache, and their gradients those of each head pretended alone."""
+    torch.manual_seed(0)
+    slots, grid, dim = [9, 21, 13, 11, 36, 13, 9], (6, 6), 4
+    keys, values = (torch.randn(2, len(slots), length, dim) for _ in range(2))
+    learned = random_score(1, len(slots), dim, grid)
+    head_map = HeadMap(torch.tensor([[False] * 5 + [True] * 2]), grid=grid, learned=learned)
+    settings = {"buffer": 4, "num_recent": 2, "num_sinks": 1}
+    plan = assert_same_as_cache(head_map, [slots], keys, values, **settings)
+    together = retained_tokens(plan, learned.at(0), keys.requires_grad_(True), values, softness=0.7)
+    assert sorted(heads for heads, _, _ in together.parts) == [[0, 1, 2], [3], [4], [5, 6]]
+    direction = torch.randn(2, len(slots), length, length)
+    (together.at(slice(0, length)) * direction).sum().backward()
+    for head, held in enumerate(slots):
+        part = replace(plan, is_spatial=(head > 4,), num_slots=(held,), num_recent=(2,))
+        states = keys.detach()[:, [head]].requires_grad_(True)
+        alone = retained_tokens(part, learned.at((0, [head])), states, values[:, [head]], softness=0.7)
+        (alone.at(slice(0, length)) * direction[:, [head]] + 0 * states.sum()).sum().backward()
+        torch.testing.assert_close(keys.grad[:, [head]], states.grad)
+        assert (states.grad.norm() > 0) == (head < 4 and held < length)
+
+
+def assert_same_as_cache(head_map, slots, keys, values, **settings):
+    """Pretended evictions leave the tokens that a cache of one layer holds at every step; returns the layer's plan."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cache = SSDCache(head_map, run["slots"], **settings)
-    (layer,) = cache.layers
-    pretended = retained_tokens(layer.plan, learned.at(0), keys, values, softness=1.0).at(slice(0, length))
+        cache = SSDCache(head_map, slots, **settings)
+    (layer,), length = cache.layers, keys.shape[2]
+    pretended = retained_tokens(layer.plan, head_map.learned.at(0), keys, values, softness=1.0).at(slice(0, length))
     layer.update(keys[:, :, :1], values[:, :, :1])  # a prompt of one token
     for step in range(length):
         layer._query_missing = False  # nothing attends here
         layer.update(keys[:, :, step : step + 1], values[:, :, step : step + 1])
         for (row, head), held in held_tokens(layer).items():
             assert pretended[row, head, step, : step + 1].nonzero()[:, 0].tolist() == held
+    return layer.plan
 
 
 def test_the_cut_moves_with_the_scores_near_it():

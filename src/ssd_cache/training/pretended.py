@@ -36,7 +36,12 @@ class RetainedTokens:
 
 
 def retained_tokens(
-    plan: LayerPlan, learned: LearnedScore, keys: torch.Tensor, values: torch.Tensor, softness: float
+    plan: LayerPlan,
+    learned: LearnedScore,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    softness: float,
+    extra: torch.Tensor | None = None,
 ) -> RetainedTokens:
     """Simulate the evictions of a layer over a whole image.
 
@@ -45,6 +50,7 @@ def retained_tokens(
         learned: score of the layer's heads.
         keys, values: K and V of the visual tokens, `[rows, kv_heads, tokens, head_dim]`.
         softness: temperature of the soft threshold, in units of the score; affects only the gradient.
+        extra: `[kv_heads]`, zeros: further slots of each head. Their gradient is the change of the loss for one slot.
     """
     rows, _, length, _ = keys.shape
     worth = learned.of_states(keys, values)
@@ -61,7 +67,8 @@ def retained_tokens(
         num_slots = torch.tensor([plan.num_slots[head] for head in mine], device=keys.device)
         first = min(plan.num_slots[head] for head in mine)
         evictions = range(first, min(length, plan.num_cells), plan.buffer)
-        held = _Held(worth.new_ones(rows, len(mine), length), plan.buffer, softness)
+        of_mine = None if extra is None else extra[mine]
+        held = _Held(worth.new_ones(rows, len(mine), length), plan.buffer, softness, of_mine)
         for num_seen in evictions:
             seen = positions[:num_seen].expand(1, len(mine), -1)
             if is_spatial:
@@ -78,8 +85,8 @@ def retained_tokens(
 class _Held:
     """The tokens held by heads that evict at the same steps; `after` has `[rows, heads, tokens]` for each eviction."""
 
-    def __init__(self, everything: torch.Tensor, buffer: int, softness: float):
-        self.buffer, self.softness = buffer, softness
+    def __init__(self, everything: torch.Tensor, buffer: int, softness: float, extra: torch.Tensor | None):
+        self.buffer, self.softness, self.extra = buffer, softness, extra
         self.alive, self.soft, self.after = everything > 0, everything, [everything]
 
     def evict(self, ranks: torch.Tensor, spared: torch.Tensor, is_full: torch.Tensor) -> None:
@@ -102,8 +109,11 @@ class _Held:
         soft = torch.sigmoid((ranks.detach() - cut) / self.softness)
         near = soft * (1 - soft) * alive
         ranks = ranks.masked_fill(ranks.isinf(), 0.0)
-        shift = (near * (ranks - ranks.detach())).sum(-1, keepdim=True) / near.sum(-1, keepdim=True).clamp(min=0.01)
+        total = near.sum(-1, keepdim=True).clamp(min=0.01)
+        shift = (near * (ranks - ranks.detach())).sum(-1, keepdim=True) / total
         moved = soft + soft * (1 - soft) / self.softness * (ranks - ranks.detach() - shift)
+        if self.extra is not None:  # a further slot goes to the tokens near the threshold
+            moved = moved + near / total * self.extra[:, None]
         before = self.soft[..., :seen]
         # a dropped token cannot return: its soft value is the minimum over all evictions so far
         self.soft = torch.cat([torch.where((moved < before) & is_full, moved, before), self.soft[..., seen:]], 2)

@@ -101,6 +101,20 @@ def scale_slots(
     return [tuple(next(shared) for _ in layer) for layer in slots]
 
 
+def round_slots(slots: Sequence[Sequence[int]], unit: int, least: int, num_cells: int) -> list[tuple[int, ...]]:
+    """Slots as multiples of `unit`, in the proportions of `slots`; the total is rounded down.
+
+    No head gets fewer than `least`, a multiple of `unit` for which the total is enough, nor more than the grid's cells.
+
+    >>> round_slots([(31, 9), (20, 12)], 8, 8, 576)
+    [(32, 8), (24, 8)]
+    """
+    flat, most = [number for layer in slots for number in layer], num_cells // unit
+    total = min(sum(flat) // unit, len(flat) * most)
+    shared = iter(_grow(flat, total, [least // unit] * len(flat), most))
+    return [tuple(unit * next(shared) for _ in layer) for layer in slots]
+
+
 def least_slots(is_spatial: bool, buffer: int, num_recent: Amount, num_sinks: int, num_cells: int) -> int:
     """Minimum slots of a head of this kind: `buffer` and the tokens it must keep; at most the number of grid cells."""
     if is_spatial:

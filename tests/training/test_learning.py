@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -18,12 +19,14 @@ from ssd_cache.cli import app
 from ssd_cache.evaluation.fidelity import measure_fidelity
 from ssd_cache.head_map.learned_score import LearnedScore
 from ssd_cache.models import GeneratorError, find_generator
+from ssd_cache.runs.processes import Processes
 from ssd_cache.runs.run_state import ProfilingError, read_state, write_state
-from ssd_cache.training import learning, recording
+from ssd_cache.training import learning, moving_slots, recording, trainer
 from ssd_cache.training.learning_state import FORMAT, WHAT, LearningRun, LearningState
+from ssd_cache.training.moving_slots import move_slots
 from ssd_cache.training.pretended import masked_softmax, retained_tokens
 from ssd_cache.training.recording import replay_images
-from ssd_cache.training.trainer import Trainer
+from ssd_cache.training.trainer import Trainer, mean_attention
 
 GRID = (SIDE, SIDE)
 PROMPTS = ["a photo of a red circle", "a photo of a circle left of a blue square", "a photo of two triangles"]
@@ -39,17 +42,46 @@ def test_pretended_evictions_leave_the_tokens_that_the_cache_holds(run):
     learned = random_score(1, heads, dim, grid)
     head_map = HeadMap(torch.tensor([run["is_spatial"]]), grid=grid, learned=learned)
     settings = {name: run[name] for name in ("buffer", "num_recent", "num_sinks")}
+    assert_same_as_cache(head_map, run["slots"], keys, values, **settings)
+
+
+@pytest.mark.parametrize("length", [14, 36])
+def test_heads_whose_slots_fill_at_different_times_are_pretended_together(length):
+    """Their tokens are those of the cache, and their gradients those of each head pretended alone."""
+    torch.manual_seed(0)
+    slots, grid, dim = [9, 21, 13, 11, 36, 13, 9], (6, 6), 4
+    keys, values = (torch.randn(2, len(slots), length, dim) for _ in range(2))
+    learned = random_score(1, len(slots), dim, grid)
+    head_map = HeadMap(torch.tensor([[False] * 5 + [True] * 2]), grid=grid, learned=learned)
+    settings = {"buffer": 4, "num_recent": 2, "num_sinks": 1}
+    plan = assert_same_as_cache(head_map, [slots], keys, values, **settings)
+    together = retained_tokens(plan, learned.at(0), keys.requires_grad_(True), values, softness=0.7)
+    assert sorted(heads for heads, _, _ in together.parts) == [[0, 1, 2], [3], [4], [5, 6]]
+    direction = torch.randn(2, len(slots), length, length)
+    (together.at(slice(0, length)) * direction).sum().backward()
+    for head, held in enumerate(slots):
+        part = replace(plan, is_spatial=(head > 4,), num_slots=(held,), num_recent=(2,))
+        states = keys.detach()[:, [head]].requires_grad_(True)
+        alone = retained_tokens(part, learned.at((0, [head])), states, values[:, [head]], softness=0.7)
+        (alone.at(slice(0, length)) * direction[:, [head]] + 0 * states.sum()).sum().backward()
+        torch.testing.assert_close(keys.grad[:, [head]], states.grad)
+        assert (states.grad.norm() > 0) == (head < 4 and held < length)
+
+
+def assert_same_as_cache(head_map, slots, keys, values, **settings):
+    """Pretended evictions leave the tokens that a cache of one layer holds at every step; returns the layer's plan."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cache = SSDCache(head_map, run["slots"], **settings)
-    (layer,) = cache.layers
-    pretended = retained_tokens(layer.plan, learned.at(0), keys, values, softness=1.0).at(slice(0, length))
+        cache = SSDCache(head_map, slots, **settings)
+    (layer,), length = cache.layers, keys.shape[2]
+    pretended = retained_tokens(layer.plan, head_map.learned.at(0), keys, values, softness=1.0).at(slice(0, length))
     layer.update(keys[:, :, :1], values[:, :, :1])  # a prompt of one token
     for step in range(length):
         layer._query_missing = False  # nothing attends here
         layer.update(keys[:, :, step : step + 1], values[:, :, step : step + 1])
         for (row, head), held in held_tokens(layer).items():
             assert pretended[row, head, step, : step + 1].nonzero()[:, 0].tolist() == held
+    return layer.plan
 
 
 def test_the_cut_moves_with_the_scores_near_it():
@@ -68,6 +100,37 @@ def test_the_cut_moves_with_the_scores_near_it():
     assert slope[0] > 0 > slope[1:5].max()
     assert slope[5] == 0
     assert slope.sum().abs() < 1e-6  # all scores higher: the same choice
+
+
+def test_the_gradient_of_a_further_slot_is_what_it_lets_in():
+    """One token more, spread over those near the threshold, but none where a head has room for all."""
+    torch.manual_seed(0)
+    learned = random_score(1, 3, 4, (4, 4))
+    head_map = HeadMap(torch.zeros(1, 3, dtype=torch.bool), (4, 4), learned=learned)
+    plan = SSDCache(head_map, [[8, 12, 16]], buffer=4).layers[0].plan
+    keys, values, extra = torch.randn(1, 3, 16, 4), torch.randn(1, 3, 16, 4), torch.zeros(3, requires_grad=True)
+    held = retained_tokens(plan, learned.at(0), keys, values, 1.0, extra).at(slice(15, 16))
+    assert held.sum((0, 2, 3)).tolist() == [8, 12, 16]
+    held.sum().backward()
+    assert 0.3 < extra.grad[0] <= 1
+    assert 0.3 < extra.grad[1] <= 1
+    assert extra.grad[2] == 0
+
+
+@pytest.mark.parametrize(
+    ("done", "expected"), [(0.4, [[10, 20, 15], [25, 10, 10]]), (0.75, [[10, 15, 15], [25, 10, 15]]), (0.8, None)]
+)
+def test_slots_move_from_the_lowest_value_to_the_highest(done, expected, monkeypatch):
+    monkeypatch.setattr(moving_slots, "MOVING", ((0.4, 3), (0.75, 6)))
+    plan = SSDCache(HeadMap(torch.zeros(2, 3, dtype=torch.bool), (5, 5)), 10, buffer=5, num_recent=0).layers[0].plan
+    slots = torch.tensor([[10, 15, 15], [20, 15, 15]])
+    # the first cannot give, and the last of the first row has the third-highest value
+    values = torch.tensor([[-2.0, 0.5, 0.0], [3.0, -1.0, -0.5]])
+    moved = move_slots(slots, values, done, plan)
+    assert moved.tolist() == (expected or slots.tolist())
+    full = torch.where(values == 3, 25, slots)
+    assert move_slots(full, values, 0.5, plan).tolist() == [[10, 20, 15], [25, 10, 15]]  # it cannot get more
+    assert torch.equal(move_slots(slots, torch.zeros(2, 3), 0.1, plan), slots)
 
 
 def test_masked_softmax_credits_what_is_left_out_with_its_weight():
@@ -163,6 +226,80 @@ def test_a_number_scales_the_slots_of_a_fitted_map_and_the_new_map_keeps_them(ge
     assert learn_score(generator, PROMPTS, fitted, **SETTINGS | {"budget": None, "buffer": 2}, num_steps=1).budget == (
         fitted.budget
     )
+
+
+def test_slots_move_to_the_head_whose_tokens_matter(generator, monkeypatch):
+    """The values of the other heads are zero, so the loss does not depend on what they hold."""
+    monkeypatch.setattr(trainer, "MOVE_STEPS", 2)
+    decoder = generator.language_model.get_decoder()
+    first, second = (layer.self_attn.v_proj.weight for layer in decoder.layers)
+    others = [first, second[len(second) // 2 :]]
+    before = [weight.detach().clone() for weight in others]
+    start = replace(labels(), budget=[[31, 19], [14, 16]])
+    settings = SETTINGS | {"budget": None, "num_steps": 9, "learn_slots": True}
+    try:
+        with torch.no_grad():
+            for weight in others:
+                weight.zero_()
+        learned = learn_score(generator, PROMPTS, start, **settings)
+        fixed = learn_score(generator, PROMPTS, start, **settings | {"learn_slots": False})
+    finally:
+        with torch.no_grad():
+            for weight, kept in zip(others, before, strict=True):
+                weight.copy_(kept)
+    assert learned.budget[1][0] == 30  # it began with 15
+    assert sum(map(sum, learned.budget)) == sum(map(sum, start.budget)) == 80
+    assert min(map(min, learned.budget)) >= 10
+    assert not learned.is_spatial.any()
+    assert torch.equal(fixed.is_spatial, start.is_spatial)
+    cache = SSDCache(learned, buffer=5)
+    assert [list(layer.plan.num_slots) for layer in cache.layers] == learned.budget
+    losses = [found.profile["learning"]["held_out"]["after"] for found in (learned, fixed)]
+    assert losses[0] < losses[1]
+
+
+def test_the_value_of_a_slot_has_the_sign_of_its_effect(generator):
+    """Values of a head against the loss with an eviction interval more of slots, over all heads."""
+    recorded = replay_images(generator, PROMPTS, generator.generate(PROMPTS, seed=3), seed=3)
+    settings = {"num_steps": 2, "learning_rate": 0.02, "batch_size": 3, "learn_slots": True, "buffer": 5}
+    plans = learning.check_learning(labels(), 20, **settings)
+    slots = [plan.num_slots for plan in plans]
+    trained = Trainer(generator, plans, 2.0, 1.0, 0.02, 2, 3, Processes())
+    first = mean_attention(generator, recorded, labels(), 3)
+    state = LearningState.beginning(first, slots)
+    values = trained.step(state, recorded)[0].tensors["slot_values"]
+    effects = torch.full((2, 2), trained.divergences(state, recorded).mean().item())
+    for layer, head in product(range(2), range(2)):
+        more = torch.tensor(slots)
+        more[layer, head] += 5
+        state = LearningState.beginning(first, more.tolist())
+        effects[layer, head] -= trained.divergences(state, recorded).mean()
+    assert effects.argmax() == values.argmax(), (effects, values)
+    assert values.flatten()[effects.argmax()] > 0 < effects.max()
+
+
+def test_an_interrupted_run_goes_on_to_the_same_slots(generator, tmp_path, monkeypatch, stop):
+    monkeypatch.setattr(trainer, "MOVE_STEPS", 2)
+    settings = SETTINGS | {"num_steps": 7, "learn_slots": True}
+    whole = learn_score(generator, PROMPTS, labels(), **settings)
+    state, go_on = tmp_path / "state", stop(3)  # between two moves
+    with pytest.raises(KeyboardInterrupt):
+        learn_score(generator, PROMPTS, labels(), **settings, state_file=state)
+    go_on()
+    good = read_state(state, FORMAT, WHAT)
+    slots, values = good.tensors["slots"], good.tensors["slot_values"]
+    assert slots.tolist() != good.settings["slots"]
+    assert values.norm() > 0
+    uneven = slots + torch.tensor([[1, -1], [0, 0]])
+    wrong = [("slots", slots + 5), ("slots", uneven), ("slots", slots.float()), ("slot_values", values * torch.nan)]
+    for name, tensor in wrong:
+        write_state(state, FORMAT, replace(good, tensors={**good.tensors, name: tensor}), WHAT)
+        with pytest.raises(ProfilingError, match="not the state of learning a score"):
+            learn_score(generator, PROMPTS, labels(), **settings, state_file=state)
+    write_state(state, FORMAT, good, WHAT)
+    with pytest.raises(ProfilingError, match="learn_slots True there, False now"):
+        learn_score(generator, PROMPTS, labels(), **settings | {"learn_slots": False}, state_file=state)
+    assert learn_score(generator, PROMPTS, labels(), **settings, state_file=state) == whole
 
 
 @pytest.fixture
@@ -373,6 +510,20 @@ def test_settings_out_of_range_are_refused_before_anything_is_drawn(generator, m
         learn_score(generator, PROMPTS, labels(), **SETTINGS | settings)
 
 
+def test_budgets_too_small_for_moving_slots_are_refused(generator, monkeypatch):
+    monkeypatch.setattr(type(generator), "generate", None)
+    too_small = "learn_slots=True: the budget gives a head 9.0 slots on average, and each keeps at least 10, .*buffer=5"
+    with pytest.raises(ValueError, match=too_small):
+        learn_score(generator, PROMPTS, labels(), **SETTINGS | {"budget": 9}, learn_slots=True)
+    with pytest.raises(ValueError, match="keeps at least 15"):
+        learn_score(generator, PROMPTS, labels(), **SETTINGS | {"budget": 12}, learn_slots=True, num_sinks=2)
+    with pytest.raises(ValueError, match="num_recent=0.25 is out of range: give an int"):
+        learn_score(generator, PROMPTS, labels(), **SETTINGS, learn_slots=True, num_recent=0.25)
+    previews = HeadMap(torch.zeros(2, 2, dtype=torch.bool), GRID, previews=[(4, 4)])
+    with pytest.raises(ValueError, match="this head map has draft grids"):
+        learning.check_learning(previews, 24, num_steps=1, learning_rate=0.02, batch_size=1, learn_slots=True)
+
+
 def test_maps_that_nothing_can_be_learned_for_are_refused(generator):
     online = HeadMap.online(num_layers=2, num_kv_heads=2, grid=GRID)
     with pytest.raises(ValueError, match="this head map has no labels"):
@@ -461,6 +612,14 @@ def test_the_command_writes_a_map_that_a_cache_takes(generator, tmp_path):
     assert "learned score" in result.output
     written = HeadMap.from_pretrained(output)
     assert written == learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=2)
+    result = CliRunner().invoke(app, [*command, "--slots"])
+    assert result.exit_code == 0, result.output
+    written = HeadMap.from_pretrained(output)
+    assert written == learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=2, learn_slots=True)
+    assert (written.budget, written.is_spatial.any()) == ([[25, 25], [25, 20]], False)
+    result = CliRunner().invoke(app, ["learn", *PROMPTS, *arguments, "--budget", "9", "--slots"])
+    assert result.exit_code == 2
+    assert "each keeps at least 10" in " ".join(result.output.split())
     result = CliRunner().invoke(app, ["learn", *PROMPTS, *arguments, "--rate", "3"])
     assert result.exit_code == 2
     assert "learning_rate=3.0" in result.output

@@ -163,21 +163,31 @@ def test_draft_grids_are_refused_with_the_reason():
 
 
 def test_two_processes_learn_the_score_of_one(tmp_path):
-    pytest.importorskip("accelerate")
-    folder = write_checkpoint(tmp_path / "model", guidance_scale=2.0)
-    labels = HeadMap(IS_SPATIAL, GRID).save_pretrained(tmp_path / "labels")
-    arguments = ["--model", str(folder), "--head-map", str(labels), "--budget", "24", "--buffer", "5"]
-    arguments += ["--batch-size", "3", "--steps", "4", "--device", "cpu"]
-
-    both = run_two(["learn", *PROMPTS, *arguments, "-o", "both"], cwd=tmp_path)
-    assert [code for code, _, _ in both] == [0, 0], both
-    assert both[0][1].endswith("wrote both\n")
-    assert both[1][1] == ""  # the main process alone prints and writes
-    alone = CliRunner().invoke(app, ["learn", *PROMPTS, *arguments, "-o", str(tmp_path / "alone")])
-    assert alone.exit_code == 0, alone.output
-    found, expected = (HeadMap.from_pretrained(tmp_path / name) for name in ("both", "alone"))
+    found, expected = learn_in_two_processes_and_in_one(tmp_path, "--steps", "4")
     for name, tensor in expected.learned.tensors().items():
         # gradients are added in another order; Adam's first steps have the size of the learning rate in any case
         torch.testing.assert_close(getattr(found.learned, name), tensor, rtol=1e-4, atol=1e-5)
     held_out = [head_map.profile["learning"]["held_out"]["after"] for head_map in (found, expected)]
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
+
+
+def test_two_processes_move_the_slots_of_one(tmp_path):
+    found, expected = learn_in_two_processes_and_in_one(tmp_path, "--steps", "28", "--slots")
+    assert found.budget == expected.budget
+    assert found.budget != [[25, 25], [25, 20]]  # the slots at the beginning
+
+
+def learn_in_two_processes_and_in_one(folder, *options):
+    """The two maps that `ssd-cache learn` writes."""
+    pytest.importorskip("accelerate")
+    model = write_checkpoint(folder / "model", guidance_scale=2.0)
+    labels = HeadMap(IS_SPATIAL, GRID).save_pretrained(folder / "labels")
+    arguments = ["--model", str(model), "--head-map", str(labels), "--budget", "24", "--buffer", "5"]
+    arguments += ["--batch-size", "3", "--device", "cpu", *options]
+    both = run_two(["learn", *PROMPTS, *arguments, "-o", "both"], cwd=folder)
+    assert [code for code, _, _ in both] == [0, 0], both
+    assert both[0][1].endswith("wrote both\n")
+    assert both[1][1] == ""  # the main process alone prints and writes
+    alone = CliRunner().invoke(app, ["learn", *PROMPTS, *arguments, "-o", str(folder / "alone")])
+    assert alone.exit_code == 0, alone.output
+    return [HeadMap.from_pretrained(folder / name) for name in ("both", "alone")]

@@ -147,6 +147,9 @@ def learn(
         ),
     ] = 400,
     rate: Annotated[float, option("Learning rate at the first step.", "X")] = 0.02,
+    slots: Annotated[
+        bool, typer.Option("--slots", help="Also move slots between heads, all of which become semantic.")
+    ] = False,
     resume: Resume = None,
     batch_size: Annotated[
         int, option("Images a step. Up to four times as many are generated at once.", "N", least=1)
@@ -174,6 +177,7 @@ def learn(
         "buffer": buffer,
         "num_steps": steps,
         "learning_rate": rate,
+        "learn_slots": slots,
         "batch_size": batch_size,
     }
     with refusing():

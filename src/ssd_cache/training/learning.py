@@ -1,14 +1,15 @@
 """`learn_score`: train token scores by minimising the KL divergence between full-cache and evicted-cache outputs.
 
 Images are generated with a full cache. Their tokens go through the decoder again, without the tokens that an `SSDCache`
-would have evicted, and a `LearnedScore` is trained by gradient descent on the divergence. Labels, slots and the model's
-weights do not change.
+would have evicted, and a `LearnedScore` is trained by gradient descent on the divergence. The model's weights do not
+change, and labels and slots only with `learn_slots`.
 """
 
 from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ssd_cache.budget import Budget, check_count, is_amount
@@ -30,6 +32,7 @@ from ssd_cache.runs.processes import Processes
 from ssd_cache.runs.progress import progress_bar
 from ssd_cache.training.learning_state import LearningRun, LearningState
 from ssd_cache.training.memory import images_at_once
+from ssd_cache.training.moving_slots import initial_slots
 from ssd_cache.training.recording import check_trainable, make_recordings, training_batches
 from ssd_cache.training.teacher_forcing import Recording
 from ssd_cache.training.trainer import Trainer, mean_attention
@@ -55,6 +58,7 @@ def learn_score(
     num_sinks: int = 0,
     num_steps: int = 400,
     learning_rate: float = 0.02,
+    learn_slots: bool = False,
     processor: ProcessorMixin | None = None,
     batch_size: int = 4,
     guidance_scale: float | None = None,
@@ -95,6 +99,11 @@ def learn_score(
             its run: from its last step on, the schedule (learning rate, softness of the threshold) is that of the new
             total, so the score differs from that of a run with this total.
         learning_rate: learning rate of Adam for the position weights; those of K and V use a third of it.
+        learn_slots: also move slots between heads, all of which are then semantic: a window is a special case of a
+            learned score, which knows positions. The budget is rounded to multiples of `buffer`. The gradient of the
+            loss by the slots of each head is averaged over 20 steps; then `buffer` slots move from each of the heads
+            with the least value of a slot to those with the most. The total stays the same, and every head keeps at
+            least 2 * `buffer`, in addition to recents and sinks. No slots move in the last quarter of the steps.
         processor: the model's processor; by default loaded from the same source as the model.
         batch_size: images per step, shared by the processes; four times as many are generated together, or fewer if
             their K and V would take more than 2.8 GiB.
@@ -107,7 +116,8 @@ def learn_score(
             number of processes.
 
     Returns:
-        The map with the score as `learned` and the budget that it was trained for as `budget`. Its
+        The map with the score as `learned` and the budget that it was trained for as `budget`; with `learn_slots`, all
+        heads are semantic, and the budget is a list of the learned slots. Its
         `profile["learning"]["held_out"]` compares the divergence before and after on `HELD_OUT` additional images of
         the same prompts.
 
@@ -115,12 +125,13 @@ def learn_score(
         GeneratorError: no prompts, too long prompts, an unsupported model, or a generation setting out of range.
         HeadMapError: the map was made for a model of another shape.
         ProfilingError: numbers that are not finite, a state file of another run, or one that cannot be written.
-        ValueError: any other setting out of range, or a map under which no head ranks its tokens.
+        ValueError: any other setting out of range, a map under which no head ranks its tokens, or a budget that is too
+            small for `learn_slots`.
     """
     generator, processes = model if isinstance(model, Generator) else generator_of(model, processor), Processes()
     check_whole(generator.language_model)
     generator.checkpoint.check_head_map(head_map)
-    settings: dict[str, Any] = {"learning_rate": learning_rate, "batch_size": batch_size}
+    settings: dict[str, Any] = {"learning_rate": learning_rate, "batch_size": batch_size, "learn_slots": learn_slots}
     cache_settings: dict[str, Any] = {"buffer": buffer, "num_recent": num_recent, "num_sinks": num_sinks}
     plans = check_learning(head_map, budget, num_steps=num_steps, **settings, **cache_settings)
     resolved = generator.sampling(guidance_scale, temperature, seed)
@@ -143,7 +154,10 @@ def learn_score(
         "slots": [list(plan.num_slots) for plan in plans],
         **facts,
     }
-    if budget is None:
+    if learn_slots:
+        head_map = _all_semantic(head_map)
+        budget = [list(plan.num_slots) for plan in plans]
+    elif budget is None:
         budget = head_map.budget
     elif head_map.slots and is_amount(budget):  # one number scales the slots of the map
         budget = [list(plan.num_slots) for plan in plans]
@@ -164,7 +178,9 @@ def learn_score(
         num_at_once = images_at_once(generator, [*recordings, held_out], -(-batch_size // processes.count), buffer)
         if run.learning is None:
             first = head_map.learned or mean_attention(generator, recordings[0], head_map, num_at_once)
-            run.learning = LearningState.beginning(processes.gather_all(first)[0])
+            run.learning = LearningState.beginning(
+                processes.gather_all(first)[0], [plan.num_slots for plan in plans] if learn_slots else None
+            )
         schedule: dict[str, Any] = {"learning_rate": learning_rate, "num_steps": num_steps, "num_at_once": num_at_once}
         trainer = Trainer(generator, plans, **sampling, **schedule, processes=processes)
         if run.before is None:
@@ -179,6 +195,8 @@ def learn_score(
     learning = {**result.profile["learning"], "held_out": run.compared()}
     if len(run.stages) > 1:
         learning["stages"] = run.stages
+    if run.learning.slots is not None:
+        result = replace(result, budget=run.learning.slots.tolist())
     return replace(result, learned=run.learning.score(), profile={**result.profile, "learning": learning})
 
 
@@ -189,6 +207,7 @@ def check_learning(
     num_steps: int,
     learning_rate: float,
     batch_size: int,
+    learn_slots: bool = False,
     buffer: int | None = None,
     **cache_settings: Any,
 ) -> list[LayerPlan]:
@@ -201,12 +220,23 @@ def check_learning(
         what = "has no labels" if head_map.is_online else "has draft grids"
         raise ValueError(f"this head map {what}, and a score is learned for the labels and places of a single grid")
     buffer = default_buffer(head_map.layout, "learned") if buffer is None else buffer
-    cache_settings = {"num_recent": 0, **cache_settings}
-    plans = [layer.plan for layer in SSDCache(head_map, budget, score="sum", buffer=buffer, **cache_settings).layers]
+    cache_settings = {"num_recent": 0, **cache_settings, "score": "sum", "buffer": buffer}
+    if learn_slots:
+        check_count("num_recent", cache_settings["num_recent"], 0)  # a fraction would change with the slots
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no head keeps its window
+            budget = initial_slots([layer.plan for layer in SSDCache(head_map, budget, **cache_settings).layers])
+        head_map = _all_semantic(head_map)
+    plans = [layer.plan for layer in SSDCache(head_map, budget, **cache_settings).layers]
     heads = [head for plan in plans for head in zip(plan.is_spatial, plan.num_slots, strict=True)]
     if all(is_spatial or num_slots >= head_map.num_visual_tokens for is_spatial, num_slots in heads):
         raise ValueError("no head of this map ranks tokens at this budget: all are spatial, or hold everything")
     return plans
+
+
+def _all_semantic(head_map: HeadMap) -> HeadMap:
+    """The map with every head labelled semantic."""
+    return replace(head_map, is_spatial=torch.zeros_like(head_map.is_spatial))
 
 
 def _take_steps(run: LearningRun, trainer: Trainer, recordings: Iterator[Recording], progress: bool) -> None:

@@ -6,8 +6,8 @@ gradients.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from ssd_cache.runs.run_state import (
     write_state,
 )
 
-FORMAT, WHAT = "ssd-cache learning 2", "the state of learning a score"
-"""Format 1 held no images."""
+FORMAT, WHAT = "ssd-cache learning 3", "the state of learning a score"
+"""Format 1 held no images, and format 2 no slots."""
 
 PARTS = ("score", "mean", "square")
 
@@ -47,18 +47,30 @@ OF_STATES = 1 / 3
 class LearningState:
     """The score, the running means of its gradients and of their squares, and the number of steps.
 
-    `tensors` holds `score.NAME`, `mean.NAME` and `square.NAME` for each name of a `LearnedScore`.
+    `tensors` holds `score.NAME`, `mean.NAME` and `square.NAME` for each name of a `LearnedScore`. Where slots are
+    learned too, it also holds `slots`, int64 `[layers, kv_heads]`, and `slot_values`, the value of a slot in each head,
+    added up since the last multiple of `MOVE_STEPS`.
     """
 
     tensors: dict[str, torch.Tensor]
     num_steps: int = 0
 
     @classmethod
-    def beginning(cls, learned: LearnedScore) -> LearningState:
-        """The state before the first step, with the score `learned`."""
+    def beginning(cls, learned: LearnedScore, slots: Sequence[Sequence[int]] | None = None) -> LearningState:
+        """The state before the first step, with the score `learned`, and with slots if these are learned too."""
         score = learned.tensors()
         zeros = {f"{part}.{name}": torch.zeros_like(tensor) for part in PARTS for name, tensor in score.items()}
-        return cls(zeros | {f"score.{name}": tensor.clone() for name, tensor in score.items()})
+        state = cls(zeros | {f"score.{name}": tensor.clone() for name, tensor in score.items()})
+        return state if slots is None else state.with_slots(torch.tensor(slots), torch.zeros(score["row"].shape[:2]))
+
+    @property
+    def slots(self) -> torch.Tensor | None:
+        """The current slots, `[layers, kv_heads]`; None if they are not learned."""
+        return self.tensors.get("slots")
+
+    def with_slots(self, slots: torch.Tensor, values: torch.Tensor) -> LearningState:
+        """The state with other slots and values of a slot."""
+        return replace(self, tensors={**self.tensors, "slots": slots, "slot_values": values})
 
     def score(self) -> LearnedScore:
         """The current score."""
@@ -72,7 +84,7 @@ class LearningState:
     def follow(self, gradients: Mapping[str, torch.Tensor], learning_rate: float) -> LearningState:
         """The state after one more step of Adam."""
         num_steps = self.num_steps + 1
-        tensors: dict[str, torch.Tensor] = {}
+        tensors = dict(self.tensors)
         for name, gradient in gradients.items():
             score, mean, square = (self.tensors[f"{part}.{name}"] for part in PARTS)
             gradient = gradient.to(score.device)
@@ -132,7 +144,7 @@ class LearningRun:
             for held in (before, after):
                 if held is not None:
                     check_like({"held-out": held}, {"held-out": torch.empty(HELD_OUT, dtype=torch.float64)})
-            learning = _learning_of(tensors, num_steps, head_map)
+            learning = _learning_of(tensors, num_steps, head_map, settings)
             if after is not None and (before is None or learning is None):
                 raise ValueError("it ends without a beginning")
         except ValueError as error:
@@ -181,13 +193,23 @@ class LearningRun:
         }
 
 
-def _learning_of(tensors: Mapping[str, torch.Tensor], num_steps: int, head_map: HeadMap) -> LearningState | None:
-    """The score and Adam's moments, checked; None where there are no tensors. Raises ValueError."""
+def _learning_of(
+    tensors: Mapping[str, torch.Tensor], num_steps: int, head_map: HeadMap, settings: Mapping[str, Any]
+) -> LearningState | None:
+    """The score, Adam's moments and the slots, checked; None where there are no tensors. Raises ValueError."""
     if not tensors:
         return None
     empty = torch.empty(0)
     like = {name: tensors.get(f"score.{name}", empty) for name in LearnedScore.NAMES}
-    check_like(tensors, {f"{part}.{name}": tensor for part in PARTS for name, tensor in like.items()})
+    expected = {f"{part}.{name}": tensor for part in PARTS for name, tensor in like.items()}
+    if settings["learn_slots"]:
+        expected |= {"slots": torch.tensor(settings["slots"]), "slot_values": torch.zeros(head_map.is_spatial.shape)}
+    check_like(tensors, expected)
+    if settings["learn_slots"]:
+        slots, is_finite = tensors["slots"], tensors["slot_values"].isfinite().all()
+        is_whole = slots.min() > 0 and not (slots % settings["buffer"]).any()
+        if not is_whole or slots.sum() != expected["slots"].sum() or not is_finite:
+            raise ValueError("its slots are not those of this budget")
     checked_learned(LearnedScore(**like), head_map.is_spatial.shape, head_map.layout)
     if any((tensors[f"square.{name}"] < 0).any() for name in like):
         raise ValueError("squares of gradients are below 0")

@@ -21,7 +21,7 @@ class RetainedTokens:
     """Which visual tokens the heads of a layer hold, after each eviction; float32 ones and zeros.
 
     Attributes:
-        parts: for heads with equal slots and labels, their indices; the tokens `[rows, heads, 1 + evictions, tokens]`;
+        parts: for heads that evict at the same steps, their indices; the tokens `[rows, heads, 1 + evictions, tokens]`;
             and the number of evictions before each token arrives, `[tokens]`.
     """
 
@@ -36,7 +36,12 @@ class RetainedTokens:
 
 
 def retained_tokens(
-    plan: LayerPlan, learned: LearnedScore, keys: torch.Tensor, values: torch.Tensor, softness: float
+    plan: LayerPlan,
+    learned: LearnedScore,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    softness: float,
+    extra: torch.Tensor | None = None,
 ) -> RetainedTokens:
     """Simulate the evictions of a layer over a whole image.
 
@@ -45,48 +50,57 @@ def retained_tokens(
         learned: score of the layer's heads.
         keys, values: K and V of the visual tokens, `[rows, kv_heads, tokens, head_dim]`.
         softness: temperature of the soft threshold, in units of the score; affects only the gradient.
+        extra: `[kv_heads]`, zeros: further slots of each head. Their gradient is the change of the loss for one slot.
     """
     rows, _, length, _ = keys.shape
     worth = learned.of_states(keys, values)
     positions = torch.arange(length, device=keys.device)
     parts = []
-    kinds = list(zip(plan.num_slots, plan.is_spatial, strict=True))
-    for num_slots, is_spatial in set(kinds):
-        mine = [head for head, kind in enumerate(kinds) if kind == (num_slots, is_spatial)]
-        buffer = min(plan.buffer, num_slots)
-        evictions = range(num_slots, length, buffer) if num_slots < plan.num_cells else range(0)
-        held = _Held(worth.new_ones(rows, len(mine), length), buffer, softness)
-        num_recent = 0 if is_spatial else plan.num_recent[mine[0]]
+    # heads whose slots differ by multiples of the buffer evict at the same steps, once their slots are full
+    kinds = [
+        (num_slots % plan.buffer, is_spatial, 0 if is_spatial else num_recent)
+        for num_slots, is_spatial, num_recent in zip(plan.num_slots, plan.is_spatial, plan.num_recent, strict=True)
+    ]
+    for kind in set(kinds):
+        mine = [head for head, of_head in enumerate(kinds) if of_head == kind]
+        _, is_spatial, num_recent = kind
+        num_slots = torch.tensor([plan.num_slots[head] for head in mine], device=keys.device)
+        first = min(plan.num_slots[head] for head in mine)
+        evictions = range(first, min(length, plan.num_cells), plan.buffer)
+        of_mine = None if extra is None else extra[mine]
+        held = _Held(worth.new_ones(rows, len(mine), length), plan.buffer, softness, of_mine)
         for num_seen in evictions:
             seen = positions[:num_seen].expand(1, len(mine), -1)
             if is_spatial:
                 ranks = seen.float().expand(rows, -1, -1)
             else:
                 ranks = worth[:, mine, :num_seen] + learned.at(mine).of_places(seen, num_seen)
-            held.evict(ranks, is_spared(seen, num_seen, num_recent, plan.num_sinks))
+            held.evict(ranks, is_spared(seen, num_seen, num_recent, plan.num_sinks), num_slots <= num_seen)
         # number of evictions before each token arrived
-        number = torch.div(positions - num_slots, buffer, rounding_mode="floor").add(1).clamp(0, len(evictions))
+        number = torch.div(positions - first, plan.buffer, rounding_mode="floor").add(1).clamp(0, len(evictions))
         parts.append((mine, torch.stack(held.after, 2), number))
     return RetainedTokens(parts)
 
 
 class _Held:
-    """The tokens held by heads with equal slot counts; `after` has `[rows, heads, tokens]` for each eviction."""
+    """The tokens held by heads that evict at the same steps; `after` has `[rows, heads, tokens]` for each eviction."""
 
-    def __init__(self, everything: torch.Tensor, buffer: int, softness: float):
-        self.buffer, self.softness = buffer, softness
+    def __init__(self, everything: torch.Tensor, buffer: int, softness: float, extra: torch.Tensor | None):
+        self.buffer, self.softness, self.extra = buffer, softness, extra
         self.alive, self.soft, self.after = everything > 0, everything, [everything]
 
-    def evict(self, ranks: torch.Tensor, spared: torch.Tensor) -> None:
+    def evict(self, ranks: torch.Tensor, spared: torch.Tensor, is_full: torch.Tensor) -> None:
         """Evict `buffer` tokens per row and head: of those still held, the tokens with the lowest rank.
 
-        `ranks` is `[rows, heads, seen]`. Tokens where the boolean mask `spared` is True are kept.
+        `ranks` is `[rows, heads, seen]`. Tokens where the boolean mask `spared` is True are kept. Heads where `is_full`
+        is False, `[heads]`, keep all.
         """
         seen = ranks.shape[2]
         alive = self.alive[..., :seen]
         ranks = ranks.masked_fill(spared, torch.inf)
         victims = lowest(ranks.detach(), ~alive, self.buffer)
-        kept = alive.scatter(2, victims, False)
+        is_full = is_full[:, None]
+        kept = alive.scatter(2, victims, False) | (alive & ~is_full)
         self.alive = torch.cat([kept, self.alive[..., seen:]], 2)
         # the threshold lies between the lowest kept and the highest dropped rank, and moves with the tokens near it
         low = ranks.detach().gather(2, victims[..., -1:])
@@ -95,11 +109,14 @@ class _Held:
         soft = torch.sigmoid((ranks.detach() - cut) / self.softness)
         near = soft * (1 - soft) * alive
         ranks = ranks.masked_fill(ranks.isinf(), 0.0)
-        shift = (near * (ranks - ranks.detach())).sum(-1, keepdim=True) / near.sum(-1, keepdim=True).clamp(min=0.01)
+        total = near.sum(-1, keepdim=True).clamp(min=0.01)
+        shift = (near * (ranks - ranks.detach())).sum(-1, keepdim=True) / total
         moved = soft + soft * (1 - soft) / self.softness * (ranks - ranks.detach() - shift)
+        if self.extra is not None:  # a further slot goes to the tokens near the threshold
+            moved = moved + near / total * self.extra[:, None]
         before = self.soft[..., :seen]
         # a dropped token cannot return: its soft value is the minimum over all evictions so far
-        self.soft = torch.cat([torch.where(moved < before, moved, before), self.soft[..., seen:]], 2)
+        self.soft = torch.cat([torch.where((moved < before) & is_full, moved, before), self.soft[..., seen:]], 2)
         self.after.append(self.alive.float() + (self.soft - self.soft.detach()))
 
 

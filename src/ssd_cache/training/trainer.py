@@ -6,6 +6,7 @@ It accesses no files and generates no images: `learning.py` provides recordings,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 
 import torch
@@ -17,6 +18,7 @@ from ssd_cache.models import Generator
 from ssd_cache.runs.processes import Processes
 from ssd_cache.runs.run_state import ProfilingError
 from ssd_cache.training.learning_state import LearningState
+from ssd_cache.training.moving_slots import MOVE_STEPS, move_slots
 from ssd_cache.training.pretended import masked_softmax, retained_tokens
 from ssd_cache.training.teacher_forcing import Recording, Weigh, WeighBlock, divergence_of_states, teacher_forced
 
@@ -32,6 +34,8 @@ LEAST = 1e-4
 
 class Trainer:
     """Takes gradient steps of a score, on a schedule of `num_steps`; `plans` are those of the cache it is for.
+
+    A state with slots has its own, and these move on the same schedule (`moving_slots.py`).
 
     The images of a step go through the decoder `num_at_once` at a time, so memory does not depend on their number.
     The processes of a run take these parts in turn and all get the same result.
@@ -59,21 +63,36 @@ class Trainer:
         first, last = SOFTNESS
         softness = first * (last / first) ** done
         parameters, own_loss = state.parameters(self.generator.model.device), 0.0
+        extra = None
+        if state.slots is not None:  # the gradient of zero further slots is the change of the loss for a slot
+            extra = torch.zeros(state.slots.shape, device=self.generator.model.device, requires_grad=True)
         for part in self._own_parts(recording):
             share = len(part.is_unconditional) / len(recording.is_unconditional)
             with teacher_forced(self.generator, part) as run, torch.enable_grad():
-                mean = self._divergence(run, part, LearnedScore(**parameters), softness).mean() * share
+                mean = self._divergence(run, part, state, LearnedScore(**parameters), softness, extra).mean() * share
                 mean.backward()
             own_loss += mean.item()
         loss = sum(self.processes.gather_all(own_loss))
         self._check(torch.tensor(loss))
-        for value in parameters.values():
+        for value in [*parameters.values(), *([] if extra is None else [extra])]:
             own = torch.zeros_like(value) if value.grad is None else value.grad
             value.grad = torch.stack(self.processes.gather_all(own.cpu())).sum(0).to(value.device)
         torch.nn.utils.clip_grad_norm_(parameters.values(), CLIP)
         rate = self.learning_rate * min(1.0, (state.num_steps + 1) / WARM_UP) * (1 - done) ** 0.5
         gradients = {name: value.grad for name, value in parameters.items() if value.grad is not None}
-        return state.follow(gradients, rate), loss
+        state = state.follow(gradients, rate)
+        return (state if extra is None else self._value_slots(state, extra)), loss
+
+    def _value_slots(self, state: LearningState, extra: torch.Tensor) -> LearningState:
+        """The state with the values of this step added, and every `MOVE_STEPS` with other slots."""
+        torch.nn.utils.clip_grad_norm_(extra, CLIP)
+        assert state.slots is not None
+        assert extra.grad is not None
+        slots, values = state.slots, state.tensors["slot_values"] - extra.grad.cpu()
+        if state.num_steps % MOVE_STEPS == 0:
+            slots = move_slots(slots, values, state.num_steps / self.num_steps, self.plans[0])
+            values = torch.zeros_like(values)
+        return state.with_slots(slots, values)
 
     @torch.no_grad()
     def divergences(self, state: LearningState, recording: Recording) -> torch.Tensor:
@@ -81,7 +100,7 @@ class Trainer:
         score, own = LearnedScore(**state.parameters(self.generator.model.device)), []
         for part in self._own_parts(recording):
             with teacher_forced(self.generator, part) as run:
-                own.append(self._divergence(run, part, score, SOFTNESS[-1]).double().mean(1).cpu())
+                own.append(self._divergence(run, part, state, score, SOFTNESS[-1]).double().mean(1).cpu())
         rounds = zip_longest(*self.processes.gather_all(own))
         found = torch.cat([part for parts in rounds for part in parts if part is not None])
         self._check(found)
@@ -92,12 +111,23 @@ class Trainer:
         return recording.split(self.num_at_once)[self.processes.index :: self.processes.count]
 
     def _divergence(
-        self, run: Callable[[Weigh], torch.Tensor], recording: Recording, score: LearnedScore, softness: float
+        self,
+        run: Callable[[Weigh], torch.Tensor],
+        recording: Recording,
+        state: LearningState,
+        score: LearnedScore,
+        softness: float,
+        extra: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """KL divergence of the next token, full cache against evicted cache, `[images, cells]`."""
+        plans = self.plans
+        if state.slots is not None:
+            slots = state.slots.tolist()
+            plans = [replace(plan, num_slots=tuple(held)) for plan, held in zip(plans, slots, strict=True)]
 
         def weigh_retained(layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> WeighBlock:
-            retained = retained_tokens(self.plans[layer_idx], score.at(layer_idx), keys, values, softness)
+            of_layer = None if extra is None else extra[layer_idx]
+            retained = retained_tokens(plans[layer_idx], score.at(layer_idx), keys, values, softness, of_layer)
             return lambda logits, arriving: masked_softmax(logits, retained.at(arriving))
 
         with torch.no_grad():

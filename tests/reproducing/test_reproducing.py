@@ -12,13 +12,11 @@ import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers.interrupting import SOURCE, interrupt
+from helpers.children import run_two
+from helpers.interrupting import interrupt
 from helpers.models import random_score
 from helpers.tiny_checkpoint import HEADS, LAYERS, SIDE, head_map, write_checkpoint
 from helpers.tiny_judges import write_blip, write_classifier, write_detector
@@ -398,46 +396,21 @@ def test_a_long_run_needs_yes(place, monkeypatch, no_weights):
     assert not (place / "out").exists()
 
 
-def start_two(command: list[str], place: Path) -> list[subprocess.Popen[str]]:
-    """The command in two processes of one run."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCE), "HF_HUB_OFFLINE": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "ssd_cache.cli", "reproduce", *command],
-            cwd=place,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-
-
 def test_two_processes_share_a_run(whole, place):
     pytest.importorskip("accelerate")
-    processes = start_two(SMALL, place)
-    texts = [process.communicate(timeout=400) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], texts
+    answers = run_two(["reproduce", *SMALL], cwd=place)
+    assert [code for code, _, _ in answers] == [0, 0], answers
     assert outputs(place / "out") == outputs(whole[0])
-    assert texts[1][0] == ""
+    assert answers[1][1] == ""
 
 
 def test_more_processes_than_prompts_are_refused(place):
     pytest.importorskip("accelerate")
     shutil.rmtree(place / "dpg_bench")
     write_prompts(place, ("red",), "a")
-    processes = start_two(SMALL, place)
-    for process in processes:
-        assert (
-            "1 prompts of dpg for 2 processes: start fewer processes, or give a greater --sample"
-            in (process.communicate(timeout=200)[1])
-        )
-        assert process.returncode == 2
+    for code, _, stderr in run_two(["reproduce", *SMALL], cwd=place):
+        assert "1 prompts of dpg for 2 processes: start fewer processes, or give a greater --sample" in stderr
+        assert code == 2
 
 
 def test_a_share_is_evenly_spaced():

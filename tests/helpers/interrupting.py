@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 from helpers.children import Forked
 
+ENDS = {signal.SIGINT: 1, signal.SIGTERM: 1, signal.SIGKILL: -signal.SIGKILL}
+"""Exit codes of `ssd-cache` after these signals."""
+
 
 def interrupt(command: list[str], is_ready: Callable[[], bool], how: signal.Signals) -> tuple[int, str]:
     """Start `ssd-cache` with these arguments, send the signal once `is_ready()`; returns exit code and stderr."""

@@ -5,9 +5,7 @@ The model is a small random Janus whose folder has prompts. What each stage meas
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 import signal
 from pathlib import Path
@@ -15,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.children import run_two
-from helpers.interrupting import interrupt
+from helpers.failing import fail_on_full_disk, one_line
+from helpers.interrupting import ENDS, interrupt
 from helpers.tiny_checkpoint import write_checkpoint, write_family
 from typer.testing import CliRunner
 
@@ -23,7 +22,6 @@ from ssd_cache import HeadMap, SSDCache, fit_heads, learn_score, prepare, profil
 from ssd_cache.cli import app
 from ssd_cache.evaluation.fidelity import measure_fidelity
 from ssd_cache.head_map.card import card
-from ssd_cache.io import writing
 from ssd_cache.models import Checkpoint, find_generator
 from ssd_cache.preparing import stages
 from ssd_cache.prompts import PROMPTS_FILE
@@ -37,7 +35,6 @@ from ssd_cache.training.learning_state import FORMAT as LEARNING
 PROMPTS = list(dict.fromkeys(caption for _, caption in make_prompts(6, 3)))[:26]
 SETTINGS = {"budget": 24, "num_steps": 4, "batch_size": 5, "seed": 3}
 OPTIONS = ["--budget", "24", "--steps", "4", "--batch-size", "5", "--seed", "3"]
-ENDS = {signal.SIGINT: 1, signal.SIGTERM: 1, signal.SIGKILL: -signal.SIGKILL}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:after an eviction a spatial head"),
     pytest.mark.filterwarnings("ignore:level "),
@@ -75,14 +72,6 @@ def run(checkpoint, tmp_path, monkeypatch):
         return CliRunner().invoke(app, ["prepare", str(checkpoint), "-o", "map", *options, *arguments])
 
     return run
-
-
-def one_line(result, code: int) -> str:
-    """The only line on stderr of a run that failed."""
-    assert result.exit_code == code, result.output
-    lines = [line for line in result.stderr.splitlines() if line.startswith("ssd-cache: ") and "warning: " not in line]
-    assert len(lines) == 1
-    return lines[0]
 
 
 @pytest.fixture
@@ -237,23 +226,7 @@ def test_an_interrupted_run_ends_with_the_same_map(checkpoint, whole, tmp_path, 
 
 
 def test_a_disk_that_is_full_after_every_few_writes_loses_nothing(run, whole, monkeypatch):
-    real, left = os.fsync, []
-
-    def fsync(number):
-        if not left:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        left.pop()
-        real(number)
-
-    monkeypatch.setattr(writing.os, "fsync", fsync)
-    failed = 0
-    for _ in range(30):
-        left[:] = [1] * 9
-        result = run()
-        if result.exit_code == 0:
-            break
-        assert "No space left on device" in one_line(result, 1)
-        failed += 1
+    failed = fail_on_full_disk(monkeypatch, run, num_writes=9, most=30)
     assert 3 <= failed < 30
     assert HeadMap.from_pretrained("map") == whole[1]
 

@@ -6,9 +6,7 @@ tested beside `evaluation`.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 import shutil
 import signal
@@ -16,7 +14,8 @@ from pathlib import Path
 
 import pytest
 from helpers.children import run_two
-from helpers.interrupting import interrupt
+from helpers.failing import fail_on_full_disk, one_line
+from helpers.interrupting import ENDS, interrupt
 from helpers.models import random_score
 from helpers.tiny_checkpoint import HEADS, LAYERS, SIDE, head_map, write_checkpoint
 from helpers.tiny_judges import write_blip, write_classifier, write_detector
@@ -26,7 +25,6 @@ from ssd_cache.cli import app
 from ssd_cache.evaluation.comparing import compare_results
 from ssd_cache.evaluation.policies import parse_policies, parse_policy
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.io import writing
 from ssd_cache.models import Checkpoint
 from ssd_cache.reproducing import plan as planning
 from ssd_cache.reproducing.benchmarks import share_of
@@ -34,7 +32,6 @@ from ssd_cache.reproducing.paper import paper_model, paper_quality, paper_speed
 from ssd_cache.reproducing.settings import Cell, choose_cells
 from ssd_cache.reproducing.stages import pairs
 
-ENDS = {signal.SIGINT: 1, signal.SIGTERM: 1, signal.SIGKILL: -signal.SIGKILL}
 MODEL = "Janus-Pro-1B"
 OPTIONS = ["--dpg", "dpg_bench", "--geneval", "geneval.jsonl", "--detector", "detector", "--clip", "clip"]
 OPTIONS += ["--vqa", "blip", "--speed-batch-sizes", "1,2", "--no-compiled", "--batch-size", "4"]
@@ -112,14 +109,6 @@ def whole(shelf, tmp_path_factory):
 
 def run(arguments):
     return CliRunner().invoke(app, ["reproduce", *arguments])
-
-
-def one_line(result, code: int) -> str:
-    """The only line on stderr of a run that failed."""
-    assert result.exit_code == code, result.output
-    lines = [line for line in result.stderr.splitlines() if line.startswith("ssd-cache: ") and "warning: " not in line]
-    assert len(lines) == 1, result.stderr
-    return lines[0]
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
@@ -271,23 +260,7 @@ def test_a_run_killed_in_its_first_batch_measures_it_again(whole, place):
 
 
 def test_a_disk_that_is_full_after_every_few_writes_loses_nothing(whole, place, monkeypatch):
-    real, left = os.fsync, []
-
-    def fsync(number):
-        if not left:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        left.pop()
-        real(number)
-
-    monkeypatch.setattr(writing.os, "fsync", fsync)
-    failed = 0
-    for _ in range(12):
-        left[:] = [1] * 16
-        result = run(SMALL)
-        if result.exit_code == 0:
-            break
-        assert "No space left on device" in one_line(result, 1)
-        failed += 1
+    failed = fail_on_full_disk(monkeypatch, lambda: run(SMALL), num_writes=16, most=12)
     assert 2 <= failed < 12
     assert outputs(place / "out") == outputs(whole[0])
 

@@ -10,7 +10,7 @@ import signal
 
 import pytest
 import torch
-from helpers.interrupting import interrupt
+from helpers.interrupting import ENDS, interrupt
 from helpers.tiny_checkpoint import SIDE, write_checkpoint
 from typer.testing import CliRunner
 
@@ -24,7 +24,6 @@ from ssd_cache.runs.run_state import is_finished, read_state
 from ssd_cache.training.learning_state import FORMAT, WHAT
 
 PROMPTS = ["a photo of a red circle", "a photo of a circle left of a blue square", "a photo of two triangles"]
-ENDS = {signal.SIGINT: 1, signal.SIGTERM: 1, signal.SIGKILL: -signal.SIGKILL}
 
 
 def slow(how):

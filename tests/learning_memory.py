@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 from helpers.peak_bytes import PeakBytes
 from helpers.tiny_checkpoint import load_example
-from ssd_cache.bench.shapes import TINY_TOWERS, janus_config
+from ssd_cache.bench.subject import TINY_TOWERS, janus_config
 from transformers import JanusForConditionalGeneration
 
 from ssd_cache import HeadMap

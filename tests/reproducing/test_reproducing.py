@@ -112,9 +112,10 @@ def run(arguments):
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
-    """Images, lines and results of a run; not what depends on time."""
+    """Images, lines and results of a run; not what depends on time, nor the file that a kill left half written."""
     names = ("plan.json", "reproduction.json", "reproduction.md", "speed")
     paths = [path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).parts[0] not in names]
+    paths = [path for path in paths if path.suffix != ".part"]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 

@@ -118,8 +118,9 @@ class LeverageScorer(Scorer):
         covariance = keys.mT @ keys / keys.shape[2]
         variances = covariance.diagonal(dim1=-2, dim2=-1)
         variances += RIDGE * variances.mean(-1, keepdim=True).clamp(min=TINY)
-        # inv_ex leaves the result unchecked, so a GPU does not wait; with the ridge, the matrix can be inverted
-        return (keys @ torch.linalg.inv_ex(covariance)[0]).mul_(keys).sum(-1)
+        # cholesky_ex leaves the result unchecked, so a GPU does not wait; with the ridge, the matrix is positive definite
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(covariance)[0])
+        return (keys @ inverse).mul_(keys).sum(-1)
 
 
 @dataclass(frozen=True)

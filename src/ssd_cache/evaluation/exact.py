@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ssd_cache import shapes
+from ssd_cache import emoji, shapes
 from ssd_cache.layout import Grid
 from ssd_cache.models import BUNDLED, Checkpoint, GeneratorError
 
@@ -78,5 +78,15 @@ SHAPES = ExactBenchmark(
     judge=shapes.judge,
 )
 
-BENCHMARKS = {benchmark.name: benchmark for benchmark in (SHAPES,)}
+EMOJI = ExactBenchmark(
+    name="emoji",
+    model="emoji-janus",
+    kinds=emoji.KINDS,
+    grid=emoji.GRID,
+    num_tokens=emoji.NUM_TOKENS,
+    make_prompts=emoji.make_prompts,
+    judge=emoji.judge,
+)
+
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (SHAPES, EMOJI)}
 """The exact benchmarks by name."""

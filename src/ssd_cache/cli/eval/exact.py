@@ -1,4 +1,4 @@
-"""`ssd-cache eval shapes`: measure the exact accuracy of policies on a bundled model, and resume earlier runs.
+"""`ssd-cache eval shapes` and `eval emoji`: exact accuracy of policies on a bundled model; resumes earlier runs.
 
 Holds the options and the order of work, which the exact benchmarks share. All checks run before weights are loaded.
 """

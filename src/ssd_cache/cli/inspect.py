@@ -26,7 +26,7 @@ def inspect(
     source: Annotated[
         str,
         typer.Argument(
-            help=f"Folder or Hub id of a head map, folder of a model with a map, or {' or '.join(BUNDLED_MODELS)}."
+            help=f"Folder or Hub id of a head map, or a model with a map: its folder, {' or '.join(BUNDLED_MODELS)}."
         ),
     ] = BUNDLED,
 ) -> None:

@@ -22,8 +22,8 @@ from transformers.masking_utils import sdpa_mask
 from ssd_cache import HeadMap, SSDCache
 from ssd_cache.evaluation.bootstrap import compare, mean, standard_error
 from ssd_cache.evaluation.conditions import hashed_seed
+from ssd_cache.evaluation.exact import SHAPES
 from ssd_cache.evaluation.policies import choose_head_map, parse_policies
-from ssd_cache.evaluation.shapes import check_model, shapes_prompts
 from ssd_cache.models import Generator, find_generator
 from ssd_cache.shapes import KINDS, judge
 
@@ -172,11 +172,11 @@ def main(
     The attention record takes 40 MB per image of shapes-janus: choose the batch size accordingly.
     """
     checkpoint = find_generator(model)
-    check_model(checkpoint)
+    SHAPES.check_model(checkpoint)
     head_map = choose_head_map(checkpoint, None, parse_policies(policy))
     cache = parse_policies(policy)[0].make_cache(head_map, budget)
     num_slots = torch.tensor([layer.plan.num_slots for layer in cache.layers])
-    prompts = shapes_prompts(per_kind, prompt_seed)
+    prompts = SHAPES.prompts(per_kind, prompt_seed)
     generator = checkpoint.load("float32", "cpu")
     found: dict[str, dict[str, dict[int, float]]] = {}  # oracle -> kind -> caption -> whether it is correct
     for number, start in enumerate(tqdm(range(0, len(prompts), batch_size), unit="batch")):

@@ -6,7 +6,8 @@
 
 `tokens` trains the decoder of visual tokens at a constant rate; `--steps` and `--decay-steps` end it with a decay.
 `pixels` trains the VQ decoder, from tokens to 192 x 192 pixels, on icons that prepare_emoji_data.py wrote. Both resume
-from OUTPUT if started again, also with other numbers of steps. `export` writes the checkpoint for `from_pretrained`.
+from OUTPUT if started again, also with other numbers of steps. `export` writes the folder OUTPUT/checkpoint for
+`from_pretrained`, which is complete: copied to src/ssd_cache/emoji/checkpoint, it is the model of the package.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ from ssd_cache.emoji.captions import (
     make_caption,
 )
 from ssd_cache.emoji.icons import BACKGROUND_RGB, CELL, GRID, ICON_SIDE, load_icons, make_image, place
+from ssd_cache.evaluation.exact import EMOJI
+from ssd_cache.models.bundled import write_checksums
+from ssd_cache.preparing.stages import NUM_CHECKED
+from ssd_cache.prompts import PROMPTS_FILE
 
 UNCONDITIONAL_SHARE = 0.05
 """Share of images with a blank caption, as in guidance (Ho and Salimans 2022)."""
@@ -60,8 +65,10 @@ app = typer.Typer(add_completion=False)
 
 
 def build_processor() -> JanusProcessor:
-    """A word-level tokenizer over the captions' words, in Janus's own processor."""
-    return word_processor(WORDS)
+    """A word-level tokenizer over the captions' words, in Janus's own processor; decoded pixels are from -1 to 1."""
+    processor = word_processor(WORDS)
+    processor.image_processor.image_mean = processor.image_processor.image_std = [0.5, 0.5, 0.5]
+    return processor
 
 
 def build_model(
@@ -231,9 +238,17 @@ def pixels(
             save_state(state_file, vqmodel, optimizers, step)
 
 
+def own_prompts() -> list[str]:
+    """600 captions to measure the model by; the last ones, on which `prepare` checks a map, are of held-out images."""
+    prompts = EMOJI.prompts(150, seed=777)
+    trained = [caption for kind, caption in prompts if kind != "unseen"]
+    held_out = [caption for kind, caption in prompts if kind == "unseen"]
+    return trained[: 600 - NUM_CHECKED] + held_out[:NUM_CHECKED]
+
+
 @app.command()
 def export(output: Path = Path("emoji-janus"), hidden_size: int = 192, num_layers: int = 6) -> None:
-    """Write the checkpoint to OUTPUT in float16, from its training.pt and, if it exists, its pixels.pt."""
+    """Write OUTPUT/checkpoint in float16, from OUTPUT's training.pt and, if it exists, pixels.pt."""
     processor = build_processor()
     model = build_model(processor, hidden_size, num_layers)
     model.load_state_dict(torch.load(output / "training.pt", map_location="cpu", weights_only=True)["model"])
@@ -241,9 +256,12 @@ def export(output: Path = Path("emoji-janus"), hidden_size: int = 192, num_layer
         state = torch.load(output / "pixels.pt", map_location="cpu", weights_only=True)["model"]
         model.model.vqmodel.load_state_dict(state, strict=False)  # without the encoder
     model.model.language_model.config._attn_implementation = "sdpa"
-    model.to(torch.float16).save_pretrained(output)
-    processor.save_pretrained(output)
-    typer.echo(f"wrote {output}")
+    folder = output / "checkpoint"
+    model.to(torch.float16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_checksums(folder)
+    (folder / PROMPTS_FILE).write_text("".join(f"{prompt}\n" for prompt in own_prompts()), "utf-8")
+    typer.echo(f"wrote {folder}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from janus_training import (
 from tqdm import tqdm
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
+from ssd_cache.models.bundled import write_checksums
 from ssd_cache.shapes.scenes import COLORS, GRID, KINDS, NUMBERS, PALETTE, SHAPES, make_scene
 
 PROMPT_LENGTH = 12
@@ -218,6 +219,7 @@ def main(
     decoder.config._attn_implementation = "sdpa"
     model.to(torch.float16).save_pretrained(output)
     processor.save_pretrained(output)
+    write_checksums(output)
     typer.echo(f"wrote {output}")
 
 

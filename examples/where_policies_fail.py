@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw
 
 from ssd_cache.cli.files import check_output, save_image
 from ssd_cache.cli.sheet import contact_sheet
+from ssd_cache.evaluation.exact import SHAPES
 from ssd_cache.evaluation.policies import budget_name, choose_head_map, parse_policies
-from ssd_cache.evaluation.shapes import check_model
 from ssd_cache.models import find_generator, resolve_device, resolve_dtype
 from ssd_cache.shapes import judge, make_prompts
 
@@ -46,7 +46,7 @@ def main(
     chosen = parse_policies(policies)
     where = resolve_device(device)
     checkpoint = find_generator(model)
-    check_model(checkpoint)
+    SHAPES.check_model(checkpoint)
     labels = choose_head_map(checkpoint, head_map, chosen)
     generator = checkpoint.load(resolve_dtype(dtype, where), where)
     captions = [caption for _, caption in make_prompts(per_kind, prompt_seed)]

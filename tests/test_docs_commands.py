@@ -11,11 +11,12 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import typer
-from helpers.tiny_checkpoint import head_map, write_checkpoint, write_family
+from helpers.tiny_checkpoint import head_map, write_checkpoint, write_emoji_janus, write_family
 from typer.testing import CliRunner
 
 from ssd_cache import HeadMap
@@ -23,8 +24,7 @@ from ssd_cache.bench import subject
 from ssd_cache.cli import app
 from ssd_cache.evaluation.geneval import DETECTOR
 from ssd_cache.evaluation.judge_models import CLIP
-from ssd_cache.models import BUNDLED, Checkpoint
-from ssd_cache.models.checkpoint import BUNDLED_FOLDER
+from ssd_cache.models import BUNDLED, BUNDLED_MODELS, Checkpoint
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "hub").rglob("*.md"))]
@@ -103,11 +103,21 @@ def shelf(tmp_path_factory):
         head_map(24).save_pretrained(shelf / name)
     HeadMap.uniform("semantic", num_layers=2, num_kv_heads=2, grid=(8, 9)).save_pretrained(shelf / "emu3-map")
     for name in ("profiled", "fitted", "coverage", "window"):
-        shutil.copytree(BUNDLED_FOLDER / "head_map", shelf / name)
+        shutil.copytree(BUNDLED_MODELS[BUNDLED].folder / "head_map", shelf / name)
     return shelf
 
 
+@pytest.fixture(scope="module")
+def emoji_janus(tmp_path_factory):
+    """A small emoji-janus in the place of the trained one."""
+    folder = write_emoji_janus(tmp_path_factory.mktemp("emoji-janus"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BUNDLED_MODELS, "emoji-janus", replace(BUNDLED_MODELS["emoji-janus"], folder=folder))
+        yield
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.usefixtures("emoji_janus")
 def test_commands_are_accepted(page, shelf, tmp_path, monkeypatch):
     place = tmp_path / "place"
     shutil.copytree(shelf, place)
@@ -129,7 +139,7 @@ def test_commands_are_accepted(page, shelf, tmp_path, monkeypatch):
         is_option_first = arguments[1:] == [] or arguments[1].startswith("-")
         if command in TAKES_PROMPTS and "--prompts-file" not in arguments and is_option_first:
             arguments = [*arguments, PROMPT]
-        is_bundled = "--model" not in arguments or BUNDLED in arguments
+        is_bundled = "--model" not in arguments or bool(BUNDLED_MODELS.keys() & set(arguments))
         runs_whole = command in ("profile", "fit") and not is_bundled
         monkeypatch.setattr(Checkpoint, "load", load if runs_whole else stop)
         result = CliRunner().invoke(app, arguments)

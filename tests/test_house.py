@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 
 ORDER = [
-    *("_compat", "io", "layout", "budget", "model_grids", "kernels", "head_map", "cache", "decode", "models"),
-    *("enabling", "runs", "shapes", "emoji", "prompts", "profiling", "training", "analysis"),
+    *("_compat", "io", "shapes", "emoji", "layout", "budget", "model_grids", "kernels", "head_map", "cache", "decode"),
+    *("models", "enabling", "runs", "prompts", "profiling", "training", "analysis"),
     *("evaluation", "bench", "preparing", "reproducing", "cli"),
 ]
 """Packages and root modules; each imports only from those before it. CONTRIBUTING.md says what each is for."""

@@ -21,8 +21,7 @@ import ssd_cache
 from ssd_cache import HeadMap, HeadMapError
 from ssd_cache.cli import app
 from ssd_cache.io.showing import ReadableError, printable, shown, suggestion
-from ssd_cache.models import GeneratorError, find_generator
-from ssd_cache.models.checkpoint import BUNDLED_FOLDER, find_head_map
+from ssd_cache.models import BUNDLED_MODELS, GeneratorError, find_generator, find_head_map
 
 MAP = HeadMap(torch.tensor([[True, False]]), (4, 6))
 SOON = 3.0
@@ -233,4 +232,4 @@ def test_names_that_no_terminal_shows_do_not_stop_a_command(tmp_path):
 
 
 def test_the_bundled_model_needs_no_hub(nowhere):
-    assert find_generator("shapes-janus").source == str(BUNDLED_FOLDER)
+    assert find_generator("shapes-janus").source == str(BUNDLED_MODELS["shapes-janus"].folder)

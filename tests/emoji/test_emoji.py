@@ -34,6 +34,7 @@ from ssd_cache.emoji.icons import (
     CLEAR,
     GRID,
     ICON_SIDE,
+    NUM_TOKENS,
     Icons,
     background_of,
     load_icons,
@@ -149,7 +150,7 @@ def test_the_icons_use_the_whole_codebook():
     icons = load_icons()
     used = set(icons.grids[icons.grids != CLEAR].tolist())
     assert used == set(range(len(BACKGROUNDS), icons.num_tokens))
-    assert icons.num_tokens == 1024
+    assert icons.num_tokens == NUM_TOKENS
 
 
 def images_of(combinations, seed):

@@ -90,8 +90,9 @@ def test_the_checkpoint_loads_generates_and_decodes_with_transformers_alone(tmp_
     example.tokens(tmp_path, **TOKENS)
     example.pixels(icons_file, tmp_path, **PIXELS)
     example.export(tmp_path, **SIZE)
-    model = JanusForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    processor = JanusProcessor.from_pretrained(tmp_path)
+    folder = tmp_path / "checkpoint"
+    model = JanusForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = JanusProcessor.from_pretrained(folder)
     inputs = processor(
         text=["a cat, noto style, on a blue background"], generation_mode="image", max_length=None, return_tensors="pt"
     )

@@ -30,10 +30,11 @@ from ssd_cache.cache.policies import words_of
 from ssd_cache.cli import app
 from ssd_cache.evaluation.bootstrap import compare, mean, standard_error
 from ssd_cache.evaluation.conditions import hashed_seed, run_conditions
+from ssd_cache.evaluation.exact import SHAPES
+from ssd_cache.evaluation.exact_run import Plan
 from ssd_cache.evaluation.plots import plot_result_by_budget
 from ssd_cache.evaluation.policies import parse_policies, parse_policy, random_map, resolve_policies
 from ssd_cache.evaluation.results_folder import Record, ResultsError, ResultsFolder, read_records
-from ssd_cache.evaluation.shapes import Plan, shapes_prompts
 from ssd_cache.evaluation.tables import command, summarize, to_json
 from ssd_cache.models import find_generator
 from ssd_cache.shapes import KINDS, PALETTE
@@ -360,7 +361,7 @@ def test_lines_come_back_as_they_were_and_a_half_one_counts_for_nothing(tmp_path
     path = tmp_path / "new" / "run" / "results-0.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + records[2].line().encode()[:-9])
-    assert read_records([path.parent]) == (records[:2], [])
+    assert read_records([path.parent], SHAPES) == (records[:2], [])
     with ResultsFolder(path.parent, run_of("full")) as folder:
         assert path.read_bytes() == whole
         folder.append(records)
@@ -418,14 +419,14 @@ def test_a_full_disk_keeps_the_lines_before(tmp_path, monkeypatch):
         ):
             folder.append([record(prompt=1)])
     monkeypatch.undo()
-    assert read_records([tmp_path])[0][0] == record()
+    assert read_records([tmp_path], SHAPES)[0][0] == record()
     with ResultsFolder(tmp_path, run_of("full")) as folder:
         folder.append([record(prompt=1)])
-    assert read_records([tmp_path])[0] == [record(), record(prompt=1)]
+    assert read_records([tmp_path], SHAPES)[0] == [record(), record(prompt=1)]
 
 
 def test_processes_share_every_batch_and_generate_none_twice():
-    prompts = shapes_prompts(2, 1)
+    prompts = SHAPES.prompts(2, 1)
     assert [kind for kind, _ in prompts] == 2 * list(KINDS)
     plan = Plan(parse_policies("full,ssd"), [0.2, 0.5], [0, 7], prompts, 5, HEAD_MAP, {})
     batches = plan.batches()
@@ -451,7 +452,7 @@ def test_seeds_of_torch_depend_on_sample_and_batch_alone():
 def lines_of(shares, num_per_kind=20):
     """Records whose share of correct images is about as asked, spread over the kinds."""
     rng = np.random.default_rng(0)
-    prompts = shapes_prompts(num_per_kind, 1)
+    prompts = SHAPES.prompts(num_per_kind, 1)
     return [
         record(policy, budget, prompt, correct=bool(rng.random() < share), kind=kind, caption=caption)
         for (policy, budget), share in shares.items()
@@ -642,10 +643,10 @@ def lines(folder):
 
 
 def test_lines_hold_what_repeats_them(unbroken, model):
-    records, problems = read_records([unbroken])
+    records, problems = read_records([unbroken], SHAPES)
     assert problems == []
     assert len(records) == len(lines(unbroken)) == 2 * 6
-    for number, (kind, caption) in enumerate(shapes_prompts(1, 1)):
+    for number, (kind, caption) in enumerate(SHAPES.prompts(1, 1)):
         own = [entry for entry in records if entry.prompt == number]
         assert {(entry.kind, entry.caption, entry.num_slots) for entry in own} == {(kind, caption, 115)}
         assert [entry.settings for entry in own] == [{"buffer": 24}, {"buffer": 24, "num_recent": 4}]

@@ -66,6 +66,19 @@ def write_checkpoint(
     return folder
 
 
+def write_emoji_janus(folder: Path) -> Path:
+    """The folder `checkpoint` that the example exports from random weights, with a head map for its 2 layers."""
+    example = load_example("train_emoji_janus")
+    size = {"hidden_size": 32 * HEADS, "num_layers": LAYERS}
+    torch.manual_seed(0)
+    model = example.build_model(example.build_processor(), **size)
+    folder.mkdir(parents=True, exist_ok=True)
+    example.save_state(folder / "training.pt", model, [], 0)
+    example.export(folder, **size)
+    head_map(24).save_pretrained(folder / "checkpoint" / "head_map")
+    return folder / "checkpoint"
+
+
 def write_family(name: str, folder: Path) -> Path:
     """A checkpoint of two layers and two KV heads: "janus", "emu3", "glm" or "llama"."""
     if name == "janus":

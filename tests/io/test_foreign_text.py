@@ -135,7 +135,7 @@ def record(policy, number=0):
 
 def run_of(text):
     conditions = {"grid": [24, 24], "num_per_kind": 1, "prompt_seed": 1, "batch_size": 4, text: text, "settings": {}}
-    conditions |= {"guidance_scale": 3.0, "temperature": 1.0, "dtype": text, "device": text}
+    conditions |= {"bench": "shapes", "guidance_scale": 3.0, "temperature": 1.0, "dtype": text, "device": text}
     entry = {"settings": {text: text}, "slots": {"0.2": 115}, "head_map": text}
     return {"conditions": conditions, "policies": {text: entry}, "command": {"model": text, "head_map": text}}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.tiny_checkpoint import load_example, write_checkpoint
 
-from ssd_cache.evaluation.shapes import shapes_prompts
+from ssd_cache.evaluation.exact import SHAPES
 from ssd_cache.models import find_generator
 from ssd_cache.prompts import PROMPTS_FILE, default_prompts
 
@@ -61,7 +61,7 @@ def test_captions_are_of_every_kind(captions):
 
 
 def test_a_checkpoint_with_prompts_of_its_own_is_measured_by_them(tmp_path):
-    assert default_prompts(find_generator("shapes-janus")) == [caption for _, caption in shapes_prompts(100, 777)]
+    assert default_prompts(find_generator("shapes-janus")) == [caption for _, caption in SHAPES.prompts(100, 777)]
     folder = write_checkpoint(tmp_path / "model", with_head_map=False)
     (folder / PROMPTS_FILE).write_text("a red circle\n\n  two squares \n")
     assert default_prompts(find_generator(str(folder))) == ["a red circle", "two squares"]

@@ -21,12 +21,12 @@ from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.eval.options import parse_budgets
 from ssd_cache.cli.files import check_place
 from ssd_cache.cli.loading import parse_grid
-from ssd_cache.cli.options import Device, Dtype, Grid, option, output_option
+from ssd_cache.cli.options import MODEL_NAMES, Device, Dtype, Grid, option, output_option
 from ssd_cache.io.writing import write_files
-from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
+from ssd_cache.models import resolve_device, resolve_dtype
 
 CACHES, MEASURING = "Caches", "Measuring"
-MODELS = f"A shape with random weights ({', '.join(SHAPES)}), {BUNDLED}, a folder, or a Hub id."
+MODELS = f"A shape with random weights ({', '.join(SHAPES)}), {MODEL_NAMES}"
 
 
 def bench(

@@ -113,6 +113,7 @@ def generate(
         where = resolve_device(processes.choose_device(device))
         kind = resolve_dtype(dtype, where)
         checkpoint = find_model(model, grid)
+        checkpoint.check_captions(texts)
         sampling = checkpoint.sampling(guidance, temperature, seed)
         if output_dir is not None or place.suffix.lower() != TOKENS:
             checkpoint.check_decodable()

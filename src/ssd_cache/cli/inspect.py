@@ -19,12 +19,15 @@ from ssd_cache.cache.policies import own_policy, policy_label
 from ssd_cache.cache.scorers import SCORES
 from ssd_cache.cli.errors import refusing
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.models import BUNDLED, find_head_map
+from ssd_cache.models import BUNDLED, BUNDLED_MODELS, find_head_map
 
 
 def inspect(
     source: Annotated[
-        str, typer.Argument(help=f"Folder or Hub id of a head map, folder of a model with a map, or {BUNDLED}.")
+        str,
+        typer.Argument(
+            help=f"Folder or Hub id of a head map, or a model with a map: its folder, {' or '.join(BUNDLED_MODELS)}."
+        ),
     ] = BUNDLED,
 ) -> None:
     """Print a head map: its origin, its default settings, and every head's kind and slots."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ssd_cache.models import BUNDLED
+from ssd_cache.models import BUNDLED_MODELS
 
 MODEL, CACHE, SAMPLING = "Model", "Cache", "Sampling"
 
@@ -36,7 +36,8 @@ PromptsFile = Annotated[
 ]
 MapFolder = Annotated[Path, output_option("Folder to save the head map in.", "FOLDER")]
 
-ModelName = Annotated[str, option(f"{BUNDLED} (comes with the package), a folder, or a Hub id.", "NAME", MODEL)]
+MODEL_NAMES = f"{' or '.join(BUNDLED_MODELS)} (in the package), a folder, or a Hub id."
+ModelName = Annotated[str, option(MODEL_NAMES, "NAME", MODEL)]
 Grid = Annotated[
     str | None,
     option(

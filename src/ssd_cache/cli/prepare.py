@@ -32,7 +32,7 @@ MAX_HOURS = 12.0
 
 
 def prepare(
-    model: Annotated[str, typer.Argument(help="shapes-janus, a folder, or a Hub id.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help=options.MODEL_NAMES, metavar="MODEL")],
     output: options.MapFolder = Path("head-map"),
     prompts_file: Annotated[
         Path | None,
@@ -65,7 +65,7 @@ def prepare(
     Prints a plan with the time and memory of each stage, measured on its first
     batch. Everything is kept in the folder OUTPUT.state: you can stop at any
     point, and the same command resumes. Without --prompts-file, the prompts are
-    600 captions that come with the package. Several processes share each stage
+    those of the model, or 600 captions that come with the package. Several processes share each stage
     under `accelerate launch -m ssd_cache.cli prepare ...`.
     """
     if quick and stages:
@@ -78,6 +78,7 @@ def prepare(
         checkpoint = find_model(model, grid)
         texts = default_prompts(checkpoint) if prompts_file is None else read_prompts(None, prompts_file)
         check_prompts_differ(texts)
+        checkpoint.check_captions(texts)
         checkpoint.sampling(guidance, temperature, seed).check_random()
         processes = Processes()
         where = resolve_device(processes.choose_device(device))

@@ -40,7 +40,7 @@ MAX_HOURS = 12.0
 
 
 def reproduce(
-    model: Annotated[str, typer.Argument(help="shapes-janus, a folder, or a Hub id.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help=options.MODEL_NAMES, metavar="MODEL")],
     output: Annotated[Path, options.output_option("Folder of the run.", "FOLDER")] = Path("reproduction"),
     geneval: Annotated[
         Path | None,

@@ -22,6 +22,9 @@ GRID = (24, 24)
 ICON_SIDE = 18
 """Rows and columns of an icon in cells; it lies anywhere in the grid, at whole cells."""
 
+NUM_TOKENS = 1024
+"""Different visual tokens of `load_icons`: the backgrounds and the codes."""
+
 CELL = 4
 """Side of a cell in pixels."""
 

@@ -50,7 +50,7 @@ def plot_result_by_budget(summary: Summary) -> bytes:
         axes.set_xticks(shares, [f"{share:.3g}" for share in shares])
     axes.set_xlim(shares[0] * 0.93, shares[-1] * 1.07)
     axes.set_xlabel("budget: visual tokens a head may hold, in % of the grid")
-    axes.set_ylabel("share of correct images,\nmean of the six kinds")
+    axes.set_ylabel("share of correct images,\nmean of the kinds of captions")
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(

@@ -14,19 +14,24 @@ from pathlib import Path
 from typing import IO, Any
 
 from ssd_cache.budget import Amount
+from ssd_cache.evaluation.exact import BENCHMARKS, ExactBenchmark
 from ssd_cache.io.showing import ReadableError, differences, shown
 from ssd_cache.io.untrusted import checked, checked_fields, parse_json
 from ssd_cache.io.writing import write_files
 from ssd_cache.layout import ImageLayout
-from ssd_cache.shapes import KINDS
 
 RUN_FILE, PATTERN = "run.json", "results-*.jsonl"
-FORMAT = "ssd-cache eval shapes 1"
+FORMAT = "ssd-cache eval {} 1"
+"""Format of `run.json`, with the name of the benchmark."""
+
+WRITERS = " or ".join(f"`ssd-cache eval {name}`" for name in BENCHMARKS)
+"""The commands that write such folders."""
 
 RUN = {"format": str, "conditions": dict, "policies": dict[str, dict], "command": dict}
 CONDITIONS: dict[str, Any] = {
+    **dict.fromkeys(("bench", "dtype", "device"), str),
     **dict.fromkeys(("num_per_kind", "prompt_seed", "batch_size"), int),
-    **{"grid": list, "settings": dict, "guidance_scale": float, "temperature": float, "dtype": str, "device": str},
+    **{"grid": list, "settings": dict, "guidance_scale": float, "temperature": float},
 }
 POLICY = {"settings": dict, "slots": dict, "head_map": str}
 COMMAND = {"model": str, "head_map": str | None}
@@ -56,10 +61,6 @@ class Record:
     correct: bool
     reason: str
 
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ReadableError(f"kind={shown(self.kind)}; the kinds are {', '.join(KINDS)}")
-
     @property
     def key(self) -> Key:
         return self.policy, self.budget, self.seed, self.prompt
@@ -69,8 +70,8 @@ class Record:
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
-def read_records(folders: Iterable[Path]) -> tuple[list[Record], list[str]]:
-    """All records of some folders, each image once, and a message for each line that cannot be read."""
+def read_records(folders: Iterable[Path], benchmark: ExactBenchmark) -> tuple[list[Record], list[str]]:
+    """All records of a benchmark in some folders, each image once, and a message for each line that cannot be read."""
     records: dict[Key, Record] = {}
     problems = []
     for path in (path for folder in folders for path in sorted(folder.glob(PATTERN))):
@@ -78,6 +79,8 @@ def read_records(folders: Iterable[Path]) -> tuple[list[Record], list[str]]:
         for number, line in enumerate(lines[:-1], 1):  # text after the last line end is an unfinished line
             try:
                 record = checked(Record, parse_json(line))
+                if record.kind not in benchmark.kinds:
+                    raise ReadableError(f"kind={shown(record.kind)}; the kinds are {', '.join(benchmark.kinds)}")
                 records.setdefault(record.key, record)
             except ValueError as error:
                 problems.append(f"{path}, line {number}: {error}")
@@ -89,17 +92,23 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = folder / RUN_FILE
     try:
         run = checked_fields(RUN, parse_json(path.read_bytes()))
-        if run["format"] != FORMAT:
+        conditions = checked_fields(CONDITIONS, run["conditions"], "conditions")
+        if run["format"] not in [FORMAT.format(name) for name in BENCHMARKS if name == conditions["bench"]]:
             raise ReadableError(f"its format is {shown(run['format'])}")
-        ImageLayout(checked_fields(CONDITIONS, run["conditions"], "conditions")["grid"])
+        ImageLayout(conditions["grid"])
         for label, entry in run["policies"].items():
             checked_fields(POLICY, entry, f"policies[{shown(label, 40)}]")
         checked_fields(COMMAND, run["command"], "command")
     except FileNotFoundError as error:
-        raise ResultsError(f"{folder} has no {RUN_FILE}: give a folder that `ssd-cache eval shapes` wrote") from error
+        raise ResultsError(f"{folder} has no {RUN_FILE}: give a folder that {WRITERS} wrote") from error
     except (OSError, ValueError) as error:
-        raise ResultsError(f"{path}: not a {RUN_FILE} of `ssd-cache eval shapes` ({error})") from error
+        raise ResultsError(f"{path}: not a {RUN_FILE} of {WRITERS} ({error})") from error
     return run
+
+
+def benchmark_of(run: Mapping[str, Any]) -> ExactBenchmark:
+    """The benchmark of a run that `read_run` has checked."""
+    return BENCHMARKS[run["conditions"]["bench"]]
 
 
 def merge_runs(place: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,18 +141,20 @@ class ResultsFolder:
         self.path = folder / f"results-{process}.jsonl"
         if (folder / RUN_FILE).exists() or any(folder.glob(PATTERN)):
             run = merge_runs(str(folder), read_run(folder), run)
-        if problems := read_records([folder])[1]:
+        benchmark = benchmark_of(run)
+        if problems := read_records([folder], benchmark)[1]:
             raise ResultsError(f"{problems[0]}; delete this line, and start again to generate what is missing")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.path)
             if process == 0:
-                text = json.dumps({"format": FORMAT, **run}, indent=1, ensure_ascii=False) + "\n"
+                text = json.dumps({"format": FORMAT.format(benchmark.name), **run}, indent=1, ensure_ascii=False) + "\n"
                 write_files({folder / RUN_FILE: text.encode()})
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)  # drops an incomplete last line
         except OSError as error:
             raise ResultsError(f"{folder} cannot be written ({error.strerror}); make room, or give another") from error
-        self.done = {record.key for record in read_records([folder])[0]}  # after another run can no longer write
+        # after another run can no longer write
+        self.done = {record.key for record in read_records([folder], benchmark)[0]}
 
     def __enter__(self) -> ResultsFolder:
         return self

@@ -17,10 +17,16 @@ from ssd_cache.evaluation import bootstrap
 from ssd_cache.evaluation.bootstrap import NUM_RESAMPLES, TOO_FEW, Difference, cell
 from ssd_cache.evaluation.plots import plot_result_by_budget
 from ssd_cache.evaluation.policies import budget_name
-from ssd_cache.evaluation.results_folder import Record, ResultsError, merge_runs, read_records, read_run
+from ssd_cache.evaluation.results_folder import (
+    Record,
+    ResultsError,
+    benchmark_of,
+    merge_runs,
+    read_records,
+    read_run,
+)
 from ssd_cache.io.markdown import code_block, escape, table
 from ssd_cache.io.writing import write_files
-from ssd_cache.shapes import KINDS
 
 FULL, OURS = "full", ("fitted:score=learned", "learned", "ssd:slots=fitted", "ssd", "fitted")
 TABLE, NUMBERS, PLOT = "results.md", "results.json", "score-by-budget.png"
@@ -79,11 +85,12 @@ def read_summary(folders: Sequence[Path]) -> tuple[Summary, list[str]]:
     run = read_run(first)
     for folder in others:
         run = merge_runs(f"{folder} beside {first}", run, read_run(folder))
-    records, problems = read_records(folders)
+    benchmark = benchmark_of(run)
+    records, problems = read_records(folders, benchmark)
     if not records:
         raise ResultsError(
-            f"{', '.join(map(str, folders))}: no readable line of results: run `ssd-cache eval shapes` with this "
-            "folder as --output"
+            f"{', '.join(map(str, folders))}: no readable line of results: run `ssd-cache eval "
+            f"{benchmark.name}` with this folder as --output"
         )
     return summarize(records, run), problems
 
@@ -95,7 +102,8 @@ def summarize(records: Iterable[Record], run: Mapping[str, Any]) -> Summary:
         of_case.setdefault((record.policy, record.budget), []).append(record)
     labels = list(dict.fromkeys([*run["policies"], *(label for label, _ in of_case)]))
     cases = sorted(of_case, key=lambda case: (labels.index(case[0]), of_case[case][0].num_slots, str(case[1])))
-    results = {case: _results(of_case[case]) for case in cases}
+    kinds = benchmark_of(run).kinds
+    results = {case: _results(of_case[case], kinds) for case in cases}
     pairs = [(case, (FULL, 1.0)) for case in cases if case[0] != FULL and (FULL, 1.0) in results]
     for ours in (name for name in OURS if name in labels):
         others = [case for case in cases if case[0] not in (FULL, ours) and (ours, case[1]) in results]
@@ -124,9 +132,9 @@ def summarize(records: Iterable[Record], run: Mapping[str, Any]) -> Summary:
     )
 
 
-def _results(records: Iterable[Record]) -> dict[str, dict[int, float]]:
+def _results(records: Iterable[Record], kinds: Sequence[str]) -> dict[str, dict[int, float]]:
     """Share of correct samples of each prompt, by kind."""
-    samples: dict[str, dict[int, list[bool]]] = {kind: {} for kind in KINDS}
+    samples: dict[str, dict[int, list[bool]]] = {kind: {} for kind in kinds}
     for record in records:
         samples[record.kind].setdefault(record.prompt, []).append(record.correct)
     return {kind: {prompt: sum(of) / len(of) for prompt, of in prompts.items()} for kind, prompts in samples.items()}
@@ -147,13 +155,13 @@ def write_report(summary: Summary, folder: Path) -> tuple[list[Path], str]:
 
 
 def accuracy_table(summary: Summary) -> str:
-    """Markdown table: policies and budgets in rows, the six kinds and their mean in columns."""
-    rows = []
+    """Markdown table: policies and budgets in rows, the kinds of captions and their mean in columns."""
+    names, rows = benchmark_of(summary.run).kinds, []
     for row in summary.rows:
-        kinds = [cell(row.kinds[kind], 2) for kind in KINDS]
+        kinds = [cell(row.kinds[kind], 2) for kind in names]
         overall = [cell(row.overall, 3), cell(row.standard_error, 3), str(row.num_images)]
         rows.append([row.policy, budget_name(row.budget), *kinds, *overall])
-    return table(["policy", "budget", *KINDS, "overall", "s.e.", "images"], rows, num_left=2)
+    return table(["policy", "budget", *names, "overall", "s.e.", "images"], rows, num_left=2)
 
 
 def difference_table(summary: Summary) -> str:
@@ -180,8 +188,8 @@ def to_markdown(summary: Summary) -> str:
         difference_table(summary),
     ]
     parts = [
-        "# Shapes: share of correct images",
-        "Overall is the mean of the six kinds; s.e. is its standard error, from the spread between prompts.",
+        f"# {benchmark_of(summary.run).name.capitalize()}: share of correct images",
+        "Overall is the mean of the kinds; s.e. is its standard error, from the spread between prompts.",
         accuracy_table(summary),
         *(differences if summary.comparisons else []),
         "## Conditions",
@@ -224,7 +232,7 @@ def command(summary: Summary) -> str:
         "device": conditions["device"].partition(" ")[0],
         "output": "results",
     }
-    words = ["ssd-cache", "eval", "shapes"]
+    words = ["ssd-cache", "eval", benchmark_of(summary.run).name]
     for name, value in options.items():
         words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)

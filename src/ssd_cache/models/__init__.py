@@ -1,12 +1,13 @@
 """Generators: the image models that ssd-cache can prompt, run and decode.
 
-`find_generator("shapes-janus" | folder | Hub id)` reads only a checkpoint's configuration, so mistakes show before
+`find_generator(bundled model | folder | Hub id)` reads only a checkpoint's configuration, so mistakes show before
 gigabytes are loaded. `.load()` returns the `Generator`. Each model family has one small file. No caching happens here.
 """
 
 from ssd_cache.models.base import Generator
+from ssd_cache.models.bundled import BUNDLED, BUNDLED_MODELS
 from ssd_cache.models.causal_lm import CausalLMGenerator
-from ssd_cache.models.checkpoint import BUNDLED, Checkpoint, find_head_map
+from ssd_cache.models.checkpoint import Checkpoint, find_head_map
 from ssd_cache.models.deepseek_janus import DeepSeekJanusGenerator
 from ssd_cache.models.emu3 import Emu3Generator
 from ssd_cache.models.find import FAMILIES, find_generator, generator_of
@@ -16,6 +17,7 @@ from ssd_cache.models.settings import GeneratorError, ResolvedSampling, resolve_
 
 __all__ = [
     "BUNDLED",
+    "BUNDLED_MODELS",
     "FAMILIES",
     "CausalLMGenerator",
     "Checkpoint",

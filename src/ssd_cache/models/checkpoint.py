@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +20,8 @@ from ssd_cache.io.showing import suggestion
 from ssd_cache.layout import Grid, ImageLayout
 from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.base import Generator
+from ssd_cache.models.bundled import BUNDLED_MODELS, check_checksums
 from ssd_cache.models.settings import GeneratorError, ResolvedSampling, resolve_device, resolve_dtype
-
-BUNDLED = "shapes-janus"
-"""Name of the small trained model that is bundled with the package."""
-
-BUNDLED_FOLDER = Path(__file__).parents[1] / "shapes" / "checkpoint"
 
 HEAD_MAP_FOLDER = "head_map"
 """Subfolder of a checkpoint with the head map for this checkpoint."""
@@ -148,22 +145,44 @@ class Checkpoint:
                 f"{self.name} generates tokens, and ssd-cache cannot decode them: {self.family.decoding_hint}"
             )
 
+    def check_captions(self, prompts: Sequence[str]) -> None:
+        """Refuse captions that a bundled model with a closed vocabulary cannot generate.
+
+        Raises:
+            GeneratorError: the first of them, with the nearest words of the vocabulary.
+        """
+        bundled = BUNDLED_MODELS.get(self.name)
+        if bundled is None or bundled.parse_caption is None:
+            return
+        for prompt in prompts:
+            try:
+                bundled.parse_caption(prompt)
+            except ValueError as error:
+                raise GeneratorError(f"{self.name}: {error}") from error
+
     def load(self, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto") -> Generator:
-        """Load the model in evaluation mode; see `resolve_dtype` and `resolve_device` for "auto"."""
+        """Load the model in evaluation mode; see `resolve_dtype` and `resolve_device` for "auto".
+
+        Raises:
+            GeneratorError: the weights of a bundled model do not have their checksum.
+        """
+        if self.name in BUNDLED_MODELS:
+            check_checksums(self.name, Path(self.source))
         device = resolve_device(device)
         return self.family.load(self, resolve_dtype(dtype, device), device)
 
 
 def find_head_map(name: str) -> HeadMap:
-    """Load a head map by name: a map's folder or Hub id, a model folder that contains a map, or `BUNDLED`.
+    """Load a head map by name: a map's folder or Hub id, a model folder that contains a map, or a bundled model.
 
     Raises:
         HeadMapError: there is none, or it cannot be read.
     """
-    own = os.path.join(BUNDLED_FOLDER if name == BUNDLED else os.path.expanduser(name), HEAD_MAP_FOLDER)
+    folder = BUNDLED_MODELS[name].folder if name in BUNDLED_MODELS else os.path.expanduser(name)
+    own = os.path.join(folder, HEAD_MAP_FOLDER)
     try:
         return HeadMap.from_pretrained(own if os.path.isdir(own) else name)
     except HeadMapError as error:
-        if not (nearest := suggestion(name, [BUNDLED])):
+        if not (nearest := suggestion(name, list(BUNDLED_MODELS))):
             raise
         raise type(error)(f"{error}{nearest}") from error

@@ -1,4 +1,4 @@
-"""Find the checkpoint that a name means: the bundled model, a local folder, or a Hub repository.
+"""Find the checkpoint that a name means: a bundled model, a local folder, or a Hub repository.
 
 This module reads or downloads only `config.json`. `Checkpoint.load` loads the weights.
 """
@@ -17,8 +17,9 @@ from ssd_cache.io.untrusted import name_problem
 from ssd_cache.layout import Grid, ImageLayout
 from ssd_cache.model_grids import GRIDS
 from ssd_cache.models.base import Generator
+from ssd_cache.models.bundled import BUNDLED_MODELS
 from ssd_cache.models.causal_lm import CausalLMGenerator
-from ssd_cache.models.checkpoint import BUNDLED, BUNDLED_FOLDER, Checkpoint
+from ssd_cache.models.checkpoint import Checkpoint
 from ssd_cache.models.deepseek_janus import DeepSeekJanusGenerator
 from ssd_cache.models.emu3 import Emu3Generator
 from ssd_cache.models.glm_image import GlmImageGenerator
@@ -39,6 +40,8 @@ KNOWN = (
 )
 """Hub ids of the families in `FAMILIES`. Error messages suggest them for misspelt names."""
 
+_NAMES = ", ".join(BUNDLED_MODELS)
+
 PIPELINE_FILE = "model_index.json"
 """The file that diffusers writes instead of config.json."""
 
@@ -47,7 +50,7 @@ def find_generator(name: str, grid: Grid | None = None) -> Checkpoint:
     """Find the checkpoint that a name means. An existing folder has priority over a Hub repository of the same name.
 
     Args:
-        name: "shapes-janus", a folder with a transformers checkpoint, or a Hub id such as
+        name: "shapes-janus" or another bundled model, a folder with a transformers checkpoint, or a Hub id such as
             "deepseek-community/Janus-Pro-1B".
         grid: rows and columns, for a model that generates several sizes, and for any other causal language model,
             which then generates plain tokens (see `models/causal_lm.py`). End-of-row tokens count as the last columns.
@@ -58,9 +61,12 @@ def find_generator(name: str, grid: Grid | None = None) -> Checkpoint:
         HubError: a `ConnectionError`: the Hub is out of reach, and the name is not in its local cache.
     """
     what = f"model {shown(name)}"
-    folder = BUNDLED_FOLDER if name == BUNDLED else find_folder(name, what)
+    bundled = BUNDLED_MODELS.get(name)
+    if bundled is not None and not bundled.folder.is_dir():
+        raise GeneratorError(f"{what} comes with ssd-cache, but {bundled.folder} is missing: install ssd-cache again")
+    folder = find_folder(name, what) if bundled is None else bundled.folder
     config = _read_config(folder, name, what)
-    is_local = name == BUNDLED or os.path.exists(os.path.expanduser(name))
+    is_local = bundled is not None or os.path.exists(os.path.expanduser(name))
     return _checkpoint(what, name, str(folder) if is_local else name, config, grid)
 
 
@@ -108,7 +114,7 @@ def find_folder(name: str, what: str) -> Path:
         HubError: the Hub is out of reach, and the name is not in its local cache.
     """
     if problem := name_problem(name) or ("" if name.strip() else "it is empty"):
-        raise GeneratorError(f"{what} is not a name ({problem}); give {BUNDLED}, a checkpoint folder, or a Hub id")
+        raise GeneratorError(f"{what} is not a name ({problem}); give {_NAMES}, a checkpoint folder, or a Hub id")
     path = Path(os.path.expanduser(name))
     can_be_hub_id = not name.startswith((".", "/", "~")) and name.count("/") <= 1 and not name.endswith("/")
     if os.path.exists(path) or not can_be_hub_id:
@@ -120,7 +126,7 @@ def find_folder(name: str, what: str) -> Path:
             return Path(hub_download(name, PIPELINE_FILE)).parent
     except (HfHubHTTPError, EntryNotFoundError, HFValidationError) as error:
         answered, reason = describe_failure(error, "has no config.json, so it is not a transformers checkpoint")
-        nearest = suggestion(name, [BUNDLED, *KNOWN])
+        nearest = suggestion(name, [*BUNDLED_MODELS, *KNOWN])
         raise (GeneratorError if answered else HubError)(f"{what}: {reason}{nearest}") from error
 
 
@@ -134,8 +140,8 @@ def _read_config(folder: Path, name: str, what: str) -> PreTrainedConfig:
             )
         problem = "no config.json in this folder" if folder.is_dir() else "no such folder"
         raise GeneratorError(
-            f"{what}: {problem} ({folder}); give {BUNDLED}, a folder that save_pretrained wrote, or a Hub id"
-            f"{suggestion(name, [BUNDLED])}"
+            f"{what}: {problem} ({folder}); give {_NAMES}, a folder that save_pretrained wrote, or a Hub id"
+            f"{suggestion(name, list(BUNDLED_MODELS))}"
         )
     has_own_code = False
     try:

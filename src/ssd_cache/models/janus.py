@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
+from ssd_cache.io.showing import suggestion
 from ssd_cache.models.base import Generator
 from ssd_cache.models.settings import ResolvedSampling
 
@@ -36,6 +37,7 @@ class JanusGenerator(Generator):
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Make inputs as in transformers' documentation: the chat template, if there is one, and begin-of-image."""
+        self.checkpoint.check_captions(prompts)
         texts = list(prompts)
         if self.processor.chat_template is not None:
             chats = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in texts]
@@ -74,8 +76,10 @@ class JanusGenerator(Generator):
         words = dict.fromkeys(word for prompt in prompts for word in prompt.split())
         unknown = [word for word in words if tokenizer.unk_token_id in tokenizer.encode(word, add_special_tokens=False)]
         if unknown:
+            known = list(tokenizer.get_vocab())
             warnings.warn(
-                f"{self.checkpoint.name} does not know {', '.join(map(repr, unknown[:10]))} and will not see "
-                f"{'it' if len(unknown) == 1 else 'them'}; its captions are like 'a photo of a red circle'",
+                f"{self.checkpoint.name} does not know "
+                f"{', '.join(f'{word!r}{suggestion(word, known)}' for word in unknown[:10])} and will not see "
+                f"{'it' if len(unknown) == 1 else 'them'}",
                 stacklevel=2,
             )

@@ -6,10 +6,12 @@ Only registers the commands. Options and the order of work are in the other modu
 
 from __future__ import annotations
 
-from ssd_cache.cli.eval import benchmarks, compare, dpg, fidelity, geneval, geneval2, report, shapes
+from ssd_cache.cli.eval import benchmarks, compare, dpg, exact, fidelity, geneval, geneval2, report
+from ssd_cache.evaluation.exact import BENCHMARKS
 
 app = benchmarks.new_app("Measure image quality under cache policies, compared with the full cache and each other.")
-app.command("shapes")(shapes.shapes)
+for benchmark in BENCHMARKS.values():
+    app.command(benchmark.name)(exact.exact_command(benchmark))
 app.command("report")(report.report)
 app.command("fidelity")(fidelity.fidelity)
 app.add_typer(geneval.app, name="geneval")

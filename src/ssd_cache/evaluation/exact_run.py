@@ -1,4 +1,4 @@
-"""The exact benchmark: shapes-janus generates images of six kinds of captions, and the judge checks them.
+"""Runs of an exact benchmark: a model generates images of its captions, and the judge checks them.
 
 A plan lists the images of every prompt, policy, budget and seed as batches in a fixed order. Each process takes its
 share and skips finished batches, so a stopped run resumes with any number of processes, and writes one line per image.
@@ -15,33 +15,12 @@ from tqdm import tqdm
 from ssd_cache.budget import Amount
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.evaluation.conditions import digest_of, hashed_seed
+from ssd_cache.evaluation.exact import ExactBenchmark
 from ssd_cache.evaluation.policies import Policy, budget_name
 from ssd_cache.evaluation.results_folder import Key, Record, ResultsFolder
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.models import Checkpoint, Generator, GeneratorError, ResolvedSampling
+from ssd_cache.models import Generator, ResolvedSampling
 from ssd_cache.runs.processes import Processes
-from ssd_cache.shapes import GRID, KINDS, PALETTE, judge, make_prompts
-
-
-def check_model(checkpoint: Checkpoint) -> None:
-    """Refuse a model whose images the judge cannot read.
-
-    Raises:
-        GeneratorError: the grid or the number of visual tokens differs from the judge's.
-    """
-    num_tokens = checkpoint.config.vq_config.num_embeddings
-    if checkpoint.grid != GRID or num_tokens != len(PALETTE):
-        rows, columns = checkpoint.grid
-        raise GeneratorError(
-            f"{checkpoint.name} generates {rows} x {columns} visual tokens out of {num_tokens}; the judge of shapes "
-            f"reads {GRID[0]} x {GRID[1]} out of {len(PALETTE)}: give shapes-janus, or a model trained on its scenes"
-        )
-
-
-def shapes_prompts(num_per_kind: int, seed: int) -> list[tuple[str, str]]:
-    """Captions of `make_prompts`, in an order that alternates the kinds, so that each batch contains all of them."""
-    prompts = make_prompts(num_per_kind, seed)
-    return [prompts[kind * num_per_kind + number] for number in range(num_per_kind) for kind in range(len(KINDS))]
 
 
 @dataclass(frozen=True)
@@ -119,13 +98,19 @@ class Batch:
         return [(self.policy.label, self.budget, self.seed, prompt) for prompt in self.prompts]
 
 
-def run_shapes(
-    generator: Generator, plan: Plan, folder: ResultsFolder, sampling: ResolvedSampling, processes: Processes
+def run_benchmark(
+    benchmark: ExactBenchmark,
+    generator: Generator,
+    plan: Plan,
+    folder: ResultsFolder,
+    sampling: ResolvedSampling,
+    processes: Processes,
 ) -> None:
     """Generate and judge this process's share of the images that have no line yet, one line per image.
 
     Args:
-        generator: shapes-janus, or another model with the same grid and palette.
+        benchmark: the benchmark, whose judge reads the images.
+        generator: a model that its `check_model` accepts.
         plan: the images to generate.
         folder: the folder to write the lines to.
         sampling: guidance and temperature; the seeds are those of the plan.
@@ -146,7 +131,7 @@ def run_shapes(
             seeded = replace(sampling, seed=hashed_seed(batch.seed, batch.number))
             captions = [caption for _, _, caption in prompts]
             tokens = generator.generate(captions, cache, **vars(seeded), on_tokens=bar.update).cpu().numpy()
-            verdicts = [judge(image, caption) for image, caption in zip(tokens, captions, strict=True)]
+            verdicts = [benchmark.judge(image, caption) for image, caption in zip(tokens, captions, strict=True)]
             folder.append(
                 Record(
                     policy=batch.policy.label,

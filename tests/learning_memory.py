@@ -17,10 +17,10 @@ from unittest.mock import patch
 import torch
 from helpers.peak_bytes import PeakBytes
 from helpers.tiny_checkpoint import load_example
-from ssd_cache.bench.subject import TINY_TOWERS, janus_config
 from transformers import JanusForConditionalGeneration
 
 from ssd_cache import HeadMap
+from ssd_cache.bench.subject import TINY_TOWERS, janus_config
 from ssd_cache.models import Generator, generator_of
 from ssd_cache.runs.processes import Processes
 from ssd_cache.training import teacher_forcing

@@ -97,7 +97,7 @@ def test_decoded_images_have_the_colours_of_the_vq_decoder(generator):
     [image] = generator.to_images(tokens)
     with torch.no_grad():
         decoded = generator.model.decode_image_tokens(tokens)[0].numpy()  # trained on images from -1 to 1
-    assert image.size == (192, 192)
+    assert image.size == (96, 96)
     np.testing.assert_allclose(np.asarray(image), ((decoded + 1) / 2 * 255).clip(0, 255), atol=1)  # rounded down
 
 
@@ -140,7 +140,7 @@ def test_an_image_is_generated_from_the_command_line(run):
     result = run("generate", "--model", NAME, CAPTION, "-o", "cat.png")
     assert result.exit_code == 0, result.output
     with Image.open("cat.png") as image:
-        assert image.size == (192, 192)
+        assert image.size == (96, 96)
     assert "emoji-janus on cpu" in result.stdout
 
 

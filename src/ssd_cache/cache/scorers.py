@@ -118,7 +118,7 @@ class LeverageScorer(Scorer):
         covariance = keys.mT @ keys / keys.shape[2]
         variances = covariance.diagonal(dim1=-2, dim2=-1)
         variances += RIDGE * variances.mean(-1, keepdim=True).clamp(min=TINY)
-        # cholesky_ex leaves the result unchecked, so a GPU does not wait; with the ridge, the matrix is positive definite
+        # cholesky_ex does not check its result, so a GPU does not wait; the ridge makes the matrix positive definite
         inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(covariance)[0])
         return (keys @ inverse).mul_(keys).sum(-1)
 

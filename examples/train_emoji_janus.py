@@ -59,8 +59,8 @@ FIRST_TOKENS, FIRST_WEIGHT = 30, 10
 """Weight in the loss of each icon's first tokens. They decide subject and style, which the caption names, and the
 later tokens follow from them. With equal weights, 2,300 steps did not learn to read the style from the caption."""
 
-TOP_ROWS, TOP_FACTOR = 8, 3
-"""Every other batch holds only the top rows of low images, and so more of them: these rows decide which icon it is."""
+TOP_ROWS, TOP_FACTOR = 6, 4
+"""Batches of `top_batches` hold only the top rows of low images, and so more of them: they decide which icon it is."""
 
 WARMUP = 100
 """Steps over which the learning rate rises."""
@@ -171,6 +171,7 @@ def tokens(
     steps: int = 1_000_000,
     low_steps: int = 1500,
     decay_steps: int = 0,
+    top_batches: int = 1,
     batch_size: int = 8,
     lr: float = 3e-3,
     seed: int = 0,
@@ -180,7 +181,10 @@ def tokens(
     hidden_size: int = 192,
     num_layers: int = 6,
 ) -> None:
-    """Train the decoder of visual tokens; its state is OUTPUT/training.pt, its log OUTPUT/training.log."""
+    """Train the decoder of visual tokens; its state is OUTPUT/training.pt, its log OUTPUT/training.log.
+
+    After each batch of whole images come `top_batches` of their top rows alone.
+    """
     torch.manual_seed(seed)
     output.mkdir(parents=True, exist_ok=True)
     processor = build_processor()
@@ -193,7 +197,7 @@ def tokens(
     step = load_state(state_file, model, optimizers, device)
     clock, image_nats, icon_nats = Clock(output / "training.log", save_seconds), [], []
     while step < steps:
-        only_top = step % 2 == 1
+        only_top = step % (1 + top_batches) > 0
         rows = LOW_ROWS if step < low_steps or only_top else GRID[0]
         size = TOP_FACTOR * batch_size if only_top else batch_size
         prompts, seen, images = make_batch(processor, size, rows, f"{seed}-{step}")

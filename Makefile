@@ -18,8 +18,8 @@ PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses $(WORKERS) -
 RESULTS ?= bench-gpu
 ROUNDS ?= 1
 BATCHES ?= 1 8 128
-GPU_PARTS = $(BATCHES:%=janus-pro-1b-batch-%) janus-pro-1b-images-8 janus-pro-1b-images-128 janus-pro-7b-batch-8
-GPU_RIVALS = StaticCache, compiled;full cache, valid tokens only
+GPU_PARTS = $(BATCHES:%=janus-pro-1b-batch-%) janus-pro-1b-images-128 janus-pro-7b-batch-8
+GPU_RIVALS = StaticCache, compiled;StaticCache, varlen, compiled;full cache, valid tokens only
 BENCH_GPU = $(BIN)/ssd-cache bench --device cuda --dtype bfloat16 --rounds $(ROUNDS)
 
 OLDEST = $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -293,6 +294,19 @@ def test_names_of_cases_tell_them_apart():
     with pytest.raises(ValueError, match="no cache 'ssd 21%': give names of DynamicCache; "):
         choose_cases(MAP_24, names=["ssd 21%"])
     assert not any(case.steps for case in choose_cases(MAP_24, is_compiled=False))
+    (varlen,) = set(choose_cases(MAP_24, on_gpu=True)) - set(cases)
+    assert (varlen.name, varlen.is_rival) == ("StaticCache, varlen, compiled", True)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="reads the commands from make")
+def test_make_bench_gpu_measures_cases_that_are_there(tmp_path):
+    command = ["make", "--dry-run", "bench-gpu", f"RESULTS={tmp_path}"]
+    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.replace("\\\n", " ")
+    found = [shlex.split(line) for line in lines.splitlines() if "ssd-cache bench" in line]
+    assert len(found) == 5
+    for words in found:
+        names = words[words.index("--caches") + 1].split(";")
+        assert [case.name for case in choose_cases(MAP_24, names=names, on_gpu=True)] == names
 
 
 def test_every_policy_comes_at_every_budget():
@@ -370,9 +384,11 @@ def test_a_recorded_graph_of_the_untimed_tokens_serves_the_timed_image(janus, mo
         return result
 
     monkeypatch.setattr(running_module, "generate_windows", generate)
-    measure(janus, [Case("ssd", 0.4), Case("DynamicCache")], [range(64)], batch_size=1, rounds=1)
-    assert [windows for windows, *_ in seen] == 4 * [[range(8)], [range(64)]]
-    for (_, first, first_version), (_, second, second_version) in (seen[0:2], seen[4:6]):
+    cases = [Case("ssd", 0.4), Case("DynamicCache"), Case("StaticCache")]
+    measure(janus, cases, [range(64)], batch_size=1, rounds=1)
+    assert [windows for windows, *_ in seen] == 6 * [[range(8)], [range(64)]]
+    assert len({id(cache) for _, cache, _ in seen[4:6] + seen[10:12]}) == 1, "compiled steps are tied to a StaticCache"
+    for (_, first, first_version), (_, second, second_version) in (seen[0:2], seen[6:8]):
         assert second is first
         assert second_version == first_version, "a recorded graph would be invalid"
     assert seen[2][1] is not seen[3][1], "a DynamicCache cannot be emptied"

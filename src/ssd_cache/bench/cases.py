@@ -28,6 +28,9 @@ from ssd_cache.kernels.packed_linears import packed_linears
 RIVALS = ("DynamicCache", "StaticCache")
 """transformers' full caches."""
 
+VARLEN = "StaticCache, varlen"
+"""A `StaticCache` whose steps read stored tokens only, by torch's `varlen_attn`; see `bench/varlen.py`. For GPUs."""
+
 VALID_TOKENS = "full cache, valid tokens only"
 """Our own store with a slot for every token, under `fast_decode`. It reads stored tokens only and computes no scores,
 so its speed shows what eviction alone gains."""
@@ -77,8 +80,8 @@ class Case:
     """A cache to measure.
 
     Attributes:
-        cache: one of `RIVALS`, `VALID_TOKENS`, or a policy with settings in the format of `evaluation.policies`:
-            `ssd:buffer=1`.
+        cache: one of `RIVALS`, `VARLEN`, `VALID_TOKENS`, or a policy with settings in the format of
+            `evaluation.policies`: `ssd:buffer=1`.
         budget: visual tokens per head, for a policy.
         steps: a key of `STEPS`; "" runs eager steps.
     """
@@ -98,7 +101,7 @@ class Case:
     @property
     def is_full(self) -> bool:
         """Whether the cache is a full cache of transformers."""
-        return self.cache in RIVALS
+        return self.cache in (*RIVALS, VARLEN)
 
     @property
     def is_rival(self) -> bool:
@@ -111,6 +114,10 @@ class Case:
             return DynamicCache()
         if self.cache == "StaticCache":
             return StaticCache(config=subject.config, max_cache_len=subject.length)
+        if self.cache == VARLEN:
+            from ssd_cache.bench.varlen import varlen_cache  # not in every supported torch
+
+            return varlen_cache(subject.config, subject.length)
         return self.make_ssd(subject.head_map)
 
     def make_ssd(self, head_map: HeadMap) -> SSDCache:
@@ -124,7 +131,8 @@ class Case:
     @contextmanager
     def running(self, subject: Subject) -> Iterator[None]:
         """Set the best attention for this cache and run its kind of steps; restore the model at the end."""
-        with ssd_attention(subject.model, "sdpa" if self.is_full else NAME), STEPS[self.steps](subject.model):
+        attention = "varlen" if self.cache == VARLEN else "sdpa" if self.is_full else NAME
+        with ssd_attention(subject.model, attention), STEPS[self.steps](subject.model):
             yield
 
 
@@ -135,6 +143,7 @@ def choose_cases(
     budgets: Sequence[Amount] | None = None,
     names: Sequence[str] | None = None,
     is_compiled: bool = True,
+    on_gpu: bool = False,
 ) -> list[Case]:
     """The full caches, then policies at budgets; each policy's settings are checked on the head map.
 
@@ -145,12 +154,14 @@ def choose_cases(
         budgets: budgets of every policy; "full" has only 1.0.
         names: names of the cases to keep.
         is_compiled: also the cases of `STEPS` that need a compiler.
+        on_gpu: also those that run only on a GPU.
 
     Raises:
         ValueError: an unknown policy or name, or settings out of range.
     """
     cases = [Case(rival, steps=steps) for steps in ("", "packed") for rival in RIVALS]
     cases += [Case("StaticCache", steps=steps) for steps in ("compiled", "compiled, packed")]
+    cases += [Case(VARLEN, steps="compiled")] if on_gpu else []
     cases.append(Case(VALID_TOKENS, steps="fast_decode"))
     if policies is None and budgets is None:
         name, settings = own_policy(head_map)

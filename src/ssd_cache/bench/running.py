@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 
 import ssd_cache
 from ssd_cache.bench.cases import Case
@@ -138,7 +138,7 @@ def measure(
     A case that runs out of GPU memory, or cannot be compiled, is skipped in later rounds; `failure` states the reason.
     """
     results = [Measurement(case, batch_size) for case in cases]
-    static: list[Cache] = []
+    static: dict[str, StaticCache] = {}
     torch.compiler.reset()  # compile for this batch size alone; else torch compiles for dynamic sizes
     with tqdm(total=(rounds + 1) * len(cases), disable=not progress) as bar:
         for number in range(rounds + 1):
@@ -159,16 +159,14 @@ def measure(
 
 
 def _measure_once(
-    subject: Subject, result: Measurement, windows: Sequence[range], static: list[Cache], *, is_counted: bool
+    subject: Subject, result: Measurement, windows: Sequence[range], static: dict[str, StaticCache], *, is_counted: bool
 ) -> None:
-    """One case in one round. The StaticCache in `static` is reused, because compiled steps are tied to one."""
+    """One case in one round. A StaticCache is reused from `static`, because compiled steps are tied to one."""
     case, device = result.case, subject.model.device
-    if case.cache == "StaticCache":
-        static[:] = static or [case.make_cache(subject)]
-        cache = static[0]
+    cache: Cache = static.get(case.cache) or case.make_cache(subject)
+    if isinstance(cache, StaticCache):
+        static[case.cache] = cache
         cache.reset()
-    else:
-        cache = case.make_cache(subject)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with case.running(subject):
@@ -180,7 +178,7 @@ def _measure_once(
         seconds, steps = generate_windows(subject, cache, result.batch_size, windows)
         result.served_by, result.fell_back = served_by(subject, case, cache)
         if device.type == "cuda":
-            others = sum(sum(held_bytes(other)) for other in static if other is not cache)
+            others = sum(sum(held_bytes(other)) for other in static.values() if other is not cache)
             result.peak = max(result.peak or 0, torch.cuda.max_memory_allocated(device) - others)
         if not is_counted:
             subject.fill(cache, result.batch_size, subject.length - 1)  # the last generated token is never fed

@@ -94,6 +94,7 @@ def bench(
             budgets=None if budgets is None else parse_budgets(budgets),
             names=None if caches is None else [name.strip() for name in caches.split(";")],
             is_compiled=compiled,
+            on_gpu=where.type == "cuda",
         )
         windows, kind = choose_windows(head_map.num_visual_tokens, tokens), resolve_dtype(dtype, where)
     if output is not None:

@@ -598,5 +598,6 @@ def test_help_fits_80_columns(bench, monkeypatch):
 def test_a_gpu_reports_its_peak():
     subject = load_subject("tiny-janus", torch.bfloat16, torch.device("cuda"))
     (result,) = measure(subject, [Case("ssd", 0.4)], choose_windows(64, 32), batch_size=2, rounds=1)
+    assert result.served_by.startswith("Triton kernel")
     weights = sum(weight.nbytes for weight in subject.model.parameters())
     assert result.peak > weights + result.key_value + result.bookkeeping

@@ -59,3 +59,19 @@ def test_torchs_operator_takes_the_shapes():
     query, mask = torch.empty(3, 8, 1, 64, **options), torch.ones(3, 1, 1, 10, device="meta", dtype=torch.bool)
     output, weights = varlen.varlen_attention_forward(torch.nn.Module(), query, keys, values, mask, scaling=0.1)
     assert (output.shape, output.dtype, output.device.type, weights) == ((3, 1, 8, 64), torch.bfloat16, "meta", None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen_attn runs on CUDA")
+def test_the_operator_attends_to_the_stored_tokens():
+    layer, options = varlen.VarlenLayer(10), {"device": "cuda", "dtype": torch.bfloat16}
+    states, query = torch.randn(3, 2, 6, 64, **options), torch.randn(3, 8, 1, 64, **options)
+    keys, values = layer.update(states, states.flip(0))
+    for held in (keys, values):
+        held[:, :, 6:] = 100  # of free slots
+    mask = torch.arange(10, device="cuda").expand(3, 1, 1, 10) < 6
+    output, _ = varlen.varlen_attention_forward(torch.nn.Module(), query, keys, values, mask, scaling=0.1)
+    given = (given.double() for given in (query, states, states.flip(0)))
+    expected = F.scaled_dot_product_attention(*given, scale=0.1, enable_gqa=True).transpose(1, 2)
+    # a few roundings of bfloat16, relative to the largest value
+    assert (output - expected).abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * states.abs().max()

@@ -1,8 +1,9 @@
 """Generate the same images with several caches in turn and time every step.
 
 Rounds are interleaved, so that a slowdown of the machine affects all caches alike. The first round warms up and
-compiles; it is not counted. In every round, a case first generates a few tokens that are not timed: they pack weights
-and record CUDA graphs. A `Report` is yielded after every batch size, so an interrupted run leaves results.
+compiles; it is not counted. In every round, a case first generates a few tokens that are not timed: memory for packed
+weights is taken and CUDA graphs are recorded then. A `Report` is yielded after every batch size, so an interrupted run
+leaves results.
 """
 
 from __future__ import annotations

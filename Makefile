@@ -13,9 +13,14 @@ OUTPUT ?= demo.png
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-# Settings of bench-gpu: the output folder, and the number of measured rounds. One round takes at most ten minutes.
+# Settings of bench-gpu: the output folder, the number of measured rounds, and the batch sizes. A part that is in the
+# folder is not measured again.
 RESULTS ?= bench-gpu
 ROUNDS ?= 1
+BATCHES ?= 1 8 128
+GPU_PARTS = $(BATCHES:%=janus-pro-1b-batch-%) janus-pro-1b-images-128 janus-pro-7b-batch-8
+GPU_RIVALS = StaticCache, compiled;StaticCache, varlen, compiled;full cache, valid tokens only
+BENCH_GPU = $(BIN)/ssd-cache bench --device cuda --dtype bfloat16 --rounds $(ROUNDS)
 
 OLDEST = $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
@@ -57,13 +62,18 @@ check: $(VENV)/.dev ## lint, format, types, and the documentation built strict
 bench: $(VENV)/.runtime ## measure speed and memory of the policies side by side
 	$(BIN)/ssd-cache bench
 
-bench-gpu: $(VENV)/.dev ## the same on a GPU with Janus-Pro's shapes; fills docs/performance.md (RESULTS=..., ROUNDS=...)
-	$(BIN)/ssd-cache bench --model janus-pro-1b --dtype bfloat16 --device cuda --batch-size 1,8,32,128 --tokens 96 \
-	  --caches "DynamicCache;StaticCache;StaticCache, compiled;ssd 20%;ssd 20%, fast_decode" \
-	  --rounds $(ROUNDS) --output "$(RESULTS)/janus-pro-1b"
-	$(BIN)/ssd-cache bench --model janus-pro-7b --dtype bfloat16 --device cuda --batch-size 8 --tokens 96 \
-	  --caches "StaticCache;ssd 20%" --rounds $(ROUNDS) --output "$(RESULTS)/janus-pro-7b"
+bench-gpu: $(GPU_PARTS:%=$(RESULTS)/%/bench.json) ## the same on a GPU, resumable; fills docs/performance.md (RESULTS=..., ROUNDS=..., BATCHES=...)
 	$(BIN)/python docs/fill_gpu.py "$(RESULTS)"
+
+$(RESULTS)/janus-pro-1b-batch-%/bench.json: | $(VENV)/.dev
+	$(BENCH_GPU) --model janus-pro-1b --batch-size $* --tokens 96 --output "$(@D)" \
+	  --caches "DynamicCache;StaticCache;$(GPU_RIVALS);ssd 20%;ssd 20%, fast_decode"
+
+$(RESULTS)/janus-pro-1b-images-%/bench.json: | $(VENV)/.dev
+	$(BENCH_GPU) --model janus-pro-1b --batch-size $* --output "$(@D)" --caches "$(GPU_RIVALS);ssd 20%, fast_decode"
+
+$(RESULTS)/janus-pro-7b-batch-%/bench.json: | $(VENV)/.dev
+	$(BENCH_GPU) --model janus-pro-7b --batch-size $* --tokens 96 --output "$(@D)" --caches "StaticCache;ssd 20%"
 
 docs: $(VENV)/.dev ## build the documentation
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

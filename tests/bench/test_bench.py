@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,14 +23,18 @@ from transformers import DynamicCache, JanusForConditionalGeneration, LlamaConfi
 from typer.testing import CliRunner
 
 from ssd_cache import HeadMap
+from ssd_cache._compat import CACHE
 from ssd_cache.bench import SHAPES, Case, Report, choose_cases, choose_windows, load_subject, run
 from ssd_cache.bench import roofline as roofline_module
-from ssd_cache.bench.cases import RIVALS
+from ssd_cache.bench import running as running_module
+from ssd_cache.bench.cases import VALID_TOKENS
 from ssd_cache.bench.results import Row, number, size
 from ssd_cache.bench.roofline import Machine, StepWork, mean_tokens_read, measure_machine, step_work
-from ssd_cache.bench.running import Measurement, held_bytes, measure, summarize, timed_positions
+from ssd_cache.bench.running import Measurement, generate_windows, held_bytes, measure, summarize, timed_positions
+from ssd_cache.bench.serving import served_by
 from ssd_cache.bench.subject import TINY_TOWERS, Shape, head_map_for, janus_config, make_model
 from ssd_cache.cli import app
+from ssd_cache.decode.cuda_graph import RecordedStep
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,6 +94,17 @@ HEAD_MAP = HeadMap(torch.tensor([[True, False], [False, True]]), (8, 8))
 POLICIES = "full,ssd,ssd:buffer=1,ssd:num_sinks=2,ssd:kv_dtype=int8,h2o,streaming-llm,linear,margin"
 MAP_24 = HEAD_MAP.with_grid((24, 24))
 CASES = choose_cases(HEAD_MAP, policies=POLICIES, budgets=[0.4, 30], is_compiled=False)
+
+FULL_CACHES = {
+    "DynamicCache": "sdpa, eager",
+    "StaticCache": "sdpa, eager",
+    "DynamicCache, packed": "sdpa, packed linears, eager",
+    "StaticCache, packed": "sdpa, packed linears, eager",
+    "StaticCache, compiled": "sdpa, compiled",
+    "StaticCache, compiled, packed": "sdpa, packed linears, compiled",
+    "full cache, valid tokens only": "CPU loop, packed linears, compiled",
+}
+"""The rivals in the order of the report, and what runs their steps on a CPU in float32."""
 
 
 # --- models by shape
@@ -212,10 +229,17 @@ def test_a_steps_work_is_counted_out():
     assert work.operations == 6 * (2 * products + 2 * 4 * 4 * 8 * 11)  # layers, 4 each, heads, head_dim, tokens
 
 
-def test_a_step_takes_what_its_slower_half_takes():
+def test_the_store_of_valid_tokens_reads_what_a_full_cache_reads(subject):
+    valid, dynamic = (
+        step_work(subject, case, 3, [0, 9, 50])
+        for case in (Case(VALID_TOKENS, steps="fast_decode"), Case("DynamicCache"))
+    )
+    assert valid == dynamic
+
+
+def test_a_steps_work_takes_time_to_read_and_to_execute():
     work = StepWork(weight_bytes=600, key_value_bytes=400.0, operations=50.0)
-    assert work.least_seconds(Machine(copy_speed=100.0, matrix_speed=100.0)) == 10.0  # memory
-    assert work.least_seconds(Machine(copy_speed=1000.0, matrix_speed=10.0)) == 5.0  # products
+    assert work.seconds(Machine(copy_speed=100.0, matrix_speed=10.0)) == (10.0, 5.0)
 
 
 def test_the_machine_is_measured():
@@ -245,7 +269,7 @@ def test_bytes_are_those_at_the_end_of_an_image(janus, windows):
 
 
 def test_a_checkpoint_is_measured_with_its_maps_own_settings():
-    names = [case.name for case in choose_cases(head_map_for("shapes-janus"))][len(RIVALS) + 1 :]
+    names = [case.name for case in choose_cases(head_map_for("shapes-janus"))][len(FULL_CACHES) :]
     assert names[:5] == [
         "learned 100%",
         "learned 50%",
@@ -254,7 +278,7 @@ def test_a_checkpoint_is_measured_with_its_maps_own_settings():
         "learned:buffer=1 20%",
     ]
     assert names[5:] == ["ssd 20%", "h2o 20%", "streaming-llm 20%"]
-    names = [case.name for case in choose_cases(head_map_for("small-cpu"))][len(RIVALS) + 1 :]
+    names = [case.name for case in choose_cases(head_map_for("small-cpu"))][len(FULL_CACHES) :]
     assert names[:5] == ["ssd 100%", "ssd 50%", "ssd 20%", "ssd 20%, fast_decode", "ssd:buffer=1 20%"]
     assert names[5:] == ["h2o 20%", "streaming-llm 20%"]
 
@@ -263,16 +287,30 @@ def test_names_of_cases_tell_them_apart():
     cases = choose_cases(MAP_24)
     names = [case.name for case in cases]
     assert len(set(names)) == len(names)
-    assert {"DynamicCache", "StaticCache", "StaticCache, compiled", "ssd 20%", "ssd 20%, fast_decode"} <= set(names)
+    assert names[: len(FULL_CACHES)] == [case.name for case in cases if case.is_rival] == list(FULL_CACHES)
+    assert {"ssd 20%", "ssd 20%, fast_decode"} <= set(names)
     chosen = choose_cases(MAP_24, names=["ssd 20%", "DynamicCache"])
     assert chosen == [Case("DynamicCache"), Case("ssd", 0.2)]
     with pytest.raises(ValueError, match="no cache 'ssd 21%': give names of DynamicCache; "):
         choose_cases(MAP_24, names=["ssd 21%"])
     assert not any(case.steps for case in choose_cases(MAP_24, is_compiled=False))
+    (varlen,) = set(choose_cases(MAP_24, on_gpu=True)) - set(cases)
+    assert (varlen.name, varlen.is_rival) == ("StaticCache, varlen, compiled", True)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="reads the commands from make")
+def test_make_bench_gpu_measures_cases_that_are_there(tmp_path):
+    command = ["make", "--dry-run", "bench-gpu", f"RESULTS={tmp_path}"]
+    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.replace("\\\n", " ")
+    found = [shlex.split(line) for line in lines.splitlines() if "ssd-cache bench" in line]
+    assert len(found) == 5
+    for words in found:
+        names = words[words.index("--caches") + 1].split(";")
+        assert [case.name for case in choose_cases(MAP_24, names=names, on_gpu=True)] == names
 
 
 def test_every_policy_comes_at_every_budget():
-    cases = choose_cases(HEAD_MAP, policies="full,ssd:buffer=4", budgets=[0.5, 20])[len(RIVALS) + 1 :]
+    cases = choose_cases(HEAD_MAP, policies="full,ssd:buffer=4", budgets=[0.5, 20])[len(FULL_CACHES) :]
     assert [case.name for case in cases] == [
         "full 100%",
         "full 100%, fast_decode",
@@ -286,6 +324,74 @@ def test_every_policy_comes_at_every_budget():
 
 
 # --- running
+
+
+@needs_compiler
+def test_full_caches_generate_the_tokens_of_a_dynamic_cache(janus):
+    def generate(case):
+        cache, prompt = case.make_cache(janus), torch.arange(10, 20).view(2, 5)
+        prompt[:, 0], prompt[:, -1] = 1, 4
+        options = {"generation_mode": "image", "do_sample": False, "guidance_scale": 5.0, CACHE: cache}
+        with case.running(janus):
+            tokens = janus.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+            return tokens, served_by(janus, case, cache)
+
+    with torch.no_grad():
+        for weight in janus.model.parameters():
+            weight.mul_(5 if weight.dim() > 1 else 1)  # else it repeats one token
+    cases = choose_cases(HEAD_MAP, names=list(FULL_CACHES))
+    expected, _ = generate(cases[0])
+    assert len(expected.unique()) > 20
+    for case in cases:
+        tokens, served = generate(case)
+        assert torch.equal(tokens, expected), case.name
+        assert served == (FULL_CACHES[case.name], False)
+
+
+def test_a_case_that_falls_back_is_marked():
+    subject, case = load_subject("tiny-janus", torch.bfloat16, CPU), Case("DynamicCache", steps="packed")
+    (result,) = measure(subject, [case], choose_windows(64, 16), batch_size=1, rounds=1)
+    assert (result.served_by, result.fell_back) == ("sdpa, eager", True), "only float32 weights are packed"
+    row = summarize(result, choose_windows(64, 16), 64, Machine(1, 1), StepWork(1, 1.0, 1.0))
+    tables = Report("c", {"model": "m"}, Machine(1, 1), [row]).tables()
+    assert [rows[0][0] for _, _, rows in tables] == 3 * ["DynamicCache, packed *"]
+    assert tables[2][0].endswith("(*: without something that the name says)")
+
+
+def test_a_gpu_falls_back_without_kernel_graph_or_compiler():
+    case = Case("ssd", 0.4, "fast_decode")
+    cache, recorded = case.make_ssd(HEAD_MAP), RecordedStep()
+    forward = SimpleNamespace(is_usable=True, recorded={cache: recorded})
+    model = SimpleNamespace(device=torch.device("cuda"), get_decoder=lambda: SimpleNamespace(forward=forward))
+    subject = SimpleNamespace(model=model, config=SimpleNamespace(_attn_implementation="ssd"), step_weights=list)
+    recorded.graph, recorded.num_run = object(), 12
+    assert served_by(subject, case, cache) == ("torch's attention, compiled, CUDA graph with 10 replays", True)
+    for layer in cache.layers:
+        layer.has_kernel = True
+    assert served_by(subject, case, cache) == ("Triton kernel, compiled, CUDA graph with 10 replays", False)
+    forward.is_usable = False
+    assert served_by(subject, case, cache) == ("Triton kernel, eager, CUDA graph with 10 replays", True)
+    forward.is_usable, recorded.graph = True, None
+    assert served_by(subject, case, cache) == ("Triton kernel, compiled", True)
+
+
+def test_a_recorded_graph_of_the_untimed_tokens_serves_the_timed_image(janus, monkeypatch):
+    seen = []
+
+    def generate(subject, cache, batch_size, windows):
+        result = generate_windows(subject, cache, batch_size, windows)
+        seen.append((windows, cache, getattr(cache, "version", None)))
+        return result
+
+    monkeypatch.setattr(running_module, "generate_windows", generate)
+    cases = [Case("ssd", 0.4), Case("DynamicCache"), Case("StaticCache")]
+    measure(janus, cases, [range(64)], batch_size=1, rounds=1)
+    assert [windows for windows, *_ in seen] == 6 * [[range(8)], [range(64)]]
+    assert len({id(cache) for _, cache, _ in seen[4:6] + seen[10:12]}) == 1, "compiled steps are tied to a StaticCache"
+    for (_, first, first_version), (_, second, second_version) in (seen[0:2], seen[6:8]):
+        assert second is first
+        assert second_version == first_version, "a recorded graph would be invalid"
+    assert seen[2][1] is not seen[3][1], "a DynamicCache cannot be emptied"
 
 
 @needs_compiler
@@ -332,7 +438,10 @@ def test_a_run_gives_speed_and_bytes(reports):
         assert row.tokens_per_second == pytest.approx(64 * row.batch_size / (sum(row.seconds) / 2))
         assert len(row.quarters_ms) == 4
         assert 0 < min(row.quarters_ms) <= max(row.quarters_ms)
-        assert row.least_ms == pytest.approx(1000 * row.work.least_seconds(report.machine))
+        assert row.max_ms == pytest.approx(1000 * max(row.work.seconds(report.machine)))
+        assert row.sum_ms == pytest.approx(1000 * sum(row.work.seconds(report.machine)))
+        assert row.is_rival == (row.cache != "ssd 40%")
+        assert row.served_by == ("sdpa, eager" if row.is_rival else "torch's attention, eager")
     dynamic, static, ssd = (row.key_value + row.bookkeeping for row in report.rows[:3])
     assert 1.5 * ssd < dynamic <= static
 
@@ -351,25 +460,29 @@ def test_seconds_become_speeds():
 def test_tables_and_json_hold_the_run(reports):
     report = reports[-1]
     (title, heads, rows), steps, memory, *others = report.tables()
-    assert title == "Speed, batch 1"
+    best = max(report.rows[:2], key=lambda row: row.tokens_per_second)
+    assert title == f"Speed, batch 1; best full cache: {best.cache}"
     row = report.rows[2]
     cells = dict(zip(heads, rows[2], strict=True))
     assert cells["cache"] == "ssd 40%"
     assert cells["tokens/s"] == number(row.tokens_per_second)
     assert cells["to Dynamic"] == f"{row.tokens_per_second / report.rows[0].tokens_per_second:.2f}x"
+    assert cells["to best"] == f"{row.tokens_per_second / best.tokens_per_second:.2f}x"
+    assert dict(zip(steps[1], steps[2][2], strict=True))["sum / mean"] == f"{100 * row.sum_ms / row.step_ms:.3g}%"
+    assert dict(zip(memory[1], memory[2][2], strict=True))["served by"] == row.served_by
     assert len(others) == len(steps[2]) == len(memory[2]) == 3
     assert dict(zip(memory[1], memory[2][2], strict=True))["K and V"] == size(row.key_value)
     text = report.to_markdown()
     for line in [report.command, *report.condition_lines()]:
         assert line in text
     values = json.loads(report.to_json())
-    assert values["format"] == "ssd-cache bench 3"
+    assert values["format"] == "ssd-cache bench 4"
     assert values["rows"][2]["tokens_per_second"] == row.tokens_per_second
     assert values["rows"][2]["work"]["weight_bytes"] == row.work.weight_bytes
 
 
 def test_a_failure_has_a_row():
-    failed = Row("StaticCache", 4, failure="out of memory")
+    failed = Row("StaticCache", 4, is_rival=True, failure="out of memory")
     report = Report("c", {"model": "m"}, Machine(1, 1), [failed])
     tables = report.tables()
     assert tables[0][2][0][:3] == ["StaticCache", "out of memory", "-"]
@@ -485,5 +598,6 @@ def test_help_fits_80_columns(bench, monkeypatch):
 def test_a_gpu_reports_its_peak():
     subject = load_subject("tiny-janus", torch.bfloat16, torch.device("cuda"))
     (result,) = measure(subject, [Case("ssd", 0.4)], choose_windows(64, 32), batch_size=2, rounds=1)
+    assert result.served_by.startswith("Triton kernel")
     weights = sum(weight.nbytes for weight in subject.model.parameters())
     assert result.peak > weights + result.key_value + result.bookkeeping

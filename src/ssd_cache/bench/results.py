@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from tqdm import tqdm
 
-from ssd_cache.bench.cases import RIVALS
 from ssd_cache.bench.roofline import Machine, StepWork
 from ssd_cache.io.markdown import code_block, escape, table
 
-FORMAT = "ssd-cache bench 3"
+FORMAT = "ssd-cache bench 4"
+
+SPEED_HEADS = ["tokens/s", "min to max", "to best", "to Dynamic"]
+STEP_HEADS = ["mean", "median of each quarter", "max", "sum", "sum / mean"]
+MEMORY_HEADS = ["K and V", "overhead", "peak", "served by"]
 
 Table = tuple[str, list[str], list[list[str]]]
 """A title, the column heads, and rows whose first cell is a name."""
@@ -28,7 +32,10 @@ class Row:
     Attributes:
         cache: name of the case.
         batch_size: images at once.
+        is_rival: whether it is a full cache, with which policies are compared.
         failure: the reason if there are no times, or None.
+        served_by: what ran the steps: attention, linear layers, and eager or compiled steps.
+        fell_back: whether that is less than the name of the case says.
         seconds: seconds of each counted round, for the generated tokens.
         tokens_per_second: visual tokens of all images per second, in the median round.
         slowest, fastest: tokens per second of the slowest and the fastest round.
@@ -37,12 +44,16 @@ class Row:
         key_value, bookkeeping: bytes that the cache holds at the end of an image.
         peak: torch's peak of allocated memory on a GPU, weights included; None on a CPU.
         work: bytes that a step must read, and floating-point operations that it must execute.
-        least_ms: lower bound of the time of a step on this machine.
+        max_ms: the larger of the times that these bytes and operations take on this machine, a lower bound of a step.
+        sum_ms: the sum of these times.
     """
 
     cache: str
     batch_size: int
+    is_rival: bool = False
     failure: str | None = None
+    served_by: str = ""
+    fell_back: bool = False
     seconds: list[float] = field(default_factory=list)
     tokens_per_second: float = 0.0
     slowest: float = 0.0
@@ -53,7 +64,8 @@ class Row:
     bookkeeping: int = 0
     peak: int | None = None
     work: StepWork | None = None
-    least_ms: float = 0.0
+    max_ms: float = 0.0
+    sum_ms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,37 +94,46 @@ class Report:
         return [f"{name}: {value}" for name, value in self.conditions.items()]
 
     def tables(self) -> list[Table]:
-        """Speed and memory for each batch size; about 80 columns wide."""
+        """Speed, steps and memory for each batch size. A star marks rows that fell back."""
         found = []
         for batch_size in dict.fromkeys(row.batch_size for row in self.rows):
             rows = [row for row in self.rows if row.batch_size == batch_size]
             speeds = {row.cache: row.tokens_per_second for row in rows}
+            best = max(
+                (row.cache for row in rows if row.is_rival and not row.failure), key=speeds.__getitem__, default=""
+            )
+            bases = speeds.get(best, 0.0), speeds.get("DynamicCache", 0.0)
+            star = " (*: without something that the name says)" if any(row.fell_back for row in rows) else ""
             for title, heads, cells in (
-                ("Speed", ["tokens/s", "min to max", *(f"to {name.removesuffix('Cache')}" for name in RIVALS)], _speed),
-                ("Steps in ms", ["mean", "median of each quarter", "roofline", "roofline / mean"], _steps),
-                ("Memory", ["K and V", "overhead", "peak"], _memory),
+                (f"Speed, batch {batch_size}" + (best and f"; best full cache: {best}"), SPEED_HEADS, _speed),
+                (f"Steps in ms, batch {batch_size}; max and sum of the roofline's two times", STEP_HEADS, _steps),
+                (f"Memory, and what ran the steps, batch {batch_size}{star}", MEMORY_HEADS, _memory),
             ):
                 lines = [
-                    [row.cache, *([row.failure, *["-"] * (len(heads) - 1)] if row.failure else cells(row, speeds))]
+                    [
+                        row.cache + " *" * row.fell_back,
+                        *([row.failure, *["-"] * (len(heads) - 1)] if row.failure else cells(row, bases)),
+                    ]
                     for row in rows
                 ]
-                found.append((f"{title}, batch {batch_size}", ["cache", *heads], lines))
+                found.append((title, ["cache", *heads], lines))
         return found
 
 
-def _speed(row: Row, speeds: dict[str, float]) -> list[str]:
-    bases = [speeds.get(rival) for rival in RIVALS]
+def _speed(row: Row, bases: Sequence[float]) -> list[str]:
     ratios = [f"{row.tokens_per_second / base:.2f}x" if base else "-" for base in bases]
     return [number(row.tokens_per_second), f"{number(row.slowest)} to {number(row.fastest)}", *ratios]
 
 
-def _steps(row: Row, speeds: dict[str, float]) -> list[str]:
-    share = f"{100 * row.least_ms / row.step_ms:.3g}%" if row.step_ms else "-"
-    return [number(row.step_ms), ", ".join(map(number, row.quarters_ms)), number(row.least_ms), share]
+def _steps(row: Row, bases: Sequence[float]) -> list[str]:
+    share = f"{100 * row.sum_ms / row.step_ms:.3g}%" if row.step_ms else "-"
+    quarters = ", ".join(map(number, row.quarters_ms))
+    return [number(row.step_ms), quarters, number(row.max_ms), number(row.sum_ms), share]
 
 
-def _memory(row: Row, speeds: dict[str, float]) -> list[str]:
-    return [size(row.key_value), size(row.bookkeeping), "-" if row.peak is None else size(row.peak)]
+def _memory(row: Row, bases: Sequence[float]) -> list[str]:
+    peak = "-" if row.peak is None else size(row.peak)
+    return [size(row.key_value), size(row.bookkeeping), peak, row.served_by]
 
 
 def number(value: float) -> str:

@@ -1,4 +1,6 @@
-"""The roofline: speed of this machine's memory and matrix units, and the resulting lower bound of a step.
+"""The two rooflines: speed of this machine's memory and matrix units, and the resulting times of a step.
+
+A step cannot take less than the larger of the two times. Their sum is the time of a step that does not overlap them.
 
 Both speeds are measured here, on the device and in the dtype of the run; no figure comes from a data sheet.
 """
@@ -50,10 +52,9 @@ class StepWork:
     key_value_bytes: float
     operations: float
 
-    def least_seconds(self, machine: Machine) -> float:
-        """The larger of the times that reading all bytes and executing all operations take."""
-        memory = (self.weight_bytes + self.key_value_bytes) / machine.copy_speed
-        return max(memory, self.operations / machine.matrix_speed)
+    def seconds(self, machine: Machine) -> tuple[float, float]:
+        """The times that reading all bytes and executing all operations take."""
+        return (self.weight_bytes + self.key_value_bytes) / machine.copy_speed, self.operations / machine.matrix_speed
 
 
 def step_work(subject: Subject, case: Case, batch_size: int, positions: Sequence[int]) -> StepWork:

@@ -1,7 +1,9 @@
 """Generate the same images with several caches in turn and time every step.
 
 Rounds are interleaved, so that a slowdown of the machine affects all caches alike. The first round warms up and
-compiles; it is not counted. A `Report` is yielded after every batch size, so an interrupted run leaves results.
+compiles; it is not counted. In every round, a case first generates a few tokens that are not timed: memory for packed
+weights is taken and CUDA graphs are recorded then. A `Report` is yielded after every batch size, so an interrupted run
+leaves results.
 """
 
 from __future__ import annotations
@@ -19,17 +21,21 @@ from typing import Any
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import Cache
+from transformers import Cache, DynamicCache, StaticCache
 
 import ssd_cache
 from ssd_cache.bench.cases import Case
 from ssd_cache.bench.results import Report, Row, size
 from ssd_cache.bench.roofline import Machine, StepWork, measure_machine, step_work, synchronize
+from ssd_cache.bench.serving import served_by
 from ssd_cache.bench.subject import GUIDANCE_SCALE, Subject
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.io.showing import first_line
 
 NUM_WINDOWS = 4
+
+UNTIMED = 8
+"""Tokens that a case generates before every timed image; `fast_decode` records the fourth as a CUDA graph."""
 
 
 def choose_windows(num_cells: int, num_tokens: int | None) -> list[range]:
@@ -81,6 +87,8 @@ class Measurement:
     bookkeeping: int = 0
     peak: int | None = None
     failure: str | None = None
+    served_by: str = ""
+    fell_back: bool = False
 
 
 def run(
@@ -131,7 +139,7 @@ def measure(
     A case that runs out of GPU memory, or cannot be compiled, is skipped in later rounds; `failure` states the reason.
     """
     results = [Measurement(case, batch_size) for case in cases]
-    static: list[Cache] = []
+    static: dict[str, StaticCache] = {}
     torch.compiler.reset()  # compile for this batch size alone; else torch compiles for dynamic sizes
     with tqdm(total=(rounds + 1) * len(cases), disable=not progress) as bar:
         for number in range(rounds + 1):
@@ -152,22 +160,26 @@ def measure(
 
 
 def _measure_once(
-    subject: Subject, result: Measurement, windows: Sequence[range], static: list[Cache], *, is_counted: bool
+    subject: Subject, result: Measurement, windows: Sequence[range], static: dict[str, StaticCache], *, is_counted: bool
 ) -> None:
-    """One case in one round. The StaticCache in `static` is reused, because compiled steps are tied to one."""
+    """One case in one round. A StaticCache is reused from `static`, because compiled steps are tied to one."""
     case, device = result.case, subject.model.device
-    if case.cache == "StaticCache":
-        static[:] = static or [case.make_cache(subject)]
-        cache = static[0]
+    cache: Cache = static.get(case.cache) or case.make_cache(subject)
+    if isinstance(cache, StaticCache):
+        static[case.cache] = cache
         cache.reset()
-    else:
-        cache = case.make_cache(subject)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with case.running(subject):
+        generate_windows(subject, cache, result.batch_size, [windows[0][:UNTIMED]])
+        if isinstance(cache, DynamicCache):  # its `reset` keeps the length
+            cache = case.make_cache(subject)
+        else:
+            cache.reset()
         seconds, steps = generate_windows(subject, cache, result.batch_size, windows)
+        result.served_by, result.fell_back = served_by(subject, case, cache)
         if device.type == "cuda":
-            others = sum(sum(held_bytes(other)) for other in static if other is not cache)
+            others = sum(sum(held_bytes(other)) for other in static.values() if other is not cache)
             result.peak = max(result.peak or 0, torch.cuda.max_memory_allocated(device) - others)
         if not is_counted:
             subject.fill(cache, result.batch_size, subject.length - 1)  # the last generated token is never fed
@@ -219,9 +231,9 @@ def held_bytes(cache: Cache) -> tuple[int, int]:
 
 def summarize(measured: Measurement, windows: Sequence[range], num_cells: int, machine: Machine, work: StepWork) -> Row:
     """Compute the row of one measurement of `windows` in an image of `num_cells`."""
-    name, batch_size = measured.case.name, measured.batch_size
+    name, batch_size, is_rival = measured.case.name, measured.batch_size, measured.case.is_rival
     if measured.failure is not None:
-        return Row(name, batch_size, measured.failure)
+        return Row(name, batch_size, is_rival, measured.failure)
     generated = batch_size * sum(map(len, windows))
     medians = [1000 * statistics.median(step) for step in zip(*measured.steps, strict=True)]
     curve = list(zip(timed_positions(windows), medians, strict=True))
@@ -229,6 +241,9 @@ def summarize(measured: Measurement, windows: Sequence[range], num_cells: int, m
     return Row(
         cache=name,
         batch_size=batch_size,
+        is_rival=is_rival,
+        served_by=measured.served_by,
+        fell_back=measured.fell_back,
         seconds=measured.seconds,
         tokens_per_second=generated / statistics.median(measured.seconds),
         slowest=generated / max(measured.seconds),
@@ -239,7 +254,8 @@ def summarize(measured: Measurement, windows: Sequence[range], num_cells: int, m
         bookkeeping=measured.bookkeeping,
         peak=measured.peak,
         work=work,
-        least_ms=1000 * work.least_seconds(machine),
+        max_ms=1000 * max(work.seconds(machine)),
+        sum_ms=1000 * sum(work.seconds(machine)),
     )
 
 

@@ -60,7 +60,7 @@ def bench(
             default="all",
         ),
     ] = None,
-    compiled: Annotated[bool, typer.Option(help="Also measure compiled decode steps.", rich_help_panel=CACHES)] = True,
+    compiled: Annotated[bool, typer.Option(help="Also measure what needs a compiler.", rich_help_panel=CACHES)] = True,
     rounds: Annotated[int, option("Measured rounds, after one warm-up round.", "N", MEASURING, least=1)] = 2,
     tokens: Annotated[
         int | None,
@@ -79,8 +79,8 @@ def bench(
     """Measure speed and memory of caches and policies side by side.
 
     Every cache generates the same images through transformers, with guidance,
-    in interleaved rounds. The baselines are transformers' own full caches and
-    this machine's roofline. Random models have random head maps.
+    in interleaved rounds. The baselines are the fastest full cache and this
+    machine's roofline. Random models have random head maps.
     """
     batch_sizes, asked_grid = parse_batch_sizes(batch_size), parse_grid(grid)
     with refusing():
@@ -94,6 +94,7 @@ def bench(
             budgets=None if budgets is None else parse_budgets(budgets),
             names=None if caches is None else [name.strip() for name in caches.split(";")],
             is_compiled=compiled,
+            on_gpu=where.type == "cuda",
         )
         windows, kind = choose_windows(head_map.num_visual_tokens, tokens), resolve_dtype(dtype, where)
     if output is not None:
@@ -116,7 +117,8 @@ def bench(
     for title, heads, rows in report.tables():
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for head in heads:
-            table.add_column(head, justify="left" if head == heads[0] else "right", no_wrap=True)
+            is_text = head in ("cache", "served by")
+            table.add_column(head, justify="left" if is_text else "right", no_wrap=not is_text)
         for row in rows:
             table.add_row(*row)
         console.print(table)

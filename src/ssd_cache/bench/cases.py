@@ -98,7 +98,8 @@ class Case:
     @contextmanager
     def running(self, subject: Subject) -> Iterator[None]:
         """Set the best attention for this cache and run its kind of steps; restore the model at the end."""
-        with ssd_attention(subject.model, "sdpa" if self.is_full else NAME), STEPS[self.steps](subject.model):
+        attention = ssd_attention(subject.model, "sdpa" if self.is_full else NAME, needs_queries=not self.is_full)
+        with attention, STEPS[self.steps](subject.model):
             yield
 
 

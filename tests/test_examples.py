@@ -6,6 +6,7 @@ examples/train_shapes_janus.py has its own tests, and examples/profile_study.py 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -14,8 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from helpers.children import TWO_PROCESSES
-from helpers.tiny_checkpoint import SIDE, write_checkpoint
+from helpers.models import tiny_causal
+from helpers.tiny_checkpoint import SIDE, write_checkpoint, write_family
 from PIL import Image
 
 from ssd_cache import HeadMap, SSDCache
@@ -217,3 +220,44 @@ def test_several_gpus_give_the_images_of_one_process_and_resume(folder, prompts_
     (tmp_path / "both" / "00001.png").rename(tmp_path / "both" / ".00001.png.0.part")
     example.main(prompts_file, model=str(folder), budget=0.5, batch_size=1, device="cpu", output=tmp_path / "both")
     assert {path.name: path.read_bytes() for path in (tmp_path / "both").iterdir()} == alone
+
+
+def test_caches_side_by_side_predict_a_text_as_each_alone():
+    example, model = load("text_perplexity"), tiny_causal("llama")
+    head_map = HeadMap(torch.tensor([[True, False], [False, True]]), (8, 8))
+    tokens = torch.randint(0, 64, (example.NUM_PROMPT + 64,))
+
+    def caches():
+        kinds = [("full", {}), ("ssd", {}), ("online", {}), ("streaming-llm", {}), ("ssd", {"kv_dtype": "int8"})]
+        return [SSDCache.from_policy(name, head_map, 0.4, **settings) for name, settings in kinds]
+
+    together = example.perplexities(model, tokens, caches())
+    alone = [example.perplexities(model, tokens, [cache])[0] for cache in caches()]
+    logits = model(tokens[None]).logits[0].double().log_softmax(-1)[example.NUM_PROMPT : -1]
+    whole = (-logits.gather(1, tokens[example.NUM_PROMPT + 1 :, None]).mean()).exp().item()
+    assert together == pytest.approx(alone, rel=1e-5)  # float32: a batch sums in another order than a row
+    assert together[0] == pytest.approx(whole, rel=1e-5)
+    assert len({round(value, 3) for value in together}) == 5
+
+
+def test_text_perplexity_makes_a_head_map_once_and_a_table(tmp_path, capsys):
+    example, folder, text = load("text_perplexity"), write_family("llama", tmp_path / "model"), tmp_path / "text.txt"
+    line = "a red circle and a blue square " * 4
+    text.write_text("\n".join([line] * 6))
+    call = {"text": text, "model": str(folder), "rows": 8, "columns": 4, "budgets": "0.5", "head_map": tmp_path / "map"}
+    for policies in ("full,ssd,learned", "full,h2o"):
+        example.main(policies=policies, num_steps=1, **call)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    (head, _, full, ssd, learned), (_, _, full_again, h2o) = cells[:5], cells[5:]
+    assert [head, full[:2], ssd[::2], learned[::2], h2o[::2]] == [
+        ["policy", "50%", "100%"],
+        ["full", ""],
+        ["ssd", ""],
+        ["learned", ""],
+        ["h2o", ""],
+    ]
+    assert full == full_again
+    assert all(0 < float(value) < math.inf for value in (full[2], ssd[1], learned[1], h2o[1]))
+    assert HeadMap.from_pretrained(tmp_path / "map").learned is not None
+    with pytest.raises(typer.BadParameter, match="has .* tokens, and the grid takes 1632"):
+        example.main(policies="full", **call | {"rows": 40, "columns": 40})

@@ -54,8 +54,9 @@ class enable(ContextDecorator):
             encoder.
         HeadMapError: there is no map of that name, the map does not fit the model's configuration, or the processes of
             a tensor parallel model were given different maps or settings.
-        ValueError: a setting is out of range, or the model has layers with sliding window attention; raised before
-            anything is generated. Inside the block: a call sets `cache_implementation` or `use_cache=False`.
+        ValueError: a setting is out of range, the model has layers with sliding window attention, or it has attention
+            code of its own and the map needs queries; raised before anything is generated. Inside the block: a call
+            sets `cache_implementation` or `use_cache=False`.
         RuntimeError: inside the block, several blocks are open and the calling thread entered none of them.
 
     Example:
@@ -75,7 +76,8 @@ class enable(ContextDecorator):
             head_map = find_head_map(os.fspath(head_map))
         check_agreement(own, head_map, settings)
         settings = {"shard": shard_of(own), **settings}
-        SSDCache(head_map, **settings)  # refuse bad settings now, not in the middle of a pipeline
+        trial = SSDCache(head_map, **settings)  # refuses bad settings now, not in the middle of a pipeline
+        self._needs_queries = any(layer.plan.needs_ssd_attention for layer in trial.layers)
         head_map.check_fits(type(own).__name__, *decoder_shape(own.config.get_text_config(decoder=True)))
         head_map.check_made_for(own.name_or_path)
         self._stats: deque[MemoryStats] = deque(maxlen=1)
@@ -85,7 +87,7 @@ class enable(ContextDecorator):
     def __enter__(self) -> PreTrainedModel:
         block = self._open()
         with ExitStack() as stack:
-            stack.enter_context(ssd_attention(block.model))
+            stack.enter_context(ssd_attention(block.model, needs_queries=self._needs_queries))
             if self.fast:
                 stack.enter_context(fast_decode(block.model))
             stack.enter_context(patched(block.model, "generate", _GenerateWithCache, block))

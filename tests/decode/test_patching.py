@@ -184,8 +184,8 @@ def test_an_entry_that_fails_is_undone(fails, monkeypatch):
     before = {name: type(module) for name, module in model.named_modules()}
 
     @contextmanager
-    def failing(*args):
-        with getattr(real, fails)(*args):
+    def failing(*args, **kwargs):
+        with getattr(real, fails)(*args, **kwargs):
             raise RuntimeError("stop")
             yield
 

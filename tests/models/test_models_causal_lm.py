@@ -6,9 +6,17 @@ import json
 
 import pytest
 import torch
-from helpers.models import left_padded_prompts, tiny_causal
+from helpers.models import left_padded_prompts, tiny_causal, words_tokenizer
 from helpers.tiny_checkpoint import write_family
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    ImageGPTConfig,
+    ImageGPTForCausalImageModeling,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache, enable, profile_heads
 from ssd_cache.models import CausalLMGenerator, GeneratorError, find_generator, generator_of
@@ -192,3 +200,76 @@ def test_a_configuration_that_names_no_kv_heads_has_one_for_each_query_head(mode
         assert torch.equal(generate(model, None), expected)
         assert torch.equal(generate(model, SSDCache.online(model, 1.0, grid=GRID)), expected)
         assert not torch.equal(generate(model, SSDCache(head_map, 0.2, buffer=2)), expected)
+
+
+def test_attention_code_of_a_model_that_passes_no_queries_takes_spatial_heads_only():
+    """ImageGPT computes attention itself, not through transformers' AttentionInterface."""
+    torch.manual_seed(0)
+    sizes = {"n_positions": 65, "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 17, "initializer_range": 0.2}
+    model = ImageGPTForCausalImageModeling(ImageGPTConfig(**sizes)).eval()
+    shape = {"num_layers": 2, "num_kv_heads": 4, "grid": (8, 8)}
+
+    def generate(cache=None):
+        torch.manual_seed(2)
+        start, own = torch.full((2, 1), 16), {"min_new_tokens": 64, "max_new_tokens": 64, "suppress_tokens": [16]}
+        return model.generate(start, do_sample=True, past_key_values=cache, **own)
+
+    expected = generate()
+    for kind in ("spatial", "semantic"):
+        assert torch.equal(generate(SSDCache(HeadMap.uniform(kind, **shape), 1.0)), expected)
+    for head_map in (HeadMap.uniform("spatial", **shape), HeadMap.online(**shape)):
+        block = enable(model, head_map, budget=0.4)
+        with block:
+            assert not torch.equal(generate(), expected)
+        assert block.memory_stats().key_value == block.memory_stats().full_cache * (1 + 26) // 64
+    semantic = HeadMap.uniform("semantic", **shape)
+    with pytest.raises(ValueError, match="ImageGPTModel has attention code of its own, .* HeadMap.online"):
+        with enable(model, semantic, budget=0.4):
+            pass
+    with pytest.raises(ValueError, match="layer 0 of SSDCache does not get to see the model's queries"):
+        generate(SSDCache(semantic, 0.4))
+    assert torch.equal(generate(), expected)
+    assert not {"generate", "_attention_in_force"} & (vars(model).keys() | vars(model.transformer).keys())
+
+
+TAR_GRID = (9, 9)  # of <S2>; <S0> has 27 x 27, <S1> 13 x 13
+
+
+def test_tar_generates_through_its_own_prompt_format():
+    """`t2i_inference.py` of csuhan/Tar: a chat template, <im_start><S0>, plain generate, codes <I0> to <I65535>."""
+    codes = [f"<I{code}>" for code in range(16)]
+    marks = {
+        "chat_start": "<|im_start|>",
+        "chat_end": "<|im_end|>",
+        "image_start": "<im_start>",
+        "image_end": "<im_end>",
+    }
+    words = ["system", "user", "assistant", "You", "are", "a", "helpful", "photo", "of", "macaw"]
+    tokenizer = words_tokenizer(words, marks, more=["<S0>", "<S1>", "<S2>", *codes])
+    tokenizer.add_tokens(["<S0>", "<S1>", "<S2>", *codes])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    model = tiny_causal("qwen2", vocab_size=len(tokenizer))
+    messages = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "a macaw"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + "<im_start><S2>"
+    inputs = tokenizer(text, return_tensors="pt")
+    assert tokenizer.convert_ids_to_tokens(inputs.input_ids[0].tolist())[-2:] == ["<im_start>", "<S2>"]
+    length, cells = inputs.input_ids.shape[1], TAR_GRID[0] * TAR_GRID[1]
+
+    def generate():
+        torch.manual_seed(2)
+        own = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 1200}
+        return model.generate(inputs.input_ids, max_new_tokens=cells, **own)
+
+    expected = generate()
+    with enable(model, HEAD_MAP.with_grid(TAR_GRID), budget=1.0):
+        assert torch.equal(generate(), expected)
+    block = enable(model, HEAD_MAP.with_grid(TAR_GRID), budget=0.2)
+    with block:
+        tokens = generate()
+    assert tokens.shape == (1, length + cells)
+    assert not torch.equal(tokens, expected)
+    stats = block.memory_stats()
+    assert stats.key_value * (length + cells - 1) == stats.full_cache * (length + 16)  # 16 = round(.2 * 81)

@@ -131,8 +131,9 @@ class Case:
     @contextmanager
     def running(self, subject: Subject) -> Iterator[None]:
         """Set the best attention for this cache and run its kind of steps; restore the model at the end."""
-        attention = "varlen" if self.cache == VARLEN else "sdpa" if self.is_full else NAME
-        with ssd_attention(subject.model, attention), STEPS[self.steps](subject.model):
+        name = "varlen" if self.cache == VARLEN else "sdpa" if self.is_full else NAME
+        attention = ssd_attention(subject.model, name, needs_queries=not self.is_full)
+        with attention, STEPS[self.steps](subject.model):
             yield
 
 

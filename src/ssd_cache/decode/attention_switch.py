@@ -17,11 +17,17 @@ from ssd_cache.decode.patching import Block, Patch, patched
 
 
 @contextmanager
-def ssd_attention(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
+def ssd_attention(model: PreTrainedModel, name: str = NAME, *, needs_queries: bool = True) -> Iterator[None]:
     """Set the decoder's attention to `name` inside the block; the model's other towers are not changed.
 
+    Args:
+        model: a transformers model.
+        name: the name of the attention.
+        needs_queries: whether the block fails without the queries that the attention receives.
+
     Raises:
-        ValueError: the model has layers whose keys and values an `SSDCache` cannot hold.
+        ValueError: the model has layers whose keys and values an `SSDCache` cannot hold, or queries are needed and its
+            decoder has attention code of its own.
         RuntimeError: another thread has set the attention to another name.
     """
     model = uncompiled(model)
@@ -31,7 +37,14 @@ def ssd_attention(model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
             f"{type(model).__name__} has layers of kind {', '.join(others)}: SSDCache decides itself what a head still "
             "sees, which such layers do not allow; it is for models whose layers are all of kind full_attention"
         )
-    with patched(uncompiled(model.get_decoder()), "_attention_in_force", _AttentionInForce, _AttentionBlock(name=name)):
+    decoder = uncompiled(model.get_decoder())
+    with patched(decoder, "_attention_in_force", _AttentionInForce, _AttentionBlock(name=name)):
+        if needs_queries and decoder.config._attn_implementation != name:  # transformers only logs a warning
+            raise ValueError(
+                f"{type(decoder).__name__} has attention code of its own, outside of transformers' AttentionInterface, "
+                "so SSDCache receives no queries from it: its heads cannot be profiled, and only a map that needs no "
+                "queries works: HeadMap.online(...), or one whose heads are all spatial, with equally many slots"
+            )
         yield
 
 

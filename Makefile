@@ -29,7 +29,7 @@ define test_with
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-newest check bench bench-gpu docs clean
+.PHONY: help demo test test-oldest test-newest package check bench bench-gpu docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -47,6 +47,16 @@ test-oldest: ## run the tests on the oldest transformers that is supported, in .
 
 test-newest: ## run the tests on the newest transformers that is supported, in .venv-newest
 	$(call test_with,.venv-newest,transformers)
+
+package: ## build wheel and sdist into dist/, check them, and generate an image offline with the installed wheel
+	rm -rf dist .venv-package .venv-wheel
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	.venv-package/bin/python -m build
+	.venv-package/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	cd .venv-wheel && HF_HUB_OFFLINE=1 bin/ssd-cache generate "$(PROMPT)" --output wheel.png
 
 check: $(VENV)/.dev ## lint, format, types, and the documentation built strict
 	$(BIN)/ruff check .

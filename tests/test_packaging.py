@@ -1,10 +1,11 @@
-"""Wheel and sdist as hatchling builds them, and the version that a release names.
+"""Wheel and sdist as hatchling builds them, and what else a release names: versions, workflows, citation.
 
 `make package` does the rest: it installs the wheel in a new environment and generates an image with it, offline.
 """
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -20,6 +21,7 @@ import ssd_cache
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 MAX_BYTES = 10 * 10**6
 """Of either file: the bundled model has 8.2 MB."""
 
@@ -73,3 +75,32 @@ def test_the_sdist_builds_and_tests_itself(built):
 def test_one_version_everywhere():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert PROJECT["version"] == ssd_cache.__version__ == citation["version"]
+
+
+def test_the_versions_of_python_are_those_of_the_workflows():
+    classifiers = {name.rpartition(" :: ")[2] for name in PROJECT["classifiers"] if re.search(r" :: 3\.\d+$", name)}
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text("utf-8"))["jobs"]
+    tested = {entry["python"] for entry in jobs["tests"]["strategy"]["matrix"]["include"]}
+    assert PROJECT["requires-python"] == f">={min(tested)}"
+    assert {min(tested), max(tested)} <= classifiers
+    assert max(classifiers, key=lambda version: int(version.split(".")[1])) == max(tested)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_run_targets_that_exist(path):
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    jobs, named = yaml.safe_load(path.read_text("utf-8"))["jobs"], set()
+    for job in jobs.values():
+        named |= {entry["target"] for entry in job.get("strategy", {}).get("matrix", {}).get("include", [])}
+        named |= {match for step in job["steps"] for match in re.findall(r"^make ([a-z-]+)", step.get("run", ""))}
+    assert named <= set(targets)
+    assert named
+
+
+def test_no_token_is_stored_for_a_release():
+    """Trusted publishing: only the job that publishes has an identity, and it runs nothing of this repository."""
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text("utf-8"))["jobs"]
+    assert jobs["publish"]["permissions"] == {"id-token": "write"}
+    assert "permissions" not in jobs["build"]
+    assert all("run" not in step for step in jobs["publish"]["steps"])
+    assert "secrets." not in (ROOT / ".github" / "workflows" / "release.yml").read_text("utf-8")

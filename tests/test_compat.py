@@ -1,10 +1,13 @@
-"""The range of transformers versions: the same in pyproject.toml and in the code, and told when it is left.
+"""The supported versions: the same in pyproject.toml, the code, the Makefile and docs/install.md.
 
 That the suite passes at both ends is `make test-oldest` and `make test-newest`.
 """
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -12,10 +15,21 @@ import pytest
 
 from ssd_cache._compat import NEXT, OLDEST, check_transformers
 
+ROOT = Path(__file__).parents[1]
+DEPENDENCIES = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+
 
 def test_the_range_is_that_of_pyproject():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    assert f"transformers>={OLDEST[0]}.{OLDEST[1]},<{NEXT[0]}.{NEXT[1]}" in project["dependencies"]
+    assert f"transformers>={OLDEST[0]}.{OLDEST[1]},<{NEXT[0]}.{NEXT[1]}" in DEPENDENCIES
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_pins_the_oldest_torch_and_transformers():
+    dry = subprocess.run(["make", "-n", "test-oldest"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (torch_range,) = (name for name in DEPENDENCIES if re.match(r"torch\W", name))
+    oldest_torch = torch_range.removeprefix("torch>=")
+    assert f"'torch=={oldest_torch}' 'transformers=={OLDEST[0]}.{OLDEST[1]}'" in dry
+    assert f"torch {oldest_torch} or newer" in (ROOT / "docs" / "install.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("version", ["5.18.0", "5.20.0.dev0", "5.24.1"])

@@ -21,8 +21,9 @@ from torch._dynamo.utils import counters
 
 from ssd_cache import HeadMap, SSDCache, enable, fast_decode
 from ssd_cache._compat import CACHE
-from ssd_cache.cache.quantized import KV_DTYPES, QuantizedStore, dequantize, quantize
+from ssd_cache.cache.quantized import QuantizedStore
 from ssd_cache.cache.slots import SlotStore
+from ssd_cache.kernels.eight_bits import KV_DTYPES, dequantize, quantize
 from ssd_cache.models import BUNDLED, find_generator
 from ssd_cache.shapes.judge import judge
 

@@ -29,6 +29,7 @@ class QuantizedStore(SlotStore):
         key_scales, value_scales: `[batch, heads, num_slots]`, float32.
     """
 
+    kv_dtype: str
     STATES = (*SlotStore.STATES, "key_codes", "key_scales", "value_codes", "value_scales")
 
     def __init__(self, *args, kv_dtype: str, **kwargs):
@@ -57,9 +58,19 @@ class QuantizedStore(SlotStore):
         heads, slots = slice(self.plan.num_semantic), slice(self.num_stored)
         return self._join(self.keys[:, heads], self.key_codes[:, heads, slots], self.key_scales[:, heads, slots])
 
+    def _ranked_states(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ranked = (held[:, : self.plan.num_semantic, :num_tokens] for held in self.codes)
+        key_codes, key_scales, value_codes, value_scales = ranked
+        keys = dequantize(key_codes, key_scales, self.kv_dtype, self.keys.dtype)
+        return keys, dequantize(value_codes, value_scales, self.kv_dtype, self.keys.dtype)
+
     def _join(self, prompt: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Prompt and dequantised slots, `[batch, heads, num_prompt + slots, head_dim]`, as a new tensor."""
         return torch.cat([prompt, dequantize(codes, scales, self.kv_dtype, prompt.dtype)], dim=2)
 
-    def _slot_tensors(self) -> list[torch.Tensor]:
+    @property
+    def codes(self) -> list[torch.Tensor]:
         return [self.key_codes, self.key_scales, self.value_codes, self.value_scales]
+
+    def _slot_tensors(self) -> list[torch.Tensor]:
+        return self.codes

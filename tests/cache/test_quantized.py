@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.caches import feed, generate_image, half_generated, mixed_map, move_and_go_on, random_states
 from helpers.compiling import needs_compiler, static_addresses
-from helpers.models import left_padded_prompts, tiny_janus, tiny_llama
+from helpers.models import left_padded_prompts, random_score, tiny_janus, tiny_llama
 from helpers.plain_loops import runs, same_as_plain_loops
 from helpers.reference import eight_bits, float8
 from hypothesis import given, settings
@@ -21,8 +21,10 @@ from torch._dynamo.utils import counters
 
 from ssd_cache import HeadMap, SSDCache, enable, fast_decode
 from ssd_cache._compat import CACHE
-from ssd_cache.cache.quantized import KV_DTYPES, QuantizedStore, dequantize, quantize
+from ssd_cache.cache.quantized import QuantizedStore
 from ssd_cache.cache.slots import SlotStore
+from ssd_cache.kernels import cpu_loops, dispatch
+from ssd_cache.kernels.eight_bits import KV_DTYPES, dequantize, quantize
 from ssd_cache.models import BUNDLED, find_generator
 from ssd_cache.shapes.judge import judge
 
@@ -158,6 +160,7 @@ def test_nbytes_is_the_formula_and_that_of_the_tensors(kv_dtype, dtype, budget):
     cache = SSDCache(mixed_map(), budget, buffer=3, num_recent=2, kv_dtype=kv_dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "slots in .* are converted")  # float16, on a CPU
         assert generate_image(model, cache).shape == (3, 36)
     rows, prompt, head_dim, heads = 6, 9, 16, 4  # guidance doubles the rows
     slots = sum(sum(layer.plan.num_slots) for layer in cache.layers)
@@ -272,10 +275,68 @@ def test_nothing_moves_in_memory_while_an_image_is_generated(kv_dtype):
     assert {store.key_codes.data_ptr(), store.value_scales.data_ptr()} <= set(places[0])
 
 
-def test_the_kernel_is_left_to_caches_that_it_can_read():
-    for kv_dtype, takes_kernel in ((None, True), ("int8", False), ("fp8", False)):
+@needs_compiler
+def test_eager_steps_take_the_kernel_for_8_bits_alone():
+    """Without it their tokens equal those of a full cache bit for bit, which 8 bits rule out anyway."""
+    for kv_dtype in (None, *KV_DTYPES):
         cache = SSDCache(mixed_map(), 14, buffer=3, kv_dtype=kv_dtype)
-        assert all(layer.plan.takes_kernel == takes_kernel for layer in cache.layers)
+        generate_image(tiny_janus(grid_side=6), cache)
+        assert all(layer.has_kernel == (kv_dtype is not None) for layer in cache.layers)
+
+
+@needs_compiler
+@both
+@pytest.mark.parametrize("score", ["sum", "learned", "leverage"])
+def test_the_kernel_generates_the_tokens_of_the_dequantising_path(kv_dtype, score, monkeypatch):
+    """Greedy, with guidance and padding; the logits of these models are far apart."""
+    model = tiny_janus(grid_side=6)
+    learned = random_score(2, 2, 16, (6, 6)) if score == "learned" else None
+    options = {"buffer": 3, "score": score, "num_recent": 2, "kv_dtype": kv_dtype}
+    budget = {"spatial": 12, "semantic": 15}
+    caches = [SSDCache(mixed_map(learned=learned), budget, **options) for _ in range(2)]
+    tokens = generate_image(model, caches[0], do_sample=False)
+    monkeypatch.setattr(dispatch, "can_serve", lambda *states, **options: False)
+    assert torch.equal(tokens, generate_image(model, caches[1], do_sample=False))
+    for mine, other in zip(
+        *([store for layer in cache.layers for store in layer.stores] for cache in caches), strict=True
+    ):
+        held = slice(other.num_stored)
+        assert mine.queries is None
+        assert mine.nbytes == other.nbytes
+        assert torch.equal(mine.positions[..., held], other.positions[..., held])
+
+
+NO_KERNEL = {
+    "no compiler": (None, "which need a C++ compiler"),
+    "a dtype without a kernel": (torch.float64, "takes torch.float64 on this cpu"),
+}
+
+
+@needs_compiler
+@both
+@pytest.mark.parametrize("case", NO_KERNEL)
+def test_without_a_kernel_it_says_so_once_and_dequantises(kv_dtype, case, monkeypatch):
+    dtype, reason = NO_KERNEL[case]
+    model = tiny_janus(grid_side=6).to(dtype or torch.float32)
+    expected = generate_image(model, SSDCache(mixed_map(), 14, buffer=3, kv_dtype=kv_dtype), do_sample=False)
+    asked = (dispatch.passes_trial, dispatch._warn_of_conversion)
+    for answer in asked:
+        answer.cache_clear()
+    if dtype is None:
+        monkeypatch.setattr(cpu_loops, "library", lambda: None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            cache = SSDCache(mixed_map(), 14, buffer=3, kv_dtype=kv_dtype)
+            assert torch.equal(generate_image(model, cache, do_sample=False), expected)
+            assert not any(layer.has_kernel for layer in cache.layers)
+    for answer in asked:
+        answer.cache_clear()
+    (told,) = [str(warning.message) for warning in caught if "converted" in str(warning.message)]
+    assert told.startswith(
+        f"slots in {kv_dtype} are converted to the model's dtype at every step, for torch's attention"
+    )
+    assert reason in told
 
 
 @both

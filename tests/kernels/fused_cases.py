@@ -22,14 +22,16 @@ from ssd_cache import HeadMap, SSDCache, fast_decode
 from ssd_cache._compat import CACHE
 from ssd_cache.kernels import cpu_loops as cpu_kernels
 from ssd_cache.kernels import dispatch as fused
+from ssd_cache.kernels.eight_bits import KV_DTYPES, dequantize, quantize
 
 torch.set_num_threads(1)  # tensors are tiny, and the interpreter's own time is all there is
 
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = fused.DTYPES if INTERPRETS else tuple(cpu_kernels.DECODERS)
+STORED = (None, *KV_DTYPES)
 if not INTERPRETS:
     _can_serve = fused.can_serve
-    fused.can_serve = lambda *states, on_cpu: _can_serve(*states, on_cpu=True)
+    fused.can_serve = lambda *states, on_cpu, kv_dtype: _can_serve(*states, on_cpu=True, kv_dtype=kv_dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +41,9 @@ def _no_grad():
 
 
 @settings(max_examples=40)
-@given(runs(largest_side=3), st.booleans())
-def test_same_tokens_and_outputs_as_plain_loops(run, is_counted):
-    cache = same_as_plain_loops(run, is_counted)
+@given(runs(largest_side=3), st.booleans(), st.sampled_from(STORED))
+def test_same_tokens_and_outputs_as_plain_loops(run, is_counted, kv_dtype):
+    cache = same_as_plain_loops(run, is_counted, kv_dtype)
     assert cache.layers[0].has_kernel
     assert all(store.queries is None for store in cache.layers[0].stores)
 
@@ -59,7 +61,7 @@ SETTINGS = {
 
 
 def torch_path(monkeypatch):
-    monkeypatch.setattr(fused, "can_serve", lambda *states, on_cpu: False)
+    monkeypatch.setattr(fused, "can_serve", lambda *states, **options: False)
 
 
 def generate(model, cache, **kwargs):
@@ -111,6 +113,45 @@ def test_text_model_with_grouped_heads_and_left_padding(monkeypatch):
     assert all(layer.has_kernel for layer in cache.layers)
     torch_path(monkeypatch)
     assert torch.equal(tokens, model.generate(**{CACHE: SSDCache(LABELS, 8, buffer=2)}, **options))
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_one_step_over_codes_equals_a_step_over_their_numbers(dtype, groups, kv_dtype):
+    """The prompt and the slots of a store, 18 and 130 columns, and a scale each; codes and scales bit for bit."""
+    batch, num_prompt, num_slots, slot, heads = 2, 18, 130, 121, torch.tensor([2, 0])
+    query, new = torch.randn(batch, 3, groups, 20).to(dtype), [torch.randn(batch, 3, 1, dim) for dim in (20, 12)]
+    new[0][0, 2] = 0  # the least scale
+    new = [states.to(dtype) for states in new]
+    prompt = [torch.randn(batch, 2, num_prompt, dim).to(dtype) for dim in (20, 12)]
+    codes = [part for dim in (20, 12) for part in quantize(torch.randn(batch, 2, num_slots, dim).exp(), kv_dtype)]
+    mask = torch.ones(batch, num_prompt + num_slots, dtype=torch.bool)
+    mask[1, :3] = False
+    expected = [part.clone() for part in codes]
+    parts = [part for states in new for part in quantize(states[:, heads, 0], kv_dtype)]
+    for held, states in zip(expected, parts, strict=True):
+        held[:, :, slot] = states
+    scores, output = torch.zeros(batch, 1, num_slots), torch.full((batch, 3, groups, 12), 7.0, dtype=dtype)
+    store = [prompt[0].clone()], [prompt[1].clone()], [scores], [heads], [mask], [torch.tensor(slot)]
+    fused.decode(query, *new, *store, 0.3, output, codes, kv_dtype)
+
+    assert all(map(torch.equal, codes, expected))
+    assert torch.equal(store[0][0], prompt[0])
+    assert torch.equal(store[1][0], prompt[1])
+    assert (output[:, 1] == 7).all()
+    keys, values = (
+        torch.cat([states.float(), dequantize(*parts, kv_dtype, torch.float32)], 2)[:, :, : num_prompt + slot + 1]
+        for states, parts in zip(prompt, (codes[:2], codes[2:]), strict=True)
+    )
+    seen = mask[:, None, None, : num_prompt + slot + 1]
+    logits = (0.3 * query[:, heads].double() @ keys.double().mT).masked_fill(~seen, float("-inf"))
+    exact, attended = logits.softmax(-1) @ values.double(), output[:, heads].double()
+    # a rounding of the output, one of the weights for a matrix product, and float32 sums of 140 products
+    assert (attended - exact).abs().max() <= 2 * torch.finfo(dtype).eps * values.abs().max() + 1e-5
+    received = torch.zeros(batch, num_slots, dtype=torch.float64)
+    received[:, : slot + 1] = logits.softmax(-1)[:, 0, :, num_prompt:].sum(1)
+    torch.testing.assert_close(scores[:, 0].double(), received, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from ssd_cache.kernels import cpu_library
 from ssd_cache.kernels import cpu_loops as cpu_kernels
 from ssd_cache.kernels import dispatch as fused
+from ssd_cache.kernels.eight_bits import KV_DTYPES, dequantize, quantize
 from ssd_cache.kernels.packed_linears import COPY, packed_linears
 
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.int32)
+CODES = ("key_codes", "key_scales", "value_codes", "value_scales")
 REFUSALS = (ValueError, RuntimeError, TypeError, IndexError, NotImplementedError, MemoryError)
 
 
@@ -28,12 +30,23 @@ class Subclass(torch.Tensor):
     """A tensor that is not plain."""
 
 
-def reference(query, new_key, new_value, keys, values, scores, heads, mask, slot, scaling):
-    """Keys, values, scores and the output of these heads after a step, by the rules, in float64."""
-    num_prompt, slot = keys.shape[2] - scores.shape[2], int(slot)
-    end = num_prompt + slot
-    keys, values, scores = keys.clone(), values.clone(), scores.clone()
-    keys[:, :, end], values[:, :, end] = new_key[:, heads, 0], new_value[:, heads, 0]
+def reference(query, new_key, new_value, keys, values, scores, *codes, kv_dtype, heads, mask, slot, scaling):
+    """What a step writes, the values that it reads, and the output of these heads in float64, by the rules."""
+    slot = int(slot)
+    end = keys.shape[2] + slot - (0 if kv_dtype else scores.shape[2])
+    keys, values, scores, *codes = (tensor.clone() for tensor in (keys, values, scores, *codes))
+    written = [keys, values, scores, *codes]
+    if kv_dtype:
+        new = *quantize(new_key[:, heads, 0], kv_dtype), *quantize(new_value[:, heads, 0], kv_dtype)
+        for held, states in zip(codes, new, strict=True):
+            held[:, :, slot] = states
+        keys, values = (
+            torch.cat([prompt.float(), dequantize(*slots, kv_dtype, torch.float32)], dim=2)
+            for prompt, slots in ((keys, codes[:2]), (values, codes[2:]))
+        )
+    else:
+        keys[:, :, end], values[:, :, end] = new_key[:, heads, 0], new_value[:, heads, 0]
+    num_prompt = end - slot
     logits = scaling * query[:, heads].double() @ keys[:, :, : end + 1].double().mT
     if mask is not None:
         seen = mask[:, None, None, : end + 1].clone()
@@ -42,7 +55,7 @@ def reference(query, new_key, new_value, keys, values, scores, heads, mask, slot
     weights = logits.softmax(-1)
     received = weights[:, : scores.shape[1], :, num_prompt:].sum(2)
     scores[:, :, : slot + 1] += received.float()
-    return keys, values, scores, weights @ values[:, :, : end + 1].double()
+    return written, values, weights @ values[:, :, : end + 1].double()
 
 
 def spoil(chance: random.Random, tensor: torch.Tensor) -> torch.Tensor:
@@ -72,13 +85,17 @@ def spoil(chance: random.Random, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.new_empty([0] * tensor.dim())
 
 
-def random_store(chance: random.Random, heads: list[int], batch: int, num_prompt: int, dims, dtype, has_mask: bool):
+def random_store(chance: random.Random, heads: list[int], batch: int, num_prompt: int, dims, dtype, has_mask, kv_dtype):
     """A store of some of a layer's heads, with a random number of slots and scored heads."""
-    num_slots = chance.randint(1, 9)
+    num_slots = chance.randint(1, 40 if chance.random() < 0.2 else 9)
     length = num_prompt + num_slots
+    states = [torch.randn(batch, len(heads), length, dim).to(dtype) for dim in dims]
+    codes = [part for each in states if kv_dtype for part in quantize(each[:, :, num_prompt:], kv_dtype)]
+    keys, values = (each[:, :, : num_prompt if kv_dtype else None].contiguous() for each in states)
     return {
-        "keys": torch.randn(batch, len(heads), length, dims[0]).to(dtype),
-        "values": torch.randn(batch, len(heads), length, dims[1]).to(dtype),
+        "keys": keys,
+        "values": values,
+        **dict(zip(CODES, codes, strict=False)),
         "scores": torch.rand(batch, chance.randint(0, len(heads)), num_slots),
         "heads": torch.tensor(heads),
         "mask": (torch.rand(batch, length) < 0.7) if has_mask else None,
@@ -91,11 +108,11 @@ def decode_case(chance: random.Random) -> str:
     dtype = chance.choice(tuple(cpu_kernels.DECODERS))
     batch, kv_heads, groups = chance.randrange(4), chance.randint(1, 4), chance.choice((1, 1, 2, 3))
     dims, num_prompt = (chance.choice((1, 3, 8, 16, 33)), chance.choice((1, 4, 16, 20))), chance.randrange(5)
-    has_mask = chance.random() < 0.5
+    has_mask, kv_dtype = chance.random() < 0.5, chance.choice((None, *KV_DTYPES))
     heads = chance.sample(range(kv_heads), chance.randint(1, kv_heads))
     cut = chance.randint(0, len(heads) - 1)
     parts = [part for part in (heads[:cut], heads[cut:]) if part]  # of two stores, or one
-    stores = [random_store(chance, part, batch, num_prompt, dims, dtype, has_mask) for part in parts]
+    stores = [random_store(chance, part, batch, num_prompt, dims, dtype, has_mask, kv_dtype) for part in parts]
     token = {
         "query": torch.randn(batch, kv_heads, groups, dims[0]).to(dtype),
         "new_key": torch.randn(batch, kv_heads, 1, dims[0]).to(dtype),
@@ -114,14 +131,17 @@ def decode_case(chance: random.Random) -> str:
             arguments[name] = torch.tensor(chance.choice((-1, num_slots, -(1 << 62), (1 << 62) + 1)))
         else:
             arguments[name] = spoil(chance, arguments[name])
-    written = [token["output"], *(store[name] for store in stores for name in ("keys", "values", "scores"))]
+    names = ("keys", "values", "scores", *(CODES if kv_dtype else ()))
+    written = [token["output"], *(store[name] for store in stores for name in names)]
     is_real = all(tensor.device.type == "cpu" and tensor.numel() < 1 << 20 for tensor in written)
     before = [tensor.clone() for tensor in written] if is_real else []
     lists = [[store[name] for store in stores] for name in ("keys", "values", "scores", "heads", "mask", "slot")]
     lists[4] = [mask for mask in lists[4] if mask is not None]
     run = torch.ops.ssd_cache.decode if chance.random() < 0.5 else fused.decode
     try:
-        run(token["query"], token["new_key"], token["new_value"], *lists, token["scaling"], token["output"])
+        codes = [store[name] for store in stores for name in CODES if kv_dtype]
+        new = token["query"], token["new_key"], token["new_value"]
+        run(*new, *lists, token["scaling"], token["output"], codes, kv_dtype)
     except REFUSALS:
         for tensor, then in zip(written, before, strict=False):
             assert torch.equal(tensor, then), "a tensor was written before the call was refused"
@@ -130,19 +150,15 @@ def decode_case(chance: random.Random) -> str:
     # logits of up to 30 * 33 * 9 in float32 sums; their errors are those of the weights
     slack = 1 + 0.01 * abs(token["scaling"]) * token["query"].shape[3]
     for number, store in enumerate(stores):
-        states = before[1 + 3 * number : 4 + 3 * number]
-        keys, values, scores, attended = reference(
-            *(token[name] for name in ("query", "new_key", "new_value")),
-            *states,
-            *(store[name] for name in ("heads", "mask", "slot")),
-            token["scaling"],
-        )
-        assert torch.equal(store["keys"], keys)
-        assert torch.equal(store["values"], values)
+        states = before[1 + len(names) * number : 1 + len(names) * (number + 1)]
+        rest = {name: store[name] for name in ("heads", "mask", "slot")}
+        expected, values, attended = reference(*new, *states, kv_dtype=kv_dtype, scaling=token["scaling"], **rest)
+        for name, tensor in zip(names, expected, strict=True):
+            assert name == "scores" or torch.equal(store[name], tensor), name
         size = float(values.abs().max()) if values.numel() else 0.0
         output = token["output"][:, store["heads"]].double()
         torch.testing.assert_close(output, attended, rtol=0, atol=limit * slack * max(size, 1.0))
-        torch.testing.assert_close(store["scores"], scores, rtol=1e-5, atol=1e-4 * slack)
+        torch.testing.assert_close(store["scores"], expected[2], rtol=1e-5, atol=1e-4 * slack)
     return "answered"
 
 

@@ -38,9 +38,13 @@ def test_cases_pass(interprets):
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "groups"), [(80, "bf16", 1), (80, "fp32", 4), (90, "bf16", 1), (90, "fp16", 4)]
+    ("capability", "dtype", "groups", "kv_dtype"),
+    [
+        *((80, "bf16", 1, None), (80, "fp32", 4, None), (90, "bf16", 1, None), (90, "fp16", 4, None)),
+        *((80, "bf16", 4, "int8"), (90, "bf16", 1, "int8"), (80, "fp16", 4, "fp8")),
+    ],
 )
-def test_kernel_compiles_for_a_gpu(capability, dtype, groups, tmp_path, monkeypatch):
+def test_kernel_compiles_for_a_gpu(capability, dtype, groups, kv_dtype, tmp_path, monkeypatch):
     """As far as machine code, which Triton's own ptxas makes without a GPU. 48 KB is what every GPU can share."""
     triton = pytest.importorskip("triton", reason="the kernel is written in Triton, which is not installed here")
     from triton.backends.compiler import GPUTarget
@@ -50,9 +54,11 @@ def test_kernel_compiles_for_a_gpu(capability, dtype, groups, tmp_path, monkeypa
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"GROUPS": groups, "HEAD_DIM": 128, "VALUE_DIM": 128, "HAS_MASK": True, "UPCAST": False}
+    constants["KV_DTYPE"] = kv_dtype
     constants |= block_sizes(groups, 128, 128, 4 if dtype == "fp32" else 2)
     states = dict.fromkeys(("query", "new_key", "new_value", "keys", "values", "output"), f"*{dtype}")
-    pointers = {**states, "scores": "*fp32", "logits": "*fp32", "mask": "*i1", "heads": "*i64", "slot_pointer": "*i64"}
+    pointers = {**states, "key_codes": "*i8", "value_codes": "*i8", "key_scales": "*fp32", "value_scales": "*fp32"}
+    pointers |= {"scores": "*fp32", "logits": "*fp32", "mask": "*i1", "heads": "*i64", "slot_pointer": "*i64"}
     names = decode_kernel.arg_names
     types = {**dict.fromkeys(names, "i32"), **pointers, "scaling": "fp32", **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(decode_kernel, types, {(names.index(name),): value for name, value in constants.items()})
@@ -83,6 +89,6 @@ def test_kernel_generates_the_tokens_of_the_torch_path_on_a_gpu(is_fast, monkeyp
     with fast_decode(model) if is_fast else torch.no_grad():
         tokens = [generate(cache) for cache in caches]
     assert all(layer.has_kernel for layer in caches[1].layers)
-    monkeypatch.setattr(fused, "can_serve", lambda *states, on_cpu: False)
+    monkeypatch.setattr(fused, "can_serve", lambda *states, **options: False)
     for generated in tokens:
         assert torch.equal(generated, generate(SSDCache(labels, 0.4)))

@@ -136,6 +136,8 @@ def step(**changes):
         "slot": torch.tensor(4),
         "scaling": 0.3,
         "output": torch.zeros(2, 3, 2, 4),
+        "codes": [],
+        "kv_dtype": None,
     }
     for name, change in changes.items():
         arguments[name] = change(arguments[name])

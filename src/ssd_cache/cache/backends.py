@@ -23,12 +23,14 @@ class HeadGroups:
 
     Attributes:
         heads: for each group, the indices of its heads, int64 `[heads of the group]`, read by the kernel.
+        slots: for each group, a 0-d int64 tensor from which the kernel reads the slot of an eager step.
         order: int64 `[kv_heads]`, all heads in the order of storage; None if this is the model's order.
     """
 
     def __init__(self, stores: Sequence[SlotStore]):
         self.sizes = [len(store.plan.heads) for store in stores]
         self.heads = [torch.tensor(store.plan.heads, device=store.keys.device) for store in stores]
+        self.slots = [torch.zeros((), dtype=torch.int64, device=store.keys.device) for store in stores]
         order = torch.cat(self.heads)
         is_sorted = [head for store in stores for head in store.plan.heads] == list(range(len(order)))
         self.order = None if is_sorted else order
@@ -95,9 +97,11 @@ class HeadGroups:
             [store.received for store in stores],
             self.heads,
             [store.mask for store in stores if store.mask is not None],
-            [torch.full((), slot, device=query.device) if isinstance(slot, int) else slot for slot in slots],
+            [held.fill_(slot) if isinstance(slot, int) else slot for held, slot in zip(self.slots, slots, strict=True)],
             scaling,
             output,
+            [tensor for store in stores for tensor in store.codes],
+            stores[0].kv_dtype,
         )
         return output
 

@@ -54,7 +54,8 @@ class SSDLayer(CacheLayerMixin):
         slots: slot of the newest token in each store.
         is_static: whether a static step runs.
         has_kernel: whether the fused kernel runs the steps of this image; chosen at the prompt.
-        allows_cpu_kernel: whether the kernel may run on a CPU, where its tokens are not bit-exact.
+        allows_cpu_kernel: whether the kernel may run on a CPU for slots that are not in 8 bits, though its tokens are
+            not bit-exact there.
         version: changes whenever a tensor that a static step uses is replaced.
     """
 
@@ -188,7 +189,8 @@ class SSDLayer(CacheLayerMixin):
         self._query_missing = False
         self.prompt_mask = None if mask is None else _own(mask)
         self._num_groups, self._scaling = query.shape[1] // self.num_kv_heads, scaling
-        served = dispatch.can_serve(query, *self._held_states, on_cpu=self.allows_cpu_kernel)
+        kv_dtype = self.plan.kv_dtype
+        served = dispatch.can_serve(query, *self._held_states, on_cpu=self.allows_cpu_kernel, kv_dtype=kv_dtype)
         self.has_kernel = served and self.plan.takes_kernel
 
     def begin_step(self, slots: list[Slot]) -> None:

@@ -70,11 +70,10 @@ class LayerPlan:
     def takes_kernel(self) -> bool:
         """Whether the fused kernel of `kernels/dispatch.py` supports this layer.
 
-        The kernel adds up attention at every step, so the layer then stores no queries. It does not support quantised
-        slots, nor scorers that add up attention in another way.
+        The kernel adds up attention at every step, so the layer then stores no queries. It does not support scorers
+        that add up attention in another way.
         """
-        adds_up = not self.scorer.needs_queries or type(self.scorer).observe is Scorer.observe
-        return adds_up and self.kv_dtype is None
+        return not self.scorer.needs_queries or type(self.scorer).observe is Scorer.observe
 
     @cached_property
     def groups(self) -> list[GroupPlan]:

@@ -22,10 +22,10 @@ from ssd_cache.budget import (
     scale_slots,
 )
 from ssd_cache.cache.plans import LayerPlan
-from ssd_cache.cache.quantized import KV_DTYPES
 from ssd_cache.cache.scorers import SCORES, make_scorer
 from ssd_cache.cache.sharding import own_heads
 from ssd_cache.head_map.head_map import HeadMap
+from ssd_cache.kernels.eight_bits import KV_DTYPES
 from ssd_cache.layout import ImageLayout
 
 DEFAULT_BUDGET = 0.2

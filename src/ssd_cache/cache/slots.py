@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -57,6 +58,9 @@ class SlotStore:
 
     STATES: tuple[str, ...] = ("keys", "values")
     """Attributes that hold K and V. Every tensor of a store has the rows of the batch as its first dimension."""
+
+    kv_dtype: str | None = None
+    """The format of the slots, one of `eight_bits.KV_DTYPES`; None if it is the model's dtype."""
 
     def __init__(
         self,
@@ -172,14 +176,14 @@ class SlotStore:
 
     def _rank(self, num_seen: int, num_tokens: int) -> torch.Tensor:
         """Ranks of the tokens in the semantic heads' first `num_tokens` slots, `[batch, num_semantic, num_tokens]`."""
-
-        def states() -> tuple[torch.Tensor, torch.Tensor]:
-            keys, values = self.states(num_tokens - 1)
-            visual = slice(None), slice(self.plan.num_semantic), slice(self.num_prompt, None)
-            return keys[visual], values[visual]
-
         positions = self.positions[:, : self.plan.num_semantic, :num_tokens]
+        states = partial(self._ranked_states, num_tokens)
         return self.plan.scorer.rank(self.received[..., :num_tokens], positions, num_seen, states)
+
+    def _ranked_states(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V in the semantic heads' first `num_tokens` slots, `[batch, num_semantic, num_tokens, head_dim]`."""
+        ranked = slice(None), slice(self.plan.num_semantic), slice(self.num_prompt, self.num_prompt + num_tokens)
+        return self.keys[ranked], self.values[ranked]
 
     def _evict(self) -> None:
         plan = self.plan
@@ -195,6 +199,11 @@ class SlotStore:
         self.num_stored = self.num_scored = plan.num_slots - plan.buffer
         self.received[..., self.num_stored :] = 0
         self._expect_tokens()
+
+    @property
+    def codes(self) -> list[torch.Tensor]:
+        """Codes and scales of slots in `kv_dtype`, as `dispatch.decode` takes them."""
+        return []
 
     def _slot_tensors(self) -> list[torch.Tensor]:
         """Tensors with one row for each slot, `[batch, heads, num_slots, ...]`, that hold K and V."""

@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 from ssd_cache.cache.policies import POLICIES
-from ssd_cache.cache.quantized import KV_DTYPES
 from ssd_cache.cli import options
 from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.files import IMAGE_FORMATS, TOKENS, check_output, read_prompts
@@ -20,6 +19,7 @@ from ssd_cache.cli.image_folder import generate_folder
 from ssd_cache.cli.loading import find_model
 from ssd_cache.cli.options import CACHE, MODEL, SAMPLING, option, output_option
 from ssd_cache.cli.plan import Job, choose_policies, make_caches, parse_budget
+from ssd_cache.kernels.eight_bits import KV_DTYPES
 from ssd_cache.models import BUNDLED, resolve_device, resolve_dtype
 from ssd_cache.runs.batching import MAX_IMAGES
 from ssd_cache.runs.processes import Processes

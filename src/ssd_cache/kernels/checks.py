@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from ssd_cache.kernels.eight_bits import KV_DTYPES
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes of K and V that the Triton kernel takes; the CPU loop takes those of `cpu_loops.DECODERS`."""
 
@@ -20,7 +22,7 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class Store(NamedTuple):
-    """The tensors of one store."""
+    """The tensors of one store; the last four are those of slots in 8 bits."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -28,6 +30,10 @@ class Store(NamedTuple):
     heads: torch.Tensor
     mask: torch.Tensor | None
     slot: torch.Tensor
+    key_codes: torch.Tensor | None = None
+    key_scales: torch.Tensor | None = None
+    value_codes: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
 
 
 class Arguments(NamedTuple):
@@ -44,12 +50,15 @@ class Arguments(NamedTuple):
     slots: list[torch.Tensor]
     scaling: float
     output: torch.Tensor
+    codes: Sequence[torch.Tensor] = ()
+    kv_dtype: str | None = None
 
     def stores(self) -> list[Store]:
         """The tensors of each store."""
         masks: Sequence[torch.Tensor | None] = self.masks or [None] * len(self.keys)
         lists = (self.keys, self.values, self.scores, self.heads, masks, self.slots)
-        return [Store(*tensors) for tensors in zip(*lists, strict=True)]
+        codes = zip(*(self.codes[part::4] for part in range(4)), strict=True) if self.codes else [()] * len(self.keys)
+        return [Store(*tensors, *quantized) for *tensors, quantized in zip(*lists, codes, strict=True)]
 
 
 class LayerSizes(NamedTuple):
@@ -106,23 +115,33 @@ def check_stores(given: Arguments, layer: LayerSizes) -> list[StoreSizes]:
     counts = [len(tensors) for tensors in (given.keys, given.values, given.scores, given.heads, given.slots)]
     if len({*counts, len(given.masks) or counts[0]}) > 1 or not counts[0]:
         raise ValueError(f"keys, values, scores, heads, masks and slots are of as many stores, got {counts}")
+    if given.kv_dtype not in (None, *KV_DTYPES):
+        raise ValueError(f"the decode kernel does not read kv_dtype={given.kv_dtype!r}: give one of {KV_DTYPES}")
+    if len(given.codes) != (4 * counts[0] if given.kv_dtype else 0):
+        raise ValueError(f"the codes and scales are four tensors of each store with kv_dtype, got {len(given.codes)}")
     return [_check_store(store, layer, query) for store in given.stores()]
 
 
 def _check_store(store: Store, layer: LayerSizes, query: torch.Tensor) -> StoreSizes:
-    keys, values, scores, heads, mask, slot = store
+    keys, values, scores, heads, mask, slot, *codes = store
     if not (keys.dim() == values.dim() == 4 and scores.dim() == 3):
         shapes = [tuple(tensor.shape) for tensor in (keys, values, scores)]
         raise ValueError(f"keys, values and scores have 4, 4 and 3 dimensions, got {shapes}")
-    num_heads, length = keys.shape[1], keys.shape[2]
+    num_heads, num_columns = keys.shape[1], keys.shape[2]
     num_scored, num_slots = scores.shape[1], scores.shape[2]
+    length = num_columns if codes[0] is None else num_columns + num_slots
     if not 1 <= num_slots <= length:
         raise ValueError(f"{length} columns cannot hold {num_slots} slots: give 1 to {length}")
     if num_scored > num_heads:
         raise ValueError(f"{num_scored} of {num_heads} heads cannot be scored")
     batch, dtype = layer.batch, query.dtype
-    _check("keys", keys, query, dtype, (batch, num_heads, length, layer.head_dim))
-    _check("values", values, query, dtype, (batch, num_heads, length, layer.value_dim))
+    _check("keys", keys, query, dtype, (batch, num_heads, num_columns, layer.head_dim))
+    _check("values", values, query, dtype, (batch, num_heads, num_columns, layer.value_dim))
+    for at, tensor in enumerate(codes):
+        if tensor is not None:
+            size = () if at % 2 else ((layer.head_dim, layer.value_dim)[at // 2],)  # none in scales
+            kind = torch.float32 if at % 2 else torch.int8
+            _check(Store._fields[6 + at], tensor, query, kind, (batch, num_heads, num_slots, *size))
     _check("scores", scores, query, torch.float32, (batch, num_scored, num_slots))
     _check("heads", heads, query, torch.int64, (num_heads,))
     if mask is not None:

@@ -17,8 +17,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-FLAGS = ("-ffp-contract=fast",)
-"""Flags after those of `torch.compile`, which forbid fused multiply-add. The loops need no equal last bits."""
+FLAGS = ("-ffp-contract=fast", "-ftree-vectorize")
+"""Flags after those of `torch.compile`, which forbid fused multiply-add and vector loops by the compiler."""
 
 
 def load(source: Path) -> ctypes.CDLL | None:

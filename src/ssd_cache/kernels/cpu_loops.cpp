@@ -1,9 +1,14 @@
 // The two loops that take most of a step's time on a CPU: attention over the stores of a layer, and linear layers for
 // few rows. Plain C++ with the vector types of GCC and Clang. cpu_loops.py builds it and documents the shapes.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -19,38 +24,82 @@ constexpr int PANEL = 16;  // outputs of a linear layer computed together
 constexpr int64_t AHEAD = 2048;  // prefetch distance in floats; see `multiply`
 
 typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef float Quad __attribute__((vector_size(16)));
+typedef int8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
+// What K and V are stored in: float, BFloat16, or codes of 8 bits, which a scale of the token multiplies.
 struct BFloat16 {
   uint16_t bits;
+  BFloat16(uint32_t bits = 0) : bits((uint16_t)bits) {}
+};
+struct Int8 {
+  static constexpr float largest = 127;
+  int8_t bits;
+  Int8(uint32_t bits = 0) : bits((int8_t)bits) {}
+};
+struct Float8 {  // float8_e4m3fn: a sign, 4 bits of exponent, 3 of mantissa
+  static constexpr float largest = 448;
+  int8_t bits;
+  Float8(uint32_t bits = 0) : bits((int8_t)bits) {}
 };
 
-inline float load(const float* at) { return *at; }
 inline Lanes load_lanes(const float* at) { return *(const Lanes*)at; }
-inline void store(float* at, float value) { *at = value; }
-
-inline float load(const BFloat16* at) {
-  const uint32_t bits = uint32_t(at->bits) << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
 inline Lanes load_lanes(const BFloat16* at) {
   return (Lanes)(__builtin_convertvector(*(const Halves*)at, Bits) << 16);
 }
-inline void store(BFloat16* at, float value) {  // round to nearest, ties to even
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  at->bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+inline Integers load_bytes(const void* at) {
+#if defined(__AVX512F__)  // GCC 12 needs ten instructions for the vector types' own conversion
+  return (Integers)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at));
+#elif defined(__AVX2__)
+  return (Integers)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)at));
+#else
+  return __builtin_convertvector(*(const Bytes*)at, Integers);
+#endif
+}
+inline Lanes load_lanes(const Int8* at) { return __builtin_convertvector(load_bytes(at), Lanes); }
+inline Lanes load_lanes(const Float8* at) {
+  const Integers bits = load_bytes(at);
+  const Integers size = (bits & 0x7f) << 20, sign = bits & (int32_t)0x80000000;
+  const Lanes normal = (Lanes)(size + (120 << 23)), subnormal = (Lanes)(size + (121 << 23)) - 0x1p-6f;
+  return (Lanes)(sign | (size < 1 << 23 ? (Integers)subnormal : (Integers)normal));
+}
+
+// Loads `size` numbers, at most LANES, and zeros after them.
+template <typename T>
+inline Lanes load_some(const T* at, int64_t size) {
+  if (size >= LANES) return load_lanes(at);
+  T padded[LANES]{};
+  std::copy_n(at, size, padded);
+  return load_lanes(padded);
+}
+
+inline Lanes rounded(Lanes numbers, float*) { return numbers; }
+inline Bits rounded(Lanes numbers, BFloat16*) {  // to nearest, ties to even, as the others
+  const Bits bits = (Bits)numbers;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline Bits rounded(Lanes numbers, Int8*) { return (Bits)(numbers + 0x1.8p23f); }  // the lowest bits are the integer
+inline Bits rounded(Lanes numbers, Float8*) {
+  const Bits size = (Bits)numbers & 0x7fffffff, sign = (Bits)numbers >> 24 & 0x80;
+  const Bits normal = (size - (120 << 23) + 0x7ffff + (size >> 20 & 1)) >> 20, subnormal = (Bits)((Lanes)size + 0x1p14f);
+  return sign | (size < 121 << 23 ? subnormal & 0x7f : size < 0x43f00000 ? normal : Bits{} + 0x7f);
+}
+
+// Writes the first `size` of these numbers, or all.
+template <typename T>
+inline void store_some(T* at, Lanes numbers, int64_t size) {
+  const auto parts = rounded(numbers, at);
+  for (int lane = 0; lane < std::min<int64_t>(LANES, size); lane++) at[lane] = T(parts[lane]);
 }
 
 inline float sum_of(Lanes lanes) {
-  float parts[LANES];
-  __builtin_memcpy(parts, &lanes, sizeof parts);
-  for (int width = LANES / 2; width; width /= 2)
-    for (int at = 0; at < width; at++) parts[at] += parts[at + width];
-  return parts[0];
+  Quad quads[LANES / 4];
+  __builtin_memcpy(quads, &lanes, sizeof quads);
+  for (int at = 1; at < LANES / 4; at++) quads[0] += quads[at];
+  return (quads[0][0] + quads[0][1]) + (quads[0][2] + quads[0][3]);
 }
 
 // e^x of numbers that are not positive, within 1.2e-7 of each result; 0 below -87.3, where float32 has subnormal numbers
@@ -69,36 +118,33 @@ inline Lanes exponential(Lanes x) {
   return (Lanes)((Bits)(sum * power) & ~(Bits)(x < -87.3f));
 }
 
+// Logits of consecutive tokens: products of their keys and a query, which is padded with zeros to whole registers.
 template <typename T>
-float dot(const float* a, const T* b, int64_t size) {
-  Lanes sums{};
-  int64_t dim = 0;
-  for (; dim + LANES <= size; dim += LANES) sums += load_lanes(a + dim) * load_lanes(b + dim);
-  float sum = sum_of(sums);
-  for (; dim < size; dim++) sum += a[dim] * load(b + dim);
-  return sum;
+void dots(const float* query, const T* keys, const float* scales, int64_t columns, int64_t size, float* logits) {
+  for (int64_t column = 0; column < columns; column++, keys += size) {
+    Lanes sums{};
+    int64_t dim = 0;
+    for (; dim + LANES <= size; dim += LANES) sums += load_lanes(query + dim) * load_lanes(keys + dim);
+    if (dim < size) sums += load_lanes(query + dim) * load_some(keys + dim, size - dim);
+    logits[column] = scales ? sum_of(sums) * scales[column] : sum_of(sums);
+  }
 }
 
-// Writes the sums over columns of weight times value, from dimension `dim` on, `vectors` registers at a time.
+// Adds to `sums` the products of weights and values: of `vectors` registers, or of the last numbers, if there are none.
 template <int vectors, typename T>
-void weighted_sums(const float* weights, const T* values, int64_t columns, int64_t size, T* sums, int64_t dim = 0) {
-  for (; dim + vectors * LANES <= size; dim += vectors * LANES) {
-    Lanes parts[vectors]{};
-    for (int64_t column = 0; column < columns; column++)
-      for (int at = 0; at < vectors; at++)
-        parts[at] += weights[column] * load_lanes(values + column * size + dim + at * LANES);
-    for (int at = 0; at < vectors; at++)
-      for (int lane = 0; lane < LANES; lane++) store(sums + dim + at * LANES + lane, parts[at][lane]);
-  }
-  if constexpr (vectors > 1) return weighted_sums<vectors / 2>(weights, values, columns, size, sums, dim);
-  for (; dim < size; dim++) {
-    float sum = 0;
-    for (int64_t column = 0; column < columns; column++) sum += weights[column] * load(values + column * size + dim);
-    store(sums + dim, sum);
+inline void add_values(const float* weights, const T* values, const float* scales, int64_t columns, int64_t size,
+                       int64_t left, Lanes* sums) {
+  for (int64_t column = 0; column < columns; column++, values += size) {
+    const float weight = scales ? weights[column] * scales[column] : weights[column];
+    if constexpr (vectors == 0)
+      sums[0] += weight * load_some(values, left);
+    else
+      for (int at = 0; at < vectors; at++) sums[at] += weight * load_lanes(values + at * LANES);
   }
 }
 
-// One store of a layer, and the sizes that all its stores share.
+// One store of a layer, and the sizes that all its stores share. Without codes, the slots are columns of keys and values
+// after the prompt.
 template <typename T>
 struct Store {
   T *keys, *values;
@@ -106,17 +152,75 @@ struct Store {
   const int64_t* heads;
   const bool* mask;
   const int64_t* slot;
+  void* key_codes;
+  float* key_scales;
+  void* value_codes;
+  float* value_scales;
   int64_t num_heads, num_scored, num_prompt, num_slots;
 };
 struct Layer {
-  int64_t batch, kv_heads, groups, head_dim, value_dim, num_stores, num_threads;
+  int64_t batch, kv_heads, groups, head_dim, value_dim, num_stores, kv_dtype, num_threads;
 };
 
+// K or V of one head: the prompt, and slots of type T, or of codes with a scale each.
+template <typename T, typename Slot>
+struct States {
+  T* prompt;
+  Slot* slots;
+  float* scales = nullptr;
+  int64_t num_prompt, size;
+
+  States(T* states, void* codes, float* all_scales, int64_t num_prompt, int64_t num_slots, int64_t size, int64_t task)
+      : num_prompt(num_prompt), size(size) {
+    if constexpr (std::is_same_v<T, Slot>) {
+      prompt = states + task * (num_prompt + num_slots) * size;
+      slots = prompt + num_prompt * size;
+    } else {
+      prompt = states + task * num_prompt * size;
+      slots = (Slot*)codes + task * num_slots * size;
+      scales = all_scales + task * num_slots;
+    }
+  }
+
+  // Writes a token; codes and scale are those of `quantize` in eight_bits.py.
+  void write(int64_t slot, const T* states) {
+    Slot* const to = slots + slot * size;
+    if constexpr (std::is_same_v<T, Slot>) {
+      std::copy_n(states, size, to);
+    } else {
+      Integers highest{};  // compared as integers, NaN is above all numbers
+      for (int64_t dim = 0; dim < size; dim += LANES) {
+        const Integers part = (Integers)load_some(states + dim, size - dim) & 0x7fffffff;
+        highest = part > highest ? part : highest;
+      }
+      for (int lane = 1; lane < LANES; lane++) highest[0] = std::max(highest[0], highest[lane]);
+      const float scale = ((Lanes)highest)[0] / Slot::largest;
+      scales[slot] = scale < FLT_MIN ? FLT_MIN : scale;  // a NaN stays
+      for (int64_t dim = 0; dim < size; dim += LANES)
+        store_some(to + dim, load_some(states + dim, size - dim) / scales[slot], size - dim);
+    }
+  }
+};
+
+// Writes the sums over tokens of weight times value, from dimension `dim` on, `vectors` registers at a time.
+template <int vectors, typename T, typename Slot>
+void weighted_sums(const float* weights, const States<T, Slot>& values, int64_t stored, T* output, int64_t dim = 0) {
+  constexpr int count = std::max(vectors, 1);
+  const int64_t size = values.size;
+  for (; dim < size && dim + vectors * LANES <= size; dim += count * LANES) {
+    Lanes sums[count]{};
+    add_values<vectors>(weights, values.prompt + dim, nullptr, values.num_prompt, size, size - dim, sums);
+    add_values<vectors>(weights + values.num_prompt, values.slots + dim, values.scales, stored, size, size - dim, sums);
+    for (int at = 0; at < count; at++) store_some(output + dim + at * LANES, sums[at], size - dim - at * LANES);
+  }
+  if constexpr (vectors > 0) weighted_sums<vectors / 2>(weights, values, stored, output, dim);
+}
+
 // False, with nothing written, if a store has a head that the layer does not have, or lacks its slot.
-template <typename T>
+template <typename Slot, typename T>
 bool decode(const T* query, const T* new_key, const T* new_value, const Store<T>* stores, float scaling, T* output,
             const Layer* layer) {
-  const auto [batch, kv_heads, groups, head_dim, value_dim, num_stores, num_threads] = *layer;
+  const auto [batch, kv_heads, groups, head_dim, value_dim, num_stores, kv_dtype, num_threads] = *layer;
   std::vector<int64_t> first_task{0};  // of each store; a task is a row and a head
   int64_t longest = 0;
   for (int64_t at = 0; at < num_stores; at++) {
@@ -130,31 +234,35 @@ bool decode(const T* query, const T* new_key, const T* new_value, const Store<T>
   if (batch == 0) return true;  // without rows, the number of columns is unbounded
 #pragma omp parallel num_threads(num_threads)
   {
-    std::vector<float> scaled(head_dim), weights(longest + LANES);
+    std::vector<float> scaled(head_dim + LANES), weights(longest + LANES);
 #pragma omp for schedule(static)
     for (int64_t number = 0; number < first_task.back(); number++) {
       const int64_t at = std::upper_bound(first_task.begin(), first_task.end(), number) - first_task.begin() - 1;
-      const auto& [keys, values, scores, heads, mask, slot, num_heads, num_scored, num_prompt, num_slots] = stores[at];
-      const int64_t length = num_prompt + num_slots, end = num_prompt + *slot;  // columns before `end` hold tokens
-      const int64_t padded = (end + LANES) / LANES * LANES;  // whole registers; weights after the last column are 0
-      const int64_t task = number - first_task[at], row = task / num_heads, head = task % num_heads;
-      const int64_t model_head = row * kv_heads + heads[head];
-      T* const own_keys = keys + task * length * head_dim;
-      T* const own_values = values + task * length * value_dim;
-      for (int64_t dim = 0; dim < head_dim; dim++) own_keys[end * head_dim + dim] = new_key[model_head * head_dim + dim];
-      for (int64_t dim = 0; dim < value_dim; dim++)
-        own_values[end * value_dim + dim] = new_value[model_head * value_dim + dim];
+      const Store<T>& store = stores[at];
+      const int64_t num_prompt = store.num_prompt, num_slots = store.num_slots, slot = *store.slot;
+      const int64_t stored = slot + 1, end = num_prompt + stored;
+      const int64_t padded = (end + LANES - 1) / LANES * LANES;  // whole registers; weights after the last column are 0
+      const int64_t task = number - first_task[at], row = task / store.num_heads, head = task % store.num_heads;
+      const int64_t model_head = row * kv_heads + store.heads[head];
+      States<T, Slot> keys(store.keys, store.key_codes, store.key_scales, num_prompt, num_slots, head_dim, task);
+      States<T, Slot> values(store.values, store.value_codes, store.value_scales, num_prompt, num_slots, value_dim, task);
+      keys.write(slot, new_key + model_head * head_dim);
+      values.write(slot, new_value + model_head * value_dim);
       for (int64_t group = 0; group < groups; group++) {
         const T* const asking = query + (model_head * groups + group) * head_dim;
-        for (int64_t dim = 0; dim < head_dim; dim++) scaled[dim] = load(asking + dim) * scaling;
-        for (int64_t column = 0; column < end; column++) {
-          const bool is_seen = !mask || mask[row * length + column];
-          weights[column] = is_seen ? dot(scaled.data(), own_keys + column * head_dim, head_dim) : -INFINITY;
+        for (int64_t dim = 0; dim < head_dim; dim += LANES)
+          *(Lanes*)&scaled[dim] = load_some(asking + dim, head_dim - dim) * scaling;
+        dots(scaled.data(), keys.prompt, nullptr, num_prompt, head_dim, weights.data());
+        dots(scaled.data(), keys.slots, keys.scales, stored, head_dim, weights.data() + num_prompt);
+        for (int64_t column = 0; store.mask && column < end - 1; column++)  // the token itself is always seen
+          if (!store.mask[row * (num_prompt + num_slots) + column]) weights[column] = -INFINITY;
+        std::fill(weights.begin() + end, weights.begin() + padded, -INFINITY);
+        Lanes most = load_lanes(weights.data());
+        for (int64_t at = LANES; at < padded; at += LANES) {
+          const Lanes part = load_lanes(&weights[at]);
+          most = part > most ? part : most;
         }
-        weights[end] = dot(scaled.data(), own_keys + end * head_dim, head_dim);
-        std::fill(weights.begin() + end + 1, weights.begin() + padded, -INFINITY);
-        float highest = weights[end];
-        for (int64_t column = 0; column < end; column++) highest = std::fmax(highest, weights[column]);
+        const float highest = *std::max_element((float*)&most, (float*)(&most + 1));
         Lanes totals{};
         for (int64_t at = 0; at < padded; at += LANES) {
           const Lanes part = exponential(load_lanes(&weights[at]) - highest);
@@ -163,15 +271,22 @@ bool decode(const T* query, const T* new_key, const T* new_value, const Store<T>
         }
         const float total = sum_of(totals);
         for (int64_t at = 0; at < padded; at += LANES) *(Lanes*)&weights[at] /= Lanes{} + total;
-        weighted_sums<8>(weights.data(), own_values, end + 1, value_dim, output + (model_head * groups + group) * value_dim);
-        if (head < num_scored) {
-          float* const received = scores + (row * num_scored + head) * num_slots;
-          for (int64_t at = 0; at <= *slot; at++) received[at] += weights[num_prompt + at];
+        if (head < store.num_scored) {
+          float* const received = store.scores + (row * store.num_scored + head) * num_slots;
+          for (int64_t at = 0; at < stored; at++) received[at] += weights[num_prompt + at];
         }
+        weighted_sums<8>(weights.data(), values, stored, output + (model_head * groups + group) * value_dim);
       }
     }
   }
   return true;
+}
+
+template <typename T>
+bool decode_into(const T* query, const T* new_key, const T* new_value, const Store<T>* stores, float scaling, T* output,
+                 const Layer* layer) {
+  constexpr decltype(&decode<T, T>) loops[] = {decode<T, T>, decode<Int8, T>, decode<Float8, T>};
+  return loops[layer->kv_dtype](query, new_key, new_value, stores, scaling, output, layer);
 }
 
 // Weights come from memory, and hardware prefetching stops at the end of each page. So weights are prefetched far ahead
@@ -208,12 +323,12 @@ extern "C" {
 
 bool decode_float32(const float* query, const float* new_key, const float* new_value, const Store<float>* stores,
                     float scaling, float* output, const Layer* layer) {
-  return decode(query, new_key, new_value, stores, scaling, output, layer);
+  return decode_into(query, new_key, new_value, stores, scaling, output, layer);
 }
 
 bool decode_bfloat16(const BFloat16* query, const BFloat16* new_key, const BFloat16* new_value,
                      const Store<BFloat16>* stores, float scaling, BFloat16* output, const Layer* layer) {
-  return decode(query, new_key, new_value, stores, scaling, output, layer);
+  return decode_into(query, new_key, new_value, stores, scaling, output, layer);
 }
 
 // `packed` is a weight `[out, in]` in the layout `[out / PANEL, in, PANEL]`.

@@ -1,8 +1,8 @@
 """The loops of `cpu_loops.cpp`, built for this machine's processor with the compiler that `torch.compile` uses.
 
-`fast_decode` uses them on a CPU. Where they cannot be built, torch's own attention and matrix products run. This module
-does not decide which tokens are kept (`cache/slots.py` does) or when the loops run (`dispatch.py` and
-`packed_linears.py` do).
+`fast_decode` uses them on a CPU, and so do eager steps over slots in 8 bits. Where they cannot be built, torch's own
+attention and matrix products run. This module does not decide which tokens are kept (`cache/slots.py` does) or when the
+loops run (`dispatch.py` and `packed_linears.py` do).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from ssd_cache.io.showing import first_line
 from ssd_cache.kernels import cpu_library
 from ssd_cache.kernels.checks import PLAIN, Arguments, LayerSizes, check_stores, check_token
+from ssd_cache.kernels.eight_bits import KV_DTYPES
 
 PANEL = 16
 """Outputs of a linear layer computed together; must equal `PANEL` in the C++ source."""
@@ -28,7 +29,7 @@ DECODERS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
 TABLE = "_ssd_table"
 """Name of the attribute of a layer's first keys that holds its `_Table`."""
 
-_Sizes = ctypes.c_int64 * (len(LayerSizes._fields) + 2)
+_Sizes = ctypes.c_int64 * (len(LayerSizes._fields) + 3)
 
 
 @functools.cache
@@ -117,6 +118,7 @@ class _Table:
             rows += [0 if tensor is None else tensor.data_ptr() for tensor in store] + list(sizes)
         self.numbers = (ctypes.c_int64 * len(rows))(*rows)
         self.layer, self.dtype, self.num_stores = layer, given.query.dtype, len(given.keys)
+        self.kv_dtype, self.code = given.kv_dtype, (None, *KV_DTYPES).index(given.kv_dtype)
         self.tensors = [weakref.ref(tensor) for tensor in _store_tensors(given)]
 
     def __reduce__(self):
@@ -129,13 +131,14 @@ class _Table:
         return (
             self.layer == layer
             and self.dtype is given.query.dtype
+            and self.kv_dtype == given.kv_dtype
             and len(tensors) == len(self.tensors)
             and all(kept() is tensor for kept, tensor in zip(self.tensors, tensors, strict=True))
         )
 
 
 def _store_tensors(given: Arguments) -> list[torch.Tensor]:
-    return [*given.keys, *given.values, *given.scores, *given.heads, *given.masks, *given.slots]
+    return [*given.keys, *given.values, *given.scores, *given.heads, *given.masks, *given.slots, *given.codes]
 
 
 def launch(given: Arguments) -> None:
@@ -161,10 +164,10 @@ def launch(given: Arguments) -> None:
         table.numbers,
         given.scaling,
         given.output.data_ptr(),
-        _Sizes(*layer, table.num_stores, torch.get_num_threads()),
+        _Sizes(*layer, table.num_stores, table.code, torch.get_num_threads()),
     )
     if not is_done:
-        found = [(heads.tolist(), int(slot), scores.shape[2]) for _, _, scores, heads, _, slot in given.stores()]
+        found = [(store.heads.tolist(), int(store.slot), store.scores.shape[2]) for store in given.stores()]
         raise ValueError(
             f"a store has no such slot, or heads that are not among the layer's {layer.kv_heads} KV heads; heads, slot "
             f"and number of slots of each store: {found}"

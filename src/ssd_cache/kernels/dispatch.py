@@ -1,8 +1,8 @@
 """Fused decode step: write K and V, attend, and add the received attention to the scores; one call for a layer.
 
-It runs a Triton kernel on CUDA, and a C++ loop on a CPU inside `fast_decode`, if that kernel passes a small trial
-against torch. A step's attention is added to the scores at once, so no queries are stored. This module handles only
-tensors. `cache/backends.py` calls it; where no kernel can run, torch's own attention does.
+It runs a Triton kernel on CUDA, and a C++ loop on a CPU, inside `fast_decode` or over slots in 8 bits, if that kernel
+passes a small trial against torch. A step's attention is added to the scores at once, so no queries are stored. This
+module handles only tensors. `cache/backends.py` calls it; where no kernel can run, torch's own attention does.
 """
 
 from __future__ import annotations
@@ -11,33 +11,41 @@ import functools
 import importlib.util
 import os
 import warnings
+from collections.abc import Sequence
 
 import torch
 
 from ssd_cache.io.showing import first_line
 from ssd_cache.kernels import cpu_loops as cpu_kernels
 from ssd_cache.kernels.checks import DTYPES, PLAIN, Arguments
+from ssd_cache.kernels.eight_bits import dequantize, quantize
 
 
-def can_serve(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, on_cpu: bool = False) -> bool:
+def can_serve(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, on_cpu: bool = False, kv_dtype: str | None = None
+) -> bool:
     """Whether the kernel can run steps with tensors of these sizes, `[batch, heads, new, head_dim]`.
 
-    It has no backward pass. On a CPU it runs only if `on_cpu` is set, since its last bits differ from a full cache's.
+    It has no backward pass. On a CPU it runs only if `on_cpu` is set, since its last bits differ from a full cache's,
+    or for slots in `kv_dtype`, which differ from it in any case.
 
     Warns:
-        UserWarning: once for each set of sizes, when an available kernel fails or is inaccurate in a small trial.
+        UserWarning: once for each set of sizes, when an available kernel fails or is inaccurate in a small trial; and
+            once for slots in `kv_dtype` in eager steps, when there is no kernel.
     """
-    device = query.device
+    device, sizes = query.device, (query.shape[1] // key.shape[1], query.shape[3], value.shape[3])
     if (
         torch.is_grad_enabled()
         or not query.dtype == key.dtype == value.dtype
         or any(type(states) not in PLAIN for states in (query, key, value))
         or (device.type == "cpu" and torch.is_autocast_enabled("cpu"))
-        or (_takes_loops(device) and not on_cpu)
+        or (_takes_loops(device) and not on_cpu and kv_dtype is None)
     ):
         return False
+    if kv_dtype is not None and not on_cpu and (reason := _missing(device, query.dtype)):
+        _warn_of_conversion(kv_dtype, reason)
     try:
-        return passes_trial(device, query.dtype, query.shape[1] // key.shape[1], query.shape[3], value.shape[3])
+        return passes_trial(device, query.dtype, *sizes, kv_dtype)
     except torch.OutOfMemoryError:  # memory is full now; it may be free for the next image
         return False
 
@@ -47,23 +55,39 @@ def _takes_loops(device: torch.device) -> bool:
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
 
 
-def _is_there(device: torch.device, dtype: torch.dtype) -> bool:
+def _missing(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why there is no kernel for this device and dtype; None if there is one."""
+    dtypes = cpu_kernels.DECODERS if _takes_loops(device) else DTYPES
+    if device.type not in ("cuda", "cpu") or dtype not in dtypes:
+        return f"no kernel of ssd-cache takes {dtype} on this {device.type}"
     if _takes_loops(device):
-        return dtype in cpu_kernels.DECODERS and cpu_kernels.library() is not None
-    return device.type in ("cuda", "cpu") and dtype in DTYPES and importlib.util.find_spec("triton") is not None
+        return (
+            None if cpu_kernels.library() is not None else "the CPU kernels, which need a C++ compiler, are not built"
+        )
+    return None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
 
 
 @functools.cache
-def passes_trial(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, value_dim: int) -> bool:
+def _warn_of_conversion(kv_dtype: str, reason: str) -> None:
+    warnings.warn(
+        f"slots in {kv_dtype} are converted to the model's dtype at every step, for torch's attention: {reason}",
+        stacklevel=2,
+    )
+
+
+@functools.cache
+def passes_trial(
+    device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, value_dim: int, kv_dtype: str | None = None
+) -> bool:
     """Whether the kernel runs with these sizes and agrees with float64 on the CPU, without and with a mask (`_try`).
 
     Raises:
         torch.OutOfMemoryError: the device is full now; no result is cached, and the next call tries again.
     """
-    if not _is_there(device, dtype):
+    if _missing(device, dtype):
         return False
     try:
-        found = (_try(device, dtype, groups, head_dim, value_dim, has_mask) for has_mask in (False, True))
+        found = (_try(device, dtype, groups, head_dim, value_dim, kv_dtype, has_mask) for has_mask in (False, True))
         failed = next(filter(None, found), "")
     except torch.OutOfMemoryError:
         raise
@@ -76,7 +100,15 @@ def passes_trial(device: torch.device, dtype: torch.dtype, groups: int, head_dim
     return not failed
 
 
-def _try(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, value_dim: int, has_mask: bool) -> str:
+def _try(
+    device: torch.device,
+    dtype: torch.dtype,
+    groups: int,
+    head_dim: int,
+    value_dim: int,
+    kv_dtype: str | None,
+    has_mask: bool,
+) -> str:
     """The error in output, scores, K or V of one step over 145 columns, of two heads of which one is scored, or ""."""
     num_prompt, num_slots, number, scaling = 5, 150, 139, head_dim**-0.5
     end, generator = num_prompt + number, torch.Generator().manual_seed(0)
@@ -88,13 +120,29 @@ def _try(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, v
     keys, values = random(2, 2, num_prompt + num_slots, head_dim), random(2, 2, num_prompt + num_slots, value_dim)
     heads, mask = torch.tensor([1, 0]), torch.ones(2, num_prompt + num_slots, dtype=torch.bool)
     mask[1, :2] = not has_mask
-    given = [query, new_key, new_value, keys, values, torch.zeros(2, 1, num_slots), heads, mask, torch.tensor(number)]
+
+    def held() -> list[torch.Tensor]:
+        """K and V as a store holds them; with `kv_dtype` the prompt, and codes and scales of the slots."""
+        if kv_dtype is None:
+            return [keys, values]
+        prompt, slots = slice(num_prompt), slice(num_prompt, None)
+        codes = (*quantize(keys[:, :, slots], kv_dtype), *quantize(values[:, :, slots], kv_dtype))
+        return [keys[:, :, prompt], values[:, :, prompt], *codes]
+
+    given = [query, new_key, new_value, torch.zeros(2, 1, num_slots), heads, mask, torch.tensor(number), *held()]
     given = [tensor.to(device, copy=True) for tensor in given]
     output = given[0].new_full((2, 2, groups, value_dim), float("nan"))
-    store = [[tensor] for tensor in given[3:]]
-    _launch(*given[:3], *store[:4], store[4] if has_mask else [], store[5], scaling, output)
+    scores, *store = ([tensor] for tensor in given[3:9])
+    masks = store[1] if has_mask else []
+    _launch(*given[:3], *store[3:], scores, store[0], masks, store[2], scaling, output, given[9:], kv_dtype)
 
     keys[:, :, end : end + 1], values[:, :, end : end + 1] = new_key[:, heads], new_value[:, heads]
+    expected = held()
+    if kv_dtype is not None:
+        keys, values = (
+            torch.cat([expected[at].float(), dequantize(codes, scales, kv_dtype, torch.float32)], dim=2)
+            for at, (codes, scales) in enumerate((expected[2:4], expected[4:6]))
+        )
     stored = slice(end + 1)
     logits = scaling * query[:, heads].double() @ keys[:, :, stored].double().mT
     weights = logits.masked_fill(~mask[:, None, None, stored], float("-inf")).softmax(-1)
@@ -102,14 +150,14 @@ def _try(device: torch.device, dtype: torch.dtype, groups: int, head_dim: int, v
     received = torch.zeros(2, num_slots, dtype=torch.float64)
     received[:, : number + 1] = weights[:, 0, :, num_prompt:].sum(1)
     # limits: a few roundings of the output's dtype; scores are float32 sums of at most `groups` weights below 1
-    for name, found, expected, limit in (
+    for name, found, exact, limit in (
         ("", output, attended, 8 * torch.finfo(dtype).eps * float(values.abs().max())),
-        (" in the scores", given[5][:, 0], received, 1e-5 * groups),
+        (" in the scores", given[3][:, 0], received, 1e-5 * groups),
     ):
-        error = float((found.cpu().double() - expected).abs().max())
+        error = float((found.cpu().double() - exact).abs().max())
         if not error <= limit:
             return f"it errs by {error:.1e}{name}"
-    is_written = torch.equal(given[3].cpu(), keys) and torch.equal(given[4].cpu(), values)
+    is_written = all(torch.equal(found.cpu(), states) for found, states in zip(given[7:], expected, strict=True))
     return "" if is_written else "it writes K and V wrongly"
 
 
@@ -125,6 +173,8 @@ def decode(
     slots: list[torch.Tensor],
     scaling: float,
     output: torch.Tensor,
+    codes: Sequence[torch.Tensor] = (),
+    kv_dtype: str | None = None,
 ) -> None:
     """Run one token's decode step over a layer's stores (see `SlotStore`), in place, without waiting for the device.
 
@@ -141,9 +191,12 @@ def decode(
         slots: slot of the token, int64, a tensor without dimensions; the token sees the slots up to it.
         scaling: factor applied to the dot products of query and keys.
         output: `[batch, kv_heads, groups, value_dim]`; the rows of the stores' heads are written.
+        codes: with `kv_dtype`, four tensors of each store: codes `[batch, heads, num_slots, head_dim]`, int8, and
+            scales `[batch, heads, num_slots]`, float32, of K, and then of V. `keys` and `values` are then the prompt.
+        kv_dtype: what the codes are, a name of `eight_bits.KV_DTYPES`.
     """
     run = torch.ops.ssd_cache.decode if torch.compiler.is_compiling() else _launch
-    run(query, new_key, new_value, keys, values, scores, heads, masks, slots, scaling, output)
+    run(query, new_key, new_value, keys, values, scores, heads, masks, slots, scaling, output, list(codes), kv_dtype)
 
 
 def _launch(*arguments) -> None:
@@ -168,7 +221,8 @@ def _trace(query: torch.Tensor, *arguments) -> None:
 _library = torch.library.Library("ssd_cache", "FRAGMENT")
 _library.define(
     "decode(Tensor query, Tensor new_key, Tensor new_value, Tensor(a!)[] keys, Tensor(b!)[] values, "
-    "Tensor(c!)[] scores, Tensor[] heads, Tensor[] masks, Tensor[] slots, float scaling, Tensor(d!) output) -> ()"
+    "Tensor(c!)[] scores, Tensor[] heads, Tensor[] masks, Tensor[] slots, float scaling, Tensor(d!) output, "
+    "Tensor(e!)[] codes, str? kv_dtype) -> ()"
 )
 _library.impl("decode", _launch, "CompositeExplicitAutograd")
 torch.library.register_fake("ssd_cache::decode", _trace, lib=_library)

@@ -35,16 +35,18 @@ def launch(given: Arguments) -> None:
     # Triton launches on the current device, which may not be the device of this layer
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         for store, (num_heads, num_scored, num_prompt, num_slots) in zip(given.stores(), sizes, strict=True):
-            keys, values, scores, heads, mask, slot = store
+            keys, values, scores, heads, mask, slot, *codes = store
             logits = scores.new_empty(layer.batch, num_scored, layer.groups, num_slots)
-            pointers = (*new, keys, values, scores, logits, scores if mask is None else mask, heads, slot, given.output)
+            codes = [scores if tensor is None else tensor for tensor in codes]
+            pointers = (*new, keys, values, *codes, scores, logits, scores if mask is None else mask, heads, slot)
             decode_kernel[(num_heads, layer.batch)](
                 *pointers,
-                *(given.scaling, layer.kv_heads, num_scored, num_prompt, num_slots),
+                *(given.output, given.scaling, layer.kv_heads, num_scored, num_prompt, num_slots),
                 GROUPS=layer.groups,
                 HEAD_DIM=layer.head_dim,
                 VALUE_DIM=layer.value_dim,
                 HAS_MASK=mask is not None,
+                KV_DTYPE=given.kv_dtype,
                 # Triton's interpreter, used without a GPU, does not support bfloat16 matrix products
                 UPCAST=not query.is_cuda,
                 num_stages=2,
@@ -65,12 +67,47 @@ def block_sizes(groups: int, head_dim: int, value_dim: int, itemsize: int) -> di
 
 
 @triton.jit
+def quantize(states, KV_DTYPE: tl.constexpr):
+    """Codes and scale of one token, those of `eight_bits.quantize`."""
+    states = states.to(tl.float32)
+    bits = tl.max(states.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)  # as an integer, NaN is above all numbers
+    scale = tl.div_rn(bits.to(tl.float32, bitcast=True), 127.0 if KV_DTYPE == "int8" else 448.0)
+    scale = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)
+    numbers = tl.div_rn(states, scale + tl.zeros_like(states))
+    if KV_DTYPE == "int8":  # adding 1.5 * 2^23 rounds to an integer, in the lowest bits
+        return (numbers + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8), scale
+    bits = numbers.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = (size - (120 << 23) + 0x7FFFF + ((size >> 20) & 1)) >> 20
+    subnormal = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) & 0x7F
+    code = tl.where(size < (121 << 23), subnormal, tl.where(size < 0x43F00000, normal, 0x7F))
+    return (((bits >> 24) & 0x80) | code).to(tl.int8), scale
+
+
+@triton.jit
+def numbers_of(codes, KV_DTYPE: tl.constexpr):
+    """The numbers of codes, without their scales, in float32."""
+    if KV_DTYPE == "int8":
+        return codes.to(tl.float32)
+    bits = codes.to(tl.int32)
+    size = (bits & 0x7F) << 20
+    normal = (size + (120 << 23)).to(tl.float32, bitcast=True)
+    subnormal = (size + (121 << 23)).to(tl.float32, bitcast=True) - 0.015625
+    number = tl.where(size < (1 << 23), subnormal, normal)
+    return tl.where(bits < 0, -number, number)
+
+
+@triton.jit
 def decode_kernel(
     query,
     new_key,
     new_value,
     keys,
     values,
+    key_codes,
+    key_scales,
+    value_codes,
+    value_scales,
     scores,
     logits,
     mask,
@@ -86,6 +123,7 @@ def decode_kernel(
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    KV_DTYPE: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_HEAD: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
@@ -93,7 +131,9 @@ def decode_kernel(
     UPCAST: tl.constexpr,
 ):
     """One token's step for one head of a store: write K and V, attend, add each token's attention to its score."""
-    dot_type: tl.constexpr = tl.float32 if UPCAST else keys.dtype.element_ty
+    # scales of values may be too small for float16
+    upcasts: tl.constexpr = UPCAST or (KV_DTYPE is not None and keys.dtype.element_ty == tl.float16)
+    dot_type: tl.constexpr = tl.float32 if upcasts else keys.dtype.element_ty
     head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     model_head = tl.load(heads + head)
@@ -103,7 +143,9 @@ def decode_kernel(
     slot = tl.where(is_there, slot, 0).to(tl.int32)
     end = num_prompt + slot  # slots fill in order, so all columns before this one are taken
     length = num_prompt + num_slots
-    first = (row * tl.num_programs(0) + head) * length
+    store_head = row * tl.num_programs(0) + head
+    first = store_head * (length if KV_DTYPE is None else num_prompt)
+    first_slot = store_head * num_slots - num_prompt  # plus a column, its slot
 
     group = tl.arange(0, BLOCK_GROUPS)
     in_group = group < GROUPS
@@ -118,8 +160,18 @@ def decode_kernel(
     q = tl.load(query + q_at, mask=in_group[:, None] & in_head[None, :], other=0.0)
     own_key = tl.load(new_key + layer_head * HEAD_DIM + dim, mask=in_head, other=0.0)
     own_value = tl.load(new_value + layer_head * VALUE_DIM + value_dim, mask=in_value, other=0.0)
-    tl.store(keys + (first + end) * HEAD_DIM + dim, own_key, mask=in_head)
-    tl.store(values + (first + end) * VALUE_DIM + value_dim, own_value, mask=in_value)
+    if KV_DTYPE is None:
+        tl.store(keys + (first + end) * HEAD_DIM + dim, own_key, mask=in_head)
+        tl.store(values + (first + end) * VALUE_DIM + value_dim, own_value, mask=in_value)
+    else:
+        own_codes, own_scale = quantize(own_key, KV_DTYPE)
+        tl.store(key_codes + (first_slot + end) * HEAD_DIM + dim, own_codes, mask=in_head)
+        tl.store(key_scales + first_slot + end, own_scale)
+        own_key = numbers_of(own_codes, KV_DTYPE) * own_scale
+        own_codes, own_scale = quantize(own_value, KV_DTYPE)
+        tl.store(value_codes + (first_slot + end) * VALUE_DIM + value_dim, own_codes, mask=in_value)
+        tl.store(value_scales + first_slot + end, own_scale)
+        own_value = numbers_of(own_codes, KV_DTYPE) * own_scale
 
     # The softmax starts from the new token's logit, which is never masked, so there is always a highest logit.
     scaled = q.to(tl.float32) * tl.where(is_there, scaling, float("nan"))
@@ -132,35 +184,51 @@ def decode_kernel(
     for start in range(0, end, BLOCK_COLUMNS):
         at = start + column
         is_stored = at < end
+        is_slot = is_stored & (at >= num_prompt)
+        # the columns of `keys` and `values`
+        is_plain = is_stored & (at < num_prompt) if KV_DTYPE is not None else is_stored
         k = tl.load(
             keys + (first + at)[:, None] * HEAD_DIM + dim[None, :],
-            mask=is_stored[:, None] & in_head[None, :],
+            mask=is_plain[:, None] & in_head[None, :],
             other=0.0,
         )
         v = tl.load(
             values + (first + at)[:, None] * VALUE_DIM + value_dim[None, :],
-            mask=is_stored[:, None] & in_value[None, :],
+            mask=is_plain[:, None] & in_value[None, :],
             other=0.0,
         )
+        if KV_DTYPE is not None:  # codes are exact in any dtype, so scales multiply logits and weights
+            slots_at = (first_slot + at)[:, None]
+            key_at, value_at = slots_at * HEAD_DIM + dim[None, :], slots_at * VALUE_DIM + value_dim[None, :]
+            k_codes = tl.load(key_codes + key_at, mask=is_slot[:, None] & in_head[None, :], other=0)
+            v_codes = tl.load(value_codes + value_at, mask=is_slot[:, None] & in_value[None, :], other=0)
+            k = tl.where(is_slot[:, None], numbers_of(k_codes, KV_DTYPE).to(k.dtype), k)
+            v = tl.where(is_slot[:, None], numbers_of(v_codes, KV_DTYPE).to(v.dtype), v)
+            key_scale = tl.load(key_scales + first_slot + at, mask=is_slot, other=1.0)
+            value_scale = tl.load(value_scales + first_slot + at, mask=is_slot, other=1.0)
         if GROUPS == 1:
             weights = tl.sum(scaled * k.to(tl.float32), 1)[None, :]
         else:
             weights = tl.dot(q.to(dot_type), tl.trans(k.to(dot_type)), input_precision="ieee") * scaling
+        if KV_DTYPE is not None:
+            weights = weights * key_scale[None, :]
         is_seen = is_stored
         if HAS_MASK:
             is_seen = is_seen & (tl.load(mask + row * length + at, mask=is_stored, other=0) != 0)
         weights = tl.where(is_seen[None, :], weights, float("-inf"))
         if is_scored:
-            is_slot = is_stored & (at >= num_prompt)
             tl.store(kept + (at - num_prompt)[None, :], weights, mask=in_group[:, None] & is_slot[None, :])
         higher = tl.maximum(highest, tl.max(weights, 1))
         shrink = tl.exp(highest - higher)
         weights = tl.exp(weights - higher[:, None])
         total = total * shrink + tl.sum(weights, 1)
+        if KV_DTYPE is not None:
+            weights = weights * value_scale[None, :]
         if GROUPS == 1:
             sums = tl.sum(tl.trans(weights) * v.to(tl.float32), 0)[None, :]
         else:
-            sums = tl.dot(weights.to(v.dtype).to(dot_type), v.to(dot_type), input_precision="ieee")
+            rounded = weights.to(v.dtype) if KV_DTYPE is None else weights  # as in `tl.dot` on a GPU
+            sums = tl.dot(rounded.to(dot_type), v.to(dot_type), input_precision="ieee")
         result = result * shrink[:, None] + sums
         highest = higher
 

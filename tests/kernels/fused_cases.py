@@ -31,7 +31,7 @@ DTYPES = fused.DTYPES if INTERPRETS else tuple(cpu_kernels.DECODERS)
 STORED = (None, *KV_DTYPES)
 if not INTERPRETS:
     _can_serve = fused.can_serve
-    fused.can_serve = lambda *states, on_cpu, kv_dtype: _can_serve(*states, on_cpu=True, kv_dtype=kv_dtype)
+    fused.can_serve = lambda *states, on_cpu, kv_dtype=None: _can_serve(*states, on_cpu=True, kv_dtype=kv_dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -238,7 +238,10 @@ def test_gradients_and_another_attention_in_mid_image_are_refused():
 
 def test_a_kernel_that_fails_or_errs_is_not_used(monkeypatch):
     query = torch.randn(1, 2, 1, 7)
-    for launch, reason in ((lambda *args: None, "errs by"), (lambda *args: 1 / 0, "division by zero")):
+    for launch, reason in (
+        (lambda *args, **kwargs: None, "errs by"),
+        (lambda *args, **kwargs: 1 / 0, "division by zero"),
+    ):
         fused.passes_trial.cache_clear()
         monkeypatch.setattr(fused, "_launch", launch)
         with pytest.warns(UserWarning, match=reason):

@@ -249,7 +249,7 @@ def test_a_kernel_is_not_concluded_to_fail_from_a_full_device(monkeypatch):
 
     fused.passes_trial.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(fused, "_is_there", lambda *arguments: True)
+        patch.setattr(fused, "_missing", lambda *arguments: None)
         patch.setattr(fused, "_launch", fill)
         assert not fused.can_serve(query, query, query, on_cpu=True)
         assert not fused.can_serve(query, query, query, on_cpu=True)

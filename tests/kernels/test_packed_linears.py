@@ -169,10 +169,16 @@ CHANGES = [
 ]
 
 
+RAISING = (_transpose_data, _set_smaller_data, _move_by_swapping)
+"""Changes after which a compiled call raises an error of torch 2.8; 2.9 to 2.12 were not tried."""
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @torch.no_grad()
 def test_a_changed_weight_gives_the_products_of_the_new_one(change, is_compiled):
+    if is_compiled and change in RAISING and torch.__version__ < (2, 13):
+        pytest.skip("torch 2.8 raises an error of its own")
     torch._dynamo.reset()
     linear, states = torch.nn.Linear(32, 32), torch.randn(3, 1, 32)
     run = torch.compile(linear, fullgraph=True) if is_compiled else linear

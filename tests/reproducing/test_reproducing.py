@@ -112,10 +112,9 @@ def run(arguments):
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
-    """Images, lines and results of a run; not what depends on time, nor the file that a kill left half written."""
+    """Images, lines and results of a run; not what depends on time."""
     names = ("plan.json", "reproduction.json", "reproduction.md", "speed")
     paths = [path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).parts[0] not in names]
-    paths = [path for path in paths if path.suffix != ".part"]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
@@ -205,9 +204,13 @@ def test_a_finished_run_does_nothing_again(whole, place, monkeypatch):
     monkeypatch.setattr("ssd_cache.reproducing.stages.run_bench", fails)
     monkeypatch.setattr("ssd_cache.models.base.Generator.generate", fails)
     (place / "out" / "reproduction.md").unlink()
+    halves = [place / "out" / ".plan.json.0a.part", place / "out" / "speed" / ".batch-1.json.0a.part"]
+    for half in halves:  # a run was killed while it wrote
+        half.write_bytes(b"half")
     result = run(SMALL)
     assert result.exit_code == 0, result.output
     assert "nothing left to do" in result.stdout
+    assert not any(half.exists() for half in halves)
     assert (place / "out" / "reproduction.md").read_text() == (whole[0] / "reproduction.md").read_text()
 
 

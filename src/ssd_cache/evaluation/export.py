@@ -21,7 +21,7 @@ from ssd_cache.evaluation.conditions import hashed_seed
 from ssd_cache.evaluation.judge_models import encode_png
 from ssd_cache.io.showing import ReadableError, differences
 from ssd_cache.io.untrusted import checked_fields, parse_json
-from ssd_cache.io.writing import write_files
+from ssd_cache.io.writing import remove_parts, write_files
 from ssd_cache.models import Generator
 from ssd_cache.runs.processes import Processes
 
@@ -87,8 +87,7 @@ def claim_folder(root: Path, settings: Mapping[str, Any], prompts: str, *, write
         text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
         write_files({root / PROMPTS_FILE: prompts.encode(), root / SETTINGS_FILE: text.encode()})
     if write:
-        for part in root.rglob(".*.part"):  # left by a run that was killed while it wrote
-            part.unlink(missing_ok=True)
+        remove_parts(root)
 
 
 def check_unclaimed(root: Path) -> None:

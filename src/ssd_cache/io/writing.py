@@ -11,6 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove the temporary files that killed runs left in a folder and below; nobody else may be writing there."""
+    for part in folder.rglob(".*.part"):
+        part.unlink(missing_ok=True)
+
+
 def write_files(contents: Mapping[Path, bytes]) -> None:
     """Write every file under a temporary name, then rename them in order, so a reader sees only whole files.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ssd_cache.io.untrusted import checked, parse_json
-from ssd_cache.io.writing import write_files
+from ssd_cache.io.writing import remove_parts, write_files
 from ssd_cache.runs.metering import Cost
 from ssd_cache.runs.run_state import ProfilingError, check_same_run, check_state_place, not_a_state
 
@@ -55,7 +55,7 @@ class RunFolder:
             raise not_a_state(plan, what, error) from error
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Write the plan of a new run, or refuse to go on with a run of other settings.
+        """Write the plan of a new run, or refuse to go on with a run of other settings; removes half-written files.
 
         Raises:
             ProfilingError: the settings differ, each of them named; or the plan cannot be written.
@@ -64,6 +64,10 @@ class RunFolder:
         if self.settings:
             check_same_run(self.path / PLAN, self.settings, wanted)
         self.settings = wanted
+        try:
+            remove_parts(self.path)
+        except OSError as error:
+            raise ProfilingError(f"{self.path}: a half-written file cannot be removed ({error.strerror})") from error
         self.save()
 
     def add_cost(self, name: str, cost: Cost) -> None:

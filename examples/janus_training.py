@@ -1,4 +1,4 @@
-"""Parts that train_shapes_janus.py and train_emoji_janus.py share: processor, model, loss, optimizers and saved state.
+"""Parts that train_shapes_janus.py and train_emoji_janus.py share: processor, model, loss, optimizers, saved files.
 
 It is imported by these scripts and is not run itself. It trains small Janus models on tokens that are known exactly,
 and is not a trainer for Janus.
@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+
+from ssd_cache.models.bundled import write_checksums
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<begin_of_image>", "<end_of_image>", "<image_placeholder>")
 
@@ -265,3 +267,11 @@ def load_state(path: Path, model: torch.nn.Module, optimizers: Sequence[torch.op
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     return state["step"]
+
+
+def save_checkpoint(folder: Path, model: JanusForConditionalGeneration, processor: JanusProcessor) -> None:
+    """Write the trained model in float16, its processor, and the checksums of its weights."""
+    model.model.language_model.config._attn_implementation = "sdpa"
+    model.to(torch.float16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_checksums(folder)

@@ -24,6 +24,7 @@ from janus_training import (
     build_optimizers,
     encode_captions,
     load_state,
+    save_checkpoint,
     save_state,
     small_janus,
     token_losses,
@@ -45,7 +46,6 @@ from ssd_cache.emoji.captions import (
 )
 from ssd_cache.emoji.icons import BACKGROUND_RGB, CELL, GRID, ICON_SIDE, load_icons, make_image, place
 from ssd_cache.evaluation.exact import EMOJI
-from ssd_cache.models.bundled import write_checksums
 from ssd_cache.preparing.stages import NUM_CHECKED
 from ssd_cache.prompts import PROMPTS_FILE
 
@@ -303,11 +303,8 @@ def export(output: Path = Path("emoji-janus"), hidden_size: int = 192, num_layer
     if (output / "pixels.pt").exists():
         state = torch.load(output / "pixels.pt", map_location="cpu", weights_only=True)["model"]
         model.model.vqmodel.load_state_dict(state, strict=False)  # without the encoder
-    model.model.language_model.config._attn_implementation = "sdpa"
     folder = output / "checkpoint"
-    model.to(torch.float16).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    write_checksums(folder)
+    save_checkpoint(folder, model, processor)
     (folder / PROMPTS_FILE).write_text("".join(f"{prompt}\n" for prompt in own_prompts()), "utf-8")
     typer.echo(f"wrote {folder}")
 

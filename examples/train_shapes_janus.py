@@ -24,6 +24,7 @@ from janus_training import (
     build_optimizers,
     encode_captions,
     load_state,
+    save_checkpoint,
     save_state,
     small_janus,
     token_losses,
@@ -34,7 +35,6 @@ from janus_training import (
 from tqdm import tqdm
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
-from ssd_cache.models.bundled import write_checksums
 from ssd_cache.shapes.scenes import COLORS, GRID, KINDS, NUMBERS, PALETTE, SHAPES, make_scene
 
 PROMPT_LENGTH = 12
@@ -216,10 +216,7 @@ def main(
             if step % save_every == 0 or step == len(steps):
                 save_state(state_file, model, optimizers, step)
 
-    decoder.config._attn_implementation = "sdpa"
-    model.to(torch.float16).save_pretrained(output)
-    processor.save_pretrained(output)
-    write_checksums(output)
+    save_checkpoint(output, model, processor)
     typer.echo(f"wrote {output}")
 
 

@@ -93,7 +93,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     try:
         run = checked_fields(RUN, parse_json(path.read_bytes()))
         conditions = checked_fields(CONDITIONS, run["conditions"], "conditions")
-        if run["format"] not in [FORMAT.format(name) for name in BENCHMARKS if name == conditions["bench"]]:
+        if conditions["bench"] not in BENCHMARKS or run["format"] != FORMAT.format(conditions["bench"]):
             raise ReadableError(f"its format is {shown(run['format'])}")
         ImageLayout(conditions["grid"])
         for label, entry in run["policies"].items():

@@ -409,6 +409,17 @@ def run(folder, tmp_path, monkeypatch):
     return invoke
 
 
+def test_the_temperature_is_the_models_own():
+    generator = make_generator("janus")
+    caches = {"ssd": lambda: SSDCache(HeadMap(LABELS, GRID), 8, buffer=4)}
+    hot = measure_fidelity(generator, PROMPTS, caches)["ssd"]
+    generator.model.generation_config.temperature = 0.5
+    own = measure_fidelity(generator, PROMPTS, caches)["ssd"]
+    given = measure_fidelity(generator, PROMPTS, caches, temperature=0.5)["ssd"]
+    assert torch.equal(own.kl, given.kl)
+    assert not torch.equal(own.kl, hot.kl)
+
+
 def test_the_command_writes_what_the_library_measures(run, folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     run_ = run("--prompts-file", "prompts.txt", "--num-images", 3, "--policies", "ssd,full", "--budgets", "0.4,30",

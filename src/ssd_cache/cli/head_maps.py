@@ -107,7 +107,7 @@ def fit(
     model: options.ModelName = BUNDLED,
     grid: options.Grid = None,
     guidance: options.Guidance = None,
-    temperature: options.OfDistribution = 1.0,
+    temperature: options.OfDistribution = None,
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -157,7 +157,7 @@ def learn(
     model: options.ModelName = BUNDLED,
     grid: options.Grid = None,
     guidance: options.Guidance = None,
-    temperature: options.OfDistribution = 1.0,
+    temperature: options.OfDistribution = None,
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -214,7 +214,7 @@ def _parse_levels(text: str | None) -> Any:
 
 
 def _find(
-    model: str, grid: str | None, head_map: str | None, guidance: float | None, temperature: float, seed: int
+    model: str, grid: str | None, head_map: str | None, guidance: float | None, temperature: float | None, seed: int
 ) -> tuple[Checkpoint, HeadMap, dict[str, Any]]:
     """The checkpoint, its head map and the settings of sampling, for commands that compare distributions."""
     checkpoint = find_model(model, grid)

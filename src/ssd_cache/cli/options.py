@@ -74,6 +74,8 @@ Buffer = Annotated[
 
 Guidance = Annotated[float | None, option("Guidance scale, above 1.", "X", SAMPLING, default="the model's own")]
 Temperature = Annotated[float | None, option("0 takes the likeliest token.", "X", SAMPLING, default="the model's own")]
-OfDistribution = Annotated[float, option("Temperature of the distribution, above 0.", "X", SAMPLING)]
+OfDistribution = Annotated[
+    float | None, option("Temperature of the distribution, above 0.", "X", SAMPLING, default="the model's own")
+]
 """Temperature for commands that compare distributions: above 0, as the likeliest token alone is not enough."""
 Seed = Annotated[int, option("Seed of the first batch; each further batch adds 1.", "N", SAMPLING)]

@@ -55,7 +55,7 @@ def prepare(
     push: Annotated[str | None, option("Publish the map in this repository of the Hub.", "USER/REPO")] = None,
     grid: options.Grid = None,
     guidance: options.Guidance = None,
-    temperature: options.OfDistribution = 1.0,
+    temperature: options.OfDistribution = None,
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",

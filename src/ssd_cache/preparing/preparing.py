@@ -46,7 +46,7 @@ def prepare(
     num_steps: int = 600,
     batch_size: int | None = None,
     guidance_scale: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     seed: int = 0,
     processor: ProcessorMixin | None = None,
     max_hours: float | None = None,

@@ -62,7 +62,7 @@ def learn_score(
     processor: ProcessorMixin | None = None,
     batch_size: int = 4,
     guidance_scale: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     seed: int = 0,
     progress: bool = True,
     state_file: str | os.PathLike[str] | None = None,

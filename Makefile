@@ -55,8 +55,8 @@ test: check ## run all checks, then the whole test suite (WORKERS=...: processes
 test-oldest: ## run the tests on the oldest supported torch and transformers, in .venv-oldest
 	$(call test_with,.venv-oldest,'$(call oldest,torch)' '$(call oldest,transformers)')
 
-test-newest: ## run the tests on the newest supported torch and transformers, in .venv-newest
-	$(call test_with,.venv-newest,torch transformers)
+test-newest: ## run the tests on the newest supported torch and transformers, with torchvision, in .venv-newest
+	$(call test_with,.venv-newest,torch transformers torchvision)
 
 package: ## build wheel and sdist into dist/, check them, and generate an image offline with the installed wheel
 	rm -rf dist .venv-package .venv-wheel

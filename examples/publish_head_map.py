@@ -2,7 +2,7 @@
 
     python examples/publish_head_map.py prompts.txt --model deepseek-community/Janus-Pro-1B --repo user/my-map
 
-Without --repo nothing is uploaded. A stopped run resumes. docs/head-maps.md explains how heads are labelled.
+Without --repo nothing is uploaded. A stopped run resumes. docs/profiling.md explains how heads are labelled.
 """
 
 from __future__ import annotations

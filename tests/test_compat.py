@@ -1,4 +1,4 @@
-"""The supported versions: the same in pyproject.toml, the code, the Makefile and docs/install.md.
+"""The supported versions: the same in pyproject.toml, the code, the Makefile, README.md and docs/install.md.
 
 That the suite passes at both ends is `make test-oldest` and `make test-newest`.
 """
@@ -16,7 +16,9 @@ import pytest
 from ssd_cache._compat import NEXT, OLDEST, check_transformers
 
 ROOT = Path(__file__).parents[1]
-DEPENDENCIES = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+DEPENDENCIES = PROJECT["dependencies"]
+PAGES = ("README.md", "docs/install.md")
 
 
 def test_the_range_is_that_of_pyproject():
@@ -29,7 +31,25 @@ def test_make_pins_the_oldest_torch_and_transformers():
     (torch_range,) = (name for name in DEPENDENCIES if re.match(r"torch\W", name))
     oldest_torch = torch_range.removeprefix("torch>=")
     assert f"'torch=={oldest_torch}' 'transformers=={OLDEST[0]}.{OLDEST[1]}'" in dry
-    assert f"torch {oldest_torch} or newer" in (ROOT / "docs" / "install.md").read_text("utf-8")
+    torch_in_words = f"torch {oldest_torch} or newer"
+    assert all(torch_in_words in (ROOT / page).read_text("utf-8") for page in PAGES)
+
+
+def test_the_pages_give_the_ranges_of_pyproject():
+    python = PROJECT["requires-python"].removeprefix(">=")
+    newest = f"{NEXT[0]}.{NEXT[1] - 1}"
+    for page in PAGES:
+        text = " ".join((ROOT / page).read_text("utf-8").split())
+        assert f"Python {python} or newer" in text, page
+        assert f"transformers from {OLDEST[0]}.{OLDEST[1]} up to {newest}" in text, page
+
+
+def test_the_page_of_versions_lists_the_classifiers_pythons_as_tested():
+    text = (ROOT / "docs" / "install.md").read_text("utf-8")
+    tested, untested = re.search(r"^\| Python \| (.*) \| (.*) \|$", text, re.MULTILINE).groups()
+    classified = {each.rpartition(" ")[2] for each in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", each)}
+    assert classified == set(re.findall(r"3\.\d+", tested))
+    assert not classified & set(re.findall(r"3\.\d+", untested))
 
 
 @pytest.mark.parametrize("version", ["5.18.0", "5.20.0.dev0", "5.24.1"])

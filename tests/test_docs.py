@@ -5,16 +5,20 @@ A line right before a block says where it differs:
 - `<!-- tiny-janus -->`: the block runs with the names in the fixture `tiny_janus_names`, such as a small Janus;
 - `<!-- no-run -->`: the block cannot run here (it needs a model of several GB), and still has to be Python.
 
-Shell blocks are tested in `test_docs_commands.py`; mkdocs checks the links.
+Shell blocks are tested in `test_docs_commands.py`. Links and anchors of the built site are checked here, offline.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
-from helpers.janus_pipeline import janus_pipeline
 from helpers.tiny_checkpoint import head_map, write_checkpoint
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
@@ -40,22 +44,20 @@ def _markers(page: Path) -> set[str | None]:
 
 @pytest.fixture(scope="module")
 def tiny_janus_names(tmp_path_factory):
-    """What a reader of the pages has: a Janus with 24 x 24 visual tokens, its processor's inputs, a pipeline."""
+    """What a reader of the pages has: a Janus with 24 x 24 visual tokens, its processor's inputs."""
     folder = write_checkpoint(tmp_path_factory.mktemp("docs") / "model", side=24)
     processor = JanusProcessor.from_pretrained(folder)
     inputs = processor(
         text=PROMPTS, generation_mode="image", padding=True, padding_side="left", max_length=None, return_tensors="pt"
     )
     model = JanusForConditionalGeneration.from_pretrained(folder, attn_implementation="ssd")
-    with janus_pipeline(folder) as pipe:
-        yield {
-            "model_id": str(folder),
-            "model": model,
-            "head_map": head_map(24),
-            "inputs": inputs,
-            "prompts": PROMPTS,
-            "pipe": pipe,
-        }
+    return {
+        "model_id": str(folder),
+        "model": model,
+        "head_map": head_map(24),
+        "inputs": inputs,
+        "prompts": PROMPTS,
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -80,3 +82,96 @@ def test_the_pages_that_open_the_documentation_run():
     """README's and the first page's code is what users copy first, so none of it may be left out."""
     for page in (ROOT / "README.md", ROOT / "docs" / "index.md"):
         assert _markers(page) == {"tiny-janus"}
+
+
+# The reader's way through the pages
+
+
+def _first_screen(page: Path) -> str:
+    """Picture and table between the two markers of a page."""
+    return re.search(r"<!-- first-screen\b.*?-->\n(.*?)<!-- /first-screen -->", page.read_text("utf-8"), re.DOTALL)[1]
+
+
+def test_the_home_page_opens_as_readme_does():
+    readme = _first_screen(ROOT / "README.md")
+    assert "docs/compare.png" in readme
+    assert readme.replace("](docs/", "](") == _first_screen(ROOT / "docs" / "index.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_long_page_opens_with_a_summary(page):
+    text = page.read_text("utf-8")
+    opening = text.split("\n## ")[0]
+    assert len(text.split()) <= 1500 or re.search(r"^\*\*In short\*\*", opening, re.MULTILINE), "over 1,500 words"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_long_table_folds(page):
+    text = page.read_text("utf-8")
+    for table in re.finditer(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        before = text[: table.start()]
+        is_folded = before.count("<details") > before.count("</details>")
+        assert is_folded or table[0].count("\n") <= 25, table[0].splitlines()[0]
+    assert text.count("<details") == text.count('<details markdown="1"><summary>') == text.count("</details>")
+
+
+@pytest.mark.parametrize("name", ["results", "performance", "experiments"])
+def test_a_page_of_results_opens_with_a_plot_and_a_paragraph(name):
+    title, plot, paragraph, *_ = (ROOT / "docs" / f"{name}.md").read_text("utf-8").split("\n\n")
+    assert title.startswith("# ")
+    assert re.fullmatch(r"!\[.+\]\(.+\.png\)", plot)
+    assert paragraph[0].isalpha()
+
+
+# The built site
+
+
+class _Page(HTMLParser):
+    """Anchors of a page, what it links to, and what it loads."""
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self.anchors, self.links, self.loads = set(), set(), set()
+        self.feed(file.read_text("utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.anchors |= {attributes.get("id"), attributes.get("name") if tag == "a" else None}
+        found = self.links if tag == "a" else self.loads
+        found |= {attributes[name] for name in ("href", "src") if attributes.get(name) is not None}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Pages of the site by their path, built as `make docs` does."""
+    pytest.importorskip("mkdocstrings", reason="mkdocs is not installed (pip install 'ssd-cache[docs]')")
+    folder = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files = sorted(folder.rglob("*.html"))
+    return folder, {file.relative_to(folder).as_posix(): _Page(file) for file in files if file.name != "404.html"}
+
+
+def test_every_link_and_anchor_of_the_site_exists(site):
+    folder, pages = site
+    broken = []
+    for path, page in pages.items():
+        for link in page.links | page.loads:
+            target = urlsplit(urljoin(f"http://site/{path}", link))
+            if target.netloc != "site":
+                continue
+            file = unquote(target.path).strip("/")
+            if (folder / file).is_dir():
+                file = f"{file}/index.html".strip("/")
+            anchors = pages[file].anchors if file in pages else ()
+            if not (folder / file).is_file() or (target.fragment and unquote(target.fragment) not in anchors):
+                broken.append(f"{path}: {link}")
+    assert len(pages) > 20
+    assert broken == []
+
+
+def test_a_page_loads_nothing_from_elsewhere(site):
+    for path, page in site[1].items():
+        assert {load for load in page.loads if urlsplit(load).netloc} == set(), path

@@ -79,7 +79,8 @@ def scale_slots(
     - A larger total is shared in the proportions of `slots` (largest remainder; of equal remainders the earlier head
       gets the slot).
     - For a smaller total the largest heads are cut to a common limit, and the others keep their slots. A head that was
-      fitted few slots needs all of them; a head with many loses little when it loses the last ones (docs/results.md).
+      fitted few slots needs all of them; a head with many loses little when it loses the last ones
+      (docs/experiments.md).
 
     No head gets more slots than the grid has cells. No head gets fewer than its `least`, unless the total is too small.
 

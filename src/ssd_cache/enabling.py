@@ -60,9 +60,9 @@ class enable(ContextDecorator):
         RuntimeError: inside the block, several blocks are open and the calling thread entered none of them.
 
     Example:
-        block = enable(pipe.model, head_map, budget=0.2)
+        block = enable(model, head_map, budget=0.2)
         with block:
-            pipe(["a photo of a red circle", "a photo of three squares"], generation_mode="image")
+            tokens = model.generate(**inputs, generation_mode="image")
         block.memory_stats()    # bytes of the last call's cache, and those of a full one
     """
 

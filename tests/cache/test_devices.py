@@ -28,6 +28,7 @@ from ssd_cache import HeadMap, HeadMapError, SSDCache
 from ssd_cache.cache.sharding import is_distributed, own_heads, shard_of
 
 MAP = HeadMap(torch.tensor([[True, False], [False, True]]), (SIDE, SIDE))
+ONLINE = HeadMap.online(num_layers=2, num_kv_heads=2, grid=(SIDE, SIDE))
 TESTS = Path(__file__).parents[1]
 
 
@@ -76,6 +77,31 @@ def test_state_lives_with_its_layer(devices, budget):
             held += [*vars(layer).values()]
             places = {str(tensor.device) for tensor in held if isinstance(tensor, torch.Tensor)}
             assert places == {device}
+
+
+@pytest.mark.parametrize(
+    ("head_map", "settings"),
+    [
+        (ONLINE, {"num_recent": 4}),
+        (MAP, {"score": "mean"}),
+        (MAP, {"score": "last"}),
+        (MAP, {"score": "margin"}),
+        (MAP, {"kv_dtype": "int8"}),
+    ],
+    ids=["online", "mean", "last", "margin", "int8"],
+)
+def test_a_cache_assumes_neither_a_cpu_nor_cuda(head_map, settings):
+    """All of a step, evictions included, stays on the model's device, as it must on MPS; nothing is computed."""
+    cache = SSDCache(head_map, 14, buffer=4, **settings)
+    with FakeTensorMode(), torch.no_grad():
+        model = tiny_llama()
+        place(model, ("lazy:0", "lazy:0"))
+        model(torch.ones(2, 7, dtype=torch.long), past_key_values=cache, use_cache=True)
+        for _ in range(20):
+            logits = model(torch.ones(2, 1, dtype=torch.long), past_key_values=cache, use_cache=True).logits
+    held = [value for layer in cache.layers for store in layer.stores for value in vars(store).values()]
+    assert {str(value.device) for value in [logits, *held] if isinstance(value, torch.Tensor)} == {"lazy:0"}
+    assert cache.get_seq_length() == 27
 
 
 def test_layers_that_accelerate_loads_from_disk_generate_the_same(tmp_path):

@@ -1,6 +1,6 @@
 """What each head alone is worth, and slots shared out by it: against single measurements, brute force, and the command.
 
-Small models with random weights. What the trained model gains by it is told in docs/head-maps.md, not tested.
+Small models with random weights. What the trained model gains by it is told in docs/profiling.md, not tested.
 """
 
 from __future__ import annotations

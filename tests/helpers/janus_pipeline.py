@@ -24,15 +24,16 @@ class ChannelsFirst(JanusImageProcessorPil):
 
 @contextmanager
 def janus_pipeline(folder: Path) -> Iterator[AnyToAnyPipeline]:
-    """The pipeline of a checkpoint folder.
+    """The pipeline of a checkpoint folder, which returns images.
 
     The pipeline requires torchvision, and no build of that runs beside the CPU build of torch that constraints.txt
-    pins. Without it, that check is replaced and the order of the channels is corrected; the rest is transformers' own.
+    pins: there, that check is replaced. transformers' image processor cannot return a Janus image, with torchvision or
+    without (`test_pipeline.py`), and is replaced too. The rest is transformers' own.
     """
     model = JanusForConditionalGeneration.from_pretrained(folder).eval()
     processor = JanusProcessor.from_pretrained(folder)
+    processor.image_processor = ChannelsFirst()
     with pytest.MonkeyPatch.context() as patch:
         if not is_torchvision_available():
             patch.setattr("transformers.pipelines.any_to_any.requires_backends", lambda *args: None)
-            processor.image_processor = ChannelsFirst()
         yield pipeline("any-to-any", model=model, processor=processor)

@@ -211,6 +211,21 @@ def test_diffusers_pipeline_generates_with_a_fifth_of_the_tokens(pipe, made):
     assert {store.plan.num_slots for layer in made[-1].layers for store in layer.stores} == {round(0.2 * CELLS)}
 
 
+def test_an_offloaded_diffusers_pipeline_generates_the_same_pixels(made):
+    """With diffusers' hooks around the CPU, since there is no accelerator to move to."""
+    pytest.importorskip("accelerate")
+    pytest.importorskip("diffusers", reason="diffusers is not installed (pip install 'ssd-cache[diffusers]')")
+    pipe = glm_image_pipeline()
+    plain = generate(pipe, PROMPTS)
+    with enable(pipe.vision_language_encoder, HEAD_MAP, budget=0.2):
+        small = generate(pipe, PROMPTS)
+        pipe.enable_model_cpu_offload(device="cpu")
+        assert torch.equal(generate(pipe, PROMPTS), small)
+    assert {store.plan.num_slots for layer in made[-1].layers for store in layer.stores} == {round(0.2 * CELLS)}
+    with enable(pipe.vision_language_encoder, HEAD_MAP, budget=1.0):
+        assert torch.equal(generate(pipe, PROMPTS), plain)
+
+
 def test_a_pipeline_is_not_its_autoregressive_part(pipe):
     with pytest.raises(TypeError, match="GlmImagePipeline; give its autoregressive model, .vision_language_encoder"):
         with enable(pipe, HEAD_MAP):

@@ -5,13 +5,17 @@ A small random Janus with its real processor, saved to a folder and loaded back;
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from helpers.tiny_checkpoint import SIDE, head_map, write_checkpoint
 from PIL import Image
 from transformers import DynamicCache, JanusForConditionalGeneration, JanusProcessor
+from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+from transformers.utils import is_torchvision_available
 
 from ssd_cache import SSDCache, enable
+from ssd_cache.models import find_generator
 
 QUESTIONS = ["a photo of a red circle", "a square"]
 
@@ -78,3 +82,18 @@ def test_a_small_cache_given_by_hand_to_a_call_for_text_is_used(asked, expected)
         assert {store.plan.num_slots for layer in cache.layers for store in layer.stores} == {12}
     finally:
         model.set_attn_implementation({"text_config": "sdpa"})
+
+
+@pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
+def test_images_are_decoded_with_torchvision_as_without(tmp_path):
+    generator = find_generator(str(write_checkpoint(tmp_path / "janus"))).load()
+    tokens = torch.arange(2 * SIDE * SIDE).view(2, -1) % 16
+    with_torchvision = generator.to_images(tokens)
+    assert type(generator.processor.image_processor) is not JanusImageProcessorPil
+    generator.processor.image_processor = JanusImageProcessorPil()
+    plain = generator.to_images(tokens)
+    assert [image.size for image in plain] == [(16 * SIDE, 16 * SIDE)] * 2
+    # pixels are cut to 8 bits after float32 sums in another order, so some differ by the last bit
+    difference = np.abs(np.stack(plain).astype(int) - np.stack(with_torchvision).astype(int))
+    assert difference.max() <= 1
+    assert difference.mean() < 0.01

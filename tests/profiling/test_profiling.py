@@ -1,6 +1,6 @@
 """Profiling: sums against plain loops, planted heads, interruptions, several processes, bad input.
 
-What a trained model's heads look at is not tested here; docs/head-maps.md says what was measured.
+What a trained model's heads look at is not tested here; docs/profiling.md says what was measured.
 """
 
 from __future__ import annotations

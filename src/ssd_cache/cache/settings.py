@@ -177,7 +177,7 @@ def default_buffer(layout: ImageLayout, score: str) -> int:
 
 
 def default_recent(layout: ImageLayout, score: str) -> int | float:
-    """Default `num_recent`: a quarter of the slots for a score by attention; see docs/results.md.
+    """Default `num_recent`: a quarter of the slots for a score by attention; see docs/experiments.md.
 
     A learned score needs none. Leverage does not know that most heads attend to the token right above: it gets a
     row and four tokens.

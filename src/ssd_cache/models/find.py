@@ -81,10 +81,15 @@ def generator_of(
         grid: as for `find_generator`.
 
     Raises:
-        GeneratorError: a model that is not supported, a grid that it cannot generate, or a processor that cannot be
-            loaded.
+        GeneratorError: a model that is not supported, a grid that it cannot generate, a processor that cannot be
+            loaded, or a model with all of its weights offloaded.
     """
     source = model.name_or_path
+    if model.device.type == "meta":
+        raise GeneratorError(
+            f"all weights of {shown(source or type(model).__name__)} are offloaded, so no device for its inputs is "
+            "known: keep its embeddings on a device (device_map=...), or call its own generate inside `enable`"
+        )
     checkpoint = _checkpoint("this model", source or type(model).__name__, source, model.config, grid)
     if processor is None:
         try:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import JanusForConditionalGeneration, JanusProcessor
@@ -64,9 +65,10 @@ class JanusGenerator(Generator):
 
     def _decode(self, tokens: torch.Tensor) -> list[Image.Image]:
         pixels = self.model.decode_image_tokens(tokens).float().cpu()  # [batch, height, width, 3]
-        # without torchvision, transformers' image processor reads no other order
-        pixels = pixels.permute(0, 3, 1, 2)
-        return self.processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["pixel_values"]
+        # Both of transformers' image processors read channels first. The one on torchvision cannot return PIL images:
+        # it passes the value on to a function that refuses it.
+        decoded = self.processor.postprocess(list(pixels.permute(0, 3, 1, 2)))["pixel_values"]
+        return [Image.fromarray(np.asarray(image).transpose(1, 2, 0)) for image in decoded]
 
     def _warn_of_unknown_words(self, prompts: Sequence[str]) -> None:
         """Warn of words that a small word-level tokenizer, as in shapes-janus, does not know."""

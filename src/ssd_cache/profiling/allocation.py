@@ -27,7 +27,7 @@ def fit_heads(head_map: HeadMap, budget: Amount = 0.2, *, step: int | None = Non
     finds the slots with the smallest sum of losses over the heads; the search is exact. If the map has results of
     `measure_divergence`, a head's loss is its divergence: how much the model's output changes when only this head is
     compressed. Otherwise the loss is (1 - retained attention) squared, because one head that loses most of its
-    attention damages an image more than many heads that lose a little (docs/head-maps.md has the measurements).
+    attention damages an image more than many heads that lose a little (docs/profiling.md has the measurements).
 
     Args:
         head_map: a map that `profile_heads(..., levels=...)` made, with or without divergences.

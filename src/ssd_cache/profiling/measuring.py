@@ -61,7 +61,7 @@ def measure_heads(
     In addition to the memory of generation, a run holds the queries of one grid row for every layer, row and KV head,
     and 4 bytes for each of their levels and cells. For short times it also holds a few copies of some softmax weights
     (see `recorder.CHUNK`). With the default buffer and one level, the total is under a tenth of the full cache's K and
-    V, except in small batches (docs/head-maps.md).
+    V, except in small batches (docs/profiling.md).
 
     Under `accelerate launch` or `torchrun`, the processes take the batches in turn. Each batch has the same seed as in
     a single process. Every process gets the sums of all batches; only the main process writes the state file.

@@ -19,6 +19,7 @@ from ssd_cache.evaluation.dpg.folder import SheetFolder, cut_sheet, find_sheets,
 from ssd_cache.evaluation.dpg.questions import Question, read_questions
 from ssd_cache.evaluation.dpg.score import apply_dependencies, category_scores, prompt_score, score_sheets
 from ssd_cache.evaluation.vqa import ChatVQA, load_vqa
+from ssd_cache.io.showing import ReadableError
 
 REAL_PROMPTS = Path(__file__).parents[3] / "shared" / "data" / "dpg_bench" / "prompts.jsonl"
 COLOURS = ["red", "green", "blue", "white"]
@@ -127,6 +128,9 @@ def test_bad_prompt_folders_are_named(tmp_path):
     (tmp_path / "a.txt").write_text(" \n", "utf-8")
     with pytest.raises(ValueError, match="a.txt: the prompt is empty"):
         read_prompts(tmp_path)
+    (tmp_path / "a.txt").write_bytes(b"a caf\xe9")
+    with pytest.raises(ReadableError, match="a.txt: not in UTF-8"):
+        read_prompts(tmp_path)
 
 
 def test_the_real_prompts():
@@ -173,6 +177,10 @@ def test_bad_question_files_are_named(tmp_path):
         read_questions(tmp_path / "short.csv")
     with pytest.raises(ValueError, match="q.csv has no questions"):
         read_questions(write_csv(tmp_path / "q.csv", []))
+    for content, message in ((b"item_id\xe9", "not in UTF-8"), (b'"item_id"x,text\n', "',' expected after")):
+        (tmp_path / "q.csv").write_bytes(content)
+        with pytest.raises(ReadableError, match=f"q.csv.*: {message}"):
+            read_questions(tmp_path / "q.csv")
 
 
 def test_official_reading_loses_the_first_question(tmp_path):

@@ -83,6 +83,20 @@ def read_json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
+def read_text(path: Path, newline: str | None = None) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark; `newline` is as for `open`.
+
+    Raises:
+        ValueError: the file is not in UTF-8; the message names it.
+        OSError: the file cannot be read.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ReadableError(f"{path}: not in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
 def is_unicode(text: str) -> bool:
     """Whether a text can be encoded in UTF-8; a text with half of a surrogate pair cannot."""
     try:

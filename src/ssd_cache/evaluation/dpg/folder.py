@@ -15,7 +15,7 @@ from PIL import Image
 from ssd_cache.evaluation.export import ImageSet
 from ssd_cache.evaluation.judge_models import encode_png
 from ssd_cache.io.showing import ReadableError, shown
-from ssd_cache.io.untrusted import read_json_lines
+from ssd_cache.io.untrusted import read_json_lines, read_text
 from ssd_cache.io.writing import write_files
 
 NUM_IMAGES = 4
@@ -62,7 +62,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, str, str]]:
 
 def _text_files(folder: Path) -> Iterator[tuple[str, str, str]]:
     for path in sorted(folder.glob("[!.]*.txt")):
-        yield str(path), path.stem, path.read_text("utf-8-sig")
+        yield str(path), path.stem, read_text(path)
 
 
 class SheetFolder(ImageSet):

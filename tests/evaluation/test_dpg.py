@@ -110,6 +110,8 @@ def test_prompts_from_lines_and_from_a_folder(tmp_path):
         ('{"item_id": "a"}', 'needs texts as "item_id" and "prompt"'),
         ('{"item_id": "a", "prompt": 3}', 'needs texts as "item_id" and "prompt"'),
         ('{"item_id": "../a", "prompt": "x"}', "line 1: item id '../a' cannot name an image"),
+        (json.dumps({"item_id": "a" * 201, "prompt": "x"}), "aaa' cannot name an image; use at most 200 letters"),
+        ('{"item_id": true, "prompt": "x"}', 'needs texts as "item_id" and "prompt"'),
         ('"a"', "line 1: not a JSON object"),
         ("\n", "has no prompts"),
     ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,8 @@ def find_captioned(folder: str | Path) -> list[FolderImage]:
     """Images with their captions: GenEval's layout, or a `metadata.jsonl`.
 
     Raises:
-        ImageFolderError: none of these; a line of the list without an image, or an image listed twice.
+        ImageFolderError: none of these; a line of the list without an image inside the folder, or an image listed
+            twice.
         ValueError: a file that cannot be read; the message names the line.
     """
     folder = Path(folder)
@@ -100,8 +102,9 @@ def _listed_images(folder: Path) -> list[FolderImage]:
         name, text = row.get("file_name"), row.get("prompt", row.get("text"))
         if not isinstance(name, str) or not isinstance(text, str):
             raise ImageFolderError(f'{place}: {shown(row)} needs texts as "file_name" and "prompt"')
-        if name in found or not (folder / name).is_file():
-            problem = "is listed twice" if name in found else "does not exist"
+        is_inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        if name in found or not is_inside or not os.path.isfile(folder / name):  # False also for a name too long
+            problem = "is listed twice" if name in found else "does not exist" if is_inside else "leaves the folder"
             raise ImageFolderError(f"{place}: the image {shown(name)} {problem}; correct the list")
         found[name] = FolderImage(name, folder / name, text)
     return list(found.values())

@@ -151,9 +151,9 @@ def _check_alike(first: PromptResults, other: PromptResults) -> None:
     """Refuse a file that is not comparable to the first."""
     wanted, found = ({**file.judge, "results of a prompt": file.num_results} for file in (first, other))
     if differing := differences(wanted, found, ("there", "here")):
-        raise ValueError(f"{other.path}: not comparable with {first.path} ({differing}); score both in the same way")
+        raise ReadableError(f"{other.path}: not comparable with {first.path} ({differing}); score both in the same way")
     if changed := sorted(first.prompts ^ other.prompts):
-        raise ValueError(
+        raise ReadableError(
             f"{other.path}: other prompts or questions than {first.path}: {len(changed)} are in one of them only, "
             f"such as {shown(changed[0][1])}; score the same prompts, both to the end"
         )

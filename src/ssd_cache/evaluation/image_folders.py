@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 
 from ssd_cache.evaluation.export import ImageSet, read_settings
 from ssd_cache.io.showing import ReadableError, shown
-from ssd_cache.io.untrusted import checked_fields, parse_json, read_json_lines
+from ssd_cache.io.untrusted import checked_fields, parse_json, read_bytes, read_json_lines
 from ssd_cache.io.writing import write_files
 
 CAPTIONS_FILE = "metadata.jsonl"
@@ -88,7 +88,7 @@ def _geneval_images(folder: Path) -> list[FolderImage]:
     for captions in sorted(folder.glob(f"[0-9]*/{CAPTIONS_FILE}")):
         if samples := sorted((captions.parent / "samples").glob("[0-9]*.png")):
             try:
-                text = checked_fields({"prompt": str}, parse_json(captions.read_bytes()))["prompt"]
+                text = checked_fields({"prompt": str}, parse_json(read_bytes(captions)))["prompt"]
             except ValueError as error:
                 raise ImageFolderError(f"{captions}: {error}; generate the images again") from error
             found += [FolderImage(path.relative_to(folder).as_posix(), path, text) for path in samples]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ssd_cache.evaluation.judge_models import decode_image
 from ssd_cache.io.showing import ReadableError, differences, shown
-from ssd_cache.io.untrusted import WrongFileError, checked_fields, parse_json
+from ssd_cache.io.untrusted import WrongFileError, checked_fields, parse_json, read_bytes
 from ssd_cache.io.writing import write_files
 
 RESULTS_FILE = "results.jsonl"
@@ -91,7 +91,7 @@ def read_lines(
     """
     if path is None or not path.exists():
         return []
-    content = path.read_bytes()
+    content = read_bytes(path)
     complete = content[: content.rfind(b"\n") + 1]
     lines = []
     for number, text in enumerate(complete.split(b"\n")[:-1], 1):

@@ -18,7 +18,7 @@ from ssd_cache.budget import Amount, resolve_amount
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.evaluation.fidelity import measure_fidelity
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.io.untrusted import checked, parse_json
+from ssd_cache.io.untrusted import checked, parse_json, read_bytes
 from ssd_cache.models import Generator
 from ssd_cache.preparing.state import StateFolder
 from ssd_cache.runs.processes import Processes
@@ -116,7 +116,7 @@ def _point(budget: float, batches: list[dict[str, list[float]]]) -> dict[str, An
 def _read(path: Path, facts: dict[str, Any]) -> Rows | None:
     """The rows of a batch that was measured with the same map and prompts, else None."""
     with suppress(OSError, ValueError):
-        content = checked(dict[str, Any], parse_json(path.read_bytes()))
+        content = checked(dict[str, Any], parse_json(read_bytes(path)))
         rows = checked(Rows, content.pop("rows", None))
         if content == {name: _plain(value) for name, value in facts.items()} and _is_whole(rows, facts):
             return rows

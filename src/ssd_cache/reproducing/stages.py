@@ -22,7 +22,7 @@ from ssd_cache.evaluation import bootstrap
 from ssd_cache.evaluation.comparing import compare_results, read_results
 from ssd_cache.evaluation.export import claim_folder, generate_images
 from ssd_cache.io.showing import ReadableError
-from ssd_cache.io.untrusted import checked_fields, parse_json
+from ssd_cache.io.untrusted import checked_fields, parse_json, read_bytes
 from ssd_cache.io.writing import write_files
 from ssd_cache.models import Generator
 from ssd_cache.reproducing.benchmarks import Benchmark, results_file
@@ -169,7 +169,7 @@ SCORES = {
 def read_scores(path: Path, num_cells: int) -> dict[str, Any]:
     """The file that `score` wrote, with a row for each cell; raises ProfilingError."""
     with _naming_damage(path):
-        found = checked_fields(SCORES, parse_json(path.read_bytes()))
+        found = checked_fields(SCORES, parse_json(read_bytes(path)))
         checked_fields({"scorer": str}, found["judge"], "judge")
         for number, row in enumerate(found["rows"]):
             checked_fields({"standard_error": float | None}, row["results"], f"rows[{number}].results")
@@ -181,7 +181,7 @@ def read_scores(path: Path, num_cells: int) -> dict[str, Any]:
 def read_speeds(path: Path) -> list[dict[str, Any]]:
     """The rows of the file that `measure_speed` wrote; raises ProfilingError."""
     with _naming_damage(path):
-        return checked_fields({"rows": list[BenchRow]}, parse_json(path.read_bytes()))["rows"]
+        return checked_fields({"rows": list[BenchRow]}, parse_json(read_bytes(path)))["rows"]
 
 
 @contextmanager

@@ -15,6 +15,9 @@ OUTPUT ?= demo.png
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
+# Hostile inputs that `make fuzz` tries.
+MUTATIONS ?= 100000
+
 # Settings of bench-gpu: the output folder, the number of measured rounds, and the batch sizes. A part that is in the
 # folder is not measured again.
 RESULTS ?= bench-gpu
@@ -39,7 +42,7 @@ define test_with
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-newest test-real package check bench bench-gpu docs clean
+.PHONY: help demo test fuzz test-oldest test-newest test-real package check bench bench-gpu docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -51,6 +54,9 @@ demo: $(VENV)/.runtime ## generate an image with a bundled model (MODEL=..., PRO
 
 test: check ## run all checks, then the whole test suite (WORKERS=...: processes)
 	$(call PYTEST,$(VENV))
+
+fuzz: $(VENV)/.dev ## read 100,000 hostile files and texts (MUTATIONS=...: their number); `make test` reads 10,000
+	FUZZ_MUTATIONS=$(MUTATIONS) $(call PYTEST,$(VENV)) tests/fuzz
 
 test-oldest: ## run the tests on the oldest supported torch and transformers, in .venv-oldest
 	$(call test_with,.venv-oldest,'$(call oldest,torch)' '$(call oldest,transformers)')

@@ -1,4 +1,4 @@
-"""hub/ as the Hub would serve it: `model.generate(custom_generate=<folder>)` of a Llama that was saved and loaded.
+"""hub/generate/ as the Hub would serve it: `model.generate(custom_generate=<folder>)` of a saved Llama.
 
 What the cache keeps is for other tests; here is the road to it, and what comes back.
 """
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache
 
-HUB = Path(__file__).parents[1] / "hub"
+HUB = Path(__file__).parents[1] / "hub" / "generate"
 SIDE = 8
 MAP = HeadMap(torch.tensor([[True, False], [False, False]]), (SIDE, SIDE))
 CALL = {"max_new_tokens": SIDE * SIDE, "do_sample": True, "top_k": 0, "return_dict_in_generate": True}

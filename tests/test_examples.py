@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from ssd_cache import HeadMap, SSDCache
 from ssd_cache.models import find_generator
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+SVG = "http://www.w3.org/2000/svg"
 PROMPTS = ["a photo of a red circle", "a photo of three squares", "a photo of a circle left of a triangle"]
 
 
@@ -61,6 +63,27 @@ def test_generate_janus_pro(folder, tmp_path, capsys, head_map):
         first, second = (Image.open(tmp_path / name / f"{number:03}.png") for name in ("one", "two"))
         assert first.size == (16 * SIDE, 16 * SIDE)
         assert first.tobytes() == second.tobytes()
+
+
+def test_cache_bytes(folder, tmp_path, capsys):
+    example, drawing = load("cache_bytes"), tmp_path / "bytes.svg"
+    example.main(drawing, prompt="a <red> circle", model=str(folder), budget=0.5)
+    full, small = map(int, re.findall(r"(\d+) bytes", capsys.readouterr().out))
+    assert small < 0.8 * full
+    root = ElementTree.parse(drawing).getroot()
+    texts = ["".join(part.itertext()) for part in root.iter(f"{{{SVG}}}text")]
+    assert texts[0] == "a <red> circle"
+    assert f"full cache, {full / 1e6:.1f} MB" in texts
+    assert len(list(root.iter(f"{{{SVG}}}image"))) == len(list(root.iter(f"{{{SVG}}}polyline"))) == 2
+
+
+def test_the_drawing_of_the_documentation_is_small_and_says_what_the_readme_says():
+    drawing = EXAMPLES.parent / "docs" / "cache-bytes.svg"
+    assert drawing.stat().st_size < 200_000
+    title = ElementTree.parse(drawing).getroot().find(f"{{{SVG}}}title").text
+    full, small = re.search(r"grows to (\S+) MB, .* takes (\S+) MB", title).groups()
+    for page in ("README.md", "docs/index.md"):
+        assert f"grows to {full} MB, one with a budget of 20% takes {small} MB" in (EXAMPLES.parent / page).read_text()
 
 
 def test_publish_head_map(folder, prompts_file, tmp_path, capsys, monkeypatch, hub):

@@ -688,6 +688,8 @@ def test_captions_from_a_list():
     assert [(image.name, image.caption) for image in find_captioned("a")] == [("0.png", "a car"), ("1.png", "a bench")]
     for broken, message in (
         ({"file_name": "2.png", "prompt": "a car"}, "line 3: the image '2.png' does not exist"),
+        ({"file_name": "x" * 300, "prompt": "a car"}, "line 3: the image 'xxx"),
+        ({"file_name": "../a/0.png", "prompt": "a car"}, "line 3: the image '../a/0.png' leaves the folder"),
         ({"file_name": "0.png", "prompt": "a car"}, "line 3: the image '0.png' is listed twice"),
         ({"file_name": "0.png"}, 'line 3: .* needs texts as "file_name" and "prompt"'),
     ):

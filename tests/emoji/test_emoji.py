@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+import time
 from itertools import product
 
 import numpy as np
@@ -44,6 +45,7 @@ from ssd_cache.emoji.icons import (
     to_pixels,
 )
 from ssd_cache.emoji.judge import MAX_ERROR, judge, read_image
+from ssd_cache.io.showing import ReadableError
 
 
 class EveryChoice:
@@ -117,6 +119,14 @@ def test_a_caption_outside_the_vocabulary_is_refused_with_the_nearest_words(capt
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         parse_caption(caption)
     assert ("unknown" in message) == ("unknown" in str(error.value))
+
+
+def test_a_caption_of_many_unknown_words_is_refused_at_once():
+    start = time.process_time()
+    with pytest.raises(ReadableError, match="'word4' is unknown.* and 99995 more") as error:
+        parse_caption(" ".join(f"word{number}" for number in range(100_000)))
+    assert time.process_time() - start < 10  # with the nearest words of each it takes minutes
+    assert len(str(error.value)) < 1000
 
 
 def test_a_shift_of_the_icon_shifts_its_tokens():

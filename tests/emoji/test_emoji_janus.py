@@ -197,8 +197,10 @@ def test_weights_without_their_checksum_are_refused(run, name, monkeypatch, unlo
         (lambda: weights.write_bytes(content[:4096]), "has the SHA-256 checksum"),
         (weights.unlink, "No such file"),
         (sums.unlink, "No such file"),
-        (lambda: sums.write_text("?\n"), "not enough values"),
-        (lambda: sums.write_text(""), "lists no file"),
+        (lambda: sums.write_text("?\n"), "lists no checksum of model.safetensors"),
+        (lambda: sums.write_text(""), "lists no checksum of model.safetensors"),
+        (lambda: sums.write_text(lines.replace("model", "mode1")), "lists no checksum of model.safetensors"),
+        (lambda: sums.write_text(f"{lines}{'0' * 64}  ../copy/config.json\n"), "No such file of weights: '../copy"),
     ):
         damage()
         with pytest.raises(GeneratorError, match=f"weights of {name} in copy are damaged or incomplete: .*{message}"):

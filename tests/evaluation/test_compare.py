@@ -323,6 +323,7 @@ REFUSED = {
     "a line cut short": ("g", [*geneval_lines(**TAGS)[:-1], '{"filename": "0'], "line 20: not a JSON object ("),
     "no object": ("d", [dpg_lines()[0], "[1]"], "line 2: not a JSON object (it=[1], expected dict)"),
     "no result": ("g", without("result", geneval_lines(**TAGS), 3), "line 3: 'result' is missing; give a complete"),
+    "a result beyond the best": ("g", geneval_with(3, result=1e308), "line 3: result=1e+308, expected 0 to 100"),
     "a result in words": ("g", geneval_with(3, result="yes"), "line 3: result='yes', expected float"),
     "no number": (
         "d",

@@ -19,6 +19,7 @@ from ssd_cache.evaluation.dpg.folder import SheetFolder, cut_sheet, find_sheets,
 from ssd_cache.evaluation.dpg.questions import Question, read_questions
 from ssd_cache.evaluation.dpg.score import apply_dependencies, category_scores, prompt_score, score_sheets
 from ssd_cache.evaluation.vqa import ChatVQA, load_vqa
+from ssd_cache.io.showing import ReadableError
 
 REAL_PROMPTS = Path(__file__).parents[3] / "shared" / "data" / "dpg_bench" / "prompts.jsonl"
 COLOURS = ["red", "green", "blue", "white"]
@@ -109,6 +110,8 @@ def test_prompts_from_lines_and_from_a_folder(tmp_path):
         ('{"item_id": "a"}', 'needs texts as "item_id" and "prompt"'),
         ('{"item_id": "a", "prompt": 3}', 'needs texts as "item_id" and "prompt"'),
         ('{"item_id": "../a", "prompt": "x"}', "line 1: item id '../a' cannot name an image"),
+        (json.dumps({"item_id": "a" * 201, "prompt": "x"}), "aaa' cannot name an image; use at most 200 letters"),
+        ('{"item_id": true, "prompt": "x"}', 'needs texts as "item_id" and "prompt"'),
         ('"a"', "line 1: not a JSON object"),
         ("\n", "has no prompts"),
     ],
@@ -126,6 +129,9 @@ def test_bad_prompt_folders_are_named(tmp_path):
         read_prompts(tmp_path)
     (tmp_path / "a.txt").write_text(" \n", "utf-8")
     with pytest.raises(ValueError, match="a.txt: the prompt is empty"):
+        read_prompts(tmp_path)
+    (tmp_path / "a.txt").write_bytes(b"a caf\xe9")
+    with pytest.raises(ReadableError, match="a.txt: not in UTF-8"):
         read_prompts(tmp_path)
 
 
@@ -173,6 +179,10 @@ def test_bad_question_files_are_named(tmp_path):
         read_questions(tmp_path / "short.csv")
     with pytest.raises(ValueError, match="q.csv has no questions"):
         read_questions(write_csv(tmp_path / "q.csv", []))
+    for content, message in ((b"item_id\xe9", "not in UTF-8"), (b'"item_id"x,text\n', "',' expected after")):
+        (tmp_path / "q.csv").write_bytes(content)
+        with pytest.raises(ReadableError, match=f"q.csv.*: {message}"):
+            read_questions(tmp_path / "q.csv")
 
 
 def test_official_reading_loses_the_first_question(tmp_path):
@@ -363,7 +373,10 @@ def test_a_run_resumes_where_it_stopped(tmp_path):
     assert set(vqa.asked) == {"Is there a car?"}
     with pytest.raises(ValueError, match="r.jsonl, line 1: a result of another run"):
         score_sheets(tmp_path, QUESTIONS, OneColour("blue"), results_file=results)
-    for damage, message in ("x", "r.jsonl, line 1: answers='x'"), ([[1]], "shorter"):
+    for damage, message in (
+        ("x", "r.jsonl, line 1: answers='x'"),
+        ([[1]], "the line of .* has no answers to 2 questions"),
+    ):
         results.write_text(json.dumps(json.loads(second) | {"answers": damage}) + "\n", "utf-8")
         with pytest.raises(ValueError, match=message):
             score_sheets(tmp_path, QUESTIONS, OneColour(), results_file=results)

@@ -471,6 +471,10 @@ def test_results_of_another_run_are_refused(folder, detector, classifier, tmp_pa
     other = Detector(detector.model, "other")
     with pytest.raises(ValueError, match="line 1: a result of another run .*'other' now"):
         score_folder(folder, other, classifier, results_file=path)
+    line = json.loads(path.read_text("utf-8").split("\n")[0])
+    path.write_text(json.dumps({**line, "result": 50.0}) + "\n", "utf-8")
+    with pytest.raises(ValueError, match=r"line 1: result=50\.0, expected 0 to 1;"):
+        score_folder(folder, detector, classifier, results_file=path)
     path.write_text("[1]\n", "utf-8")
     with pytest.raises(ValueError, match=r"line 1: it=\[1\], expected dict"):
         score_folder(folder, detector, classifier, results_file=path)

@@ -29,6 +29,7 @@ from ssd_cache.evaluation.geneval2 import (
 )
 from ssd_cache.evaluation.image_folders import find_captioned
 from ssd_cache.evaluation.vqa import load_vqa
+from ssd_cache.io.untrusted import WrongFileError
 
 ROWS = [
     {
@@ -179,10 +180,14 @@ def test_a_run_resumes_and_refuses_damage(folder, llava, monkeypatch):
     monkeypatch.setattr(vqa, "probabilities", lambda image, *more: asked.append(image) or answer(image, *more))
     assert score_folder(folder, vqa, results_file="r.jsonl") == whole
     assert (len(asked), Path("r.jsonl").read_text("utf-8")) == (2, text)
-    for damage, message in (("x", "r.jsonl, line 1: probabilities='x'"), ([0.5], "shorter")):
-        damaged = json.loads(lines[0]) | {"probabilities": damage}
-        Path("r.jsonl").write_text(json.dumps(damaged) + "\n", "utf-8")
-        with pytest.raises(ValueError, match=message):
+    for damage, message in (
+        ({"probabilities": "x"}, "r.jsonl, line 1: probabilities='x'"),
+        ({"probabilities": [0.5]}, "r.jsonl: the line of '.*' has no probability for each of 3 questions"),
+        ({"probabilities": [0.5, -1, 0.5]}, "has no probability for each of 3 questions"),
+        ({"result": 1e308}, r"r.jsonl, line 1: result=1e\+308, expected 0 to 100"),
+    ):
+        Path("r.jsonl").write_text(json.dumps(json.loads(lines[0]) | damage) + "\n", "utf-8")
+        with pytest.raises(WrongFileError, match=message):
             score_folder(folder, vqa, results_file="r.jsonl")
 
 

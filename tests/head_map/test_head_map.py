@@ -274,6 +274,12 @@ def test_forged_files_load_so_that_their_refusals_below_mean_something(tmp_path)
     assert head_map == HeadMap(LABELS, (4, 6), scores={"window_mass": SCORES})
 
 
+def test_a_loaded_map_lists_its_scores_by_name(tmp_path):
+    names = [f"score_{number}" for number in range(9, 0, -1)]
+    folder = HeadMap(LABELS, scores=dict.fromkeys(names, SCORES)).save_pretrained(tmp_path / "map")
+    assert list(HeadMap.from_pretrained(folder).scores) == sorted(names)
+
+
 BAD_FLOATS = torch.tensor([[0.0, float("nan"), 0], [0, 0, 0]])
 RAW_BYTE_TWO = safetensors.torch.save({"is_spatial": LABELS})[:-6] + b"\2\0\0\0\1\1"
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import io
 import re
-from html.parser import HTMLParser
 
 import pytest
 import torch
 import yaml
-from markdown_it import MarkdownIt
+from helpers.pages import pages
 from PIL import Image
 
 from ssd_cache import HeadMap
@@ -40,6 +39,9 @@ HOSTILE = [
     "# heading",
     "- item",
     "1. item",
+    "-",
+    "---",
+    "===",
     "&lt;script&gt; &amp; \\<b\\>",
     "[ref]: https://evil.example",
     "--- base_model: evil/model ---",
@@ -56,38 +58,6 @@ WITH_LINES = [
     "\ud800 \x1b[31m \u202e",
     "x" * 900_000,
 ]
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.links += [value or "" for name, value in attributes if name in ("href", "src")]
-        assert not any(name.startswith("on") for name, _ in attributes)
-
-    def handle_comment(self, data):
-        raise AssertionError(f"a comment: {data}")
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def pages(text: str) -> list[Page]:
-    """A text by CommonMark with tables, HTML allowed, and by Python-Markdown where it is installed."""
-    found = [Page(MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(text))]
-    try:
-        import markdown
-    except ImportError:
-        return found
-    return [*found, Page(markdown.markdown(text, extensions=["tables", "fenced_code", "sane_lists"]))]
 
 
 def check(page_of, hostile: str, is_whole: bool = True) -> None:

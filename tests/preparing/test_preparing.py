@@ -397,6 +397,24 @@ def test_damaged_results_are_made_again(generator, whole):
     assert prepare(generator, output, progress=False, **SETTINGS) == prepared
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda row: row.pop("retained"),
+        lambda row: row["kl"].pop(),
+        lambda row: row["kl"].clear(),
+        lambda row: row["kl"].__setitem__(slice(2), [1e308, 1e308]),
+    ],
+)
+def test_a_check_that_is_not_whole_is_measured_again(generator, whole, damage):
+    output, prepared = whole
+    path = output.with_name("map.state") / "check-0.json"
+    content = json.loads(path.read_bytes())
+    damage(next(iter(content["rows"].values())))
+    path.write_text(json.dumps(content))
+    assert prepare(generator, output, progress=False, **SETTINGS) == prepared
+
+
 def test_the_map_is_published_with_its_curve(run, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
     result = run("--quick", "--push", "me/map")

@@ -330,6 +330,12 @@ def test_statistics_add_up_and_come_back_from_their_state(tmp_path):
         first + filled(1, previews=[(2, 2)])
     with pytest.raises(ProfilingError, match="not the sums of a profiling run .the tensor .* expected"):
         load_state(tmp_path / "sums", filled(1, grid=(5, 5)), lambda _: settings)
+    for name, value in (("offsets", 1e-300), ("evicting", 1e-300)):
+        damaged = first + second
+        damaged.sums[name].fill_(value)
+        save_state(tmp_path / "damaged", damaged, 2, settings)
+        with pytest.raises(ProfilingError, match="damaged: not the sums .* have no finite ratio"):
+            load_state(tmp_path / "damaged", both.empty(), lambda _: settings)
     with pytest.raises(ProfilingError, match="5 images of 4 prompts"):
         save_state(tmp_path / "sums", both, 2, {"num_prompts": 4})
         load_state(tmp_path / "sums", again, lambda _: {"num_prompts": 4})

@@ -10,6 +10,7 @@ import pytest
 from helpers.tiny_checkpoint import load_example, write_checkpoint
 
 from ssd_cache.evaluation.exact import SHAPES
+from ssd_cache.io.showing import ReadableError
 from ssd_cache.models import find_generator
 from ssd_cache.prompts import PROMPTS_FILE, default_prompts
 
@@ -65,3 +66,11 @@ def test_a_checkpoint_with_prompts_of_its_own_is_measured_by_them(tmp_path):
     folder = write_checkpoint(tmp_path / "model", with_head_map=False)
     (folder / PROMPTS_FILE).write_text("a red circle\n\n  two squares \n")
     assert default_prompts(find_generator(str(folder))) == ["a red circle", "two squares"]
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"a caf\xe9", "not in UTF-8"), (b" \n\n", "has no prompts")])
+def test_prompts_of_a_checkpoint_that_cannot_be_read_are_refused_by_name(tmp_path, content, message):
+    folder = write_checkpoint(tmp_path / "model", with_head_map=False)
+    (folder / PROMPTS_FILE).write_bytes(content)
+    with pytest.raises(ReadableError, match=f"{PROMPTS_FILE}:? {message}"):
+        default_prompts(find_generator(str(folder)))

@@ -30,7 +30,8 @@ from ssd_cache.reproducing import plan as planning
 from ssd_cache.reproducing.benchmarks import share_of
 from ssd_cache.reproducing.paper import paper_model, paper_quality, paper_speed
 from ssd_cache.reproducing.settings import Cell, choose_cells
-from ssd_cache.reproducing.stages import pairs
+from ssd_cache.reproducing.stages import pairs, read_scores, read_speeds
+from ssd_cache.runs.run_state import ProfilingError
 
 MODEL = "Janus-Pro-1B"
 OPTIONS = ["--dpg", "dpg_bench", "--geneval", "geneval.jsonl", "--detector", "detector", "--clip", "clip"]
@@ -355,6 +356,29 @@ def test_a_damaged_result_is_named(whole, place):
     (place / "out" / "geneval.json").unlink()
     assert run(SMALL).exit_code == 0
     assert outputs(place / "out") == outputs(whole[0])
+
+
+def test_results_that_lack_a_field_or_a_row_are_damaged(tmp_path):
+    differing = {"first": "a", "second": "b", "difference": 0.1, "low": None, "high": None, "p": None, "num_prompts": 2}
+    row = {"policy": "full", "budget": 1.0, "results": {"overall": 0.5, "standard_error": None}}
+    good = {"judge": {"scorer": "s"}, "num_prompts": 2, "rows": [row], "differences": [differing]}
+    scores, speeds = tmp_path / "geneval.json", tmp_path / "batch-1.json"
+    scores.write_text(json.dumps(good))
+    assert read_scores(scores, 1) == good
+    for change in (
+        {"judge": {}},
+        {"rows": []},
+        {"rows": [{**row, "results": {"overall": 0.5}}]},
+        {"rows": [{**row, "budget": "all"}]},
+        {"differences": [{**differing, "p": "small"}]},
+    ):
+        scores.write_text(json.dumps(good | change))
+        with pytest.raises(ProfilingError, match="geneval.json: damaged"):
+            read_scores(scores, 1)
+    for rows in ([{"cache": "ssd"}], [{"cache": "ssd", "batch_size": 1, "peak": "much"}]):
+        speeds.write_text(json.dumps({"rows": rows}))
+        with pytest.raises(ProfilingError, match="batch-1.json: damaged"):
+            read_speeds(speeds)
 
 
 def test_a_judge_without_weights_fails_at_the_first_batch(place):

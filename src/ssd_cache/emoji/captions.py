@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass
 from itertools import product
 
+from ssd_cache.io.showing import MAX_VALUE, ReadableError, shown
+
 SUBJECTS = (
     *("red apple", "banana", "cherries", "grapes", "lemon", "pineapple", "strawberry", "watermelon", "pear"),
     *("carrot", "broccoli", "avocado", "mushroom", "hamburger", "pizza", "hot dog", "french fries", "doughnut"),
@@ -65,6 +67,9 @@ HELD_OUT = frozenset(random.Random("held-out-0").sample(COMBINATIONS, len(COMBIN
 TRAINED = tuple(each for each in COMBINATIONS if each not in HELD_OUT)
 
 _EXAMPLES = "'a cat', 'a cat in noto style' or 'a cat, noto style, on a blue background'"
+
+MAX_HINTS = 5
+"""Maximum number of unknown words that an error names; a caption may be of any length."""
 
 PROMPT_LENGTH = 16
 """Maximum number of tokens of a caption, with begin-of-sequence and begin-of-image."""
@@ -129,7 +134,7 @@ def parse_caption(caption: str) -> Request:
         if match := pattern.fullmatch(text):
             named = match.groupdict()
             return Request(named["subject"], named.get("style"), named.get("background"))
-    raise ValueError(f"emoji captions do not include {caption!r}{_hint(text)}; captions are like {_EXAMPLES}")
+    raise ReadableError(f"emoji captions do not include {shown(caption)}{_hint(text)}; captions are like {_EXAMPLES}")
 
 
 def _with_article(subject: str) -> str:
@@ -139,12 +144,13 @@ def _with_article(subject: str) -> str:
 
 def _hint(text: str) -> str:
     """Unknown words of a caption with the nearest known ones, or nothing if all are known."""
+    unknown = [word for word in dict.fromkeys(re.findall(r"[^\s,]+", text)) if word not in WORDS]
     hints = []
-    for word in dict.fromkeys(re.findall(r"[^\s,]+", text)):
-        if word not in WORDS:
-            near = difflib.get_close_matches(word, WORDS, n=3)
-            hints.append(f"{word!r} is unknown" + (f" (near: {', '.join(near)})" if near else ""))
-    return ": " + ", ".join(hints) if hints else ""
+    for word in unknown[:MAX_HINTS]:
+        near = difflib.get_close_matches(word[:MAX_VALUE], WORDS, n=3)
+        hints.append(f"{shown(word)} is unknown" + (f" (near: {', '.join(near)})" if near else ""))
+    more = f" and {len(unknown) - MAX_HINTS} more" if len(unknown) > MAX_HINTS else ""
+    return f": {', '.join(hints)}{more}" if hints else ""
 
 
 def _compile(template: str) -> re.Pattern[str]:

@@ -13,9 +13,9 @@ from typing import Any
 
 from ssd_cache.evaluation import bootstrap
 from ssd_cache.evaluation.bootstrap import NUM_RESAMPLES, Difference, to_json
-from ssd_cache.evaluation.scoring import LINE, RESULTS_FILE
+from ssd_cache.evaluation.scoring import RESULTS_FILE, check_line
 from ssd_cache.io.showing import ReadableError, differences, shown
-from ssd_cache.io.untrusted import checked_fields, read_json_lines
+from ssd_cache.io.untrusted import read_json_lines
 
 OVERALL = "overall"
 
@@ -128,7 +128,7 @@ def _read(path: Path) -> PromptResults:
     files: dict[str, dict[str, Any]] = {}
     for place, line in read_json_lines(path):
         try:
-            files[checked_fields(LINE, line)["filename"]] = line
+            files[check_line(line)["filename"]] = line
             judge = next(iter(files.values()))["judge"]
             if differing := differences(judge, line["judge"], ("before", "here")):
                 raise ReadableError(f"another judge than in the lines before ({differing})")
@@ -151,9 +151,9 @@ def _check_alike(first: PromptResults, other: PromptResults) -> None:
     """Refuse a file that is not comparable to the first."""
     wanted, found = ({**file.judge, "results of a prompt": file.num_results} for file in (first, other))
     if differing := differences(wanted, found, ("there", "here")):
-        raise ValueError(f"{other.path}: not comparable with {first.path} ({differing}); score both in the same way")
+        raise ReadableError(f"{other.path}: not comparable with {first.path} ({differing}); score both in the same way")
     if changed := sorted(first.prompts ^ other.prompts):
-        raise ValueError(
+        raise ReadableError(
             f"{other.path}: other prompts or questions than {first.path}: {len(changed)} are in one of them only, "
             f"such as {shown(changed[0][1])}; score the same prompts, both to the end"
         )

@@ -20,7 +20,7 @@ from ssd_cache.budget import check_count
 from ssd_cache.evaluation.conditions import hashed_seed
 from ssd_cache.evaluation.judge_models import encode_png
 from ssd_cache.io.showing import ReadableError, differences
-from ssd_cache.io.untrusted import checked_fields, parse_json
+from ssd_cache.io.untrusted import checked_fields, parse_json, read_bytes
 from ssd_cache.io.writing import remove_parts, write_files
 from ssd_cache.models import Generator
 from ssd_cache.runs.processes import Processes
@@ -104,7 +104,7 @@ def read_settings(root: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        settings = checked_fields({"format": str}, parse_json(path.read_bytes()))
+        settings = checked_fields({"format": str}, parse_json(read_bytes(path)))
         if not settings["format"].startswith("ssd-cache "):
             raise ReadableError("ssd-cache did not write it")
     except (OSError, ValueError) as error:

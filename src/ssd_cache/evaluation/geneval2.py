@@ -19,7 +19,7 @@ from PIL import Image
 
 from ssd_cache.evaluation import bootstrap
 from ssd_cache.evaluation.geneval import SampleFolder
-from ssd_cache.evaluation.scoring import judge_files
+from ssd_cache.evaluation.scoring import ROUNDING, judge_files, wrong_line
 from ssd_cache.evaluation.vqa import ChatVQA
 from ssd_cache.io.showing import ReadableError, shown
 from ssd_cache.io.untrusted import checked, read_json_lines
@@ -140,7 +140,8 @@ def score_folder(
         on_image: called after every image, for a progress bar.
 
     Raises:
-        ValueError: the folder is incomplete, an image cannot be read, or the file holds results of another run.
+        ValueError: the folder is incomplete, an image cannot be read, or the file is damaged or holds results of
+            another run.
         OSError: the file cannot be written.
     """
     folder.check_complete()
@@ -157,7 +158,12 @@ def score_folder(
         return {"probabilities": probabilities, "result": 100 * geometric_mean(probabilities)}
 
     lines = judge_files(files, ask, judge, results_file, on_image, {"probabilities": list[float]})
-    return summarize([folder.prompt_of(number) for number in range(len(lines))], lines)
+    prompts = [folder.prompt_of(number) for number in range(len(lines))]
+    for prompt, line in zip(prompts, lines, strict=True):
+        found = line["probabilities"]
+        if len(found) != len(prompt.vqa_list) or not all(0 <= value <= 1 + ROUNDING for value in found):
+            raise wrong_line(results_file, line, f"has no probability for each of {len(prompt.vqa_list)} questions")
+    return summarize(prompts, lines)
 
 
 def summarize(prompts: Sequence[GenEval2Prompt], lines: Sequence[Mapping[str, Any]]) -> GenEval2Score:

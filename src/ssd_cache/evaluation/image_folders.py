@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image, PngImagePlugin
 
 from ssd_cache.evaluation.export import ImageSet, read_settings
 from ssd_cache.io.showing import ReadableError, shown
-from ssd_cache.io.untrusted import checked_fields, parse_json, read_json_lines
+from ssd_cache.io.untrusted import checked_fields, parse_json, read_bytes, read_json_lines
 from ssd_cache.io.writing import write_files
 
 CAPTIONS_FILE = "metadata.jsonl"
@@ -68,7 +69,8 @@ def find_captioned(folder: str | Path) -> list[FolderImage]:
     """Images with their captions: GenEval's layout, or a `metadata.jsonl`.
 
     Raises:
-        ImageFolderError: none of these; a line of the list without an image, or an image listed twice.
+        ImageFolderError: none of these; a line of the list without an image inside the folder, or an image listed
+            twice.
         ValueError: a file that cannot be read; the message names the line.
     """
     folder = Path(folder)
@@ -86,7 +88,7 @@ def _geneval_images(folder: Path) -> list[FolderImage]:
     for captions in sorted(folder.glob(f"[0-9]*/{CAPTIONS_FILE}")):
         if samples := sorted((captions.parent / "samples").glob("[0-9]*.png")):
             try:
-                text = checked_fields({"prompt": str}, parse_json(captions.read_bytes()))["prompt"]
+                text = checked_fields({"prompt": str}, parse_json(read_bytes(captions)))["prompt"]
             except ValueError as error:
                 raise ImageFolderError(f"{captions}: {error}; generate the images again") from error
             found += [FolderImage(path.relative_to(folder).as_posix(), path, text) for path in samples]
@@ -100,8 +102,9 @@ def _listed_images(folder: Path) -> list[FolderImage]:
         name, text = row.get("file_name"), row.get("prompt", row.get("text"))
         if not isinstance(name, str) or not isinstance(text, str):
             raise ImageFolderError(f'{place}: {shown(row)} needs texts as "file_name" and "prompt"')
-        if name in found or not (folder / name).is_file():
-            problem = "is listed twice" if name in found else "does not exist"
+        is_inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        if name in found or not is_inside or not os.path.isfile(folder / name):  # False also for a name too long
+            problem = "is listed twice" if name in found else "does not exist" if is_inside else "leaves the folder"
             raise ImageFolderError(f"{place}: the image {shown(name)} {problem}; correct the list")
         found[name] = FolderImage(name, folder / name, text)
     return list(found.values())

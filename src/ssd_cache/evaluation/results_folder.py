@@ -16,7 +16,7 @@ from typing import IO, Any
 from ssd_cache.budget import Amount
 from ssd_cache.evaluation.exact import BENCHMARKS, ExactBenchmark
 from ssd_cache.io.showing import ReadableError, differences, shown
-from ssd_cache.io.untrusted import checked, checked_fields, parse_json
+from ssd_cache.io.untrusted import checked, checked_fields, parse_json, read_bytes
 from ssd_cache.io.writing import write_files
 from ssd_cache.layout import ImageLayout
 
@@ -75,7 +75,7 @@ def read_records(folders: Iterable[Path], benchmark: ExactBenchmark) -> tuple[li
     records: dict[Key, Record] = {}
     problems = []
     for path in (path for folder in folders for path in sorted(folder.glob(PATTERN))):
-        lines = path.read_bytes().split(b"\n")
+        lines = read_bytes(path).split(b"\n")
         for number, line in enumerate(lines[:-1], 1):  # text after the last line end is an unfinished line
             try:
                 record = checked(Record, parse_json(line))
@@ -91,7 +91,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """The content of `run.json`: "conditions", "policies" and "command"; raises ResultsError."""
     path = folder / RUN_FILE
     try:
-        run = checked_fields(RUN, parse_json(path.read_bytes()))
+        run = checked_fields(RUN, parse_json(read_bytes(path)))
         conditions = checked_fields(CONDITIONS, run["conditions"], "conditions")
         if conditions["bench"] not in BENCHMARKS or run["format"] != FORMAT.format(conditions["bench"]):
             raise ReadableError(f"its format is {shown(run['format'])}")

@@ -15,17 +15,25 @@ from typing import Any
 from PIL import Image
 
 from ssd_cache.evaluation.judge_models import decode_image
-from ssd_cache.io.showing import ReadableError, differences
-from ssd_cache.io.untrusted import WrongFileError, checked_fields, parse_json
+from ssd_cache.io.showing import ReadableError, differences, shown
+from ssd_cache.io.untrusted import WrongFileError, checked_fields, parse_json, read_bytes
 from ssd_cache.io.writing import write_files
 
 RESULTS_FILE = "results.jsonl"
+
+REMEDY = "give another place for the results, or delete the file to begin anew"
 
 LINE = {**dict.fromkeys(("filename", "tag", "metadata", "sha256"), str), "result": float, "judge": dict}
 """Fields of every line: the file, its kind of prompt, everything that it is judged on, its checksum, and its result.
 
 `judge` holds the benchmark, the models and the settings that the result depends on.
 """
+
+HIGHEST = 100.0
+"""The best result of any benchmark; 0 is the worst."""
+
+ROUNDING = 1e-3
+"""How far above the best one a result may be, in parts of it: probabilities that add up to 1 may add up to more."""
 
 
 def judge_files(
@@ -35,6 +43,7 @@ def judge_files(
     results_file: str | Path | None,
     on_file: Callable[[], object] | None = None,
     kinds: Mapping[str, Any] = MappingProxyType({}),
+    highest: float = HIGHEST,
 ) -> list[dict[str, Any]]:
     """The lines of some files, in order.
 
@@ -45,6 +54,7 @@ def judge_files(
         results_file: file of the lines. If it exists, its files are not judged again, except those that have changed.
         on_file: called after every file, for a progress bar.
         kinds: types of fields that `judge` returns, to check in an existing file of results.
+        highest: the best result of this benchmark, to check in the same way.
 
     Raises:
         WrongFileError: the file of results holds something else, or results of another run.
@@ -52,7 +62,7 @@ def judge_files(
         OSError: the file of results cannot be written.
     """
     path = None if results_file is None else Path(results_file)
-    earlier = {line["filename"]: line for line in read_lines(path, settings, kinds)}
+    earlier = {line["filename"]: line for line in read_lines(path, settings, kinds, highest)}
     lines = []
     for index, (file, known) in enumerate(files):
         content = file.read_bytes()
@@ -70,7 +80,9 @@ def judge_files(
     return lines
 
 
-def read_lines(path: Path | None, settings: Mapping[str, Any], kinds: Mapping[str, Any]) -> list[dict[str, Any]]:
+def read_lines(
+    path: Path | None, settings: Mapping[str, Any], kinds: Mapping[str, Any], highest: float
+) -> list[dict[str, Any]]:
     """The lines of an earlier run with the same settings; removes an incomplete last line from the file.
 
     Raises:
@@ -79,18 +91,30 @@ def read_lines(path: Path | None, settings: Mapping[str, Any], kinds: Mapping[st
     """
     if path is None or not path.exists():
         return []
-    content = path.read_bytes()
+    content = read_bytes(path)
     complete = content[: content.rfind(b"\n") + 1]
     lines = []
     for number, text in enumerate(complete.split(b"\n")[:-1], 1):
         try:
-            line = checked_fields({**LINE, **kinds}, parse_json(text))
+            line = check_line(parse_json(text), kinds, highest)
             if differing := differences(line["judge"], settings):
                 raise ReadableError(f"a result of another run ({differing})")
         except ValueError as error:
-            remedy = "give another place for the results, or delete the file to begin anew"
-            raise WrongFileError(f"{path}, line {number}: {error}; {remedy}") from error
+            raise WrongFileError(f"{path}, line {number}: {error}; {REMEDY}") from error
         lines.append(line)
     if complete != content:
         write_files({path: complete})
     return lines
+
+
+def check_line(line: Any, kinds: Mapping[str, Any] = MappingProxyType({}), highest: float = HIGHEST) -> dict[str, Any]:
+    """The line, if it has all fields of a line and `kinds`, and a result from 0 to `highest`; raises ValueError."""
+    line = checked_fields({**LINE, **kinds}, line)
+    if not 0 <= line["result"] <= highest * (1 + ROUNDING):
+        raise ReadableError(f"result={shown(line['result'])}, expected 0 to {highest:g}")
+    return line
+
+
+def wrong_line(path: str | Path | None, line: Mapping[str, Any], problem: str) -> WrongFileError:
+    """The error for a line with contradictory fields."""
+    return WrongFileError(f"{path}: the line of {shown(line['filename'])} {problem}; {REMEDY}")

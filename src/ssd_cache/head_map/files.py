@@ -197,7 +197,7 @@ def _parse_tensors(content: bytes, place: str) -> dict[str, Any]:
     if is_spatial.dtype != torch.bool or (is_spatial.view(torch.uint8) > 1).any():
         raise HeadMapError(f"{place}: is_spatial is {is_spatial.dtype} and must be bool, bytes 0 and 1; {AGAIN}")
     found: dict[str, dict[str, torch.Tensor]] = {SCORE_PREFIX: {}, LEARNED_PREFIX: {}}
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):  # the parser's own order changes from process to process
         prefix = name[: name.find(".") + 1]
         if prefix not in found or tensor.dtype != torch.float32:
             raise HeadMapError(

@@ -16,7 +16,7 @@ MARKUP = re.compile(
     r"[\\`*\[\]<>&|#~$@^]"  # emphasis, code, links, HTML, entities, tables, headings, math, mail addresses
     r"|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # an underscore within a word is not markup
     r"|:(?=//)|(?<=[Ww]{3})\."  # URLs, which some renderers turn into links
-    r"|^[-+=](?=\s)|^\d{1,9}[.)](?=\s|$)"  # list items
+    r"|^[-+=](?=[\s=-]|$)|^\d{1,9}[.)](?=\s|$)"  # list items, rules, underlined headings
 )
 
 

@@ -6,6 +6,7 @@ error. This module does not interpret the contents.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -25,6 +26,9 @@ MAX_DEPTH = 16
 
 MAX_NAME = 4096
 """Maximum number of characters of a name or path, the limit of Linux."""
+
+MAX_FILE = 1 << 30
+"""Maximum number of bytes of a file that is read whole; a file with holes takes no room on the disk that it came on."""
 
 MAX_INT = 10**300
 """Bound of the absolute value of integers in JSON, so that each can be converted to float."""
@@ -70,17 +74,49 @@ def read_json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """The objects of a file of JSON lines, each with its place: the file and the line number. Skips blank lines.
 
     Raises:
-        ValueError: a line is not a JSON object; the message names its place.
+        ValueError: a line is not a JSON object, or the file is larger than `MAX_FILE`; the message names the place.
         OSError: the file cannot be read.
     """
     found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # a prompt may hold other line separators
+    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):  # a prompt may hold other line separators
         if line.strip():
             try:
                 found.append((f"{path}, line {number}", checked(dict, parse_json(line))))
             except ValueError as error:
                 raise ReadableError(f"{path}, line {number}: not a JSON object ({error})") from error
     return found
+
+
+def read_bytes(path: Path, limit: int = MAX_FILE) -> bytes:
+    """The content of a file, or of a pipe or device, of at most `limit` bytes.
+
+    Raises:
+        ValueError: there are more bytes; the message names the file.
+        OSError: the file cannot be read.
+    """
+    parts, size = [], path.stat().st_size  # 0 for pipes and devices
+    if size <= limit:
+        with path.open("rb") as file:
+            size = 0
+            while size <= limit and (part := file.read(1 << 20)):
+                parts.append(part)
+                size += len(part)
+    if size > limit:
+        raise ReadableError(f"{path}: more than {limit} bytes, the limit of this file; give a smaller one")
+    return b"".join(parts)
+
+
+def read_text(path: Path, newline: str | None = None) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark; `newline` is as for `open`.
+
+    Raises:
+        ValueError: the file is not in UTF-8, or larger than `MAX_FILE`; the message names it.
+        OSError: the file cannot be read.
+    """
+    try:
+        return io.TextIOWrapper(io.BytesIO(read_bytes(path)), "utf-8-sig", newline=newline).read()
+    except UnicodeDecodeError as error:
+        raise ReadableError(f"{path}: not in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
 def is_unicode(text: str) -> bool:

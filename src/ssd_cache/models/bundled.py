@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssd_cache.emoji.captions import parse_caption
-from ssd_cache.io.showing import first_line
+from ssd_cache.io.showing import first_line, first_names, shown
+from ssd_cache.io.untrusted import read_text
 from ssd_cache.models.settings import GeneratorError
 
 CHECKSUMS = "SHA256SUMS"
@@ -54,15 +55,19 @@ def check_checksums(name: str, folder: Path) -> None:
     """Refuse a bundled model whose weights are not those that were published.
 
     Raises:
-        GeneratorError: there are no checksums, or a file is missing or has another checksum.
+        GeneratorError: a file of weights has no checksum, is missing, or has another checksum.
     """
     try:
-        lines = (folder / CHECKSUMS).read_text("utf-8").splitlines()
-        if not lines:
-            raise ValueError(f"{CHECKSUMS} lists no file")
-        for expected, file in (line.split("  ", 1) for line in lines):
-            if (found := _sha256(folder / file)) != expected:
-                raise ValueError(f"{file} has the SHA-256 checksum {found[:12]}..., expected {expected[:12]}...")
+        lines = read_text(folder / CHECKSUMS).splitlines()
+        expected = dict(line.split("  ", 1)[::-1] for line in lines if "  " in line)
+        weights = {path.name for path in folder.glob("*.safetensors")}
+        if not expected or weights - expected.keys():
+            raise ValueError(f"{CHECKSUMS} lists no checksum of {first_names(sorted(weights)) or 'weights'}")
+        for file, checksum in expected.items():
+            if file not in weights:
+                raise ValueError(f"No such file of weights: {shown(file)}")
+            if (found := _sha256(folder / file)) != checksum:
+                raise ValueError(f"{file} has the SHA-256 checksum {found[:12]}..., expected {checksum[:12]}...")
     except (OSError, ValueError) as error:
         raise GeneratorError(
             f"the weights of {name} in {folder} are damaged or incomplete: {first_line(error)}; install ssd-cache again"

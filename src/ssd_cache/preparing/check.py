@@ -18,7 +18,7 @@ from ssd_cache.budget import Amount, resolve_amount
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.evaluation.fidelity import measure_fidelity
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.io.untrusted import checked, parse_json
+from ssd_cache.io.untrusted import checked, parse_json, read_bytes
 from ssd_cache.models import Generator
 from ssd_cache.preparing.state import StateFolder
 from ssd_cache.runs.processes import Processes
@@ -29,6 +29,11 @@ CURVE = (0.1, 0.2, 0.3, 0.5)
 
 Rows = dict[str, dict[str, list[float]]]
 """By budget, then by measure: a number for each image."""
+
+MEASURES = ("kl", "agreement", "retained")
+
+LARGEST = 1e9
+"""No measure is larger; a damaged file may hold numbers whose sum overflows."""
 
 
 def curve_budgets(head_map: HeadMap, budget: Amount) -> list[float]:
@@ -104,21 +109,27 @@ def _point(budget: float, batches: list[dict[str, list[float]]]) -> dict[str, An
     """The means over images at one budget."""
     divergences = [value for batch in batches for value in batch["kl"]]
     error = None if len(divergences) < 2 else statistics.stdev(divergences) / len(divergences) ** 0.5
-    means = {
-        name: statistics.fmean(value for batch in batches for value in batch[name])
-        for name in ("kl", "agreement", "retained")
-    }
+    means = {name: statistics.fmean(value for batch in batches for value in batch[name]) for name in MEASURES}
     return {"budget": budget, **means, "kl_standard_error": error}
 
 
 def _read(path: Path, facts: dict[str, Any]) -> Rows | None:
     """The rows of a batch that was measured with the same map and prompts, else None."""
     with suppress(OSError, ValueError):
-        content = checked(dict[str, Any], parse_json(path.read_bytes()))
-        rows = checked(dict[str, dict[str, list[float]]], content.pop("rows"))
-        if content == {name: _plain(value) for name, value in facts.items()}:
+        content = checked(dict[str, Any], parse_json(read_bytes(path)))
+        rows = checked(Rows, content.pop("rows", None))
+        if content == {name: _plain(value) for name, value in facts.items()} and _is_whole(rows, facts):
             return rows
     return None
+
+
+def _is_whole(rows: Rows, facts: dict[str, Any]) -> bool:
+    """Whether there is a number for every budget, measure and prompt, and none that no run measures."""
+    return list(rows) == [f"{budget:g}" for budget in facts["budgets"]] and all(
+        set(row) == set(MEASURES)
+        and all(len(values) == len(facts["prompts"]) and max(map(abs, values)) < LARGEST for values in row.values())
+        for row in rows.values()
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -48,11 +48,16 @@ def load_state(path: Path, statistics: HeadStatistics, settings_of: Callable[[in
                 raise ValueError(f"{name} holds sums below 0, or larger than any run counts")
         if sums["num_pictures"] != settings["num_prompts"]:
             raise ValueError(f"{sums['num_pictures']:g} images of {settings['num_prompts']} prompts")
+        statistics.num_images = settings["num_prompts"]
+        for name, value in statistics.sums.items():
+            value.copy_(sums[name])
+        shares = [statistics.offset_share(), statistics.prompt_share(), statistics.margin_share()]
+        for level in statistics.levels:
+            shares += [statistics.retained(kind, level.num_slots) for kind in ("spatial", "semantic")]
+        if not all(share.float().isfinite().all() for share in shares):
+            raise ValueError("its sums have no finite ratio")
     except ValueError as error:
         raise not_a_state(path, WHAT, error) from error
-    statistics.num_images = settings["num_prompts"]
-    for name, value in statistics.sums.items():
-        value.copy_(sums[name])
     return num_batches
 
 

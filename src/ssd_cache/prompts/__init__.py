@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+from ssd_cache.io.showing import ReadableError
+from ssd_cache.io.untrusted import read_text
 from ssd_cache.models import Checkpoint
 
 PROMPTS_FILE = "prompts.txt"
@@ -23,8 +25,11 @@ def default_prompts(checkpoint: Checkpoint) -> list[str]:
 
     Raises:
         OSError: its file of prompts cannot be read.
-        UnicodeDecodeError: the file is not UTF-8.
+        ValueError: the file is not in UTF-8, or has no prompts.
     """
     own = Path(checkpoint.source) / PROMPTS_FILE
-    text = (own if own.is_file() else files(__package__).joinpath("captions.txt")).read_text("utf-8")
-    return [line.strip() for line in text.split("\n") if line.strip()]
+    text = read_text(own) if own.is_file() else files(__package__).joinpath("captions.txt").read_text("utf-8")
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise ReadableError(f"{own} has no prompts; write one a line, or delete it to use those of the package")
+    return prompts

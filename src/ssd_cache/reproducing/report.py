@@ -20,14 +20,11 @@ from ssd_cache.models import BUNDLED
 from ssd_cache.reproducing.benchmarks import NUM_SAMPLES
 from ssd_cache.reproducing.paper import COLUMNS, NOTES, paper_model, paper_quality, paper_speed
 from ssd_cache.reproducing.settings import Settings
-from ssd_cache.reproducing.stages import Run, making_room, read_part
+from ssd_cache.reproducing.stages import Run, making_room, read_scores, read_speeds
 
 PAGE, NUMBERS = "reproduction.md", "reproduction.json"
 
 FORMAT = "ssd-cache reproduction 1"
-
-SCORES = {"judge": dict[str, Any], "num_prompts": int, "rows": list[dict], "differences": list[dict]}
-"""Fields of a benchmark's file of results."""
 
 DIGITS = {"geneval": 3, "dpg": 2}
 """Digits after the point: GenEval is a share, DPG-Bench goes to 100."""
@@ -40,12 +37,12 @@ def write_report(run: Run) -> Path:
         ProfilingError: a file of a stage is damaged, or the report cannot be written.
     """
     settings, model = run.settings, paper_model(run.settings.checkpoint.name)
-    qualities = {benchmark.name: read_part(run.scores(benchmark), SCORES) for benchmark in settings.benchmarks}
+    num_cells = len(settings.cells)
+    qualities = {one.name: read_scores(run.scores(one), num_cells) for one in settings.benchmarks}
     for name, found in qualities.items():
         for one, row in zip(settings.cells, found["rows"], strict=True):
             row["paper"] = paper_quality(model, name, one.policy, one.budget)
-    reports = [read_part(run.speed(batch_size), {"rows": list[dict]}) for batch_size in settings.speed_batch_sizes]
-    speeds = [row for report in reports for row in report["rows"]]
+    speeds = [row for batch_size in settings.speed_batch_sizes for row in read_speeds(run.speed(batch_size))]
     for row in speeds:
         row["paper"] = paper_speed(model, row["batch_size"], row["cache"])
     numbers = {"format": FORMAT, "settings": settings.facts(), "paper_model": model, **qualities, "speed": speeds}

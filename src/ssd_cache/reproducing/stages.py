@@ -5,7 +5,7 @@ Each resumes by itself, from the files that it wrote. `reproducing.py` runs them
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -14,12 +14,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ssd_cache.bench.results import Row as BenchRow
 from ssd_cache.bench.running import run as run_bench
 from ssd_cache.bench.subject import make_subject
+from ssd_cache.budget import Amount
 from ssd_cache.evaluation import bootstrap
 from ssd_cache.evaluation.comparing import compare_results, read_results
 from ssd_cache.evaluation.export import claim_folder, generate_images
-from ssd_cache.io.untrusted import checked_fields, parse_json
+from ssd_cache.io.showing import ReadableError
+from ssd_cache.io.untrusted import checked_fields, parse_json, read_bytes
 from ssd_cache.io.writing import write_files
 from ssd_cache.models import Generator
 from ssd_cache.reproducing.benchmarks import Benchmark, results_file
@@ -132,10 +135,59 @@ def measure_speed(run: Run, batch_size: int) -> None:
         write_files({path.with_suffix(".md"): report.to_markdown().encode(), path: report.to_json().encode()})
 
 
-def read_part(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A file that a stage wrote, with fields of these types; raises ProfilingError."""
+@dataclass(frozen=True)
+class CellScore:
+    """The results of a cell by column, in a benchmark's file of results."""
+
+    policy: str
+    budget: Amount
+    results: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """The difference of two cells in such a file; None where it is unknown."""
+
+    first: str
+    second: str
+    difference: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    num_prompts: int
+
+
+SCORES = {
+    "judge": dict[str, Any],
+    "num_prompts": int,
+    "rows": list[CellScore],
+    "differences": list[PairedDifference],
+}
+"""Fields of a benchmark's file of results."""
+
+
+def read_scores(path: Path, num_cells: int) -> dict[str, Any]:
+    """The file that `score` wrote, with a row for each cell; raises ProfilingError."""
+    with _naming_damage(path):
+        found = checked_fields(SCORES, parse_json(read_bytes(path)))
+        checked_fields({"scorer": str}, found["judge"], "judge")
+        for number, row in enumerate(found["rows"]):
+            checked_fields({"standard_error": float | None}, row["results"], f"rows[{number}].results")
+        if len(found["rows"]) != num_cells:
+            raise ReadableError(f"{len(found['rows'])} rows, expected {num_cells}")
+    return found
+
+
+def read_speeds(path: Path) -> list[dict[str, Any]]:
+    """The rows of the file that `measure_speed` wrote; raises ProfilingError."""
+    with _naming_damage(path):
+        return checked_fields({"rows": list[BenchRow]}, parse_json(read_bytes(path)))["rows"]
+
+
+@contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
     try:
-        return checked_fields(fields, parse_json(path.read_bytes()))
+        yield
     except (OSError, ValueError) as error:
         raise ProfilingError(f"{path}: damaged ({error}); delete it, and run the same command again") from error
 

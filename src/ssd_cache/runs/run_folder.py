@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ssd_cache.io.untrusted import checked, parse_json
+from ssd_cache.io.untrusted import checked, parse_json, read_bytes
 from ssd_cache.io.writing import remove_parts, write_files
 from ssd_cache.runs.metering import Cost
 from ssd_cache.runs.run_state import ProfilingError, check_same_run, check_state_place, not_a_state
@@ -45,7 +45,7 @@ class RunFolder:
         if not plan.exists():
             return
         try:
-            content = checked(dict[str, Any], parse_json(plan.read_bytes()))
+            content = checked(dict[str, Any], parse_json(read_bytes(plan)))
             if content.get("format") != kind:
                 raise ValueError("it is of another kind or version")
             self.settings = checked(dict, content.get("settings"), "settings")

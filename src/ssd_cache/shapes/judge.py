@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ssd_cache.io.showing import ReadableError, shown
 from ssd_cache.shapes.relations import relations
 from ssd_cache.shapes.scenes import (
     BITMAPS,
@@ -80,8 +81,8 @@ def parse_caption(caption: str) -> Requirement:
         color, shape, relation, other_color, other_shape = match.groups()
         others = () if relation is None else ((other_shape, other_color),)
         return Requirement(((shape, color), *others), None if relation == "and" else relation)
-    raise ValueError(
-        f"the judge of shapes cannot read the caption {caption!r}; it knows 'a photo of a red circle', "
+    raise ReadableError(
+        f"the judge of shapes cannot read the caption {shown(caption)}; it knows 'a photo of a red circle', "
         "'a photo of three squares', 'a photo of a circle left of a square', "
         "'a photo of a red circle and a blue square'"
     )

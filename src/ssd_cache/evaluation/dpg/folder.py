@@ -15,11 +15,14 @@ from PIL import Image
 from ssd_cache.evaluation.export import ImageSet
 from ssd_cache.evaluation.judge_models import encode_png
 from ssd_cache.io.showing import ReadableError, shown
-from ssd_cache.io.untrusted import read_json_lines
+from ssd_cache.io.untrusted import read_json_lines, read_text
 from ssd_cache.io.writing import write_files
 
 NUM_IMAGES = 4
 """Number of images on a sheet."""
+
+MAX_ID = 200
+"""Maximum number of bytes of an item id: names of files have at most 255, with the ending and a temporary part."""
 
 
 def read_prompts(path: str | Path) -> dict[str, str]:
@@ -37,10 +40,10 @@ def read_prompts(path: str | Path) -> dict[str, str]:
     path = Path(path)
     prompts: dict[str, str] = {}
     for place, item_id, prompt in _text_files(path) if path.is_dir() else _json_lines(path):
-        if not re.fullmatch(r"[\w-]+", item_id):
+        if not re.fullmatch(r"[\w-]+", item_id) or len(item_id.encode()) > MAX_ID:
             raise ReadableError(
-                f"{place}: item id {shown(item_id)} cannot name an image; use letters, digits, '_' and '-' only (the "
-                "official script cuts names at the first dot)"
+                f"{place}: item id {shown(item_id)} cannot name an image; use at most {MAX_ID} letters, digits, '_' "
+                "and '-' (the official script cuts names at the first dot)"
             )
         if item_id in prompts:
             raise ReadableError(f"{place}: item id {item_id!r} occurs twice; remove one")
@@ -55,14 +58,14 @@ def read_prompts(path: str | Path) -> dict[str, str]:
 def _json_lines(path: Path) -> Iterator[tuple[str, str, str]]:
     for place, row in read_json_lines(path):
         item_id, prompt = row.get("item_id"), row.get("prompt")
-        if not isinstance(item_id, int | str) or not isinstance(prompt, str):
+        if type(item_id) not in (int, str) or not isinstance(prompt, str):
             raise ReadableError(f'{place}: {shown(row)} needs texts as "item_id" and "prompt"')
         yield place, str(item_id), prompt
 
 
 def _text_files(folder: Path) -> Iterator[tuple[str, str, str]]:
     for path in sorted(folder.glob("[!.]*.txt")):
-        yield str(path), path.stem, path.read_text("utf-8-sig")
+        yield str(path), path.stem, read_text(path)
 
 
 class SheetFolder(ImageSet):

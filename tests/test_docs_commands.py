@@ -130,6 +130,7 @@ def test_commands_are_accepted(page, shelf, tmp_path, monkeypatch):
 
     monkeypatch.setattr(subject, "load_subject", stop)
     monkeypatch.setattr("ssd_cache.cli.bench.load_subject", stop)
+    monkeypatch.setattr("ssd_cache.cli.demo.find_spec", lambda name: True)  # Gradio, which only the page needs
     text = page.read_text("utf-8")
     for arguments in _block_commands(text) + _span_commands(text):
         _parse(arguments)

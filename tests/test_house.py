@@ -19,7 +19,7 @@ SOURCE = ROOT / "src"
 ORDER = [
     *("_compat", "io", "shapes", "emoji", "layout", "budget", "model_grids", "kernels", "head_map", "cache", "decode"),
     *("models", "enabling", "runs", "prompts", "profiling", "training", "analysis"),
-    *("evaluation", "bench", "preparing", "reproducing", "cli"),
+    *("evaluation", "bench", "preparing", "reproducing", "app", "cli"),
 ]
 """Packages and root modules; each imports only from those before it. CONTRIBUTING.md says what each is for."""
 

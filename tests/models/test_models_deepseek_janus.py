@@ -110,6 +110,15 @@ def generate(generator, cache=None, prompts=(PROMPT, PROMPT)):
 
 
 @needs_janus
+def test_visual_embeddings_get_the_generated_tokens(generator):
+    seen = []
+    handle = generator.visual_embeddings.register_forward_pre_hook(lambda module, ids: seen.append(ids[0]))
+    tokens = generate(generator)
+    handle.remove()
+    assert torch.equal(torch.cat(seen, 1)[~generator.is_unconditional(2)], tokens)
+
+
+@needs_janus
 def test_the_loop_is_that_of_the_script(generator, monkeypatch, tmp_path):
     expected = run_script(generator, monkeypatch, tmp_path)
     assert expected.shape == (2, 576)

@@ -57,6 +57,17 @@ def test_a_fifth_generates_whole_images(family):
     assert stats.key_value / stats.full_cache == pytest.approx((prompt + round(0.2 * cells)) / (prompt + cells - 1))
 
 
+def test_visual_embeddings_get_the_generated_tokens(family):
+    """Every token but perhaps the last, in the row of its prompt."""
+    _, generator, _ = family
+    seen = []
+    handle = generator.visual_embeddings.register_forward_pre_hook(lambda module, ids: seen.append(ids[0]))
+    tokens = generator.generate(PROMPTS, DynamicCache(), seed=1)
+    handle.remove()
+    found = torch.cat([ids for ids in seen if ids.shape[1] == 1], 1)[~generator.is_unconditional(len(PROMPTS))]
+    assert torch.equal(found[:, : tokens.shape[1] - 1], tokens[:, :-1])
+
+
 def test_prompts_padded_on_the_left_are_those_alone(family):
     name, generator, labels = family
     if name == "janus":

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import ssd_cache
-from ssd_cache.cli import analyze, bench, eval, generate, head_maps, inspect, prepare, reproduce
+from ssd_cache.cli import analyze, bench, demo, eval, generate, head_maps, inspect, prepare, reproduce
 from ssd_cache.cli.errors import OneLineGroup
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("learn")(head_maps.learn)
 app.command("analyze")(analyze.analyze)
 app.command("bench")(bench.bench)
 app.command("reproduce")(reproduce.reproduce)
+app.command("app")(demo.app)
 app.add_typer(eval.app, name="eval")
 
 

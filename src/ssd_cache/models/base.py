@@ -104,6 +104,11 @@ class Generator(ABC):
         """The module that computes logits of visual tokens; the output head unless the family has a separate one."""
         return self.model.get_output_embeddings()
 
+    @property
+    def visual_embeddings(self) -> torch.nn.Module:
+        """The module that gets the ids of generated tokens; the input embeddings unless the family has others."""
+        return self.model.get_input_embeddings()
+
     @abstractmethod
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Make inputs for `model.generate`, left-padded `[batch, prompt length]`, on the model's device."""

@@ -67,6 +67,10 @@ class DeepSeekJanusGenerator(Generator):
     def visual_head(self) -> torch.nn.Module:
         return self.model.gen_head
 
+    @property
+    def visual_embeddings(self) -> torch.nn.Module:
+        return self.model.gen_embed
+
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Make the rows of both kinds, `[2 * batch, length]`; an unconditional row follows each conditional one."""
         processor, rows = self.processor, []

@@ -36,6 +36,10 @@ class JanusGenerator(Generator):
     def visual_head(self) -> torch.nn.Module:
         return self.model.model.generation_head
 
+    @property
+    def visual_embeddings(self) -> torch.nn.Module:
+        return self.model.model.generation_embeddings
+
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Make inputs as in transformers' documentation: the chat template, if there is one, and begin-of-image."""
         self.checkpoint.check_captions(prompts)

@@ -232,8 +232,8 @@ class SSDLayer(CacheLayerMixin):
                 self.groups = HeadGroups(stores)
                 self.version += 1
             self.stores = self._former[1]
-            for store in self.stores:
-                store.begin(keys, values, self.prompt_mask)
+            for store, *parts in zip(self.stores, *map(self.groups.split, (keys, values)), strict=True):
+                store.begin(*parts, self.prompt_mask)
         self.keys = self.values = None
 
     def _fit(self, states: torch.Tensor, held: torch.Tensor) -> torch.Tensor:

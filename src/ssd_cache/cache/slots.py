@@ -90,10 +90,12 @@ class SlotStore:
         self.keys, self.values = (states.new_zeros(*shape, states.shape[3]) for states in (keys, values))
 
     def begin(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """Begin an image with its prompt: K and V as for `SlotStore`, and `[batch, num_prompt]`, False on padding."""
-        heads = list(self.plan.heads)
-        self.keys[:, :, : self.num_prompt] = keys[:, heads]
-        self.values[:, :, : self.num_prompt] = values[:, heads]
+        """Begin an image with its prompt.
+
+        K and V are `[batch, heads, num_prompt, head_dim]`, the mask `[batch, num_prompt]`, False on padding.
+        """
+        self.keys[:, :, : self.num_prompt] = keys
+        self.values[:, :, : self.num_prompt] = values
         if self.mask is not None and mask is not None:
             self.mask[:, : self.num_prompt] = mask
         self.received.zero_()

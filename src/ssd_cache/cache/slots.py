@@ -28,6 +28,10 @@ def normal_tensors() -> AbstractContextManager:
     return torch.inference_mode(False)
 
 
+NUM_AHEAD = 512
+"""Visual tokens whose slots `StaticSlots` computes at once."""
+
+
 class SlotStore:
     """K and V of one group of heads.
 
@@ -246,11 +250,19 @@ class StaticSlots:
             self._of_device.append((slots, num_slots, buffer))
             tensors |= {(device, *size): slot for size, slot in zip(here, slots.unbind(), strict=True)}
         self.slots: list[list[Slot]] = [[tensors[size] for size in layer] for layer in sizes]
+        self._first, self._tables = 0, list[torch.Tensor]()
 
     def fill(self, number: int) -> None:
-        """Compute the slots of visual token `number`, without waiting for the device."""
-        for slots, num_slots, buffer in self._of_device:
-            slots.copy_(slot_of(number, num_slots, buffer))
+        """Set the slots to those of visual token `number`: one copy for each device, without waiting for it."""
+        if not self._first <= number < self._first + NUM_AHEAD or not self._tables:
+            self._first = number
+            ahead = (torch.arange(number, number + NUM_AHEAD, device=sizes[0].device) for sizes in self._of_device)
+            self._tables = [
+                slot_of(numbers[:, None], num_slots, buffer)
+                for numbers, (_, num_slots, buffer) in zip(ahead, self._of_device, strict=True)
+            ]
+        for (slots, _, _), table in zip(self._of_device, self._tables, strict=True):
+            slots.copy_(table[number - self._first])
 
 
 def put(target: torch.Tensor, index: Slot, states: torch.Tensor, dim: int = 2) -> None:

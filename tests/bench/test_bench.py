@@ -34,7 +34,6 @@ from ssd_cache.bench.running import Measurement, generate_windows, held_bytes, m
 from ssd_cache.bench.serving import served_by
 from ssd_cache.bench.subject import TINY_TOWERS, Shape, head_map_for, janus_config, make_model
 from ssd_cache.cli import app
-from ssd_cache.decode.cuda_graph import RecordedStep
 
 ROOT = Path(__file__).parents[2]
 
@@ -360,19 +359,18 @@ def test_a_case_that_falls_back_is_marked():
 
 def test_a_gpu_falls_back_without_kernel_graph_or_compiler():
     case = Case("ssd", 0.4, "fast_decode")
-    cache, recorded = case.make_ssd(HEAD_MAP), RecordedStep()
-    forward = SimpleNamespace(is_usable=True, recorded={cache: recorded})
-    model = SimpleNamespace(device=torch.device("cuda"), get_decoder=lambda: SimpleNamespace(forward=forward))
+    cache, decoder = case.make_ssd(HEAD_MAP), SimpleNamespace()
+    model = SimpleNamespace(device=torch.device("cuda"), get_decoder=lambda: decoder)
     subject = SimpleNamespace(model=model, config=SimpleNamespace(_attn_implementation="ssd"), step_weights=list)
-    recorded.graph, recorded.num_run = object(), 12
+    cache.num_compiled, cache.num_replayed = 2, 10
     assert served_by(subject, case, cache) == ("torch's attention, compiled, CUDA graph with 10 replays", True)
     for layer in cache.layers:
-        layer.has_kernel = True
+        layer.has_kernel, layer.device = True, model.device
     assert served_by(subject, case, cache) == ("Triton kernel, compiled, CUDA graph with 10 replays", False)
-    forward.is_usable = False
-    assert served_by(subject, case, cache) == ("Triton kernel, eager, CUDA graph with 10 replays", True)
-    forward.is_usable, recorded.graph = True, None
+    cache.num_replayed = 0
     assert served_by(subject, case, cache) == ("Triton kernel, compiled", True)
+    cache.num_compiled = 0
+    assert served_by(subject, case, cache) == ("Triton kernel, eager", True)
 
 
 def test_a_recorded_graph_of_the_untimed_tokens_serves_the_timed_image(janus, monkeypatch):

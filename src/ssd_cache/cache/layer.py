@@ -91,6 +91,11 @@ class SSDLayer(CacheLayerMixin):
         return not self.stores
 
     @property
+    def backend(self) -> str:
+        """What attends in the steps of this image: "Triton kernel", "CPU loop" or "torch's attention"."""
+        return dispatch.kernel_name(self.device) if self.has_kernel else "torch's attention"
+
+    @property
     def num_visual(self) -> int:
         """Visual tokens seen."""
         return self.stores[0].num_seen if self.stores else 0

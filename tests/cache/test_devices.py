@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, GlmImageForConditionalGeneration, JanusForConditionalGeneration, LlamaForCausalLM
 
-from ssd_cache import HeadMap, HeadMapError, SSDCache
+from ssd_cache import HeadMap, HeadMapError, SSDCache, enable
 from ssd_cache.cache.scorers import SCORES
 from ssd_cache.cache.sharding import is_distributed, own_heads, shard_of
 
@@ -99,6 +100,17 @@ def test_layers_that_accelerate_loads_from_disk_generate_the_same(tmp_path):
             cache = SSDCache(MAP, budget, buffer=4)
             tokens.append(model.generate(**left_padded_prompts([5, 9]), max_new_tokens=30, past_key_values=cache))
         torch.testing.assert_close(*tokens, rtol=0, atol=0)
+    call, tokens = {**left_padded_prompts([5, 9]), "max_new_tokens": 30, "do_sample": False}, []
+    for model in (split, whole):
+        block = enable(model, MAP, budget=14, buffer=4, fast=model is split)
+        with block, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tokens.append(model.generate(**call))
+        if model is split:  # accelerate's hooks are no code for a compiler
+            (told,) = [text for warning in caught if (text := str(warning.message)).startswith("fast_decode")]
+            assert told.startswith("fast_decode continues uncompiled")
+            assert block.served_by().eager == 29
+    assert torch.equal(*tokens)
 
 
 class NoWaiting(TorchDispatchMode):

@@ -124,9 +124,6 @@ class _FastForward(Patch):
         if not (self.is_recorded and can_record(device)):
             return None
         if cache not in self.graphs:
-            if len(devices := devices_of(cache, device)) > 1:
-                self._record_no_more(f"the layers are on {', '.join(devices)}, and a graph records one device")
-                return None
             self.graphs[cache] = StepGraph()
         return self.graphs[cache]
 
@@ -134,6 +131,9 @@ class _FastForward(Patch):
         """Record the step if it is not yet; a failure has executed nothing, and ends all recording in this block."""
         if graph.graph is None:
             run = self.compiled if self.is_usable else self.inner
+            if len(devices := devices_of(cache, inputs["position_ids"].device)) > 1:
+                self._record_no_more(f"the layers are on {', '.join(devices)}, and a graph records one device")
+                return False
             try:
                 graph.record(partial(run, **self._constants(cache, inputs)), inputs)
             except Exception as error:  # drivers raise many unrelated classes; memory may be too small for a graph
@@ -143,7 +143,8 @@ class _FastForward(Patch):
     def _record_no_more(self, reason: str | BaseException) -> None:
         self.is_recorded = False
         self.graphs.clear()
-        _warn("without CUDA graphs", reason)
+        if self.is_usable:  # otherwise a warning says that steps run uncompiled
+            _warn("without CUDA graphs", reason)
 
     def _run(self, cache: SSDCache, inputs: dict[str, torch.Tensor]) -> tuple[Any, object | None]:
         """The outputs of a step, and the compiled code that ran it, or None."""

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers.compiling import needs_compiler, static_addresses
+from helpers.compiling import held_tensors, needs_compiler, static_addresses
 from helpers.models import left_padded_prompts, tiny_janus, tiny_llama
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
@@ -166,12 +166,20 @@ def test_tensors_stay_in_place_during_an_image_and_after_reset():
     assert cache.version == version
     again = [tensor for layer in cache.layers for tensor in layer.held_positions()]
     assert all(map(torch.equal, again, held))
-    cache.reorder_cache(torch.tensor([1, 0]))
-    assert cache.version != version
-    cache.reset()
-    version = cache.version
-    static_addresses(model, cache, tokens[:1])  # another batch size
-    assert cache.version != version
+    for replace in (
+        lambda: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda: cache.batch_repeat_interleave(2),
+        lambda: cache.batch_select_indices(torch.tensor([0, 3])),
+    ):
+        before = [tensor.data_ptr() for tensor in held_tensors(cache)], cache.version
+        replace()
+        assert [tensor.data_ptr() for tensor in held_tensors(cache)] != before[0]
+        assert cache.version != before[1]
+    for rows, is_other in ((2, True), (1, True), (1, False), (2, True)):  # after those methods nothing is used again
+        cache.reset()
+        version = cache.version
+        static_addresses(model, cache, tokens[:rows, :12])
+        assert (cache.version != version) == is_other
 
 
 @needs_compiler

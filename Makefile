@@ -93,7 +93,7 @@ $(RESULTS)/janus-pro-1b-batch-%/bench.json: | $(VENV)/.dev
 
 $(RESULTS)/janus-pro-1b-images-%/bench.json: | $(VENV)/.dev
 	$(BENCH_GPU) --model janus-pro-1b --batch-size $* --output "$(@D)" --policies "ssd,ssd:kv_dtype=int8" --budgets 0.2 \
-	  --caches "$(GPU_RIVALS);ssd 20%, fast_decode;ssd:kv_dtype=int8 20%, fast_decode"
+	  --caches "StaticCache, varlen, compiled;full cache, valid tokens only;ssd 20%, fast_decode;ssd:kv_dtype=int8 20%, fast_decode"
 
 $(RESULTS)/janus-pro-7b-batch-%/bench.json: | $(VENV)/.dev
 	$(BENCH_GPU) --model janus-pro-7b --batch-size $* --tokens 96 --output "$(@D)" --caches "StaticCache;ssd 20%"

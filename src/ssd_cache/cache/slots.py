@@ -13,7 +13,8 @@ from functools import partial
 
 import torch
 
-from ssd_cache.cache.eviction import compact, select_victims, slot_of
+from ssd_cache.cache.eviction import slot_of
+from ssd_cache.cache.fused_eviction import Slots, evict
 from ssd_cache.cache.plans import GroupPlan
 from ssd_cache.cache.scorers import attention_weights
 
@@ -104,12 +105,7 @@ class SlotStore:
             self.mask[:, : self.num_prompt] = mask
         self.received.zero_()
         self.num_seen = self.num_stored = self.num_scored = 0
-        self._expect_tokens()
-
-    def _expect_tokens(self) -> None:
-        """Set the positions of the free slots, which the next tokens fill in order."""
-        free = self.positions[:, :, self.num_stored :]
-        free[:] = torch.arange(self.num_seen, self.num_seen + free.shape[2], device=free.device)
+        self.positions[:] = torch.arange(self.plan.num_slots, device=self.positions.device)
 
     def reserve(self, n: int = 1) -> int:
         """Reserve slots for the next `n` visual tokens; score and evict first if it is time.
@@ -193,27 +189,19 @@ class SlotStore:
 
     def _evict(self) -> None:
         plan = self.plan
-        victims = select_victims(
-            self.positions,
-            self._rank(self.num_seen, plan.num_slots) if plan.num_semantic else None,
-            plan.buffer,
-            self.num_seen,
-            num_recent=plan.num_recent,
-            num_sinks=plan.num_sinks,
-        )
-        compact([*self._slot_tensors(), self.positions, self.received], victims)
+        ranks = self._rank(self.num_seen, plan.num_slots) if plan.num_semantic else None
+        counts = {"num_recent": plan.num_recent, "num_sinks": plan.num_sinks}
+        evict(self._slots(), ranks, plan.buffer, self.num_seen, **counts)
         self.num_stored = self.num_scored = plan.num_slots - plan.buffer
-        self.received[..., self.num_stored :] = 0
-        self._expect_tokens()
+
+    def _slots(self) -> Slots:
+        """The tensors with one row for each slot."""
+        return Slots(self.positions, self.received, [self.keys, self.values], [])
 
     @property
     def codes(self) -> list[torch.Tensor]:
         """Codes and scales of slots in `kv_dtype`, as `dispatch.decode` takes them."""
         return []
-
-    def _slot_tensors(self) -> list[torch.Tensor]:
-        """Tensors with one row for each slot, `[batch, heads, num_slots, ...]`, that hold K and V."""
-        return [self.keys[:, :, self.num_prompt :], self.values[:, :, self.num_prompt :]]
 
     @property
     def nbytes(self) -> int:

@@ -55,6 +55,12 @@ def can_serve(
         return False
 
 
+def has_triton(device: torch.device) -> bool:
+    """Whether kernels in Triton run on a device; TRITON_INTERPRET=1 runs them on a CPU."""
+    is_there = device.type == "cuda" or (device.type == "cpu" and not _takes_loops(device))
+    return is_there and importlib.util.find_spec("triton") is not None
+
+
 def kernel_name(device: torch.device) -> str:
     """What the kernel of a device is called in reports."""
     return "CPU loop" if _takes_loops(device) else "Triton kernel"
@@ -72,7 +78,7 @@ def _missing(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"no kernel of ssd-cache takes {dtype} on this {device.type}"
     if _takes_loops(device):
         return None if cpu_kernels.library() is not None else NOT_BUILT
-    return None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
+    return None if has_triton(device) else "Triton is not installed"
 
 
 @functools.cache

@@ -42,7 +42,7 @@ define test_with
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-oldest test-newest test-real test-app package check bench bench-gpu docs clean
+.PHONY: help demo test fuzz test-oldest test-newest test-real test-app package check bench bench-gpu bench-gpu-models docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -97,6 +97,9 @@ check: $(VENV)/.dev ## lint, format, types, and the documentation built strict
 bench: $(VENV)/.runtime ## measure speed and memory of the policies side by side
 	$(BIN)/ssd-cache bench
 
+bench-gpu-models: $(RESULTS)/glm-image-batch-1/bench.json $(RESULTS)/emu3-batch-1/bench.json ## the same for GLM-Image and Emu3
+	$(BIN)/python docs/fill_gpu.py "$(RESULTS)"
+
 bench-gpu: $(GPU_PARTS:%=$(RESULTS)/%/bench.json) ## the same on a GPU, resumable; fills docs/performance.md (RESULTS=..., ROUNDS=..., BATCHES=...)
 	$(BIN)/python docs/fill_gpu.py "$(RESULTS)"
 
@@ -105,10 +108,15 @@ $(RESULTS)/janus-pro-1b-batch-%/bench.json: | $(VENV)/.dev
 	  --caches "DynamicCache;StaticCache;$(GPU_RIVALS);ssd 20%;ssd 20%, fast_decode"
 
 $(RESULTS)/janus-pro-1b-images-%/bench.json: | $(VENV)/.dev
-	$(BENCH_GPU) --model janus-pro-1b --batch-size $* --output "$(@D)" --caches "$(GPU_RIVALS);ssd 20%, fast_decode"
+	$(BENCH_GPU) --model janus-pro-1b --batch-size $* --output "$(@D)" --policies "ssd,ssd:kv_dtype=int8" --budgets 0.2 \
+	  --caches "StaticCache, varlen, compiled;full cache, valid tokens only;ssd 20%, fast_decode;ssd:kv_dtype=int8 20%, fast_decode"
 
 $(RESULTS)/janus-pro-7b-batch-%/bench.json: | $(VENV)/.dev
 	$(BENCH_GPU) --model janus-pro-7b --batch-size $* --tokens 96 --output "$(@D)" --caches "StaticCache;ssd 20%"
+
+$(RESULTS)/%-batch-1/bench.json: | $(VENV)/.dev
+	$(BENCH_GPU) --model $* --batch-size 1 --tokens 96 --output "$(@D)" \
+	  --caches "DynamicCache;StaticCache, compiled;ssd 20%, fast_decode"
 
 docs: $(VENV)/.dev ## build the documentation
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -4,7 +4,7 @@ Importing it registers the attention "ssd" with transformers and changes nothing
 from importlib import import_module as _import
 from typing import TYPE_CHECKING
 
-from ssd_cache.cache import POLICIES, MemoryStats, SSDCache
+from ssd_cache.cache import POLICIES, MemoryStats, ServedBy, SSDCache
 from ssd_cache.head_map import HeadMap, HeadMapError, LearnedScore
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __version__, _LATER = "0.2.0.dev0", {"enable": "enabling", "fast_decode": "decode"}
 _LATER |= {"learn_score": "training", "prepare": "preparing"}
-__all__ = ["POLICIES", "HeadMap", "HeadMapError", "LearnedScore", "MemoryStats", "SSDCache"]
+__all__ = ["POLICIES", "HeadMap", "HeadMapError", "LearnedScore", "MemoryStats", "SSDCache", "ServedBy"]
 __all__ += ["enable", "fast_decode", "fit_heads", "learn_score", "measure_heads", "prepare", "profile_heads"]
 
 

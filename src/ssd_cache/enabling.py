@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ContextDecorator, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -19,13 +19,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ssd_cache._compat import CACHE, find_cache, uncompiled
-from ssd_cache.cache.cache import MemoryStats, SSDCache, decoder_shape
+from ssd_cache.cache.cache import MemoryStats, ServedBy, SSDCache, decoder_shape
 from ssd_cache.cache.sharding import check_agreement, shard_of
 from ssd_cache.decode.attention_switch import ssd_attention
 from ssd_cache.decode.fast_decode import fast_decode
 from ssd_cache.decode.guidance import batched_guidance
 from ssd_cache.decode.patching import Block, Patch, current_flow, innermost, patched
 from ssd_cache.head_map.head_map import HeadMap
+from ssd_cache.layout import ImageLayout
 from ssd_cache.models.checkpoint import find_head_map
 from ssd_cache.models.find import family_of
 
@@ -44,7 +45,9 @@ class enable(ContextDecorator):
         model: a transformers model with `generate`, such as a pipeline's `pipe.model` or
             `pipe.vision_language_encoder`; may be a `torch.compile(model)`.
         head_map: the model's head map, or its name: a folder, a Hub repository, or "shapes-janus".
-        fast: run the decoder's steps through `fast_decode`, which pays off when many images are generated.
+        fast: run the decoder's steps through `fast_decode`, which pays off when many images are generated. The last
+            call's cache is then kept and reset for the next call, because a CUDA graph is tied to its tensors; its
+            memory is freed at the end of the block.
         settings: as for `SSDCache`: budget, buffer, num_recent, num_sinks, kv_dtype and so on.
 
     `with` returns the model.
@@ -64,6 +67,7 @@ class enable(ContextDecorator):
         with block:
             tokens = model.generate(**inputs, generation_mode="image")
         block.memory_stats()    # bytes of the last call's cache, and those of a full one
+        block.served_by()       # what ran its steps: kernels, compiled code, CUDA graph
     """
 
     def __init__(
@@ -80,8 +84,10 @@ class enable(ContextDecorator):
         self._needs_queries = any(layer.plan.needs_ssd_attention for layer in trial.layers)
         head_map.check_fits(type(own).__name__, *decoder_shape(own.config.get_text_config(decoder=True)))
         head_map.check_made_for(own.name_or_path)
-        self._stats: deque[MemoryStats] = deque(maxlen=1)
-        self._open = partial(_EnableBlock, model=own, head_map=head_map, settings=settings, stats=self._stats)
+        self._last: deque[tuple[MemoryStats, ServedBy]] = deque(maxlen=1)
+        self._open = partial(
+            _EnableBlock, model=own, head_map=head_map, settings=settings, last=self._last, keeps_cache=fast
+        )
         self._entered: list[tuple[object, ExitStack]] = []
 
     def __enter__(self) -> PreTrainedModel:
@@ -106,9 +112,20 @@ class enable(ContextDecorator):
         Raises:
             RuntimeError: no call that generates images has finished yet.
         """
-        if not self._stats:
+        return self._last_call()[0]
+
+    def served_by(self) -> ServedBy:
+        """What ran the steps of that call: the attention, and how many steps were eager, compiled and replayed.
+
+        Raises:
+            RuntimeError: as for `memory_stats`.
+        """
+        return self._last_call()[1]
+
+    def _last_call(self) -> tuple[MemoryStats, ServedBy]:
+        if not self._last:
             raise RuntimeError("no generate call inside this block has generated images yet")
-        return self._stats[0]
+        return self._last[0]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -118,7 +135,26 @@ class _EnableBlock(Block):
     model: PreTrainedModel
     head_map: HeadMap
     settings: dict[str, Any]
-    stats: deque[MemoryStats]
+    last: deque[tuple[MemoryStats, ServedBy]]
+    keeps_cache: bool
+    kept: deque[SSDCache] = field(default_factory=lambda: deque(maxlen=1))
+
+    def take_cache(self, layout: ImageLayout) -> SSDCache:
+        """The kept cache if it is of this layout and no other call uses it, else a new one."""
+        try:
+            cache = self.kept.pop()
+        except IndexError:
+            cache = None
+        if cache is None or cache.head_map.layout != layout:
+            cache = SSDCache(self.head_map.with_layout(layout), **self.settings)
+        return cache
+
+    def give_back(self, cache: SSDCache, output: Any) -> None:
+        """Keep a call's cache for the next call, unless the caller has it in the call's output."""
+        self.last.append((cache.memory_stats(), cache.served_by))
+        if self.keeps_cache and not (isinstance(output, dict) and any(value is cache for value in output.values())):
+            cache.reset()
+            self.kept.append(cache)
 
 
 class _GenerateWithCache(Patch):
@@ -142,10 +178,10 @@ class _GenerateWithCache(Patch):
             if _setting(block.model, call, name) not in (None, kept):  # in a generation config, which gives way
                 call[name] = kept
         layout = family.layout_of_call(seen) or block.head_map.layout
-        cache = call[CACHE] = SSDCache(block.head_map.with_layout(layout), **block.settings)
+        cache = call[CACHE] = block.take_cache(layout)
         with nullcontext() if family.has_own_guidance else _take_guidance(block.model, call, cache):
             output = self.inner(**call)
-        block.stats.append(cache.memory_stats())
+        block.give_back(cache, output)
         return output
 
 

@@ -34,7 +34,6 @@ from ssd_cache.bench.running import Measurement, generate_windows, held_bytes, m
 from ssd_cache.bench.serving import served_by
 from ssd_cache.bench.subject import TINY_TOWERS, Shape, head_map_for, janus_config, make_model
 from ssd_cache.cli import app
-from ssd_cache.decode.cuda_graph import RecordedStep
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,6 +115,9 @@ FACTS = {  # layers, hidden, query heads, KV heads, head_dim, billions of weight
     "janus-pro-7b": (30, 4096, 32, 32, 128, 7.0, 576),
     "llamagen-xl": (36, 1280, 20, 20, 64, 0.775, 576),
     "emu3": (32, 4096, 32, 8, 128, 8.5, 8190),
+    "small-emu3": (8, 512, 8, 2, 64, 0.064, 8190),
+    "glm-image": (40, 4096, 32, 2, 128, 10, 1280),  # the vision tower's included
+    "small-glm-image": (8, 512, 8, 2, 64, 0.04, 1280),
 }
 
 
@@ -123,12 +125,11 @@ FACTS = {  # layers, hidden, query heads, KV heads, head_dim, billions of weight
 def test_shapes_have_the_sizes_of_their_models(name):
     model = make_model(SHAPES[name], torch.bfloat16, torch.device("meta"))
     config = model.config.get_text_config(decoder=True)
-    rows, columns = SHAPES[name].grid
     weights = sum(weight.numel() for weight in model.parameters()) / 1e9
     heads = config.num_attention_heads, config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     layers, hidden, *expected_heads, billions, tokens = FACTS[name]
     assert (config.num_hidden_layers, config.hidden_size, *heads) == (layers, hidden, *expected_heads)
-    assert rows * columns == tokens
+    assert SHAPES[name].layout.num_tokens == tokens
     assert weights == pytest.approx(billions, rel=0.12)  # the figures are rounded, and tied weights told in both ways
     assert SHAPES[name].num_prompt + tokens <= config.max_position_embeddings
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
@@ -251,6 +252,18 @@ def test_the_machine_is_measured():
 # --- memory
 
 
+@needs_compiler
+@pytest.mark.parametrize("name", ["small-emu3", "small-glm-image"])
+def test_small_shapes_step_fast_on_a_cpu(name):
+    subject = load_subject(name, torch.float32, CPU)
+    case = Case("ssd", 0.2, "fast_decode")
+    cache = case.make_cache(subject)
+    with case.running(subject):
+        subject.generate(cache, 1, 6, lambda: None)
+        assert served_by(subject, case, cache) == ("CPU loop, packed linears, compiled", False)
+    assert cache.get_seq_length() == subject.num_prompt + 5
+
+
 @pytest.mark.parametrize("windows", [None, 32], ids=["whole", "windows"])
 def test_bytes_are_those_at_the_end_of_an_image(janus, windows):
     cases = [Case("DynamicCache"), Case("StaticCache"), Case("ssd", 16), Case("ssd:kv_dtype=int8", 16)]
@@ -299,14 +312,19 @@ def test_names_of_cases_tell_them_apart():
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="reads the commands from make")
-def test_make_bench_gpu_measures_cases_that_are_there(tmp_path):
-    command = ["make", "--dry-run", "bench-gpu", f"RESULTS={tmp_path}"]
+@pytest.mark.parametrize(("target", "num_parts"), [("bench-gpu", 5), ("bench-gpu-models", 2)])
+def test_make_bench_gpu_measures_cases_that_are_there(target, num_parts, tmp_path):
+    command = ["make", "--dry-run", target, f"RESULTS={tmp_path}"]
     lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.replace("\\\n", " ")
     found = [shlex.split(line) for line in lines.splitlines() if "ssd-cache bench" in line]
-    assert len(found) == 5
+    assert len(found) == num_parts
     for words in found:
-        names = words[words.index("--caches") + 1].split(";")
-        assert [case.name for case in choose_cases(MAP_24, names=names, on_gpu=True)] == names
+        given = dict(zip(words[2::2], words[3::2], strict=True))
+        assert given["--model"] in SHAPES
+        names, policies = given["--caches"].split(";"), given.get("--policies")
+        budgets = [float(given["--budgets"])] if policies else None
+        cases = choose_cases(MAP_24, policies=policies, budgets=budgets, names=names, on_gpu=True)
+        assert sorted(case.name for case in cases) == sorted(names)
 
 
 def test_every_policy_comes_at_every_budget():
@@ -360,19 +378,18 @@ def test_a_case_that_falls_back_is_marked():
 
 def test_a_gpu_falls_back_without_kernel_graph_or_compiler():
     case = Case("ssd", 0.4, "fast_decode")
-    cache, recorded = case.make_ssd(HEAD_MAP), RecordedStep()
-    forward = SimpleNamespace(is_usable=True, recorded={cache: recorded})
-    model = SimpleNamespace(device=torch.device("cuda"), get_decoder=lambda: SimpleNamespace(forward=forward))
+    cache, decoder = case.make_ssd(HEAD_MAP), SimpleNamespace()
+    model = SimpleNamespace(device=torch.device("cuda"), get_decoder=lambda: decoder)
     subject = SimpleNamespace(model=model, config=SimpleNamespace(_attn_implementation="ssd"), step_weights=list)
-    recorded.graph, recorded.num_run = object(), 12
+    cache.num_compiled, cache.num_replayed = 2, 10
     assert served_by(subject, case, cache) == ("torch's attention, compiled, CUDA graph with 10 replays", True)
     for layer in cache.layers:
-        layer.has_kernel = True
+        layer.has_kernel, layer.device = True, model.device
     assert served_by(subject, case, cache) == ("Triton kernel, compiled, CUDA graph with 10 replays", False)
-    forward.is_usable = False
-    assert served_by(subject, case, cache) == ("Triton kernel, eager, CUDA graph with 10 replays", True)
-    forward.is_usable, recorded.graph = True, None
+    cache.num_replayed = 0
     assert served_by(subject, case, cache) == ("Triton kernel, compiled", True)
+    cache.num_compiled = 0
+    assert served_by(subject, case, cache) == ("Triton kernel, eager", True)
 
 
 def test_a_recorded_graph_of_the_untimed_tokens_serves_the_timed_image(janus, monkeypatch):

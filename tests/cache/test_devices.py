@@ -11,6 +11,9 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +23,13 @@ from helpers.models import left_padded_prompts, random_score, tiny_janus, tiny_l
 from helpers.tensor_parallel_child import CASES, SIDE, generate, generate_glm, generate_janus, load
 from helpers.tiny_checkpoint import write_checkpoint, write_family
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, GlmImageForConditionalGeneration, JanusForConditionalGeneration, LlamaForCausalLM
 
-from ssd_cache import HeadMap, HeadMapError, SSDCache
+from ssd_cache import HeadMap, HeadMapError, SSDCache, enable
+from ssd_cache.cache.scorers import SCORES
 from ssd_cache.cache.sharding import is_distributed, own_heads, shard_of
 
 MAP = HeadMap(torch.tensor([[True, False], [False, True]]), (SIDE, SIDE))
@@ -121,21 +126,79 @@ def test_layers_that_accelerate_loads_from_disk_generate_the_same(tmp_path):
             cache = SSDCache(MAP, budget, buffer=4)
             tokens.append(model.generate(**left_padded_prompts([5, 9]), max_new_tokens=30, past_key_values=cache))
         torch.testing.assert_close(*tokens, rtol=0, atol=0)
+    call, tokens = {**left_padded_prompts([5, 9]), "max_new_tokens": 30, "do_sample": False}, []
+    for model in (split, whole):
+        block = enable(model, MAP, budget=14, buffer=4, fast=model is split)
+        with block, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tokens.append(model.generate(**call))
+        if model is split:  # accelerate's hooks are no code for a compiler
+            (told,) = [text for warning in caught if (text := str(warning.message)).startswith("fast_decode")]
+            assert told.startswith("fast_decode continues uncompiled")
+            assert block.served_by().eager == 29
+    assert torch.equal(*tokens)
 
 
-class OneDevice(TorchDispatchMode):
-    """Refuses operations that mix devices, indexing by a tensor of the CPU too: on a GPU it would wait for the copy."""
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes Python wait for a GPU: mixed devices, copies between them, and reading numbers."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        assert len({tensor.device for tensor in tensors}) <= 1, function
+        result = function(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if tensors:  # what is made from numbers alone needs no copy
+            assert len({tensor.device for tensor in [*tensors, *made]}) <= 1, function
+        assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), function
+        return result
+
+
+class NoLists(TorchFunctionMode):
+    """Refuses indexing by a list, which torch copies to the device where no dispatch mode sees it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(part, list) for part in index), index
         return function(*args, **(kwargs or {}))
 
 
 def test_a_learned_score_stays_on_the_device_of_its_layer():
     score = random_score(1, 2, 8, (SIDE, SIDE)).at(0).to(torch.device("meta"))
-    with OneDevice():
+    with NoWaiting():
         assert score.of_places(torch.zeros(3, 2, 5, dtype=torch.int32, device="meta"), 40).shape == (3, 2, 5)
+
+
+@pytest.mark.parametrize("has_kernel", [True, False])
+@pytest.mark.parametrize("score", SCORES)
+def test_no_step_of_a_later_image_waits_for_the_device(score, has_kernel):
+    """From the prompt to the last token, with evictions, eager and static; the attention itself is left out."""
+    head_map = replace(MAP, learned=random_score(2, 2, 8, (SIDE, SIDE)))
+    cache = SSDCache(head_map, {"spatial": 14, "semantic": 16}, buffer=4, score=score)
+    prompt, mask = torch.empty(3, 2, 5, 8, device="meta"), torch.empty(3, 5, dtype=torch.bool, device="meta")
+
+    def add(states, query=None):
+        for index, layer in enumerate(cache.layers):
+            cache.update(states, states, index)
+            if query is None:
+                layer.see_prompt(states, mask, 1.0, None)
+                layer.has_kernel = has_kernel
+            else:
+                for store, slot, part in zip(layer.stores, layer.slots, layer.groups.split(query), strict=True):
+                    store.hold(slot, part)
+                layer._query_missing = False
+
+    for image in range(2):
+        cache.reset()
+        with ExitStack() as stack:
+            if image:
+                stack.enter_context(NoWaiting())
+                stack.enter_context(NoLists())
+            add(prompt)
+            for step in range(SIDE * SIDE - 1):
+                token = torch.empty(3, 2, 1, 8, device="meta")
+                with cache.static_step() if step > 10 else nullcontext():
+                    add(token, token.view(3, 2, 1, 8))
+    assert {store.num_seen for layer in cache.layers for store in layer.stores} == {SIDE * SIDE - 1}
 
 
 @pytest.mark.gpu

@@ -160,7 +160,7 @@ def test_nbytes_is_the_formula_and_that_of_the_tensors(kv_dtype, dtype, budget):
     cache = SSDCache(mixed_map(), budget, buffer=3, num_recent=2, kv_dtype=kv_dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "slots in .* are converted")  # float16, on a CPU
+        warnings.filterwarnings("ignore", "torch's attention runs the steps .* are converted")  # float16, on a CPU
         assert generate_image(model, cache).shape == (3, 36)
     rows, prompt, head_dim, heads = 6, 9, 16, 4  # guidance doubles the rows
     slots = sum(sum(layer.plan.num_slots) for layer in cache.layers)
@@ -319,7 +319,7 @@ def test_without_a_kernel_it_says_so_once_and_dequantises(kv_dtype, case, monkey
     dtype, reason = NO_KERNEL[case]
     model = tiny_janus(grid_side=6).to(dtype or torch.float32)
     expected = generate_image(model, SSDCache(mixed_map(), 14, buffer=3, kv_dtype=kv_dtype), do_sample=False)
-    asked = (dispatch.passes_trial, dispatch._warn_of_conversion)
+    asked = (dispatch.passes_trial, dispatch._warn_of_torch)
     for answer in asked:
         answer.cache_clear()
     if dtype is None:
@@ -333,9 +333,7 @@ def test_without_a_kernel_it_says_so_once_and_dequantises(kv_dtype, case, monkey
     for answer in asked:
         answer.cache_clear()
     (told,) = [str(warning.message) for warning in caught if "converted" in str(warning.message)]
-    assert told.startswith(
-        f"slots in {kv_dtype} are converted to the model's dtype at every step, for torch's attention"
-    )
+    assert told.startswith("torch's attention runs the steps over an SSDCache, for which slots in " + kv_dtype)
     assert reason in told
 
 

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers.compiling import needs_compiler, static_addresses
+from helpers.compiling import held_tensors, needs_compiler, static_addresses
 from helpers.models import left_padded_prompts, tiny_janus, tiny_llama
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
@@ -166,12 +166,20 @@ def test_tensors_stay_in_place_during_an_image_and_after_reset():
     assert cache.version == version
     again = [tensor for layer in cache.layers for tensor in layer.held_positions()]
     assert all(map(torch.equal, again, held))
-    cache.reorder_cache(torch.tensor([1, 0]))
-    assert cache.version != version
-    cache.reset()
-    version = cache.version
-    static_addresses(model, cache, tokens[:1])  # another batch size
-    assert cache.version != version
+    for replace in (
+        lambda: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda: cache.batch_repeat_interleave(2),
+        lambda: cache.batch_select_indices(torch.tensor([0, 3])),
+    ):
+        before = [tensor.data_ptr() for tensor in held_tensors(cache)], cache.version
+        replace()
+        assert [tensor.data_ptr() for tensor in held_tensors(cache)] != before[0]
+        assert cache.version != before[1]
+    for rows, is_other in ((2, True), (1, True), (1, False), (2, True)):  # after those methods nothing is used again
+        cache.reset()
+        version = cache.version
+        static_addresses(model, cache, tokens[:rows, :12])
+        assert (cache.version != version) == is_other
 
 
 @needs_compiler
@@ -256,11 +264,15 @@ def test_without_a_compiler_it_says_so_once_and_goes_on():
     asked = (cpu_kernels.library, fused.passes_trial)
     for answer in asked:
         answer.cache_clear()
+    before = dict(vars(model.get_decoder()))
     with no_compiler, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with fast_decode(model):
             for _ in range(2):
-                assert torch.equal(generate(model, SSDCache(LABELS, 0.4)), expected)
+                cache = SSDCache(LABELS, 0.4)
+                assert torch.equal(generate(model, cache), expected)
+    assert str(cache.served_by) == "torch's attention; steps: 143 eager"
+    assert dict(vars(model.get_decoder())) == before
     for answer in asked:
         answer.cache_clear()
     told = [str(warning.message) for warning in caught if "fast_decode continues" in str(warning.message)]
@@ -285,7 +297,7 @@ def test_where_its_loops_can_not_be_built_it_says_so_once_and_compiles_without(m
             assert torch.equal(generate(model, cache), expected)
     for answer in asked:
         answer.cache_clear()
-    assert not any(layer.has_kernel for layer in cache.layers)
+    assert str(cache.served_by) == "torch's attention; steps: 1 eager, 142 compiled"
     assert counters["stats"]["unique_graphs"] == 1
     told = [str(warning.message) for warning in caught if "fast_decode continues" in str(warning.message)]
     assert len(told) == 1

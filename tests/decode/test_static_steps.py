@@ -9,11 +9,14 @@ import pytest
 import torch
 from helpers.compiling import needs_compiler
 from helpers.models import left_padded_prompts, tiny_janus, tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssd_cache import HeadMap, SSDCache, fast_decode
 from ssd_cache._compat import CACHE
 from ssd_cache.cache import scorers
+from ssd_cache.cache.eviction import slot_of
 from ssd_cache.cache.scorers import LastScorer, Scorer
+from ssd_cache.cache.slots import NUM_AHEAD
 
 LABELS = HeadMap(torch.tensor([[True, False], [False, True]]), grid=(12, 12))
 
@@ -88,6 +91,36 @@ def test_rows_selected_in_the_middle_of_an_image(settings):
             assert cache.layers[0].has_kernel == ("kv_dtype" in settings or (is_fast and "score" not in settings))
     # float32 rounding of two ways to sum the same softmax
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+class Operations(TorchDispatchMode):
+    """The operations of torch that start work on a device; a view does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_host_side_of_a_static_step_is_one_copy():
+    """An eviction writes the positions of all tokens until the next, and slots are computed for many tokens at once."""
+    model, cache = tiny_llama(), SSDCache(LABELS.with_grid((40, 20)), {"spatial": 30, "semantic": 50}, buffer=12)
+    cache.allow_cpu_kernel()  # as inside `fast_decode`: no query is held, and none is scored
+    model(torch.full((2, 6), 11), past_key_values=cache)
+    model(token(2), past_key_values=cache)
+    for number in range(1, NUM_AHEAD + 100):
+        with Operations() as operations, cache.static_step():
+            count = len(operations.names)
+            slots = [[int(slot) for slot in layer.slots] for layer in cache.layers]
+        sizes = [[store.plan.num_slots for store in layer.stores] for layer in cache.layers]
+        assert slots == [[slot_of(number, size, 12) for size in layer] for layer in sizes]
+        evicts = any(number >= size and (number - size) % 12 == 0 for size in (30, 50))
+        if not evicts and number not in (1, 1 + NUM_AHEAD):
+            assert count == 1, operations.names
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)

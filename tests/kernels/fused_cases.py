@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from ssd_cache import HeadMap, SSDCache, fast_decode
 from ssd_cache._compat import CACHE
+from ssd_cache.cache import fused_eviction
 from ssd_cache.kernels import cpu_loops as cpu_kernels
 from ssd_cache.kernels import dispatch as fused
 from ssd_cache.kernels.eight_bits import KV_DTYPES, dequantize, quantize
@@ -194,6 +195,51 @@ def test_one_step_in_numbers_of_any_precision(dtype, groups):
     received[:, : slot + 1] = logits.softmax(-1)[:, 0, :, num_prompt:].sum(1)
     # sums in float32, whatever the dtype, of at most 150 shares below 1
     torch.testing.assert_close(scores[:, 0].double(), before[2][:, 0] + received, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not INTERPRETS, reason="only Triton has a kernel for evictions")
+@settings(max_examples=60)
+@given(st.data())
+def test_an_eviction_is_that_of_torch_bit_for_bit(data):
+    """With codes and scales or without, few or no semantic heads, equal ranks, and ranks that are no numbers."""
+    draw, random = data.draw, torch.Generator().manual_seed(data.draw(st.integers(0, 99), "seed"))
+    num_slots, batch, heads = draw(st.integers(2, 70), "slots"), 2, 3
+    num_evict, num_sinks = draw(st.integers(1, num_slots), "evict"), draw(st.integers(0, 3), "sinks")
+    num_semantic, has_scales = draw(st.integers(0, heads), "semantic"), draw(st.booleans(), "scales")
+    num_recent = draw(st.integers(0, num_slots), "recent")
+    num_seen = num_slots + draw(st.integers(0, 99), "evicted before")
+    held = [torch.randperm(num_seen, generator=random)[:num_slots] for _ in range(batch * heads)]
+    positions = torch.stack(held).int().view(batch, heads, num_slots)
+    positions[:, num_semantic:] = positions[:1, :1]  # spatial heads hold the same tokens
+    kinds = torch.tensor([0.0, -0.0, 1.0, -1.0, 3e-45, float("inf"), float("-inf"), float("nan")])
+    ranks = kinds[torch.randint(len(kinds), (batch, num_semantic, num_slots), generator=random)]
+    received = torch.rand(batch, draw(st.integers(0, num_semantic), "scored"), num_slots, generator=random)
+    num_prompt = 0 if has_scales else 5
+    states = [torch.randn(batch, heads, num_prompt + num_slots, dim, generator=random) for dim in (6, 8)]
+    scales = [torch.rand(batch, heads, num_slots, generator=random) for _ in range(2 * has_scales)]
+    found = []
+    for run in (fused_eviction._by_torch, fused_eviction._by_kernel):
+        slots = fused_eviction.Slots(*([t.clone() for t in part] if isinstance(part, list) else part.clone()
+                                       for part in (positions, received, states, scales)))  # fmt: skip
+        run(slots, ranks if num_semantic else None, num_evict, num_seen, num_recent=num_recent, num_sinks=num_sinks)
+        kept = num_slots - num_evict
+        found.append([slots.positions, slots.received, *(part[:, :, : num_prompt + kept] for part in slots.states),
+                      *(part[:, :, :kept] for part in slots.scales)])  # fmt: skip
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.skipif(not INTERPRETS, reason="only Triton has a kernel for evictions")
+def test_an_eviction_is_one_launch(monkeypatch):
+    """Of each store; "sum" ranks by what the decode kernel has added up."""
+    from ssd_cache.kernels import triton_evict
+
+    assert fused_eviction.has_kernel(torch.device("cpu"))
+    launches, launch = [], triton_evict.launch
+    monkeypatch.setattr(triton_evict, "launch", lambda *args, **counts: launches.append(1) or launch(*args, **counts))
+    monkeypatch.setattr(fused_eviction, "select_victims", None)
+    cache = SSDCache(LABELS, 8, buffer=2)
+    generate(tiny_janus(grid_side=4), cache)
+    assert len(launches) == 2 * len(range(8, 15, 2)), "two layers; 15 of 16 tokens are fed"
 
 
 def test_one_call_over_stores_of_several_lengths_equals_a_call_for_each():

@@ -7,6 +7,7 @@ GPU every test that generates uses the kernel by default; the last test holds it
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ from helpers.models import left_padded_prompts, tiny_janus
 
 from ssd_cache import HeadMap, SSDCache, fast_decode
 from ssd_cache._compat import CACHE
+from ssd_cache.cache import fused_eviction
 from ssd_cache.kernels import dispatch as fused
+from ssd_cache.kernels.eight_bits import dequantize, quantize
 
 CASES = Path(__file__).with_name("fused_cases.py")
 
@@ -37,33 +40,88 @@ def test_cases_pass(interprets):
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "groups", "kv_dtype"),
-    [
-        *((80, "bf16", 1, None), (80, "fp32", 4, None), (90, "bf16", 1, None), (90, "fp16", 4, None)),
-        *((80, "bf16", 4, "int8"), (90, "bf16", 1, "int8"), (80, "fp16", 4, "fp8")),
-    ],
-)
-def test_kernel_compiles_for_a_gpu(capability, dtype, groups, kv_dtype, tmp_path, monkeypatch):
-    """As far as machine code, which Triton's own ptxas makes without a GPU. 48 KB is what every GPU can share."""
+BUSY, IDLE = True, False
+COMPILED = [  # capability, dtype, groups, slots, many programs or few; then the most registers, and the most barriers
+    (80, "bf16", 1, None, BUSY, 104, 6),
+    (90, "bf16", 1, None, BUSY, 104, 6),
+    (90, "bf16", 1, None, IDLE, 104, 26),
+    (90, "fp16", 4, None, BUSY, 208, 10),
+    (80, "fp32", 4, None, BUSY, 128, 26),
+    (90, "bf16", 1, "int8", BUSY, 192, 8),
+    (90, "bf16", 1, "int8", IDLE, 128, 26),
+    (80, "bf16", 4, "int8", BUSY, 160, 38),
+    (80, "fp16", 4, "fp8", BUSY, 224, 38),
+]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "groups", "kv_dtype", "is_busy", "registers", "barriers"), COMPILED)
+def test_kernel_compiles_for_a_gpu(
+    capability, dtype, groups, kv_dtype, is_busy, registers, barriers, tmp_path, monkeypatch
+):
+    """As it is launched, to machine code, by Triton's own ptxas: all pointers but the slot's are multiples of 16.
+
+    Every GPU since 2018 can share 64 KB. Limits of registers and barriers are what Triton 3.7 needs and a little more.
+    """
     triton = pytest.importorskip("triton", reason="the kernel is written in Triton, which is not installed here")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ssd_cache.kernels.triton_decode import block_sizes, decode_kernel
+    from ssd_cache.kernels.checks import LayerSizes
+    from ssd_cache.kernels.triton_decode import decode_kernel, launch_options
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"GROUPS": groups, "HEAD_DIM": 128, "VALUE_DIM": 128, "HAS_MASK": True, "UPCAST": False}
     constants["KV_DTYPE"] = kv_dtype
-    constants |= block_sizes(groups, 128, 128, 4 if dtype == "fp32" else 2)
+    layer = LayerSizes(batch=256, kv_heads=16, groups=groups, head_dim=128, value_dim=128)
+    launched = launch_options(layer, 4 if dtype == "fp32" else 2, kv_dtype, is_busy)
+    options = {name: launched.pop(name) for name in ("num_warps", "num_stages")}
+    constants |= launched
     states = dict.fromkeys(("query", "new_key", "new_value", "keys", "values", "output"), f"*{dtype}")
     pointers = {**states, "key_codes": "*i8", "value_codes": "*i8", "key_scales": "*fp32", "value_scales": "*fp32"}
     pointers |= {"scores": "*fp32", "logits": "*fp32", "mask": "*i1", "heads": "*i64", "slot_pointer": "*i64"}
     names = decode_kernel.arg_names
     types = {**dict.fromkeys(names, "i32"), **pointers, "scaling": "fp32", **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(decode_kernel, types, {(names.index(name),): value for name, value in constants.items()})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_stages": 2})
-    assert compiled.asm["cubin"]
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers if name != "slot_pointer"}
+    source = ASTSource(
+        decode_kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.metadata.shared <= 64 << 10
+    program = tmp_path / "kernel.cubin"
+    program.write_bytes(compiled.asm["cubin"])
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+    def run(tool, option):
+        return subprocess.run([tools / tool, option, program], capture_output=True, text=True, check=True).stdout
+
+    usage, code = run("cuobjdump", "--dump-resource-usage"), run("nvdisasm", "-c")
+    found = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK")}
+    assert found["REG"] <= registers
+    assert found["STACK"] == 0, "registers are spilled"
+    assert code.count("BAR.SYNC") <= barriers
+    wide = len(re.findall(r"(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128", code))
+    assert wide >= 12, "K and V are not read by 16 bytes a thread"
+
+
+@pytest.mark.parametrize("has_scales", [False, True])
+def test_the_kernel_of_evictions_compiles_for_a_gpu(has_scales, tmp_path, monkeypatch):
+    triton = pytest.importorskip("triton", reason="the kernel is written in Triton, which is not installed here")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ssd_cache.kernels.triton_evict import TILE, evict_kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {"HEAD_DIM": 128, "VALUE_DIM": 128, "BLOCK_HEAD": 128, "BLOCK_VALUE": 128}
+    constants |= {"HAS_SCALES": has_scales, "TILE": TILE}
+    pointers = {"positions": "*i32", "places": "*i32", "is_kept": "*i32", "ranks": "*fp32", "received": "*fp32"}
+    pointers |= dict.fromkeys(("keys", "values"), "*i8" if has_scales else "*bf16")
+    pointers |= {"key_scales": "*fp32", "value_scales": "*fp32"}
+    names = evict_kernel.arg_names
+    types = {**dict.fromkeys(names, "i32"), **pointers, **dict.fromkeys(constants, "constexpr")}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    compiled = triton.compile(ASTSource(evict_kernel, types, values, aligned), target=GPUTarget("cuda", 90, 32))
     assert compiled.metadata.shared <= 48 << 10
 
 
@@ -73,22 +131,96 @@ def test_without_triton_and_without_a_gpu_the_torch_path_is_taken():
         assert not fused.can_serve(states, states, states)
 
 
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel itself needs a CUDA device")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel itself, not its interpreter, needs a CUDA device")
+@on_gpu
 @pytest.mark.parametrize("is_fast", [False, True])
 def test_kernel_generates_the_tokens_of_the_torch_path_on_a_gpu(is_fast, monkeypatch):
-    """With `fast_decode` as a recorded CUDA graph, for two images in a row."""
-    labels = HeadMap(torch.tensor([[True, False], [False, True]]), grid=(12, 12))
-    model = tiny_janus(grid_side=12).cuda()
+    """With `fast_decode`, all but the first steps replay a CUDA graph, which the second image uses too."""
+    labels = HeadMap(torch.tensor([[True, False], [False, True]]), grid=(24, 24))
+    model = tiny_janus(grid_side=24).cuda()
     inputs = {name: tensor.cuda() for name, tensor in left_padded_prompts((5, 9, 3)).items()}
 
     def generate(cache):
         return model.generate(**inputs, generation_mode="image", **{CACHE: cache}, do_sample=False)
 
-    caches = [SSDCache(labels, 0.4) for _ in range(2)]
+    cache, images, served = SSDCache(labels, 0.4), [], []
     with fast_decode(model) if is_fast else torch.no_grad():
-        tokens = [generate(cache) for cache in caches]
-    assert all(layer.has_kernel for layer in caches[1].layers)
+        for _ in range(2):
+            cache.reset()
+            images.append(generate(cache))
+            served.append(cache.served_by)
+    assert {found.attention for found in served} == {"Triton kernel"}
+    # of 576 tokens the last one is not fed; one runs before the graph, and WARM_UP of the first image
+    assert [found.replayed for found in served] == ([572, 573] if is_fast else [0, 0])
+    assert fused_eviction.has_kernel(torch.device("cuda", torch.cuda.current_device()))
     monkeypatch.setattr(fused, "can_serve", lambda *states, **options: False)
-    for generated in tokens:
-        assert torch.equal(generated, generate(SSDCache(labels, 0.4)))
+    monkeypatch.setattr(fused_eviction, "has_kernel", lambda device: False)
+    for tokens in images:
+        assert torch.equal(tokens, generate(SSDCache(labels, 0.4)))
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_no_step_waits_for_the_gpu():
+    """A later image of a cache, prompt and evictions included."""
+    labels = HeadMap(torch.tensor([[True, False], [False, True]]), grid=(12, 12))
+    model, cache = tiny_janus(grid_side=12).cuda(), SSDCache(labels, 0.4)
+    decoder, states = model.get_decoder(), torch.randn(4, 150, 32, device="cuda")
+    with torch.no_grad():
+        for image in range(2):
+            cache.reset()
+            torch.cuda.set_sync_debug_mode("error" if image else "default")
+            try:
+                decoder(inputs_embeds=states[:, :6], **{CACHE: cache})
+                for step in range(6, 150):
+                    decoder(inputs_embeds=states[:, step : step + 1], **{CACHE: cache})
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_kernel_in_real_sizes_on_a_gpu(kv_dtype):
+    """Janus-Pro-1B at a batch of 128 with guidance, in bfloat16: 256 rows, two stores, padding, scores."""
+    torch.manual_seed(0)
+    batch, num_prompt, options = 256, 16, {"device": "cuda", "dtype": torch.bfloat16}
+    query, new_key, new_value = (torch.randn(batch, 16, 1, 128, **options) for _ in range(3))
+    output, stores = torch.full_like(query, float("nan")), []
+    for heads, num_slots, slot in ((range(10), 140, 139), (range(10, 16), 90, 40)):
+        heads = torch.tensor(heads, device="cuda")
+        states = [torch.randn(batch, len(heads), num_prompt + num_slots, 128, **options) for _ in range(2)]
+        mask = torch.ones(batch, num_prompt + num_slots, dtype=torch.bool, device="cuda")
+        mask[::2, :7] = False
+        scores = torch.zeros(batch, len(heads) // 2, num_slots, device="cuda")
+        stores.append((*states, scores, heads, mask, torch.tensor(slot, device="cuda")))
+    codes = []
+    if kv_dtype is not None:
+        for at, (keys, values, *others) in enumerate(stores):
+            for states in (keys, values):
+                codes += quantize(states[:, :, num_prompt:].contiguous(), kv_dtype)
+            stores[at] = (keys[:, :, :num_prompt].contiguous(), values[:, :, :num_prompt].contiguous(), *others)
+    fused.decode(query, new_key, new_value, *map(list, zip(*stores, strict=True)), 128**-0.5, output, codes, kv_dtype)
+    for at, (keys, values, scores, heads, mask, slot) in enumerate(stores):
+        if kv_dtype is not None:
+            parts = codes[4 * at : 4 * at + 4]
+            keys, values = (
+                torch.cat([prompt.float(), dequantize(*part, kv_dtype, torch.float32)], 2)
+                for prompt, part in ((keys, parts[:2]), (values, parts[2:]))
+            )
+        end = num_prompt + int(slot) + 1
+        if kv_dtype is None:
+            assert torch.equal(keys[:, :, end - 1], new_key[:, heads, 0])
+            assert torch.equal(values[:, :, end - 1], new_value[:, heads, 0])
+        logits = 128**-0.5 * query[:, heads].double() @ keys[:, :, :end].double().mT
+        weights = logits.masked_fill(~mask[:, None, None, :end], float("-inf")).softmax(-1)
+        attended = weights @ values[:, :, :end].double()
+        # a few roundings of bfloat16; sums of float32
+        limit = 8 * torch.finfo(torch.bfloat16).eps * values.abs().max()
+        assert (output[:, heads].double() - attended).abs().max() <= limit
+        received = weights[:, : scores.shape[1], 0, num_prompt:]
+        assert (scores[:, :, : end - num_prompt].double() - received).abs().max() <= 1e-5
+        assert not scores[:, :, end - num_prompt :].any()

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from helpers.compiling import needs_compiler
 from helpers.models import emu3_processor, tiny_emu3
 from helpers.tiny_checkpoint import write_family
 from transformers import DynamicCache
@@ -117,6 +118,22 @@ def test_enable_holds_both_branches_in_one_small_cache(generator, made):
     _, cache = made
     assert {store.keys.shape[0] for layer in cache.layers for store in layer.stores} == {2 * 2 * len(PROMPTS)}
     assert cache.nbytes < 0.6 * cache.memory_stats().full_cache
+
+
+@needs_compiler
+def test_enable_fast_generates_the_eager_tokens(generator):
+    """With guidance in one batch and the grammar; every step but an image's first is compiled."""
+    torch._dynamo.reset()
+    call, settings = user_call(generator), {"budget": 10, "buffer": 2}
+    with enable(generator.model, HEAD_MAP, **settings):
+        expected = generator.model.generate(**call)
+    block = enable(generator.model, HEAD_MAP, fast=True, **settings)
+    with block:
+        for _ in range(2):
+            assert torch.equal(generator.model.generate(**call).sequences, expected.sequences)
+            served = block.served_by()
+            # the closing tokens come after the grid, and the last of them is not fed
+            assert (served.attention, served.eager, served.compiled) == ("CPU loop", 1, CELLS + 1)
 
 
 def test_a_call_without_guidance_and_one_for_text_are_left_alone(generator, made):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.attention_reference import compare
+from helpers.compiling import needs_compiler
 from helpers.models import glm_image_pipeline
 from helpers.tiny_checkpoint import write_family
 from PIL import Image
@@ -224,6 +225,31 @@ def test_an_offloaded_diffusers_pipeline_generates_the_same_pixels(made):
     assert {store.plan.num_slots for layer in made[-1].layers for store in layer.stores} == {round(0.2 * CELLS)}
     with enable(pipe.vision_language_encoder, HEAD_MAP, budget=1.0):
         assert torch.equal(generate(pipe, PROMPTS), plain)
+
+
+@needs_compiler
+def test_enable_fast_generates_the_eager_tokens(generator):
+    """With M-RoPE, both grids and left padding; every step but an image's first is compiled."""
+    torch._dynamo.reset()
+    call = {**generator.prepare(PROMPTS), "do_sample": False, "max_new_tokens": CELLS, "min_new_tokens": CELLS}
+    with enable(generator.model, HEAD_MAP, budget=0.2):
+        expected = generator.model.generate(**call)
+    block = enable(generator.model, HEAD_MAP, fast=True, budget=0.2)
+    with block:
+        for _ in range(2):
+            assert torch.equal(generator.model.generate(**call), expected)
+            served = block.served_by()
+            assert (served.attention, served.eager, served.compiled) == ("CPU loop", 1, CELLS - 2)
+
+
+@needs_compiler
+def test_diffusers_pipeline_runs_fast(pipe):
+    with enable(pipe.vision_language_encoder, HEAD_MAP, budget=0.2):
+        expected = generate(pipe, PROMPTS)
+    block = enable(pipe.vision_language_encoder, HEAD_MAP, fast=True, budget=0.2)
+    with block:
+        assert torch.equal(generate(pipe, PROMPTS), expected)
+    assert block.served_by().compiled == CELLS - 1  # the pipeline feeds the last token too
 
 
 def test_a_pipeline_is_not_its_autoregressive_part(pipe):

@@ -11,7 +11,6 @@ from transformers import Cache
 from ssd_cache.bench.cases import Case
 from ssd_cache.bench.subject import Subject
 from ssd_cache.cache.cache import SSDCache
-from ssd_cache.decode.cuda_graph import WARM_UP
 from ssd_cache.kernels.packed_linears import COPY
 
 
@@ -21,19 +20,18 @@ def served_by(subject: Subject, case: Case, cache: Cache) -> tuple[str, bool]:
     Returns:
         The description, and whether the case fell back: whether something that its name promises did not run.
     """
-    forward, on_gpu = subject.model.get_decoder().forward, subject.model.device.type == "cuda"
-    is_fast, lacks_kernel = case.steps == "fast_decode", False
+    on_gpu, is_fast, lacks_kernel = subject.model.device.type == "cuda", case.steps == "fast_decode", False
     attention, graph = subject.config._attn_implementation, ""
+    is_compiled = "compiled" in case.steps  # a rival that is not compiled fails
     if isinstance(cache, SSDCache):
-        has_kernel = all(layer.has_kernel for layer in cache.layers)
-        attention = ("Triton kernel" if on_gpu else "CPU loop") if has_kernel else "torch's attention"
-        takes_kernel = all(layer.plan.takes_kernel for layer in cache.layers)
-        lacks_kernel = (is_fast or on_gpu) and takes_kernel and not has_kernel
-        recorded = forward.recorded.get(cache) if is_fast else None
-        graph = f"CUDA graph with {recorded.num_run - WARM_UP} replays" if recorded and recorded.graph else ""
+        served = cache.served_by
+        attention, is_compiled = served.attention, served.compiled + served.replayed > 0
+        lacks_kernel = (is_fast or on_gpu) and any(
+            layer.plan.takes_kernel and not layer.has_kernel for layer in cache.layers
+        )
+        graph = f"CUDA graph with {served.replayed} replays" if served.replayed else ""
     copies = [getattr(weight, COPY, None) for weight in subject.step_weights()]
     is_packed = any(copy is not None and copy.made_of is not None for copy in copies)
-    is_compiled = forward.is_usable if is_fast else "compiled" in case.steps  # a rival that is not compiled fails
     words = (attention, "packed linears" if is_packed else "", "compiled" if is_compiled else "eager", graph)
     lacks = (
         lacks_kernel,

@@ -16,6 +16,7 @@ from transformers import (
     Emu3ForCausalLM,
     Emu3TextConfig,
     GenerationConfig,
+    GlmImageConfig,
     GlmImageForConditionalGeneration,
     JanusConfig,
     JanusForConditionalGeneration,
@@ -55,12 +56,18 @@ TINY_TOWERS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A model with random weights: its class and configuration, the grid (end-of-line tokens count), prompt tokens."""
+    """A model with random weights: its class and configuration, prompt tokens, and grids (end-of-line tokens count)."""
 
     model_class: type[PreTrainedModel]
     make_config: Callable[[], PreTrainedConfig]
     grid: Grid = (24, 24)
     num_prompt: int = NUM_PROMPT
+    draft_grids: tuple[Grid, ...] = ()
+
+    @property
+    def layout(self) -> ImageLayout:
+        """The grids of an image."""
+        return ImageLayout(self.grid, self.draft_grids)
 
 
 def llama_config(
@@ -89,6 +96,29 @@ def janus_config(*sizes: int, vocab_size: int = 102400, length: int = 16384, **t
     )
 
 
+SMALL_TEXT = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
+"""A decoder that steps quickly on a CPU, with grouped heads of 64."""
+
+
+def small_glm_image_config() -> GlmImageConfig:
+    """Configuration of a GLM-Image with `SMALL_TEXT` and the codes of the model; other parts have minimal sizes."""
+    rotary = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
+    return GlmImageConfig(
+        text_config={**SMALL_TEXT, "vocab_size": 17000, "rope_parameters": rotary},
+        vision_config={"depth": 1, "hidden_size": 16, "num_heads": 1, "intermediate_size": 16, "image_size": 128},
+        vq_config={"embed_dim": 8, "latent_channels": 16},
+    )
+
+
 SHAPES = {
     "small-cpu": Shape(
         JanusForConditionalGeneration,
@@ -100,8 +130,14 @@ SHAPES = {
         LlamaForCausalLM, lambda: llama_config(1280, 3584, 36, 20, vocab_size=16384, length=1024), num_prompt=1
     ),
     "emu3": Shape(Emu3ForCausalLM, Emu3TextConfig, grid=(90, 91)),
+    "small-emu3": Shape(Emu3ForCausalLM, lambda: Emu3TextConfig(**SMALL_TEXT, vocab_size=40000), grid=(90, 91)),
+    "glm-image": Shape(GlmImageForConditionalGeneration, GlmImageConfig, grid=(32, 32), draft_grids=((16, 16),)),
+    "small-glm-image": Shape(
+        GlmImageForConditionalGeneration, small_glm_image_config, grid=(32, 32), draft_grids=((16, 16),)
+    ),
 }
-"""Shapes by name. Janus-Pro has the sizes of its checkpoints, Emu3 the defaults of its configuration class.
+"""Shapes by name. Janus-Pro has the sizes of its checkpoints, Emu3 and GLM-Image the defaults of their configurations.
+The small ones have as many visual tokens as their models, in decoders for a CPU.
 
 LlamaGen's GPT-XL is here a Llama: the same layers, with positions along one axis instead of two, and with the class
 token as part of the vocabulary (sizes from FoundationVision's `autoregressive/models/gpt.py`).
@@ -258,7 +294,7 @@ def head_map_for(name: str, grid: Grid | None = None) -> HeadMap:
     Random labels are good enough, because the speed of a cache hardly depends on the labels.
     """
     if name in SHAPES:
-        layout = ImageLayout(SHAPES[name].grid)
+        layout = SHAPES[name].layout
         if grid not in (None, layout.grid):
             raise GeneratorError(f"grid={grid}: the shape {name} has a grid of {layout.text()}; leave grid out")
         num_layers, num_kv_heads = decoder_shape(SHAPES[name].make_config().get_text_config(decoder=True))

@@ -5,6 +5,6 @@ Contains `SSDCache` (settings, a list of layers), the layers, their slot stores 
 
 import ssd_cache._compat
 import ssd_cache.cache.attention  # noqa: F401, it registers the attention "ssd"
-from ssd_cache.cache.cache import POLICIES, MemoryStats, SSDCache
+from ssd_cache.cache.cache import POLICIES, MemoryStats, ServedBy, SSDCache
 
-__all__ = ["POLICIES", "MemoryStats", "SSDCache"]
+__all__ = ["POLICIES", "MemoryStats", "SSDCache", "ServedBy"]

@@ -24,7 +24,7 @@ from ssd_cache.cache.slots import StaticSlots
 from ssd_cache.head_map.head_map import HeadMap, HeadMapError
 from ssd_cache.model_grids import layout_of_model
 
-__all__ = ["POLICIES", "MemoryStats", "SSDCache", "decoder_shape", "default_buffer"]
+__all__ = ["POLICIES", "MemoryStats", "SSDCache", "ServedBy", "decoder_shape", "default_buffer"]
 
 CLOSING_TOKENS = 3
 """Tokens after the grid that cause no warning: some models, such as Emu3, end an image with a few."""
@@ -37,6 +37,26 @@ class MemoryStats:
     key_value: int
     bookkeeping: int
     full_cache: int
+
+
+@dataclass(frozen=True)
+class ServedBy:
+    """What ran the steps of one image.
+
+    Attributes:
+        attention: "Triton kernel", "CPU loop" or "torch's attention"; several, with commas, where layers differ.
+        eager, compiled, replayed: number of visual tokens whose step ran uncompiled, through the compiler's code, and
+            as the replay of a CUDA graph.
+    """
+
+    attention: str
+    eager: int
+    compiled: int
+    replayed: int
+
+    def __str__(self) -> str:
+        kinds = {"eager": self.eager, "compiled": self.compiled, "replayed as a CUDA graph": self.replayed}
+        return f"{self.attention}; steps: {', '.join(f'{number} {kind}' for kind, number in kinds.items() if number)}"
 
 
 class SSDCache(Cache):
@@ -85,6 +105,7 @@ class SSDCache(Cache):
 
     Attributes:
         slots: how the slots were chosen: "fitted", "uniform", or "given" for a dict or a list.
+        num_compiled, num_replayed: steps of this image that `fast_decode` ran compiled, and as replays.
     """
 
     def __init__(
@@ -119,7 +140,13 @@ class SSDCache(Cache):
         self.head_map, self.budget, self.slots, self.shard = head_map, budget, slots, shard
         self.buffer, self.num_recent, self.num_sinks = buffer, num_recent, num_sinks
         self.score, self.kv_dtype = score, kv_dtype
+        self.num_compiled = self.num_replayed = 0
         self._static_slots: tuple[int, StaticSlots] | None = None
+
+    def reset(self) -> None:
+        """Clear the cache for the next batch of images. Its tensors stay in memory, and serve again if they fit."""
+        super().reset()
+        self.num_compiled = self.num_replayed = 0
 
     @classmethod
     def online(
@@ -273,6 +300,13 @@ class SSDCache(Cache):
             bookkeeping=sum(layer.bookkeeping_nbytes for layer in self.layers),
             full_cache=sum(layer.full_nbytes for layer in self.layers),
         )
+
+    @property
+    def served_by(self) -> ServedBy:
+        """What ran the steps of this image, until `reset`; shows whether `fast_decode` or a kernel fell back."""
+        eager = self.layers[0].num_visual - self.num_compiled - self.num_replayed
+        backends = dict.fromkeys(layer.backend for layer in self.layers)  # each once, in order
+        return ServedBy(", ".join(backends), eager, self.num_compiled, self.num_replayed)
 
     def __repr__(self) -> str:
         kv_dtype = "" if self.kv_dtype is None else f"kv_dtype={self.kv_dtype!r}, "

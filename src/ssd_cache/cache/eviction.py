@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 
 
-def slot_of(number: int, num_slots, buffer):
+def slot_of(number, num_slots, buffer):
     """The slot of visual token `number`: slots fill in order; when all are taken, the last `buffer` are filled again.
 
-    `num_slots` and `buffer` are ints, or tensors of one shape; so is the result.
+    `num_slots` and `buffer` are ints, or tensors of one shape, and `number` an int or a tensor that broadcasts.
 
     >>> [slot_of(number, num_slots=5, buffer=2) for number in range(9)]
     [0, 1, 2, 3, 4, 3, 4, 3, 4]

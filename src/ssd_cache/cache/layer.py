@@ -91,6 +91,11 @@ class SSDLayer(CacheLayerMixin):
         return not self.stores
 
     @property
+    def backend(self) -> str:
+        """What attends in the steps of this image: "Triton kernel", "CPU loop" or "torch's attention"."""
+        return dispatch.kernel_name(self.device) if self.has_kernel else "torch's attention"
+
+    @property
     def num_visual(self) -> int:
         """Visual tokens seen."""
         return self.stores[0].num_seen if self.stores else 0
@@ -232,8 +237,8 @@ class SSDLayer(CacheLayerMixin):
                 self.groups = HeadGroups(stores)
                 self.version += 1
             self.stores = self._former[1]
-            for store in self.stores:
-                store.begin(keys, values, self.prompt_mask)
+            for store, *parts in zip(self.stores, *map(self.groups.split, (keys, values)), strict=True):
+                store.begin(*parts, self.prompt_mask)
         self.keys = self.values = None
 
     def _fit(self, states: torch.Tensor, held: torch.Tensor) -> torch.Tensor:

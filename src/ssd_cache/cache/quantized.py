@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ssd_cache.cache.fused_eviction import Slots
 from ssd_cache.cache.slots import Slot, SlotStore, put
 from ssd_cache.kernels.eight_bits import dequantize, quantize
 
@@ -46,12 +47,12 @@ class QuantizedStore(SlotStore):
 
     def write(self, slot: Slot, keys: torch.Tensor, values: torch.Tensor) -> None:
         new = (*quantize(keys, self.kv_dtype), *quantize(values, self.kv_dtype))
-        for held, states in zip(self._slot_tensors(), new, strict=True):
+        for held, states in zip(self.codes, new, strict=True):
             put(held, slot, states)
 
     def states(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
         slots = slice(slot + 1 if isinstance(slot, int) else None)
-        codes, scales, value_codes, value_scales = (held[:, :, slots] for held in self._slot_tensors())
+        codes, scales, value_codes, value_scales = (held[:, :, slots] for held in self.codes)
         return self._join(self.keys, codes, scales), self._join(self.values, value_codes, value_scales)
 
     def _scored_keys(self) -> torch.Tensor:
@@ -72,5 +73,6 @@ class QuantizedStore(SlotStore):
     def codes(self) -> list[torch.Tensor]:
         return [self.key_codes, self.key_scales, self.value_codes, self.value_scales]
 
-    def _slot_tensors(self) -> list[torch.Tensor]:
-        return self.codes
+    def _slots(self) -> Slots:
+        states, scales = [self.key_codes, self.value_codes], [self.key_scales, self.value_scales]
+        return Slots(self.positions, self.received, states, scales)

@@ -13,7 +13,8 @@ from functools import partial
 
 import torch
 
-from ssd_cache.cache.eviction import compact, select_victims, slot_of
+from ssd_cache.cache.eviction import slot_of
+from ssd_cache.cache.fused_eviction import Slots, evict
 from ssd_cache.cache.plans import GroupPlan
 from ssd_cache.cache.scorers import attention_weights
 
@@ -26,6 +27,10 @@ def normal_tensors() -> AbstractContextManager:
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return nullcontext()
     return torch.inference_mode(False)
+
+
+NUM_AHEAD = 512
+"""Visual tokens whose slots `StaticSlots` computes at once."""
 
 
 class SlotStore:
@@ -90,20 +95,17 @@ class SlotStore:
         self.keys, self.values = (states.new_zeros(*shape, states.shape[3]) for states in (keys, values))
 
     def begin(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """Begin an image with its prompt: K and V as for `SlotStore`, and `[batch, num_prompt]`, False on padding."""
-        heads = list(self.plan.heads)
-        self.keys[:, :, : self.num_prompt] = keys[:, heads]
-        self.values[:, :, : self.num_prompt] = values[:, heads]
+        """Begin an image with its prompt.
+
+        K and V are `[batch, heads, num_prompt, head_dim]`, the mask `[batch, num_prompt]`, False on padding.
+        """
+        self.keys[:, :, : self.num_prompt] = keys
+        self.values[:, :, : self.num_prompt] = values
         if self.mask is not None and mask is not None:
             self.mask[:, : self.num_prompt] = mask
         self.received.zero_()
         self.num_seen = self.num_stored = self.num_scored = 0
-        self._expect_tokens()
-
-    def _expect_tokens(self) -> None:
-        """Set the positions of the free slots, which the next tokens fill in order."""
-        free = self.positions[:, :, self.num_stored :]
-        free[:] = torch.arange(self.num_seen, self.num_seen + free.shape[2], device=free.device)
+        self.positions[:] = torch.arange(self.plan.num_slots, device=self.positions.device)
 
     def reserve(self, n: int = 1) -> int:
         """Reserve slots for the next `n` visual tokens; score and evict first if it is time.
@@ -187,27 +189,19 @@ class SlotStore:
 
     def _evict(self) -> None:
         plan = self.plan
-        victims = select_victims(
-            self.positions,
-            self._rank(self.num_seen, plan.num_slots) if plan.num_semantic else None,
-            plan.buffer,
-            self.num_seen,
-            num_recent=plan.num_recent,
-            num_sinks=plan.num_sinks,
-        )
-        compact([*self._slot_tensors(), self.positions, self.received], victims)
+        ranks = self._rank(self.num_seen, plan.num_slots) if plan.num_semantic else None
+        counts = {"num_recent": plan.num_recent, "num_sinks": plan.num_sinks}
+        evict(self._slots(), ranks, plan.buffer, self.num_seen, **counts)
         self.num_stored = self.num_scored = plan.num_slots - plan.buffer
-        self.received[..., self.num_stored :] = 0
-        self._expect_tokens()
+
+    def _slots(self) -> Slots:
+        """The tensors with one row for each slot."""
+        return Slots(self.positions, self.received, [self.keys, self.values], [])
 
     @property
     def codes(self) -> list[torch.Tensor]:
         """Codes and scales of slots in `kv_dtype`, as `dispatch.decode` takes them."""
         return []
-
-    def _slot_tensors(self) -> list[torch.Tensor]:
-        """Tensors with one row for each slot, `[batch, heads, num_slots, ...]`, that hold K and V."""
-        return [self.keys[:, :, self.num_prompt :], self.values[:, :, self.num_prompt :]]
 
     @property
     def nbytes(self) -> int:
@@ -244,11 +238,19 @@ class StaticSlots:
             self._of_device.append((slots, num_slots, buffer))
             tensors |= {(device, *size): slot for size, slot in zip(here, slots.unbind(), strict=True)}
         self.slots: list[list[Slot]] = [[tensors[size] for size in layer] for layer in sizes]
+        self._first, self._tables = 0, list[torch.Tensor]()
 
     def fill(self, number: int) -> None:
-        """Compute the slots of visual token `number`, without waiting for the device."""
-        for slots, num_slots, buffer in self._of_device:
-            slots.copy_(slot_of(number, num_slots, buffer))
+        """Set the slots to those of visual token `number`: one copy for each device, without waiting for it."""
+        if not self._first <= number < self._first + NUM_AHEAD or not self._tables:
+            self._first = number
+            ahead = (torch.arange(number, number + NUM_AHEAD, device=sizes[0].device) for sizes in self._of_device)
+            self._tables = [
+                slot_of(numbers[:, None], num_slots, buffer)
+                for numbers, (_, num_slots, buffer) in zip(ahead, self._of_device, strict=True)
+            ]
+        for (slots, _, _), table in zip(self._of_device, self._tables, strict=True):
+            slots.copy_(table[number - self._first])
 
 
 def put(target: torch.Tensor, index: Slot, states: torch.Tensor, dim: int = 2) -> None:

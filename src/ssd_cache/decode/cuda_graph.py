@@ -1,12 +1,13 @@
 """Record a decoder's step over one `SSDCache` as a CUDA graph and replay it: no Python, one launch for all layers.
 
-A graph contains addresses, so it serves one cache while its tensors stay in place (`SSDCache.version`), also for the
-next images after `reset`. The host-side work of a step comes before (`SSDCache.static_step`). This module does not
-choose the steps and catches no errors. It was written without a GPU and has not been run yet.
+A graph contains addresses and one version of the decoder's code, so it serves while neither changes: see `StepGraph`.
+The host-side work of a step comes before (`SSDCache.static_step`). This module does not choose the steps and catches no
+errors. It was written without a GPU and has not been run on one yet.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from ssd_cache._compat import CACHE
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.slots import normal_tensors
+from ssd_cache.kernels.checks import PLAIN
 
 _RECORDING = threading.Lock()
 
@@ -23,48 +25,58 @@ WARM_UP = 2
 """Steps of a cache before one is recorded: the first compiles, the second confirms that nothing is left to compile."""
 
 
-def can_record(cache: SSDCache, device: torch.device) -> bool:
-    """Whether a CUDA graph can record the steps of a cache: the input and all layers must be on one GPU."""
-    return device.type == "cuda" and all(layer.device == device for layer in cache.layers)
+def can_record(device: torch.device) -> bool:
+    """Whether steps whose input is on this device can be recorded."""
+    return device.type == "cuda"
 
 
-class RecordedStep:
-    """The steps of one cache: count the first ones, then record a step as a graph and replay it.
+def devices_of(cache: SSDCache, device: torch.device) -> list[str]:
+    """The devices of a step: that of its input, and those of the layers."""
+    return sorted({str(device), *(str(layer.device) for layer in cache.layers)})
 
-    Recording executes nothing, so every token is written and scored once. This object keeps no reference to the cache.
+
+class StepGraph:
+    """The recorded step of one cache: run the first steps of an image, then replay the others.
+
+    Every image runs one step before the first replay. This step passes the guards of `torch.compile`, so it runs other
+    code if the model has changed, for example by another adapter. The graph is kept for the next image if that code,
+    the addresses of the weights, the cache's tensors and the inputs' shapes are those that were recorded. Recording
+    executes nothing, so every token is written and scored once. This object keeps no reference to the cache.
     """
 
     def __init__(self) -> None:
-        self.state: tuple[Any, ...] | None = None
-        self.num_run = 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: dict[str, torch.Tensor] = {}
-        self.outputs: dict[str, torch.Tensor] = {}
-        self.output_class: type = dict
+        self._sizes: tuple[Any, ...] | None = None
+        self._state: tuple[Any, ...] | None = None
+        self._num_run = 0
+        self._is_checked = False
 
-    def is_ready(self, cache: SSDCache, arguments: dict[str, Any]) -> bool:
-        """Count a step; return whether `WARM_UP` steps ran before it with the same tensors and shapes."""
-        state = (cache.version, *((name, new.shape, new.dtype) for name, new in _tensors(arguments).items()))
-        if state != self.state:
-            self.state, self.num_run, self.graph = state, 0, None
-        self.num_run += 1
-        return self.num_run > WARM_UP
+    def begin_image(self) -> None:
+        """Run the next step, whatever was recorded."""
+        self._is_checked = False
 
-    def __call__(self, run: Callable[..., Any], cache: SSDCache, arguments: dict[str, Any]) -> Any:
-        """The outputs of `run(**arguments)`; copied, since the next replay overwrites the graph's outputs."""
-        inputs = _tensors(arguments)
-        if self.graph is None:
-            self._record(run, arguments, inputs)
-        assert self.graph is not None
-        for name, value in inputs.items():
-            self.inputs[name].copy_(value)
-        self.graph.replay()
-        copies = {name: value.clone() for name, value in self.outputs.items()}
-        return self.output_class(**copies, **{CACHE: cache})
+    def is_ready(self, cache: SSDCache, inputs: dict[str, torch.Tensor]) -> bool:
+        """Whether enough steps ran with the same tensors and shapes, the last one in this image."""
+        return self._is_checked and self._num_run >= WARM_UP and self._sizes == _sizes(cache, inputs)
 
-    def _record(self, run: Callable[..., Any], arguments: dict[str, Any], inputs: dict[str, torch.Tensor]) -> None:
+    def has_run(
+        self, cache: SSDCache, inputs: dict[str, torch.Tensor], decoder: torch.nn.Module, code: object | None
+    ) -> None:
+        """Count a step that ran; `code` is what ran it, compiled, or None for uncompiled steps.
+
+        No guards are checked for uncompiled steps, so their graph serves one image.
+        """
+        sizes = _sizes(cache, inputs)
+        state = (sizes, code, _weights(decoder))
+        if state != self._state or (code is None and not self._is_checked):
+            self._sizes, self._state, self._num_run, self.graph = sizes, state, 0, None
+        self._num_run += 1
+        self._is_checked = True
+
+    def record(self, run: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> None:
+        """Record `run(**inputs)`; an error leaves no graph, and the step not executed."""
         with normal_tensors():
-            self.inputs = {name: value.clone() for name, value in inputs.items()}
+            held = {name: value.clone() for name, value in inputs.items()}
         graph = torch.cuda.CUDAGraph()
         # If ending the capture fails, torch.cuda.graph leaves its own stream current; the outer block restores ours.
         # Other threads may use the GPU meanwhile, but there is only one stream to record on, hence the lock.
@@ -73,10 +85,27 @@ class RecordedStep:
             torch.cuda.stream(torch.cuda.current_stream()),
             torch.cuda.graph(graph, capture_error_mode="thread_local"),
         ):
-            outputs = run(**{**arguments, **self.inputs})
+            outputs = run(**held)
+        self.inputs = held
         self.outputs = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
         self.output_class, self.graph = type(outputs), graph
 
+    def replay(self, cache: SSDCache, inputs: dict[str, torch.Tensor]) -> Any:
+        """Replay the graph with these inputs; its outputs are copied, since the next replay overwrites them."""
+        assert self.graph is not None
+        for name, value in inputs.items():
+            self.inputs[name].copy_(value)
+        self.graph.replay()
+        copies = {name: value.clone() for name, value in self.outputs.items()}
+        return self.output_class(**copies, **{CACHE: cache})
 
-def _tensors(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+
+def _sizes(cache: SSDCache, inputs: dict[str, torch.Tensor]) -> tuple[Any, ...]:
+    """What may change between two steps: the cache's tensors, and the inputs' shapes and dtypes."""
+    return (cache.version, *((name, value.shape, value.dtype) for name, value in inputs.items()))
+
+
+def _weights(decoder: torch.nn.Module) -> tuple[int, ...]:
+    """Addresses of the decoder's weights and buffers; of tensors without one address, the objects."""
+    held = itertools.chain(decoder.parameters(), decoder.buffers())
+    return tuple(tensor.data_ptr() if type(tensor) in PLAIN else id(tensor) for tensor in held)

@@ -7,19 +7,23 @@ hidden states run uncompiled. Measured only on the CPU, not on a GPU.
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch._dynamo import lookup_backend
 from transformers import PreTrainedModel
 
 from ssd_cache._compat import CACHE, CACHE_NAMES, find_cache, uncompiled
 from ssd_cache.cache.attention import NAME
 from ssd_cache.cache.cache import SSDCache
-from ssd_cache.decode.cuda_graph import RecordedStep, can_record
+from ssd_cache.cache.slots import normal_tensors
+from ssd_cache.decode.cuda_graph import StepGraph, can_record, devices_of
 from ssd_cache.decode.patching import Block, Patch, patched
 from ssd_cache.kernels.packed_linears import packed_linears
 
@@ -34,7 +38,8 @@ def fast_decode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     The first visual token of an image runs uncompiled. The second waits for the compiler (17 s for eight layers on two
     cores, less if it has compiled this before). Another batch size or prompt length compiles once more; after that,
     sizes are dynamic. On a GPU, if all layers are on one device, the fourth token of a cache is recorded as a CUDA
-    graph, which runs the rest, also of the next images after `SSDCache.reset`. On a CPU, images whose prompt runs
+    graph, which runs the rest. It also runs the next images after `SSDCache.reset`, from their third token on, as long
+    as batch size, prompt length, weights and adapters stay the same. On a CPU, images whose prompt runs
     inside the block use the loops of `kernels/cpu_loops.py`; in float32, linear layers use packed weights, which are a
     second copy in memory.
 
@@ -47,8 +52,9 @@ def fast_decode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         The model. Its decoder's `forward` is restored after the block, also after an exception.
 
     Warns:
-        UserWarning: once, if `torch.compile` (for example without a C++ compiler) or a CUDA graph cannot be used;
-            generation continues without it.
+        UserWarning: once, if `torch.compile` (for example without a C++ compiler) or a CUDA graph (memory runs out
+            while it is recorded, or layers are on several GPUs) cannot be used; generation continues without it, with
+            the same tokens. `SSDCache.served_by` shows what ran.
 
     Example:
         with fast_decode(model):
@@ -59,15 +65,31 @@ def fast_decode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         yield model
 
 
+_RAN = threading.local()
+"""`code`: the compiled code that ran last in this thread. It is the same object while dynamo's guards choose it."""
+
+
+def _inductor(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+    """Compile a graph as `torch.compile` does by default; its code notes in `_RAN` that it runs."""
+    run, code = lookup_backend("inductor")(graph, inputs), object()
+
+    def noted(*arguments):
+        _RAN.code = code
+        return run(*arguments)
+
+    return noted
+
+
 class _FastForward(Patch):
     """Replacement for a decoder's `forward` that runs the steps it can in a compiled copy."""
 
     def __init__(self, decoder: PreTrainedModel, name: str):
         super().__init__(decoder, name)
         self.config = decoder.config
-        self.compiled = torch.compile(self.inner, fullgraph=True)
+        self.compiled = torch.compile(self.inner, fullgraph=True, backend=_inductor)
         self.is_usable = self.is_recorded = True
-        self.recorded: WeakKeyDictionary[SSDCache, RecordedStep] = WeakKeyDictionary()
+        self.graphs: WeakKeyDictionary[SSDCache, StepGraph] = WeakKeyDictionary()
+        self.masks: dict[torch.device, torch.Tensor] = {}
 
     def __call__(self, *args, **kwargs):
         cache = find_cache(kwargs)
@@ -79,44 +101,76 @@ class _FastForward(Patch):
         new = embeds if ids is None else ids
         if new is None or len(args) > 1 or not self._is_step(new, cache, call):
             cache.allow_cpu_kernel()
+            if (graph := self.graphs.get(cache)) is not None:
+                graph.begin_image()
             return self.inner(*args, **kwargs)
         position_ids = call.get("position_ids")
         if position_ids is None:
             position_ids = torch.full((1, 1), cache.get_seq_length(), device=new.device)
-        arguments = {
-            "input_ids": ids,
-            "inputs_embeds": embeds,
-            # transformers uses a 4-d mask unchanged and makes no other; after the prompt, "ssd" reads no mask.
-            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=new.device),
-            "position_ids": position_ids,
-            CACHE: cache,
-            "use_cache": True,
-        }
+        named = {"input_ids": ids, "inputs_embeds": embeds, "position_ids": position_ids}
+        inputs = {name: value for name, value in named.items() if value is not None}
         with cache.static_step():
-            if self.is_recorded and can_record(cache, new.device):
-                recorded = self.recorded.get(cache)
-                if recorded is None:
-                    recorded = self.recorded[cache] = RecordedStep()
-                if recorded.is_ready(cache, arguments):
-                    try:
-                        return recorded(self.compiled if self.is_usable else self.inner, cache, arguments)
-                    except torch.OutOfMemoryError:
-                        raise
-                    except Exception as error:  # a failed capture has executed nothing
-                        self.is_recorded = False
-                        _warn("without CUDA graphs", error)
-            return self._run(arguments)
+            graph = self._graph_of(cache, new.device)
+            if graph is not None and graph.is_ready(cache, inputs) and self._has_graph(graph, cache, inputs):
+                cache.num_replayed += 1
+                return graph.replay(cache, inputs)
+            outputs, code = self._run(cache, inputs)
+            if graph is not None:
+                graph.has_run(cache, inputs, self.target, code)
+            return outputs
 
-    def _run(self, arguments: dict[str, Any]) -> Any:
+    def _graph_of(self, cache: SSDCache, device: torch.device) -> StepGraph | None:
+        """The graph of a cache; None if steps over it are not recorded."""
+        if not (self.is_recorded and can_record(device)):
+            return None
+        if cache not in self.graphs:
+            self.graphs[cache] = StepGraph()
+        return self.graphs[cache]
+
+    def _has_graph(self, graph: StepGraph, cache: SSDCache, inputs: dict[str, torch.Tensor]) -> bool:
+        """Record the step if it is not yet; a failure has executed nothing, and ends all recording in this block."""
+        if graph.graph is None:
+            run = self.compiled if self.is_usable else self.inner
+            if len(devices := devices_of(cache, inputs["position_ids"].device)) > 1:
+                self._record_no_more(f"the layers are on {', '.join(devices)}, and a graph records one device")
+                return False
+            try:
+                graph.record(partial(run, **self._constants(cache, inputs)), inputs)
+            except Exception as error:  # drivers raise many unrelated classes; memory may be too small for a graph
+                self._record_no_more(error.__context__ or error)  # the first of two: the end of a capture fails, too
+        return graph.graph is not None
+
+    def _record_no_more(self, reason: str | BaseException) -> None:
+        self.is_recorded = False
+        self.graphs.clear()
+        if self.is_usable:  # otherwise a warning says that steps run uncompiled
+            _warn("without CUDA graphs", reason)
+
+    def _run(self, cache: SSDCache, inputs: dict[str, torch.Tensor]) -> tuple[Any, object | None]:
+        """The outputs of a step, and the compiled code that ran it, or None."""
+        arguments = {**inputs, **self._constants(cache, inputs)}
         if self.is_usable:
             try:
-                return self.compiled(**arguments)
+                outputs = self.compiled(**arguments)
             except torch.OutOfMemoryError:
                 raise  # it may occur in mid-step, and is not a failure of the compiler
             except Exception as error:
                 self.is_usable = False
                 _warn("uncompiled", error)
-        return self.inner(**arguments)  # the compiler failed before anything ran
+            else:
+                cache.num_compiled += 1
+                return outputs, _RAN.code
+        return self.inner(**arguments), None  # the compiler failed before anything ran
+
+    def _constants(self, cache: SSDCache, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """The arguments of a step that are the same at every step."""
+        device = inputs["position_ids"].device
+        if device not in self.masks:
+            with normal_tensors():
+                # transformers uses a 4-d mask unchanged and makes no other; after the prompt, "ssd" reads no mask
+                self.masks[device] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        missing = dict.fromkeys({"input_ids", "inputs_embeds"} - {*inputs})
+        return {**missing, "attention_mask": self.masks[device], CACHE: cache, "use_cache": True}
 
     def _is_step(self, new: torch.Tensor, cache: SSDCache, call: dict[str, Any]) -> bool:
         return (
@@ -131,8 +185,7 @@ class _FastForward(Patch):
         )
 
 
-def _warn(how: str, error: Exception) -> None:
-    """Warn with the error's first two lines, which have origin and reason; compiler and driver share no error class."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = " ".join(lines[:2]) or type(error).__name__
-    warnings.warn(f"fast_decode continues {how}: {reason}", stacklevel=4)
+def _warn(how: str, reason: str | BaseException) -> None:
+    """Warn with the first two lines of an error, which have origin and reason; compiler and driver share no class."""
+    lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
+    warnings.warn(f"fast_decode continues {how}: {' '.join(lines[:2]) or type(reason).__name__}", stacklevel=4)

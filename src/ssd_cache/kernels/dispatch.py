@@ -20,6 +20,8 @@ from ssd_cache.kernels import cpu_loops as cpu_kernels
 from ssd_cache.kernels.checks import DTYPES, PLAIN, Arguments
 from ssd_cache.kernels.eight_bits import dequantize, quantize
 
+NOT_BUILT = "the CPU kernels, which need a C++ compiler, are not built"
+
 
 def can_serve(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, on_cpu: bool = False, kv_dtype: str | None = None
@@ -30,8 +32,8 @@ def can_serve(
     or for slots in `kv_dtype`, which differ from it in any case.
 
     Warns:
-        UserWarning: once for each set of sizes, when an available kernel fails or is inaccurate in a small trial; and
-            once for slots in `kv_dtype` in eager steps, when there is no kernel.
+        UserWarning: once, when there is no kernel for the device or dtype; and once for each set of sizes, when an
+            available kernel fails or is inaccurate in a small trial.
     """
     device, sizes = query.device, (query.shape[1] // key.shape[1], query.shape[3], value.shape[3])
     if (
@@ -42,12 +44,26 @@ def can_serve(
         or (_takes_loops(device) and not on_cpu and kv_dtype is None)
     ):
         return False
-    if kv_dtype is not None and not on_cpu and (reason := _missing(device, query.dtype)):
-        _warn_of_conversion(kv_dtype, reason)
+    if reason := _missing(device, query.dtype):
+        # inside `fast_decode`, torch.compile itself warns of a missing compiler; eager steps elsewhere expect no kernel
+        if reason != NOT_BUILT if on_cpu else device.type in ("cpu", "cuda"):
+            _warn_of_torch(reason, kv_dtype)
+        return False
     try:
         return passes_trial(device, query.dtype, *sizes, kv_dtype)
     except torch.OutOfMemoryError:  # memory is full now; it may be free for the next image
         return False
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether kernels in Triton run on a device; TRITON_INTERPRET=1 runs them on a CPU."""
+    is_there = device.type == "cuda" or (device.type == "cpu" and not _takes_loops(device))
+    return is_there and importlib.util.find_spec("triton") is not None
+
+
+def kernel_name(device: torch.device) -> str:
+    """What the kernel of a device is called in reports."""
+    return "CPU loop" if _takes_loops(device) else "Triton kernel"
 
 
 def _takes_loops(device: torch.device) -> bool:
@@ -61,18 +77,14 @@ def _missing(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type not in ("cuda", "cpu") or dtype not in dtypes:
         return f"no kernel of ssd-cache takes {dtype} on this {device.type}"
     if _takes_loops(device):
-        return (
-            None if cpu_kernels.library() is not None else "the CPU kernels, which need a C++ compiler, are not built"
-        )
-    return None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
+        return None if cpu_kernels.library() is not None else NOT_BUILT
+    return None if has_triton(device) else "Triton is not installed"
 
 
 @functools.cache
-def _warn_of_conversion(kv_dtype: str, reason: str) -> None:
-    warnings.warn(
-        f"slots in {kv_dtype} are converted to the model's dtype at every step, for torch's attention: {reason}",
-        stacklevel=2,
-    )
+def _warn_of_torch(reason: str, kv_dtype: str | None) -> None:
+    how = f", for which slots in {kv_dtype} are converted to the model's dtype at every step" if kv_dtype else ""
+    warnings.warn(f"torch's attention runs the steps over an SSDCache{how}: {reason}", stacklevel=2)
 
 
 @functools.cache

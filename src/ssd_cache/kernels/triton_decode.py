@@ -6,16 +6,19 @@ first use.
 """
 
 import contextlib
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from ssd_cache.kernels.checks import DTYPES, Arguments, check_stores, check_token
+from ssd_cache.kernels.checks import DTYPES, Arguments, LayerSizes, check_stores, check_token
 
 TILE = 1 << 14
-"""Bytes in a tile of keys: 64 tokens of 128 numbers in bfloat16. The compiler reports 107 registers per thread, so that
-four programs run at once on a multiprocessor of an H100. It was not tuned on a GPU."""
+"""Bytes in a tile of keys of a program with four warps: 64 tokens of 128 numbers in bfloat16."""
+
+SMALL_TILE = 16
+"""Tokens in a tile of a program with one warp."""
 
 
 def launch(given: Arguments) -> None:
@@ -31,6 +34,9 @@ def launch(given: Arguments) -> None:
     if not layer.batch:
         return
     query = given.query
+    programs = layer.batch * max(size.num_heads for size in sizes)
+    is_busy = not query.is_cuda or programs >= 2 * num_multiprocessors(query.device)
+    options = launch_options(layer, query.dtype.itemsize, given.kv_dtype, is_busy)
     new = [states.contiguous() for states in (query, given.new_key, given.new_value)]
     # Triton launches on the current device, which may not be the device of this layer
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
@@ -49,20 +55,42 @@ def launch(given: Arguments) -> None:
                 KV_DTYPE=given.kv_dtype,
                 # Triton's interpreter, used without a GPU, does not support bfloat16 matrix products
                 UPCAST=not query.is_cuda,
-                num_stages=2,
-                **block_sizes(layer.groups, layer.head_dim, layer.value_dim, keys.itemsize),
+                **options,
             )
 
 
-def block_sizes(groups: int, head_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
-    """Sizes of the kernel's tiles, all powers of two; `tl.dot` on a GPU needs at least 16 rows and columns."""
-    least = 1 if groups == 1 else 16
-    block_head = max(least, triton.next_power_of_2(head_dim))
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch_options(layer: LayerSizes, itemsize: int, kv_dtype: str | None, is_busy: bool) -> dict[str, int]:
+    """Sizes of the kernel's tiles, all powers of two, its warps and its pipeline's stages.
+
+    A program of one warp waits for no other warp, and more of them fit on a multiprocessor. It is used where there are
+    enough programs to keep the GPU busy, and where a tile fits into the registers of a warp. These choices follow from
+    compiled code; nothing was timed on a GPU. The tests state registers and barriers.
+
+    Args:
+        layer: sizes of the layer.
+        itemsize: bytes of a number of K and V.
+        kv_dtype: as for `dispatch.decode`.
+        is_busy: whether there are at least two programs for each multiprocessor.
+    """
+    least = 1 if layer.groups == 1 else 16  # `tl.dot` on a GPU needs at least 16 rows and columns
+    block_head = max(least, triton.next_power_of_2(layer.head_dim))
+    block_value = max(least, triton.next_power_of_2(layer.value_dim))
+    is_plain = kv_dtype is None or (kv_dtype == "int8" and layer.groups == 1)  # else registers would be spilled
+    fits = itemsize == 2 and max(block_head, block_value) <= 128 and is_plain
+    by_bytes = min(128, max(16, TILE // (block_head * itemsize * (2 if kv_dtype else 1))))  # codes are tiles, too
     return {
-        "BLOCK_GROUPS": max(least, triton.next_power_of_2(groups)),
+        "BLOCK_GROUPS": max(least, triton.next_power_of_2(layer.groups)),
         "BLOCK_HEAD": block_head,
-        "BLOCK_VALUE": max(least, triton.next_power_of_2(value_dim)),
-        "BLOCK_COLUMNS": min(128, max(16, TILE // (block_head * itemsize))),
+        "BLOCK_VALUE": block_value,
+        "BLOCK_COLUMNS": SMALL_TILE if fits and is_busy else by_bytes,
+        "num_warps": 1 if fits and is_busy else 4,
+        "num_stages": 2,
     }
 
 
@@ -131,9 +159,10 @@ def decode_kernel(
     UPCAST: tl.constexpr,
 ):
     """One token's step for one head of a store: write K and V, attend, add each token's attention to its score."""
-    # scales of values may be too small for float16
-    upcasts: tl.constexpr = UPCAST or (KV_DTYPE is not None and keys.dtype.element_ty == tl.float16)
-    dot_type: tl.constexpr = tl.float32 if upcasts else keys.dtype.element_ty
+    # scales of values may be too small for float16; in TF32, its numbers and all codes are exact
+    is_half: tl.constexpr = KV_DTYPE is not None and keys.dtype.element_ty == tl.float16
+    dot_type: tl.constexpr = tl.float32 if UPCAST or is_half else keys.dtype.element_ty
+    precision: tl.constexpr = "tf32" if is_half else "ieee"
     head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     model_head = tl.load(heads + head)
@@ -206,10 +235,10 @@ def decode_kernel(
             v = tl.where(is_slot[:, None], numbers_of(v_codes, KV_DTYPE).to(v.dtype), v)
             key_scale = tl.load(key_scales + first_slot + at, mask=is_slot, other=1.0)
             value_scale = tl.load(value_scales + first_slot + at, mask=is_slot, other=1.0)
-        if GROUPS == 1:
+        if BLOCK_GROUPS == 1:
             weights = tl.sum(scaled * k.to(tl.float32), 1)[None, :]
         else:
-            weights = tl.dot(q.to(dot_type), tl.trans(k.to(dot_type)), input_precision="ieee") * scaling
+            weights = tl.dot(q.to(dot_type), tl.trans(k.to(dot_type)), input_precision=precision) * scaling
         if KV_DTYPE is not None:
             weights = weights * key_scale[None, :]
         is_seen = is_stored
@@ -224,11 +253,11 @@ def decode_kernel(
         total = total * shrink + tl.sum(weights, 1)
         if KV_DTYPE is not None:
             weights = weights * value_scale[None, :]
-        if GROUPS == 1:
+        if BLOCK_GROUPS == 1:
             sums = tl.sum(tl.trans(weights) * v.to(tl.float32), 0)[None, :]
         else:
             rounded = weights.to(v.dtype) if KV_DTYPE is None else weights  # as in `tl.dot` on a GPU
-            sums = tl.dot(rounded.to(dot_type), v.to(dot_type), input_precision="ieee")
+            sums = tl.dot(rounded.to(dot_type), v.to(dot_type), input_precision=precision)
         result = result * shrink[:, None] + sums
         highest = higher
 

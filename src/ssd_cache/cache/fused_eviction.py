@@ -1,0 +1,106 @@
+"""Evict in one launch on a GPU, by the Triton kernel of `kernels/triton_evict.py`; elsewhere, or if it errs, by torch.
+
+Before its first use on a device, the kernel must do to random slots what `eviction.py` does, bit for bit. This module
+has no rule of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from ssd_cache.cache.eviction import compact, select_victims
+from ssd_cache.io.showing import first_line
+from ssd_cache.kernels import dispatch
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The tensors of full slots, changed in place.
+
+    Attributes:
+        positions: `[batch, heads, num_slots]`, int32.
+        received: `[batch, num_scored, num_slots]`, float32, of the first heads.
+        states: K and V, or their codes, `[batch, heads, num_prompt + num_slots, head_dim]`; codes have no prompt.
+        scales: of codes, `[batch, heads, num_slots]`, float32, else empty.
+    """
+
+    positions: torch.Tensor
+    received: torch.Tensor
+    states: list[torch.Tensor]
+    scales: list[torch.Tensor]
+
+    @property
+    def num_prompt(self) -> int:
+        """Columns of `states` before the slots."""
+        return self.states[0].shape[2] - self.positions.shape[2]
+
+
+def evict(slots: Slots, ranks: torch.Tensor | None, num_evict: int, num_seen: int, **spared: int) -> None:
+    """Drop tokens from full slots and move the others to the front; free slots get the next tokens' positions.
+
+    Args:
+        slots: the tensors of a store.
+        ranks: `[batch, num_semantic, num_slots]`, float32, from a scorer; None if no head is semantic.
+        num_evict, num_seen: as for `select_victims`.
+        spared: `num_recent` and `num_sinks` of `select_victims`.
+    """
+    run = _by_kernel if has_kernel(slots.positions.device) else _by_torch
+    run(slots, ranks, num_evict, num_seen, **spared)
+
+
+def _by_torch(slots: Slots, ranks: torch.Tensor | None, num_evict: int, num_seen: int, **spared: int) -> None:
+    positions, received = slots.positions, slots.received
+    victims = select_victims(positions, ranks, num_evict, num_seen, **spared)
+    views = [states[:, :, slots.num_prompt :] for states in slots.states]
+    compact([*views, *slots.scales, positions, received], victims)
+    free = slice(positions.shape[2] - num_evict, None)
+    received[..., free].zero_()
+    positions[:, :, free].copy_(torch.arange(num_seen, num_seen + num_evict, device=positions.device))
+
+
+def _by_kernel(slots: Slots, ranks: torch.Tensor | None, num_evict: int, num_seen: int, **spared: int) -> None:
+    from ssd_cache.kernels.triton_evict import launch
+
+    counts = {"num_prompt": slots.num_prompt, "num_evict": num_evict, "num_seen": num_seen, **spared}
+    launch(slots.positions, ranks, slots.received, slots.states, slots.scales, counts)
+
+
+@functools.cache
+def has_kernel(device: torch.device) -> bool:
+    """Whether the kernel evicts on a device: it is there, and leaves in 45 slots what torch leaves.
+
+    Warns:
+        UserWarning: once, if the kernel should run there and fails or errs.
+    """
+    if not dispatch.has_triton(device):
+        return False
+    try:
+        failed = "" if _agree(device) else "it keeps other tokens"
+    except Exception as failure:  # compilers and drivers raise many unrelated classes
+        failed = first_line(failure)
+    if failed:
+        warnings.warn(f"torch evicts on this {device.type} instead of ssd-cache's kernel: {failed}", stacklevel=2)
+    return not failed
+
+
+def _agree(device: torch.device) -> bool:
+    """Whether kernel and torch do the same to three heads, two of them semantic, in two rows; many ranks are equal."""
+    num_slots, num_evict, num_seen, random = 45, 12, 90, torch.Generator().manual_seed(0)
+    held = torch.stack([torch.randperm(num_seen, generator=random)[:num_slots] for _ in range(6)])
+    positions = held.int().view(2, 3, num_slots)
+    positions[1, 2] = positions[0, 2]  # a spatial head holds the same tokens in every row
+    ranks = torch.randint(5, (2, 2, num_slots), generator=random).float()
+    received = torch.rand(2, 1, num_slots, generator=random)
+    states = [torch.randn(2, 3, 7 + num_slots, 5, generator=random).bfloat16() for _ in range(2)]
+    results = []
+    for run in (_by_torch, _by_kernel):
+        tensors = [tensor.to(device, copy=True) for tensor in (positions, received, *states)]
+        slots = Slots(tensors[0], tensors[1], tensors[2:], [])
+        run(slots, ranks.to(device), num_evict, num_seen, num_recent=9, num_sinks=4)
+        kept = slice(7 + num_slots - num_evict)
+        results.append([*tensors[:2], *(states[:, :, kept] for states in tensors[2:])])
+    return all(map(torch.equal, *results))

@@ -103,7 +103,7 @@ class SlotStore:
     def _expect_tokens(self) -> None:
         """Set the positions of the free slots, which the next tokens fill in order."""
         free = self.positions[:, :, self.num_stored :]
-        free[:] = torch.arange(self.num_seen, self.num_seen + free.shape[2], device=free.device)
+        free.copy_(torch.arange(self.num_seen, self.num_seen + free.shape[2], device=free.device))
 
     def reserve(self, n: int = 1) -> int:
         """Reserve slots for the next `n` visual tokens; score and evict first if it is time.
@@ -197,7 +197,7 @@ class SlotStore:
         )
         compact([*self._slot_tensors(), self.positions, self.received], victims)
         self.num_stored = self.num_scored = plan.num_slots - plan.buffer
-        self.received[..., self.num_stored :] = 0
+        self.received[..., self.num_stored :].zero_()
         self._expect_tokens()
 
     @property

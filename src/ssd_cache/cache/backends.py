@@ -40,7 +40,7 @@ class HeadGroups:
         """Split `[batch, kv_heads, ...]`, in the model's order of heads, into a tensor for each group."""
         if self.order is not None:
             states = states.index_select(1, self.order)
-        return states.split(self.sizes, dim=1)
+        return [states] if len(self.sizes) == 1 else states.split(self.sizes, dim=1)
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Join one tensor `[batch, heads, ...]` for each group, in the model's order of heads."""

@@ -116,8 +116,8 @@ class SSDLayer(CacheLayerMixin):
                     f"layer {self.plan.layer_idx} of SSDCache does not get to see the model's queries, which its heads "
                     f"need: the model's attention is not 'ssd'. Remedy: {USE_SSD_ATTENTION}."
                 )
-            # Detach: no gradient flows through the cache into earlier steps.
-            key_states, value_states = key_states.detach(), value_states.detach()
+            if torch.is_grad_enabled():  # no gradient flows through the cache into earlier steps
+                key_states, value_states = key_states.detach(), value_states.detach()
             if not self.stores and (self.num_prompt == 0 or key_states.shape[2] > 1 or in_prefill()):
                 self._query_missing = self.plan.needs_ssd_attention
                 return self._extend_prompt(key_states, value_states)

@@ -9,12 +9,14 @@ import warnings
 import pytest
 import torch
 from helpers.caches import GRID, feed, generate_image, half_generated, mixed_map, move_and_go_on, random_states
+from helpers.compiling import needs_compiler
 from helpers.models import left_padded_prompts, random_score, tiny_janus, tiny_llama
 from transformers import DynamicCache, DynamicLayer
 
 from ssd_cache import POLICIES, HeadMap, HeadMapError, SSDCache, enable
 from ssd_cache._compat import CACHE
 from ssd_cache.cache.scorers import SCORES
+from ssd_cache.kernels import dispatch
 
 
 def learned_map():
@@ -139,6 +141,22 @@ def test_left_padding_changes_nothing_when_layers_differ_in_length():
     # the unconditional row's blanked words are seen, so only rows of one length can be compared to the token:
     # the first row of `batch` has 4 masked columns that a row alone does not have, and must generate the same
     assert torch.equal(batch[:1], alone)
+
+
+@needs_compiler
+def test_only_heads_of_different_lengths_are_read_by_the_cpu_loop(monkeypatch):
+    """Equal slots keep torch's attention, which gives a full cache's bits; the loop gives the same tokens."""
+    model, budget = tiny_janus(grid_side=6), {"spatial": 12, "semantic": 15}
+    equal, unequal, plain = (SSDCache(mixed_map(), slots, buffer=3) for slots in (12, budget, budget))
+    generate_image(model, equal)
+    tokens = generate_image(model, unequal, do_sample=False)
+    assert [layer.has_kernel for cache in (equal, unequal) for layer in cache.layers] == [False, False, True, True]
+    monkeypatch.setattr(dispatch, "can_serve", lambda *states, **options: False)
+    assert torch.equal(generate_image(model, plain, do_sample=False), tokens)
+    assert not any(layer.has_kernel for layer in plain.layers)
+    for ours, theirs in zip(unequal.layers, plain.layers, strict=True):
+        for mine, other in zip(ours.held_positions(), theirs.held_positions(), strict=True):
+            assert torch.equal(mine, other)
 
 
 # --- state moves as one ---------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class HeadGroups:
         """Split `[batch, kv_heads, ...]`, in the model's order of heads, into a tensor for each group."""
         if self.order is not None:
             states = states.index_select(1, self.order)
-        return states.split(self.sizes, dim=1)
+        return [states] if len(self.sizes) == 1 else states.split(self.sizes, dim=1)
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Join one tensor `[batch, heads, ...]` for each group, in the model's order of heads."""
@@ -62,7 +62,7 @@ class HeadGroups:
         `[batch, kv_heads, groups, value_dim]`.
         """
         # Two matrix products beat sdpa for one query on a CPU, above all in bfloat16. Eager steps keep sdpa, because
-        # their tokens then equal those of a full cache bit for bit.
+        # their tokens then equal those of a full cache bit for bit while nothing is evicted.
         is_static = not isinstance(slots[0], int)
         attend = _attend_by_products if is_static and query.is_cpu and not dropout else F.scaled_dot_product_attention
         outputs = []

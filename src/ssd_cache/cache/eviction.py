@@ -30,13 +30,15 @@ def is_spared(positions: torch.Tensor, num_seen: int, num_recent: int, num_sinks
     return (positions >= num_seen - num_recent) | (positions < num_sinks)
 
 
-def lowest(ranks: torch.Tensor, spared: torch.Tensor, num_evict: int) -> torch.Tensor:
+def lowest(ranks: torch.Tensor, spared: torch.Tensor | None, num_evict: int) -> torch.Tensor:
     """The tokens to drop, `[..., num_evict]`: the lowest `ranks` first, and of equal ranks the older token.
 
     `ranks` are `[..., tokens]`, in the order of arrival. Tokens in the mask `spared` are not dropped.
     """
+    if spared is not None:
+        ranks = ranks.masked_fill(spared, torch.inf)
     # stable: of equal ranks the older one comes first
-    return ranks.masked_fill(spared, torch.inf).argsort(dim=-1, stable=True)[..., :num_evict]
+    return ranks.argsort(dim=-1, stable=True)[..., :num_evict]
 
 
 def select_victims(
@@ -66,34 +68,38 @@ def select_victims(
     victims = []
     if scores is not None and num_semantic:
         by_age = positions[:, :num_semantic].argsort(-1)
-        spared = is_spared(positions[:, :num_semantic], num_seen, num_recent, num_sinks)
-        chosen = lowest(scores.gather(-1, by_age), spared.gather(-1, by_age), num_evict)
-        victims.append(by_age.gather(-1, chosen))
+        spared = None
+        if num_recent or num_sinks:
+            spared = is_spared(positions[:, :num_semantic].gather(-1, by_age), num_seen, num_recent, num_sinks)
+        victims.append(by_age.gather(-1, lowest(scores.gather(-1, by_age), spared, num_evict)))
     if num_semantic < positions.shape[1]:
         # every row and every spatial head holds the same tokens, in the same slots
         age = positions[0, num_semantic]
         oldest = torch.where(age < num_sinks, num_seen, age).argsort()[:num_evict]
         victims.append(oldest.expand(positions.shape[0], positions.shape[1] - num_semantic, num_evict))
-    return torch.cat(victims, 1).sort(-1).values
+    chosen = victims[0] if len(victims) == 1 else torch.cat(victims, 1)
+    return chosen.sort(-1).values
 
 
 def compact(tensors: list[torch.Tensor], victims: torch.Tensor) -> None:
     """Move the survivors in the last `num_evict` slots into the victims' slots before them; no other row is touched.
 
     Args:
-        tensors: each `[batch, heads, slots]` or `[batch, heads, slots, head_dim]`, changed in place; `heads` may be
-            fewer than `kv_heads`, and are then the first ones.
+        tensors: each `[batch, kv_heads, slots, head_dim]`, or `[batch, heads, slots]` of the first `heads` heads;
+            changed in place.
         victims: `[batch, kv_heads, num_evict]`, in ascending order (see `select_victims`).
     """
     num_slots, num_evict = tensors[0].shape[2], victims.shape[-1]
     first_free = num_slots - num_evict
     # The tail's survivors come first, in order. There are as many of them as victims before the tail, and the victims
     # are sorted, so the pairs match. The remaining pairs copy dead rows onto dead rows.
-    is_dead = torch.zeros(*victims.shape[:2], num_slots, dtype=torch.bool, device=victims.device)
-    is_dead.scatter_(2, victims, True)
-    sources = is_dead[..., first_free:].to(torch.uint8).argsort(dim=-1, stable=True) + first_free
-    rows, heads = (torch.arange(size, device=victims.device) for size in victims.shape[:2])
+    is_dead = victims.new_zeros(*victims.shape[:2], num_slots, dtype=torch.uint8).scatter_(2, victims, 1)
+    sources = is_dead[..., first_free:].argsort(dim=-1, stable=True) + first_free
+    heads = torch.arange(victims.shape[0] * victims.shape[1], device=victims.device)[:, None]
+    old, new = (heads, sources.flatten(0, 1)), (heads, victims.flatten(0, 1))
     for tensor in tensors:
-        first = slice(tensor.shape[1])
-        places = rows[:, None, None], heads[None, first, None]
-        tensor[*places, victims[:, first]] = tensor[*places, sources[:, first]]
+        if tensor.dim() == 4:  # whole rows, of all heads
+            rows = tensor.view(-1, *tensor.shape[2:])
+            rows[new] = rows[old]
+        elif num_heads := tensor.shape[1]:
+            tensor.scatter_(2, victims[:, :num_heads], tensor.gather(2, sources[:, :num_heads]))

@@ -54,8 +54,8 @@ class SSDLayer(CacheLayerMixin):
         slots: slot of the newest token in each store.
         is_static: whether a static step runs.
         has_kernel: whether the fused kernel runs the steps of this image; chosen at the prompt.
-        allows_cpu_kernel: whether the kernel may run on a CPU for slots that are not in 8 bits, though its tokens are
-            not bit-exact there.
+        allows_cpu_kernel: whether the kernel may run on a CPU, though its tokens are not bit-exact there. It runs in
+            any case for slots in 8 bits, and for heads that differ in length.
         version: changes whenever a tensor that a static step uses is replaced.
     """
 
@@ -121,8 +121,8 @@ class SSDLayer(CacheLayerMixin):
                     f"layer {self.plan.layer_idx} of SSDCache does not get to see the model's queries, which its heads "
                     f"need: the model's attention is not 'ssd'. Remedy: {USE_SSD_ATTENTION}."
                 )
-            # Detach: no gradient flows through the cache into earlier steps.
-            key_states, value_states = key_states.detach(), value_states.detach()
+            if torch.is_grad_enabled():  # no gradient flows through the cache into earlier steps
+                key_states, value_states = key_states.detach(), value_states.detach()
             if not self.stores and (self.num_prompt == 0 or key_states.shape[2] > 1 or in_prefill()):
                 self._query_missing = self.plan.needs_ssd_attention
                 return self._extend_prompt(key_states, value_states)
@@ -195,7 +195,9 @@ class SSDLayer(CacheLayerMixin):
         self.prompt_mask = None if mask is None else _own(mask)
         self._num_groups, self._scaling = query.shape[1] // self.num_kv_heads, scaling
         kv_dtype = self.plan.kv_dtype
-        served = dispatch.can_serve(query, *self._held_states, on_cpu=self.allows_cpu_kernel, kv_dtype=kv_dtype)
+        # With several groups some heads evict, so no full cache's bits are to be matched; one call reads all groups.
+        on_cpu = self.allows_cpu_kernel or (kv_dtype is None and len(self.plan.groups) > 1)
+        served = dispatch.can_serve(query, *self._held_states, on_cpu=on_cpu, kv_dtype=kv_dtype)
         self.has_kernel = served and self.plan.takes_kernel
 
     def begin_step(self, slots: list[Slot]) -> None:

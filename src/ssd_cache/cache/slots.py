@@ -137,8 +137,10 @@ class SlotStore:
 
     def states(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V that the token in `slot` attends to: up to this slot, or in a static step all, see `visible`."""
-        end = self.num_prompt + slot + 1 if isinstance(slot, int) else None
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        if not isinstance(slot, int):
+            return self.keys, self.values
+        end = self.num_prompt + slot + 1
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
     def visible(self, slot: Slot, length: int) -> torch.Tensor | None:
         """Mask of the `length` columns of `states(slot)`, `[batch or 1, 1, 1, length]`; None if all are visible."""
@@ -150,7 +152,7 @@ class SlotStore:
     def hold(self, slot: Slot, query: torch.Tensor) -> None:
         """Hold the query of the token in `slot`, `[batch, heads, groups, head_dim]`, until its window is scored."""
         if self.queries is not None:
-            query = query[:, : self.queries.shape[1], :, None].to(self.queries.dtype)
+            query = query.narrow(1, 0, self.queries.shape[1]).unsqueeze(3).to(self.queries.dtype)
             put(self.queries, self._place_in_window(slot), query, dim=3)
 
     def _place_in_window(self, slot):

@@ -56,10 +56,11 @@ class LearnedScore:
         """
         rows, columns = self.column.shape[-2:]
         now = min(num_seen // columns, rows - 1)
-        row = (positions // columns).clamp(max=now)
-        above = (now - torch.arange(rows, device=positions.device)).clamp(min=0)
-        table = self.row[:, now, :, None] + self.column[:, above]
-        return table.flatten(1).expand(len(positions), -1, -1).gather(2, (row * columns + positions % columns).long())
+        # the score of each cell in the rows seen; `column[:, 0]` is for the current row, the last of them
+        cells = self.row[:, now, : now + 1, None] + self.column[:, : now + 1].flip(1)
+        if num_seen > rows * columns:
+            positions = (positions // columns).clamp(max=now) * columns + positions % columns
+        return cells.flatten(1).expand(len(positions), -1, -1).gather(2, positions.long())
 
     def of_states(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """The part of the score that depends on K and V: `[batch, heads, tokens, head_dim]` to `[..., tokens]`."""

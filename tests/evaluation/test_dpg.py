@@ -160,6 +160,7 @@ def test_questions_are_read_in_the_order_of_the_file(tmp_path):
         ({1: ("0", "2", "1,9", "e", "w", "e - w (x)", "A?")}, "questions of item '0' depend on 9, which it lacks"),
         ({4: ("whoops5", "2", "", "e", "w", "e - w (x)", "A?")}, "row 6: dependency is empty"),
         ({4: ("whoops5", "2", "0", "e", "w", "", "A?")}, "row 6: tuple is empty"),
+        ({4: ("whoops5", "2", "0", "e", "w", "(dog)", "A?")}, "row 6: tuple '(dog)' begins with no category"),
         ({0: ("0", "1", "0", "e", "w", "e - w (x)", " ")}, "row 2: question_natural_language is empty"),
         ({0: ("", "1", "0", "e", "w", "e - w (x)", "A?")}, "row 2: item_id is empty"),
     ],

@@ -168,6 +168,6 @@ def test_changed_checksums_of_a_bundled_model_are_read_or_refused(tmp_path):
 
     def read():
         check_checksums("model", tmp_path)
-        assert good <= set((tmp_path / CHECKSUMS).read_text("utf-8").splitlines())  # no file is left unchecked
+        assert good <= set((tmp_path / CHECKSUMS).read_text("utf-8-sig").splitlines())  # no file is left unchecked
 
     check_both(fuzz_file("checksums", 0.04, tmp_path / CHECKSUMS, read, names_file=False), 0.001)

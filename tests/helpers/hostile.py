@@ -166,7 +166,13 @@ def _change_json(root: list[Any], chance: random.Random) -> None:
             holder[key] = text_mutant(value, chance)
         case 6 | 7 if isinstance(value, int | float):
             holder[key] = chance.choice(
-                (-value, value + 1, value - 1, value * 10 ** chance.randrange(20), float(value))
+                (
+                    -value,
+                    value + 1,
+                    value - 1,
+                    value * 10 ** chance.randrange(20),
+                    float(value) if abs(value) < 1e300 else 0.5,
+                )
             )
         case 8:
             holder[key] = chance.choice((str(value)[:5000], [value], bool(value), {"value": value}))

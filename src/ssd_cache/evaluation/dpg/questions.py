@@ -68,6 +68,8 @@ def read_questions(path: str | Path, *, official: bool = False) -> dict[str, tup
             if empty := [name for name in COLUMNS if not row[name].strip()]:
                 raise ReadableError(f"{place}: {', '.join(empty)} is empty")
             question, questions = _question(row), items.setdefault(row["item_id"].strip(), {})
+            if not question.broad:
+                raise ReadableError(f"{place}: tuple {shown(row['tuple'])} begins with no category")
             if question.proposition_id in questions:
                 raise ReadableError(
                     f"{place}: question {shown(question.proposition_id)} of item {shown(row['item_id'])} occurs twice"

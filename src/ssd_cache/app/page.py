@@ -90,7 +90,8 @@ class Page:
             show_progress_on=self.status,
             api_visibility="private",
         )
-        stop.click(self.stop, None, self.status, cancels=[running], **light)
+        stopped = stop.click(self.leave, None, None, cancels=[running], **light)
+        stopped.then(lambda: "stopped", None, self.status, **light)  # after frames that were under way
         self.blocks.unload(self.leave)
         chosen = [self.history, self.row, self.heads]
         gr.on([self.row.input, self.heads.input], self.show_held, chosen, self.held, **light)
@@ -113,13 +114,11 @@ class Page:
                 self.right: gr.Image(label=f"{request.policy}, {request.budget:.0%}"),
                 self.head_map: plot_labels(request.make_cache().head_map),
             }
-            words = ""
             for frame in generate_side_by_side(request, lambda: run.stop_reason is not None):
                 history.add(frame)
-                words = "\n".join([history.progress(), *request.notes])
+                reason = "" if run.stop_reason is None else f"{run.stop_reason}; "
+                words = "\n".join([reason + history.progress(), *request.notes])
                 yield {self.status: words, **self._changed(history, frame, heads)}
-            if run.stop_reason is not None:
-                yield {self.status: f"{run.stop_reason}; {words}"}
         except (ValueError, torch.OutOfMemoryError) as error:
             yield {self.status: printable(str(error))}
         finally:
@@ -138,13 +137,8 @@ class Page:
             changed |= {self.held: history.draw_held(row, heads), self.row: row}
         return changed
 
-    def stop(self, visitor: gr.Request) -> str:
-        """Stop the visitor's run at its next token; a run that waits is dropped by Gradio."""
-        self.leave(visitor)
-        return "stopped"
-
     def leave(self, visitor: gr.Request) -> None:
-        """The visitor has closed the page."""
+        """Stop the visitor's run at its next token, if there is one; Gradio drops a run that waits."""
         run = self.runs.get(visitor.session_hash)
         if run is not None:
             run.stop()

@@ -23,11 +23,11 @@ from ssd_cache.app.drawing import DARKEST, TO_COME, draw_held, held_shares
 from ssd_cache.app.generation import FULL, generate_side_by_side
 from ssd_cache.app.history import History
 from ssd_cache.app.limits import MAX_BODY, Limits, Run, SmallBodies
-from ssd_cache.app.models import DemoModel, bundled_names, offered_policies
+from ssd_cache.app.models import DemoModel, offered_policies
 from ssd_cache.app.request import check_request
 from ssd_cache.app.stepping import PausedGeneration
 from ssd_cache.cli import app, demo
-from ssd_cache.models import find_generator
+from ssd_cache.models import BUNDLED_MODELS, find_generator
 
 PROMPT, CELLS, BUDGET = "a photo of a red circle", SIDE * SIDE, 0.4
 SETTINGS = {"prompt": PROMPT, "policy": "ssd", "budget": BUDGET, "seed": 3}
@@ -348,9 +348,9 @@ def test_models_that_give_no_images_are_refused(tmp_path, monkeypatch):
     assert "cannot decode them" in one_line(result, 2)
 
 
-def test_the_bundled_model_is_offered():
-    assert bundled_names()[0] == "shapes-janus"
-    labels, policies = offered_policies(find_generator("shapes-janus"))
+@pytest.mark.parametrize("name", BUNDLED_MODELS)
+def test_the_bundled_models_are_offered(name):
+    labels, policies = offered_policies(find_generator(name))
     assert policies[0] == "learned"  # what the head map's own settings are
     assert "full" not in policies
     assert labels.learned is not None

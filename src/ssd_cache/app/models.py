@@ -18,7 +18,7 @@ from ssd_cache.evaluation.policies import (
 )
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.io.showing import shown
-from ssd_cache.models import BUNDLED_MODELS, Checkpoint, Generator
+from ssd_cache.models import Checkpoint, Generator
 from ssd_cache.prompts import default_prompts
 
 
@@ -42,11 +42,6 @@ class DemoModel:
         if not isinstance(budget, int | float) or not 0 < budget <= 1:
             raise ValueError(f"budget={shown(budget)} is out of range: give a fraction above 0 and up to 1")
         return parse_policy(policy).make_cache(self.head_map, float(budget))
-
-
-def bundled_names() -> list[str]:
-    """Names of the bundled models whose weights are in this installation."""
-    return [name for name, model in BUNDLED_MODELS.items() if model.folder.is_dir()]
 
 
 def offered_policies(checkpoint: Checkpoint, head_map: str | None = None) -> tuple[HeadMap, tuple[str, ...]]:

@@ -11,12 +11,12 @@ from typing import Annotated
 import typer
 
 from ssd_cache.app.limits import Limits
-from ssd_cache.app.models import DemoModel, bundled_names, offered_policies
+from ssd_cache.app.models import DemoModel, offered_policies
 from ssd_cache.cli import options
 from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.loading import find_model, load_generator
 from ssd_cache.cli.options import option
-from ssd_cache.models import resolve_device, resolve_dtype
+from ssd_cache.models import BUNDLED_MODELS, resolve_device, resolve_dtype
 
 DEFAULTS = Limits()
 SERVER, LIMITS = "Server", "Limits"
@@ -52,7 +52,7 @@ def app(
         raise WrongUse('the demo needs gradio, not installed here: pip install "ssd-cache[app]"')
     if model is None and (grid is not None or head_map is not None):
         raise WrongUse("--grid and --head-map are for --model: give it too")
-    names = dict.fromkeys([*([] if model is None else [model]), *bundled_names()])
+    names = dict.fromkeys([*([] if model is None else [model]), *BUNDLED_MODELS])
     with refusing():
         limits = Limits(prompt_characters, seconds, waiting)
         place = resolve_device(device)

@@ -25,7 +25,12 @@ NOT_BUILT = "the CPU kernels, which need a C++ compiler, are not built"
 
 
 def can_serve(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, on_cpu: bool = False, kv_dtype: str | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    on_cpu: bool = False,
+    kv_dtype: str | None = None,
+    is_optional: bool = False,
 ) -> bool:
     """Whether the kernel can run steps with tensors of these sizes, `[batch, heads, new, head_dim]`.
 
@@ -33,8 +38,8 @@ def can_serve(
     or for slots in `kv_dtype`, which differ from it in any case.
 
     Warns:
-        UserWarning: once, when there is no kernel for the device or dtype; and once for each set of sizes, when an
-            available kernel fails or is inaccurate in a small trial.
+        UserWarning: once, when there is no kernel for the device or dtype, unless `is_optional` is set; and once for
+            each set of sizes, when an available kernel fails or is inaccurate in a small trial.
     """
     device, sizes = query.device, (query.shape[1] // key.shape[1], query.shape[3], value.shape[3])
     if (
@@ -47,7 +52,7 @@ def can_serve(
         return False
     if reason := _missing(device, query.dtype):
         # inside `fast_decode`, torch.compile itself warns of a missing compiler; eager steps elsewhere expect no kernel
-        if reason != NOT_BUILT if on_cpu else device.type in ("cpu", "cuda"):
+        if not is_optional and (reason != NOT_BUILT if on_cpu else device.type in ("cpu", "cuda")):
             _warn_of_torch(reason, kv_dtype)
         return False
     try:

@@ -29,7 +29,7 @@ def escape(text: object) -> str:
 def table(heads: list[str], rows: list[list[str]], num_left: int = 1) -> str:
     """A table of untrusted cells; the first `num_left` columns are aligned left, the others right."""
     rule = ["---"] * num_left + ["---:"] * (len(heads) - num_left)
-    lines = [map(escape, heads), rule, *(map(escape, row) for row in rows)]
+    lines = [map(escape, heads), rule, *([cell if cell == "-" else escape(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -11,12 +11,11 @@ import json
 import re
 import shlex
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import typer
-from helpers.tiny_checkpoint import head_map, write_checkpoint, write_emoji_janus, write_family
+from helpers.tiny_checkpoint import head_map, write_checkpoint, write_family
 from typer.testing import CliRunner
 
 from ssd_cache import HeadMap
@@ -107,17 +106,7 @@ def shelf(tmp_path_factory):
     return shelf
 
 
-@pytest.fixture(scope="module")
-def emoji_janus(tmp_path_factory):
-    """A small emoji-janus in the place of the trained one."""
-    folder = write_emoji_janus(tmp_path_factory.mktemp("emoji-janus"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BUNDLED_MODELS, "emoji-janus", replace(BUNDLED_MODELS["emoji-janus"], folder=folder))
-        yield
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-@pytest.mark.usefixtures("emoji_janus")
 def test_commands_are_accepted(page, shelf, tmp_path, monkeypatch):
     place = tmp_path / "place"
     shutil.copytree(shelf, place)

@@ -32,7 +32,7 @@ DTYPES = fused.DTYPES if INTERPRETS else tuple(cpu_kernels.DECODERS)
 STORED = (None, *KV_DTYPES)
 if not INTERPRETS:
     _can_serve = fused.can_serve
-    fused.can_serve = lambda *states, on_cpu, kv_dtype=None: _can_serve(*states, on_cpu=True, kv_dtype=kv_dtype)
+    fused.can_serve = lambda *states, on_cpu, **options: _can_serve(*states, on_cpu=True, **options)
 
 
 @pytest.fixture(autouse=True)

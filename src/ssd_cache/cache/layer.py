@@ -198,7 +198,9 @@ class SSDLayer(CacheLayerMixin):
         # With several groups some heads evict, so no full cache's bits are to be matched; one call reads all groups.
         is_optional = not self.allows_cpu_kernel and kv_dtype is None and len(self.plan.groups) > 1 and query.is_cpu
         on_cpu = self.allows_cpu_kernel or is_optional
-        served = dispatch.can_serve(query, *self._held_states, on_cpu, kv_dtype, is_optional)
+        served = dispatch.can_serve(
+            query, *self._held_states, on_cpu=on_cpu, kv_dtype=kv_dtype, is_optional=is_optional
+        )
         self.has_kernel = served and self.plan.takes_kernel
 
     def begin_step(self, slots: list[Slot]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers.fuzzing import check_both, fuzz, fuzz_file
+from helpers.fuzzing import GENEVAL2_ROW, check_both, fuzz, fuzz_file
 from helpers.hostile import text_mutant
 from helpers.tiny_checkpoint import write_checkpoint
 
@@ -83,14 +83,8 @@ def test_a_changed_file_of_geneval_prompts_is_read_or_refused(tmp_path):
 
 
 def test_a_changed_file_of_geneval2_prompts_is_read_or_refused(tmp_path):
-    row = {
-        "prompt": "a dog and two cars",
-        "atom_count": 2,
-        "vqa_list": [["Is there a dog ?", "Yes"], ["How many cars ?", "two"]],
-        "skills": ["object", "count"],
-    }
     path = tmp_path / "geneval2_data.jsonl"
-    path.write_text(f"{json.dumps(row)}\n{json.dumps({**row, 'prompt': 'two cars and a dog'})}\n")
+    path.write_text(f"{json.dumps(GENEVAL2_ROW)}\n{json.dumps({**GENEVAL2_ROW, 'prompt': 'two cars and a dog'})}\n")
 
     def read():
         prompts = geneval2.read_prompts(path)

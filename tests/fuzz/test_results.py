@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from helpers.fuzzing import WouldWork, check_both, fuzz_file
+from helpers.fuzzing import GENEVAL2_ROW, WouldWork, check_both, fuzz_file
 from helpers.pages import pages
 from PIL import Image
 
@@ -142,14 +142,10 @@ def test_changed_answers_of_dpg_are_scored_or_refused(tmp_path):
 
 
 def write_geneval2(tmp_path):
-    row = {
-        "prompt": "a dog and two cars",
-        "atom_count": 2,
-        "vqa_list": [["Is there a dog ?", "Yes"], ["How many cars ?", "two"]],
-        "skills": ["object", "count"],
-    }
     path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({**row, "prompt": f"{row['prompt']} {number}"}) + "\n" for number in range(2)))
+    path.write_text(
+        "".join(json.dumps({**GENEVAL2_ROW, "prompt": f"a dog and two cars {number}"}) + "\n" for number in range(2))
+    )
     folder = geneval.SampleFolder(tmp_path / "images", geneval2.read_prompts(path), 1)
     folder.write(range(2), [Image.new("RGB", (2, 2))] * 2)
     return folder

@@ -32,6 +32,15 @@ SECONDS, BYTES = 10.0, 1 << 30
 A mutated file has at most a few megabytes."""
 
 
+GENEVAL2_ROW = {
+    "prompt": "a dog and two cars",
+    "atom_count": 2,
+    "vqa_list": [["Is there a dog ?", "Yes"], ["How many cars ?", "two"]],
+    "skills": ["object", "count"],
+}
+"""A row of a file of GenEval 2 prompts."""
+
+
 class WouldWork(Exception):
     """The input was accepted, and the work would begin."""
 

@@ -28,7 +28,7 @@ from ssd_cache.cache.sharding import check_whole
 from ssd_cache.decode.attention_switch import ssd_attention
 from ssd_cache.head_map.head_map import HeadMap, HeadMapError
 from ssd_cache.models import Checkpoint, Generator, generator_of
-from ssd_cache.profiling.measuring import check_prompts, generate_recorded
+from ssd_cache.profiling.measuring import generate_recorded
 from ssd_cache.profiling.recorder import RecordingCache
 
 BASELINES = ("h2o", "streaming-llm")
@@ -101,7 +101,7 @@ def analyze(
     caches = make_caches(checkpoint, head_map, budget, buffer, num_images)
     sampling = dataclasses.asdict(generator.sampling(guidance_scale, temperature, seed))
     check_whole(generator.language_model)
-    check_prompts(generator, [prompt])
+    generator.check_prompts([prompt])
     scores, step = head_scores(head_map), head_map.num_visual_tokens * 3 // 4
     is_unconditional = generator.is_unconditional(num_images)
     row = int(is_unconditional.long().argmin())  # the conditional row of the first image

@@ -6,6 +6,7 @@ A model family subclasses `Generator` and states what differs from the defaults 
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,8 +27,9 @@ from transformers import (
 
 from ssd_cache._compat import CACHE
 from ssd_cache.cache.attention import NAME
+from ssd_cache.io.showing import shown
 from ssd_cache.layout import ImageLayout
-from ssd_cache.models.settings import ResolvedSampling, check_texts
+from ssd_cache.models.settings import GeneratorError, ResolvedSampling, check_texts
 
 if TYPE_CHECKING:
     from ssd_cache.models.checkpoint import Checkpoint
@@ -112,6 +114,21 @@ class Generator(ABC):
     @abstractmethod
     def prepare(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Make inputs for `model.generate`, left-padded `[batch, prompt length]`, on the model's device."""
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise GeneratorError, before any generation, for a prompt that is empty or leaves no room for the image."""
+        check_texts(prompts)
+        checkpoint = self.checkpoint
+        limit = getattr(self.text_config_of(checkpoint.config), "max_position_embeddings", None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # generation repeats these warnings
+            for text in dict.fromkeys(prompts):
+                length = self.prepare([text])["attention_mask"].shape[1]
+                if limit is not None and length > (room := limit - checkpoint.num_visual_tokens):
+                    raise GeneratorError(
+                        f"prompt {shown(text)} is {length} tokens long; {checkpoint.name} has {limit} positions, and "
+                        f"the image leaves {room} for the prompt: shorten it"
+                    )
 
     def call_arguments(self, inputs: Mapping[str, torch.Tensor], sampling: ResolvedSampling) -> dict[str, Any]:
         """Arguments of `model.generate` in addition to inputs, cache and temperature; by default the number of tokens.

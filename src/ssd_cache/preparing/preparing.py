@@ -25,7 +25,7 @@ from ssd_cache.preparing.plan import make_plan
 from ssd_cache.preparing.report import write_outputs
 from ssd_cache.preparing.stages import STAGES, Settings, Stage, check_stages, make_stages
 from ssd_cache.preparing.state import StateFolder
-from ssd_cache.profiling.measuring import DEFAULT_BATCH_SIZE, check_prompts, model_facts, prompts_sha256
+from ssd_cache.profiling.measuring import DEFAULT_BATCH_SIZE, model_facts, prompts_sha256
 from ssd_cache.prompts import default_prompts
 from ssd_cache.runs.batching import default_batch_size
 from ssd_cache.runs.limits import refuse_long_run
@@ -101,7 +101,7 @@ def prepare(
         batch_size = kept or default_batch_size(generator, texts, DEFAULT_BATCH_SIZE, processes=processes)
     settings = Settings(texts, budget, num_steps, batch_size, generator.sampling(guidance_scale, temperature, seed))
     check_stages(stages, generator, settings)
-    check_prompts(generator, texts)
+    generator.check_prompts(texts)
     if "learn" in stages:
         check_trainable(generator)
     facts = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, astuple
@@ -21,8 +20,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from ssd_cache.budget import Amount, check_count
 from ssd_cache.cache.sharding import check_whole
 from ssd_cache.decode.attention_switch import ssd_attention
-from ssd_cache.models import Generator, GeneratorError, generator_of
-from ssd_cache.models.settings import check_texts
+from ssd_cache.models import Generator, generator_of
 from ssd_cache.profiling.observing import HeadObserver
 from ssd_cache.profiling.recorder import RecordingCache
 from ssd_cache.profiling.state import load_state, recorded_batch_size, save_state
@@ -98,7 +96,7 @@ def measure_heads(
     shape = checkpoint.layout, checkpoint.num_layers, checkpoint.num_kv_heads
     check_whole(generator.language_model)
     found = resolve_levels(checkpoint.layout, budget, levels, buffer=buffer, num_recent=num_recent, num_sinks=num_sinks)
-    check_prompts(generator, prompts)
+    generator.check_prompts(prompts)
     prompts, path = list(prompts), Path(state_file) if state_file else None
     if batch_size is None:
         kept = processes.gather_all(path and recorded_batch_size(path))[0]
@@ -196,23 +194,6 @@ def generate_recorded(generator: Generator, prompts: Sequence[str], cache: Recor
         )
     cache.finish()
     return tokens
-
-
-def check_prompts(generator: Generator, prompts: Sequence[str]) -> None:
-    """Raise GeneratorError, before any generation, for a prompt that is empty or too long for the image to follow."""
-    check_texts(prompts)
-    checkpoint = generator.checkpoint
-    config = checkpoint.family.text_config_of(checkpoint.config)
-    limit = getattr(config, "max_position_embeddings", None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # generation repeats these warnings
-        for text in dict.fromkeys(prompts):
-            length = generator.prepare([text])["attention_mask"].shape[1]
-            if limit is not None and length > (room := limit - checkpoint.num_visual_tokens):
-                raise GeneratorError(
-                    f"prompt {text[:60]!r} is {length} tokens long; {checkpoint.name} has {limit} positions, and the "
-                    f"image leaves {room} for the prompt: shorten it"
-                )
 
 
 def model_facts(generator: Generator) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ssd_cache.cache.sharding import check_whole
 from ssd_cache.head_map.checks import MAX_TEXT
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Generator, generator_of
-from ssd_cache.profiling.measuring import check_prompts, model_facts, prompts_sha256
+from ssd_cache.profiling.measuring import model_facts, prompts_sha256
 from ssd_cache.runs.processes import Processes
 from ssd_cache.runs.progress import progress_bar
 from ssd_cache.training.learning_state import LearningRun, LearningState
@@ -136,7 +136,7 @@ def learn_score(
     plans = check_learning(head_map, budget, num_steps=num_steps, **settings, **cache_settings)
     resolved = generator.sampling(guidance_scale, temperature, seed)
     resolved.check_random()
-    check_prompts(generator, prompts)
+    generator.check_prompts(prompts)
     check_trainable(generator)
     sampling: dict[str, Any] = {"guidance_scale": resolved.guidance_scale, "temperature": resolved.temperature}
     facts = {

@@ -20,7 +20,7 @@ from ssd_cache.evaluation.conditions import cache_facts
 from ssd_cache.evaluation.fidelity.lockstep import compare_caches, parts_of
 from ssd_cache.evaluation.fidelity.result import MEASURED, Fidelity
 from ssd_cache.models import Checkpoint, Generator, GeneratorError, ResolvedSampling
-from ssd_cache.profiling.measuring import check_prompts, model_facts, prompts_sha256
+from ssd_cache.profiling.measuring import model_facts, prompts_sha256
 from ssd_cache.runs.run_state import ResumableState
 
 FORMAT, WHAT = "ssd-cache fidelity state 3", "the measurements of ssd-cache eval fidelity"
@@ -107,7 +107,7 @@ def measure_fidelity(
 def check_run(generator: Generator, prompts: Sequence[str]) -> None:
     """Refuse, before any image is generated, a model that cannot be compared, and prompts that do not fit."""
     check_whole(generator.language_model)
-    check_prompts(generator, prompts)
+    generator.check_prompts(prompts)
     parts_of(generator)
 
 

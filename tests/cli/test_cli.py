@@ -166,6 +166,14 @@ def test_a_mistake_is_one_line_and_nothing_is_loaded(run, folder, monkeypatch, a
     assert files() == before
 
 
+@pytest.mark.parametrize("place", ["--output=long.png", "--output-dir=long"])
+def test_a_prompt_that_leaves_no_room_for_the_image_is_refused(run, place):
+    result = run(CIRCLE, "red " * 961, place)  # 1024 positions, 64 of them the image's
+    assert result.exit_code == 2, result.output
+    assert "has 1024 positions, and the image leaves 960 for the prompt: shorten it" in result.stderr
+    assert files() == []
+
+
 def test_an_unknown_command_is_one_line(run):
     result = CliRunner().invoke(app, ["generat", CIRCLE])
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)

@@ -14,7 +14,7 @@ import torch
 
 from ssd_cache.budget import Amount
 from ssd_cache.cache.cache import SSDCache
-from ssd_cache.cli.errors import WrongUse
+from ssd_cache.cli.errors import WrongUse, refusing
 from ssd_cache.cli.loading import load_generator
 from ssd_cache.decode.fast_decode import fast_decode
 from ssd_cache.evaluation.policies import DEFAULT, Policy, choose_head_map, resolve_policies
@@ -46,8 +46,11 @@ class Job:
     processes: Processes
 
     def load(self) -> Generator:
-        """Load the model."""
-        return load_generator(self.checkpoint, self.dtype, self.device)
+        """Load the model, and refuse a prompt that leaves no room for the image."""
+        generator = load_generator(self.checkpoint, self.dtype, self.device)
+        with refusing():
+            generator.check_prompts(self.texts)
+        return generator
 
     def default_batch_size(self, generator: Generator) -> int:
         """The default batch size for the cache that takes the most memory."""

@@ -6,6 +6,7 @@ One image shows that a trained model still meets its caption; docs/results.md ha
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -323,7 +324,7 @@ def test_without_a_kernel_it_says_so_once_and_dequantises(kv_dtype, case, monkey
     for answer in asked:
         answer.cache_clear()
     if dtype is None:
-        monkeypatch.setattr(cpu_loops, "library", lambda: None)
+        monkeypatch.setattr(cpu_loops, "library", functools.cache(lambda: None))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from importlib import import_module
 
 import pytest
 import torch
@@ -197,12 +198,12 @@ def test_one_step_in_numbers_of_any_precision(dtype, groups):
     torch.testing.assert_close(scores[:, 0].double(), before[2][:, 0] + received, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(not INTERPRETS, reason="only Triton has a kernel for evictions")
 @settings(max_examples=60)
 @given(st.data())
 def test_an_eviction_is_that_of_torch_bit_for_bit(data):
     """With codes and scales or without, few or no semantic heads, equal ranks, and ranks that are no numbers."""
     draw, random = data.draw, torch.Generator().manual_seed(data.draw(st.integers(0, 99), "seed"))
+    cpu_kernels.library()  # as the attention of an image loads it
     num_slots, batch, heads = draw(st.integers(2, 70), "slots"), 2, 3
     num_evict, num_sinks = draw(st.integers(1, num_slots), "evict"), draw(st.integers(0, 3), "sinks")
     num_semantic, has_scales = draw(st.integers(0, heads), "semantic"), draw(st.booleans(), "scales")
@@ -228,14 +229,15 @@ def test_an_eviction_is_that_of_torch_bit_for_bit(data):
     assert all(map(torch.equal, *found))
 
 
-@pytest.mark.skipif(not INTERPRETS, reason="only Triton has a kernel for evictions")
 def test_an_eviction_is_one_launch(monkeypatch):
     """Of each store; "sum" ranks by what the decode kernel has added up."""
-    from ssd_cache.kernels import triton_evict
-
+    cpu_kernels.library()
     assert fused_eviction.has_kernel(torch.device("cpu"))
-    launches, launch = [], triton_evict.launch
-    monkeypatch.setattr(triton_evict, "launch", lambda *args, **counts: launches.append(1) or launch(*args, **counts))
+    owner, name = (
+        (cpu_kernels, "evict") if not INTERPRETS else (import_module("ssd_cache.kernels.triton_evict"), "launch")
+    )
+    launches, launch = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args: launches.append(1) or launch(*args))
     monkeypatch.setattr(fused_eviction, "select_victims", None)
     cache = SSDCache(LABELS, 8, buffer=2)
     generate(tiny_janus(grid_side=4), cache)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from helpers.compiling import has_compiler, needs_compiler
 
+from ssd_cache.kernels import cpu_loops as cpu_kernels
 from ssd_cache.kernels import dispatch as fused
 from ssd_cache.kernels.packed_linears import COPY, packed_linears
 
@@ -187,6 +188,31 @@ def test_a_step_that_does_not_fit_is_refused_before_anything_is_written(changes,
     with pytest.raises(ValueError, match=r"kernel|heads|slot|columns|dimensions|devices"):
         run(*arguments.values())
     assert all(map(torch.equal, written, before))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("positions", lambda t: t.long()),
+        ("ranks", lambda t: t.repeat(1, 2, 1)),  # of more heads than there are
+        ("received", lambda t: t[..., :4]),
+        ("states", lambda t: [t[0], t[1].transpose(0, 1)]),
+        ("states", lambda t: [t[0], t[1].to("meta")]),
+        ("scales", lambda t: [torch.ones(2, 3, 7)] * 2),
+        ("counts", lambda t: {**t, "num_evict": 9}),
+        ("counts", lambda t: {**t, "num_evict": 0}),
+    ],
+)
+def test_an_eviction_that_does_not_fit_is_refused_before_anything_is_written(name, change):
+    states = [torch.randn(2, 3, 2 + 8, 4) for _ in range(2)]
+    counts = {"num_prompt": 2, "num_evict": 3, "num_seen": 8, "num_recent": 0, "num_sinks": 0}
+    given = {"positions": torch.arange(8, dtype=torch.int32).repeat(2, 3, 1), "ranks": torch.rand(2, 2, 8)}
+    given |= {"received": torch.rand(2, 2, 8), "states": states, "scales": [], "counts": counts}
+    before = [tensor.clone() for tensor in (given["positions"], given["received"], *states)]
+    with pytest.raises(ValueError, match="evict"):
+        cpu_kernels.evict(**{**given, name: change(given[name])})
+    assert all(map(torch.equal, (given["positions"], given["received"], *states), before))
 
 
 @needs_compiler

@@ -1,7 +1,8 @@
-"""Evict in one launch on a GPU, by the Triton kernel of `kernels/triton_evict.py`; elsewhere, or if it errs, by torch.
+"""Evict in one call: a Triton kernel on a GPU, a C++ loop on a CPU; by torch where there is none, or if it errs.
 
-Before its first use on a device, the kernel must do to random slots what `eviction.py` does, bit for bit. This module
-has no rule of its own.
+The CPU loop is used once the attention of an image has loaded the library, so an eviction never waits for a compiler.
+Before its first use on a device, a kernel must do to random slots what `eviction.py` does, bit for bit. This module has
+no rule of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 from ssd_cache.cache.eviction import compact, select_victims
 from ssd_cache.io.showing import first_line
-from ssd_cache.kernels import dispatch
+from ssd_cache.kernels import cpu_loops, dispatch
 
 
 @dataclass(frozen=True)
@@ -63,21 +64,27 @@ def _by_torch(slots: Slots, ranks: torch.Tensor | None, num_evict: int, num_seen
 
 
 def _by_kernel(slots: Slots, ranks: torch.Tensor | None, num_evict: int, num_seen: int, **spared: int) -> None:
-    from ssd_cache.kernels.triton_evict import launch
+    if dispatch.takes_loops(slots.positions.device):
+        launch = cpu_loops.evict
+    else:
+        from ssd_cache.kernels.triton_evict import launch
 
     counts = {"num_prompt": slots.num_prompt, "num_evict": num_evict, "num_seen": num_seen, **spared}
     launch(slots.positions, ranks, slots.received, slots.states, slots.scales, counts)
 
 
-@functools.cache
 def has_kernel(device: torch.device) -> bool:
-    """Whether the kernel evicts on a device: it is there, and leaves in 45 slots what torch leaves.
+    """Whether a kernel evicts on a device: it is there, and leaves in 45 slots what torch leaves.
 
     Warns:
         UserWarning: once, if the kernel should run there and fails or errs.
     """
-    if not dispatch.has_triton(device):
-        return False
+    is_there = cpu_loops.is_loaded() if dispatch.takes_loops(device) else dispatch.has_triton(device)
+    return is_there and _passes_trial(device)
+
+
+@functools.cache
+def _passes_trial(device: torch.device) -> bool:
     try:
         failed = "" if _agree(device) else "it keeps other tokens"
     except Exception as failure:  # compilers and drivers raise many unrelated classes

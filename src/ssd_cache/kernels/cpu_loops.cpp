@@ -1,9 +1,12 @@
-// The two loops that take most of a step's time on a CPU: attention over the stores of a layer, and linear layers for
-// few rows. Plain C++ with the vector types of GCC and Clang. cpu_loops.py builds it and documents the shapes.
+// The loops that take most of a step's time on a CPU: attention over the stores of a layer, evictions, and linear layers
+// for few rows. Plain C++ with the vector types of GCC and Clang. cpu_loops.py builds it and documents the shapes.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <climits>
 #include <cstdint>
+#include <cstring>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 #if defined(__AVX2__)
@@ -289,6 +292,61 @@ bool decode_into(const T* query, const T* new_key, const T* new_value, const Sto
   return loops[layer->kv_dtype](query, new_key, new_value, stores, scaling, output, layer);
 }
 
+// The tensors of a store whose slots are full, and one eviction; the sizes of K and V are bytes of a slot.
+struct Eviction {
+  int32_t* positions;
+  const uint32_t* ranks;  // the bits of floats
+  float *received, *scales[2];
+  char* states[2];
+  int64_t batch, num_heads, num_semantic, num_scored, num_slots, num_prompt, sizes[2];
+  int64_t num_evict, num_seen, num_recent, num_sinks, num_threads;
+};
+
+// A number for each slot, in the order in which slots are emptied: by rank or age, and of equal ranks the older first.
+inline int64_t order_of(const Eviction& given, int64_t position, const uint32_t* rank) {
+  int64_t first = position < given.num_sinks ? given.num_seen : position;
+  if (rank) {
+    const bool is_spared = position >= given.num_seen - given.num_recent || position < given.num_sinks;
+    const uint32_t bits = is_spared ? 0x7f800000 : *rank == 0x80000000 ? 0 : *rank;  // infinity; -0.0 equals 0.0
+    if ((bits & 0x7fffffff) > 0x7f800000)
+      first = INT32_MAX;  // NaN is above all numbers
+    else
+      first = (int32_t)(bits >> 31 ? bits ^ 0x7fffffff : bits);  // integers in the order of the numbers
+  }
+  return first * (int64_t(1) << 32) + position;
+}
+
+// Evicts from one head of one row: the survivors in the slots that are freed move to the victims' places before these.
+void evict_head(const Eviction& given, int64_t row, int64_t head, int64_t* order, int64_t* sorted) {
+  const auto [num_heads, num_slots, num_evict] = std::tuple(given.num_heads, given.num_slots, given.num_evict);
+  const int64_t task = row * num_heads + head, first_free = num_slots - num_evict;
+  int32_t* const positions = given.positions + task * num_slots;
+  const uint32_t* const ranks =
+      head < given.num_semantic ? given.ranks + (row * given.num_semantic + head) * num_slots : nullptr;
+  float* const received =
+      head < given.num_scored ? given.received + (row * given.num_scored + head) * num_slots : nullptr;
+  for (int64_t at = 0; at < num_slots; at++)
+    sorted[at] = order[at] = order_of(given, positions[at], ranks ? ranks + at : nullptr);
+  std::nth_element(sorted, sorted + num_evict - 1, sorted + num_slots);
+  const int64_t last = sorted[num_evict - 1];  // no two numbers are equal
+  int64_t place = 0;
+  for (int64_t from = first_free; from < num_slots; from++) {
+    if (order[from] <= last) continue;
+    while (order[place] > last) place++;
+    positions[place] = positions[from];
+    if (received) received[place] = received[from];
+    for (int part = 0; part < 2; part++) {
+      const int64_t size = given.sizes[part];
+      char* const states = given.states[part] + (task * (given.num_prompt + num_slots) + given.num_prompt) * size;
+      std::memcpy(states + place * size, states + from * size, size);
+      if (float* const scales = given.scales[part]) scales[task * num_slots + place] = scales[task * num_slots + from];
+    }
+    place++;
+  }
+  for (int64_t at = 0; at < num_evict; at++) positions[first_free + at] = int32_t(given.num_seen + at);
+  if (received) std::fill_n(received + first_free, num_evict, 0.0f);
+}
+
 // Weights come from memory, and hardware prefetching stops at the end of each page. So weights are prefetched far ahead
 // into the L2 cache; the states fill L1.
 template <int rows>
@@ -329,6 +387,16 @@ bool decode_float32(const float* query, const float* new_key, const float* new_v
 bool decode_bfloat16(const BFloat16* query, const BFloat16* new_key, const BFloat16* new_value,
                      const Store<BFloat16>* stores, float scaling, BFloat16* output, const Layer* layer) {
   return decode_into(query, new_key, new_value, stores, scaling, output, layer);
+}
+
+void evict(const Eviction* given) {
+#pragma omp parallel num_threads(given->num_threads)
+  {
+    std::vector<int64_t> order(given->num_slots), sorted(given->num_slots);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < given->batch * given->num_heads; task++)
+      evict_head(*given, task / given->num_heads, task % given->num_heads, order.data(), sorted.data());
+  }
 }
 
 // `packed` is a weight `[out, in]` in the layout `[out / PANEL, in, PANEL]`.

@@ -1,8 +1,8 @@
 """The loops of `cpu_loops.cpp`, built for this machine's processor with the compiler that `torch.compile` uses.
 
 `fast_decode` uses them on a CPU, and so do eager steps over slots in 8 bits or heads that differ in length. Where they
-cannot be built, torch's own attention and matrix products run. This module does not decide which tokens are kept
-(`cache/slots.py` does) or when the loops run (`dispatch.py` and `packed_linears.py` do).
+cannot be built, torch's own operations run. This module does not decide which tokens are kept (`cache/slots.py` does)
+or when the loops run (`dispatch.py`, `packed_linears.py` and `cache/fused_eviction.py` do).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import functools
 import warnings
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ def library() -> ctypes.CDLL | None:
         if found is None:
             return None
         found.linear.argtypes, found.linear.restype = [pointer] * 4 + [size] * 4, None
+        found.evict.argtypes, found.evict.restype = [pointer], None
         for name in DECODERS.values():
             loop = getattr(found, name)
             loop.argtypes, loop.restype = [pointer] * 4 + [ctypes.c_float] + [pointer] * 2, ctypes.c_bool
@@ -52,6 +54,11 @@ def library() -> ctypes.CDLL | None:
         warnings.warn(f"fast_decode continues without ssd-cache's CPU kernels: {first_line(error)}", stacklevel=2)
         return None
     return found
+
+
+def is_loaded() -> bool:
+    """Whether the loops are there, without building them."""
+    return library.cache_info().currsize > 0 and library() is not None
 
 
 def _loops() -> ctypes.CDLL:
@@ -172,3 +179,47 @@ def launch(given: Arguments) -> None:
             f"a store has no such slot, or heads that are not among the layer's {layer.kv_heads} KV heads; heads, slot "
             f"and number of slots of each store: {found}"
         )
+
+
+def evict(
+    positions: torch.Tensor,
+    ranks: torch.Tensor | None,
+    received: torch.Tensor,
+    states: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    counts: Mapping[str, int],
+) -> None:
+    """Evict tokens from full slots, in place; the arguments are those of `triton_evict.launch`.
+
+    Raises:
+        ValueError: a tensor has not the shape, dtype, device or layout that the loop reads.
+    """
+    batch, num_heads, num_slots = positions.shape
+    num_semantic, num_scored = 0 if ranks is None else ranks.shape[1], received.shape[1]
+    ranks = received[:, :0] if ranks is None else ranks.contiguous()
+    rows, columns = (batch, num_heads), counts["num_prompt"] + num_slots
+    expected: list[tuple[torch.Tensor, torch.dtype, tuple[int, ...]]] = [
+        (positions, torch.int32, (*rows, num_slots)),
+        (ranks, torch.float32, (batch, min(num_semantic, num_heads), num_slots)),
+        (received, torch.float32, (batch, min(num_scored, num_heads), num_slots)),
+        *((tensor, tensor.dtype, (*rows, columns, tensor.shape[-1])) for tensor in states),
+        *((tensor, torch.float32, (*rows, num_slots)) for tensor in scales),
+    ]
+    for tensor, dtype, shape in expected:
+        if not (tensor.shape == shape and tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous()):
+            raise ValueError(
+                f"the eviction loop got a tensor of shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}, "
+                f"and takes a contiguous one of shape {shape}, {dtype} on the CPU"
+            )
+    if not 1 <= counts["num_evict"] <= num_slots:
+        raise ValueError(f"num_evict={counts['num_evict']} tokens cannot be evicted from {num_slots} slots")
+    numbers = [
+        *(tensor.data_ptr() for tensor in (positions, ranks, received)),
+        *([tensor.data_ptr() for tensor in scales] or (0, 0)),
+        *(tensor.data_ptr() for tensor in states),
+        *(batch, num_heads, num_semantic, num_scored, num_slots, counts["num_prompt"]),
+        *(tensor.shape[3] * tensor.element_size() for tensor in states),
+        *(counts[name] for name in ("num_evict", "num_seen", "num_recent", "num_sinks")),
+        torch.get_num_threads(),
+    ]
+    _loops().evict((ctypes.c_int64 * len(numbers))(*numbers))

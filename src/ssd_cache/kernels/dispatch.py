@@ -47,7 +47,7 @@ def can_serve(
         or not query.dtype == key.dtype == value.dtype
         or any(type(states) not in PLAIN for states in (query, key, value))
         or (device.type == "cpu" and torch.is_autocast_enabled("cpu"))
-        or (_takes_loops(device) and not on_cpu and kv_dtype is None)
+        or (takes_loops(device) and not on_cpu and kv_dtype is None)
     ):
         return False
     if reason := _missing(device, query.dtype):
@@ -63,26 +63,26 @@ def can_serve(
 
 def has_triton(device: torch.device) -> bool:
     """Whether kernels in Triton run on a device; TRITON_INTERPRET=1 runs them on a CPU."""
-    is_there = device.type == "cuda" or (device.type == "cpu" and not _takes_loops(device))
+    is_there = device.type == "cuda" or (device.type == "cpu" and not takes_loops(device))
     return is_there and importlib.util.find_spec("triton") is not None
 
 
 def kernel_name(device: torch.device) -> str:
     """What the kernel of a device is called in reports."""
-    return "CPU loop" if _takes_loops(device) else "Triton kernel"
+    return "CPU loop" if takes_loops(device) else "Triton kernel"
 
 
-def _takes_loops(device: torch.device) -> bool:
+def takes_loops(device: torch.device) -> bool:
     """Whether to use the CPU loops: on a CPU, unless TRITON_INTERPRET=1 requests Triton's interpreter."""
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def _missing(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why there is no kernel for this device and dtype; None if there is one."""
-    dtypes = cpu_kernels.DECODERS if _takes_loops(device) else DTYPES
+    dtypes = cpu_kernels.DECODERS if takes_loops(device) else DTYPES
     if device.type not in ("cuda", "cpu") or dtype not in dtypes:
         return f"no kernel of ssd-cache takes {dtype} on this {device.type}"
-    if _takes_loops(device):
+    if takes_loops(device):
         return None if cpu_kernels.library() is not None else NOT_BUILT
     return None if has_triton(device) else "Triton is not installed"
 
@@ -219,7 +219,7 @@ def decode(
 
 def _launch(*arguments) -> None:
     given = Arguments(*arguments)
-    if _takes_loops(given.query.device):
+    if takes_loops(given.query.device):
         return cpu_kernels.launch(given)
     from ssd_cache.kernels.triton_decode import launch
 

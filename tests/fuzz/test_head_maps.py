@@ -36,7 +36,7 @@ def folder(tmp_path):
         model_type="janus",
         method="profiled",
         budget=[{"spatial": 8, "semantic": 0.5}, [9, 10]],
-        learned=random_score(2, 2, 4, (4, 6)),
+        learned=random_score(2, 2, 4, (4, 6), ranks_all=True),
         profile={
             "prompts": ["a", "b"],
             "buffer": 2,

@@ -33,11 +33,11 @@ from ssd_cache import LearnedScore
 BOS, EOS, PAD, BOI = 1, 2, 0, 4
 
 
-def random_score(num_layers, kv_heads, head_dim, grid) -> LearnedScore:
+def random_score(num_layers, kv_heads, head_dim, grid, ranks_all=False) -> LearnedScore:
     """A learned score with random weights."""
     shape, (rows, columns) = (num_layers, kv_heads), grid
     sizes = {"key": (head_dim,), "value": (head_dim,), "row": (rows, rows), "column": (rows, columns)}
-    return LearnedScore(**{name: torch.randn(*shape, *size) for name, size in sizes.items()})
+    return LearnedScore.of({name: torch.randn(*shape, *size) for name, size in sizes.items()}, ranks_all)
 
 
 def tiny_janus(*, layers=2, hidden=32, heads=2, grid_side=24, seed=0, attn_implementation="ssd"):

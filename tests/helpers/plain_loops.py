@@ -96,6 +96,7 @@ def runs(draw, largest_side=5):
         "num_recent": num_recent,
         "num_sinks": num_sinks,
         "score": draw(st.sampled_from(list(SCORES))),
+        "ranks_all": draw(st.booleans()),  # of a learned score: spatial heads rank their tokens too
         "slots": slots,
         "is_spatial": draw(heads.filter(lambda spatial: not all(spatial)) if chooses else heads),
         "groups": draw(st.integers(1, 3)),
@@ -132,7 +133,9 @@ def same_as_plain_loops(run, is_counted, kv_dtype=None):
     if run["padded"]:
         pads = torch.randint(0, run["num_prompt"], (batch,))
         seen = torch.arange(run["num_prompt"]) >= pads[:, None]
-    learned = random_score(1, kv_heads, dim, run["grid"]) if run["score"] == "learned" else None
+    learned = None
+    if run["score"] == "learned":
+        learned = random_score(1, kv_heads, dim, run["grid"], run["ranks_all"])
     head_map = HeadMap(torch.tensor([run["is_spatial"]]), grid=run["grid"], learned=learned)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # windows shorter than a row are drawn on purpose
@@ -148,8 +151,8 @@ def same_as_plain_loops(run, is_counted, kv_dtype=None):
         cells = run["grid"][0] * run["grid"][1]
         reference = {
             (row, head): ReferenceHead(
-                kind := "spatial" if spatial else "semantic",
-                run["slots"][kind],
+                "spatial" if spatial and not (learned and learned.ranks_all) else "semantic",
+                run["slots"]["spatial" if spatial else "semantic"],
                 cells,
                 run["buffer"],
                 run["num_recent"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import replace
 from itertools import product
@@ -250,10 +251,15 @@ def test_slots_move_to_the_head_whose_tokens_matter(generator, monkeypatch):
     assert learned.budget[1][0] == 30  # it began with 15
     assert sum(map(sum, learned.budget)) == sum(map(sum, start.budget)) == 80
     assert min(map(min, learned.budget)) >= 10
-    assert not learned.is_spatial.any()
-    assert torch.equal(fixed.is_spatial, start.is_spatial)
+    assert (learned.learned.ranks_all, fixed.learned.ranks_all) == (True, False)
+    for found in (learned, fixed):
+        assert torch.equal(found.is_spatial, start.is_spatial)
     cache = SSDCache(learned, buffer=5)
     assert [list(layer.plan.num_slots) for layer in cache.layers] == learned.budget
+    assert not any(any(layer.plan.is_spatial) for layer in cache.layers)
+    further = learn_score(generator, PROMPTS, learned, **settings | {"learn_slots": False, "num_steps": 1})
+    assert further.learned.ranks_all
+    assert further.budget == learned.budget
     losses = [found.profile["learning"]["held_out"]["after"] for found in (learned, fixed)]
     assert losses[0] < losses[1]
 
@@ -559,6 +565,26 @@ def test_a_map_carries_its_score_through_files_and_names_itself_by_it(tmp_path):
     assert read.with_grid(GRID) is read
 
 
+def test_a_score_of_all_heads_is_kept_in_files_and_leaves_no_windows(tmp_path):
+    torch.manual_seed(0)
+    score = random_score(2, 2, 3, GRID)
+    some, every = labels(score), labels(replace(score, ranks_all=True))
+    read = HeadMap.from_pretrained(every.save_pretrained(tmp_path / "every"))
+    assert read == every != some
+    assert read.digest == every.digest != some.digest
+    assert torch.equal(read.is_spatial, some.is_spatial)
+    for score, is_window in (("learned", torch.zeros(2, 2, dtype=torch.bool)), ("sum", some.is_spatial)):
+        cache = SSDCache(read, {"spatial": 24, "semantic": 32}, buffer=5, score=score)
+        assert torch.equal(read.window_heads(score), is_window)
+        assert [list(layer.plan.is_spatial) for layer in cache.layers] == is_window.tolist()
+        held = [[24 if label else 32 for label in layer] for layer in some.is_spatial.tolist()]
+        assert [list(layer) for layer in cache.num_slots] == held
+    config = json.loads((some.save_pretrained(tmp_path / "some") / "config.json").read_text())
+    assert "learned_ranks_all" not in config
+    with pytest.raises(HeadMapError, match="ranks_all='yes' of the learned score is neither true nor false"):
+        labels(replace(random_score(2, 2, 3, GRID), ranks_all="yes"))
+
+
 def test_each_process_of_a_split_model_takes_the_score_of_its_heads():
     torch.manual_seed(0)
     whole = labels(random_score(2, 2, 3, GRID))
@@ -616,7 +642,7 @@ def test_the_command_writes_a_map_that_a_cache_takes(generator, tmp_path):
     assert result.exit_code == 0, result.output
     written = HeadMap.from_pretrained(output)
     assert written == learn_score(generator, PROMPTS, labels(), **SETTINGS, num_steps=2, learn_slots=True)
-    assert (written.budget, written.is_spatial.any()) == ([[25, 25], [25, 20]], False)
+    assert (written.budget, written.learned.ranks_all) == ([[25, 25], [25, 20]], True)
     result = CliRunner().invoke(app, ["learn", *PROMPTS, *arguments, "--budget", "9", "--slots"])
     assert result.exit_code == 2
     assert "each keeps at least 10" in " ".join(result.output.split())

@@ -79,17 +79,17 @@ class CacheSettings:
         Raises:
             ValueError: a budget is out of range, or too small for the tokens that must be kept.
         """
-        head_map, labels = self.head_map, self.head_map.is_spatial.tolist()
+        head_map, windows = self.head_map, self.head_map.window_heads(self.score).tolist()
         budget, cells = self.budget, head_map.num_visual_tokens
         if self.slots == "fitted" and is_amount(budget):
-            budget = self._fitted_slots(budget)
-        num_slots = resolve_budget(budget, labels, cells)
-        self._check_room(labels, num_slots)
+            budget = self._fitted_slots(budget, windows)
+        num_slots = resolve_budget(budget, head_map.is_spatial.tolist(), cells)
+        self._check_room(windows, num_slots)
         own, learned = own_heads(head_map, self.shard), head_map.learned
         return [
             LayerPlan(
                 layer_idx=index,
-                is_spatial=tuple(labels[index][own]),
+                is_spatial=tuple(windows[index][own]),
                 num_slots=num_slots[index][own],
                 num_cells=cells,
                 buffer=self.buffer,
@@ -101,14 +101,14 @@ class CacheSettings:
             for index in range(head_map.num_layers)
         ]
 
-    def _fitted_slots(self, budget: Amount) -> list[tuple[int, ...]]:
+    def _fitted_slots(self, budget: Amount, windows: list[list[bool]]) -> list[tuple[int, ...]]:
         """The map's own slots scaled to this mean, with room in every head for the tokens that it must keep."""
         head_map, cells = self.head_map, self.head_map.num_visual_tokens
         least = {
             is_spatial: least_slots(is_spatial, self.buffer, self.num_recent, self.num_sinks, cells)
             for is_spatial in (True, False)
         }
-        least_of = [[least[is_spatial] for is_spatial in layer] for layer in head_map.is_spatial.tolist()]
+        least_of = [[least[is_spatial] for is_spatial in layer] for layer in windows]
         assert head_map.slots is not None
         return scale_slots(head_map.slots, resolve_amount("budget", budget, cells), least_of, cells)
 

@@ -148,7 +148,7 @@ def learn(
     ] = 400,
     rate: Annotated[float, option("Learning rate at the first step.", "X")] = 0.02,
     slots: Annotated[
-        bool, typer.Option("--slots", help="Also move slots between heads, all of which become semantic.")
+        bool, typer.Option("--slots", help="Also move slots between heads, all of which then rank their tokens.")
     ] = False,
     resume: Resume = None,
     batch_size: Annotated[

@@ -78,14 +78,15 @@ def checked_learned(learned: LearnedScore | None, shape: torch.Size, layout: Ima
         raise HeadMapError(
             "a learned score is for the positions of a single grid; leave it out for a map with draft grids"
         )
+    if not isinstance(learned.ranks_all, bool):
+        raise HeadMapError(f"ranks_all={shown(learned.ranks_all)} of the learned score is neither true nor false")
     rows, columns = layout.grid
     ends = {"row": (rows, rows), "column": (rows, columns)}
-    return LearnedScore(
-        **{
-            name: _checked_tensor(f"{name} of the learned score", tensor, (*shape, *ends.get(name, (None,))))
-            for name, tensor in learned.tensors().items()
-        }
-    )
+    tensors = {
+        name: _checked_tensor(f"{name} of the learned score", tensor, (*shape, *ends.get(name, (None,))))
+        for name, tensor in learned.tensors().items()
+    }
+    return LearnedScore.of(tensors, learned.ranks_all)
 
 
 def _checked_tensor(name: str, tensor: Any, shape: tuple[int | None, ...]) -> torch.Tensor:

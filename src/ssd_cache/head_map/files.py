@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -32,8 +33,9 @@ AGAIN = "save the map again with save_pretrained, or download it again with forc
 MAX_CONFIG_BYTES, MAX_TENSORS_BYTES, MAX_HEADER_BYTES = 1 << 20, 64 << 20, 64 << 10
 
 FACTS = frozenset({"grid", "model_id", "revision", "model_type", "method", "threshold", "budget", "profile"})
-OPTIONAL = frozenset({"previews"})
-"""Facts that few models have. They are omitted when absent, so older versions can read all other maps."""
+RANKS_ALL = "learned_ranks_all"
+OPTIONAL = frozenset({"previews", RANKS_ALL})
+"""Facts that few maps have. They are omitted when absent, so older versions can read all other maps."""
 CONFIG_FIELDS = FACTS | {"format_version", "num_layers", "num_kv_heads", "sha256"}
 
 
@@ -51,6 +53,8 @@ def encode(
             "keep fewer scores"
         )
     config = {"format_version": FORMAT_VERSION, **facts}
+    if learned is not None and learned.ranks_all:
+        config[RANKS_ALL] = True
     config["sha256"] = _sha256(config, tensor_bytes)
     return {TENSORS_NAME: tensor_bytes, CONFIG_NAME: json.dumps(config, indent=2).encode() + b"\n"}
 
@@ -70,7 +74,11 @@ def decode(config_bytes: bytes, tensor_bytes: bytes, place: str) -> dict[str, An
             f"{place}: {CONFIG_NAME} states {shown(stated[0])} layers and {shown(stated[1])} KV heads, "
             f"is_spatial in {TENSORS_NAME} has shape {shape}; {AGAIN}"
         )
-    return tensors | {name: config[name] for name in FACTS | (OPTIONAL & config.keys())}
+    if RANKS_ALL in config:
+        if tensors["learned"] is None:
+            raise HeadMapError(f"{place}: {CONFIG_NAME} has {RANKS_ALL}, and there is no learned score; {AGAIN}")
+        tensors["learned"] = replace(tensors["learned"], ranks_all=config[RANKS_ALL])
+    return tensors | {name: config[name] for name in FACTS | (OPTIONAL & config.keys()) - {RANKS_ALL}}
 
 
 def find_local(source: str | os.PathLike[str]) -> Path | None:
@@ -212,5 +220,5 @@ def _parse_tensors(content: bytes, place: str) -> dict[str, Any]:
             f"{place}: a learned score of {shown(sorted(parts), 300)}, and it has {sorted(LearnedScore.NAMES)}: save "
             "the map again, or upgrade ssd-cache"
         )
-    learned = LearnedScore(**parts) if parts else None
+    learned = LearnedScore.of(parts) if parts else None
     return {"is_spatial": is_spatial, "scores": found[SCORE_PREFIX], "learned": learned}

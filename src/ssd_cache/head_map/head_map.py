@@ -47,8 +47,9 @@ class HeadMap:
         model_type: its `config.model_type`.
         method: how the labels were made, in a few words.
         budget: the budget that the map was fitted to, as for [`SSDCache`], which uses it when none is given.
-        learned: a score by which semantic heads rank their tokens, made by [`learn_score`] for this grid. [`SSDCache`]
-            uses it by default when the map has one. The first dimensions of its tensors are the shape of the labels.
+        learned: a score by which semantic heads rank their tokens, or with `ranks_all` every head, made by
+            [`learn_score`] for this grid. [`SSDCache`] uses it by default when the map has one. The first dimensions of
+            its tensors are the shape of the labels.
         profile: further facts needed to make the map again (prompts, seeds, window, ...), a small dict of JSON values.
 
     Tensors are copied to the CPU; treat them as read-only.
@@ -240,12 +241,21 @@ class HeadMap:
             return None
         return resolve_budget(self.budget, self.is_spatial.tolist(), self.num_visual_tokens)
 
+    def window_heads(self, score: str) -> torch.Tensor:
+        """Which heads keep their newest tokens under a score of [`SSDCache`], `[layers, kv_heads]`; the others rank.
+
+        These are the spatial heads, or none under a learned score that ranks the tokens of every head.
+        """
+        ranks_all = score == "learned" and self.learned is not None and self.learned.ranks_all
+        return torch.zeros_like(self.is_spatial) if ranks_all else self.is_spatial
+
     @property
     def digest(self) -> str:
         """Twelve hex digits of the sha256 of labels, grid and learned score, to identify the map in tables."""
         shape = f"{self.num_layers}x{self.num_kv_heads} {self.layout} "
         found = hashlib.sha256(shape.encode() + bytes(self.is_spatial.flatten().tolist()))
         if self.learned is not None:
+            found.update(b"ranks all" if self.learned.ranks_all else b"")
             for tensor in self.learned.tensors().values():
                 found.update(tensor.numpy().tobytes())
         return found.hexdigest()[:12]

@@ -1,11 +1,12 @@
 """`LearnedScore`: predicts a visual token's future use to a head from the token's position, K and V.
 
-A head map may hold one. Semantic heads then rank their tokens by it (`score="learned"`), without queries. This module
-holds the tensors and the formula. `training/learning.py` trains them, and `cache/eviction.py` decides what is evicted.
+A head map may hold one. With `score="learned"`, heads rank their tokens by it, without queries. This module holds the
+tensors and the formula. `training/learning.py` trains them, and `cache/eviction.py` decides what is evicted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +28,8 @@ class LearnedScore:
         value: `[layers, kv_heads, value_dim]`.
         row: `[layers, kv_heads, rows, rows]`.
         column: `[layers, kv_heads, rows, columns]`.
+        ranks_all: whether the heads that the map labels spatial rank their tokens by the score too. If not, they keep
+            their newest tokens.
     """
 
     NAMES: ClassVar[frozenset[str]] = frozenset({"key", "value", "row", "column"})
@@ -35,6 +38,12 @@ class LearnedScore:
     value: torch.Tensor
     row: torch.Tensor
     column: torch.Tensor
+    ranks_all: bool = False
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor], ranks_all: bool = False) -> LearnedScore:
+        """The score with the tensors of these names; further names are ignored."""
+        return cls(tensors["key"], tensors["value"], tensors["row"], tensors["column"], ranks_all)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by name."""
@@ -42,11 +51,11 @@ class LearnedScore:
 
     def at(self, index) -> LearnedScore:
         """The score of some layers or heads: every tensor indexed by `index`."""
-        return LearnedScore(**{name: tensor[index] for name, tensor in self.tensors().items()})
+        return self.of({name: tensor[index] for name, tensor in self.tensors().items()}, self.ranks_all)
 
     def to(self, device: torch.device) -> LearnedScore:
         """The score on a device."""
-        return LearnedScore(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        return self.of({name: tensor.to(device) for name, tensor in self.tensors().items()}, self.ranks_all)
 
     def of_places(self, positions: torch.Tensor, num_seen: int) -> torch.Tensor:
         """The part of the score that depends on positions, for heads of one layer: float32 like `positions`.

@@ -90,7 +90,8 @@ def learn_score(
     Args:
         model: a loaded image model of a supported family, or a `Generator`.
         prompts: prompts of the training images; a few hundred different ones.
-        head_map: gives the labels; if it has a learned score, training continues from it.
+        head_map: gives the labels; if it has a learned score, training continues from it, and if that ranks the tokens
+            of all heads, so does the new one.
         budget: budget of the cache that the score is for, as for `SSDCache`; also the map's new budget.
         buffer: eviction interval of that cache; by default a third of a row, as in `SSDCache` with a learned score.
         num_recent: newest tokens that semantic heads of that cache always keep, as for `SSDCache`.
@@ -99,11 +100,12 @@ def learn_score(
             its run: from its last step on, the schedule (learning rate, softness of the threshold) is that of the new
             total, so the score differs from that of a run with this total.
         learning_rate: learning rate of Adam for the position weights; those of K and V use a third of it.
-        learn_slots: also move slots between heads, all of which are then semantic: a window is a special case of a
-            learned score, which knows positions. The budget is rounded to multiples of `buffer`. The gradient of the
-            loss by the slots of each head is averaged over 20 steps; then `buffer` slots move from each of the heads
-            with the least value of a slot to those with the most. The total stays the same, and every head keeps at
-            least 2 * `buffer`, in addition to recents and sinks. No slots move in the last quarter of the steps.
+        learn_slots: also move slots between heads, all of which then rank their tokens by the score: a window is a
+            special case of a learned score, which knows positions. The budget is rounded to multiples of `buffer`. The
+            gradient of the loss by the slots of each head is averaged over 20 steps; then `buffer` slots move from each
+            of the heads with the least value of a slot to those with the most. The total stays the same, and every head
+            keeps at least 2 * `buffer`, in addition to recents and sinks. In the last quarter of the steps, no slots
+            move.
         processor: the model's processor; by default loaded from the same source as the model.
         batch_size: images per step, shared by the processes; four times as many are generated together, or fewer if
             their K and V would take more than 2.8 GiB.
@@ -116,10 +118,10 @@ def learn_score(
             number of processes.
 
     Returns:
-        The map with the score as `learned` and the budget that it was trained for as `budget`; with `learn_slots`, all
-        heads are semantic, and the budget is a list of the learned slots. Its
-        `profile["learning"]["held_out"]` compares the divergence before and after on `HELD_OUT` additional images of
-        the same prompts.
+        The map with the score as `learned` and the budget that it was trained for as `budget`; with `learn_slots`, the
+        score ranks the tokens of all heads, and the budget is a list of the learned slots. Labels stay, for other
+        policies. Its `profile["learning"]["held_out"]` compares the divergence before and after on `HELD_OUT`
+        additional images of the same prompts.
 
     Raises:
         GeneratorError: no prompts, too long prompts, an unsupported model, or a generation setting out of range.
@@ -155,7 +157,6 @@ def learn_score(
         **facts,
     }
     if learn_slots:
-        head_map = _all_semantic(head_map)
         budget = [list(plan.num_slots) for plan in plans]
     elif budget is None:
         budget = head_map.budget
@@ -197,7 +198,8 @@ def learn_score(
         learning["stages"] = run.stages
     if run.learning.slots is not None:
         result = replace(result, budget=run.learning.slots.tolist())
-    return replace(result, learned=run.learning.score(), profile={**result.profile, "learning": learning})
+    learned = replace(run.learning.score(), ranks_all=learn_slots or _ranks_all(head_map))
+    return replace(result, learned=learned, profile={**result.profile, "learning": learning})
 
 
 def check_learning(
@@ -226,7 +228,8 @@ def check_learning(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # no head keeps its window
             budget = initial_slots([layer.plan for layer in SSDCache(head_map, budget, **cache_settings).layers])
-        head_map = _all_semantic(head_map)
+    if learn_slots or _ranks_all(head_map):
+        head_map = replace(head_map, is_spatial=torch.zeros_like(head_map.is_spatial))
     plans = [layer.plan for layer in SSDCache(head_map, budget, **cache_settings).layers]
     heads = [head for plan in plans for head in zip(plan.is_spatial, plan.num_slots, strict=True)]
     if all(is_spatial or num_slots >= head_map.num_visual_tokens for is_spatial, num_slots in heads):
@@ -234,9 +237,9 @@ def check_learning(
     return plans
 
 
-def _all_semantic(head_map: HeadMap) -> HeadMap:
-    """The map with every head labelled semantic."""
-    return replace(head_map, is_spatial=torch.zeros_like(head_map.is_spatial))
+def _ranks_all(head_map: HeadMap) -> bool:
+    """Whether the map has a learned score that ranks the tokens of every head."""
+    return head_map.learned is not None and head_map.learned.ranks_all
 
 
 def _take_steps(run: LearningRun, trainer: Trainer, recordings: Iterator[Recording], progress: bool) -> None:

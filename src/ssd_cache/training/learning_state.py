@@ -74,7 +74,7 @@ class LearningState:
 
     def score(self) -> LearnedScore:
         """The current score."""
-        return LearnedScore(**{name: self.tensors[f"score.{name}"] for name in LearnedScore.NAMES})
+        return LearnedScore.of({name: self.tensors[f"score.{name}"] for name in LearnedScore.NAMES})
 
     def parameters(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Copies of the score's tensors on a device, which require gradients."""
@@ -210,7 +210,7 @@ def _learning_of(
         is_whole = slots.min() > 0 and not (slots % settings["buffer"]).any()
         if not is_whole or slots.sum() != expected["slots"].sum() or not is_finite:
             raise ValueError("its slots are not those of this budget")
-    checked_learned(LearnedScore(**like), head_map.is_spatial.shape, head_map.layout)
+    checked_learned(LearnedScore.of(like), head_map.is_spatial.shape, head_map.layout)
     if any((tensors[f"square.{name}"] < 0).any() for name in like):
         raise ValueError("squares of gradients are below 0")
     return LearningState(dict(tensors), num_steps)

@@ -69,7 +69,7 @@ class Trainer:
         for part in self._own_parts(recording):
             share = len(part.is_unconditional) / len(recording.is_unconditional)
             with teacher_forced(self.generator, part) as run, torch.enable_grad():
-                mean = self._divergence(run, part, state, LearnedScore(**parameters), softness, extra).mean() * share
+                mean = self._divergence(run, part, state, LearnedScore.of(parameters), softness, extra).mean() * share
                 mean.backward()
             own_loss += mean.item()
         loss = sum(self.processes.gather_all(own_loss))
@@ -97,7 +97,7 @@ class Trainer:
     @torch.no_grad()
     def divergences(self, state: LearningState, recording: Recording) -> torch.Tensor:
         """The mean divergence per token of each image, in nats, float64 `[images]`; takes no step."""
-        score, own = LearnedScore(**state.parameters(self.generator.model.device)), []
+        score, own = LearnedScore.of(state.parameters(self.generator.model.device)), []
         for part in self._own_parts(recording):
             with teacher_forced(self.generator, part) as run:
                 own.append(self._divergence(run, part, state, score, SOFTNESS[-1]).double().mean(1).cpu())
@@ -177,4 +177,4 @@ def mean_attention(generator: Generator, recording: Recording, head_map: HeadMap
         [torch.stack([rest[:, :, now, now - far] for now in range(far, rows)]).mean(0) for far in range(rows)], 2
     )
     states = {name: torch.zeros(*table.shape[:2], size) for name, size in dims.items()}
-    return LearnedScore(row=row, column=column, **states)
+    return LearnedScore.of({**states, "row": row, "column": column})

@@ -119,7 +119,7 @@ class _Lockstep:
             name: replace(
                 result,
                 tokens=tokens,
-                is_spatial=self.caches[name].head_map.is_spatial,
+                is_spatial=self.caches[name].head_map.window_heads(self.caches[name].score),
                 **{part: getattr(result, part).cpu() for part in MEASURED},
             )
             for name, result in self.results.items()

@@ -55,7 +55,7 @@ class Fidelity:
             layout=checkpoint.layout,
             tokens=tokens,
             budget=cache.mean_slots / cells,
-            is_spatial=cache.head_map.is_spatial,
+            is_spatial=cache.head_map.window_heads(cache.score),
             kl=tokens.new_zeros(images, cells - 1, dtype=torch.float64),
             agrees=tokens.new_zeros(images, cells - 1, dtype=torch.bool),
             attention_error=tokens.new_zeros(cells - 1, shape[0], dtype=torch.float32),

@@ -16,6 +16,7 @@ import torch
 from ssd_cache.cache.eviction import compact, select_victims
 from ssd_cache.io.showing import first_line
 from ssd_cache.kernels import cpu_loops, dispatch
+from ssd_cache.kernels.checks import PLAIN
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ def evict(slots: Slots, ranks: torch.Tensor | None, num_evict: int, num_seen: in
         num_evict, num_seen: as for `select_victims`.
         spared: `num_recent` and `num_sinks` of `select_victims`.
     """
-    run = _by_kernel if has_kernel(slots.positions.device) else _by_torch
+    # subclasses of tensors, as torch's fake ones, may have no data at their address
+    is_plain = all(type(tensor) in PLAIN for tensor in (slots.positions, *slots.states))
+    run = _by_kernel if is_plain and has_kernel(slots.positions.device) else _by_torch
     run(slots, ranks, num_evict, num_seen, **spared)
 
 

@@ -206,10 +206,16 @@ def evict(
         *((tensor, torch.float32, (*rows, num_slots)) for tensor in scales),
     ]
     for tensor, dtype, shape in expected:
-        if not (tensor.shape == shape and tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous()):
+        if not (
+            tensor.shape == shape
+            and tensor.dtype is dtype
+            and tensor.is_cpu
+            and type(tensor) in PLAIN
+            and tensor.is_contiguous()
+        ):
             raise ValueError(
-                f"the eviction loop got a tensor of shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}, "
-                f"and takes a contiguous one of shape {shape}, {dtype} on the CPU"
+                f"the eviction loop got a tensor of shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device} "
+                f"({type(tensor).__name__}), and takes a plain, contiguous one of shape {shape}, {dtype} on the CPU"
             )
     if not 1 <= counts["num_evict"] <= num_slots:
         raise ValueError(f"num_evict={counts['num_evict']} tokens cannot be evicted from {num_slots} slots")

@@ -90,7 +90,7 @@ def test_the_map_is_what_the_stages_make_one_by_one(generator, whole):
     used, left = PROMPTS[:-8], PROMPTS[-8:]
     levels = [min(1.0, 24 / 64 * times) for times in stages.LEVELS]
     profiled = profile_heads(generator, used, budget=24, levels=levels, batch_size=5, **sampling)
-    settings = {"buffer": 8, "num_steps": 4, "learning_rate": stages.LEARNING_RATE, "batch_size": 4}
+    settings = {"learn_slots": True, "num_steps": 4, "learning_rate": stages.LEARNING_RATE, "batch_size": 4}
     learned = learn_score(generator, used, fit_heads(profiled, 24), **settings, **sampling)
     assert HeadMap.from_pretrained(output) == prepared
     assert prepared.digest == learned.digest

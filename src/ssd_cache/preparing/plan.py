@@ -132,16 +132,17 @@ def _measure_learning(generator: Generator, settings: Settings, folder: StateFol
     images.seconds *= size / len(prompts)
     recording = replay_images(generator, prompts, tokens, seed=seed, **sampling)
     recording = without_idle_rows(recording, sampling["guidance_scale"])
-    learning = settings.learning(generator.checkpoint.grid[1])
+    learning = settings.learning
     labels = processes.gather_all(HeadMap.from_pretrained(folder.path / FIRST) if processes.is_main else None)[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the stage emits the same ones
         plans = check_learning(labels, **learning)
     part = recording.split(LEARNED_AT_ONCE)[0]
     schedule: dict[str, Any] = {name: learning[name] for name in ("learning_rate", "num_steps")}
-    num_at_once = images_at_once(generator, [part], math.ceil(LEARNED_AT_ONCE / processes.count), learning["buffer"])
+    num_at_once = images_at_once(generator, [part], math.ceil(LEARNED_AT_ONCE / processes.count), plans[0].buffer)
     trainer = Trainer(generator, plans, **sampling, **schedule, num_at_once=num_at_once, processes=processes)
-    state = LearningState.beginning(mean_attention(generator, part, labels, num_at_once))
+    first, slots = mean_attention(generator, part, labels, num_at_once), [plan.num_slots for plan in plans]
+    state = LearningState.beginning(first, slots)
     for _ in range(2):
         with metered(device) as step:
             trainer.step(state, part)

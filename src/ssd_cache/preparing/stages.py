@@ -80,12 +80,15 @@ class Settings:
         share = resolve_amount("budget", self.budget, cells) / cells
         return {"budget": self.budget, "levels": [min(1.0, share * times) for times in LEVELS]}
 
-    def learning(self, row_length: int) -> dict[str, Any]:
-        """Arguments of `learn_score` and `check_learning`. Evictions of a row train the score for shorter ones too."""
-        return {
-            **{"buffer": row_length, "num_steps": self.num_steps},
-            **{"learning_rate": LEARNING_RATE, "batch_size": LEARNED_AT_ONCE},
-        }
+    @property
+    def learning(self) -> dict[str, Any]:
+        """Arguments of `learn_score` and `check_learning`.
+
+        Slots are learned too, and no head stays a window: on emoji-janus most heads that were labelled spatial also
+        need tokens from far back.
+        """
+        steps = {"num_steps": self.num_steps, "learning_rate": LEARNING_RATE, "batch_size": LEARNED_AT_ONCE}
+        return {"learn_slots": True, **steps}
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,6 @@ def make_stages(
     progress: bool,
 ) -> list[Stage]:
     """The stages of these names, and those that they need, in order."""
-    checkpoint = generator.checkpoint
     shared = {**asdict(settings.sampling), "progress": progress and processes.is_main}
 
     def profile(before: HeadMap | None) -> HeadMap:
@@ -118,8 +120,8 @@ def make_stages(
 
     def learn(before: HeadMap | None) -> HeadMap:
         assert before is not None
-        learning = settings.learning(checkpoint.grid[1])
-        return learn_score(generator, settings.learned, before, state_file=folder.file("learn"), **learning, **shared)
+        state_file = folder.file("learn")
+        return learn_score(generator, settings.learned, before, state_file=state_file, **settings.learning, **shared)
 
     def check(before: HeadMap | None) -> HeadMap:
         assert before is not None
@@ -167,7 +169,7 @@ def check_stages(names: Sequence[str], generator: Generator, settings: Settings)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                check_learning(labels, settings.budget, **settings.learning(checkpoint.grid[1]))
+                check_learning(labels, settings.budget, **settings.learning)
         except ValueError as error:
             raise ValueError(f"{error}; --quick (stages={QUICK}) leaves learning out") from error
 

@@ -16,20 +16,26 @@ MARKUP = re.compile(
     r"[\\`*\[\]<>&|#~$@^]"  # emphasis, code, links, HTML, entities, tables, headings, math, mail addresses
     r"|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # an underscore within a word is not markup
     r"|:(?=//)|(?<=[Ww]{3})\."  # URLs, which some renderers turn into links
-    r"|^[-+=](?=[\s=-]|$)|^\d{1,9}[.)](?=\s|$)"  # list items, rules, underlined headings
 )
+AT_LINE_START = re.compile(MARKUP.pattern + r"|^[-+=](?=[\s=-]|$)|^\d{1,9}[.)](?=\s|$)")
+"""Also list items, rules and underlined headings."""
 
 
 def escape(text: object) -> str:
     """The text on one line, with character references in place of Markdown and HTML markup."""
+    return _escape(text, AT_LINE_START)
+
+
+def _escape(text: object, markup: re.Pattern[str]) -> str:
     line = " ".join(printable(str(text), MAX_TEXT).split())
-    return MARKUP.sub(lambda match: "".join(f"&#{ord(char)};" for char in match[0]), line)
+    return markup.sub(lambda match: "".join(f"&#{ord(char)};" for char in match[0]), line)
 
 
 def table(heads: list[str], rows: list[list[str]], num_left: int = 1) -> str:
     """A table of untrusted cells; the first `num_left` columns are aligned left, the others right."""
     rule = ["---"] * num_left + ["---:"] * (len(heads) - num_left)
-    lines = [map(escape, heads), rule, *([cell if cell == "-" else escape(cell) for cell in row] for row in rows)]
+    head, *cells = ([_escape(cell, MARKUP) for cell in row] for row in (heads, *rows))  # no cell begins a line
+    lines = [head, rule, *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

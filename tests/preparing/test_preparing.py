@@ -113,6 +113,15 @@ def test_the_map_is_what_the_stages_make_one_by_one(generator, whole):
     assert fidelity["num_images"] == 8
 
 
+def test_other_slots_and_another_score_leave_the_fidelity_curve_out(generator, whole):
+    prepared = whole[1]
+    options = {"num_steps": 1, "batch_size": 4, "guidance_scale": 2.0, "temperature": 1.0, "progress": False}
+    for changed in (fit_heads(prepared, 30), learn_score(generator, PROMPTS[:12], prepared, **options)):
+        assert prepared.profile["fidelity"]
+        assert changed.profile.keys() == prepared.profile.keys() - {"fidelity"}
+        assert "Fidelity" not in card(changed, "user/map")
+
+
 def test_the_folder_has_a_card_and_a_page_with_the_fidelity_curve(whole):
     output, prepared = whole
     names = {"README.md", "config.json", "head_map.png", "head_map.safetensors", "report.html"}

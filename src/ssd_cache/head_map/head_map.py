@@ -250,6 +250,11 @@ class HeadMap:
         return torch.zeros_like(self.is_spatial) if ranks_all else self.is_spatial
 
     @property
+    def facts_of_labels(self) -> dict[str, Any]:
+        """The profile without the fidelity curve, which is not that of other slots or of another score."""
+        return {name: fact for name, fact in self.profile.items() if name != "fidelity"}
+
+    @property
     def digest(self) -> str:
         """Twelve hex digits of the sha256 of labels, grid and learned score, to identify the map in tables."""
         shape = f"{self.num_layers}x{self.num_kv_heads} {self.layout} "

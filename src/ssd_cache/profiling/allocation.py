@@ -85,6 +85,7 @@ def fit_heads(head_map: HeadMap, budget: Amount = 0.2, *, step: int | None = Non
         method="fit by divergence" if divergence else "fit",
         budget=np.array(choices)[picks].reshape(shape).tolist(),
         threshold=None,
+        profile=head_map.facts_of_labels,
     )
 
 

@@ -166,7 +166,7 @@ def learn_score(
         head_map,
         budget=budget,
         method=f"{(head_map.method or 'labels given').removesuffix(LEARNED)}{LEARNED}"[:MAX_TEXT],
-        profile={**head_map.profile, "learning": {"num_steps": num_steps, **facts}},
+        profile={**head_map.facts_of_labels, "learning": {"num_steps": num_steps, **facts}},
     )
     path = Path(state_file) if state_file is not None and processes.is_main else None
     run = LearningRun.open(path, fingerprint, result)

@@ -496,7 +496,7 @@ def test_inspect_says_how_a_map_is_used(run):
     )
     fitted = run(own.save_pretrained("own"), command="inspect").stdout
     assert "slots      fitted, 13 to 40; 26.5 a head on average, 41.4% of the grid" in fitted
-    assert "score      learned score (carried by this map)" in fitted
+    assert "score      learned score (ranks the tokens of semantic heads)" in fitted
     assert "by default policy learned, buffer 2, num_recent 0, num_sinks 0" in fitted
     assert "labels by  coverage" in fitted
     assert re.search(r"^ +0 +#\. +13 40 +-0.600 to \+0.200", fitted, re.MULTILINE)

@@ -65,10 +65,8 @@ def _facts(head_map: HeadMap, statistics: HeadScores) -> dict[str, str | None]:
 
 def _use(head_map: HeadMap) -> dict[str, str]:
     """The settings that `SSDCache(head_map)` uses for this map, in words."""
-    score = f"{SCORES['sum'].words} (this map carries no learned score)"
-    if head_map.learned is not None:
-        ranking = "all heads" if head_map.learned.ranks_all else "semantic heads"
-        score = f"{SCORES['learned'].words} of {ranking} (carried by this map)"
+    learned = head_map.ranking or "this map carries no learned score"
+    score = f"{SCORES['sum' if head_map.learned is None else 'learned'].words} ({learned})"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about short windows matter only for generation

@@ -111,6 +111,7 @@ def card(head_map: HeadMap, repo_id: str) -> str:
         "method": head_map.method,
         "threshold": head_map.threshold,
         "scores": ", ".join(head_map.scores),
+        "learned score": head_map.ranking,
         "digest": head_map.digest,
     }
     rows = [f"| {name} | {escape(value)} |" for name, value in facts.items() if value not in (None, "")]

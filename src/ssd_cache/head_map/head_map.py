@@ -250,6 +250,13 @@ class HeadMap:
         return torch.zeros_like(self.is_spatial) if ranks_all else self.is_spatial
 
     @property
+    def ranking(self) -> str | None:
+        """Whose tokens the learned score ranks, in words; None without one."""
+        if self.learned is None:
+            return None
+        return "ranks the tokens of " + ("all heads" if self.learned.ranks_all else "semantic heads")
+
+    @property
     def facts_of_labels(self) -> dict[str, Any]:
         """The profile without the fidelity curve, which is not that of other slots or of another score."""
         return {name: fact for name, fact in self.profile.items() if name != "fidelity"}

@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 MODEL ?= emoji-janus
 PROMPT ?= a cat, noto style, on a blue background
-BUDGET ?= 0.5
+BUDGET ?= 0.2
 OUTPUT ?= demo.png
 
 # Processes that share the tests, each with one thread: tests are small, and more threads do not speed them up.

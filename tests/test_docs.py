@@ -94,7 +94,7 @@ def _first_screen(page: Path) -> str:
 
 def test_the_home_page_opens_as_readme_does():
     readme = _first_screen(ROOT / "README.md")
-    assert "docs/compare.png" in readme
+    assert "docs/compare-emoji-20.png" in readme
     assert readme.replace("](docs/", "](") == _first_screen(ROOT / "docs" / "index.md")
 
 

@@ -79,7 +79,6 @@ def shelf(tmp_path_factory):
     write_family("llama", shelf / "some" / "llama")
     for name in ("prompts.txt", "few.txt", "captions.txt"):
         (shelf / name).write_text(f"{PROMPT}\na photo of two squares\n")
-    (shelf / "emoji.txt").write_text("a cat\na red apple, noto style, on a blue background\n")
     line = '{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}\n'
     (shelf / "evaluation_metadata.jsonl").write_text(line)
     pairs = {"vqa_list": [["Is the circle red?", "Yes"]], "skills": ["attribute"]}
@@ -104,7 +103,6 @@ def shelf(tmp_path_factory):
     HeadMap.uniform("semantic", num_layers=2, num_kv_heads=2, grid=(8, 9)).save_pretrained(shelf / "emu3-map")
     for name in ("profiled", "fitted", "coverage", "window"):
         shutil.copytree(BUNDLED_MODELS[BUNDLED].folder / "head_map", shelf / name)
-    shutil.copytree(BUNDLED_MODELS["emoji-janus"].folder / "head_map", shelf / "first-map")
     return shelf
 
 

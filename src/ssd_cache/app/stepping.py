@@ -95,14 +95,15 @@ class PausedGeneration:
     def _see_step(self, number: int) -> None:
         """Called once after the prompt, and once after every token but the last, which is then stored."""
         if self._num_steps % self._generator.checkpoint.grid[1] == 0:
-            self._turn_over.release()
-            self._pause()
+            self._pause(ends_turn=True)
         self._num_steps += 1
         if self._is_closed or self._is_stopped():
             raise StoppedError
 
-    def _pause(self) -> None:
-        with self._own_random_state():
+    def _pause(self, ends_turn: bool = False) -> None:
+        with self._own_random_state():  # saved before the other thread goes on and sets its own
+            if ends_turn:
+                self._turn_over.release()
             self._turn.acquire()
         if self._is_closed:
             raise StoppedError

@@ -110,10 +110,12 @@ def runs(draw, largest_side=5):
 
 
 def chooses_by_score(run) -> bool:
-    """Whether a semantic head evicts in this run, and has more candidates than it evicts."""
-    slots, cells = run["slots"]["semantic"], run["grid"][0] * run["grid"][1]
-    has_choice = slots > run["buffer"] + run["num_recent"] + run["num_sinks"]
-    return not all(run["is_spatial"]) and slots < cells and run["num_visual"] > slots and has_choice
+    """Whether a head that ranks its tokens evicts in this run, and has more candidates than it evicts."""
+    cells, least = run["grid"][0] * run["grid"][1], run["buffer"] + run["num_recent"] + run["num_sinks"]
+    ranks_all = run["score"] == "learned" and run["ranks_all"]
+    kinds = {"spatial" if spatial else "semantic" for spatial in run["is_spatial"]}
+    ranking = [run["slots"][kind] for kind in kinds if ranks_all or kind == "semantic"]
+    return any(least < slots < cells and run["num_visual"] > slots for slots in ranking)
 
 
 def same_as_plain_loops(run, is_counted, kv_dtype=None):

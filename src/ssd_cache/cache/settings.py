@@ -112,10 +112,10 @@ class CacheSettings:
         assert head_map.slots is not None
         return scale_slots(head_map.slots, resolve_amount("budget", budget, cells), least_of, cells)
 
-    def _check_room(self, labels: list[list[bool]], num_slots: list[tuple[int, ...]]) -> None:
+    def _check_room(self, is_window: list[list[bool]], num_slots: list[tuple[int, ...]]) -> None:
         """Refuse slots too few for the tokens that must be kept; warn if a window misses the token right above."""
         columns, windows = self.head_map.layout.widest, []
-        for layer_idx, heads in enumerate(zip(labels, num_slots, strict=True)):
+        for layer_idx, heads in enumerate(zip(is_window, num_slots, strict=True)):
             for is_spatial, held in sorted(set(zip(*heads, strict=True))):
                 num_recent = resolve_recent(self.num_recent, held)
                 if held >= self.head_map.num_visual_tokens:

@@ -246,15 +246,19 @@ class HeadMap:
 
         These are the spatial heads, or none under a learned score that ranks the tokens of every head.
         """
-        ranks_all = score == "learned" and self.learned is not None and self.learned.ranks_all
-        return torch.zeros_like(self.is_spatial) if ranks_all else self.is_spatial
+        return torch.zeros_like(self.is_spatial) if score == "learned" and self.ranks_all else self.is_spatial
+
+    @property
+    def ranks_all(self) -> bool:
+        """Whether the map has a learned score that ranks the tokens of every head."""
+        return self.learned is not None and self.learned.ranks_all
 
     @property
     def ranking(self) -> str | None:
         """Whose tokens the learned score ranks, in words; None without one."""
         if self.learned is None:
             return None
-        return "ranks the tokens of " + ("all heads" if self.learned.ranks_all else "semantic heads")
+        return "ranks the tokens of " + ("all heads" if self.ranks_all else "semantic heads")
 
     @property
     def facts_of_labels(self) -> dict[str, Any]:

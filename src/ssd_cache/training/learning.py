@@ -198,7 +198,7 @@ def learn_score(
         learning["stages"] = run.stages
     if run.learning.slots is not None:
         result = replace(result, budget=run.learning.slots.tolist())
-    learned = replace(run.learning.score(), ranks_all=learn_slots or _ranks_all(head_map))
+    learned = replace(run.learning.score(), ranks_all=learn_slots or head_map.ranks_all)
     return replace(result, learned=learned, profile={**result.profile, "learning": learning})
 
 
@@ -228,18 +228,13 @@ def check_learning(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # no head keeps its window
             budget = initial_slots([layer.plan for layer in SSDCache(head_map, budget, **cache_settings).layers])
-    if learn_slots or _ranks_all(head_map):
+    if learn_slots or head_map.ranks_all:
         head_map = replace(head_map, is_spatial=torch.zeros_like(head_map.is_spatial))
     plans = [layer.plan for layer in SSDCache(head_map, budget, **cache_settings).layers]
     heads = [head for plan in plans for head in zip(plan.is_spatial, plan.num_slots, strict=True)]
     if all(is_spatial or num_slots >= head_map.num_visual_tokens for is_spatial, num_slots in heads):
         raise ValueError("no head of this map ranks tokens at this budget: all are spatial, or hold everything")
     return plans
-
-
-def _ranks_all(head_map: HeadMap) -> bool:
-    """Whether the map has a learned score that ranks the tokens of every head."""
-    return head_map.learned is not None and head_map.learned.ranks_all
 
 
 def _take_steps(run: LearningRun, trainer: Trainer, recordings: Iterator[Recording], progress: bool) -> None:

@@ -5,7 +5,10 @@ How well it trains is not tested here.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -78,6 +81,30 @@ def test_a_stopped_run_of_pixels_goes_on_to_the_same_weights(tmp_path, monkeypat
     assert state_of(tmp_path / "stopped" / "pixels.pt")["step"] == 2
     example.pixels(icons_file, tmp_path / "stopped", **PIXELS)
     assert_same(*(state_of(tmp_path / name / "pixels.pt") for name in ("stopped", "unbroken")))
+
+
+def test_a_run_killed_in_the_middle_of_a_save_goes_on_to_the_same_weights(tmp_path):
+    example.tokens(tmp_path / "unbroken", **TOKENS)
+    save, saved = torch.save, []
+
+    def save_half(state, file):
+        save(state, file)
+        saved.append(file)
+        if len(saved) == 2:
+            os.truncate(file, os.path.getsize(file) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def run_and_die():
+        torch.save = save_half
+        example.tokens(tmp_path / "killed", save_seconds=0, **TOKENS)
+
+    process = multiprocessing.get_context("fork").Process(target=run_and_die)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert state_of(tmp_path / "killed" / "training.pt")["step"] == 1
+    example.tokens(tmp_path / "killed", **TOKENS)
+    assert_same(*(state_of(tmp_path / name / "training.pt") for name in ("killed", "unbroken")))
 
 
 def test_icons_of_another_size_are_refused(tmp_path):

@@ -97,7 +97,8 @@ def shelf(tmp_path_factory):
     shutil.copytree(shelf / "prompts", shelf / "dpg_bench" / "prompts")
     shutil.copy(shelf / "dpg_bench.csv", shelf / "dpg_bench")
     (shelf / "examples").mkdir()
-    shutil.copy(ROOT / "examples" / "captions.txt", shelf / "examples")
+    for name in ("captions.txt", "emoji-captions.txt"):
+        shutil.copy(ROOT / "examples" / name, shelf / "examples")
     for name in ("my-head-map", "my-map"):
         head_map(24).save_pretrained(shelf / name)
     HeadMap.uniform("semantic", num_layers=2, num_kv_heads=2, grid=(8, 9)).save_pretrained(shelf / "emu3-map")

@@ -2,7 +2,8 @@
 
 A line right before a block says where it differs:
 
-- `<!-- tiny-janus -->`: the block runs with the names in the fixture `tiny_janus_names`, such as a small Janus;
+- `<!-- tiny-janus -->`: the block runs with the names in the fixture `tiny_janus_names`, such as a small Janus, whose
+  folder takes the place of `deepseek-community/Janus-Pro-1B`;
 - `<!-- no-run -->`: the block cannot run here (it needs a model of several GB), and still has to be Python.
 
 Shell blocks are tested in `test_docs_commands.py`. Links and anchors of the built site are checked here, offline.
@@ -27,15 +28,16 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(
     r"^(?:<!-- (?P<marker>[a-z-]+) -->\n+)?```python[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
+JANUS = "deepseek-community/Janus-Pro-1B"
 PROMPTS = ["a photo of a red circle", "a photo of three squares"]
 
 
-def _blocks(page: Path):
-    """(code, marker or None), the code padded so that line numbers in a traceback are the page's."""
+def _blocks(page: Path, janus: str = JANUS):
+    """(code, marker or None), the code padded so that line numbers in a traceback are the page's, `janus` its Janus."""
     text = page.read_text("utf-8")
     for match in BLOCK.finditer(text):
         lines_before = text.count("\n", 0, match.start("code"))
-        yield compile("\n" * lines_before + match["code"], str(page), "exec"), match["marker"]
+        yield compile("\n" * lines_before + match["code"].replace(JANUS, janus), str(page), "exec"), match["marker"]
 
 
 def _markers(page: Path) -> set[str | None]:
@@ -73,7 +75,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, request):
     if "tiny-janus" in _markers(page):
         namespace |= request.getfixturevalue("tiny_janus_names")
         head_map(24).save_pretrained("my-map")
-    for code, marker in _blocks(page):
+    for code, marker in _blocks(page, namespace.get("model_id", JANUS)):
         if marker != "no-run":
             exec(code, namespace)
 

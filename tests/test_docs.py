@@ -146,7 +146,7 @@ class _Page(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """Pages of the site by their path, built as `make docs` does."""
-    pytest.importorskip("mkdocstrings", reason="mkdocs is not installed (pip install 'ssd-cache[docs]')")
+    pytest.importorskip("mkdocstrings", reason="mkdocs is not installed (pip install -e '.[docs]')")
     folder = tmp_path_factory.mktemp("site")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}

@@ -37,7 +37,7 @@ def test_emu3(tmp_path, capsys, has_map):
 
 
 def test_glm_image(tmp_path, capsys):
-    pytest.importorskip("diffusers", reason="diffusers is not installed (pip install 'ssd-cache[diffusers]')")
+    pytest.importorskip("diffusers", reason="diffusers is not installed (pip install -e '.[diffusers]')")
     from helpers.models import glm_image_pipeline
 
     glm_image_pipeline().save_pretrained(tmp_path / "model")

@@ -29,7 +29,7 @@ MAX_BYTES = 30 * 10**6
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """The folder with wheel and sdist."""
-    pytest.importorskip("hatchling", reason="hatchling is not installed: pip install '.[dev]'")
+    pytest.importorskip("hatchling", reason="hatchling is not installed: pip install -e '.[dev]'")
     folder = tmp_path_factory.mktemp("dist")
     subprocess.run([sys.executable, "-m", "hatchling", "build", "-d", str(folder)], cwd=ROOT, check=True)
     return folder

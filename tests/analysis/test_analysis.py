@@ -550,7 +550,7 @@ def test_a_map_without_statistics_has_a_report(analysis, tmp_path):
 @pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
 def test_without_the_optional_packages_the_remedy_is_told(analysis, tmp_path, monkeypatch, missing):
     monkeypatch.setattr("ssd_cache.analysis.plotting.find_spec", lambda name: None if name == missing else "found")
-    with pytest.raises(ImportError, match=rf"{missing}, not installed here: pip install 'ssd-cache\[plot\]'"):
+    with pytest.raises(ImportError, match=rf"{missing}, not installed here: pip install -e '\.\[plot\]'"):
         write_report(analysis, tmp_path)
     if missing == "matplotlib":
         with pytest.raises(ImportError, match="ssd-cache"):
@@ -648,7 +648,7 @@ def test_without_the_optional_packages_the_command_says_so_in_one_line(run, monk
     monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("weights were loaded"))
     result = run(CIRCLE, "--budget", "0.4")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert "pip install 'ssd-cache[plot]'" in result.stderr
+    assert "pip install -e '.[plot]'" in result.stderr
 
 
 def test_inspect_prints_the_score_of_a_map(run, folder):

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from ssd_cache.app.models import DemoModel, offered_policies
 from ssd_cache.models import BUNDLED, find_generator
 
-pytest.importorskip("gradio", reason="needs Gradio: pip install '.[app]', or make test-app")
+pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[app]', or make test-app")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: make test-app installs it")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [

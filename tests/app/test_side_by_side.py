@@ -333,7 +333,8 @@ def test_large_requests_are_refused_by_their_headers(headers, status):
 def test_without_gradio_the_command_names_the_extra(monkeypatch):
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     message = one_line(CliRunner().invoke(app, ["app"]), 2)
-    assert message == 'ssd-cache: the demo needs gradio, not installed here: pip install "ssd-cache[app]"'
+    remedy = "pip install -e '.[app]' in a clone of ssd-cache"
+    assert message == f"ssd-cache: the demo needs gradio, not installed here: {remedy}"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_the_front_matter_is_that_of_a_space():
 
 
 def test_its_program_serves_the_page(tmp_path):
-    pytest.importorskip("gradio", reason="needs Gradio: pip install '.[app]', or make test-app")
+    pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[app]', or make test-app")
     environment = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "GRADIO_SERVER_NAME": "127.0.0.1"}
     with handling_interrupts():
         server = subprocess.Popen(

@@ -432,7 +432,7 @@ def test_geneval_without_scipy_says_so(geneval, judges, monkeypatch):
 
     monkeypatch.setattr(detector, "find_spec", lambda name: None)
     result = run("geneval", "score", "out", "--detector", judges["detector"], "--clip", judges["clip"])
-    assert (result.exit_code, "pip install 'ssd-cache[eval]'" in result.stderr) == (1, True)
+    assert (result.exit_code, "pip install -e '.[eval]'" in result.stderr) == (1, True)
 
 
 def test_a_missing_judge_is_named(geneval, judges):

@@ -558,7 +558,7 @@ def test_without_matplotlib_the_remedy_is_told_first(run, monkeypatch):
     monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("weights were loaded"))
     result = run("--budgets", "0.5")
     assert result.exit_code == 2
-    assert "pip install 'ssd-cache[plot]'" in result.stderr
+    assert "pip install -e '.[plot]'" in result.stderr
 
 
 def test_caches_are_gone_with_the_measurement():

@@ -362,7 +362,7 @@ def test_missing_weights_are_refused(tmp_path):
 
 def test_without_scipy_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(detector_module, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'ssd-cache\[eval\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[eval\]'"):
         Detector.from_pretrained(tmp_path)
 
 

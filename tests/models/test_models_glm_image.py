@@ -42,7 +42,7 @@ def generator(folder):
 
 @pytest.fixture(scope="module")
 def pipe(generator):
-    pytest.importorskip("diffusers", reason="diffusers is not installed (pip install 'ssd-cache[diffusers]')")
+    pytest.importorskip("diffusers", reason="diffusers is not installed (pip install -e '.[diffusers]')")
     pipe = glm_image_pipeline(generator.model, generator.processor)
     # diffusers 0.42.1 joins the features of all images, [channels, rows, columns] each, where transformers 5.23 takes
     # a list of them: image to image fails in that pair, whatever the cache. All but this line is as published.
@@ -215,7 +215,7 @@ def test_diffusers_pipeline_generates_with_a_fifth_of_the_tokens(pipe, made):
 def test_an_offloaded_diffusers_pipeline_generates_the_same_pixels(made):
     """With diffusers' hooks around the CPU, since there is no accelerator to move to."""
     pytest.importorskip("accelerate")
-    pytest.importorskip("diffusers", reason="diffusers is not installed (pip install 'ssd-cache[diffusers]')")
+    pytest.importorskip("diffusers", reason="diffusers is not installed (pip install -e '.[diffusers]')")
     pipe = glm_image_pipeline()
     plain = generate(pipe, PROMPTS)
     with enable(pipe.vision_language_encoder, HEAD_MAP, budget=0.2):

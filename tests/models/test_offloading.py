@@ -15,9 +15,7 @@ from transformers import JanusForConditionalGeneration, JanusProcessor
 from ssd_cache import enable
 from ssd_cache.models import GeneratorError, generator_of
 
-accelerate = pytest.importorskip(
-    "accelerate", reason="accelerate is not installed (pip install 'ssd-cache[distributed]')"
-)
+accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed (pip install -e '.[distributed]')")
 KINDS = ["cpu", "disk", "decoder"]
 
 

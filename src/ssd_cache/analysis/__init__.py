@@ -1,7 +1,7 @@
 """Measures and plots the phenomena behind SSD on a model: where heads look, what they hold, where the prompt acts.
 
 `analyze(model, prompt, head_map)` measures all of them, and `write_report` writes them as a page. Each phenomenon also
-has a function that measures it and one that plots it. Figures need `pip install 'ssd-cache[plot]'`; measuring does not.
+has a function that measures it and one that plots it. Figures need `pip install -e '.[plot]'`; measuring does not.
 """
 
 from ssd_cache.analysis.attention import AttentionRecorder, HeadAttention, plot_attention

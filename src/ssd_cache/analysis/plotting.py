@@ -33,7 +33,8 @@ def check_packages(*names: str) -> None:
     missing = [name for name in names or ("jinja2", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ImportError(
-            f"figures and reports need {' and '.join(missing)}, not installed here: pip install 'ssd-cache[plot]'"
+            f"figures and reports need {' and '.join(missing)}, not installed here: "
+            "pip install -e '.[plot]' in a clone of ssd-cache"
         )
 
 

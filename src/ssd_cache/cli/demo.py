@@ -49,7 +49,7 @@ def app(
     the extra app. Ctrl-C ends it.
     """
     if find_spec("gradio") is None:
-        raise WrongUse('the demo needs gradio, not installed here: pip install "ssd-cache[app]"')
+        raise WrongUse("the demo needs gradio, not installed here: pip install -e '.[app]' in a clone of ssd-cache")
     if model is None and (grid is not None or head_map is not None):
         raise WrongUse("--grid and --head-map are for --model: give it too")
     names = dict.fromkeys([*([] if model is None else [model]), *BUNDLED_MODELS])

@@ -82,8 +82,8 @@ def fid(
         ).to(where)
     except (ImportError, OSError, RuntimeError) as error:  # no package, no download, torchvision for another torch
         raise MetricsError(
-            f"FID needs torchmetrics and an Inception-V3 ({first_line(error)}): pip install 'ssd-cache[eval]' "
-            "torch-fidelity, or give a TorchScript Inception (--inception, load_inception)"
+            f"FID needs torchmetrics and an Inception-V3 ({first_line(error)}): pip install -e '.[eval]' "
+            "torch-fidelity in a clone of ssd-cache, or give a TorchScript Inception (--inception, load_inception)"
         ) from error
     with torch.inference_mode():
         for is_real, given in ((True, references), (False, images)):

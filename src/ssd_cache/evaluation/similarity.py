@@ -73,7 +73,9 @@ def measure_similarity(
     try:
         from torchmetrics.functional.image import peak_signal_noise_ratio
     except ImportError as error:
-        raise MetricsError(f"PSNR needs torchmetrics ({error}): pip install 'ssd-cache[eval]'") from error
+        raise MetricsError(
+            f"PSNR needs torchmetrics ({error}): pip install -e '.[eval]' in a clone of ssd-cache"
+        ) from error
     where = resolve_device(device)
     psnr: dict[str, list[float]] = {}
     distances: dict[str, list[float]] = {}

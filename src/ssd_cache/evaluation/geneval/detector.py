@@ -57,7 +57,9 @@ class Detector:
             OSError: it cannot be found.
         """
         if find_spec("scipy") is None:
-            raise ImportError("GenEval's detector needs scipy, not installed here: pip install 'ssd-cache[eval]'")
+            raise ImportError(
+                "GenEval's detector needs scipy, not installed here: pip install -e '.[eval]' in a clone of ssd-cache"
+            )
         model = load_judge(
             Mask2FormerForUniversalSegmentation, source, kind="mask2former", dtype="float32", device=device
         )

@@ -27,8 +27,8 @@ def generate(model, head_map=None, grid=None, **kwargs):
     """
     if head_map is None:
         raise ValueError(
-            "no head map: give head_map='user/head-map' (a Hub repository, a folder or a file), or head_map='online' "
-            "to let the cache label the heads while it generates"
+            "no head map: give head_map='user/head-map' (a Hub repository, a folder or a file), or head_map='online', "
+            "which needs no map"
         )
     for name in ("cache", "past_key_values"):  # the name since transformers 5.24, and the older one
         if kwargs.get(name) is not None:

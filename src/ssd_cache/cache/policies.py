@@ -57,7 +57,7 @@ def _learned(head_map: HeadMap, budget: Budget | None) -> Applied:
 
 
 def _online(head_map: HeadMap, budget: Budget | None) -> Applied:
-    """Every head semantic, tokens ranked by the distance of their key from the mean key: no map, no queries."""
+    """Every head semantic, tokens ranked by the leverage of their keys: no map, no queries."""
     online = HeadMap.online(num_layers=head_map.num_layers, num_kv_heads=head_map.num_kv_heads)
     budget = equal_budget(head_map) if budget is None else budget
     return online.with_layout(head_map.layout), budget, {"score": "leverage"}

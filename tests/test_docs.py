@@ -117,7 +117,7 @@ def test_a_long_table_folds(page):
     assert text.count("<details") == text.count('<details markdown="1"><summary>') == text.count("</details>")
 
 
-@pytest.mark.parametrize("name", ["results", "performance", "experiments"])
+@pytest.mark.parametrize("name", ["results", "performance", "experiments", "emoji-janus", "shapes-janus"])
 def test_a_page_of_results_opens_with_a_plot_and_a_paragraph(name):
     title, plot, paragraph, *_ = (ROOT / "docs" / f"{name}.md").read_text("utf-8").split("\n\n")
     assert title.startswith("# ")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ssd_cache.profiling import fit_heads, measure_heads, profile_heads
     from ssd_cache.training import learn_score
 
-__version__, _LATER = "0.2.0.dev0", {"enable": "enabling", "fast_decode": "decode"}
+__version__, _LATER = "0.2.0", {"enable": "enabling", "fast_decode": "decode"}
 _LATER |= {"learn_score": "training", "prepare": "preparing"}
 __all__ = ["POLICIES", "HeadMap", "HeadMapError", "LearnedScore", "MemoryStats", "SSDCache", "ServedBy"]
 __all__ += ["enable", "fast_decode", "fit_heads", "learn_score", "measure_heads", "prepare", "profile_heads"]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import typer
+from PIL import Image
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
 from ssd_cache import HeadMap, SSDCache  # importing registers the attention name "ssd"
@@ -64,10 +66,9 @@ def main(
     with torch.no_grad():
         pixels = janus.decode_image_tokens(tokens).float().cpu().permute(0, 3, 1, 2)
     output.mkdir(parents=True, exist_ok=True)
-    for number, image in enumerate(
-        processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["pixel_values"]
-    ):
-        image.save(output / f"{number:03}.png")
+    # arrays, since the image processor on torchvision refuses to return PIL images
+    for number, array in enumerate(processor.postprocess(list(pixels))["pixel_values"]):
+        Image.fromarray(np.asarray(array).transpose(1, 2, 0)).save(output / f"{number:03}.png")
         print(output / f"{number:03}.png", prompts[number])
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.tiny_checkpoint import load_example
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
@@ -125,7 +126,8 @@ def test_every_token_comes_out_of_the_decoder_in_its_exact_colour(unbroken):
     tokens = torch.stack(noise + [torch.from_numpy(scene.tokens) for scene in scenes])
     with torch.no_grad():
         pixels = model.decode_image_tokens(tokens).permute(0, 3, 1, 2)
-    images = processor.postprocess(list(pixels), return_tensors="PIL.Image.Image")["pixel_values"]
+    decoded = processor.postprocess(list(pixels))["pixel_values"]
+    images = [Image.fromarray(np.asarray(image).transpose(1, 2, 0)) for image in decoded]
     for codes, image in zip(tokens.numpy(), images, strict=True):
         cells = np.array(PALETTE, dtype=np.uint8)[codes.reshape(24, 24)]
         np.testing.assert_array_equal(np.asarray(image), cells.repeat(16, 0).repeat(16, 1))

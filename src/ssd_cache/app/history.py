@@ -43,10 +43,17 @@ class History:
         if frame.held is not None:
             self.held.append(frame.held)
 
-    def draw_held(self, row: float, heads: str) -> Image.Image | None:
-        """The newest image of the policy under the tokens held after a row, counted from 1; None without such a row."""
+    def draw_held(self, row: object, heads: object) -> Image.Image | None:
+        """The newest image of the policy under the tokens held after a row, counted from 1; None without such a row.
+
+        Args:
+            row: a number; from a visitor, it may be of any type and value.
+            heads: one of `HEADS`; from a visitor, too.
+        """
         images = [frame.image for name, frame in self.newest.items() if name != FULL]
-        if not images or images[0] is None or heads not in HEADS or not 1 <= row <= len(self.held):
+        if not images or images[0] is None or heads not in HEADS:
+            return None
+        if not isinstance(row, int | float) or not 1 <= row <= len(self.held):
             return None
         return draw_held(images[0], self.grid, self.held[int(row) - 1][HEADS.index(heads)])
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,10 +75,18 @@ class SmallBodies:
         self.app = app
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        headers = dict(scope.get("headers", ()))
-        length = headers.get(b"content-length", b"0")
-        if b"transfer-encoding" in headers or not length.isdigit() or int(length[:20]) > MAX_BODY:
+        if _has_small_body(scope.get("headers", ())):
+            await self.app(scope, receive, send)
+        else:
             await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"0")]})
             await send({"type": "http.response.body", "body": b""})
-        else:
-            await self.app(scope, receive, send)
+
+
+def _has_small_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether every length that the headers give is at most `MAX_BODY`; a header may stand there twice."""
+    for name, value in headers:
+        if name == b"transfer-encoding":
+            return False
+        if name == b"content-length" and not (value.isdigit() and len(value) <= 20 and int(value) <= MAX_BODY):
+            return False
+    return True

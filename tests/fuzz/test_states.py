@@ -95,17 +95,24 @@ def _check(generator, profiled, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("run", "share"), [(_profile, 0.03), (_learn, 0.02), (_fit, 0.005), (_fidelity, 0.01)], indirect=["run"]
+    ("run", "name"),
+    [
+        (_profile, "state of profile"),
+        (_learn, "state of learn"),
+        (_fit, "state of fit"),
+        (_fidelity, "state of fidelity"),
+    ],
+    indirect=["run"],
+    ids=["profile", "learn", "fit", "fidelity"],
 )
-def test_a_changed_state_is_resumed_or_refused(run, share, generator, request, monkeypatch):
+def test_a_changed_state_is_resumed_or_refused(run, name, generator, monkeypatch):
     run.read()
 
     def work(*_, **__):
         raise WouldWork
 
     monkeypatch.setattr(type(generator), "generate", work)
-    name = request.node.callspec.id
-    check_both(fuzz_file(f"state {name}", share, run.path, run.read, errors=(ProfilingError,)))
+    check_both(fuzz_file(name, run.path, run.read, errors=(ProfilingError,)))
 
 
 @pytest.mark.parametrize("run", [_check], indirect=True)
@@ -122,7 +129,7 @@ def test_a_changed_check_of_a_preparation_is_used_or_measured_again(run, generat
         assert found.keys() == before.keys()
         assert [point["budget"] for point in found["curve"]] == [0.5, 1.0]
 
-    fuzz_file("check of a preparation", 0.01, run.path, read, errors=())
+    fuzz_file("check of a preparation", run.path, read, errors=())
 
 
 def test_a_changed_plan_is_read_or_refused(tmp_path):
@@ -137,4 +144,4 @@ def test_a_changed_plan_is_read_or_refused(tmp_path):
         folder.add_cost("profile", Cost(1.5, None))
         folder.result("profile", None)
 
-    check_both(fuzz_file("plan of a preparation", 0.04, folder.path / "plan.json", read, errors=(ProfilingError,)))
+    check_both(fuzz_file("plan of a preparation", folder.path / "plan.json", read, errors=(ProfilingError,)))

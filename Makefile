@@ -27,22 +27,25 @@ GPU_PARTS = $(BATCHES:%=janus-pro-1b-batch-%) janus-pro-1b-images-128 janus-pro-
 GPU_RIVALS = StaticCache, compiled;StaticCache, varlen, compiled;full cache, valid tokens only
 BENCH_GPU = $(BIN)/ssd-cache bench --device cuda --dtype bfloat16 --rounds $(ROUNDS)
 
-# $(call oldest,NAME): the lower bound of a dependency in pyproject.toml
+# Both ends of the supported range. The newest versions stand only here, and in words in docs/install.md, where a test
+# compares them. $(call oldest,NAME): the lower bound of a dependency in pyproject.toml
+NEWEST := torch==2.15.0 transformers==5.24.0 torchvision==0.29.2
 oldest = $(shell sed -n 's/.*"$(1)>=\([0-9.]*\)[",].*/$(1)==\1/p' pyproject.toml)
 
 # An environment, made if missing, with the versions of constraints.txt but for some packages. $(1): its folder; $(2): the
-# packages left out; $(3): what to install, in a variable where it has a comma.
+# packages left out; $(3): what to install, in a variable where it has a comma. Its constraints replace those that pip is
+# configured with, which may exclude the newest torch.
 define environment
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	grep -vE '^($(2))==' constraints.txt > $(1)/constraints.txt
-	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(1)/constraints.txt $(3)
+	PIP_CONSTRAINT=$(1)/constraints.txt $(1)/bin/python -m pip install --quiet --disable-pip-version-check $(3)
 endef
 
 # The whole suite with other versions of torch and transformers. torch for Linux pins its Triton itself. $(1): the
 # environment; $(2): the versions.
 SUITE := -e '.[dev,diffusers,distributed,eval,plot]'
 define test_with
-	$(call environment,$(1),torch|transformers|triton,--upgrade $(SUITE) $(2))
+	$(call environment,$(1),torch|transformers|triton,$(SUITE) $(2))
 	$(1)/bin/python -c 'import torch, transformers; print("torch", torch.__version__, "transformers", transformers.__version__)'
 	$(call PYTEST,$(1))
 endef
@@ -68,7 +71,7 @@ test-oldest: ## run the tests on the oldest supported torch and transformers, in
 	$(call test_with,.venv-oldest,'$(call oldest,torch)' '$(call oldest,transformers)')
 
 test-newest: ## run the tests on the newest supported torch and transformers, with torchvision, in .venv-newest
-	$(call test_with,.venv-newest,torch transformers torchvision)
+	$(call test_with,.venv-newest,$(NEWEST))
 
 package: ## build wheel and sdist into dist/, check them, and generate an image offline with the installed wheel
 	rm -rf dist .venv-package .venv-wheel

@@ -25,14 +25,31 @@ def test_the_range_is_that_of_pyproject():
     assert f"transformers>={OLDEST[0]}.{OLDEST[1]},<{NEXT[0]}.{NEXT[1]}" in DEPENDENCIES
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def commands_of(target):
+    return subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@needs_make
 def test_make_pins_the_oldest_torch_and_transformers():
-    dry = subprocess.run(["make", "-n", "test-oldest"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    dry = commands_of("test-oldest")
     (torch_range,) = (name for name in DEPENDENCIES if re.match(r"torch\W", name))
     oldest_torch = torch_range.removeprefix("torch>=")
     assert f"'torch=={oldest_torch}' 'transformers=={OLDEST[0]}.{OLDEST[1]}'" in dry
     torch_in_words = f"torch {oldest_torch} or newer"
     assert all(torch_in_words in (ROOT / page).read_text("utf-8") for page in PAGES)
+
+
+@needs_make
+def test_make_pins_the_newest_versions_that_the_page_names():
+    pins = dict(re.findall(r"\b(torch|transformers|torchvision)==(\d+\.\d+\.\d+)\b", commands_of("test-newest")))
+    assert pins.keys() == {"torch", "transformers", "torchvision"}
+    assert pins["transformers"].startswith(f"{NEXT[0]}.{NEXT[1] - 1}.")
+    text = " ".join((ROOT / "docs" / "install.md").read_text("utf-8").split())
+    words = "torch {torch}, transformers {transformers} and torchvision {torchvision}".format_map(pins)
+    assert f"`make test-newest` runs it with {words}" in text
 
 
 def test_the_pages_give_the_ranges_of_pyproject():

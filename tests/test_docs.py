@@ -11,15 +11,13 @@ Shell blocks are tested in `test_docs_commands.py`. Links and anchors of the bui
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
+from helpers.site import build_site
 from helpers.tiny_checkpoint import head_map, write_checkpoint
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
@@ -145,15 +143,9 @@ class _Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """Pages of the site by their path, built as `make docs` does."""
-    pytest.importorskip("mkdocstrings", reason="mkdocs is not installed (pip install -e '.[docs]')")
+    """Pages of the site by their path."""
     folder = tmp_path_factory.mktemp("site")
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    files = sorted(folder.rglob("*.html"))
-    return folder, {file.relative_to(folder).as_posix(): _Page(file) for file in files if file.name != "404.html"}
+    return folder, {file.relative_to(folder).as_posix(): _Page(file) for file in build_site(folder)}
 
 
 def test_every_link_and_anchor_of_the_site_exists(site):

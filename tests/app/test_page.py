@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import io
 import re
-import shutil
 import signal
 
 import numpy as np
 import pytest
+from helpers.browser import chromium, in_browser
 from helpers.children import start_cli
 from helpers.tiny_checkpoint import write_checkpoint
 from PIL import Image
@@ -22,12 +22,7 @@ from ssd_cache.app.models import DemoModel, offered_policies
 from ssd_cache.models import BUNDLED, find_generator
 
 pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[app]', or make test-app")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: make test-app installs it")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, as chromium or google-chrome on the PATH"),
-]
+pytestmark = in_browser
 
 PROMPT = "a photo of a red circle"
 PATIENCE = 300_000
@@ -60,10 +55,8 @@ def url(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 class Visitor:

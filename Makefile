@@ -51,7 +51,7 @@ define test_with
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-oldest test-newest test-real test-app package check bench bench-gpu bench-gpu-models docs clean
+.PHONY: help demo test fuzz test-oldest test-newest test-real test-app package check bench bench-gpu bench-gpu-models docs links clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -124,6 +124,9 @@ $(RESULTS)/janus-pro-7b-batch-%/bench.json: | $(VENV)/.dev
 $(RESULTS)/%-batch-1/bench.json: | $(VENV)/.dev
 	$(BENCH_GPU) --model $* --batch-size 1 --tokens 96 --output "$(@D)" \
 	  --caches "DynamicCache;StaticCache, compiled;ssd 20%, fast_decode"
+
+links: ## open every link of the pages to other hosts, and print those that do not answer
+	$(PYTHON) docs/check_links.py *.md $$(find docs hub -name '*.md')
 
 docs: $(VENV)/.dev ## build the documentation
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

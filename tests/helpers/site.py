@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def build_site(folder: Path) -> list[Path]:
     """Build the site in a folder, in strict mode; its pages but the one of missing pages."""
-    pytest.importorskip("mkdocstrings", reason="mkdocs is not installed (pip install 'ssd-cache[docs]')")
+    pytest.importorskip("mkdocstrings", reason="mkdocs is not installed (pip install -e '.[docs]')")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)

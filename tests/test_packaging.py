@@ -1,6 +1,6 @@
 """Wheel and sdist as hatchling builds them, and what else a release names: versions, workflows, citation.
 
-`make package` does the rest: it installs the wheel in a new environment and generates an image with it, offline.
+`make package` does the rest: it installs each of the two in a new environment and generates an image with it, offline.
 """
 
 from __future__ import annotations
@@ -80,10 +80,13 @@ def test_one_version_everywhere():
 def test_the_versions_of_python_are_those_of_the_workflows():
     classifiers = {name.rpartition(" :: ")[2] for name in PROJECT["classifiers"] if re.search(r" :: 3\.\d+$", name)}
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text("utf-8"))["jobs"]
-    tested = {entry["python"] for entry in jobs["tests"]["strategy"]["matrix"]["include"]}
-    assert PROJECT["requires-python"] == f">={min(tested)}"
-    assert {min(tested), max(tested)} <= classifiers
-    assert max(classifiers, key=lambda version: int(version.split(".")[1])) == max(tested)
+    run = {entry["python"] for entry in jobs["tests"]["strategy"]["matrix"]["include"]}
+    minors = sorted(int(version.removeprefix("3.")) for version in run)
+    assert PROJECT["requires-python"] == f">=3.{minors[0]}"
+    assert minors == list(range(minors[0], minors[-1] + 1))
+    assert classifiers <= run
+    row = re.search(r"^\| Python \|.*\| (.*) \|$", (ROOT / "docs" / "install.md").read_text("utf-8"), re.MULTILINE)[1]
+    assert run - classifiers <= set(re.findall(r"3\.\d+", row))  # the page says that these are untested
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -95,6 +98,13 @@ def test_workflows_run_targets_that_exist(path):
         named |= {match for step in job["steps"] for match in re.findall(r"^make ([a-z-]+)", step.get("run", ""))}
     assert named <= set(targets)
     assert named
+
+
+def test_make_runs_every_file_that_needs_optional_packages():
+    commands = re.search(r"^test-extras:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)[1]
+    needs = re.compile(r"importorskip\(\"(torchao|peft|bitsandbytes)\b")
+    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if needs.search(path.read_text("utf-8"))]
+    assert {path.relative_to(ROOT).as_posix() for path in files} == set(re.findall(r"tests/\S+\.py", commands))
 
 
 def test_no_token_is_stored_for_a_release():

@@ -20,7 +20,8 @@ from ssd_cache.training import memory, teacher_forcing
 from ssd_cache.training.learning import check_learning
 from ssd_cache.training.learning_state import LearningState
 from ssd_cache.training.memory import step_nbytes
-from ssd_cache.training.recording import replay_images
+from ssd_cache.training.recording import replay_images, training_batches
+from ssd_cache.training.teacher_forcing import Recording
 from ssd_cache.training.trainer import Trainer, mean_attention
 
 GRID = (SIDE, SIDE)
@@ -140,12 +141,31 @@ def test_the_formula_bounds_the_measured_peak(dtype, tmp_path, monkeypatch):
     assert found <= 2 * peak
 
 
+def test_batches_are_copied_one_at_a_time_in_the_order_of_the_seed():
+    recordings = []
+    for images in (7, 7, 3):  # two batches of four and three images, and a smaller one
+        rows = torch.arange(2 * images)
+        inputs = {"inputs_embeds": torch.randn(len(rows), 50, 8)}
+        recordings.append(Recording(inputs, rows[:, None] > 2, rows >= images))
+    parts = [part for recording in recordings for part in recording.split(4)]
+    assert [len(part.seen) for part in parts] == [8, 6, 8, 6, 6]
+    order = torch.Generator().manual_seed(9)
+    expected = [parts[index] for _ in range(3) for index in torch.randperm(5, generator=order).tolist()]
+    with PeakBytes([]) as copied:
+        for found, part in zip(training_batches(recordings, 4, 9), expected, strict=False):
+            for name in ("seen", "is_unconditional"):
+                assert torch.equal(getattr(found, name), getattr(part, name))
+            assert torch.equal(found.inputs["inputs_embeds"], part.inputs["inputs_embeds"])
+    largest = parts[0].inputs["inputs_embeds"].nbytes
+    assert largest < copied.peak < 2.1 * largest  # the loop holds a batch while the next one is made
+
+
 def test_images_are_taken_one_by_one_where_memory_is_short(tmp_path, monkeypatch):
     generator, _ = recorded(tmp_path)
     labels, settings = HeadMap(IS_SPATIAL, GRID), {"budget": 24, "buffer": 5, "num_steps": 2, "progress": False}
-    sizes, split = [], teacher_forcing.Recording.split
+    sizes, parts_of = [], teacher_forcing.Recording.parts
     with monkeypatch.context() as patch:
-        patch.setattr(teacher_forcing.Recording, "split", lambda part, size: sizes.append(size) or split(part, size))
+        patch.setattr(teacher_forcing.Recording, "parts", lambda part, size: sizes.append(size) or parts_of(part, size))
         whole = learn_score(generator, PROMPTS, labels, batch_size=3, guidance_scale=2.0, **settings)
         assert set(sizes) == {3}
         sizes.clear()

@@ -84,12 +84,16 @@ def without_idle_rows(recording: Recording, guidance_scale: float) -> Recording:
 
 
 def training_batches(recordings: Sequence[Recording], batch_size: int, seed: int) -> Iterator[Recording]:
-    """Endless training batches; their order depends only on the seed. Images of a batch were generated together."""
-    parts = [part for recording in recordings for part in recording.split(batch_size)]
+    """Endless training batches; their order depends only on the seed. Images of a batch were generated together.
+
+    A batch is copied from the recordings when it is used, since a copy of all would take as much memory as they do.
+    """
+    parts = [(recording, rows) for recording in recordings for rows in recording.parts(batch_size)]
     order = torch.Generator().manual_seed(seed)
     while True:
         for index in torch.randperm(len(parts), generator=order).tolist():
-            yield parts[index]
+            recording, rows = parts[index]
+            yield recording.of_rows(rows)
 
 
 def replay_images(generator: Generator, prompts: Sequence[str], tokens: torch.Tensor, **settings) -> Recording:

@@ -56,14 +56,19 @@ class Recording:
 
     def split(self, num_images: int) -> list[Recording]:
         """Recordings of this many images each, with their unconditional rows; the last may be smaller."""
+        return [self.of_rows(rows) for rows in self.parts(num_images)]
+
+    def parts(self, num_images: int) -> list[torch.Tensor]:
+        """The numbers of the rows of each recording that `split` makes, `[rows]`."""
         kinds = [kind.nonzero()[:, 0].split(num_images) for kind in (~self.is_unconditional, self.is_unconditional)]
-        return [self._of_rows(torch.cat(rows)) for rows in zip_longest(*kinds, fillvalue=kinds[1][0][:0])]
+        return [torch.cat(rows) for rows in zip_longest(*kinds, fillvalue=kinds[1][0][:0])]
 
     def conditional(self) -> Recording:
         """The recording without unconditional rows, for a guidance scale at which they have no effect."""
-        return self._of_rows((~self.is_unconditional).nonzero()[:, 0])
+        return self.of_rows((~self.is_unconditional).nonzero()[:, 0])
 
-    def _of_rows(self, rows: torch.Tensor) -> Recording:
+    def of_rows(self, rows: torch.Tensor) -> Recording:
+        """A copy of some rows, given by their numbers, `[rows]`."""
         inputs = {name: tensor[rows] for name, tensor in self.inputs.items()}
         return Recording(inputs, self.seen[rows], self.is_unconditional[rows])
 

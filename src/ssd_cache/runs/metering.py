@@ -31,7 +31,7 @@ class Cost:
 @contextmanager
 def metered(device: torch.device) -> Iterator[Cost]:
     """Measure the block; the result is filled in at its end, also after an exception."""
-    _release_memory()
+    release_memory()
     cost, started = Cost(), time.perf_counter()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -49,8 +49,8 @@ def metered(device: torch.device) -> Iterator[Cost]:
         cost.seconds = time.perf_counter() - started
 
 
-def _release_memory() -> None:
-    """Return memory that earlier work has freed to the system, so that it is not part of the block's peak."""
+def release_memory() -> None:
+    """Return freed memory of the CPU to the system, so that it is not part of the peak of what follows."""
     gc.collect()
     with suppress(OSError, AttributeError, TypeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)

@@ -28,6 +28,11 @@ class Cost:
     peak_bytes: int | None = None
 
 
+def highest_peak(*costs: Cost) -> int | None:
+    """The highest peak of these costs, in bytes; None if the system reports none."""
+    return max((cost.peak_bytes for cost in costs if cost.peak_bytes is not None), default=None)
+
+
 @contextmanager
 def metered(device: torch.device) -> Iterator[Cost]:
     """Measure the block; the result is filled in at its end, also after an exception."""

@@ -13,13 +13,14 @@ from ssd_cache.runs.metering import Cost
 
 @dataclass(frozen=True)
 class Estimate:
-    """The estimated cost of a stage; `disk_bytes` are those of its missing files."""
+    """The estimated cost of a stage; `disk_bytes` are those of its missing files, `note` is shown beside it."""
 
     stage: str
     num_images: int
     cost: Cost
     is_finished: bool
     disk_bytes: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,14 @@ class Plan:
         lines = [f"{self.model} on {self.device}: {left}"]
         width = max(10, *(len(estimate.stage) + 2 for estimate in self.estimates))
         has_disk = any(estimate.disk_bytes for estimate in self.estimates)
-        lines.append(f"{'stage':<{width}}{'images':>7}{'time':>12}{'peak memory':>14}{'disk' if has_disk else '':>10}")
+        head = f"{'stage':<{width}}{'images':>7}{'time':>12}{'peak memory':>14}"
+        lines.append(head + (f"{'disk':>10}" if has_disk else ""))
         for estimate in self.estimates:
             seconds = "finished" if estimate.is_finished else duration(estimate.cost.seconds)
-            disk = memory(estimate.disk_bytes) if estimate.disk_bytes else ""
-            columns = f"{seconds:>12}{memory(estimate.cost.peak_bytes):>14}{disk:>10}"
+            columns = f"{seconds:>12}{memory(estimate.cost.peak_bytes):>14}"
+            if has_disk:
+                columns += f"{memory(estimate.disk_bytes) if estimate.disk_bytes else '':>10}"
+            columns += f"  {estimate.note}"
             lines.append(f"{estimate.stage:<{width}}{estimate.num_images or '-':>7}{columns}".rstrip())
         return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ssd_cache.io.untrusted import checked, parse_json, read_bytes
 from ssd_cache.io.writing import remove_parts, write_files
-from ssd_cache.runs.metering import Cost
+from ssd_cache.runs.metering import Cost, highest_peak
 from ssd_cache.runs.run_state import ProfilingError, check_same_run, check_state_place, not_a_state
 
 PLAN = "plan.json"
@@ -73,8 +73,7 @@ class RunFolder:
     def add_cost(self, name: str, cost: Cost) -> None:
         """Add a measured cost to that of earlier calls."""
         if (earlier := self.costs.get(name)) is not None:
-            peaks = [peak for peak in (earlier.peak_bytes, cost.peak_bytes) if peak is not None]
-            cost = Cost(earlier.seconds + cost.seconds, max(peaks, default=None))
+            cost = Cost(earlier.seconds + cost.seconds, highest_peak(earlier, cost))
         self.costs[name] = cost
         self.save()
 

@@ -100,7 +100,7 @@ def prepare(
         kept = processes.gather_all(folder.settings.get("batch_size"))[0]
         batch_size = kept or default_batch_size(generator, texts, DEFAULT_BATCH_SIZE, processes=processes)
     settings = Settings(texts, budget, num_steps, batch_size, generator.sampling(guidance_scale, temperature, seed))
-    check_stages(stages, generator, settings)
+    check_stages(stages, generator.checkpoint, settings)
     generator.check_prompts(texts)
     if "learn" in stages:
         check_trainable(generator)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ssd_cache.budget import Amount, check_count, resolve_amount
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.models import Generator, ResolvedSampling
+from ssd_cache.models import Checkpoint, Generator, ResolvedSampling
 from ssd_cache.preparing.check import check_fidelity, curve_budgets
 from ssd_cache.preparing.state import StateFolder
 from ssd_cache.profiling.allocation import fit_heads
@@ -151,14 +151,13 @@ def run_profile(
         return profile_heads(generator, prompts, batch_size=batch_size, state_file=state_file, **levels, **shared)
 
 
-def check_stages(names: Sequence[str], generator: Generator, settings: Settings) -> None:
-    """Refuse, before any work, stages and settings that would fail later; raises ValueError."""
+def check_stages(names: Sequence[str], checkpoint: Checkpoint, settings: Settings) -> None:
+    """Refuse, before any work, stages and settings that would fail later; raises ValueError. Needs no weights."""
     if unknown := [name for name in names if name not in STAGES]:
         raise ValueError(f"stage {unknown[0]!r} is unknown: give some of {', '.join(STAGES)}")
     if not names:
         raise ValueError(f"stages is empty: give some of {', '.join(STAGES)}")
     check_prompts_differ(settings.prompts)
-    checkpoint = generator.checkpoint
     check_count("batch_size", settings.batch_size, 1)
     settings.sampling.check_random()
     heads = (checkpoint.num_layers, checkpoint.num_kv_heads)

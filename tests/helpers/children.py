@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,6 +27,9 @@ TWO_PROCESSES = (
 )
 """Arguments of Python that start a program twice. accelerate 1.15 starts several processes with --multi_gpu alone;
 without a GPU they compute on the CPU."""
+
+GLOO = re.compile(r"^\[Gloo\] Rank .*\n", re.MULTILINE)
+"""Lines that torch 2.8 itself prints when processes meet."""
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["ssd_cache.cli", "ssd_cache.models", "transformers.models.janus.modeling_janus"])
@@ -135,4 +139,7 @@ def run_two(*commands: Sequence, cwd: Path | None = None) -> list[tuple[int, str
         for rank, command in enumerate(commands if len(commands) == 2 else 2 * commands)
     ]
     answers = [process.communicate() for process in both]
-    return [(process.returncode, *answer) for process, answer in zip(both, answers, strict=True)]
+    return [
+        (process.returncode, *(GLOO.sub("", text) for text in answer))
+        for process, answer in zip(both, answers, strict=True)
+    ]

@@ -77,7 +77,7 @@ def fit_heads(head_map: HeadMap, budget: Amount = 0.2, *, step: int | None = Non
     )
     losses = along(divergence) if divergence else (1 - np.maximum(spatial, semantic)) ** 2
     picks = best_choices(np.array(choices), -losses, uniform * len(losses))
-    is_spatial = [spatial[head, pick] > semantic[head, pick] for head, pick in enumerate(picks)]
+    is_spatial = [bool(spatial[head, pick] > semantic[head, pick]) for head, pick in enumerate(picks)]
     shape = head_map.is_spatial.shape
     return replace(
         head_map,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from ssd_cache import HeadMap, SSDCache, fit_heads, learn_score, prepare, profil
 from ssd_cache.cli import app
 from ssd_cache.evaluation.fidelity import measure_fidelity
 from ssd_cache.head_map.card import card
+from ssd_cache.io.showing import shown
 from ssd_cache.models import Checkpoint, find_generator
 from ssd_cache.preparing import stages
 from ssd_cache.prompts import PROMPTS_FILE
@@ -346,8 +348,16 @@ def test_bad_input_is_refused_before_weights_are_loaded(run, tmp_path, no_weight
         (("--prompts-file", "none.txt"), "cannot read --prompts-file none.txt"),
         (("--quick", "--stages", "fit"), "--quick and --stages both choose the stages"),
         (("--temperature", "0"), "temperature=0 leaves one token"),
+        (("--stages", "profile,train"), "stage 'train' is unknown: give some of profile, fit, learn, check"),
+        (("--stages", "fit,"), "stage '' is unknown"),
+        (("--budget", "9"), "9 slots are fewer than buffer=8"),
+        (("--budget", "64"), "no head of this map ranks tokens at this budget"),
     ):
         assert message in one_line(run(*arguments), 2)
+    glm = write_family("glm", tmp_path / "glm")
+    result = CliRunner().invoke(app, ["prepare", str(glm), "--grid", "4x6", "-o", "map"])
+    assert "has draft grids, and a score is learned" in one_line(result, 2)
+    assert not Path("map.state").exists()
     llama = write_family("llama", tmp_path / "llama")
     result = CliRunner().invoke(app, ["prepare", str(llama), "-o", "map"])
     assert "of type 'llama'; ssd-cache supports" in one_line(result, 2)
@@ -389,6 +399,25 @@ def test_a_state_of_another_model_or_version_is_refused(generator, whole, no_ima
     assert message in str(caught.value)
     assert "give another file, or delete it to begin anew" in str(caught.value)
     plan.write_text(before)
+
+
+def test_a_state_of_another_model_is_refused_in_one_line_and_left_as_it_is(run, whole, checkpoint, no_images):
+    plan = Path("map.state", "plan.json")
+    plan.parent.mkdir()
+    content = whole[0].with_name("map.state").joinpath("plan.json").read_bytes()
+    plan.write_bytes(content)
+    other = shutil.copytree(checkpoint, "other")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "load", None)  # refused before the weights are loaded
+        line = one_line(CliRunner().invoke(app, ["prepare", str(other), "-o", "map", *OPTIONS]), 2)
+    state = Path("map.state").absolute()
+    told = f"model {shown(str(checkpoint))} there, 'other' now); give another file, or delete it to begin anew"
+    assert line == f"ssd-cache: {state / 'plan.json'}: the sums of another run ({told}"
+    assert plan.read_bytes() == content
+    changed = content.replace(json.loads(content)["settings"]["weights"].encode(), b"00")
+    plan.write_bytes(changed)  # other weights under the same name
+    assert "sums of another run (weights '00' there, " in one_line(run(), 2)
+    assert plan.read_bytes() == changed
 
 
 def test_other_settings_are_refused_by_name(run, whole, generator):

@@ -20,9 +20,10 @@ from ssd_cache.cli.resuming import interruptible
 from ssd_cache.models import resolve_device, resolve_dtype
 from ssd_cache.preparing import prepare as prepare_model
 from ssd_cache.preparing.limits import check_hours
-from ssd_cache.preparing.preparing import state_path
+from ssd_cache.preparing.preparing import check_state, state_path
 from ssd_cache.preparing.report import REPORT, usage
-from ssd_cache.preparing.stages import QUICK, STAGES, check_prompts_differ
+from ssd_cache.preparing.stages import QUICK, STAGES, Settings, check_stages
+from ssd_cache.profiling.measuring import DEFAULT_BATCH_SIZE
 from ssd_cache.prompts import default_prompts
 from ssd_cache.runs.limits import check_weights_fit
 from ssd_cache.runs.processes import Processes
@@ -77,9 +78,11 @@ def prepare(
     with refusing():
         checkpoint = find_model(model, grid)
         texts = default_prompts(checkpoint) if prompts_file is None else read_prompts(None, prompts_file)
-        check_prompts_differ(texts)
+        sampling = checkpoint.sampling(guidance, temperature, seed)
+        settings = Settings(texts, amount, steps, batch_size or DEFAULT_BATCH_SIZE, sampling)
+        check_stages(names, checkpoint, settings)
         checkpoint.check_captions(texts)
-        checkpoint.sampling(guidance, temperature, seed).check_random()
+        check_state(output, checkpoint, settings)
         processes = Processes()
         where = resolve_device(processes.choose_device(device))
         kind = resolve_dtype(dtype, where)

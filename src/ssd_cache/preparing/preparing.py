@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
@@ -19,7 +20,7 @@ import ssd_cache
 from ssd_cache.analysis.plotting import check_packages
 from ssd_cache.budget import Amount
 from ssd_cache.head_map.head_map import HeadMap
-from ssd_cache.models import Generator, generator_of
+from ssd_cache.models import Checkpoint, Generator, generator_of
 from ssd_cache.preparing.limits import SHORTER
 from ssd_cache.preparing.plan import make_plan
 from ssd_cache.preparing.report import write_outputs
@@ -106,12 +107,8 @@ def prepare(
         check_trainable(generator)
     facts = {
         **model_facts(generator),
-        "ssd_cache": ssd_cache.__version__,
-        "budget": budget,
-        "num_steps": num_steps,
+        **_facts_before_loading(generator.checkpoint, settings),
         "batch_size": batch_size,
-        "num_prompts": len(texts),
-        "prompts_sha256": prompts_sha256(texts),
         **asdict(settings.sampling),
     }
     processes.check_agreement(facts)
@@ -135,9 +132,33 @@ def prepare(
     return processes.gather_all(head_map)[0]
 
 
+def check_state(output: Path, checkpoint: Checkpoint, settings: Settings) -> None:
+    """Refuse the state folder of a run of another model, version or settings; needs no weights.
+
+    The batch size and the sampling may have defaults that depend on the loaded model, so `prepare` compares them.
+
+    Raises:
+        ProfilingError: settings differ, each of them named; or the folder cannot be read or written.
+    """
+    StateFolder(state_path(output)).check(_facts_before_loading(checkpoint, settings))
+
+
 def state_path(output: Path) -> Path:
     """The state folder of a preparation with this output."""
     return Path(f"{output.expanduser().absolute()}.state")
+
+
+def _facts_before_loading(checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
+    """The settings that the results depend on and that are known from the configuration."""
+    return {
+        "model": checkpoint.name,
+        "ssd_cache": ssd_cache.__version__,
+        "budget": settings.budget,
+        "num_steps": settings.num_steps,
+        "num_prompts": len(settings.prompts),
+        "prompts_sha256": prompts_sha256(settings.prompts),
+        "seed": settings.sampling.seed,
+    }
 
 
 def _run(

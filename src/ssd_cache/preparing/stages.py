@@ -157,7 +157,7 @@ def check_stages(names: Sequence[str], checkpoint: Checkpoint, settings: Setting
         raise ValueError(f"stage {unknown[0]!r} is unknown: give some of {', '.join(STAGES)}")
     if not names:
         raise ValueError(f"stages is empty: give some of {', '.join(STAGES)}")
-    check_prompts_differ(settings.prompts)
+    _check_prompts_differ(settings.prompts)
     check_count("batch_size", settings.batch_size, 1)
     settings.sampling.check_random()
     heads = (checkpoint.num_layers, checkpoint.num_kv_heads)
@@ -173,7 +173,7 @@ def check_stages(names: Sequence[str], checkpoint: Checkpoint, settings: Setting
             raise ValueError(f"{error}; --quick (stages={QUICK}) leaves learning out") from error
 
 
-def check_prompts_differ(prompts: Sequence[str]) -> None:
+def _check_prompts_differ(prompts: Sequence[str]) -> None:
     """Refuse prompts that are too few or all alike; raises ValueError."""
     number = len({" ".join(prompt.lower().split()) for prompt in prompts})
     if number < LEAST_PROMPTS:

@@ -54,13 +54,18 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise not_a_state(plan, what, error) from error
 
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse to go on with a run in which some settings have other values; raises ProfilingError, as `begin`."""
+        if self.settings:
+            check_same_run(self.path / PLAN, {name: self.settings.get(name) for name in settings}, _as_json(settings))
+
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Write the plan of a new run, or refuse to go on with a run of other settings; removes half-written files.
 
         Raises:
             ProfilingError: the settings differ, each of them named; or the plan cannot be written.
         """
-        wanted = json.loads(json.dumps(settings))
+        wanted = _as_json(settings)
         if self.settings:
             check_same_run(self.path / PLAN, self.settings, wanted)
         self.settings = wanted
@@ -82,6 +87,11 @@ class RunFolder:
         costs = {name: asdict(cost) for name, cost in self.costs.items()}
         content = {"format": self.kind, "settings": self.settings, "costs": costs, "finished": self.finished}
         write_part(self.path / PLAN, content)
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as a file gives them back: lists for tuples."""
+    return json.loads(json.dumps(settings))
 
 
 def write_part(path: Path, content: Mapping[str, Any]) -> None:

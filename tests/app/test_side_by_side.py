@@ -235,6 +235,34 @@ def test_an_error_of_the_model_reaches_the_caller_and_ends_both(model, monkeypat
     assert not model.generator.visual_embeddings._forward_pre_hooks
 
 
+@pytest.mark.parametrize("what", ["step", "close", "close by the garbage collector"])
+def test_the_run_of_another_visitor_changes_no_random_numbers(model, what):
+    """Two runs overlap when the first visitor stops: the next one begins while the first is still ending."""
+    request, other = request_of(model), generate_side_by_side(request_of(model, seed=8), NEVER)
+    for _ in range(4):
+        next(other)
+    disturb = threading.Thread(target=other.close if what == "close" else lambda: next(other))
+    num_calls = iter(range(1000))
+
+    def is_stopped():
+        """Called in the thread that generates, at every token."""
+        if next(num_calls) == 20:
+            if what == "close by the garbage collector":
+                other.close()
+            else:
+                disturb.start()
+                disturb.join(timeout=0.005)  # it has to wait for this row
+        return False
+
+    newest = {frame.name: frame for frame in generate_side_by_side(request, is_stopped)}
+    if disturb.ident is not None:
+        disturb.join()
+    other.close()
+    for name, cache in ((FULL, DynamicCache()), ("ssd", request.make_cache())):
+        image = model.generator.to_images(model.generator.generate([PROMPT], cache, seed=3))[0]
+        np.testing.assert_array_equal(pixels(newest[name].image), pixels(image))
+
+
 def test_a_generation_that_never_began_can_be_closed(model):
     paused = PausedGeneration(model.generator, PROMPT, DynamicCache(), 0, NEVER)
     paused.close()

@@ -1,20 +1,27 @@
 """`PausedGeneration`: the model's own `generate` in a thread that pauses after every row of the image.
 
-Several of them take turns: only one thread computes at a time, so each one's speed is that of a run alone. The tokens
-are those of `Generator.generate` with the same seed.
+Several of them take turns, also those of several visitors: only one thread computes at a time, so each one's speed is
+that of a run alone. The tokens are those of `Generator.generate` with the same seed.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from transformers import Cache
 
 from ssd_cache.models import Generator
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Held while a generation computes or ends: all of them share torch's random numbers."""
+
+
+class _Thread(threading.Thread):
+    """Runs a generation, while the thread that called `step` or `close` holds the lock for it."""
 
 
 class StoppedError(Exception):
@@ -49,26 +56,27 @@ class PausedGeneration:
         self._num_steps, self._is_closed = 0, False
         self._error: BaseException | None = None
         self._turn, self._turn_over = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, name="ssd-cache-app", daemon=True)
+        self._thread = _Thread(target=self._run, name="ssd-cache-app", daemon=True)
         self._thread.start()
 
     def step(self) -> None:
         """Run the prompt at the first call, and one row at every other; raises what the generation raised."""
-        started = time.perf_counter()
-        with self._own_random_state():
+        with self._alone():
+            started = time.perf_counter()
             self._turn.release()
             self._turn_over.acquire()
-        if self._parts:
-            self.tokens = torch.cat(self._parts).cpu()  # waits for the device
-        self.seconds = time.perf_counter() - started
+            if self._parts:
+                self.tokens = torch.cat(self._parts).cpu()  # waits for the device
+            self.seconds = time.perf_counter() - started
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
         """End the generation and release the cache."""
-        self._is_closed = True
-        self._turn.release()
-        self._thread.join()
+        with self._alone():
+            self._is_closed = True
+            self._turn.release()
+            self._thread.join()
         self.cache = self._error = None
 
     def _run(self) -> None:
@@ -107,6 +115,14 @@ class PausedGeneration:
             self._turn.acquire()
         if self._is_closed:
             raise StoppedError
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """In the block, no other generation computes, and afterwards torch's random state is as before."""
+        # the garbage collector may close a generation in the thread of another one, for which the lock is held already
+        is_held = isinstance(threading.current_thread(), _Thread)
+        with nullcontext() if is_held else _ONE_AT_A_TIME, self._own_random_state():
+            yield
 
     def _own_random_state(self) -> AbstractContextManager:
         """After the block, torch's global generators are as before: several threads use them in turn."""

@@ -114,14 +114,15 @@ def _measure_images(
 ) -> None:
     """Run the first batches of `profile`, whose sums the stage keeps; their fitted map serves to measure learning.
 
-    The time is that of the last one, because the first batch includes one-time work. Where an earlier call has already
-    run some batches, they are run again.
+    The time is that of the last one, because the first batch includes one-time work. The peak is the higher one: the
+    allocator keeps memory of the first batch, as it does between the batches of the stage. Where an earlier call has
+    already run some batches, they are run again.
     """
     state_file = None if folder.file("profile").exists() else folder.file("profile")
     size, sampling = settings.batch_size, asdict(settings.sampling)
     costs = []
     for number in (1, 2):
-        with metered(generator.model.device) as cost:
+        with metered(generator.model.device, release=number == 1) as cost:
             head_map = run_profile(
                 generator, settings, settings.profiled[: number * size], state_file, **sampling, progress=progress
             )
@@ -164,8 +165,8 @@ def _measure_learning(generator: Generator, settings: Settings, folder: StateFol
     first, slots = mean_attention(generator, part, labels, num_at_once), [plan.num_slots for plan in plans]
     state = LearningState.beginning(first, slots)
     steps = []
-    for _ in range(2):
-        with metered(device) as step:
+    for number in (1, 2):
+        with metered(device, release=number == 1) as step:
             trainer.step(state, part)
         steps.append(step)
         if processes.gather_all(step.seconds)[0] > WARM_SECONDS:

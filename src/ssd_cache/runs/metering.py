@@ -34,9 +34,13 @@ def highest_peak(*costs: Cost) -> int | None:
 
 
 @contextmanager
-def metered(device: torch.device) -> Iterator[Cost]:
-    """Measure the block; the result is filled in at its end, also after an exception."""
-    release_memory()
+def metered(device: torch.device, release: bool = True) -> Iterator[Cost]:
+    """Measure the block; the result is filled in at its end, also after an exception.
+
+    Without `release`, memory that earlier work has freed may count, as in a run that repeats this work.
+    """
+    if release:
+        release_memory()
     cost, started = Cost(), time.perf_counter()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,14 +71,21 @@ class Forked:
     Args:
         arguments: of the command line.
         cwd: its folder; that of the tests when not given.
+        before: a function that can be pickled; called in the process before the command.
         environment: variables in addition to those of the tests.
     """
 
-    def __init__(self, *arguments, cwd: Path | None = None, **environment: str):
+    def __init__(
+        self,
+        *arguments,
+        cwd: Path | None = None,
+        before: Callable[[], object] | None = None,
+        **environment: str,
+    ):
         self._output = tempfile.TemporaryDirectory()
         self._paths = [Path(self._output.name, name) for name in ("stdout", "stderr")]
         environment = {**os.environ, "COLUMNS": "80", "CUDA_VISIBLE_DEVICES": "", **environment}
-        given = [str(argument) for argument in arguments], cwd or Path.cwd(), environment, self._paths
+        given = [str(argument) for argument in arguments], cwd or Path.cwd(), environment, self._paths, before
         self._process = SERVER.Process(target=_run, args=given, daemon=True)
         self._process.start()
 
@@ -99,7 +106,13 @@ class Forked:
         return tuple(path.read_text() if path.exists() else "" for path in self._paths)
 
 
-def _run(arguments: list[str], cwd: Path, environment: dict[str, str], outputs: Sequence[Path]) -> None:
+def _run(
+    arguments: list[str],
+    cwd: Path,
+    environment: dict[str, str],
+    outputs: Sequence[Path],
+    before: Callable[[], object] | None,
+) -> None:
     for number, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -112,6 +125,8 @@ def _run(arguments: list[str], cwd: Path, environment: dict[str, str], outputs: 
 
     torch.set_num_threads(1)
     sys.argv = ["ssd-cache", *arguments]
+    if before is not None:
+        before()
     app()
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers.children import run_two
 from helpers.failing import fail_on_full_disk, one_line
-from helpers.interrupting import ENDS, interrupt
+from helpers.interrupting import ENDS, interrupt, kill_in_call
 from helpers.tiny_checkpoint import write_checkpoint, write_family
 from typer.testing import CliRunner
 
@@ -236,6 +236,23 @@ def test_an_interrupted_run_ends_with_the_same_map(checkpoint, whole, tmp_path, 
     assert is_finished(folder / "learn.state")
 
 
+@pytest.mark.parametrize(("number", "taken"), [(1, None), (5, 2)], ids=["measuring", "learning"])
+def test_a_run_that_is_killed_in_a_training_step_ends_with_the_same_map(checkpoint, whole, tmp_path, number, taken):
+    """A run takes two steps to measure them, then four to learn."""
+    folder = tmp_path / "map.state"
+    command = ["prepare", str(checkpoint), "-o", str(tmp_path / "map"), *OPTIONS]
+    code, stderr = kill_in_call(command, "ssd_cache.training.trainer:Trainer.step", number, save_seconds=0)
+    assert code == -signal.SIGKILL, stderr
+    costs = json.loads((folder / "plan.json").read_text())["costs"]
+    assert "first batch" in costs
+    assert ("step" in costs) == (folder / "learn.state").exists() == (taken is not None)
+    if taken is not None:
+        assert read_state(folder / "learn.state", LEARNING, "").counts["num_steps"] == taken
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert HeadMap.from_pretrained(tmp_path / "map") == whole[1]
+
+
 def test_a_disk_that_is_full_after_every_few_writes_loses_nothing(run, whole, monkeypatch):
     failed = fail_on_full_disk(monkeypatch, run, num_writes=9, most=30)
     assert 3 <= failed < 30
@@ -453,10 +470,18 @@ def test_a_check_that_is_not_whole_is_measured_again(generator, whole, damage):
     assert prepare(generator, output, progress=False, **SETTINGS) == prepared
 
 
-def test_the_map_is_published_with_its_curve(run, hub, monkeypatch):
+def test_the_map_is_published_with_its_curve_also_after_a_failure(run, hub, monkeypatch, generator):
     monkeypatch.setenv("HF_TOKEN", "hf_writer")
-    result = run("--quick", "--push", "me/map")
+    hub.answer_always = 503
+    failed = run("--quick", "--push", "me/map")
+    assert f"{hub.url}/me/map: the Hub answered 503; try again later" in one_line(failed, 1)
+    assert "wrote map, with report.html" in failed.stdout
+    prepared, hub.answer_always = HeadMap.from_pretrained("map"), None
+    with monkeypatch.context() as patch:
+        patch.setattr(type(generator), "generate", None)  # no image is generated again
+        result = run("--quick", "--push", "me/map")
     assert result.exit_code == 0, result.output
+    assert HeadMap.from_pretrained("map") == prepared
     repo = hub.repos["me/map"]
     tree = repo.commits[repo.refs["main"]]
     assert b"## Fidelity to the full cache" in tree["README.md"]

@@ -368,6 +368,7 @@ def test_bad_input_is_refused_before_weights_are_loaded(run, tmp_path, no_weight
         (("--stages", "profile,train"), "stage 'train' is unknown: give some of profile, fit, learn, check"),
         (("--stages", "fit,"), "stage '' is unknown"),
         (("--budget", "9"), "9 slots are fewer than buffer=8"),
+        (("--push", "me/my/map"), "--push 'me/my/map' cannot be the name of a repository: give USER/REPO"),
         (("--budget", "64"), "no head of this map ranks tokens at this budget"),
     ):
         assert message in one_line(run(*arguments), 2)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from huggingface_hub.utils import validate_repo_id
 
 from ssd_cache.cli import options
 from ssd_cache.cli.errors import WrongUse, refusing
@@ -17,6 +18,7 @@ from ssd_cache.cli.loading import find_model, load_generator
 from ssd_cache.cli.options import option
 from ssd_cache.cli.plan import parse_budget
 from ssd_cache.cli.resuming import interruptible
+from ssd_cache.io.showing import shown
 from ssd_cache.models import resolve_device, resolve_dtype
 from ssd_cache.preparing import prepare as prepare_model
 from ssd_cache.preparing.limits import check_hours
@@ -72,6 +74,7 @@ def prepare(
     if quick and stages:
         raise WrongUse("--quick and --stages both choose the stages: give one of them")
     check_place("--output", output, is_folder=True)
+    _check_repository(push)
     check_plotting()
     amount = parse_budget(budget)
     names = QUICK if quick else STAGES if stages is None else tuple(name.strip() for name in stages.split(","))
@@ -109,3 +112,12 @@ def prepare(
         typer.echo("\n".join([repr(head_map), f"wrote {output}, with {REPORT}; use it with", usage(output)]))
         if push is not None:
             typer.echo(f"published {head_map.push_to_hub(push).commit_url}")
+
+
+def _check_repository(name: str | None) -> None:
+    """Raise WrongUse, before hours of work, for a name that no repository of the Hub can have."""
+    try:
+        if name is not None:
+            validate_repo_id(name)
+    except ValueError as error:
+        raise WrongUse(f"--push {shown(name)} cannot be the name of a repository: give USER/REPO") from error

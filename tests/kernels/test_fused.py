@@ -60,7 +60,8 @@ def test_kernel_compiles_for_a_gpu(
 ):
     """As it is launched, to machine code, by Triton's own ptxas: all pointers but the slot's are multiples of 16.
 
-    Every GPU since 2018 can share 64 KB. Limits of registers and barriers are what Triton 3.7 needs and a little more.
+    Every GPU since 2018 can share 64 KB. Limits of registers and barriers are what Triton 3.7, the pinned
+    one, needs and a little more.
     """
     triton = pytest.importorskip("triton", reason="the kernel is written in Triton, which is not installed here")
     from triton.backends.compiler import GPUTarget
@@ -97,7 +98,7 @@ def test_kernel_compiles_for_a_gpu(
     usage, code = run("cuobjdump", "--dump-resource-usage"), run("nvdisasm", "-c")
     found = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK")}
     assert found["STACK"] == 0, "registers are spilled"
-    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):  # older ones take a few more
+    if triton.__version__.startswith("3.7."):  # 3.4 and 3.9 take a few more
         assert found["REG"] <= registers
         assert code.count("BAR.SYNC") <= barriers
     wide = len(re.findall(r"(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128", code))

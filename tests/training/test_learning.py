@@ -57,7 +57,7 @@ def test_heads_whose_slots_fill_at_different_times_are_pretended_together(length
     settings = {"buffer": 4, "num_recent": 2, "num_sinks": 1}
     plan = assert_same_as_cache(head_map, [slots], keys, values, **settings)
     together = retained_tokens(plan, learned.at(0), keys.requires_grad_(True), values, softness=0.7)
-    assert sorted(heads for heads, _, _ in together.parts) == [[0, 1, 2], [3], [4], [5, 6]]
+    assert sorted(heads for heads, _ in together.parts) == [[0, 1, 2], [3], [4], [5, 6]]
     direction = torch.randn(2, len(slots), length, length)
     (together.at(slice(0, length)) * direction).sum().backward()
     for head, held in enumerate(slots):

@@ -110,8 +110,10 @@ def step_peak(generator, recording, num_at_once=3):
     return found.peak
 
 
-def test_a_further_layer_takes_the_bytes_of_its_input(tmp_path, monkeypatch):
+@pytest.mark.parametrize("block_bytes", [1 << 26, 20_000], ids=["one block", "several blocks"])
+def test_a_further_layer_takes_the_bytes_of_its_input(block_bytes, tmp_path, monkeypatch):
     """And a further image nothing, where one is taken at once."""
+    monkeypatch.setattr(teacher_forcing, "BLOCK_BYTES", block_bytes)
     peaks, kept = {}, {}
     for layers in (2, 6):
         monkeypatch.setattr("helpers.tiny_checkpoint.LAYERS", layers)

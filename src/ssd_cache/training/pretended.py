@@ -7,6 +7,7 @@ This module runs no model and takes no optimizer steps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,19 +19,21 @@ from ssd_cache.head_map.learned_score import LearnedScore
 
 @dataclass(frozen=True)
 class RetainedTokens:
-    """Which visual tokens the heads of a layer hold, after each eviction; float32 ones and zeros.
+    """Which visual tokens the heads of a layer hold, after each eviction.
 
     Attributes:
-        parts: for heads that evict at the same steps, their indices; the tokens `[rows, heads, 1 + evictions, tokens]`;
-            and the number of evictions before each token arrives, `[tokens]`.
+        parts: for heads that evict at the same steps, their indices, and the number of evictions before each token
+            arrives, `[tokens]`.
+        tensors: for each part, float32 ones and zeros, `[rows, heads, 1 + evictions, tokens]`.
     """
 
-    parts: list[tuple[list[int], torch.Tensor, torch.Tensor]]
+    parts: list[tuple[list[int], torch.Tensor]]
+    tensors: Sequence[torch.Tensor]
 
     def at(self, arriving: slice) -> torch.Tensor:
         """The tokens held when some visual tokens arrive, `[rows, kv_heads, arriving, tokens]`; ones for later ones."""
         found: dict[int, torch.Tensor] = {}
-        for heads, after, number in self.parts:
+        for (heads, number), after in zip(self.parts, self.tensors, strict=True):
             found |= dict(zip(heads, after.index_select(2, number[arriving]).unbind(1), strict=True))
         return torch.stack([found[head] for head in sorted(found)], 1)
 
@@ -55,7 +58,7 @@ def retained_tokens(
     rows, _, length, _ = keys.shape
     worth = learned.of_states(keys, values)
     positions = torch.arange(length, device=keys.device)
-    parts = []
+    parts, tensors = [], []
     # heads whose slots differ by multiples of the buffer evict at the same steps, once their slots are full
     kinds = [
         (num_slots % plan.buffer, is_spatial, 0 if is_spatial else num_recent)
@@ -78,8 +81,9 @@ def retained_tokens(
             held.evict(ranks, is_spared(seen, num_seen, num_recent, plan.num_sinks), num_slots <= num_seen)
         # number of evictions before each token arrived
         number = torch.div(positions - first, plan.buffer, rounding_mode="floor").add(1).clamp(0, len(evictions))
-        parts.append((mine, torch.stack(held.after, 2), number))
-    return RetainedTokens(parts)
+        parts.append((mine, number))
+        tensors.append(torch.stack(held.after, 2))
+    return RetainedTokens(parts, tensors)
 
 
 class _Held:

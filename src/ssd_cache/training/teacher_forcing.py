@@ -7,7 +7,7 @@ every layer, and within it every block of attention weights, is computed again t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,16 +28,21 @@ NAME = "ssd-training"
 BLOCK_BYTES = 1 << 26
 """Bytes of a float32 tensor of attention weights or of log-probabilities; larger ones are computed in blocks."""
 
-WeighBlock = Callable[[torch.Tensor, slice], torch.Tensor]
+WeighBlock = Callable[..., torch.Tensor]
 """A function that computes the attention weights of a block of queries, of the shape of the logits.
 
 Its arguments are the logits `[rows, kv_heads, groups, queries, tokens]`, float32, minus infinity where a full cache
-masks a token; and the numbers of the visual tokens among the queries, which are the last ones of the block.
+masks a token; the numbers of the visual tokens among the queries, which are the last ones of the block; and the tensors
+that came with the function.
 """
 
-Weigh = Callable[[int, torch.Tensor, torch.Tensor], WeighBlock]
+Weigh = Callable[[int, torch.Tensor, torch.Tensor], tuple[WeighBlock, Sequence[torch.Tensor]]]
 """A function from a layer's index, and K and V of the visual tokens `[rows, kv_heads, visual tokens, head_dim]`, to the
-function that computes the layer's attention weights."""
+function that computes the layer's attention weights, and the tensors that it needs.
+
+The function itself must not hold these tensors: `recomputed` keeps a function of every layer until the backward pass,
+but not its arguments.
+"""
 
 
 @dataclass(frozen=True)
@@ -95,18 +100,18 @@ def teacher_forced(generator: Generator, recording: Recording) -> Iterator[Calla
     decoder = generator.language_model.get_decoder()
 
     def attend(weigh: Weigh, layer_idx: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling):
-        weigh_block = weigh(layer_idx, key[:, :, num_prompt:], value[:, :, num_prompt:])
+        weigh_block, tensors = weigh(layer_idx, key[:, :, num_prompt:], value[:, :, num_prompt:])
         query = query.unflatten(1, (key.shape[1], -1)) * scaling
-
-        def attend_block(block: slice) -> torch.Tensor:
-            logits = (query[..., block, :] @ key[:, :, None].mT).float()
-            logits = logits.masked_fill(masked[..., block, :], -torch.inf)
-            arriving = slice(max(0, block.start - num_prompt), max(0, block.stop - num_prompt))
-            return weigh_block(logits, arriving).to(value.dtype) @ value[:, :, None]
-
         length = query.shape[-2]
         nbytes = query[..., 0].numel() * length * torch.float32.itemsize
-        return torch.cat(in_blocks(attend_block, length, nbytes), -2).flatten(1, 2)
+        blocks = in_blocks(partial(attend_block, weigh_block), length, nbytes, query, key, value, *tensors)
+        return torch.cat(blocks, -2).flatten(1, 2)
+
+    def attend_block(weigh_block: WeighBlock, block: slice, query, key, value, *tensors: torch.Tensor) -> torch.Tensor:
+        logits = (query[..., block, :] @ key[:, :, None].mT).float()
+        logits = logits.masked_fill(masked[..., block, :], -torch.inf)
+        arriving = slice(max(0, block.start - num_prompt), max(0, block.stop - num_prompt))
+        return weigh_block(logits, arriving, *tensors).to(value.dtype) @ value[:, :, None]
 
     def run(weigh: Weigh) -> torch.Tensor:
         for module in attention:
@@ -145,23 +150,29 @@ def _layers_recomputed(decoder: torch.nn.Module) -> Iterator[None]:
 
 
 def recomputed(function: Callable, *args, **kwargs) -> Any:
-    """Call a function; the backward pass calls it again, instead of keeping the results between input and output."""
+    """Call a function; the backward pass calls it again, instead of keeping the results between input and output.
+
+    Inside another such call, the arguments are not kept either, but made again. What the function itself holds is kept.
+    """
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def in_blocks(function: Callable[[slice], torch.Tensor], length: int, nbytes: int) -> list[torch.Tensor]:
+def in_blocks(
+    function: Callable[..., torch.Tensor], length: int, nbytes: int, *tensors: torch.Tensor
+) -> list[torch.Tensor]:
     """The results of a function for the parts of `range(length)`, as few as keep each within `BLOCK_BYTES`.
 
-    All of it takes `nbytes`. Where there is more than one part, the backward pass computes each of them again.
+    All of it takes `nbytes`. The function gets a part, then the tensors. Where there is more than one part, the
+    backward pass computes each of them again.
     """
     number = min(length, -(-nbytes // BLOCK_BYTES))
     if number <= 1:
-        return [function(slice(0, length))]
+        return [function(slice(0, length), *tensors)]
     size = -(-length // number)
     parts = [slice(start, min(start + size, length)) for start in range(0, length, size)]
-    return [recomputed(function, part) for part in parts]
+    return [recomputed(function, part, *tensors) for part in parts]
 
 
 def _allowed_tokens(recording: Recording) -> torch.Tensor:
@@ -198,7 +209,7 @@ def divergence_of_states(
     def log_probabilities_of(states: torch.Tensor) -> torch.Tensor:
         return log_probabilities(head(states).float(), is_unconditional, guidance_scale, temperature)
 
-    def divergence_of(cells: slice) -> torch.Tensor:
+    def divergence_of(cells: slice, full: torch.Tensor, evicted: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             expected = log_probabilities_of(full[:, cells])
         return kl_divergence(expected, log_probabilities_of(evicted[:, cells]))
@@ -206,7 +217,7 @@ def divergence_of_states(
     with torch.no_grad():
         num_codes = head(full[:1, :1]).shape[-1]
     nbytes = full[..., 0].numel() * num_codes * torch.float32.itemsize
-    return torch.cat(in_blocks(divergence_of, full.shape[1], nbytes), 1)
+    return torch.cat(in_blocks(divergence_of, full.shape[1], nbytes, full, evicted), 1)
 
 
 AttentionInterface.register(NAME, attend_recording)

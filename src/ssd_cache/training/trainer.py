@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -19,7 +20,7 @@ from ssd_cache.runs.processes import Processes
 from ssd_cache.runs.run_state import ProfilingError
 from ssd_cache.training.learning_state import LearningState
 from ssd_cache.training.moving_slots import MOVE_STEPS, move_slots
-from ssd_cache.training.pretended import masked_softmax, retained_tokens
+from ssd_cache.training.pretended import RetainedTokens, masked_softmax, retained_tokens
 from ssd_cache.training.teacher_forcing import Recording, Weigh, WeighBlock, divergence_of_states, teacher_forced
 
 SOFTNESS = 1.0, 0.4
@@ -125,13 +126,13 @@ class Trainer:
             slots = state.slots.tolist()
             plans = [replace(plan, num_slots=tuple(held)) for plan, held in zip(plans, slots, strict=True)]
 
-        def weigh_retained(layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> WeighBlock:
+        def weigh_retained(layer_idx: int, keys: torch.Tensor, values: torch.Tensor):
             of_layer = None if extra is None else extra[layer_idx]
             retained = retained_tokens(plans[layer_idx], score.at(layer_idx), keys, values, softness, of_layer)
-            return lambda logits, arriving: masked_softmax(logits, retained.at(arriving))
+            return partial(_weigh_held, retained.parts), retained.tensors
 
         with torch.no_grad():
-            full = run(lambda *_: lambda logits, _: logits.softmax(-1))
+            full = run(lambda *_: (lambda logits, _: logits.softmax(-1), ()))
         evicted = run(weigh_retained)
         return divergence_of_states(self.generator, recording.is_unconditional, full, evicted, **self.sampling)
 
@@ -141,6 +142,11 @@ class Trainer:
                 f"{self.generator.checkpoint.name} gives NaN or infinite numbers: its numbers overflow, as they may in "
                 "float16; load it in bfloat16 or float32"
             )
+
+
+def _weigh_held(parts: list, logits: torch.Tensor, arriving: slice, *tensors: torch.Tensor) -> torch.Tensor:
+    """A `WeighBlock` over the tokens that are held; parts and tensors are those of `RetainedTokens`."""
+    return masked_softmax(logits, RetainedTokens(parts, tensors).at(arriving))
 
 
 @torch.no_grad()
@@ -154,7 +160,7 @@ def mean_attention(generator: Generator, recording: Recording, head_map: HeadMap
     received = torch.zeros(*head_map.is_spatial.shape, rows, rows * columns)
     dims: dict[str, int] = {}
 
-    def record(layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> WeighBlock:
+    def record(layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[WeighBlock, tuple[()]]:
         dims.update(key=keys.shape[3], value=values.shape[3])
         num_visual = keys.shape[2]  # the last visual token is never fed to the decoder, and receives nothing
 
@@ -164,7 +170,7 @@ def mean_attention(generator: Generator, recording: Recording, head_map: HeadMap
             received[layer_idx, ..., :num_visual].index_add_(1, numbers // columns, visual)
             return weights
 
-        return weigh
+        return weigh, ()
 
     for part in recording.split(num_at_once):
         with teacher_forced(generator, part) as run:

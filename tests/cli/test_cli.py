@@ -555,6 +555,21 @@ def test_nothing_touches_the_rim_and_captions_are_printed():
     assert (pixels[:, left - 4 : left] == 255).all()
 
 
+def test_captions_break_between_words_and_are_not_cut(monkeypatch):
+    captions = ["a rocket, noto style, on a purple background", "mmmmmmmm WWWWWWWW iiiiiiii", "w" * 40]
+    drawn = []
+
+    def record(self, xy, text, fill, font):
+        drawn.append((text, font.getlength(text)))
+
+    monkeypatch.setattr("PIL.ImageDraw.ImageDraw.text", record)
+    contact_sheet({"": squares(3, side=96)}, captions, 3)
+    lines = [line for line, _ in drawn]
+    assert " ".join(lines).startswith(" ".join(captions[:2]))
+    assert "".join(lines).endswith(captions[2])
+    assert max(length for _, length in drawn) <= 96
+
+
 def test_wide_sheets_shrink_by_whole_numbers():
     sheet = contact_sheet({"": squares(8, side=1024)}, ["caption"] * 8, 8)
     assert sheet.width < 4096 + 1024

@@ -5,7 +5,6 @@ Uses only Pillow and is independent of models and caches.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from math import ceil
 
@@ -17,6 +16,7 @@ INK, PAPER = (28, 28, 32), (255, 255, 255)
 MAX_WIDTH = 4096
 MAX_LINES = 6
 MAX_TEXT = 1000  # characters of a caption
+LABEL_WIDTH = 128  # of rows of smaller images
 
 
 def contact_sheet(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[str], columns: int) -> Image.Image:
@@ -31,7 +31,7 @@ def contact_sheet(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[
     width, height = next(iter(rows.values()))[0].size
     shrink = max(1, ceil(columns * width / MAX_WIDTH))  # a whole number, so that all cells of pixel art keep equal size
     width, height = width // shrink, height // shrink
-    labels = [_text(label, width) for label in rows]
+    labels = [_text(label, max(width, LABEL_WIDTH)) for label in rows]
     empty = Image.new("RGB", (max(label.width for label in labels), 1), PAPER)
     strips = []
     for start in range(0, len(captions), columns):
@@ -58,16 +58,30 @@ def contact_sheet(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[
 
 def _text(text: str, width: int) -> Image.Image:
     """An image of text in at most `MAX_LINES` lines no wider than `width`; cut text ends in dots."""
-    font = ImageFont.load_default(max(11, width // 19))
-    lines: list[str] = []
-    for part in printable(text, MAX_TEXT).split("\n"):
-        letter = max(1.0, font.getlength(part)) / max(1, len(part))  # mean width
-        lines += textwrap.wrap(part, max(4, int(0.95 * width / letter)))
+    size = max(11, width // 19)
+    font = ImageFont.load_default(size)
+    lines = [line for part in printable(text, MAX_TEXT).split("\n") for line in _wrap(part, font, width)]
     if len(lines) > MAX_LINES:
         lines = [*lines[: MAX_LINES - 1], f"{lines[MAX_LINES - 1][:-3]}..."]
-    line_height = ceil(1.3 * max(11, width // 19))
+    line_height = ceil(1.3 * size)
     wide = min(width, ceil(max((font.getlength(line) for line in lines), default=0))) or 1
     image = Image.new("RGB", (wide, max(1, line_height * len(lines))), PAPER)
     for number, line in enumerate(lines):
         ImageDraw.Draw(image).text((0, number * line_height), line, INK, font)
     return image
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines no wider than `width`, broken between words, and within a word only where it is wider itself."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        lines.append("")
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return [line for line in lines if line]

@@ -82,6 +82,15 @@ def test_imports_run_in_no_circle():
     graphlib.TopologicalSorter({module: _imports(module) for module in MODULES}).prepare()
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_private_modules_of_torch_are_imported_where_they_are_used(module):
+    """A torch that has moved one costs what needs it, not the import of the package."""
+    for node in ast.parse(MODULES[module].read_text("utf-8")).body:
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        assert not [name for name in names if name.startswith("torch._")]
+
+
 def test_first_screen_is_short():
     assert len((SOURCE / "ssd_cache" / "__init__.py").read_text("utf-8").splitlines()) < 27
 

@@ -16,7 +16,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch._dynamo import lookup_backend
 from transformers import PreTrainedModel
 
 from ssd_cache._compat import CACHE, CACHE_NAMES, find_cache, uncompiled
@@ -71,6 +70,8 @@ _RAN = threading.local()
 
 def _inductor(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
     """Compile a graph as `torch.compile` does by default; its code notes in `_RAN` that it runs."""
+    from torch._dynamo import lookup_backend  # private: if a torch lacks it, only compiled steps fail, with a warning
+
     run, code = lookup_backend("inductor")(graph, inputs), object()
 
     def noted(*arguments):

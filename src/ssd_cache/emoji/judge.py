@@ -45,18 +45,18 @@ class Verdict:
     error: float
 
 
-def judge(picture: np.ndarray | Image.Image | Sequence[int], caption: str) -> Verdict:
+def judge(image: np.ndarray | Image.Image | Sequence[int], caption: str) -> Verdict:
     """Decide whether an image shows the subject, style and background that its caption names, and nothing else.
 
     Args:
-        picture: 576 tokens in any shape, or a PIL image of at least 48 x 48 pixels.
+        image: 576 tokens in any shape, or a PIL image of at least 48 x 48 pixels.
         caption: a caption that `parse_caption` accepts.
 
     Raises:
         ValueError: a caption that cannot be read, an image of another size, or a token outside the codebook.
     """
     request = parse_caption(caption)
-    subject, style, background, error = read_image(picture)
+    subject, style, background, error = read_image(image)
     if background is None:
         reason = "no background"
     elif subject is None:
@@ -73,14 +73,14 @@ def judge(picture: np.ndarray | Image.Image | Sequence[int], caption: str) -> Ve
 
 
 def read_image(
-    picture: np.ndarray | Image.Image | Sequence[int],
+    image: np.ndarray | Image.Image | Sequence[int],
 ) -> tuple[str | None, str | None, str | None, float]:
     """Find the subject, style and background of an image, and the error of the nearest icon (see `Verdict`).
 
     Raises:
         ValueError: an image of another size, or a token outside the codebook.
     """
-    pixels = _reduce(picture)
+    pixels = _reduce(image)
     background = _background(pixels)
     if background is None:
         return None, None, None, 1.0
@@ -100,18 +100,18 @@ def read_image(
     return SUBJECTS[subject], STYLES[style], name, error
 
 
-def _reduce(picture: np.ndarray | Image.Image | Sequence[int]) -> np.ndarray:
+def _reduce(image: np.ndarray | Image.Image | Sequence[int]) -> np.ndarray:
     """Pixels `[48, 48, 3]` in [0, 1] of tokens or of an image."""
     height, width = GRID[0] * CELL_PIXELS, GRID[1] * CELL_PIXELS
-    if isinstance(picture, Image.Image):
-        if picture.width < width or picture.height < height:
+    if isinstance(image, Image.Image):
+        if image.width < width or image.height < height:
             raise ValueError(
-                f"an image of {picture.width} x {picture.height} pixels is too small for the judge of emoji, which "
+                f"an image of {image.width} x {image.height} pixels is too small for the judge of emoji, which "
                 f"compares {width} x {height}"
             )
-        small = picture.convert("RGB").resize((width, height), Image.Resampling.BOX)
+        small = image.convert("RGB").resize((width, height), Image.Resampling.BOX)
         return np.asarray(small, dtype=np.float32) / 255
-    tokens = np.asarray(picture)
+    tokens = np.asarray(image)
     if tokens.size != GRID[0] * GRID[1]:
         raise ValueError(f"an image of emoji has {GRID[0] * GRID[1]} tokens, got {tokens.size}")
     limit = load_icons().num_tokens

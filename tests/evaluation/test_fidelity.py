@@ -13,6 +13,7 @@ import json
 import math
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -386,6 +387,19 @@ def test_a_figure_has_a_line_for_every_cache():
     assert [len(panel.lines) for panel in axes[:3]] == [4, 4, 2]
     assert len({(line.get_color(), line.get_linestyle()) for line in axes[0].lines}) == 4
     assert len(draw_fidelity({"ssd": results["ssd 12"]}).axes) == 4  # no curve over one budget; the bar counts
+
+
+def test_a_figure_of_many_caches_has_curves_of_the_smallest_budgets_only():
+    labels = HeadMap(LABELS, GRID)
+    caches = {
+        f"{policy} {budget}": partial(SSDCache.from_policy, policy, labels, budget, buffer=2)
+        for policy in ("ssd", "h2o", "margin")
+        for budget in (36, 24, 12)
+    }
+    figure = draw_fidelity(measure_fidelity(make_generator("janus"), PROMPTS[:1], caches))
+    assert [len(panel.lines) for panel in figure.axes[:3]] == [3, 3, 3]
+    assert [len(line.get_xdata()) for line in figure.axes[2].lines] == [3, 3, 3]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ssd 12", "h2o 12", "margin 12"]
 
 
 # --- the command

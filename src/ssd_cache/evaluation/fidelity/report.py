@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 FORMAT = "ssd-cache fidelity 1"
 DASHES = ("-", "--", ":", "-.")
+MAX_CURVES = 8
+"""Caches whose curves over grid rows can be told apart in one panel."""
+
 LOWEST_KL = 1e-8
 """Lower limit of the KL axis, in nats: smaller values are negligible and would take most of the axis."""
 
@@ -84,6 +87,8 @@ def _as_json(results: Mapping[str, Fidelity]) -> dict[str, Any]:
 def draw_fidelity(results: Mapping[str, Fidelity]) -> Figure:
     """Plot curves over grid rows, over the budget where there are several, and the first cache's retained mass by head.
 
+    Above `MAX_CURVES` caches, the curves over grid rows are those of each policy's smallest budget.
+
     Args:
         results: by name; the text before the last space of a name is the policy: "ssd 20%" and "ssd 50%" are two
             budgets of one policy.
@@ -95,10 +100,14 @@ def draw_fidelity(results: Mapping[str, Fidelity]) -> Figure:
     layers, heads = first.is_spatial.shape
     by_budget = [2.2] if len(results) > len(policies) else []
     heights = [2.2, 2.0, *by_budget, 1.0 + min(4.0, max(1.2, (WIDTH - 1.4) * layers / heads))]
-    figure = new_figure(sum(heights) + 0.4 + 0.2 * -(-len(results) // 2))
+    if len(results) > MAX_CURVES:
+        curves = {min(names, key=lambda name: results[name].budget) for names in policies.values()}
+    else:
+        curves = {*results}
+    figure = new_figure(sum(heights) + 0.4 + 0.2 * -(-len(curves) // 2))
     divergence, agreement, *middle, by_head = figure.subplots(len(heights), height_ratios=heights)
     for policy, names in enumerate(policies.values()):
-        for index, name_of_budget in enumerate(names):
+        for index, name_of_budget in enumerate(name for name in names if name in curves):
             result = results[name_of_budget]
             style: dict[str, Any] = {
                 "color": COLORS[policy % len(COLORS)],

@@ -126,7 +126,9 @@ class Trainer:
             slots = state.slots.tolist()
             plans = [replace(plan, num_slots=tuple(held)) for plan, held in zip(plans, slots, strict=True)]
 
-        def weigh_retained(layer_idx: int, keys: torch.Tensor, values: torch.Tensor):
+        def weigh_retained(
+            layer_idx: int, keys: torch.Tensor, values: torch.Tensor
+        ) -> tuple[WeighBlock, Sequence[torch.Tensor]]:
             of_layer = None if extra is None else extra[layer_idx]
             retained = retained_tokens(plans[layer_idx], score.at(layer_idx), keys, values, softness, of_layer)
             return partial(_weigh_held, retained.parts), retained.tensors
@@ -144,7 +146,9 @@ class Trainer:
             )
 
 
-def _weigh_held(parts: list, logits: torch.Tensor, arriving: slice, *tensors: torch.Tensor) -> torch.Tensor:
+def _weigh_held(
+    parts: list[tuple[list[int], torch.Tensor]], logits: torch.Tensor, arriving: slice, *tensors: torch.Tensor
+) -> torch.Tensor:
     """A `WeighBlock` over the tokens that are held; parts and tensors are those of `RetainedTokens`."""
     return masked_softmax(logits, RetainedTokens(parts, tensors).at(arriving))
 

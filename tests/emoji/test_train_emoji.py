@@ -5,7 +5,6 @@ How well it trains is not tested here.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from helpers.children import SERVER
 from helpers.tiny_checkpoint import load_example
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
@@ -83,8 +83,7 @@ def test_a_stopped_run_of_pixels_goes_on_to_the_same_weights(tmp_path, monkeypat
     assert_same(*(state_of(tmp_path / name / "pixels.pt") for name in ("stopped", "unbroken")))
 
 
-def test_a_run_killed_in_the_middle_of_a_save_goes_on_to_the_same_weights(tmp_path):
-    example.tokens(tmp_path / "unbroken", **TOKENS)
+def die_in_a_save(folder, num_threads):
     save, saved = torch.save, []
 
     def save_half(state, file):
@@ -94,11 +93,14 @@ def test_a_run_killed_in_the_middle_of_a_save_goes_on_to_the_same_weights(tmp_pa
             os.truncate(file, os.path.getsize(file) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def run_and_die():
-        torch.save = save_half
-        example.tokens(tmp_path / "killed", save_seconds=0, **TOKENS)
+    torch.set_num_threads(num_threads)
+    torch.save = save_half
+    example.tokens(folder, save_seconds=0, **TOKENS)
 
-    process = multiprocessing.get_context("fork").Process(target=run_and_die)
+
+def test_a_run_killed_in_the_middle_of_a_save_goes_on_to_the_same_weights(tmp_path):
+    example.tokens(tmp_path / "unbroken", **TOKENS)
+    process = SERVER.Process(target=die_in_a_save, args=(tmp_path / "killed", torch.get_num_threads()))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from ssd_cache import HeadMap, SSDCache
 from ssd_cache._compat import CACHE
-from ssd_cache.kernels import cpu_loops
+from ssd_cache.kernels import cpu_loops, onednn
 from ssd_cache.kernels.packed_linears import COPY, MAX_ROWS, packed_linears
 
 pytestmark = needs_compiler
@@ -36,10 +36,19 @@ def is_plain(model):
     return all(type(module) is torch.nn.Linear and not hasattr(module.weight, COPY) for module in modules)
 
 
+in_bfloat16 = pytest.param(
+    torch.bfloat16,
+    marks=pytest.mark.skipif(
+        not onednn.takes_weight(torch.ones(1, 1).bfloat16()), reason="oneDNN does not multiply in bfloat16 here"
+    ),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, in_bfloat16])
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("shape", [*((rows, 48) for rows in range(1, 20)), (6, 1, 48), (64, 48), (2, MAX_ROWS, 48)])
-def test_products_are_equal_to_rounding(has_bias, shape):
-    linear, states = torch.nn.Linear(48, 80, bias=has_bias), torch.randn(shape)
+def test_products_are_equal_to_rounding(has_bias, shape, dtype):
+    linear, states = torch.nn.Linear(48, 80, bias=has_bias, dtype=dtype), torch.randn(shape, dtype=dtype)
     with torch.no_grad():
         expected = linear(states)
         exact = states.double() @ linear.weight.double().mT + (linear.bias.double() if has_bias else 0)
@@ -78,6 +87,26 @@ def test_each_weight_is_packed_once_an_image(monkeypatch):
             cache = SSDCache(labels, 8, buffer=2)
             model.generate(**left_padded_prompts((5, 3)), generation_mode="image", guidance_scale=5.0, **{CACHE: cache})
             assert len(packed) == number * len({id(weight) for weight in packed}) > 0
+
+
+@pytest.mark.parametrize("dtype", [in_bfloat16])
+@torch.no_grad()
+def test_weights_in_bfloat16_change_and_their_copies_are_freed(dtype):
+    linear, states = torch.nn.Linear(64, 64, dtype=dtype), torch.randn(3, 1, 64, dtype=dtype)
+    with packed_linears(linear):
+        for change in (_load, _multiply, _change_one, _set_data, _transpose_data):
+            change(linear)
+            for _ in range(2):
+                torch.testing.assert_close(linear(states), F.linear(states, linear.weight, linear.bias))
+            assert is_packed(linear)
+        place = weakref.ref(getattr(linear.weight, COPY).place)
+        linear.weight.data += torch.randn(64, 64)  # not counted by torch, so the next prompt packs the weight again
+        linear(torch.randn(3, 5, 64, dtype=dtype))
+        torch.testing.assert_close(linear(states), F.linear(states, linear.weight, linear.bias))
+        assert torch.equal(linear(states.expand(3, 0, 64)), linear(states)[:, :0])
+    gc.collect()
+    assert place() is None
+    assert is_plain(linear)
 
 
 def test_gradients_flow_and_other_dtypes_are_left_alone():

@@ -1,8 +1,9 @@
-"""Linear layers on packed weights: for a few rows, `cpu_loops.py` multiplies them much faster than torch does.
+"""Linear layers on packed weights, which a few rows are multiplied by much faster than by torch's `F.linear`.
 
-This is for CPUs, where reading weights dominates the time of a step. Inside the block, the class of the model's linear
-layers is replaced; at the end it is restored. Results agree with torch's up to rounding, also when weights
-change inside the block. `fast_decode` uses this module; it does not depend on caches.
+This is for CPUs, where reading weights dominates the time of a step: a loop of `cpu_loops.py` multiplies in float32,
+oneDNN in bfloat16. Inside the block, the class of the model's linear layers is replaced; at the end it is restored.
+Results agree with torch's up to rounding, also when weights change inside the block. `fast_decode` uses this module; it
+does not depend on caches.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from ssd_cache.kernels import cpu_loops as cpu_kernels
+from ssd_cache.kernels import cpu_loops, onednn
 from ssd_cache.kernels.checks import PLAIN
 
 MAX_ROWS = 512
@@ -29,7 +30,7 @@ _lock = threading.RLock()  # reentrant: garbage collection may end a block while
 
 @contextmanager
 def packed_linears(model: torch.nn.Module) -> Iterator[None]:
-    """Run the linear layers of a model on packed weights inside the block: float32 on the CPU.
+    """Run the linear layers of a model on packed weights inside the block: float32 and bfloat16 on the CPU.
 
     A weight is packed when it is first multiplied by few rows. So only weights that decode steps use are copied: those
     of the decoder's layers and of the head, not those of the other towers. The copy is freed at the end of the block.
@@ -40,12 +41,11 @@ def packed_linears(model: torch.nn.Module) -> Iterator[None]:
     adapters) therefore takes effect from the next prompt on; a prompt of one token does not count as one.
 
     torch's `F.linear` runs for weights of a tensor subclass, parametrized weights, weights created in inference mode
-    (torch does not count their changes), layers with hooks or an overridden `forward`, output sizes that are not a
-    multiple of `cpu_loops.PANEL`, prompts, gradients and autocast, and for all layers where the loops cannot be built.
+    (torch does not count their changes), layers with hooks or an overridden `forward`, prompts, gradients and autocast.
+    So it does in float32 for output sizes that are not a multiple of `cpu_loops.PANEL` and where the loops cannot be
+    built, and in bfloat16 on a processor without such products.
     """
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and _can_be_packed(module)]
-    if linears and cpu_kernels.library() is None:
-        linears = []
     prompts, entered = _Prompts(), []
     with _lock:
         for linear in linears:
@@ -81,8 +81,15 @@ def _can_be_packed(module: torch.nn.Linear) -> bool:
         type(weight) is torch.nn.Parameter
         and (bias is None or type(bias) is torch.nn.Parameter)
         and not weight.is_inference()
-        and cpu_kernels.takes_weight(weight)
+        and _kernel_for(weight) is not None
     )
+
+
+def _kernel_for(weight: torch.Tensor):
+    """The module that multiplies by copies of this weight, with `takes_weight` and `linear`; None if torch must."""
+    if onednn.takes_weight(weight):
+        return onednn
+    return cpu_loops if cpu_loops.takes_weight(weight) and cpu_loops.library() is not None else None
 
 
 class _Prompts:
@@ -95,16 +102,17 @@ class _Prompts:
 
 
 class PackedWeight:
-    """A weight's copy in the layout of `cpu_loops.linear`, and the state of the weight when it was copied.
+    """A weight's copy in the layout of its kernel, and the state of the weight when it was copied.
 
     Attributes:
-        place: memory for the copy, not written before the first use.
+        place: the copy; in float32, memory that is written at the first use.
         prompts: the prompt count, shared by the weights of a block.
         users: layers with this weight, and the number of blocks that each is in.
     """
 
     def __init__(self, weight: torch.Tensor, prompts: _Prompts):
-        self.place, self.prompts = torch.empty(weight.numel(), dtype=torch.float32, device="cpu"), prompts
+        self.kernel, self.numel, self.prompts = _kernel_for(weight), weight.numel(), prompts
+        self.place = torch.empty(self.numel if self.kernel is cpu_loops else 0, dtype=weight.dtype, device="cpu")
         self.users: Counter[torch.nn.Module] = Counter()
         self.made_of: tuple | None = None
         self.storage: torch.UntypedStorage | None = None  # kept alive, so that no other tensor reuses its address
@@ -119,7 +127,7 @@ class PackedWeight:
         if states.dim() == 3 and states.shape[1] > 1:
             self.prompts.num_seen += 1
             return None
-        is_packable = cpu_kernels.takes_weight(weight) and weight.numel() == self.place.numel()
+        is_packable = self.kernel.takes_weight(weight) and weight.numel() == self.numel
         if not is_packable or weight.is_inference() or states.numel() > MAX_ROWS * weight.shape[1]:
             return None  # torch does not count the changes of a weight that was made in inference mode
         state = weight.data_ptr(), weight._version, weight.shape, self.prompts.num_seen
@@ -127,9 +135,12 @@ class PackedWeight:
             with self.lock:
                 if self.made_of != state:  # no other thread has packed it meanwhile
                     self.made_of = None
-                    cpu_kernels.pack(weight, self.place)
+                    if self.kernel is cpu_loops:
+                        cpu_loops.pack(weight, self.place)
+                    else:
+                        self.place = onednn.pack(weight, num_rows=states.numel() // weight.shape[1])
                     self.made_of, self.storage = state, weight.untyped_storage()
-        return cpu_kernels.linear(states, weight, self.place, bias)
+        return self.kernel.linear(states, weight, self.place, bias)
 
 
 class _PackedLinear(torch.nn.Linear):

@@ -28,7 +28,6 @@ from ssd_cache.head_map.checks import MAX_TEXT
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Generator, generator_of
 from ssd_cache.profiling.measuring import model_facts, prompts_sha256
-from ssd_cache.runs.metering import release_memory
 from ssd_cache.runs.processes import Processes
 from ssd_cache.runs.progress import progress_bar
 from ssd_cache.training.learning_state import LearningRun, LearningState
@@ -177,7 +176,6 @@ def learn_score(
     if run.after is None:
         shows = progress and processes.is_main
         *recordings, held_out = make_recordings(generator, prompts, batch_size, seed, sampling, run, processes, shows)
-        release_memory()  # a step needs less where the allocator keeps nothing of the generated images
         num_at_once = images_at_once(generator, [*recordings, held_out], -(-batch_size // processes.count), buffer)
         if run.learning is None:
             first = head_map.learned or mean_attention(generator, recordings[0], head_map, num_at_once)

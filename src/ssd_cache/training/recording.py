@@ -17,6 +17,7 @@ from ssd_cache._compat import CACHE, take_cache
 from ssd_cache.cache.attention import prompt_columns
 from ssd_cache.models import Generator, GeneratorError
 from ssd_cache.runs.batching import fitting_batch_size, image_nbytes, longest_prompt
+from ssd_cache.runs.metering import release_memory
 from ssd_cache.runs.processes import Processes
 from ssd_cache.runs.progress import progress_bar
 from ssd_cache.training.learning_state import HELD_OUT, LearningRun
@@ -75,6 +76,8 @@ def make_recordings(
             run.save()
         recording = replay_images(generator, batch, run.images[index], **sampling, seed=seed + index)
         recordings.append(without_idle_rows(recording, sampling["guidance_scale"]))
+        # gaps between the kept inputs, which the next batch does not always fit into; and a step then needs less
+        release_memory()
     return recordings
 
 

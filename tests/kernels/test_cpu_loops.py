@@ -90,8 +90,7 @@ def count():
 
 def run():
     weight, states = torch.randn(64, 64), torch.randn(4, 64)
-    place = torch.empty(64 * 64)
-    cpu_loops.pack(weight, place)
+    place = cpu_loops.pack(weight, None, 4)
     before = count()
     cpu_loops.linear(states, weight, place, None)
     new, keys = torch.randn(4, 2, 1, 8), torch.randn(4, 2, 9, 8)
@@ -119,8 +118,7 @@ def test_threads_are_those_of_torch(threads, others):
 
 def test_results_do_not_depend_on_the_number_of_threads():
     weight, states = torch.randn(96, 64), torch.randn(5, 64)
-    place = torch.empty(weight.numel())
-    cpu_kernels.pack(weight, place)
+    place = cpu_kernels.pack(weight, None, 5)
     before, results = torch.get_num_threads(), []
     try:
         for number in (1, 2):

@@ -79,7 +79,7 @@ def test_only_what_a_step_uses_is_packed_and_nothing_is_left():
 def test_each_weight_is_packed_once_an_image(monkeypatch):
     """Only the prompt's products have several tokens a row; one in every step would pack all weights at every step."""
     packed, pack = [], cpu_loops.pack
-    monkeypatch.setattr(cpu_loops, "pack", lambda weight, place: packed.append(weight) or pack(weight, place))
+    monkeypatch.setattr(cpu_loops, "pack", lambda weight, *args: packed.append(weight) or pack(weight, *args))
     model = tiny_janus(grid_side=4)
     labels = HeadMap(torch.tensor([[True, False], [False, True]]), grid=(4, 4))
     with packed_linears(model):
@@ -107,6 +107,18 @@ def test_weights_in_bfloat16_change_and_their_copies_are_freed(dtype):
     gc.collect()
     assert place() is None
     assert is_plain(linear)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, in_bfloat16])
+def test_a_weight_packed_in_inference_mode_is_packed_again_outside(dtype):
+    linear, states = torch.nn.Linear(32, 32, dtype=dtype), torch.randn(2, 32, dtype=dtype)
+    with packed_linears(linear):
+        for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+            with torch.no_grad():
+                linear.weight.mul_(2)
+            with mode():
+                torch.testing.assert_close(linear(states), F.linear(states, linear.weight, linear.bias))
+        assert is_packed(linear)
 
 
 def test_gradients_flow_and_other_dtypes_are_left_alone():

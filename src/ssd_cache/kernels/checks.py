@@ -21,6 +21,11 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 """Types whose `data_ptr` is the address of the tensor's data; this need not hold for a subclass."""
 
 
+def is_plain_on_cpu(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor of this dtype has its data in the memory of a CPU, at its `data_ptr`."""
+    return tensor.dtype is dtype and tensor.is_cpu and type(tensor) in PLAIN
+
+
 class Store(NamedTuple):
     """The tensors of one store; the last four are those of slots in 8 bits."""
 

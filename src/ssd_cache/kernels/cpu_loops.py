@@ -18,7 +18,7 @@ import torch
 
 from ssd_cache.io.showing import first_line
 from ssd_cache.kernels import cpu_library
-from ssd_cache.kernels.checks import PLAIN, Arguments, LayerSizes, check_stores, check_token
+from ssd_cache.kernels.checks import PLAIN, Arguments, LayerSizes, check_stores, check_token, is_plain_on_cpu
 from ssd_cache.kernels.eight_bits import KV_DTYPES
 
 PANEL = 16
@@ -68,14 +68,10 @@ def _loops() -> ctypes.CDLL:
     return loops
 
 
-def _is_float32(tensor: torch.Tensor) -> bool:
-    return tensor.dtype is torch.float32 and tensor.is_cpu and type(tensor) in PLAIN
-
-
 def takes_weight(weight: torch.Tensor) -> bool:
     """Whether a weight `[out, in]` can be packed: plain, contiguous, float32, on the CPU, `out` a multiple of PANEL."""
     return (
-        _is_float32(weight)
+        is_plain_on_cpu(weight, torch.float32)
         and weight.dim() == 2
         and weight.shape[0] % PANEL == 0
         and weight.numel() > 0
@@ -83,23 +79,29 @@ def takes_weight(weight: torch.Tensor) -> bool:
     )
 
 
-def pack(weight: torch.Tensor, place: torch.Tensor) -> None:
-    """Copy a weight that `takes_weight` accepts to `place`, of equal size, in the layout `[out / PANEL, in, PANEL]`."""
-    turned = weight.reshape(-1, PANEL, weight.shape[1]).transpose(1, 2)
-    place.view(turned.shape).copy_(turned)
+def pack(weight: torch.Tensor, place: torch.Tensor | None, num_rows: int) -> torch.Tensor:
+    """Copy a weight that `takes_weight` accepts, in the layout `[out / PANEL, in, PANEL]`, for any number of rows.
+
+    The copy is written to `place`, an earlier copy of a weight of this size, if there is one.
+    """
+    turned = weight.detach().reshape(-1, PANEL, weight.shape[1]).transpose(1, 2)
+    place = torch.empty(turned.shape) if place is None else place.view(turned.shape)
+    return place.copy_(turned)
 
 
 def linear(
     states: torch.Tensor, weight: torch.Tensor, place: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """`F.linear` of states `[..., in]` and a weight `[out, in]` that `pack` wrote to `place`, in float32.
+    """`F.linear` of states `[..., in]` and a weight `[out, in]` that `pack` copied to `place`, in float32.
 
     The result is None where the loop cannot take these tensors; torch may still be able to multiply them.
     """
     out_features, in_features = weight.shape
-    if not (_is_float32(states) and states.dim() and states.shape[-1] == in_features):
+    if not (is_plain_on_cpu(states, torch.float32) and states.dim() and states.shape[-1] == in_features):
         return None
-    if bias is not None and not (_is_float32(bias) and bias.shape == (out_features,) and bias.is_contiguous()):
+    if bias is not None and not (
+        is_plain_on_cpu(bias, torch.float32) and bias.shape == (out_features,) and bias.is_contiguous()
+    ):
         return None
     states = states.contiguous()
     output = states.new_empty(*states.shape[:-1], out_features)

@@ -10,7 +10,7 @@ import functools
 
 import torch
 
-from ssd_cache.kernels.checks import PLAIN
+from ssd_cache.kernels.checks import is_plain_on_cpu
 
 
 @functools.cache
@@ -21,31 +21,31 @@ def _is_supported() -> bool:
     return all(hasattr(operators, name) for name in names) and operators._is_mkldnn_bf16_supported()
 
 
-def _is_bfloat16(tensor: torch.Tensor) -> bool:
-    return tensor.dtype is torch.bfloat16 and tensor.is_cpu and type(tensor) in PLAIN
-
-
 def takes_weight(weight: torch.Tensor) -> bool:
     """Whether a weight `[out, in]` can be packed: plain, contiguous, bfloat16, on a CPU that multiplies in bfloat16."""
-    is_matrix = _is_bfloat16(weight) and weight.dim() == 2 and weight.numel() > 0 and weight.is_contiguous()
-    return is_matrix and _is_supported()
+    is_matrix = weight.dim() == 2 and weight.numel() > 0 and weight.is_contiguous()
+    return is_plain_on_cpu(weight, torch.bfloat16) and is_matrix and _is_supported()
 
 
-def pack(weight: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Copy a weight that `takes_weight` accepts, in the layout that oneDNN prefers for products of `num_rows` rows."""
+def pack(weight: torch.Tensor, place: torch.Tensor | None, num_rows: int) -> torch.Tensor:
+    """Copy a weight that `takes_weight` accepts, in the layout that oneDNN prefers for products of `num_rows` rows.
+
+    oneDNN allocates each copy itself: `place`, an earlier copy, is not written to.
+    """
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), num_rows)
 
 
 def linear(
     states: torch.Tensor, weight: torch.Tensor, place: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """`F.linear` of states `[..., in]` and a weight `[out, in]` that `pack` made `place` of, in bfloat16.
+    """`F.linear` of states `[..., in]` and a weight `[out, in]` that `pack` copied to `place`, in bfloat16.
 
     The result is None where oneDNN cannot take these tensors; torch may still be able to multiply them.
     """
     out_features, in_features = weight.shape
-    if not (_is_bfloat16(states) and states.dim() and states.numel() and states.shape[-1] == in_features):
+    is_plain = is_plain_on_cpu(states, torch.bfloat16)
+    if not (is_plain and states.dim() and states.numel() and states.shape[-1] == in_features):
         return None
-    if bias is not None and not (_is_bfloat16(bias) and bias.shape == (out_features,)):
+    if bias is not None and not (is_plain_on_cpu(bias, torch.bfloat16) and bias.shape == (out_features,)):
         return None
     return torch.ops.mkldnn._linear_pointwise(states.contiguous(), place, bias, "none", [], "")

@@ -86,7 +86,7 @@ def _can_be_packed(module: torch.nn.Linear) -> bool:
 
 
 def _kernel_for(weight: torch.Tensor):
-    """The module that multiplies by copies of this weight, with `takes_weight` and `linear`; None if torch must."""
+    """The module with `takes_weight`, `pack` and `linear` for copies of this weight; None if torch must multiply."""
     if onednn.takes_weight(weight):
         return onednn
     return cpu_loops if cpu_loops.takes_weight(weight) and cpu_loops.library() is not None else None
@@ -105,14 +105,14 @@ class PackedWeight:
     """A weight's copy in the layout of its kernel, and the state of the weight when it was copied.
 
     Attributes:
-        place: the copy; in float32, memory that is written at the first use.
+        place: the copy, from the first use on.
         prompts: the prompt count, shared by the weights of a block.
         users: layers with this weight, and the number of blocks that each is in.
     """
 
     def __init__(self, weight: torch.Tensor, prompts: _Prompts):
         self.kernel, self.numel, self.prompts = _kernel_for(weight), weight.numel(), prompts
-        self.place = torch.empty(self.numel if self.kernel is cpu_loops else 0, dtype=weight.dtype, device="cpu")
+        self.place: torch.Tensor | None = None
         self.users: Counter[torch.nn.Module] = Counter()
         self.made_of: tuple | None = None
         self.storage: torch.UntypedStorage | None = None  # kept alive, so that no other tensor reuses its address
@@ -135,10 +135,9 @@ class PackedWeight:
             with self.lock:
                 if self.made_of != state:  # no other thread has packed it meanwhile
                     self.made_of = None
-                    if self.kernel is cpu_loops:
-                        cpu_loops.pack(weight, self.place)
-                    else:
-                        self.place = onednn.pack(weight, num_rows=states.numel() // weight.shape[1])
+                    num_rows = states.numel() // weight.shape[1]
+                    with torch.inference_mode(False):  # else only inference mode could write to the copy again
+                        self.place = self.kernel.pack(weight, self.place, num_rows)
                     self.made_of, self.storage = state, weight.untyped_storage()
         return self.kernel.linear(states, weight, self.place, bias)
 

@@ -21,6 +21,10 @@ settings.register_profile("long", parent=settings.get_profile("default"), max_ex
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_collection_finish():
+    importlib.import_module("helpers.frozen")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -32,7 +32,9 @@ GLOO = re.compile(r"^\[Gloo\] Rank .*\n", re.MULTILINE)
 """Lines that torch 2.8 itself prints when processes meet."""
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ssd_cache.cli", "ssd_cache.models", "transformers.models.janus.modeling_janus"])
+SERVER.set_forkserver_preload(
+    ["ssd_cache.cli", "ssd_cache.models", "transformers.models.janus.modeling_janus", "helpers.frozen"]
+)
 
 
 @contextmanager

@@ -345,9 +345,10 @@ def test_seven_billion_weights_on_a_cpu_are_refused_with_their_time_or_memory(tm
 @pytest.mark.parametrize(("family", "grid"), [("janus", None), ("emu3", None), ("glm", (4, 6)), ("llama", (6, 6))])
 def test_a_step_is_estimated_for_every_family(family, grid, tmp_path):
     found = find_generator(str(write_family(family, tmp_path / family)), grid)
-    # so many rows take longer than one, also beside other work
-    one, many = (limits.step_seconds(found, torch.float32, torch.device("cpu"), rows) for rows in (1, 20000))
-    assert 0 < one < many < 60
+    one, many = (
+        [limits.step_seconds(found, torch.float32, torch.device("cpu"), rows) for _ in range(5)] for rows in (1, 20000)
+    )
+    assert 0 < min(one) < min(many) < 60  # other work on the machine may take longer than a product of one row
 
 
 def test_images_with_a_draft_grid_have_no_learned_score(tmp_path):

@@ -253,6 +253,15 @@ def test_errors_are_said(visit):
     assert "raise the budget" in visitor.wait_for("budget")
 
 
+def test_equal_images_have_files_of_their_own(visit):
+    """Gradio writes the file of an equal image again, while a browser may load it."""
+    visitor = visit()
+    visitor.generate(prompt=PROMPT, budget=1)
+    visitor.check_image("right", visitor.image("left"))
+    left, right = (visitor.page.locator(f"#{name} img").get_attribute("src") for name in ("left", "right"))
+    assert left != right
+
+
 def test_a_phone(visit):
     visitor = visit(390, 844)
     visitor.generate(prompt=PROMPT, budget=0.4)

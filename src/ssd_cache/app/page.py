@@ -6,6 +6,7 @@ as HTML or Markdown. The page loads nothing from other hosts.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -72,9 +73,8 @@ class Page:
                     self.row = gr.Slider(1, first.head_map.grid[0], 1, step=1, label="After row")
                     self.heads = gr.Radio(list(HEADS), value=HEADS[0], show_label=False)
                 with gr.Column(min_width=280):
-                    self.head_map = _image(
-                        "head map", plot_labels(first.head_map), show_label=False, elem_id="head_map"
-                    )
+                    labels = _in_own_file(plot_labels(first.head_map))
+                    self.head_map = _image("head map", labels, show_label=False, elem_id="head_map")
             self._connect(generate, stop)
 
     def _connect(self, generate: gr.Button, stop: gr.Button) -> None:
@@ -112,7 +112,7 @@ class Page:
                 self.status: "",
                 self.history: history,
                 self.right: gr.Image(label=f"{request.policy}, {request.budget:.0%}"),
-                self.head_map: plot_labels(request.make_cache().head_map),
+                self.head_map: _in_own_file(plot_labels(request.make_cache().head_map)),
             }
             for frame in generate_side_by_side(request, lambda: run.stop_reason is not None):
                 history.add(frame)
@@ -128,13 +128,13 @@ class Page:
     def _changed(self, history: History, frame: Frame, heads: str) -> dict[Any, Any]:
         """What the newest frame changes on the page, in addition to the status."""
         table = pd.DataFrame(history.points, columns=[SHARE, CACHE, MEMORY, SPEED])
-        changed: dict[Any, Any] = {self.left if frame.name == FULL else self.right: frame.image}
+        changed: dict[Any, Any] = {self.left if frame.name == FULL else self.right: _in_own_file(frame.image)}
         for plot, points in ((self.memory, table), (self.speed, table.dropna())):
             if points[CACHE].nunique() == 2:  # Gradio draws only the curves that were in the first table
                 changed[plot] = points
         if frame.held is not None:
             row = min(len(history.held), history.grid[0])
-            changed |= {self.held: history.draw_held(row, heads), self.row: row}
+            changed |= {self.held: _in_own_file(history.draw_held(row, heads)), self.row: row}
         return changed
 
     def leave(self, visitor: gr.Request) -> None:
@@ -145,14 +145,27 @@ class Page:
 
     def show_held(self, history: History | None, row: float, heads: str) -> Image.Image | None:
         """The tokens held after another row, or by other heads."""
-        return None if history is None else history.draw_held(row, heads)
+        return None if history is None else _in_own_file(history.draw_held(row, heads))
 
     def choose_model(self, name: str) -> list[Any]:
         """The prompt, the policies, the rows and the head map of another model."""
         model = self.models[name]
         rows, policies = model.head_map.grid[0], list(model.policies)
-        picture = plot_labels(model.head_map)
+        picture = _in_own_file(plot_labels(model.head_map))
         return [model.example, gr.Dropdown(policies, value=policies[0]), gr.Slider(maximum=rows, value=1), picture]
+
+
+def _in_own_file(image: Image.Image | None) -> Image.Image | None:
+    """A copy that no other image shares a file with.
+
+    Gradio names a file by its content, and writes it again for each equal image: the browser of another visitor, or the
+    other image of the page, may just be loading it, and gets a part.
+    """
+    if image is None:
+        return None
+    own = image.copy()
+    own.info["file"] = uuid.uuid4().hex  # Gradio stores it in the PNG
+    return own
 
 
 def _image(label: str, value: Image.Image | None = None, **layout: Any) -> gr.Image:

@@ -42,6 +42,18 @@ def _no_grad():
         yield
 
 
+SPLITS = (1, 4) if INTERPRETS else (1,)
+
+
+@pytest.fixture(params=SPLITS, ids=lambda splits: f"{splits} splits")
+def splits(request, monkeypatch):
+    """Programs that share the tokens of a head; only Triton's kernel splits them."""
+    if request.param > 1:
+        module = import_module("ssd_cache.kernels.triton_decode")
+        monkeypatch.setattr(module, "num_splits", lambda *sizes: request.param)
+    return request.param
+
+
 @settings(max_examples=40)
 @given(runs(largest_side=3), st.booleans(), st.sampled_from(STORED))
 def test_same_tokens_and_outputs_as_plain_loops(run, is_counted, kv_dtype):
@@ -71,8 +83,12 @@ def generate(model, cache, **kwargs):
     return model.generate(**inputs, generation_mode="image", **{CACHE: cache}, do_sample=False, **kwargs)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_janus_generates_the_tokens_of_the_torch_path_with_its_scores(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "splits"),
+    [*((name, 1) for name in SETTINGS), *([("two stores", 2)] if INTERPRETS else [])],
+    indirect=["splits"],
+)
+def test_janus_generates_the_tokens_of_the_torch_path_with_its_scores(name, splits, monkeypatch):
     """With guidance and left padding; tokens equal in float32, as the logits of these models are far apart."""
     model = tiny_janus(grid_side=4)
     with_kernel, plain = SSDCache(LABELS, **SETTINGS[name]), SSDCache(LABELS, **SETTINGS[name])
@@ -120,9 +136,9 @@ def test_text_model_with_grouped_heads_and_left_padding(monkeypatch):
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("groups", [1, 3])
-def test_one_step_over_codes_equals_a_step_over_their_numbers(dtype, groups, kv_dtype):
-    """The prompt and the slots of a store, 18 and 130 columns, and a scale each; codes and scales bit for bit."""
-    batch, num_prompt, num_slots, slot, heads = 2, 18, 130, 121, torch.tensor([2, 0])
+def test_one_step_over_codes_equals_a_step_over_their_numbers(dtype, groups, kv_dtype, splits):
+    """The prompt and the slots of a store, 18 and 130 columns, the new one the first of a tile; codes bit for bit."""
+    batch, num_prompt, num_slots, slot, heads = 2, 18, 130, 128, torch.tensor([2, 0])
     query, new = torch.randn(batch, 3, groups, 20).to(dtype), [torch.randn(batch, 3, 1, dim) for dim in (20, 12)]
     new[0][0, 2] = 0  # the least scale
     new = [states.to(dtype) for states in new]
@@ -158,7 +174,7 @@ def test_one_step_over_codes_equals_a_step_over_their_numbers(dtype, groups, kv_
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("groups", [1, 3])
-def test_one_step_in_numbers_of_any_precision(dtype, groups):
+def test_one_step_in_numbers_of_any_precision(dtype, groups, splits):
     """Sizes that fill no tile: 145 columns of 20 and 12 numbers; two of a layer's three heads, one of them scored."""
     batch, num_prompt, num_slots, slot = 2, 5, 150, 140
     heads, end = torch.tensor([2, 0]), num_prompt + slot
@@ -301,7 +317,7 @@ def test_a_kernel_that_fails_or_errs_is_not_used(monkeypatch):
 @pytest.mark.parametrize(
     ("heads", "slot", "wrong"), [([5, 1], 3, [0]), ([-1, 2], 3, [0]), ([1, 2], -1, [0]), ([1, 2], 10, [0])]
 )
-def test_heads_and_slots_that_are_not_there_give_nan(heads, slot, wrong):
+def test_heads_and_slots_that_are_not_there_give_nan(heads, slot, wrong, splits):
     """A GPU cannot raise; head 0 and slot 0 stand in for them, and memory stays whole."""
     states, output = torch.randn(1, 3, 1, 4), torch.zeros(1, 3, 1, 4)
     keys, values, scores = torch.zeros(1, 2, 12, 4), torch.zeros(1, 2, 12, 4), torch.zeros(1, 1, 10)

@@ -40,23 +40,23 @@ def test_cases_pass(interprets):
     assert " passed" in done.stdout
 
 
-BUSY, IDLE = True, False
-COMPILED = [  # capability, dtype, groups, slots, many programs or few; then the most registers, and the most barriers
-    (80, "bf16", 1, None, BUSY, 104, 6),
-    (90, "bf16", 1, None, BUSY, 104, 6),
-    (90, "bf16", 1, None, IDLE, 104, 26),
-    (90, "fp16", 4, None, BUSY, 208, 10),
-    (80, "fp32", 4, None, BUSY, 128, 26),
-    (90, "bf16", 1, "int8", BUSY, 192, 8),
-    (90, "bf16", 1, "int8", IDLE, 128, 26),
-    (80, "bf16", 4, "int8", BUSY, 160, 38),
-    (80, "fp16", 4, "fp8", BUSY, 224, 38),
+COMPILED = [  # capability, dtype, groups, slots, splits; then the most registers, and the most barriers
+    (80, "bf16", 1, None, 1, 104, 6),
+    (90, "bf16", 1, None, 1, 104, 6),
+    (90, "bf16", 1, None, 8, 128, 6),
+    (90, "fp16", 4, None, 1, 208, 10),
+    (80, "fp32", 4, None, 1, 128, 26),
+    (90, "bf16", 1, "int8", 1, 192, 8),
+    (90, "bf16", 1, "int8", 8, 192, 8),
+    (80, "bf16", 4, "int8", 1, 160, 38),
+    (80, "fp16", 4, "fp8", 1, 224, 38),
+    (80, "fp16", 4, "fp8", 8, 224, 38),
 ]
 
 
-@pytest.mark.parametrize(("capability", "dtype", "groups", "kv_dtype", "is_busy", "registers", "barriers"), COMPILED)
+@pytest.mark.parametrize(("capability", "dtype", "groups", "kv_dtype", "splits", "registers", "barriers"), COMPILED)
 def test_kernel_compiles_for_a_gpu(
-    capability, dtype, groups, kv_dtype, is_busy, registers, barriers, tmp_path, monkeypatch
+    capability, dtype, groups, kv_dtype, splits, registers, barriers, tmp_path, monkeypatch
 ):
     """As it is launched, to machine code, by Triton's own ptxas: all pointers but the slot's are multiples of 16.
 
@@ -72,14 +72,21 @@ def test_kernel_compiles_for_a_gpu(
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"GROUPS": groups, "HEAD_DIM": 128, "VALUE_DIM": 128, "HAS_MASK": True, "UPCAST": False}
-    constants["KV_DTYPE"] = kv_dtype
+    constants |= {"KV_DTYPE": kv_dtype, "NUM_SPLITS": splits}
     layer = LayerSizes(batch=256, kv_heads=16, groups=groups, head_dim=128, value_dim=128)
-    launched = launch_options(layer, 4 if dtype == "fp32" else 2, kv_dtype, is_busy)
+    launched = launch_options(layer, 4 if dtype == "fp32" else 2, kv_dtype)
     options = {name: launched.pop(name) for name in ("num_warps", "num_stages")}
     constants |= launched
     states = dict.fromkeys(("query", "new_key", "new_value", "keys", "values", "output"), f"*{dtype}")
     pointers = {**states, "key_codes": "*i8", "value_codes": "*i8", "key_scales": "*fp32", "value_scales": "*fp32"}
-    pointers |= {"scores": "*fp32", "logits": "*fp32", "mask": "*i1", "heads": "*i64", "slot_pointer": "*i64"}
+    pointers |= {
+        "scores": "*fp32",
+        "logits": "*fp32",
+        "parts": "*fp32",
+        "mask": "*i1",
+        "heads": "*i64",
+        "slot_pointer": "*i64",
+    }
     names = decode_kernel.arg_names
     types = {**dict.fromkeys(names, "i32"), **pointers, "scaling": "fp32", **dict.fromkeys(constants, "constexpr")}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers if name != "slot_pointer"}
@@ -105,26 +112,58 @@ def test_kernel_compiles_for_a_gpu(
     assert wide >= 12, "K and V are not read by 16 bytes a thread"
 
 
-@pytest.mark.parametrize("has_scales", [False, True])
-def test_the_kernel_of_evictions_compiles_for_a_gpu(has_scales, tmp_path, monkeypatch):
-    triton = pytest.importorskip("triton", reason="the kernel is written in Triton, which is not installed here")
+def _compile(kernel, pointers, constants, folder, monkeypatch):
+    """A kernel's machine code for a GPU, with all pointers multiples of 16."""
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    names = kernel.arg_names
+    types = {**dict.fromkeys(names, "i32"), **pointers, **dict.fromkeys(constants, "constexpr")}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    return triton.compile(ASTSource(kernel, types, values, aligned), target=GPUTarget("cuda", 90, 32))
+
+
+@pytest.mark.parametrize("has_scales", [False, True])
+def test_the_kernel_of_evictions_compiles_for_a_gpu(has_scales, tmp_path, monkeypatch):
+    pytest.importorskip("triton", reason="the kernel is written in Triton, which is not installed here")
     from ssd_cache.kernels.triton_evict import TILE, evict_kernel
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"HEAD_DIM": 128, "VALUE_DIM": 128, "BLOCK_HEAD": 128, "BLOCK_VALUE": 128}
     constants |= {"HAS_SCALES": has_scales, "TILE": TILE}
     pointers = {"positions": "*i32", "places": "*i32", "is_kept": "*i32", "ranks": "*fp32", "received": "*fp32"}
     pointers |= dict.fromkeys(("keys", "values"), "*i8" if has_scales else "*bf16")
     pointers |= {"key_scales": "*fp32", "value_scales": "*fp32"}
-    names = evict_kernel.arg_names
-    types = {**dict.fromkeys(names, "i32"), **pointers, **dict.fromkeys(constants, "constexpr")}
-    values = {(names.index(name),): value for name, value in constants.items()}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
-    compiled = triton.compile(ASTSource(evict_kernel, types, values, aligned), target=GPUTarget("cuda", 90, 32))
-    assert compiled.metadata.shared <= 48 << 10
+    assert _compile(evict_kernel, pointers, constants, tmp_path, monkeypatch).metadata.shared <= 48 << 10
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_kernel_that_joins_splits_compiles_for_a_gpu(groups, tmp_path, monkeypatch):
+    pytest.importorskip("triton", reason="the kernel is written in Triton, which is not installed here")
+    from ssd_cache.kernels.triton_decode import join_kernel
+
+    constants = {"GROUPS": groups, "VALUE_DIM": 128, "NUM_SPLITS": 8}
+    constants |= {"BLOCK_GROUPS": 1 if groups == 1 else 16, "BLOCK_VALUE": 128, "BLOCK_COLUMNS": 16}
+    pointers = {**dict.fromkeys(("scores", "logits", "parts"), "*fp32"), "output": "*bf16"}
+    pointers |= {"heads": "*i64", "slot_pointer": "*i64"}
+    assert _compile(join_kernel, pointers, constants, tmp_path, monkeypatch).metadata.shared <= 48 << 10
+
+
+def test_tokens_are_split_only_where_heads_do_not_occupy_a_gpu(monkeypatch):
+    """A GPU of 132 multiprocessors, of which only the number is asked for."""
+    pytest.importorskip("triton", reason="the kernel is written in Triton, which is not installed here")
+    from ssd_cache.kernels import triton_decode
+
+    monkeypatch.setattr(triton_decode, "num_multiprocessors", lambda device: 132)
+
+    class OnGPU:
+        is_cuda, device = True, None
+
+    found = [triton_decode.num_splits(*sizes, OnGPU()) for sizes in ((4096, 8), (264, 8), (32, 8), (32, 1), (2, 999))]
+    assert found == [1, 1, 8, 1, triton_decode.MAX_SPLITS]
+    assert triton_decode.num_splits(1, 999, torch.zeros(1)) == 1
 
 
 def test_without_triton_and_without_a_gpu_the_torch_path_is_taken():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -160,6 +160,43 @@ def test_next_images_replay_the_graph_until_the_model_changes(model, monkeypatch
         assert image() == (3, NUM_TOKENS - 2)
         cache.reorder_cache(torch.tensor([1, 0]))  # other tensors of the cache
         assert image() == (4, NUM_TOKENS - 1 - WARM_UP)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_no_graph_is_replayed_after_linear_layers_were_merged(model, monkeypatch):
+    """A graph has the addresses of separate weights, which merging has freed."""
+    module = importlib.import_module("ssd_cache.decode.fast_decode")
+    monkeypatch.setattr(module, "packed_linears", nullcontext)  # nothing is packed on a GPU
+    tokens, driver = torch.randint(10, 40, (2, 40)), Driver(monkeypatch)
+    caches = [SSDCache(LABELS, **SETTINGS) for _ in range(2)]
+
+    def step(cache, start, end):
+        states = model(tokens[:, start:end], past_key_values=cache).logits[:, -1]
+        return states, driver.num_captures, driver.num_replays
+
+    def expect(start, end):
+        return step(caches[1], start, end)[0]
+
+    expected = [expect(0, 6), *(expect(at, at + 1) for at in range(6, 20))]
+    with fast_decode(model):
+        driver.drive(model.get_decoder().forward)
+        found = [step(caches[0], 0, 6), *(step(caches[0], at, at + 1) for at in range(6, 12))]
+        assert found[-1][1:] == (1, 3)
+        with fast_decode(model, merge_linears=True):
+            found += [step(caches[0], at, at + 1) for at in range(12, 16)]
+            assert [counts for _, *counts in found[-4:]] == [[1, 3], [1, 3], [2, 4], [2, 5]]
+            linear = model.model.layers[0].self_attn.q_proj
+            linear.weight.data = linear.weight.data.clone()  # the graph's weights stay in memory until the next image
+        found += [step(caches[0], at, at + 1) for at in range(16, 20)]
+        for (states, *_), reference in zip(found, expected, strict=True):
+            # float32 rounding of two ways to sum the same softmax
+            torch.testing.assert_close(states, reference, rtol=1e-4, atol=1e-4)
+        caches[0].reset()
+        linear.weight.data = linear.weight.data * 3
+        counts = [step(caches[0], 0, 6), *(step(caches[0], at, at + 1) for at in range(6, 11))]
+        caches[1].reset()
+        assert [counts for _, *counts in counts[2:]] == [[2, 9], [2, 9], [3, 10], [3, 11]]
 
 
 @needs_compiler

@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,6 +24,7 @@ from ssd_cache.cache.attention import NAME
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.slots import normal_tensors
 from ssd_cache.decode.cuda_graph import StepGraph, can_record, devices_of
+from ssd_cache.decode.merged_linears import MergedLinears, remove_equal_products, with_merged_linears
 from ssd_cache.decode.patching import Block, Patch, patched
 from ssd_cache.kernels.packed_linears import packed_linears
 
@@ -31,7 +33,7 @@ INPUTS = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_c
 
 
 @contextmanager
-def fast_decode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+def fast_decode(model: PreTrainedModel, *, merge_linears: bool = False) -> Iterator[PreTrainedModel]:
     """Compile the steps of a model's decoder over an `SSDCache` inside the block.
 
     The first visual token of an image runs uncompiled. The second waits for the compiler (17 s for eight layers on two
@@ -46,6 +48,12 @@ def fast_decode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
     Args:
         model: a transformers model with `generate` and the attention "ssd"; may be a `torch.compile(model)`.
+        merge_linears: run one matrix product for Q, K and V and one for gate and up, instead of five. This is meant for
+            a GPU, where it was not measured yet; on a CPU it takes the place of packed weights. Inside the block the
+            merged weights are slices of one tensor, so memory does not grow. A change in place takes effect at once, a
+            replaced weight (`weight.data = ...`) at the latest with the next image. Tensors that shared memory with a
+            merged weight before the block, such as those of `state_dict()`, do not share it afterwards. No other thread
+            may run the model while the first block that merges is entered or the last block is left.
 
     Yields:
         The model. Its decoder's `forward` is restored after the block, also after an exception.
@@ -60,8 +68,17 @@ def fast_decode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
             model.generate(**inputs, generation_mode="image", **SSDCache(head_map, budget=0.2).as_kwargs())
     """
     own = uncompiled(model)
-    with packed_linears(own), patched(own.get_decoder(), "forward", _FastForward, Block()):
+    decoder = own.get_decoder()
+    linears = nullcontext() if merge_linears else packed_linears(own)
+    with linears, patched(decoder, "forward", _FastForward, _FastBlock(merges=merge_linears)):
         yield model
+
+
+@dataclass(eq=False, kw_only=True)
+class _FastBlock(Block):
+    """A block of `fast_decode`, and whether it merges linear layers; they stay merged until all blocks have ended."""
+
+    merges: bool
 
 
 _RAN = threading.local()
@@ -72,6 +89,8 @@ def _inductor(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callab
     """Compile a graph as `torch.compile` does by default; its code notes in `_RAN` that it runs."""
     from torch._dynamo import lookup_backend  # private: if a torch lacks it, only compiled steps fail, with a warning
 
+    remove_equal_products(graph.graph)
+    graph.recompile()
     run, code = lookup_backend("inductor")(graph, inputs), object()
 
     def noted(*arguments):
@@ -87,10 +106,30 @@ class _FastForward(Patch):
     def __init__(self, decoder: PreTrainedModel, name: str):
         super().__init__(decoder, name)
         self.config = decoder.config
-        self.compiled = torch.compile(self.inner, fullgraph=True, backend=_inductor)
+        self.compiled = with_merged_linears(torch.compile(self.inner, fullgraph=True, backend=_inductor))
         self.is_usable = self.is_recorded = True
         self.graphs: WeakKeyDictionary[SSDCache, StepGraph] = WeakKeyDictionary()
         self.masks: dict[torch.device, torch.Tensor] = {}
+        self.merged: MergedLinears | None = None
+
+    def entered(self, owner: _FastBlock) -> None:
+        if owner.merges and self.merged is None:
+            self.merged = MergedLinears(self.target)
+            self._move_weights(self.merged.merge)
+
+    def left(self) -> None:
+        if self.merged is not None and not self.owners:
+            self._move_weights(self.merged.release)
+            self.merged = None
+
+    def _move_weights(self, move: Callable[[], None]) -> None:
+        """Merge or restore linear layers; no graph is replayed before a step has compared the weights' addresses."""
+        try:
+            move()
+        except torch.OutOfMemoryError as error:
+            _warn("with separate linear layers", error)
+        for graph in list(self.graphs.values()):
+            graph.begin_image()
 
     def __call__(self, *args, **kwargs):
         cache = find_cache(kwargs)
@@ -150,6 +189,8 @@ class _FastForward(Patch):
     def _run(self, cache: SSDCache, inputs: dict[str, torch.Tensor]) -> tuple[Any, object | None]:
         """The outputs of a step, and the compiled code that ran it, or None."""
         arguments = {**inputs, **self._constants(cache, inputs)}
+        if self.merged is not None and not self.merged.is_current():
+            self._move_weights(self.merged.refresh)
         if self.is_usable:
             try:
                 outputs = self.compiled(**arguments)

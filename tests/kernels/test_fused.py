@@ -47,7 +47,7 @@ COMPILED = [  # capability, dtype, groups, slots, splits; then the most register
     (90, "fp16", 4, None, 1, 208, 10),
     (80, "fp32", 4, None, 1, 128, 26),
     (90, "bf16", 1, "int8", 1, 192, 8),
-    (90, "bf16", 1, "int8", 8, 192, 8),
+    (90, "bf16", 1, "int8", 8, 208, 8),
     (80, "bf16", 4, "int8", 1, 160, 38),
     (80, "fp16", 4, "fp8", 1, 224, 38),
     (80, "fp16", 4, "fp8", 8, 224, 38),

@@ -233,17 +233,18 @@ def decode_kernel(
     q = tl.load(query + q_at, mask=in_group[:, None] & in_head[None, :], other=0.0)
     own_key = tl.load(new_key + layer_head * HEAD_DIM + dim, mask=in_head, other=0.0)
     own_value = tl.load(new_value + layer_head * VALUE_DIM + value_dim, mask=in_value, other=0.0)
+    # all splits write the same numbers, which none of them reads
     if KV_DTYPE is None:
-        tl.store(keys + (first + end) * HEAD_DIM + dim, own_key, mask=in_head & is_first)
-        tl.store(values + (first + end) * VALUE_DIM + value_dim, own_value, mask=in_value & is_first)
+        tl.store(keys + (first + end) * HEAD_DIM + dim, own_key, mask=in_head)
+        tl.store(values + (first + end) * VALUE_DIM + value_dim, own_value, mask=in_value)
     else:
         own_codes, own_scale = quantize(own_key, KV_DTYPE)
-        tl.store(key_codes + (first_slot + end) * HEAD_DIM + dim, own_codes, mask=in_head & is_first)
-        tl.store(key_scales + first_slot + end, own_scale, mask=is_first)
+        tl.store(key_codes + (first_slot + end) * HEAD_DIM + dim, own_codes, mask=in_head)
+        tl.store(key_scales + first_slot + end, own_scale)
         own_key = numbers_of(own_codes, KV_DTYPE) * own_scale
         own_codes, own_scale = quantize(own_value, KV_DTYPE)
-        tl.store(value_codes + (first_slot + end) * VALUE_DIM + value_dim, own_codes, mask=in_value & is_first)
-        tl.store(value_scales + first_slot + end, own_scale, mask=is_first)
+        tl.store(value_codes + (first_slot + end) * VALUE_DIM + value_dim, own_codes, mask=in_value)
+        tl.store(value_scales + first_slot + end, own_scale)
         own_value = numbers_of(own_codes, KV_DTYPE) * own_scale
 
     # The softmax starts from the new token's logit, which is never masked, so there is always a highest logit.

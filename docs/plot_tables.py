@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).parent
-POLICIES = ("fitted:score=learned", "online", "fitted", "ssd", "linear", "h2o", "streaming-llm")
+POLICIES = ("fitted:score=learned", "online", "fitted", "ssd", "linear", "h2o:num_recent=0.25", "h2o", "streaming-llm")
 CONTROLS = ("ssd", "labels at run time", "random-1", "margin", "inverted", "streaming-llm")
 
 
@@ -40,7 +40,7 @@ def plot_shares(policies: tuple[str, ...], file: Path) -> None:
     ((full, error),) = shares["full"].values()
     axes.axhspan(full - 1.96 * error, full + 1.96 * error, color="tab:gray", alpha=0.3, linewidth=0)
     axes.axhline(full, color="black", linestyle="--", label="full cache")
-    for policy, marker in zip(policies, "osD^vPX", strict=False):
+    for policy, marker in zip(policies, "osD^vPX*", strict=False):
         budgets, points = zip(*sorted(shares[policy].items()), strict=True)
         means, errors = zip(*points, strict=True)
         (line,) = axes.plot(budgets, means, marker=marker, markersize=5, label=policy)

@@ -41,9 +41,8 @@ def test_the_bytes_of_an_image_are_those_of_its_cache(generator, budget, kv_dtyp
     assert image_nbytes(generator, cache.layers[0].num_prompt, cache) == cache.nbytes
 
 
-@pytest.mark.parametrize("family", ["janus", "emu3", "glm", "llama"])
-def test_rows_of_guidance_count_in_every_family(family, tmp_path):
-    grid = (8, 8) if family == "llama" else None
+@pytest.mark.parametrize(("family", "grid"), [("janus", None), ("emu3", (8, 8)), ("glm", (16, 12)), ("llama", (8, 8))])
+def test_rows_of_guidance_count_in_every_family(family, grid, tmp_path):
     generator = find_generator(str(write_family(family, tmp_path / family)), grid).load()
     checkpoint = generator.checkpoint
     shape = {"num_layers": checkpoint.num_layers, "num_kv_heads": checkpoint.num_kv_heads}

@@ -7,20 +7,15 @@ will do) and no content: torch refuses to mix devices there as on real ones. Two
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import warnings
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.children import run_two
 from helpers.models import left_padded_prompts, random_score, tiny_janus, tiny_llama
-from helpers.tensor_parallel_child import CASES, SIDE, generate, generate_glm, generate_janus, load
+from helpers.tensor_parallel_child import CASES, SIDE, generate, generate_glm, generate_janus, load, main
 from helpers.tiny_checkpoint import write_checkpoint, write_family
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -39,9 +34,6 @@ ONLINE = HeadMap.online(num_layers=2, num_kv_heads=2, grid=(SIDE, SIDE))
 def learned_map(**settings):
     """The map with a learned score for the heads of `tiny_llama`."""
     return replace(MAP, learned=random_score(2, 2, 8, (SIDE, SIDE), **settings))
-
-
-TESTS = Path(__file__).parents[1]
 
 
 # Layers on different devices
@@ -227,35 +219,6 @@ def test_layers_on_cpu_and_gpu_generate_what_a_dynamic_cache_generates():
 # Heads shared by processes
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def run_both(command, **settings):
-    """Exit code, stdout and stderr of two processes of one group."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    children = [
-        subprocess.Popen(
-            command,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            **settings,
-        )
-        for rank in range(2)
-    ]
-    try:
-        answers = [child.communicate(timeout=240) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    return [(child.returncode, *answer) for child, answer in zip(children, answers, strict=True)]
-
-
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """The folder of a Llama of 4 KV heads, a Janus and a GLM-Image of 2, and what two processes generated."""
@@ -263,7 +226,7 @@ def both(tmp_path_factory):
     tiny_llama(heads=8, kv_heads=4, attn_implementation="sdpa").save_pretrained(folder / "llama")
     tiny_janus(grid_side=SIDE, attn_implementation="sdpa").save_pretrained(folder / "janus")
     write_family("glm", folder / "glm")
-    answers = run_both([sys.executable, "-m", "helpers.tensor_parallel_child", folder], cwd=TESTS)
+    answers = run_two([folder], program=main)
     assert [code for code, _, _ in answers] == [0, 0], "\n".join(stderr for *_, stderr in answers)
     return folder, [json.loads(stdout.splitlines()[-1]) for _, stdout, _ in answers]
 

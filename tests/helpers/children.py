@@ -67,6 +67,13 @@ def start_cli(*arguments, cwd: Path, **environment) -> subprocess.Popen[str]:
         )
 
 
+def command_line() -> None:
+    """`ssd-cache`, which reads `sys.argv`."""
+    from ssd_cache.cli import app
+
+    app()
+
+
 class Forked:
     """`ssd-cache` in a forked process with one thread, as sums in another order round differently.
 
@@ -74,6 +81,7 @@ class Forked:
         arguments: of the command line.
         cwd: its folder; that of the tests when not given.
         before: a function that can be pickled; called in the process before the command.
+        program: another such function, called in place of the command line.
         environment: variables in addition to those of the tests.
     """
 
@@ -82,12 +90,13 @@ class Forked:
         *arguments,
         cwd: Path | None = None,
         before: Callable[[], object] | None = None,
+        program: Callable[[], object] = command_line,
         **environment: str,
     ):
         self._output = tempfile.TemporaryDirectory()
         self._paths = [Path(self._output.name, name) for name in ("stdout", "stderr")]
         environment = {**os.environ, "COLUMNS": "80", "CUDA_VISIBLE_DEVICES": "", **environment}
-        given = [str(argument) for argument in arguments], cwd or Path.cwd(), environment, self._paths, before
+        given = [str(argument) for argument in arguments], cwd or Path.cwd(), environment, self._paths, before, program
         self._process = SERVER.Process(target=_run, args=given, daemon=True)
         self._process.start()
 
@@ -114,6 +123,7 @@ def _run(
     environment: dict[str, str],
     outputs: Sequence[Path],
     before: Callable[[], object] | None,
+    program: Callable[[], object],
 ) -> None:
     for number, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
@@ -123,13 +133,11 @@ def _run(
     os.environ.update(environment)
     import torch
 
-    from ssd_cache.cli import app
-
     torch.set_num_threads(1)
     sys.argv = ["ssd-cache", *arguments]
     if before is not None:
         before()
-    app()
+    program()
 
 
 def run_cli(*arguments, cwd: Path | None = None) -> tuple[int, str, str]:
@@ -139,12 +147,15 @@ def run_cli(*arguments, cwd: Path | None = None) -> tuple[int, str, str]:
     return process.returncode, stdout, stderr
 
 
-def run_two(*commands: Sequence, cwd: Path | None = None) -> list[tuple[int, str, str]]:
+def run_two(
+    *commands: Sequence, cwd: Path | None = None, program: Callable[[], object] = command_line
+) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of two forked processes that share a run, on the CPU.
 
     Args:
         commands: arguments of the command line, the same for both processes or one each.
         cwd: their folder; that of the tests when not given.
+        program: as for `Forked`.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -152,7 +163,7 @@ def run_two(*commands: Sequence, cwd: Path | None = None) -> list[tuple[int, str
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     group["ACCELERATE_USE_CPU"] = "true"
     both = [
-        Forked(*command, cwd=cwd, **group, RANK=str(rank), LOCAL_RANK=str(rank))
+        Forked(*command, cwd=cwd, program=program, **group, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank, command in enumerate(commands if len(commands) == 2 else 2 * commands)
     ]
     answers = [process.communicate() for process in both]

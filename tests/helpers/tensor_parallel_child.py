@@ -93,10 +93,12 @@ def errors(model, rank):
     return found
 
 
-def main(folder: Path) -> None:
+def main() -> None:
+    """Generate with the models of the folder that `sys.argv` names, and print what came out."""
     from transformers.distributed import DistributedConfig
 
     split = {"distributed_config": DistributedConfig(tp_plan="auto")}
+    folder = Path(sys.argv[1])
     model = load(LlamaForCausalLM, folder / "llama", **split)
     rank = torch.distributed.get_rank()
     result = {"cases": {name: generate(model, *case) for name, case in CASES.items()}}
@@ -106,7 +108,3 @@ def main(folder: Path) -> None:
     result["glm"] = generate_glm(load(GlmImageForConditionalGeneration, folder / "glm", **split))
     print(json.dumps(result))
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -35,8 +35,10 @@ from ssd_cache.shapes import make_prompts
 from ssd_cache.training.learning_state import FORMAT as LEARNING
 
 PROMPTS = list(dict.fromkeys(caption for _, caption in make_prompts(6, 3)))[:26]
-SETTINGS = {"budget": 24, "num_steps": 4, "batch_size": 5, "seed": 3}
-OPTIONS = ["--budget", "24", "--steps", "4", "--batch-size", "5", "--seed", "3"]
+SIDE, BUDGET = 6, 14
+CELLS = SIDE * SIDE
+SETTINGS = {"budget": BUDGET, "num_steps": 4, "batch_size": 5, "seed": 3}
+OPTIONS = ["--budget", str(BUDGET), "--steps", "4", "--batch-size", "5", "--seed", "3"]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:after an eviction a spatial head"),
     pytest.mark.filterwarnings("ignore:level "),
@@ -48,7 +50,8 @@ pytest.importorskip("jinja2")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = write_checkpoint(tmp_path_factory.mktemp("model") / "tiny", guidance_scale=2.0, with_head_map=False)
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    write_checkpoint(folder, guidance_scale=2.0, with_head_map=False, side=SIDE)
     (folder / PROMPTS_FILE).write_text("\n".join(PROMPTS))
     return folder
 
@@ -90,10 +93,10 @@ def test_the_map_is_what_the_stages_make_one_by_one(generator, whole):
     output, prepared = whole
     sampling = {"guidance_scale": 2.0, "temperature": 1.0, "seed": 3, "progress": False}
     used, left = PROMPTS[:-8], PROMPTS[-8:]
-    levels = [min(1.0, 24 / 64 * times) for times in stages.LEVELS]
-    profiled = profile_heads(generator, used, budget=24, levels=levels, batch_size=5, **sampling)
+    levels = [min(1.0, BUDGET / CELLS * times) for times in stages.LEVELS]
+    profiled = profile_heads(generator, used, budget=BUDGET, levels=levels, batch_size=5, **sampling)
     settings = {"learn_slots": True, "num_steps": 4, "learning_rate": stages.LEARNING_RATE, "batch_size": 4}
-    learned = learn_score(generator, used, fit_heads(profiled, 24), **settings, **sampling)
+    learned = learn_score(generator, used, fit_heads(profiled, BUDGET), **settings, **sampling)
     assert HeadMap.from_pretrained(output) == prepared
     assert prepared.digest == learned.digest
     assert prepared.slots == learned.slots
@@ -102,13 +105,13 @@ def test_the_map_is_what_the_stages_make_one_by_one(generator, whole):
     assert prepared.profile == {**learned.profile, "fidelity": fidelity}
     budgets = [point["budget"] for point in fidelity["curve"]]
     assert budgets == sorted(budgets)
-    assert 24 / 64 in budgets
+    assert BUDGET / CELLS in budgets
     divergences = []
     for index, batch in enumerate((left[:5], left[5:])):
-        caches = {"own": lambda: SSDCache(learned, 24)}
+        caches = {"own": lambda: SSDCache(learned, BUDGET)}
         found = measure_fidelity(generator, batch, caches, **{**sampling, "seed": 3 + index})
         divergences.append(found["own"].kl.mean(1))
-    point = next(point for point in fidelity["curve"] if point["budget"] == 24 / 64)
+    point = next(point for point in fidelity["curve"] if point["budget"] == BUDGET / CELLS)
     values = torch.cat(divergences)
     assert point["kl"] == pytest.approx(values.mean().item())
     assert point["kl_standard_error"] == pytest.approx(values.std().item() / 8**0.5)
@@ -118,7 +121,7 @@ def test_the_map_is_what_the_stages_make_one_by_one(generator, whole):
 def test_other_slots_and_another_score_leave_the_fidelity_curve_out(generator, whole):
     prepared = whole[1]
     options = {"num_steps": 1, "batch_size": 4, "guidance_scale": 2.0, "temperature": 1.0, "progress": False}
-    for changed in (fit_heads(prepared, 30), learn_score(generator, PROMPTS[:12], prepared, **options)):
+    for changed in (fit_heads(prepared, 18), learn_score(generator, PROMPTS[:12], prepared, **options)):
         assert prepared.profile["fidelity"]
         assert changed.profile.keys() == prepared.profile.keys() - {"fidelity"}
         assert "Fidelity" not in card(changed, "user/map")
@@ -368,9 +371,9 @@ def test_bad_input_is_refused_before_weights_are_loaded(run, tmp_path, no_weight
         (("--temperature", "0"), "temperature=0 leaves one token"),
         (("--stages", "profile,train"), "stage 'train' is unknown: give some of profile, fit, learn, check"),
         (("--stages", "fit,"), "stage '' is unknown"),
-        (("--budget", "9"), "9 slots are fewer than buffer=8"),
+        (("--budget", "6"), "6 slots are fewer than buffer=6"),
         (("--push", "me/my/map"), "--push 'me/my/map' cannot be the name of a repository: give USER/REPO"),
-        (("--budget", "64"), "no head of this map ranks tokens at this budget"),
+        (("--budget", str(CELLS)), "no head of this map ranks tokens at this budget"),
     ):
         assert message in one_line(run(*arguments), 2)
     glm = write_family("glm", tmp_path / "glm")
@@ -386,7 +389,7 @@ def test_settings_that_a_stage_would_refuse_are_refused_before_it(generator, tmp
     for settings, message in (
         ({"stages": ("profile", "train")}, "stage 'train' is unknown: give some of profile, fit, learn, check"),
         ({"stages": ()}, "stages is empty"),
-        ({"budget": 9}, "9 slots are fewer than buffer=8"),
+        ({"budget": 6}, "6 slots are fewer than buffer=6"),
         ({"num_steps": 0}, "num_steps=0"),
         ({"temperature": 0.0}, "temperature=0 leaves one token"),
     ):

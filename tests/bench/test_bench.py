@@ -67,15 +67,20 @@ TINY = {
 }
 
 
+def make_small(patch):
+    """Small shapes by name, and a short look at the machine."""
+    for name, shape in TINY.items():
+        patch.setitem(SHAPES, name, shape)
+    patch.setitem(roofline_module.COPY_BYTES, "cpu", 2**20)
+    patch.setitem(roofline_module.MATRIX_SIDE, "cpu", 64)
+
+
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    """Small shapes by name, a short look at the machine, and one thread: more would wait for each other here."""
+    """Small shapes and machine, and one thread: more would wait for each other here."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for name, shape in TINY.items():
-        monkeypatch.setitem(SHAPES, name, shape)
-    monkeypatch.setitem(roofline_module.COPY_BYTES, "cpu", 2**20)
-    monkeypatch.setitem(roofline_module.MATRIX_SIDE, "cpu", 64)
+    make_small(monkeypatch)
     yield
     torch.set_num_threads(threads)
 
@@ -447,10 +452,14 @@ def test_what_cannot_be_compiled_says_so_and_the_rest_goes_on(janus):
 RUN_CASES = [Case("DynamicCache"), Case("StaticCache"), Case("ssd", 0.4)]
 
 
-@pytest.fixture
-def reports(janus):
+@pytest.fixture(scope="module")
+def reports():
+    """The reports of one run, for the tests that read them."""
     sizes = {"batch_sizes": [1, 2], "windows": choose_windows(64, None), "rounds": 2}
-    return list(run(janus, RUN_CASES, **sizes, command="ssd-cache bench --x"))
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        subject = load_subject("tiny-janus", torch.float32, CPU)
+        return list(run(subject, RUN_CASES, **sizes, command="ssd-cache bench --x"))
 
 
 def test_a_run_gives_speed_and_bytes(reports):

@@ -6,18 +6,17 @@ The Hub is a server on the loopback, or an address where nothing listens. What a
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import huggingface_hub
 import pytest
 import torch
+from helpers.children import Forked
 from helpers.hub_server import HubServer, Repo, connect
 from typer.testing import CliRunner
 
-import ssd_cache
 from ssd_cache import HeadMap, HeadMapError
 from ssd_cache.cli import app
 from ssd_cache.io.showing import ReadableError, printable, shown, suggestion
@@ -209,26 +208,23 @@ def test_a_message_keeps_its_place_and_its_remedy():
     assert printable("two\nlines, \N{SNOWMAN}, \ud800") == "two\nlines, \N{SNOWMAN}, \\ud800"
 
 
+def set_encoding(name):
+    """As PYTHONIOENCODING does."""
+    sys.stdout.reconfigure(encoding=name, errors="strict")
+    sys.stderr.reconfigure(encoding=name, errors="backslashreplace")
+
+
 def test_names_that_no_terminal_shows_do_not_stop_a_command(tmp_path):
     """A path of bytes that are not UTF-8, a map whose model has a name beyond ASCII, an ASCII terminal."""
     name = os.fsdecode(b"map-\xff")
     head_map = HeadMap(torch.tensor([[True, False]]), (4, 6), model_id="\N{SNOWMAN}/model", method="caf\xe9")
     head_map.save_pretrained(tmp_path / name)
     for source, encoding, code in ((name, "ascii", 0), (f"./no-{name}", "utf-8", 2)):
-        done = subprocess.run(
-            [sys.executable, "-m", "ssd_cache.cli", "inspect", source],
-            env={
-                **os.environ,
-                "PYTHONIOENCODING": encoding,
-                "PYTHONPATH": str(Path(ssd_cache.__file__).parents[1]),
-            },
-            cwd=tmp_path,
-            capture_output=True,
-            check=False,
-        )
-        assert done.returncode == code, done.stderr
-        assert b"Traceback" not in done.stderr
-        assert b"map-" in done.stdout + done.stderr
+        process = Forked("inspect", source, cwd=tmp_path, before=partial(set_encoding, encoding))
+        stdout, stderr = process.communicate()
+        assert process.returncode == code, stderr
+        assert "Traceback" not in stderr
+        assert "map-" in stdout + stderr
 
 
 def test_the_bundled_model_needs_no_hub(nowhere):

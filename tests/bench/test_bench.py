@@ -10,7 +10,6 @@ import math
 import shlex
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.compiling import needs_compiler
+from helpers.scripts import run_script
 from helpers.tiny_checkpoint import write_checkpoint
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, JanusForConditionalGeneration, LlamaConfig, LlamaForCausalLM
@@ -576,14 +576,14 @@ def test_the_page_on_speed_is_filled_with_what_was_measured(bench, tmp_path):
     docs.mkdir()
     page = docs / "performance.md"
     page.write_text((ROOT / "docs" / "performance.md").read_text())
-    fill = [sys.executable, ROOT / "docs" / "fill_gpu.py", results, "--docs", docs]
-    refused = subprocess.run(fill, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "make bench-gpu" in refused.stderr
+    fill = ROOT / "docs" / "fill_gpu.py", results, "--docs", docs
+    code, _, stderr = run_script(*fill)
+    assert code == 2
+    assert "make bench-gpu" in stderr
     arguments = ["--model", folder, "--batch-size", 1, "--tokens", 8, "--rounds", 1, "--caches", "ssd 50%"]
     for name in ("first", "second"):
         assert bench(*arguments, "--output", results / name).exit_code == 0
-        subprocess.run(fill, check=True)
+        assert run_script(*fill)[0] == 0
     text = page.read_text()
     assert "Not yet measured on a GPU" not in text
     assert text.count("#### Speed, batch 1") == 2, "each folder once, though the first was there before"

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from helpers.scripts import run_script
 from helpers.tiny_checkpoint import EXAMPLE, load_example
 
 from ssd_cache.emoji.captions import STYLES, SUBJECTS
@@ -65,21 +65,19 @@ def test_a_folder_that_is_not_the_package_is_refused(tmp_path):
         example.read_icon_set(folder, "@iconify-json/twemoji")
 
 
-def test_the_script_ends_with_one_line_where_a_package_or_the_rasterizer_is_missing(tmp_path):
+def test_the_script_ends_with_one_line_where_a_package_or_the_rasterizer_is_missing(tmp_path, monkeypatch):
     folders = packages(tmp_path)
-    without_resvg = "import sys; sys.modules['resvg_py'] = None; sys.argv = sys.argv[1:]; import runpy; " + (
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
     for arguments, message in [
         ([folders[0], tmp_path / "none"], "run `npm pack @iconify-json/fluent-emoji-flat`"),
         (folders, "pip install resvg_py"),
     ]:
-        command = [sys.executable, "-c", without_resvg, EXAMPLE.with_name("prepare_emoji_data.py"), *arguments]
-        ended = subprocess.run([*command, "--output", tmp_path / "out"], capture_output=True, text=True)
-        assert ended.returncode == 1
-        assert ended.stderr.startswith("error: ")
-        assert message in ended.stderr
-        assert ended.stderr.count("\n") == 1
+        script = EXAMPLE.with_name("prepare_emoji_data.py")
+        code, _, stderr = run_script(script, *arguments, "--output", tmp_path / "out")
+        assert code == 1
+        assert stderr.startswith("error: ")
+        assert message in stderr
+        assert stderr.count("\n") == 1
         assert not (tmp_path / "out").exists()
 
 

@@ -148,14 +148,17 @@ def run_cli(*arguments, cwd: Path | None = None) -> tuple[int, str, str]:
 
 
 def run_two(
-    *commands: Sequence, cwd: Path | None = None, program: Callable[[], object] = command_line
+    *commands: Sequence,
+    cwd: Path | None = None,
+    before: Callable[[], object] | None = None,
+    program: Callable[[], object] = command_line,
 ) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of two forked processes that share a run, on the CPU.
 
     Args:
         commands: arguments of the command line, the same for both processes or one each.
         cwd: their folder; that of the tests when not given.
-        program: as for `Forked`.
+        before, program: as for `Forked`.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -163,7 +166,7 @@ def run_two(
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     group["ACCELERATE_USE_CPU"] = "true"
     both = [
-        Forked(*command, cwd=cwd, program=program, **group, RANK=str(rank), LOCAL_RANK=str(rank))
+        Forked(*command, cwd=cwd, before=before, program=program, **group, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank, command in enumerate(commands if len(commands) == 2 else 2 * commands)
     ]
     answers = [process.communicate() for process in both]

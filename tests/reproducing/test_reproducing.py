@@ -21,6 +21,7 @@ from helpers.tiny_checkpoint import HEADS, LAYERS, SIDE, head_map, write_checkpo
 from helpers.tiny_judges import write_blip, write_classifier, write_detector
 from typer.testing import CliRunner
 
+from ssd_cache.bench import roofline
 from ssd_cache.cli import app
 from ssd_cache.evaluation.comparing import compare_results
 from ssd_cache.evaluation.policies import parse_policies, parse_policy
@@ -67,6 +68,20 @@ def write_prompts(folder: Path, colors: tuple[str, ...], items: str) -> None:
     for item in items:
         (prompts / f"{item}.txt").write_text(f"a photo of a red car {item}")
     (prompts.parent / "dpg_bench.csv").write_text(f"{COLUMNS}\n{''.join(map(QUESTIONS.format, items))}")
+
+
+def look_shortly():
+    """Measure the machine with small tensors; large ones take seconds."""
+    roofline.COPY_BYTES["cpu"], roofline.MATRIX_SIDE["cpu"] = 2**20, 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_look():
+    with pytest.MonkeyPatch.context() as patch:
+        for sizes in (roofline.COPY_BYTES, roofline.MATRIX_SIDE):
+            patch.setitem(sizes, "cpu", sizes["cpu"])
+        look_shortly()
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -399,7 +414,7 @@ def test_a_long_run_needs_yes(place, monkeypatch, no_weights):
 
 def test_two_processes_share_a_run(whole, place):
     pytest.importorskip("accelerate")
-    answers = run_two(["reproduce", *SMALL], cwd=place)
+    answers = run_two(["reproduce", *SMALL], cwd=place, before=look_shortly)
     assert [code for code, _, _ in answers] == [0, 0], answers
     assert outputs(place / "out") == outputs(whole[0])
     assert answers[1][1] == ""

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.compiling import needs_compiler
+from helpers.machine import look_shortly
 from helpers.scripts import run_script
 from helpers.tiny_checkpoint import write_checkpoint
 from torch._dynamo.utils import counters
@@ -26,7 +27,6 @@ from typer.testing import CliRunner
 from ssd_cache import HeadMap
 from ssd_cache._compat import CACHE
 from ssd_cache.bench import SHAPES, Case, Report, choose_cases, choose_windows, load_subject, run
-from ssd_cache.bench import roofline as roofline_module
 from ssd_cache.bench import running as running_module
 from ssd_cache.bench.cases import VALID_TOKENS
 from ssd_cache.bench.results import Row, number, size
@@ -71,8 +71,7 @@ def make_small(patch):
     """Small shapes by name, and a short look at the machine."""
     for name, shape in TINY.items():
         patch.setitem(SHAPES, name, shape)
-    patch.setitem(roofline_module.COPY_BYTES, "cpu", 2**20)
-    patch.setitem(roofline_module.MATRIX_SIDE, "cpu", 64)
+    look_shortly(patch)
 
 
 @pytest.fixture(autouse=True)

@@ -58,19 +58,15 @@ COMPILED = [  # capability, dtype, groups, slots, splits; then the most register
 def test_kernel_compiles_for_a_gpu(
     capability, dtype, groups, kv_dtype, splits, registers, barriers, tmp_path, monkeypatch
 ):
-    """As it is launched, to machine code, by Triton's own ptxas: all pointers but the slot's are multiples of 16.
+    """As it is launched, to machine code, by Triton's own ptxas.
 
     Every GPU since 2018 can share 64 KB. Limits of registers and barriers are what Triton 3.7, the pinned
     one, needs and a little more.
     """
     triton = pytest.importorskip("triton", reason="the kernel is written in Triton, which is not installed here")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from ssd_cache.kernels.checks import LayerSizes
     from ssd_cache.kernels.triton_decode import decode_kernel, launch_options
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"GROUPS": groups, "HEAD_DIM": 128, "VALUE_DIM": 128, "HAS_MASK": True, "UPCAST": False}
     constants |= {"KV_DTYPE": kv_dtype, "NUM_SPLITS": splits}
     layer = LayerSizes(batch=256, kv_heads=16, groups=groups, head_dim=128, value_dim=128)
@@ -87,13 +83,8 @@ def test_kernel_compiles_for_a_gpu(
         "heads": "*i64",
         "slot_pointer": "*i64",
     }
-    names = decode_kernel.arg_names
-    types = {**dict.fromkeys(names, "i32"), **pointers, "scaling": "fp32", **dict.fromkeys(constants, "constexpr")}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers if name != "slot_pointer"}
-    source = ASTSource(
-        decode_kernel, types, {(names.index(name),): value for name, value in constants.items()}, aligned
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    types = {**pointers, "scaling": "fp32"}
+    compiled = _compile(decode_kernel, types, constants, tmp_path, monkeypatch, capability, options)
     assert compiled.metadata.shared <= 64 << 10
     program = tmp_path / "kernel.cubin"
     program.write_bytes(compiled.asm["cubin"])
@@ -112,18 +103,20 @@ def test_kernel_compiles_for_a_gpu(
     assert wide >= 12, "K and V are not read by 16 bytes a thread"
 
 
-def _compile(kernel, pointers, constants, folder, monkeypatch):
-    """A kernel's machine code for a GPU, with all pointers multiples of 16."""
+def _compile(kernel, given, constants, folder, monkeypatch, capability=90, options=None):
+    """A kernel's machine code for a GPU; all pointers but a slot's in memory are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     names = kernel.arg_names
-    types = {**dict.fromkeys(names, "i32"), **pointers, **dict.fromkeys(constants, "constexpr")}
+    types = {**dict.fromkeys(names, "i32"), **given, **dict.fromkeys(constants, "constexpr")}
     values = {(names.index(name),): value for name, value in constants.items()}
+    pointers = {name for name, type_ in given.items() if type_.startswith("*")} - {"slot_pointer"}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
-    return triton.compile(ASTSource(kernel, types, values, aligned), target=GPUTarget("cuda", 90, 32))
+    source, target = ASTSource(kernel, types, values, aligned), GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=options)
 
 
 @pytest.mark.parametrize("has_scales", [False, True])

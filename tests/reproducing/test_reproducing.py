@@ -16,12 +16,12 @@ import pytest
 from helpers.children import run_two
 from helpers.failing import fail_on_full_disk, one_line
 from helpers.interrupting import ENDS, interrupt
+from helpers.machine import look_shortly
 from helpers.models import random_score
 from helpers.tiny_checkpoint import HEADS, LAYERS, SIDE, head_map, write_checkpoint
 from helpers.tiny_judges import write_blip, write_classifier, write_detector
 from typer.testing import CliRunner
 
-from ssd_cache.bench import roofline
 from ssd_cache.cli import app
 from ssd_cache.evaluation.comparing import compare_results
 from ssd_cache.evaluation.policies import parse_policies, parse_policy
@@ -70,17 +70,10 @@ def write_prompts(folder: Path, colors: tuple[str, ...], items: str) -> None:
     (prompts.parent / "dpg_bench.csv").write_text(f"{COLUMNS}\n{''.join(map(QUESTIONS.format, items))}")
 
 
-def look_shortly():
-    """Measure the machine with small tensors; large ones take seconds."""
-    roofline.COPY_BYTES["cpu"], roofline.MATRIX_SIDE["cpu"] = 2**20, 64
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _short_look():
     with pytest.MonkeyPatch.context() as patch:
-        for sizes in (roofline.COPY_BYTES, roofline.MATRIX_SIDE):
-            patch.setitem(sizes, "cpu", sizes["cpu"])
-        look_shortly()
+        look_shortly(patch)
         yield
 
 

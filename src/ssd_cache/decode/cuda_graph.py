@@ -17,7 +17,7 @@ import torch
 from ssd_cache._compat import CACHE
 from ssd_cache.cache.cache import SSDCache
 from ssd_cache.cache.slots import normal_tensors
-from ssd_cache.kernels.checks import PLAIN
+from ssd_cache.kernels.checks import address_of
 
 _RECORDING = threading.Lock()
 
@@ -106,6 +106,5 @@ def _sizes(cache: SSDCache, inputs: dict[str, torch.Tensor]) -> tuple[Any, ...]:
 
 
 def _weights(decoder: torch.nn.Module) -> tuple[int, ...]:
-    """Addresses of the decoder's weights and buffers; of tensors without one address, the objects."""
-    held = itertools.chain(decoder.parameters(), decoder.buffers())
-    return tuple(tensor.data_ptr() if type(tensor) in PLAIN else id(tensor) for tensor in held)
+    """Addresses of the decoder's weights and buffers."""
+    return tuple(map(address_of, itertools.chain(decoder.parameters(), decoder.buffers())))

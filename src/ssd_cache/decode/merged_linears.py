@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from ssd_cache.cache.slots import normal_tensors
+from ssd_cache.kernels.checks import address_of
+from ssd_cache.kernels.packed_linears import is_plain_linear
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers of one module that have the same input."""
@@ -80,7 +82,7 @@ class MergedLinears:
     def merge(self) -> None:
         """Merge the layers that are not merged yet. The weights of one group at a time are in memory twice."""
         with self._lock:
-            uses = Counter(_address(part) for _, part in self.decoder.named_parameters(remove_duplicate=False))
+            uses = Counter(address_of(part) for _, part in self.decoder.named_parameters(remove_duplicate=False))
             for module in self.decoder.modules():
                 for names in GROUPS:
                     linears: list[Any] = [module._modules.get(name) for name in names]
@@ -181,23 +183,18 @@ class _MergedLinear(torch.nn.Linear):
 
 def _form(linear: Any, uses: Counter[int]) -> tuple[Any, ...] | None:
     """What layers must have in common to be merged; None if the layer cannot be merged."""
-    if type(linear) not in (torch.nn.Linear, _MergedLinear) or {"forward", MERGED} & vars(linear).keys():
+    if not is_plain_linear(linear, _MergedLinear) or MERGED in vars(linear):
         return None
     weight, bias = (linear._parameters.get(name) for name in ("weight", "bias"))
     held = [weight] if bias is None else [weight, bias]
-    if linear._forward_hooks or linear._forward_pre_hooks or not all(_can_merge(part, uses) for part in held):
+    if not all(_can_merge(part, uses) for part in held):
         return None
     return weight.shape[1:], *((part.dtype, part.device) for part in held)
 
 
 def _can_merge(part: Any, uses: Counter[int]) -> bool:
     is_plain = type(part) is torch.nn.Parameter and part.layout is torch.strided and not part.is_meta
-    return is_plain and part.is_contiguous() and not part.is_inference() and uses[_address(part)] == 1
-
-
-def _address(part: torch.Tensor) -> int:
-    is_plain = type(part) is torch.nn.Parameter and part.layout is torch.strided
-    return part.data_ptr() if is_plain else id(part)
+    return is_plain and part.is_contiguous() and not part.is_inference() and uses[address_of(part)] == 1
 
 
 def _place(part: Any) -> tuple[Any, ...]:

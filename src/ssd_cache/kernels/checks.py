@@ -26,6 +26,11 @@ def is_plain_on_cpu(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     return tensor.dtype is dtype and tensor.is_cpu and type(tensor) in PLAIN
 
 
+def address_of(tensor: torch.Tensor) -> int:
+    """The address of a tensor's data; for a tensor that has no single one, of the object."""
+    return tensor.data_ptr() if type(tensor) in PLAIN and tensor.layout is torch.strided else id(tensor)
+
+
 class Store(NamedTuple):
     """The tensors of one store; the last four are those of slots in 8 bits."""
 

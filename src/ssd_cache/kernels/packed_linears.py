@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,10 +72,17 @@ def packed_linears(model: torch.nn.Module) -> Iterator[None]:
                     delattr(weight, COPY)
 
 
+def is_plain_linear(module: Any, own: type[torch.nn.Linear]) -> bool:
+    """Whether a module is torch's linear layer, or of the class `own`, with its class's forward and no hooks."""
+    return (
+        type(module) in (torch.nn.Linear, own)
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+    )
+
+
 def _can_be_packed(module: torch.nn.Linear) -> bool:
-    if type(module) not in (torch.nn.Linear, _PackedLinear) or "forward" in vars(module):
-        return False
-    if module._forward_hooks or module._forward_pre_hooks:
+    if not is_plain_linear(module, _PackedLinear):
         return False
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     return (

@@ -47,8 +47,9 @@ def launch(given: Arguments) -> None:
             num_heads, num_scored, num_prompt, num_slots = size
             splits = num_splits(layer.batch * num_heads, (num_prompt + num_slots) // options["BLOCK_COLUMNS"], query)
             logits = scores.new_empty(layer.batch, num_scored, layer.groups, num_slots)
-            # the sums of each program, its highest logit, and its total of weights
-            parts = scores.new_empty(layer.batch, num_heads, splits, layer.groups, layer.value_dim + 2)
+            parts = scores  # of several programs: the sums of each, its highest logit, and its total of weights
+            if splits > 1:
+                parts = scores.new_empty(layer.batch, num_heads, splits, layer.groups, layer.value_dim + 2)
             codes = [scores if tensor is None else tensor for tensor in codes]
             states = (*new, keys, values, *codes, scores, logits, parts)
             place = (scores if mask is None else mask, heads, slot, given.output)
@@ -129,6 +130,25 @@ def launch_options(layer: LayerSizes, itemsize: int, kv_dtype: str | None) -> di
 
 
 @triton.jit
+def place_of(head_pointer, slot_pointer, num_kv_heads, num_slots):
+    """The layer's KV head and the token's slot, 0 for both if one is invalid, and whether both are valid."""
+    head, slot = tl.load(head_pointer), tl.load(slot_pointer)
+    is_there = (head >= 0) & (head < num_kv_heads) & (slot >= 0) & (slot < num_slots)
+    return tl.where(is_there, head, 0), tl.where(is_there, slot, 0).to(tl.int32), is_there
+
+
+@triton.jit
+def add_received(mine, kept, begin, end, highest, total, in_group, BLOCK_COLUMNS: tl.constexpr):
+    """Add the attention that tokens in the slots `begin` to `end` received, from the kept logits, to their scores."""
+    for start in range(begin, end, BLOCK_COLUMNS):
+        at = start + tl.arange(0, BLOCK_COLUMNS)
+        is_slot = at < end
+        weights = tl.load(kept + at[None, :], mask=in_group[:, None] & is_slot[None, :], other=float("-inf"))
+        received = tl.sum(tl.exp(weights - highest[:, None]) / total[:, None], 0)
+        tl.store(mine + at, tl.load(mine + at, mask=is_slot, other=0.0) + received, mask=is_slot)
+
+
+@triton.jit
 def quantize(states, KV_DTYPE: tl.constexpr):
     """Codes and scale of one token, those of `eight_bits.quantize`."""
     states = states.to(tl.float32)
@@ -205,11 +225,7 @@ def decode_kernel(
     precision: tl.constexpr = "tf32" if is_half else "ieee"
     head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
-    model_head = tl.load(heads + head)
-    slot = tl.load(slot_pointer)
-    is_there = (model_head >= 0) & (model_head < num_kv_heads) & (slot >= 0) & (slot < num_slots)
-    model_head = tl.where(is_there, model_head, 0)
-    slot = tl.where(is_there, slot, 0).to(tl.int32)
+    model_head, slot, is_there = place_of(heads + head, slot_pointer, num_kv_heads, num_slots)
     end = num_prompt + slot  # slots fill in order, so all columns before this one are taken
     split = tl.program_id(2)
     is_first = split == 0
@@ -324,12 +340,7 @@ def decode_kernel(
         if is_scored:
             tl.debug_barrier()  # wait for the logits that other threads of this program wrote
             mine = scores + (row * num_scored + head) * num_slots
-            for start in range(0, slot, BLOCK_COLUMNS):
-                at = start + column
-                is_slot = at < slot
-                weights = tl.load(kept + at[None, :], mask=in_group[:, None] & is_slot[None, :], other=float("-inf"))
-                received = tl.sum(tl.exp(weights - highest[:, None]) / total[:, None], 0)
-                tl.store(mine + at, tl.load(mine + at, mask=is_slot, other=0.0) + received, mask=is_slot)
+            add_received(mine, kept, 0, slot, highest, total, in_group, BLOCK_COLUMNS)
             received = tl.sum(tl.where(in_group, tl.exp(own - highest) / total, 0.0), 0)
             tl.store(mine + slot, tl.load(mine + slot) + received)
 
@@ -363,11 +374,7 @@ def join_kernel(
     head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
-    model_head = tl.load(heads + head)
-    slot = tl.load(slot_pointer)
-    is_there = (model_head >= 0) & (model_head < num_kv_heads) & (slot >= 0) & (slot < num_slots)
-    model_head = tl.where(is_there, model_head, 0)
-    slot = tl.where(is_there, slot, 0).to(tl.int32)
+    model_head, slot, _ = place_of(heads + head, slot_pointer, num_kv_heads, num_slots)
     group = tl.arange(0, BLOCK_GROUPS)
     in_group = group < GROUPS
     value_dim = tl.arange(0, BLOCK_VALUE)
@@ -398,9 +405,5 @@ def join_kernel(
         mine = scores + (row * num_scored + head) * num_slots
         share = share_of(slot + 1, NUM_SPLITS, BLOCK_COLUMNS)
         begin = split * share
-        for start in range(begin, tl.minimum(begin + share, slot + 1), BLOCK_COLUMNS):
-            at = start + tl.arange(0, BLOCK_COLUMNS)
-            is_slot = at <= slot
-            weights = tl.load(kept + at[None, :], mask=in_group[:, None] & is_slot[None, :], other=float("-inf"))
-            received = tl.sum(tl.exp(weights - highest[:, None]) / total[:, None], 0)
-            tl.store(mine + at, tl.load(mine + at, mask=is_slot, other=0.0) + received, mask=is_slot)
+        end = tl.minimum(begin + share, slot + 1)
+        add_received(mine, kept, begin, end, highest, total, in_group, BLOCK_COLUMNS)

@@ -33,6 +33,7 @@ from ssd_cache.cache.cache import SSDCache, decoder_shape
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.layout import Grid, ImageLayout
 from ssd_cache.models import GeneratorError, find_generator
+from ssd_cache.models.base import StepListener
 
 GUIDANCE_SCALE = 5.0
 NUM_PROMPT = 16
@@ -267,11 +268,6 @@ class JanusSubject(Subject):
         prompt[:, 0], prompt[:, -1] = ids.bos_token_id, ids.generation_kwargs["boi_token_id"]
         if seen:
             prompt = prompt[:, -1:]  # the last token before the next step; all earlier tokens are in the cache
-
-        def tick(input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-            on_step()
-            return logits
-
         config = model.model.vision_model.config
         whole, config.num_image_tokens = config.num_image_tokens, num_tokens
         try:
@@ -282,7 +278,7 @@ class JanusSubject(Subject):
                 **{CACHE: cache},
                 guidance_scale=GUIDANCE_SCALE,
                 do_sample=True,
-                logits_processor=LogitsProcessorList([tick]),
+                logits_processor=LogitsProcessorList([StepListener(lambda rows: on_step())]),
             )
         finally:
             config.num_image_tokens = whole

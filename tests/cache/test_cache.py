@@ -144,17 +144,18 @@ def test_left_padding_changes_nothing_when_layers_differ_in_length():
 
 
 @needs_compiler
-def test_only_heads_of_different_lengths_are_read_by_the_cpu_loop(monkeypatch):
-    """Equal slots keep torch's attention, which gives a full cache's bits; the loop gives the same tokens."""
-    model, budget = tiny_janus(grid_side=6), {"spatial": 12, "semantic": 15}
-    equal, unequal, plain = (SSDCache(mixed_map(), slots, buffer=3) for slots in (12, budget, budget))
-    generate_image(model, equal)
-    tokens = generate_image(model, unequal, do_sample=False)
-    assert [layer.has_kernel for cache in (equal, unequal) for layer in cache.layers] == [False, False, True, True]
+@pytest.mark.parametrize("budget", [12, {"spatial": 12, "semantic": 15}, {"spatial": 36, "semantic": 12}])
+def test_heads_that_evict_are_read_by_the_cpu_loop(budget, monkeypatch):
+    """It gives the tokens of torch's attention, which a full budget keeps, since that gives a full cache's bits."""
+    model = tiny_janus(grid_side=6)
+    full, evicting, plain = (SSDCache(mixed_map(), slots, buffer=3) for slots in (36, budget, budget))
+    generate_image(model, full)
+    tokens = generate_image(model, evicting, do_sample=False)
+    assert [layer.has_kernel for cache in (full, evicting) for layer in cache.layers] == [False, False, True, True]
     monkeypatch.setattr(dispatch, "can_serve", lambda *states, **options: False)
     assert torch.equal(generate_image(model, plain, do_sample=False), tokens)
     assert not any(layer.has_kernel for layer in plain.layers)
-    for ours, theirs in zip(unequal.layers, plain.layers, strict=True):
+    for ours, theirs in zip(evicting.layers, plain.layers, strict=True):
         for mine, other in zip(ours.held_positions(), theirs.held_positions(), strict=True):
             assert torch.equal(mine, other)
 

@@ -277,10 +277,10 @@ def test_nothing_moves_in_memory_while_an_image_is_generated(kv_dtype):
 
 
 @needs_compiler
-def test_eager_steps_take_the_kernel_for_8_bits_alone():
+def test_where_nothing_is_evicted_eager_steps_take_the_kernel_for_8_bits_alone():
     """Without it their tokens equal those of a full cache bit for bit, which 8 bits rule out anyway."""
     for kv_dtype in (None, *KV_DTYPES):
-        cache = SSDCache(mixed_map(), 14, buffer=3, kv_dtype=kv_dtype)
+        cache = SSDCache(mixed_map(), 1.0, kv_dtype=kv_dtype)
         generate_image(tiny_janus(grid_side=6), cache)
         assert all(layer.has_kernel == (kv_dtype is not None) for layer in cache.layers)
 

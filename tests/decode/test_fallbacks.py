@@ -21,15 +21,17 @@ NUM_TOKENS = 30
 CALL = {**left_padded_prompts((5, 9)), "do_sample": False, "max_new_tokens": NUM_TOKENS + 1}
 
 
+def forget():
+    """Forget which kernels were tried and what was warned of."""
+    for answer in (dispatch.passes_trial, dispatch._warn_of_torch):
+        answer.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def _no_answers():
-    """Forget which kernels were tried and what was warned of, before a test and after it."""
-    asked = dispatch.passes_trial, dispatch._warn_of_torch
-    for answer in asked:
-        answer.cache_clear()
+    forget()
     yield
-    for answer in asked:
-        answer.cache_clear()
+    forget()
 
 
 def no_triton(monkeypatch):
@@ -72,6 +74,7 @@ def test_one_warning_names_what_runs_instead(name, monkeypatch):
     model = tiny_llama().to(dtype)
     with enable(model, LABELS, budget=24, buffer=8):
         expected = model.generate(**CALL)
+    forget()
     before = dict(vars(model)), dict(vars(model.get_decoder()))
     remove(monkeypatch)
     with warnings.catch_warnings(record=True) as caught:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.compiling import needs_compiler
 from helpers.tiny_checkpoint import write_family
 from transformers import DynamicCache, GlmImageConfig
 
 from ssd_cache import HeadMap, SSDCache
 from ssd_cache.bench import SHAPES
+from ssd_cache.kernels import dispatch
 from ssd_cache.models import FAMILIES, Checkpoint, find_generator, generator_of
 from ssd_cache.models.causal_lm import CausalLMGenerator
 
@@ -55,6 +57,19 @@ def test_a_fifth_generates_whole_images(family):
     stats = cache.memory_stats()
     prompt = cache.layers[0].num_prompt
     assert stats.key_value / stats.full_cache == pytest.approx((prompt + round(0.2 * cells)) / (prompt + cells - 1))
+
+
+@needs_compiler
+def test_at_a_fifth_the_cpu_loop_generates_the_tokens_of_torchs_attention(family, monkeypatch):
+    _, generator, labels = family
+    tokens, backends = [], []
+    for _ in range(2):
+        cache = SSDCache(labels, 0.2, buffer=2)
+        tokens.append(generator.generate(PROMPTS, cache, temperature=0))
+        backends.append({layer.backend for layer in cache.layers})
+        monkeypatch.setattr(dispatch, "can_serve", lambda *states, **options: False)
+    assert backends == [{"CPU loop"}, {"torch's attention"}]
+    assert torch.equal(*tokens)
 
 
 def test_visual_embeddings_get_the_generated_tokens(family):

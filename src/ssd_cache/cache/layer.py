@@ -54,8 +54,8 @@ class SSDLayer(CacheLayerMixin):
         slots: slot of the newest token in each store.
         is_static: whether a static step runs.
         has_kernel: whether the fused kernel runs the steps of this image; chosen at the prompt.
-        allows_cpu_kernel: whether the kernel may run on a CPU, though its tokens are not bit-exact there. It runs in
-            any case for slots in 8 bits, and for heads that differ in length.
+        allows_cpu_kernel: whether the kernel may run on a CPU where nothing is evicted, though its tokens are not
+            bit-exact there. It runs in any case for heads that evict, and for slots in 8 bits.
         version: changes whenever a tensor that a static step uses is replaced.
     """
 
@@ -195,8 +195,9 @@ class SSDLayer(CacheLayerMixin):
         self.prompt_mask = None if mask is None else _own(mask)
         self._num_groups, self._scaling = query.shape[1] // self.num_kv_heads, scaling
         kv_dtype = self.plan.kv_dtype
-        # With several groups some heads evict, so no full cache's bits are to be matched; one call reads all groups.
-        is_optional = not self.allows_cpu_kernel and kv_dtype is None and len(self.plan.groups) > 1 and query.is_cpu
+        # where heads evict, no full cache's bits are to be matched
+        takes_loops = dispatch.takes_loops(query.device)
+        is_optional = takes_loops and self.plan.evicts and not self.allows_cpu_kernel and kv_dtype is None
         on_cpu = self.allows_cpu_kernel or is_optional
         served = dispatch.can_serve(
             query, *self._held_states, on_cpu=on_cpu, kv_dtype=kv_dtype, is_optional=is_optional

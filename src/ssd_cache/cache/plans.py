@@ -67,6 +67,11 @@ class LayerPlan:
         return len(self.groups) > 1 or order != sorted(order) or self.groups[0].is_scored
 
     @property
+    def evicts(self) -> bool:
+        """Whether some heads lack room for the whole grid."""
+        return min(self.num_slots) < self.num_cells
+
+    @property
     def takes_kernel(self) -> bool:
         """Whether the fused kernel of `kernels/dispatch.py` supports this layer.
 

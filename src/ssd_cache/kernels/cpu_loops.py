@@ -1,8 +1,8 @@
 """The loops of `cpu_loops.cpp`, built for this machine's processor with the compiler that `torch.compile` uses.
 
-`fast_decode` uses them on a CPU, and so do eager steps over slots in 8 bits or heads that differ in length. Where they
-cannot be built, torch's own operations run. This module does not decide which tokens are kept (`cache/slots.py` does)
-or when the loops run (`dispatch.py`, `packed_linears.py` and `cache/fused_eviction.py` do).
+`fast_decode` uses them on a CPU, and so do eager steps over heads that evict or slots in 8 bits. Where they cannot be
+built, torch's own operations run. This module does not decide which tokens are kept (`cache/slots.py` does) or when the
+loops run (`dispatch.py`, `packed_linears.py` and `cache/fused_eviction.py` do).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Fused decode step: write K and V, attend, and add the received attention to the scores; one call for a layer.
 
-It runs a Triton kernel on CUDA, and a C++ loop on a CPU (inside `fast_decode`, over slots in 8 bits, and for heads that
-differ in length), if that kernel passes a small trial against torch. A step's attention is added to the scores at once,
+It runs a Triton kernel on CUDA, and a C++ loop on a CPU (inside `fast_decode`, for heads that evict, and over slots in
+8 bits), if that kernel passes a small trial against torch. A step's attention is added to the scores at once,
 so no queries are stored. This module handles only tensors. `cache/backends.py` calls it; where no kernel can run, the
 attention of torch does.
 """

@@ -165,7 +165,7 @@ def test_heads_that_evict_are_read_by_the_cpu_loop(budget, monkeypatch):
 
 @pytest.mark.parametrize("budget", [12, {"spatial": 9, "semantic": 13}])
 @pytest.mark.parametrize("move", ["reorder", "select", "mask", "repeat"])
-@pytest.mark.parametrize("score", ["sum", "last", "margin", "leverage"])
+@pytest.mark.parametrize("score", ["sum", "last", "margin", "leverage", "learned"])
 def test_rows_can_be_moved_in_mid_image(budget, move, score):
     rows = {"reorder": [2, 0, 0], "select": [1, 2], "mask": [0, 2], "repeat": [0, 0, 1, 1, 2, 2]}[move]
     rows = torch.tensor(rows)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from helpers.models import left_padded_prompts
+from helpers.models import left_padded_prompts, random_score
 from ssd_cache import HeadMap, SSDCache
 from ssd_cache._compat import CACHE
 from ssd_cache.cache.attention import ssd_attention_forward
@@ -43,9 +43,11 @@ def feed(cache, states, rows=None):
 
 
 def half_generated(budget, rows=None, **settings):
+    torch.manual_seed(0)  # of the score
+    learned = random_score(2, 2, 8, GRID) if settings.get("score") == "learned" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cache = SSDCache(mixed_map(), budget, **{"buffer": 4, "num_recent": 2, **settings})
+        cache = SSDCache(mixed_map(learned=learned), budget, **{"buffer": 4, "num_recent": 2, **settings})
     feed(cache, random_states(3, 5, 0), rows)
     for step in range(17):
         feed(cache, random_states(3, 1, 1 + step), rows)

@@ -59,8 +59,8 @@ class QuantizedStore(SlotStore):
         heads, slots = slice(self.plan.num_semantic), slice(self.num_stored)
         return self._join(self.keys[:, heads], self.key_codes[:, heads, slots], self.key_scales[:, heads, slots])
 
-    def _ranked_states(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ranked = (held[:, : self.plan.num_semantic, :num_tokens] for held in self.codes)
+    def _ranked_states(self, slots: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        ranked = (held[:, : self.plan.num_semantic, slots] for held in self.codes)
         key_codes, key_scales, value_codes, value_scales = ranked
         keys = dequantize(key_codes, key_scales, self.kv_dtype, self.keys.dtype)
         return keys, dequantize(value_codes, value_scales, self.kv_dtype, self.keys.dtype)
@@ -75,4 +75,4 @@ class QuantizedStore(SlotStore):
 
     def _slots(self) -> Slots:
         states, scales = [self.key_codes, self.value_codes], [self.key_scales, self.value_scales]
-        return Slots(self.positions, self.received, states, scales)
+        return Slots(self.positions, self._scores, states, scales)

@@ -1,7 +1,8 @@
 """Scorers: the ranks by which semantic heads keep their visual tokens. The lowest ranks are evicted first.
 
-A scorer says whether it needs queries, adds up the attention that tokens receive, and ranks the tokens. A new score is
-one class and one entry of `SCORES`. `eviction.py` decides from the ranks which tokens are dropped.
+A scorer adds up the attention that tokens receive, or computes their worth once, or needs neither; it ranks the tokens
+from that. A new score is one class and one entry of `SCORES`. `eviction.py` decides from the ranks which tokens are
+dropped.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ class Scorer:
     Attributes:
         words: the score in words.
         needs_queries: whether `observe` is called.
+        has_worth: whether `worth` is called, once for each token.
     """
 
     words: ClassVar[str] = "attention sum"
     needs_queries: ClassVar[bool] = True
+    has_worth: ClassVar[bool] = False
 
     def at(self, heads: list[int] | slice) -> Scorer:
         """The scorer of some of the layer's heads."""
@@ -54,13 +57,17 @@ class Scorer:
         self.begin_window(received)
         received += weights.sum((2, 3))
 
+    def worth(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The part of a token's rank that never changes, from K and V `[batch, semantic_heads, tokens, head_dim]`."""
+        raise NotImplementedError
+
     def rank(
         self, received: torch.Tensor, positions: torch.Tensor, num_seen: int, states: Callable[[], States]
     ) -> torch.Tensor:
         """Rank the tokens of semantic heads, `[batch, semantic_heads, slots]`, float32.
 
         Args:
-            received: as for `observe`; without heads if no queries are needed.
+            received: as for `observe`, or what `worth` returned; without heads if the scorer has neither.
             positions: `[batch, semantic_heads, slots]`, number of the visual token in each slot, counted from 0.
             num_seen: visual tokens seen before the eviction.
             states: returns K and V of these tokens, `[batch, semantic_heads, slots, head_dim]`.
@@ -129,6 +136,7 @@ class LearnedScorer(Scorer):
 
     words: ClassVar[str] = "learned score"
     needs_queries: ClassVar[bool] = False
+    has_worth: ClassVar[bool] = True
 
     learned: LearnedScore
 
@@ -138,8 +146,11 @@ class LearnedScorer(Scorer):
     def to(self, device):
         return LearnedScorer(self.learned.to(device))
 
+    def worth(self, keys, values):
+        return self.learned.of_states(keys, values)
+
     def rank(self, received, positions, num_seen, states):
-        return self.learned.of_places(positions, num_seen) + self.learned.of_states(*states())
+        return self.learned.of_places(positions, num_seen) + received
 
 
 SCORES: Mapping[str, type[Scorer]] = MappingProxyType(

@@ -54,11 +54,12 @@ class SlotStore:
         positions: `[batch, heads, num_slots]`, int32, number of the visual token in each slot, counted from 0; in a
             free slot, of the token that it will hold.
         received: `[batch, num_semantic, num_slots]`, float32, the attention received; without heads if not needed.
+        worth: the same of the tokens' worth, for a scorer that has one.
         queries: `[batch, num_semantic, num_groups, buffer, head_dim]`, queries whose attention is not yet in
             `received`; None if the kernel adds it at once, or no token is scored.
         num_seen: visual tokens seen.
         num_stored: visual tokens stored in each head; the next token takes this slot or, after an eviction, another.
-        num_scored: of these, the tokens whose queries are already in `received`.
+        num_scored: of these, the tokens whose queries are already in `received`, or whose worth is in `worth`.
     """
 
     STATES: tuple[str, ...] = ("keys", "values")
@@ -79,13 +80,15 @@ class SlotStore:
         self.plan, self.scaling = replace(plan, scorer=plan.scorer.to(keys.device)), scaling
         batch, _, self.num_prompt, head_dim = keys.shape
         heads, num_slots, device = len(plan.heads), plan.num_slots, keys.device
-        num_semantic = plan.num_semantic if plan.is_scored else 0
+        num_scored = plan.num_semantic if plan.is_scored else 0
+        num_worth = plan.num_semantic if plan.scorer.has_worth else 0
         self._allocate(keys, values)
         self.positions = torch.zeros(batch, heads, num_slots, dtype=torch.int32, device=device)
-        self.received = torch.zeros(batch, num_semantic, num_slots, device=device)
+        self.received = torch.zeros(batch, num_scored, num_slots, device=device)
+        self.worth = torch.zeros(batch, num_worth, num_slots, device=device)
         self.queries = self.mask = None
-        if num_groups and num_semantic:
-            self.queries = keys.new_empty(batch, num_semantic, num_groups, plan.buffer, head_dim)
+        if num_groups and num_scored:
+            self.queries = keys.new_empty(batch, num_scored, num_groups, plan.buffer, head_dim)
         if has_mask:
             self.mask = torch.ones(batch, self.num_prompt + num_slots, dtype=torch.bool, device=device)
 
@@ -160,7 +163,10 @@ class SlotStore:
         return (slot - self.plan.num_slots) % self.plan.buffer
 
     def score_window(self) -> None:
-        """Add the attention of the held queries to what the tokens received; nothing was evicted after the first."""
+        """Score the query window that ends: add the attention of the held queries, or compute the new tokens' worth.
+
+        Nothing was evicted after the first query.
+        """
         if self.queries is not None and self.num_scored < self.num_stored:
             end = self._place_in_window(self.num_stored - 1) + 1
             weights = attention_weights(
@@ -172,33 +178,41 @@ class SlotStore:
                 prompt_mask=None if self.mask is None else self.mask[:, : self.num_prompt],
             )
             self.plan.scorer.observe(self.received[..., : self.num_stored], weights[..., self.num_prompt :])
+        if self.worth.shape[1] and self.num_scored < self.num_stored:
+            new = slice(self.num_scored, self.num_stored)
+            self.worth[..., new] = self.plan.scorer.worth(*self._ranked_states(new))
         self.num_scored = self.num_stored
 
     def _scored_keys(self) -> torch.Tensor:
         """Keys that the held queries saw, `[batch, num_semantic, num_prompt + num_stored, head_dim]`."""
         return self.keys[:, : self.plan.num_semantic, : self.num_prompt + self.num_stored]
 
-    def _rank(self, num_seen: int, num_tokens: int) -> torch.Tensor:
-        """Ranks of the tokens in the semantic heads' first `num_tokens` slots, `[batch, num_semantic, num_tokens]`."""
-        positions = self.positions[:, : self.plan.num_semantic, :num_tokens]
-        states = partial(self._ranked_states, num_tokens)
-        return self.plan.scorer.rank(self.received[..., :num_tokens], positions, num_seen, states)
+    @property
+    def _scores(self) -> torch.Tensor:
+        """What is known of each token of the semantic heads: the attention that it received, or its worth."""
+        return self.worth if self.plan.scorer.has_worth else self.received
 
-    def _ranked_states(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V in the semantic heads' first `num_tokens` slots, `[batch, num_semantic, num_tokens, head_dim]`."""
-        ranked = slice(None), slice(self.plan.num_semantic), slice(self.num_prompt, self.num_prompt + num_tokens)
-        return self.keys[ranked], self.values[ranked]
+    def _rank(self) -> torch.Tensor:
+        """Ranks of the semantic heads' tokens when all slots are taken, `[batch, num_semantic, num_slots]`."""
+        positions = self.positions[:, : self.plan.num_semantic]
+        states = partial(self._ranked_states, slice(None))
+        return self.plan.scorer.rank(self._scores, positions, self.num_seen, states)
+
+    def _ranked_states(self, slots: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V in these slots of the semantic heads, `[batch, num_semantic, slots, head_dim]`."""
+        keys, values = (states[:, : self.plan.num_semantic, self.num_prompt :] for states in (self.keys, self.values))
+        return keys[:, :, slots], values[:, :, slots]
 
     def _evict(self) -> None:
         plan = self.plan
-        ranks = self._rank(self.num_seen, plan.num_slots) if plan.num_semantic else None
+        ranks = self._rank() if plan.num_semantic else None
         counts = {"num_recent": plan.num_recent, "num_sinks": plan.num_sinks}
         evict(self._slots(), ranks, plan.buffer, self.num_seen, **counts)
         self.num_stored = self.num_scored = plan.num_slots - plan.buffer
 
     def _slots(self) -> Slots:
         """The tensors with one row for each slot."""
-        return Slots(self.positions, self.received, [self.keys, self.values], [])
+        return Slots(self.positions, self._scores, [self.keys, self.values], [])
 
     @property
     def codes(self) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).parent
-POLICIES = ("fitted:score=learned", "online", "fitted", "ssd", "linear", "h2o:num_recent=0.25", "h2o", "streaming-llm")
+POLICIES = ("fitted:score=learned", "online", "fitted", "ssd", "linear", "h2o:num_recent=30", "h2o", "streaming-llm")
 CONTROLS = ("ssd", "labels at run time", "random-1", "margin", "inverted", "streaming-llm")
 
 

@@ -160,6 +160,21 @@ def test_heads_that_evict_are_read_by_the_cpu_loop(budget, monkeypatch):
             assert torch.equal(mine, other)
 
 
+def test_dropout_keeps_torchs_attention():
+    """As in training, but without gradients; no kernel drops softmax weights."""
+    model = tiny_janus(grid_side=6).train()
+    for layer in model.get_decoder().layers:
+        layer.self_attn.attention_dropout = 0.5
+    cache = SSDCache(mixed_map(), 12, buffer=3)
+    tokens = [generate_image(model, cache, do_sample=False)]
+    assert {layer.backend for layer in cache.layers} == {"torch's attention"}
+    for layer in model.get_decoder().layers:
+        layer.self_attn.attention_dropout = 0.0
+    cache.reset()
+    tokens.append(generate_image(model, cache, do_sample=False))
+    assert not torch.equal(*tokens)
+
+
 # --- state moves as one ---------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ssd_cache import HeadMap, SSDCache
 from ssd_cache.cache.eviction import compact, select_victims
 from ssd_cache.cache.scorers import SCORES, attention_weights, make_scorer
+from ssd_cache.head_map.learned_score import LearnedScore
 
 MODULE = SimpleNamespace(num_key_value_groups=1, is_causal=True)
 
@@ -107,6 +108,18 @@ def test_sinks_are_spared_by_score_too():
     scores = torch.tensor([[[0.1, 0.2, 0.9, 0.5, 0.3]]])
     victims = select_victims(positions, scores, num_evict=2, num_seen=5, num_recent=1, num_sinks=1)
     assert victims.tolist() == [[[1, 3], [1, 2]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_learned_score_takes_values_of_another_size_than_keys(dtype):
+    keys, values = torch.randn(2, 3, 5, 8).to(dtype), torch.randn(2, 3, 5, 6).to(dtype)
+    learned = LearnedScore(torch.randn(3, 8), torch.randn(3, 6), torch.zeros(3, 4, 4), torch.zeros(3, 4, 4))
+    worth = learned.of_states(keys, values)
+    assert worth.dtype == torch.float32
+    for row, head, token in torch.cartesian_prod(*map(torch.arange, worth.shape)).tolist():
+        expected = keys[row, head, token].double() @ learned.key[head].double()
+        expected += values[row, head, token].double() @ learned.value[head].double()
+        assert worth[row, head, token].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_scores_in_numbers():

@@ -54,7 +54,7 @@ def ssd_attention_forward(
         grouped = query.reshape(batch, layer.num_kv_heads, num_heads // layer.num_kv_heads, head_dim)
         return layer.attend(grouped, key, value, factor, dropout).reshape(batch, new, num_heads, -1), None
     mask = prompt_columns(attention_mask, key.shape[2])
-    layer.see_prompt(query, mask, factor, kwargs.get("sliding_window"))
+    layer.see_prompt(query, mask, factor, kwargs.get("sliding_window"), dropout)
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 

@@ -61,8 +61,8 @@ class HeadGroups:
         `query` is `[batch, kv_heads, groups, head_dim]`, in the model's order of heads, and the output
         `[batch, kv_heads, groups, value_dim]`.
         """
-        # Two matrix products beat sdpa for one query on a CPU, above all in bfloat16. Eager steps keep sdpa, because
-        # their tokens then equal those of a full cache bit for bit while nothing is evicted.
+        # Two matrix products beat sdpa for one query on a CPU, above all in bfloat16. Eager steps, which come here on a
+        # CPU if nothing is evicted or no loop can run, keep sdpa: their tokens then equal a full cache's bit for bit.
         is_static = not isinstance(slots[0], int)
         attend = _attend_by_products if is_static and query.is_cpu and not dropout else F.scaled_dot_product_attention
         outputs = []

@@ -212,7 +212,7 @@ class SSDCache(Cache):
         return states
 
     def allow_cpu_kernel(self) -> None:
-        """Allow a CPU kernel that is not bit-exact for the next image; `fast_decode` calls this."""
+        """Allow a CPU kernel that is not bit-exact where nothing is evicted; `fast_decode` calls this for an image."""
         for layer in self.layers:
             layer.allows_cpu_kernel = True
 

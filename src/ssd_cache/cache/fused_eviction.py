@@ -25,13 +25,14 @@ class Slots:
 
     Attributes:
         positions: `[batch, heads, num_slots]`, int32.
-        scores: `[batch, num_scored, num_slots]`, float32, of the first heads; zero in free slots.
+        received: `[batch, num_scored, num_slots]`, float32, of the first heads: the attention that each token received,
+            or its worth. Freed slots get zero.
         states: K and V, or their codes, `[batch, heads, num_prompt + num_slots, head_dim]`; codes have no prompt.
         scales: of codes, `[batch, heads, num_slots]`, float32, else empty.
     """
 
     positions: torch.Tensor
-    scores: torch.Tensor
+    received: torch.Tensor
     states: list[torch.Tensor]
     scales: list[torch.Tensor]
 
@@ -57,12 +58,12 @@ def evict(slots: Slots, ranks: torch.Tensor | None, num_evict: int, num_seen: in
 
 
 def _by_torch(slots: Slots, ranks: torch.Tensor | None, num_evict: int, num_seen: int, **spared: int) -> None:
-    positions, scores = slots.positions, slots.scores
+    positions, received = slots.positions, slots.received
     victims = select_victims(positions, ranks, num_evict, num_seen, **spared)
     views = [states[:, :, slots.num_prompt :] for states in slots.states]
-    compact([*views, *slots.scales, positions, scores], victims)
+    compact([*views, *slots.scales, positions, received], victims)
     free = slice(positions.shape[2] - num_evict, None)
-    scores[..., free].zero_()
+    received[..., free].zero_()
     positions[:, :, free].copy_(torch.arange(num_seen, num_seen + num_evict, device=positions.device))
 
 
@@ -73,7 +74,7 @@ def _by_kernel(slots: Slots, ranks: torch.Tensor | None, num_evict: int, num_see
         from ssd_cache.kernels.triton_evict import launch
 
     counts = {"num_prompt": slots.num_prompt, "num_evict": num_evict, "num_seen": num_seen, **spared}
-    launch(slots.positions, ranks, slots.scores, slots.states, slots.scales, counts)
+    launch(slots.positions, ranks, slots.received, slots.states, slots.scales, counts)
 
 
 def has_kernel(device: torch.device) -> bool:

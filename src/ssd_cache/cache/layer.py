@@ -173,7 +173,9 @@ class SSDLayer(CacheLayerMixin):
         states = zip(key, value, strict=True) if isinstance(key, GroupedStates) else [(key, value)]
         return self.groups.attend_in_torch(self.stores, self.slots, query, states, scaling, dropout)
 
-    def see_prompt(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, window: int | None) -> None:
+    def see_prompt(
+        self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, window: int | None, dropout: float = 0.0
+    ) -> None:
         """Receive the queries of the prompt, after `update`, and choose the backend of this image.
 
         Args:
@@ -181,6 +183,7 @@ class SSDLayer(CacheLayerMixin):
             mask: `[batch, num_prompt]`, False on padding, or None.
             scaling: factor on the dot products of queries and keys.
             window: tokens of a sliding window, or None for full attention.
+            dropout: share of softmax weights dropped in training, which no kernel does.
 
         Raises:
             ValueError: a layer with sliding window attention whose window does not hold prompt and image.
@@ -199,10 +202,10 @@ class SSDLayer(CacheLayerMixin):
         takes_loops = dispatch.takes_loops(query.device)
         is_optional = takes_loops and self.plan.evicts and not self.allows_cpu_kernel and kv_dtype is None
         on_cpu = self.allows_cpu_kernel or is_optional
-        served = dispatch.can_serve(
+        can_take = self.plan.takes_kernel and not dropout
+        self.has_kernel = can_take and dispatch.can_serve(
             query, *self._held_states, on_cpu=on_cpu, kv_dtype=kv_dtype, is_optional=is_optional
         )
-        self.has_kernel = served and self.plan.takes_kernel
 
     def begin_step(self, slots: list[Slot]) -> None:
         """Host-side work before a static step: score, evict, reserve a slot.

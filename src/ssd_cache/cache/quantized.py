@@ -75,4 +75,4 @@ class QuantizedStore(SlotStore):
 
     def _slots(self) -> Slots:
         states, scales = [self.key_codes, self.value_codes], [self.key_scales, self.value_scales]
-        return Slots(self.positions, self._scores, states, scales)
+        return Slots(self.positions, self._ranked_by, states, scales)

@@ -1,8 +1,8 @@
 """Scorers: the ranks by which semantic heads keep their visual tokens. The lowest ranks are evicted first.
 
-A scorer adds up the attention that tokens receive, or computes their worth once, or needs neither; it ranks the tokens
-from that. A new score is one class and one entry of `SCORES`. `eviction.py` decides from the ranks which tokens are
-dropped.
+A scorer adds up the attention that tokens receive, or computes their worth (a part of the rank that never changes), or
+needs neither; it ranks the tokens from that. A new score is one class and one entry of `SCORES`. `eviction.py` decides
+from the ranks which tokens are dropped.
 """
 
 from __future__ import annotations

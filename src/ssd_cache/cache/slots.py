@@ -54,7 +54,8 @@ class SlotStore:
         positions: `[batch, heads, num_slots]`, int32, number of the visual token in each slot, counted from 0; in a
             free slot, of the token that it will hold.
         received: `[batch, num_semantic, num_slots]`, float32, the attention received; without heads if not needed.
-        worth: the same of the tokens' worth, for a scorer that has one.
+        worth: `[batch, num_semantic, num_slots]`, float32, the part of each token's rank that never changes; without
+            heads if the scorer has none.
         queries: `[batch, num_semantic, num_groups, buffer, head_dim]`, queries whose attention is not yet in
             `received`; None if the kernel adds it at once, or no token is scored.
         num_seen: visual tokens seen.
@@ -80,15 +81,15 @@ class SlotStore:
         self.plan, self.scaling = replace(plan, scorer=plan.scorer.to(keys.device)), scaling
         batch, _, self.num_prompt, head_dim = keys.shape
         heads, num_slots, device = len(plan.heads), plan.num_slots, keys.device
-        num_scored = plan.num_semantic if plan.is_scored else 0
+        num_received = plan.num_semantic if plan.is_scored else 0
         num_worth = plan.num_semantic if plan.scorer.has_worth else 0
         self._allocate(keys, values)
         self.positions = torch.zeros(batch, heads, num_slots, dtype=torch.int32, device=device)
-        self.received = torch.zeros(batch, num_scored, num_slots, device=device)
+        self.received = torch.zeros(batch, num_received, num_slots, device=device)
         self.worth = torch.zeros(batch, num_worth, num_slots, device=device)
         self.queries = self.mask = None
-        if num_groups and num_scored:
-            self.queries = keys.new_empty(batch, num_scored, num_groups, plan.buffer, head_dim)
+        if num_groups and num_received:
+            self.queries = keys.new_empty(batch, num_received, num_groups, plan.buffer, head_dim)
         if has_mask:
             self.mask = torch.ones(batch, self.num_prompt + num_slots, dtype=torch.bool, device=device)
 
@@ -167,7 +168,9 @@ class SlotStore:
 
         Nothing was evicted after the first query.
         """
-        if self.queries is not None and self.num_scored < self.num_stored:
+        if self.num_scored == self.num_stored:
+            return
+        if self.queries is not None:
             end = self._place_in_window(self.num_stored - 1) + 1
             weights = attention_weights(
                 self.queries[:, :, :, end - (self.num_stored - self.num_scored) : end],
@@ -178,7 +181,7 @@ class SlotStore:
                 prompt_mask=None if self.mask is None else self.mask[:, : self.num_prompt],
             )
             self.plan.scorer.observe(self.received[..., : self.num_stored], weights[..., self.num_prompt :])
-        if self.worth.shape[1] and self.num_scored < self.num_stored:
+        if self.worth.shape[1]:
             new = slice(self.num_scored, self.num_stored)
             self.worth[..., new] = self.plan.scorer.worth(*self._ranked_states(new))
         self.num_scored = self.num_stored
@@ -188,15 +191,15 @@ class SlotStore:
         return self.keys[:, : self.plan.num_semantic, : self.num_prompt + self.num_stored]
 
     @property
-    def _scores(self) -> torch.Tensor:
-        """What is known of each token of the semantic heads: the attention that it received, or its worth."""
+    def _ranked_by(self) -> torch.Tensor:
+        """Attention received by each token, or its worth, `[batch, num_semantic, num_slots]`; moved by evictions."""
         return self.worth if self.plan.scorer.has_worth else self.received
 
     def _rank(self) -> torch.Tensor:
         """Ranks of the semantic heads' tokens when all slots are taken, `[batch, num_semantic, num_slots]`."""
         positions = self.positions[:, : self.plan.num_semantic]
         states = partial(self._ranked_states, slice(None))
-        return self.plan.scorer.rank(self._scores, positions, self.num_seen, states)
+        return self.plan.scorer.rank(self._ranked_by, positions, self.num_seen, states)
 
     def _ranked_states(self, slots: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V in these slots of the semantic heads, `[batch, num_semantic, slots, head_dim]`."""
@@ -212,7 +215,7 @@ class SlotStore:
 
     def _slots(self) -> Slots:
         """The tensors with one row for each slot."""
-        return Slots(self.positions, self._scores, [self.keys, self.values], [])
+        return Slots(self.positions, self._ranked_by, [self.keys, self.values], [])
 
     @property
     def codes(self) -> list[torch.Tensor]:
@@ -226,7 +229,7 @@ class SlotStore:
 
     @property
     def bookkeeping_nbytes(self) -> int:
-        """Bytes of everything else: positions, received attention, held queries, the prompt's mask."""
+        """Bytes of everything else: positions, received attention or worth, held queries, the prompt's mask."""
         return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor)) - self.nbytes
 
 

@@ -74,4 +74,4 @@ class LearnedScore:
     def of_states(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """The part of the score that depends on K and V: `[batch, heads, tokens, head_dim]` to `[..., tokens]`."""
         # a few numbers for each token: elementwise operations are faster here than matrix products
-        return (keys * self.key[:, None]).addcmul_(values, self.value[:, None]).sum(-1)
+        return (keys * self.key[:, None]).sum(-1) + (values * self.value[:, None]).sum(-1)

@@ -41,7 +41,8 @@ OnTokens = Callable[[int], object]
 class StepListener(LogitsProcessor):
     """Calls a function with the number of rows at every step of `generate`, and changes no logits.
 
-    At every step transformers reads the signature of each logits processor: 10 µs for this class, 75 for a function.
+    It is a class because transformers reads the signature of each logits processor at every step, which takes seven
+    times as long for a function.
     """
 
     def __init__(self, on_step: OnTokens):

@@ -132,7 +132,9 @@ class RecordingLayer(DynamicLayer):
         keys.ssd_layer = self
         return keys, values
 
-    def see_prompt(self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, window: int | None) -> None:
+    def see_prompt(
+        self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, window: int | None, dropout: float = 0.0
+    ) -> None:
         """See `SSDLayer.see_prompt`."""
         self.prompt_mask, self._query_missing = mask, False
         self.soundness = self.soundness.to(query.device)

@@ -31,7 +31,8 @@ def launch(
     Args:
         positions: `[batch, heads, num_slots]`, int32; the freed slots get the numbers of the next tokens.
         ranks: `[batch, num_semantic, num_slots]`, float32, of the first heads; None if all heads are spatial.
-        received: `[batch, num_scored, num_slots]`, float32, of the first heads; zero in the freed slots.
+        received: `[batch, num_scored, num_slots]`, float32, of the first heads: the attention that each token received,
+            or its worth. Freed slots get zero.
         states: K and V, or their codes, `[batch, heads, num_prompt + num_slots, head_dim]`, contiguous.
         scales: of codes, `[batch, heads, num_slots]`, float32, else empty.
         counts: `num_evict`, `num_seen`, `num_recent` and `num_sinks` as for `select_victims`, and `num_prompt`, the

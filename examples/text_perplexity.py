@@ -81,10 +81,10 @@ class LayerSideBySide:
     def __init__(self, layers: Sequence[SSDLayer]):
         self.layers, self.num_kv_heads, self.in_prompt = layers, layers[0].num_kv_heads, layers[0].in_prompt
 
-    def see_prompt(self, query: torch.Tensor, mask: None, scaling: float, window: int | None) -> None:
+    def see_prompt(self, query: torch.Tensor, mask: None, scaling: float, window: int | None, dropout: float) -> None:
         """Pass each row's query to its layer."""
         for layer, row in zip(self.layers, query.split(1), strict=True):
-            layer.see_prompt(row, mask, scaling, window)
+            layer.see_prompt(row, mask, scaling, window, dropout)
 
     def attend(self, query: torch.Tensor, keys: States, values: States, scaling: float, dropout: float) -> torch.Tensor:
         """Attend row by row."""

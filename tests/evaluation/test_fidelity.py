@@ -268,8 +268,8 @@ def test_caches_beside_do_not_matter_and_less_budget_holds_less():
     assert held == sorted(held)
     assert [result.budget for result in together.values()] == [10 / 36, 20 / 36, 30 / 36]
     for budget, result in zip((10, 20, 30), together.values(), strict=True):
-        assert (result.kl[:, :budget] == 0).all()  # until the slots are full
-        assert (result.kl[:, budget] > 0).all()
+        assert (result.kl[:, :budget] < 1e-9).all()  # until the slots are full, up to rounding
+        assert (result.kl[:, budget] > 1e-7).all()
 
 
 # --- what stays on the model

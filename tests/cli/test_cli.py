@@ -24,6 +24,7 @@ from PIL import Image
 from rich.filesize import decimal
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
+from tqdm import tqdm
 from typer.testing import CliRunner
 
 import ssd_cache
@@ -617,6 +618,27 @@ def test_ctrl_c_ends_with_1_one_line_and_no_file(folder, child, tmp_path):
     assert "Traceback" not in rest
     assert out == ""
     assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("drawn", ["inside tqdm", "before its block"])
+def test_ctrl_c_while_a_bar_is_made_removes_it(run, monkeypatch, drawn):
+    """The interruption comes after the bar is on the screen, and before a block would close it."""
+    method = {"inside tqdm": "refresh", "before its block": "__enter__"}[drawn]
+    real = getattr(tqdm, method)
+
+    def interrupt(bar, *args, **kwargs):
+        real(bar, *args, **kwargs)
+        bars.append(bar)  # as the frames of a traceback do
+        raise KeyboardInterrupt
+
+    bars = []
+    monkeypatch.setattr(tqdm, method, interrupt)
+    result = run(CIRCLE, "--budget", "0.4")
+    monkeypatch.undo()
+    assert len(bars) == 1
+    *shown, last = result.stderr.split("\r")
+    assert last == "ssd-cache: interrupted\n"
+    assert any(text.strip() for text in shown)
 
 
 def test_the_bundled_model_generates_its_prompt_and_a_mistake_ends_with_2(child, tmp_path):

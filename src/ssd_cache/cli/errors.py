@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from ssd_cache.cache.sharding import is_distributed
 from ssd_cache.io.showing import printable
 from ssd_cache.io.untrusted import WrongFileError
+from ssd_cache.runs.progress import remove_open_bars
 
 TYPER_INTERRUPTED = 130
 """Exit code that typer returns after Ctrl-C; older versions raise Abort."""
@@ -88,6 +89,7 @@ class OneLineGroup(TyperGroup):
             if not hasattr(error, "format_message"):  # only typer's own errors have it: options, numbers, choices
                 raise
             failed = WrongUse(error.format_message())
+        remove_open_bars()
         typer.echo(_one_line(str(failed)), err=True)
         return failed.exit_code
 

@@ -31,3 +31,15 @@ def progress_bar(iterable: Iterable | None = None, *, desc: str, **options: Any)
     if title is not None:
         desc, options = f"{title}, {desc}", {**options, "leave": False}
     return tqdm(iterable, desc=desc, **options)
+
+
+def remove_open_bars() -> None:
+    """Remove bars that are still on the screen, so that a message begins a line of its own.
+
+    An interruption can come while tqdm draws a new bar, before any block could close it.
+    """
+    for bar in list(getattr(tqdm, "_instances", ())):  # a private name of tqdm, the only list of its bars
+        if getattr(bar, "sp", None) is not None:  # tqdm has set its printer, so it may have drawn it
+            bar.leave = False
+            bar.clear()
+            bar.close()

@@ -126,8 +126,9 @@ class LeverageScorer(Scorer):
         variances = covariance.diagonal(dim1=-2, dim2=-1)
         variances += RIDGE * variances.mean(-1, keepdim=True).clamp(min=TINY)
         # cholesky_ex does not check its result, so a GPU does not wait; the ridge makes the matrix positive definite
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(covariance)[0])
-        return (keys @ inverse).mul_(keys).sum(-1)
+        factor = torch.linalg.cholesky_ex(covariance)[0]
+        # x C^-1 x = |x L^-T|^2. On a GPU this is one batched call; torch's inverse is a call for each matrix there.
+        return torch.linalg.solve_triangular(factor.mT, keys, upper=True, left=False).square_().sum(-1)
 
 
 @dataclass(frozen=True)

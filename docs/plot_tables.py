@@ -16,7 +16,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).parent
-POLICIES = ("fitted:score=learned", "online", "fitted", "ssd", "linear", "h2o:num_recent=30", "h2o", "streaming-llm")
+LEARNED = "learned for the budget"
+RIVALS = ("linear", "h2o:num_recent=30", "h2o", "streaming-llm")
+POLICIES = (LEARNED, "fitted:score=learned", "online", "fitted", "ssd", *RIVALS)
 CONTROLS = ("ssd", "labels at run time", "random-1", "margin", "inverted", "streaming-llm")
 
 
@@ -33,14 +35,17 @@ def plot_shares(policies: tuple[str, ...], file: Path) -> None:
     shares: dict[str, dict[float, tuple[float, float]]] = {}  # policy -> budget in % -> share, standard error
     for policy, budget, *_, share, error, _ in rows_of("results.md", "Every policy at every budget, by kind"):
         shares.setdefault(policy, {})[float(budget.rstrip("%"))] = float(share), float(error)
-    for budget, share, *_, images in rows_of("results.md", "## Without a head map"):
-        error = (float(share) * (1 - float(share)) / int(images)) ** 0.5
-        shares.setdefault("online", {})[float(budget.rstrip("%"))] = float(share), error
+    others = [("online", budget, share) for budget, share, *_ in rows_of("results.md", "## Without a head map")]
+    for budget, captions, share, *_ in rows_of("results.md", "### Learned for 10% and 15%"):
+        others += [(LEARNED, budget, share)] if captions.startswith("of the tables") else []
+    for policy, budget, share in others:  # of 600 images each
+        error = (float(share) * (1 - float(share)) / 600) ** 0.5
+        shares.setdefault(policy, {})[float(budget.split("%")[0])] = float(share), error
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     ((full, error),) = shares["full"].values()
     axes.axhspan(full - 1.96 * error, full + 1.96 * error, color="tab:gray", alpha=0.3, linewidth=0)
     axes.axhline(full, color="black", linestyle="--", label="full cache")
-    for policy, marker in zip(policies, "osD^vPX*", strict=False):
+    for policy, marker in zip(policies, "osD^vPX*h", strict=False):
         budgets, points = zip(*sorted(shares[policy].items()), strict=True)
         means, errors = zip(*points, strict=True)
         (line,) = axes.plot(budgets, means, marker=marker, markersize=5, label=policy)

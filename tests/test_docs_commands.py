@@ -103,7 +103,8 @@ def shelf(tmp_path_factory):
     for name in ("my-head-map", "my-map"):
         head_map(24).save_pretrained(shelf / name)
     HeadMap.uniform("semantic", num_layers=2, num_kv_heads=2, grid=(8, 9)).save_pretrained(shelf / "emu3-map")
-    for name in ("profiled", "fitted", "coverage", "window", "slots-map", "first-map", "shapes-map"):
+    made = ("profiled", "fitted", "coverage", "window", "slots-map", "first-map", "shapes-map", "map-10", "map-15")
+    for name in made:
         shutil.copytree(BUNDLED_MODELS[BUNDLED].folder / "head_map", shelf / name)
     return shelf
 

@@ -223,7 +223,7 @@ def test_the_command_fits_a_profiled_map(checkpoint, profiled, tmp_path):
         (["--temperature", "0"], "temperature=0 leaves one token"),
         (["--budget", "8"], "the budget is 8 slots a head, fewer than the lowest level, 16"),
         (["--budget", "20", "--levels", "40,24"], "the budget is 20 slots a head, fewer than the lowest level, 24"),
-        (["--levels", "16"], "attention was measured at 1 number of slots [16], and sharing needs two or more"),
+        (["--levels", "16"], "attention was measured at the levels [16], and choosing slots needs at least two"),
     ],
 )
 def test_wrong_use_of_the_command_is_one_line(checkpoint, profiled, tmp_path, options, message):

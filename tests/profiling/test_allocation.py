@@ -136,9 +136,9 @@ def test_steps_between_levels_are_worth_what_lies_between():
 
 def test_what_can_not_be_shared_out_is_refused_with_the_remedy():
     labels = torch.tensor([[True, False]])
-    with pytest.raises(ValueError, match="at 1 number of slots .20., and sharing needs two or more: profile again"):
+    with pytest.raises(ValueError, match="at the levels .20., and choosing slots needs at least two: profile again"):
         fit_heads(made_up_map(labels, (20,)), 20)
-    with pytest.raises(ValueError, match="at 0 number of slots"):
+    with pytest.raises(ValueError, match=r"at the levels \[\], and"):
         fit_heads(HeadMap(labels, GRID), 20)
     with pytest.raises(ValueError, match="fewer than the lowest level, 20"):
         fit_heads(made_up_map(labels, (20, 40)), 19)

@@ -683,7 +683,7 @@ def test_the_documented_levels_work_on_januss_grid(run, tmp_path):
         ((PROMPTS[0], "--levels", "0.4,much"), 2, "--levels much: give a fraction"),
         ((PROMPTS[0], "--method", "coverage", "--threshold", "0.5"), 2, "method='coverage' has none"),
         ((PROMPTS[0], "--budget", "5"), 2, "5 slots are fewer than buffer=4"),
-        ((PROMPTS[0], "--levels", "30", "--fit"), 2, "attention was measured at 1 number of slots [30]"),
+        ((PROMPTS[0], "--levels", "30", "--fit"), 2, "attention was measured at the levels [30]"),
         (("red " * 961,), 1, "shorten it"),
     ],
 )

@@ -65,7 +65,7 @@ class AttentionRecorder:
         self._prompt = {head: torch.zeros(len(self._tokens)) for head in heads}
 
     def observe(self, layer_idx: int, weights: torch.Tensor, num_prompt: int, rows: slice) -> None:
-        """Store the attention of a grid row; see `recorder.Observer`."""
+        """Store the attention of the chosen heads and queries, for one row of the batch; see `recorder.Observer`."""
         if not rows.start <= self.row < rows.stop:
             return
         stored = weights.shape[-1] - num_prompt

@@ -29,7 +29,7 @@ TO_COME = "#cfcfcf"
 
 
 def check_packages(*names: str) -> None:
-    """Raise ImportError with the install command if optional packages are missing."""
+    """Raise ImportError, with the install command, if one of these packages is missing; default: jinja2, matplotlib."""
     missing = [name for name in names or ("jinja2", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ImportError(

@@ -87,8 +87,8 @@ class SSDCache(Cache):
         num_sinks: first tokens of the image that every head always keeps.
         score: how a semantic head ranks its tokens. "sum": the attention received since a token arrived. "mean": that
             sum divided by the number of queries since. "last": the attention of the last `buffer` queries. "margin":
-            the grid's first and last column rank above all other columns. "leverage": the distance of the token's
-            key from the mean key of the tokens that the head holds, in units of their variance in that direction.
+            the grid's first and last column rank above all other columns. "leverage": the squared distance of the
+            token's key from the mean key that the head holds, in units of the keys' variance in that direction.
             "learned": the map's learned score. The last three need no queries: they work with any attention if all
             heads of a layer are of one kind and hold equally many tokens. Default: "learned" if the map carries such a
             score, "leverage" for an online map, else "sum".

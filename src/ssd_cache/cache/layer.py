@@ -92,7 +92,7 @@ class SSDLayer(CacheLayerMixin):
 
     @property
     def backend(self) -> str:
-        """What attends in the steps of this image: "Triton kernel", "CPU loop" or "torch's attention"."""
+        """The attention of this image's steps: "Triton kernel", "CPU loop" or "torch's attention"."""
         return dispatch.kernel_name(self.device) if self.has_kernel else "torch's attention"
 
     @property
@@ -108,8 +108,8 @@ class SSDLayer(CacheLayerMixin):
             value_states: the same shape except for the last dimension.
 
         Returns:
-            Keys and values `[batch, kv_heads, stored, head_dim]`, or a `GroupedStates` each if heads differ in length
-            or the kernel writes the token.
+            Keys and values, `[batch, kv_heads, stored, head_dim]`. Each is a `GroupedStates` if the heads hold
+            different numbers of tokens, or if the kernel writes the new token.
 
         Raises:
             ValueError: several tokens at once after visual tokens, another batch size, device or dtype, or missing
@@ -183,7 +183,7 @@ class SSDLayer(CacheLayerMixin):
             mask: `[batch, num_prompt]`, False on padding, or None.
             scaling: factor on the dot products of queries and keys.
             window: tokens of a sliding window, or None for full attention.
-            dropout: share of softmax weights dropped in training, which no kernel does.
+            dropout: probability of dropping a softmax weight; above 0, no kernel is used.
 
         Raises:
             ValueError: a layer with sliding window attention whose window does not hold prompt and image.
@@ -276,7 +276,7 @@ class SSDLayer(CacheLayerMixin):
 
     @property
     def _held_states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the prompt, or of the first store."""
+        """K and V of the prompt, or of the first store once visual tokens arrive; for their shape, dtype and device."""
         if self.keys is not None and self.values is not None:
             return self.keys, self.values
         return self.stores[0].keys, self.stores[0].values

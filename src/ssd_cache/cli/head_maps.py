@@ -43,7 +43,7 @@ def profile(
     fit: Annotated[bool, typer.Option("--fit", help="Choose each head's slots and label by --levels.")] = False,
     buffer: options.Buffer = None,
     num_recent: Annotated[str, option("Newest tokens of a semantic head: tokens, or a fraction.", "X")] = "0.25",
-    num_sinks: Annotated[int, option("First tokens that a spatial head keeps.", "N")] = 0,
+    num_sinks: Annotated[int, option("First tokens that every head keeps.", "N")] = 0,
     window: Annotated[
         int | None, option("Tokens that count as near.", "N", default="a row of the grid and one")
     ] = None,

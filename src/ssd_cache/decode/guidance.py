@@ -122,7 +122,7 @@ class _Rows:
         self.is_padded = bool(self.num_padding or mask is not None or (negative_mask == 0).any())
 
     def mask(self, mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-        """Mask of both branches, `[2 * batch, length]`, from that of the conditional branch; None without padding."""
+        """Extend the conditional branch's mask to both branches, `[2 * batch, length]`; None if nothing is padded."""
         if not self.is_padded:
             return None
         negative = F.pad(self.negative_mask, (0, length - self.width), value=1)

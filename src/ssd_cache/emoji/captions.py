@@ -143,7 +143,7 @@ def _with_article(subject: str) -> str:
 
 
 def _hint(text: str) -> str:
-    """Unknown words of a caption with the nearest known ones, or nothing if all are known."""
+    """Part of a message: a caption's unknown words with the nearest known ones; empty if all are known."""
     unknown = [word for word in dict.fromkeys(re.findall(r"[^\s,]+", text)) if word not in WORDS]
     hints = []
     for word in unknown[:MAX_HINTS]:

@@ -47,11 +47,11 @@ class FolderImage:
 
 
 def find_images(folder: str | Path) -> list[FolderImage]:
-    """The samples of GenEval's layout, or all images in a folder and its subfolders, by name.
+    """List the images of a folder, sorted by path: GenEval's samples, or all images in it and its subfolders.
 
     Raises:
-        ImageFolderError: no such folder, no image in it, or the sheets of `eval dpg export`.
-        ValueError: a damaged metadata.jsonl in GenEval's layout.
+        ImageFolderError: the folder has no images, or holds the sheets of `eval dpg export`.
+        ValueError: a damaged metadata.jsonl or settings.json.
     """
     folder, formats = Path(folder), Image.registered_extensions()
     if str(read_settings(folder).get("format")).startswith("ssd-cache dpg"):

@@ -41,7 +41,7 @@ class HeadMap:
         previews: draft grids that the model generates before the image, in order, as GLM-Image does; none by default.
         scores: the evidence behind the labels: one floating-point tensor `[layers, kv_heads]` (kept as "score"), or
             several by name. Finite; kept in float32.
-        threshold: the score above which a head was labelled spatial.
+        threshold: heads with at least this score were labelled spatial.
         model_id: the model that was profiled, as given to its `from_pretrained`.
         revision: the commit of that model.
         model_type: its `config.model_type`.

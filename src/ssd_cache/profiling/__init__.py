@@ -1,6 +1,6 @@
 """Profiling: generate images with a full cache, measure where each head attends, then label heads and allocate slots.
 
-The results are head maps. Nothing here evicts a token.
+The results are head maps. The full cache keeps every token; evictions are only simulated.
 """
 
 from ssd_cache.profiling.allocation import fit_heads

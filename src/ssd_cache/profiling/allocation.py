@@ -21,7 +21,9 @@ MAX_CELLS = 1 << 30
 
 
 def fit_heads(head_map: HeadMap, budget: Amount = 0.2, *, step: int | None = None) -> HeadMap:
-    """Choose a kind and slots for every head that minimise the total loss, with at most the total of a uniform budget.
+    """Choose the kind and the slots of each head that minimise the total loss.
+
+    The total number of slots is at most that of the uniform budget.
 
     At each measured level a head takes the kind that retains more of its attention there. Dynamic programming then
     finds the slots with the smallest sum of losses over the heads; the search is exact. If the map has results of
@@ -35,8 +37,8 @@ def fit_heads(head_map: HeadMap, budget: Amount = 0.2, *, step: int | None = Non
         step: also try slots between the levels, at this spacing; their losses are interpolated linearly.
 
     Returns:
-        The map with new labels, and one number for every head in `budget`: `SSDCache(fit_heads(head_map))` uses it with
-        the buffer, recents and sinks of the profile.
+        The map with new labels. Its `budget` lists the slots of each head, `[layers][kv_heads]`. `SSDCache` does not
+        read buffer, recents and sinks from the profile: pass them where the profile did not use the defaults.
 
     Raises:
         ValueError: fewer than two levels, or a budget below the lowest.
@@ -104,7 +106,7 @@ def check_levels(levels: Iterable[int]) -> list[int]:
     levels = sorted(levels)
     if len(levels) < 2:
         raise ValueError(
-            f"attention was measured at {len(levels)} number of slots {levels}, and sharing needs two or more: profile "
+            f"attention was measured at the levels {levels}, and choosing slots needs at least two: profile "
             "again with levels=(0.1, 0.2, 0.3, 0.5)"
         )
     return levels
@@ -125,7 +127,7 @@ def best_kinds(head_map: HeadMap, level: int) -> torch.Tensor:
 
 
 def divergence_name(level: int) -> str:
-    """Name of the map score that holds every head's divergence at a level."""
+    """Key in `HeadMap.scores` of the heads' divergence at a level."""
     return f"divergence-{level}"
 
 

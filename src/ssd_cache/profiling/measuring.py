@@ -70,7 +70,7 @@ def measure_heads(
         budget: budget of the cache that will use the results, one number as for `SSDCache`.
         buffer: eviction interval of that cache.
         num_recent: newest tokens that semantic heads of that cache keep.
-        num_sinks: first tokens that spatial heads of that cache keep.
+        num_sinks: first tokens that every head of that cache keeps.
         levels: further budgets at which retained attention is measured, for `fit_heads`.
         processor: the model's processor; loaded from the model's source when not given.
         batch_size: images at once. When not given, the batch size of the state file, else 4, or fewer if free memory

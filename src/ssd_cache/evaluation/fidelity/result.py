@@ -23,7 +23,7 @@ class Fidelity:
     """One cache against the full cache, on the same tokens.
 
     A step feeds one visual token: step `s` feeds token `s`, and the model predicts token `s + 1`. There are
-    `cells - 1` steps, because the last token is never fed. All tensors are on the CPU.
+    `cells - 1` steps, because the last token is never fed. The tensors of finished results are on the CPU.
 
     Attributes:
         layout: the grids of an image; tokens and steps of draft grids come first.
@@ -49,7 +49,7 @@ class Fidelity:
 
     @classmethod
     def empty(cls, checkpoint: Checkpoint, cache: SSDCache, tokens: torch.Tensor) -> Fidelity:
-        """Zeros in the shapes of a measurement of `tokens`, `[images, cells]`, on the same device."""
+        """A `Fidelity` to be filled in: its measurements are zero, for `tokens`, `[images, cells]`, on their device."""
         (images, cells), shape = tokens.shape, (checkpoint.num_layers, checkpoint.num_kv_heads)
         return cls(
             layout=checkpoint.layout,
@@ -64,7 +64,7 @@ class Fidelity:
 
     @property
     def mean_kl(self) -> float:
-        """Mean over images and steps, in nats."""
+        """Mean KL divergence over images and steps, in nats."""
         return self.kl.mean().item()
 
     @property
@@ -80,21 +80,21 @@ class Fidelity:
 
     @property
     def mean_attention_error(self) -> float:
-        """Mean over steps and layers."""
+        """Mean attention error over steps and layers."""
         return self.attention_error.double().mean().item()
 
     @property
     def mean_retained(self) -> float:
-        """Mean over steps, layers and heads."""
+        """Mean share of the full cache's attention that is retained, over steps, layers and heads."""
         return self.retained.double().mean().item()
 
     @property
     def retained_by_head(self) -> torch.Tensor:
-        """Float64, `[layers, kv_heads]`, mean over steps."""
+        """Share of the attention that each head retains, mean over steps: float64, `[layers, kv_heads]`."""
         return self.retained.double().mean(0)
 
     def retained_by_kind(self, kind: str) -> float | None:
-        """Mean over the heads with rule "spatial" or "semantic"; None if there are none."""
+        """Mean retained share of the heads with rule "spatial" or "semantic"; None if there are none."""
         wanted = self.is_spatial if kind == "spatial" else ~self.is_spatial
         return self.retained_by_head[wanted].mean().item() if wanted.any() else None
 

@@ -111,13 +111,16 @@ def read_detections(
 ) -> list[Detection]:
     """At most 100 detections of one image, with masks `[height, width]` of its original size.
 
-    A score is the probability of the class times the mean probability of the pixels in the mask. The mask contains the
-    pixels with a logit above 0 in the image's own size. One query can give several classes. An empty mask has score 0.
+    A score is the probability of the class times the mean probability of the pixels in the mask. The logits are resized
+    to the image's original size; the mask is where they are above 0. One query can give several classes. An empty mask
+    has score 0.
 
     Args:
         class_logits: `[queries, classes + 1]`, the last of them "no object".
         mask_logits: `[queries, height / 4, width / 4]` of the padded image.
-        padded, resized, original: (height, width) of the model's input, of the image in it, and of the image.
+        padded: (height, width) of the model's input.
+        resized: of the image inside it, before padding.
+        original: of the image before it was resized.
     """
     probabilities = class_logits.softmax(-1)[:, :-1]
     num_classes = probabilities.shape[1]

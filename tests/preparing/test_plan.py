@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,17 @@ def test_the_caches_of_the_check_hold_their_prompt_too(generator, settings, plan
     assert estimates["check"].cost.peak_bytes - folder.costs["first batch"].peak_bytes == held
 
 
+def test_every_cache_of_the_check_takes_the_time_of_a_measured_pass(generator, settings, planned):
+    """A batch is one full cache, which records attention, and one cache for each budget of the curve."""
+    folder, estimates = planned
+    full, one = (folder.costs[part].seconds for part in ("first batch", planning.PASS))
+    labels = HeadMap.uniform("semantic", num_layers=2, num_kv_heads=2, grid=generator.checkpoint.grid)
+    of_batch = full + len(curve_budgets(labels, settings.budget)) * one
+    assert estimates["check"].cost.seconds == of_batch > full
+    small = replace(settings, batch_size=3)  # 8 images in 3 batches
+    assert planning._estimate("check", generator, small, folder, 1).seconds == pytest.approx(3 * of_batch)
+
+
 def test_the_inputs_of_all_images_are_counted_except_on_a_gpu(generator, settings, planned, monkeypatch):
     """18 images to learn from and 8 held out; a batch of 16 of them was measured."""
     folder, estimates = planned
@@ -113,7 +125,7 @@ def test_a_plan_that_lacks_a_measurement_is_completed(generator, settings, plann
     again.begin({})
     for name, cost in folder.costs.items():
         again.costs[name] = Cost(cost.seconds, cost.peak_bytes)
-    del again.costs["first fit"], again.costs["step by formula"]
+    del again.costs["first fit"], again.costs["step by formula"], again.costs[planning.PASS]
     found = plan_of(generator, settings, again)
     assert [estimate.note for estimate in found.estimates] == [estimate.note for estimate in estimates.values()]
     assert folder.costs.keys() == again.costs.keys()

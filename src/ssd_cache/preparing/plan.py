@@ -1,7 +1,7 @@
 """The plan of a preparation: for each stage its images, estimated time and peak memory, from measured first batches.
 
-The first batches of `profile` are part of that stage, and `fit` is measured on their head map. For `learn`, a batch of
-images and one or two training steps are run only to measure them. The decoder passes of `check` are counted.
+The first batches of `profile` are part of that stage, and `fit` is measured on their head map. Only to measure them, a
+batch of images and one or two training steps are run for `learn`, and a batch of images with one cache for `check`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ssd_cache.cache.cache import SSDCache
+from ssd_cache.decode.attention_switch import ssd_attention
 from ssd_cache.head_map.head_map import HeadMap
 from ssd_cache.models import Generator
 from ssd_cache.preparing.check import curve_budgets
@@ -38,6 +39,9 @@ FIRST = "first-batch"
 FORMULA = "step by formula"
 """The cost that holds `step_nbytes` of the images that a training step takes at once."""
 
+PASS = "pass of check"
+"""The cost of a batch of `check` with one compressed cache."""
+
 PASSES_OF_HELD_OUT = 2
 """Training steps that take about as long as the held-out images before and after training."""
 
@@ -56,9 +60,11 @@ def make_plan(
     """
     if not {"first batch", "first fit"} <= folder.costs.keys():
         _measure_images(generator, settings, folder, processes, progress)
-    is_learning = any(stage.name == "learn" for stage in stages)
-    if is_learning and not {"images", "inputs", "step", FORMULA} <= folder.costs.keys():
+    names = {stage.name for stage in stages}
+    if "learn" in names and not {"images", "inputs", "step", FORMULA} <= folder.costs.keys():
         _measure_learning(generator, settings, folder, processes)
+    if "check" in names and PASS not in folder.costs:
+        _measure_pass(generator, settings, folder, processes)
     estimates, before = [], None
     is_finished = True
     for stage in stages:
@@ -84,7 +90,7 @@ def _estimate(name: str, generator: Generator, settings: Settings, folder: State
     num_batches = math.ceil(math.ceil(len(prompts) / settings.batch_size) / num_processes)
     if name == "profile":
         return Cost(num_batches * batch.seconds, batch.peak_bytes)
-    # every cache runs the decoder once more, beside the full cache, and holds its own K and V
+    # beside the full cache, which records attention, every cache runs the decoder once and holds its own K and V
     checkpoint, num_prompt = generator.checkpoint, generator.prepare(prompts)["attention_mask"].shape[1]
     equal = HeadMap.uniform("semantic", num_layers=checkpoint.num_layers, num_kv_heads=checkpoint.num_kv_heads)
     equal = equal.with_layout(checkpoint.layout)
@@ -93,7 +99,7 @@ def _estimate(name: str, generator: Generator, settings: Settings, folder: State
         warnings.simplefilter("ignore")  # windows shorter than a row are intended
         of_image = sum(image_nbytes(generator, num_prompt, SSDCache(equal, budget)) for budget in budgets)
     peak = None if batch.peak_bytes is None else batch.peak_bytes + min(settings.batch_size, len(prompts)) * of_image
-    return Cost(num_batches * (1 + len(budgets)) * batch.seconds, peak)
+    return Cost(num_batches * (batch.seconds + len(budgets) * folder.costs[PASS].seconds), peak)
 
 
 def _estimate_learning(generator: Generator, settings: Settings, costs: Mapping[str, Cost], num_processes: int) -> Cost:
@@ -177,5 +183,18 @@ def _measure_learning(generator: Generator, settings: Settings, folder: StateFol
         bound = step_nbytes(generator.checkpoint, generator.model.dtype, rows, num_prompt, plans[0].buffer)
         folder.costs |= {"images": images, "inputs": inputs, "step": Cost(step.seconds, highest_peak(*steps))}
         folder.costs[FORMULA] = Cost(0.0, bound)
+        folder.save()
+    folder.costs = processes.gather_all(folder.costs)[0]
+
+
+def _measure_pass(generator: Generator, settings: Settings, folder: StateFolder, processes: Processes) -> None:
+    """Generate a batch of `check` with a cache of the map that is fitted to the first batch, in the main process."""
+    if processes.is_main:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the caches of the stage do not warn either
+            cache = SSDCache(HeadMap.from_pretrained(folder.path / FIRST), settings.budget)
+            with metered(generator.model.device) as cost, ssd_attention(generator.language_model):
+                generator.generate(settings.checked[: settings.batch_size], cache, **asdict(settings.sampling))
+        folder.costs[PASS] = cost
         folder.save()
     folder.costs = processes.gather_all(folder.costs)[0]

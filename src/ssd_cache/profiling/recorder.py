@@ -6,6 +6,7 @@ Observers process the attention: `profiling/observing.py` sums it up, `analysis`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -90,12 +91,16 @@ class RecordingLayer(DynamicLayer):
         soundness: `[kv_heads]`, float32, not finite where some attention was NaN.
     """
 
+    keys: Any
+    values: Any
+
     def __init__(self, layer_idx: int, num_kv_heads: int, num_cells: int, num_queries: int, observer: Observer):
         super().__init__()
         self.layer_idx, self.num_kv_heads, self.observer = layer_idx, num_kv_heads, observer
         self.num_cells, self.num_queries = num_cells, num_queries
         self.num_prompt = self.num_visual = self.num_held = 0
         self._query_missing = False
+        self._storage: list[torch.Tensor] = []  # K and V with room for the whole image
         self.prompt_mask: torch.Tensor | None = None
         self.queries: torch.Tensor | None = None
         self.soundness = torch.zeros(num_kv_heads)
@@ -103,6 +108,7 @@ class RecordingLayer(DynamicLayer):
     def reset(self) -> None:
         """Free all K and V; a layer serves one batch of images."""
         self.keys = self.values = self.queries = None
+        self._storage = []
         self.is_initialized = False
 
     @property
@@ -127,10 +133,23 @@ class RecordingLayer(DynamicLayer):
             if (self.num_visual - self.num_cells) % self.num_queries == 0:  # for a grid row: it is complete
                 self.report()
             self.num_visual += 1
-        keys, values = super().update(key_states.detach(), value_states.detach(), *args, **kwargs)
+        if self.in_prompt:
+            keys, values = super().update(key_states.detach(), value_states.detach(), *args, **kwargs)
+        else:
+            keys, values = self._append(key_states.detach(), value_states.detach())
         keys = keys[:]  # an alias: `self.keys` with a reference to `self` would be a cycle
         keys.ssd_layer = self
         return keys, values
+
+    def _append(self, *new: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Write a visual token in place; `DynamicLayer` would copy all K and V, and leave gaps in the CPU's memory."""
+        if not self._storage:
+            self._storage = [F.pad(states, (0, 0, 0, self.num_cells)) for states in (self.keys, self.values)]
+        held = self.num_prompt + self.num_visual
+        for storage, states in zip(self._storage, new, strict=True):
+            storage[:, :, held - 1 : held] = states
+        self.keys, self.values = found = [storage[:, :, :held] for storage in self._storage]
+        return found
 
     def see_prompt(
         self, query: torch.Tensor, mask: torch.Tensor | None, scaling: float, window: int | None, dropout: float = 0.0

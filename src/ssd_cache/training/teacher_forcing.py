@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ssd_cache.decode.attention_switch import ssd_attention
 from ssd_cache.models import Generator
+from ssd_cache.runs.metering import large_blocks_mapped
 from ssd_cache.training.likelihood import kl_divergence, log_probabilities
 
 NAME = "ssd-training"
@@ -120,7 +121,7 @@ def teacher_forced(generator: Generator, recording: Recording) -> Iterator[Calla
 
     attention: list[Any] = [module for module in decoder.modules() if hasattr(module, "layer_idx")]
     weights = [parameter for parameter in generator.model.parameters() if parameter.requires_grad]
-    with ssd_attention(generator.language_model, NAME), _layers_recomputed(decoder):
+    with large_blocks_mapped(), ssd_attention(generator.language_model, NAME), _layers_recomputed(decoder):
         try:
             for parameter in weights:
                 parameter.requires_grad_(False)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.models import left_padded_prompts, tiny_janus, tiny_llama
+from helpers.models import left_padded_prompts, random_score, tiny_janus, tiny_llama
 from helpers.plain_loops import runs, same_as_plain_loops
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from ssd_cache import HeadMap, SSDCache, fast_decode
 from ssd_cache._compat import CACHE
 from ssd_cache.cache import fused_eviction
+from ssd_cache.head_map.learned_score import LearnedScore
 from ssd_cache.kernels import cpu_loops as cpu_kernels
 from ssd_cache.kernels import dispatch as fused
 from ssd_cache.kernels.eight_bits import KV_DTYPES, dequantize, quantize
@@ -64,6 +66,7 @@ def test_same_tokens_and_outputs_as_plain_loops(run, is_counted, kv_dtype):
 
 GRID = (4, 4)
 LABELS = HeadMap(torch.tensor([[True, False], [False, True]]), grid=GRID)
+SCORED = replace(LABELS, learned=random_score(2, 2, 16, GRID))
 SETTINGS = {
     "one store": {"budget": 8, "buffer": 2},
     "two stores": {"budget": {"spatial": 8, "semantic": 10}, "buffer": 3, "num_recent": 2},
@@ -71,6 +74,7 @@ SETTINGS = {
     "last": {"budget": 11, "buffer": 4, "score": "last", "num_sinks": 1},
     "margin": {"budget": 10, "buffer": 3, "score": "margin"},
     "leverage": {"budget": 11, "buffer": 3, "score": "leverage"},
+    "learned": {"budget": 11, "buffer": 3, "score": "learned"},
 }
 
 
@@ -91,7 +95,7 @@ def generate(model, cache, **kwargs):
 def test_janus_generates_the_tokens_of_the_torch_path_with_its_scores(name, splits, monkeypatch):
     """With guidance and left padding; tokens equal in float32, as the logits of these models are far apart."""
     model = tiny_janus(grid_side=4)
-    with_kernel, plain = SSDCache(LABELS, **SETTINGS[name]), SSDCache(LABELS, **SETTINGS[name])
+    with_kernel, plain = (SSDCache(SCORED, **{"score": "sum"} | SETTINGS[name]) for _ in range(2))
     tokens = generate(model, with_kernel)
     torch_path(monkeypatch)
     assert torch.equal(tokens, generate(model, plain))
@@ -238,15 +242,50 @@ def test_an_eviction_is_that_of_torch_bit_for_bit(data):
     for run in (fused_eviction._by_torch, fused_eviction._by_kernel):
         slots = fused_eviction.Slots(*([t.clone() for t in part] if isinstance(part, list) else part.clone()
                                        for part in (positions, received, states, scales)))  # fmt: skip
-        run(slots, ranks if num_semantic else None, num_evict, num_seen, num_recent=num_recent, num_sinks=num_sinks)
+        given_ranks = fused_eviction.Ranks(lambda: ranks if num_semantic else None)
+        run(slots, given_ranks, num_evict, num_seen, num_recent=num_recent, num_sinks=num_sinks)
         kept = num_slots - num_evict
         found.append([slots.positions, slots.received, *(part[:, :, : num_prompt + kept] for part in slots.states),
                       *(part[:, :, :kept] for part in slots.scales)])  # fmt: skip
     assert all(map(torch.equal, *found))
 
 
-def test_an_eviction_is_one_launch(monkeypatch):
-    """Of each store; "sum" ranks by what the decode kernel has added up."""
+@settings(max_examples=20 if INTERPRETS else 80)
+@given(st.data())
+def test_an_eviction_by_a_learned_score_is_that_of_torch(data):
+    """The same tokens stay, since random scores do not come near each other; worth differs by rounding."""
+    draw, seed = data.draw, data.draw(st.integers(0, 99), "seed")
+    torch.manual_seed(seed)
+    cpu_kernels.library()
+    dtype, sizes = draw(st.sampled_from(DTYPES)), (draw(st.integers(1, 40), "key"), draw(st.integers(1, 40), "value"))
+    grid, batch, heads = (draw(st.integers(2, 9), "rows"), draw(st.integers(2, 9), "columns")), 2, 3
+    num_slots = draw(st.integers(2, 70), "slots")
+    num_seen = num_slots + draw(st.integers(0, 40), "evicted before")  # also past the end of the grid
+    num_evict, num_semantic = draw(st.integers(1, num_slots), "evict"), draw(st.integers(1, heads), "semantic")
+    spared = {"num_recent": draw(st.integers(0, num_slots), "recent"), "num_sinks": draw(st.integers(0, 3), "sinks")}
+    first_new = draw(st.integers(0, num_slots - 1), "first new")
+    positions = torch.stack([torch.randperm(num_seen)[:num_slots] for _ in range(batch * heads)]).int()
+    positions = positions.view(batch, heads, num_slots)
+    positions[:, num_semantic:] = positions[:1, :1]
+    worth = torch.randn(batch, num_semantic, num_slots)
+    states = [torch.randn(batch, heads, 5 + num_slots, size).to(dtype) for size in sizes]
+    shapes = {"key": sizes[:1], "value": sizes[1:], "row": (grid[0], grid[0]), "column": grid}
+    learned = LearnedScore.of({name: torch.randn(num_semantic, *shape) for name, shape in shapes.items()})
+    found = []
+    for run in (fused_eviction._by_torch, fused_eviction._by_kernel):
+        slots = fused_eviction.Slots(positions.clone(), worth.clone(), [part.clone() for part in states], [])
+        ranks = fused_eviction._ranks_by(learned, slots, num_seen, first_new)
+        run(slots, ranks, num_evict, num_seen, **spared)
+        kept = 5 + num_slots - num_evict
+        found.append([slots.positions, *(part[:, :, :kept] for part in slots.states), slots.received])
+    (*exact, worth), (*others, other) = found
+    assert all(map(torch.equal, exact, others))
+    torch.testing.assert_close(worth, other, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("score", ["sum", "learned"])
+def test_an_eviction_is_one_launch(score, monkeypatch):
+    """Of each store; "sum" ranks by what the decode kernel has added up, and "learned" in the launch."""
     cpu_kernels.library()
     assert fused_eviction.has_kernel(torch.device("cpu"))
     owner, name = (
@@ -255,7 +294,9 @@ def test_an_eviction_is_one_launch(monkeypatch):
     launches, launch = [], getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args: launches.append(1) or launch(*args))
     monkeypatch.setattr(fused_eviction, "select_victims", None)
-    cache = SSDCache(LABELS, 8, buffer=2)
+    monkeypatch.setattr(LearnedScore, "of_states", None)
+    monkeypatch.setattr(LearnedScore, "of_places", None)
+    cache = SSDCache(SCORED, 8, buffer=2, score=score)
     generate(tiny_janus(grid_side=4), cache)
     assert len(launches) == 2 * len(range(8, 15, 2)), "two layers; 15 of 16 tokens are fed"
 

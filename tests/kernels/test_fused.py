@@ -119,16 +119,18 @@ def _compile(kernel, given, constants, folder, monkeypatch, capability=90, optio
     return triton.compile(source, target=target, options=options)
 
 
-@pytest.mark.parametrize("has_scales", [False, True])
-def test_the_kernel_of_evictions_compiles_for_a_gpu(has_scales, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["plain", "codes", "learned"])
+def test_the_kernel_of_evictions_compiles_for_a_gpu(kind, tmp_path, monkeypatch):
     pytest.importorskip("triton", reason="the kernel is written in Triton, which is not installed here")
     from ssd_cache.kernels.triton_evict import TILE, evict_kernel
 
     constants = {"HEAD_DIM": 128, "VALUE_DIM": 128, "BLOCK_HEAD": 128, "BLOCK_VALUE": 128}
-    constants |= {"HAS_SCALES": has_scales, "TILE": TILE}
+    has_scales, side = kind == "codes", 24 if kind == "learned" else 0
+    constants |= {"HAS_SCALES": has_scales, "GRID_ROWS": side, "GRID_COLUMNS": side, "TILE": TILE}
     pointers = {"positions": "*i32", "places": "*i32", "is_kept": "*i32", "ranks": "*fp32", "received": "*fp32"}
     pointers |= dict.fromkeys(("keys", "values"), "*i8" if has_scales else "*bf16")
-    pointers |= {"key_scales": "*fp32", "value_scales": "*fp32"}
+    pointers |= dict.fromkeys(("key_scales", "value_scales", "key_weights", "value_weights"), "*fp32")
+    pointers |= {"row_table": "*fp32", "column_table": "*fp32"}
     assert _compile(evict_kernel, pointers, constants, tmp_path, monkeypatch).metadata.shared <= 48 << 10
 
 

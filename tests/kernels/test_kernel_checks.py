@@ -204,6 +204,11 @@ def test_a_step_that_does_not_fit_is_refused_before_anything_is_written(changes,
         ("scales", lambda t: [torch.ones(2, 3, 7)] * 2),
         ("counts", lambda t: {**t, "num_evict": 9}),
         ("counts", lambda t: {**t, "num_evict": 0}),
+        ("states", lambda t: [t[0].double(), t[1].double()]),
+        ("states", lambda t: [t[0], t[1].bfloat16()]),
+        ("weights", lambda t: (t[0][:1], *t[1:])),
+        ("weights", lambda t: (*t[:2], t[2].mT, t[3])),
+        ("weights", lambda t: (*t[:3], t[3].double())),
     ],
 )
 def test_an_eviction_that_does_not_fit_is_refused_before_anything_is_written(name, change):
@@ -211,6 +216,7 @@ def test_an_eviction_that_does_not_fit_is_refused_before_anything_is_written(nam
     counts = {"num_prompt": 2, "num_evict": 3, "num_seen": 8, "num_recent": 0, "num_sinks": 0}
     given = {"positions": torch.arange(8, dtype=torch.int32).repeat(2, 3, 1), "ranks": torch.rand(2, 2, 8)}
     given |= {"received": torch.rand(2, 2, 8), "states": states, "scales": [], "counts": counts}
+    given["weights"] = torch.randn(2, 4), torch.randn(2, 4), torch.randn(2, 3, 3), torch.randn(2, 3, 5)
     before = [tensor.clone() for tensor in (given["positions"], given["received"], *states)]
     with pytest.raises(ValueError, match="evict"):
         cpu_kernels.evict(**{**given, name: change(given[name])})

@@ -44,6 +44,11 @@ class Scorer:
         """The scorer with its tensors on a device."""
         return self
 
+    @property
+    def weights(self) -> LearnedScore | None:
+        """The weights of `worth` and `rank`, if a kernel can do the work of both."""
+        return None
+
     def begin_window(self, received: torch.Tensor) -> None:
         """Prepare `received` for the queries of a new query window."""
 
@@ -146,6 +151,10 @@ class LearnedScorer(Scorer):
 
     def to(self, device):
         return LearnedScorer(self.learned.to(device))
+
+    @property
+    def weights(self):
+        return self.learned
 
     def worth(self, keys, values):
         return self.learned.of_states(keys, values)

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from ssd_cache.cache.eviction import slot_of
-from ssd_cache.cache.fused_eviction import Slots, evict
+from ssd_cache.cache.fused_eviction import Ranks, Slots, evict
 from ssd_cache.cache.plans import GroupPlan
 from ssd_cache.cache.scorers import attention_weights
 
@@ -124,7 +124,8 @@ class SlotStore:
         if not 1 <= n <= self.plan.buffer - place:
             raise ValueError(f"n={n} tokens at once: give 1 to {self.plan.buffer - place}, up to the next eviction")
         if not place:  # a query window ends, and another begins
-            self.score_window()
+            if self.queries is not None:
+                self.score_window()
             if self.num_stored == self.plan.num_slots:
                 self._evict()
             if self.queries is None:  # otherwise its attention is added at its end
@@ -164,9 +165,9 @@ class SlotStore:
         return (slot - self.plan.num_slots) % self.plan.buffer
 
     def score_window(self) -> None:
-        """Score the query window that ends: add the attention of the held queries, or compute the new tokens' worth.
+        """Score the new tokens: add the attention of the held queries, or compute worth.
 
-        Nothing was evicted after the first query.
+        Nothing was evicted after the first query. Worth is due only when a token is ranked.
         """
         if self.num_scored == self.num_stored:
             return
@@ -195,8 +196,11 @@ class SlotStore:
         """Attention received by each token, or its worth, `[batch, num_semantic, num_slots]`; moved by evictions."""
         return self.worth if self.plan.scorer.has_worth else self.received
 
-    def _rank(self) -> torch.Tensor:
+    def _rank(self) -> torch.Tensor | None:
         """Ranks of the semantic heads' tokens when all slots are taken, `[batch, num_semantic, num_slots]`."""
+        self.score_window()
+        if not self.plan.num_semantic:
+            return None
         positions = self.positions[:, : self.plan.num_semantic]
         states = partial(self._ranked_states, slice(None))
         return self.plan.scorer.rank(self._ranked_by, positions, self.num_seen, states)
@@ -208,7 +212,7 @@ class SlotStore:
 
     def _evict(self) -> None:
         plan = self.plan
-        ranks = self._rank() if plan.num_semantic else None
+        ranks = Ranks(self._rank, plan.scorer.weights if plan.num_semantic else None, self.num_scored)
         counts = {"num_recent": plan.num_recent, "num_sinks": plan.num_sinks}
         evict(self._slots(), ranks, plan.buffer, self.num_seen, **counts)
         self.num_stored = self.num_scored = plan.num_slots - plan.buffer

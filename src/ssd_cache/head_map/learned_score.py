@@ -54,8 +54,10 @@ class LearnedScore:
         return self.of({name: tensor[index] for name, tensor in self.tensors().items()}, self.ranks_all)
 
     def to(self, device: torch.device) -> LearnedScore:
-        """The score on a device."""
-        return self.of({name: tensor.to(device) for name, tensor in self.tensors().items()}, self.ranks_all)
+        """The score on a device, in contiguous tensors, as kernels read them."""
+        return self.of(
+            {name: tensor.to(device).contiguous() for name, tensor in self.tensors().items()}, self.ranks_all
+        )
 
     def of_places(self, positions: torch.Tensor, num_seen: int) -> torch.Tensor:
         """The part of the score that depends on positions, for heads of one layer: float32 like `positions`.

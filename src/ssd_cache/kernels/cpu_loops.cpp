@@ -294,13 +294,45 @@ bool decode_into(const T* query, const T* new_key, const T* new_value, const Sto
 
 // The tensors of a store whose slots are full, and one eviction; the sizes of K and V are bytes of a slot.
 struct Eviction {
-  int32_t* positions;
   const uint32_t* ranks;  // the bits of floats
+  int64_t num_semantic, num_seen, first_new, num_threads;
+  int32_t* positions;
   float *received, *scales[2];
   char* states[2];
-  int64_t batch, num_heads, num_semantic, num_scored, num_slots, num_prompt, sizes[2];
-  int64_t num_evict, num_seen, num_recent, num_sinks, num_threads;
+  int64_t batch, num_heads, num_scored, num_slots, num_prompt, num_evict, num_recent, num_sinks, sizes[2];
+  // A learned score of the semantic heads, or null: weights of K and V, and the tables for places of a grid.
+  const float *weights[2], *row_table, *column_table;
+  int64_t num_rows, num_columns, is_bfloat16;
 };
+
+// Writes the ranks of a head's tokens by the learned score, and the worth of those from slot `first_new` on.
+template <typename T>
+void rank_by_score(const Eviction& given, int64_t row, int64_t head, float* ranks) {
+  const int64_t num_slots = given.num_slots, task = row * given.num_heads + head;
+  const int64_t num_rows = given.num_rows, num_columns = given.num_columns;
+  float* const worth = given.received + (row * given.num_scored + head) * num_slots;
+  for (int part = 0; part < 2; part++) {
+    const int64_t size = given.sizes[part] / sizeof(T);
+    const T* const states = (const T*)given.states[part] + (task * (given.num_prompt + num_slots) + given.num_prompt) * size;
+    const float* const weights = given.weights[part] + head * size;
+    for (int64_t at = given.first_new; at < num_slots; at++) {
+      Lanes sums{};
+      for (int64_t dim = 0; dim < size; dim += LANES)
+        sums += load_some(weights + dim, size - dim) * load_some(states + at * size + dim, size - dim);
+      worth[at] = part ? worth[at] + sum_of(sums) : sum_of(sums);
+    }
+  }
+  const int32_t columns = (int32_t)num_columns;  // 64 bits take several times as long to divide
+  const int32_t now = (int32_t)std::min(given.num_seen / num_columns, num_rows - 1);  // past the end, the last row
+  const float* const by_row = given.row_table + (head * num_rows + now) * num_rows;
+  const float* const by_column = given.column_table + head * num_rows * num_columns;
+  const int32_t* const positions = given.positions + task * num_slots;
+  for (int64_t at = 0; at < num_slots; at++) {
+    const int32_t row_of_token = positions[at] / columns, column = positions[at] - row_of_token * columns;
+    const int32_t token_row = std::min(row_of_token, now);
+    ranks[at] = by_row[token_row] + by_column[(now - token_row) * columns + column] + worth[at];
+  }
+}
 
 // A number for each slot, in the order in which slots are emptied: by rank or age, and of equal ranks the older first.
 inline int64_t order_of(const Eviction& given, int64_t position, const uint32_t* rank) {
@@ -317,12 +349,17 @@ inline int64_t order_of(const Eviction& given, int64_t position, const uint32_t*
 }
 
 // Evicts from one head of one row: the survivors in the slots that are freed move to the victims' places before these.
-void evict_head(const Eviction& given, int64_t row, int64_t head, int64_t* order, int64_t* sorted) {
+void evict_head(const Eviction& given, int64_t row, int64_t head, int64_t* order, int64_t* sorted, float* scores) {
   const auto [num_heads, num_slots, num_evict] = std::tuple(given.num_heads, given.num_slots, given.num_evict);
   const int64_t task = row * num_heads + head, first_free = num_slots - num_evict;
   int32_t* const positions = given.positions + task * num_slots;
-  const uint32_t* const ranks =
-      head < given.num_semantic ? given.ranks + (row * given.num_semantic + head) * num_slots : nullptr;
+  const uint32_t* ranks = nullptr;
+  if (head < given.num_semantic && given.row_table) {
+    (given.is_bfloat16 ? rank_by_score<BFloat16> : rank_by_score<float>)(given, row, head, scores);
+    ranks = (const uint32_t*)scores;
+  } else if (head < given.num_semantic) {
+    ranks = given.ranks + (row * given.num_semantic + head) * num_slots;
+  }
   float* const received =
       head < given.num_scored ? given.received + (row * given.num_scored + head) * num_slots : nullptr;
   for (int64_t at = 0; at < num_slots; at++)
@@ -393,9 +430,10 @@ void evict(const Eviction* given) {
 #pragma omp parallel num_threads(given->num_threads)
   {
     std::vector<int64_t> order(given->num_slots), sorted(given->num_slots);
+    std::vector<float> scores(given->num_slots);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < given->batch * given->num_heads; task++)
-      evict_head(*given, task / given->num_heads, task % given->num_heads, order.data(), sorted.data());
+      evict_head(*given, task / given->num_heads, task % given->num_heads, order.data(), sorted.data(), scores.data());
   }
 }
 

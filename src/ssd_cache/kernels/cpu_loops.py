@@ -11,7 +11,7 @@ import ctypes
 import functools
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +28,13 @@ DECODERS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
 """Name of the decode loop for each dtype of K and V."""
 
 TABLE = "_ssd_table"
-"""Name of the attribute of a layer's first keys that holds its `_Table`."""
+"""Name of the attribute of a layer's first keys, or of a store's positions, that holds its `_Table`."""
+
+CODES = (None, *KV_DTYPES)
+"""The formats of slots, in the order of the C++ source."""
+
+FIXED = ("num_prompt", "num_evict", "num_recent", "num_sinks")
+"""Numbers of an eviction that are the same at every eviction of a store."""
 
 _Sizes = ctypes.c_int64 * (len(LayerSizes._fields) + 3)
 
@@ -119,28 +125,20 @@ def linear(
 
 
 class _Table:
-    """The addresses and sizes of a layer's stores as the loop reads them, made once for the tensors of the stores."""
+    """Addresses and sizes of tensors as a loop reads them, in `numbers`; made once, and kept by one of the tensors."""
 
-    def __init__(self, given: Arguments, layer: LayerSizes):
-        rows, checked = [], check_stores(given, layer)
-        for store, sizes in zip(given.stores(), checked, strict=True):
-            rows += [0 if tensor is None else tensor.data_ptr() for tensor in store] + list(sizes)
-        self.numbers = (ctypes.c_int64 * len(rows))(*rows)
-        self.layer, self.dtype, self.num_stores = layer, given.query.dtype, len(given.keys)
-        self.kv_dtype, self.code = given.kv_dtype, (None, *KV_DTYPES).index(given.kv_dtype)
-        self.tensors = [weakref.ref(tensor) for tensor in _store_tensors(given)]
+    def __init__(self, numbers: Sequence[int], tensors: Sequence[torch.Tensor], facts: object):
+        self.numbers, self.facts = (ctypes.c_int64 * len(numbers))(*numbers), facts
+        self.tensors = [weakref.ref(tensor) for tensor in tensors]
 
     def __reduce__(self):
-        """Copies and pickles of the keys hold None instead."""
+        """Copies and pickles of the tensor hold None instead."""
         return (type(None), ())
 
-    def serves(self, given: Arguments, layer: LayerSizes) -> bool:
-        """Whether all tensors are those that the table was made for."""
-        tensors = _store_tensors(given)
+    def serves(self, tensors: Sequence[torch.Tensor], facts: object) -> bool:
+        """Whether these are the tensors and facts that the table was made for."""
         return (
-            self.layer == layer
-            and self.dtype is given.query.dtype
-            and self.kv_dtype == given.kv_dtype
+            self.facts == facts
             and len(tensors) == len(self.tensors)
             and all(kept() is tensor for kept, tensor in zip(self.tensors, tensors, strict=True))
         )
@@ -148,6 +146,14 @@ class _Table:
 
 def _store_tensors(given: Arguments) -> list[torch.Tensor]:
     return [*given.keys, *given.values, *given.scores, *given.heads, *given.masks, *given.slots, *given.codes]
+
+
+def _store_numbers(given: Arguments, layer: LayerSizes) -> list[int]:
+    """Addresses and sizes of the stores, each checked."""
+    numbers, checked = [], check_stores(given, layer)
+    for store, sizes in zip(given.stores(), checked, strict=True):
+        numbers += [0 if tensor is None else tensor.data_ptr() for tensor in store] + list(sizes)
+    return numbers
 
 
 def launch(given: Arguments) -> None:
@@ -164,8 +170,9 @@ def launch(given: Arguments) -> None:
     if not given.query.is_cpu:
         raise ValueError(f"the loops for the CPU got a query on {given.query.device}")
     table: _Table | None = getattr(given.keys[0], TABLE, None) if given.keys else None
-    if table is None or not table.serves(given, layer):
-        table = _Table(given, layer)
+    tensors, facts = _store_tensors(given), (layer, given.query.dtype, given.kv_dtype)
+    if table is None or not table.serves(tensors, facts):
+        table = _Table(_store_numbers(given, layer), tensors, facts)
         setattr(given.keys[0], TABLE, table)
     new = [states.contiguous() for states in (given.query, given.new_key, given.new_value)]  # kept alive by the list
     is_done = getattr(_loops(), DECODERS[given.query.dtype])(
@@ -173,7 +180,7 @@ def launch(given: Arguments) -> None:
         table.numbers,
         given.scaling,
         given.output.data_ptr(),
-        _Sizes(*layer, table.num_stores, table.code, torch.get_num_threads()),
+        _Sizes(*layer, len(given.keys), CODES.index(given.kv_dtype), torch.get_num_threads()),
     )
     if not is_done:
         found = [(store.heads.tolist(), int(store.slot), store.scores.shape[2]) for store in given.stores()]
@@ -190,44 +197,81 @@ def evict(
     states: list[torch.Tensor],
     scales: list[torch.Tensor],
     counts: Mapping[str, int],
+    weights: tuple[torch.Tensor, ...] = (),
 ) -> None:
     """Evict tokens from full slots, in place; the arguments are those of `triton_evict.launch`.
+
+    By a learned score's `weights`, it ranks K and V of a dtype in DECODERS.
 
     Raises:
         ValueError: a tensor has not the shape, dtype, device or layout that the loop reads.
     """
-    batch, num_heads, num_slots = positions.shape
-    num_semantic, num_scored = 0 if ranks is None else ranks.shape[1], received.shape[1]
-    ranks = received[:, :0] if ranks is None else ranks.contiguous()
-    rows, columns = (batch, num_heads), counts["num_prompt"] + num_slots
+    tensors, facts = [positions, received, *states, *scales, *weights], [counts[name] for name in FIXED]
+    table: _Table | None = getattr(positions, TABLE, None)
+    if table is None or not table.serves(tensors, facts):
+        table = _Table(_eviction_numbers(positions, received, states, scales, weights, facts), tensors, facts)
+        setattr(positions, TABLE, table)
+    num_ranked = received.shape[1] if weights else 0
+    if ranks is not None:
+        ranks = ranks.contiguous()
+        num_ranked = ranks.shape[1]
+        _check_tensor(ranks, torch.float32, (len(positions), min(num_ranked, positions.shape[1]), positions.shape[2]))
+    table.numbers[:5] = [
+        *(0 if ranks is None else ranks.data_ptr(), num_ranked, counts["num_seen"]),
+        *(counts.get("first_new", 0), torch.get_num_threads()),
+    ]
+    _loops().evict(table.numbers)
+
+
+def _eviction_numbers(
+    positions: torch.Tensor,
+    received: torch.Tensor,
+    states: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    facts: Sequence[int],
+) -> list[int]:
+    """Addresses and sizes of a store that evicts, each checked, after five numbers that every eviction sets."""
+    (batch, num_heads, num_slots), num_scored = positions.shape, received.shape[1]
+    num_prompt, num_evict, *_ = facts
+    rows, grid = (batch, num_heads), weights[3].shape[1:] if weights else (0, 0)
+    sizes = [states[0].shape[-1:], states[1].shape[-1:], (grid[0], grid[0]), grid]
+    ranked = states[0].dtype if states[0].dtype in DECODERS else torch.float32  # with weights, K and V have this dtype
     expected: list[tuple[torch.Tensor, torch.dtype, tuple[int, ...]]] = [
         (positions, torch.int32, (*rows, num_slots)),
-        (ranks, torch.float32, (batch, min(num_semantic, num_heads), num_slots)),
         (received, torch.float32, (batch, min(num_scored, num_heads), num_slots)),
-        *((tensor, tensor.dtype, (*rows, columns, tensor.shape[-1])) for tensor in states),
+        *(
+            (tensor, ranked if weights else tensor.dtype, (*rows, num_prompt + num_slots, tensor.shape[-1]))
+            for tensor in states
+        ),
         *((tensor, torch.float32, (*rows, num_slots)) for tensor in scales),
+        *((tensor, torch.float32, (num_scored, *size)) for tensor, size in zip(weights, sizes, strict=False)),
     ]
     for tensor, dtype, shape in expected:
-        if not (
-            tensor.shape == shape
-            and tensor.dtype is dtype
-            and tensor.is_cpu
-            and type(tensor) in PLAIN
-            and tensor.is_contiguous()
-        ):
-            raise ValueError(
-                f"the eviction loop got a tensor of shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device} "
-                f"({type(tensor).__name__}), and takes a plain, contiguous one of shape {shape}, {dtype} on the CPU"
-            )
-    if not 1 <= counts["num_evict"] <= num_slots:
-        raise ValueError(f"num_evict={counts['num_evict']} tokens cannot be evicted from {num_slots} slots")
-    numbers = [
-        *(tensor.data_ptr() for tensor in (positions, ranks, received)),
+        _check_tensor(tensor, dtype, shape)
+    if not 1 <= num_evict <= num_slots:
+        raise ValueError(f"num_evict={num_evict} tokens cannot be evicted from {num_slots} slots")
+    return [
+        *[0] * 5,
+        *(positions.data_ptr(), received.data_ptr()),
         *([tensor.data_ptr() for tensor in scales] or (0, 0)),
         *(tensor.data_ptr() for tensor in states),
-        *(batch, num_heads, num_semantic, num_scored, num_slots, counts["num_prompt"]),
+        *(batch, num_heads, num_scored, num_slots, *facts),
         *(tensor.shape[3] * tensor.element_size() for tensor in states),
-        *(counts[name] for name in ("num_evict", "num_seen", "num_recent", "num_sinks")),
-        torch.get_num_threads(),
+        *([tensor.data_ptr() for tensor in weights] or (0, 0, 0, 0)),
+        *(*grid, states[0].dtype is torch.bfloat16),
     ]
-    _loops().evict((ctypes.c_int64 * len(numbers))(*numbers))
+
+
+def _check_tensor(tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if not (
+        tensor.shape == shape
+        and tensor.dtype is dtype
+        and tensor.is_cpu
+        and type(tensor) in PLAIN
+        and tensor.is_contiguous()
+    ):
+        raise ValueError(
+            f"the eviction loop got a tensor of shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device} "
+            f"({type(tensor).__name__}), and takes a plain, contiguous one of shape {shape}, {dtype} on the CPU"
+        )

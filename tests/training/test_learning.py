@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
 import warnings
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from helpers.models import random_score
 from helpers.plain_loops import held_tokens, runs
 from helpers.tiny_checkpoint import SIDE, write_checkpoint, write_family
 from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from ssd_cache import HeadMap, HeadMapError, SSDCache, learn_score
@@ -24,7 +26,7 @@ from ssd_cache.runs.processes import Processes
 from ssd_cache.runs.run_state import ProfilingError, read_state, write_state
 from ssd_cache.training import learning, moving_slots, recording, trainer
 from ssd_cache.training.learning_state import FORMAT, WHAT, LearningRun, LearningState
-from ssd_cache.training.moving_slots import move_slots
+from ssd_cache.training.moving_slots import MAX_SIZES, limit_sizes, move_slots
 from ssd_cache.training.pretended import masked_softmax, retained_tokens
 from ssd_cache.training.recording import replay_images
 from ssd_cache.training.trainer import Trainer, mean_attention
@@ -132,6 +134,36 @@ def test_slots_move_from_the_lowest_value_to_the_highest(done, expected, monkeyp
     full = torch.where(values == 3, 25, slots)
     assert move_slots(full, values, 0.5, plan).tolist() == [[10, 20, 15], [25, 10, 15]]  # it cannot get more
     assert torch.equal(move_slots(slots, torch.zeros(2, 3), 0.1, plan), slots)
+
+
+@given(st.lists(st.lists(st.integers(2, 30), min_size=5, max_size=5), min_size=1, max_size=4), st.integers(1, 9))
+def test_few_sizes_stay_near_the_slots(numbers, unit):
+    slots = unit * torch.tensor(numbers)
+    found = limit_sizes(slots, unit)
+    assert max(len(set(layer)) for layer in found.tolist()) <= MAX_SIZES
+    assert not (found % unit).any()
+    assert found.sum() <= slots.sum()
+    assert found.min() >= slots.min()
+    assert found.max() <= slots.max()
+    assert torch.equal(limit_sizes(found, unit), found)
+    least = sum(min(map(spread, partitions(sorted(layer)))) for layer in slots.tolist())
+    # a mean is rounded by less than a unit, and the squares of what it is off by add to the spread around the mean
+    assert least <= (found - slots).square().sum() <= least + unit**2 * slots.numel()
+
+
+def partitions(numbers):
+    """All ways to cut ascending numbers into three parts, as lists of parts."""
+    return [[numbers[:a], numbers[a:b], numbers[b:]] for a, b in combinations(range(1, len(numbers)), 2)]
+
+
+def spread(parts):
+    """Sum of the squared distances of all numbers from the mean of their part."""
+    return sum(len(part) * statistics.pvariance(part) for part in parts)
+
+
+def test_layers_of_three_sizes_keep_them():
+    slots = torch.tensor([[16, 24, 88, 88], [40, 40, 40, 40]])
+    assert torch.equal(limit_sizes(slots, 8), slots)
 
 
 def test_masked_softmax_credits_what_is_left_out_with_its_weight():
@@ -262,6 +294,15 @@ def test_slots_move_to_the_head_whose_tokens_matter(generator, monkeypatch):
     assert further.budget == learned.budget
     losses = [found.profile["learning"]["held_out"]["after"] for found in (learned, fixed)]
     assert losses[0] < losses[1]
+
+
+def test_a_layer_ends_with_few_sizes(generator, monkeypatch):
+    monkeypatch.setattr(moving_slots, "MAX_SIZES", 1)
+    start = replace(labels(), budget=[[35, 15], [10, 20]])
+    settings = SETTINGS | {"budget": None, "num_steps": 4, "learn_slots": True}
+    learned = learn_score(generator, PROMPTS, start, **settings)
+    assert learned.budget == [[25, 25], [15, 15]]
+    assert learned.profile["learning"]["held_out"]["after"] > 0
 
 
 def test_the_value_of_a_slot_has_the_sign_of_its_effect(generator):

@@ -103,9 +103,9 @@ def learn_score(
         learn_slots: also move slots between heads, all of which then rank their tokens by the score: a window is a
             special case of a learned score, which knows positions. The budget is rounded to multiples of `buffer`. The
             gradient of the loss by the slots of each head is averaged over 20 steps; then `buffer` slots move from each
-            of the heads with the least value of a slot to those with the most. The total stays the same, and every head
+            of the heads with the least value of a slot to those with the most. The total does not grow, and every head
             keeps at least 2 * `buffer`, in addition to recents and sinks. In the last quarter of the steps, no slots
-            move.
+            move, and the heads of a layer have at most three different numbers of slots.
         processor: the model's processor; by default loaded from the same source as the model.
         batch_size: images per step, shared by the processes; four times as many are generated together, or fewer if
             their K and V would take more than 2.8 GiB.

@@ -19,7 +19,7 @@ from ssd_cache.models import Generator
 from ssd_cache.runs.processes import Processes
 from ssd_cache.runs.run_state import ProfilingError
 from ssd_cache.training.learning_state import LearningState
-from ssd_cache.training.moving_slots import MOVE_STEPS, move_slots
+from ssd_cache.training.moving_slots import MOVE_STEPS, SETTLED, limit_sizes, move_slots
 from ssd_cache.training.pretended import RetainedTokens, masked_softmax, retained_tokens
 from ssd_cache.training.teacher_forcing import Recording, Weigh, WeighBlock, divergence_of_states, teacher_forced
 
@@ -85,14 +85,17 @@ class Trainer:
         return (state if extra is None else self._value_slots(state, extra)), loss
 
     def _value_slots(self, state: LearningState, extra: torch.Tensor) -> LearningState:
-        """The state with the values of this step added, and every `MOVE_STEPS` with other slots."""
+        """The state with the values of this step added; slots move every `MOVE_STEPS`, and end with few sizes."""
         torch.nn.utils.clip_grad_norm_(extra, CLIP)
         assert state.slots is not None
         assert extra.grad is not None
         slots, values = state.slots, state.tensors["slot_values"] - extra.grad.cpu()
+        done = state.num_steps / self.num_steps
         if state.num_steps % MOVE_STEPS == 0:
-            slots = move_slots(slots, values, state.num_steps / self.num_steps, self.plans[0])
+            slots = move_slots(slots, values, done, self.plans[0])
             values = torch.zeros_like(values)
+        if done > SETTLED:
+            slots = limit_sizes(slots, self.plans[0].buffer)
         return state.with_slots(slots, values)
 
     @torch.no_grad()

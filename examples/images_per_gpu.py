@@ -92,10 +92,10 @@ def main(
     else:
         labels = HeadMap.from_pretrained(head_map)
         checkpoint.check_head_map(labels)
-    caches = {"full": SSDCache(labels, 1.0), f"{budget:.0%}": SSDCache(labels, budget)}
+    budgets = {"full": 1.0, f"{budget:.0%}": budget}
     print(f"{model}, {dtype}, {rows} rows per image, prompts of {PROMPT} tokens, {memory:g} GB")
-    for name, cache in caches.items():
-        bytes_of = need(checkpoint, cache, kind, rows)
+    for name, share in budgets.items():
+        bytes_of = need(checkpoint, SSDCache(labels, share), kind, rows)
         print(
             f"{name:>6}: weights {bytes_of.weights / 1e9:.2f} GB, an image {bytes_of.image / 1e6:.1f} MB, "
             f"at most {bytes_of.images(1e9 * memory)} images at once"
@@ -106,10 +106,10 @@ def main(
     janus, cells = build(checkpoint, where, kind), checkpoint.num_visual_tokens
     total = torch.cuda.get_device_properties(where).total_memory
     print(f"measured by generating, on {torch.cuda.get_device_name(where)} with {total / 1e9:.0f} GB:")
-    for name, cache in caches.items():
+    for name, share in budgets.items():
 
-        def generate(number: int, cache: SSDCache = cache) -> None:
-            cache.reset()
+        def generate(number: int, share: float = share) -> None:
+            cache = SSDCache(labels, share)  # `reset` would keep the memory of an earlier number
             prompts = torch.randint(10, 100, (number, PROMPT), device=where)
             janus.generate(
                 input_ids=prompts,
@@ -120,7 +120,6 @@ def main(
                 do_sample=True,
                 generation_kwargs={"boi_token_id": int(prompts[0, -1])},
             )
-            cache.reset()
 
         print(f"{name:>6}: {largest(generate)} images of {cells} tokens at once")
 

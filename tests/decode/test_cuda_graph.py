@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers.compiling import held_tensors, needs_compiler
 from helpers.models import left_padded_prompts, tiny_llama
+from torch._dynamo.utils import counters
 
 from ssd_cache import HeadMap, SSDCache, enable, fast_decode
 from ssd_cache._compat import CACHE
@@ -36,6 +37,11 @@ class Driver:
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "stream", self.use_stream)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=self.replay))
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        self.ended = []
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *pool: self.ended.append(pool), raising=False)
         module = importlib.import_module("ssd_cache.decode.fast_decode")  # the package has a function of this name
         monkeypatch.setattr(module, "can_record", lambda device: True)
 
@@ -67,9 +73,9 @@ class Driver:
             self.stream = before
 
     @contextmanager
-    def graph(self, graph, capture_error_mode="global"):
-        assert capture_error_mode == "thread_local"
-        before, self.stream, self.is_capturing = self.stream, "capture", True
+    def graph(self, graph, pool, stream, capture_error_mode="global"):
+        assert (pool, stream, capture_error_mode) == ((0, 1), "a stream of cpu", "thread_local")
+        before, self.stream, self.is_capturing = self.stream, stream, True
         self.num_captures += 1
         try:
             yield
@@ -129,12 +135,26 @@ def test_a_step_is_recorded_once_and_failure_leaves_nothing(fails, model, monkey
     # one visual token runs as ever, and the next WARM_UP before one is recorded
     assert driver.num_replays == (NUM_TOKENS - 1 - WARM_UP if fails is None else 0)
     assert driver.stream == "default"
+    # after a failure, the allocator does not go on as in a recording
+    assert driver.ended == ([] if fails is None else [(None, (0, 1))])
     served = cache.served_by
     assert (served.attention, served.eager, served.replayed) == ("CPU loop", 1, driver.num_replays)
     assert served.compiled == NUM_TOKENS - 1 - driver.num_replays
     expected_words = f"1 eager, 2 compiled, {NUM_TOKENS - 3} replayed as a CUDA graph" if fails is None else "compiled"
     assert expected_words in str(served)
     assert dict(vars(model.get_decoder())) == before
+
+
+@needs_compiler
+def test_nothing_is_compiled_while_a_step_is_recorded_in_inference_mode(model, monkeypatch):
+    cache, driver = SSDCache(LABELS, **SETTINGS), Driver(monkeypatch)
+    with fast_decode(model), torch.inference_mode():
+        driver.drive(model.get_decoder().forward)
+        counters.clear()
+        expected = generate(copy.deepcopy(model), SSDCache(LABELS, **SETTINGS))
+        assert torch.equal(generate(model, cache), expected)
+        assert driver.num_captures == 1
+        assert counters["stats"]["unique_graphs"] == 1
 
 
 @needs_compiler

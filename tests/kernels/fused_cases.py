@@ -283,6 +283,18 @@ def test_an_eviction_by_a_learned_score_is_that_of_torch(data):
     torch.testing.assert_close(worth, other, rtol=1e-5, atol=1e-4)
 
 
+def test_a_device_that_is_full_during_the_trial_is_tried_again(monkeypatch):
+    def fail(device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    cpu_kernels.library()
+    fused_eviction._passes_trial.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_eviction, "_agree", fail)
+        assert not fused_eviction.has_kernel(torch.device("cpu"))
+    assert fused_eviction.has_kernel(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("score", ["sum", "learned"])
 def test_an_eviction_is_one_launch(score, monkeypatch):
     """Of each store; "sum" ranks by what the decode kernel has added up, and "learned" in the launch."""

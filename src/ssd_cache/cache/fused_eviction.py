@@ -110,13 +110,18 @@ def has_kernel(device: torch.device) -> bool:
         UserWarning: once, if the kernel should run there and fails or errs.
     """
     is_there = cpu_loops.is_loaded() if dispatch.takes_loops(device) else dispatch.has_triton(device)
-    return is_there and _passes_trial(device)
+    try:
+        return is_there and _passes_trial(device)
+    except torch.OutOfMemoryError:  # memory is full now; the next eviction tries again
+        return False
 
 
 @functools.cache
 def _passes_trial(device: torch.device) -> bool:
     try:
         failed = "" if _agree(device) else "it keeps other tokens"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as failure:  # compilers and drivers raise many unrelated classes
         failed = first_line(failure)
     if failed:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -77,15 +78,21 @@ class StepGraph:
         """Record `run(**inputs)`; an error leaves no graph, and the step not executed."""
         with normal_tensors():
             held = {name: value.clone() for name, value in inputs.items()}
-        graph = torch.cuda.CUDAGraph()
-        # If ending the capture fails, torch.cuda.graph leaves its own stream current; the outer block restores ours.
-        # Other threads may use the GPU meanwhile, but there is only one stream to record on, hence the lock.
-        with (
-            _RECORDING,
-            torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(graph, capture_error_mode="thread_local"),
-        ):
-            outputs = run(**held)
+        device = next(iter(held.values())).device
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        # torch.cuda.graph would record on a stream of the device that was current when it was first used. If ending the
+        # capture fails, it leaves its stream current; the outer block restores ours. Other threads may use the GPU
+        # meanwhile, but only one capture at a time is safe, hence the lock.
+        with _RECORDING, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream()):
+            stream = torch.cuda.Stream(device)
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    outputs = run(**held)
+            except BaseException:
+                # an invalidated capture leaves the allocator in its state of recording, in which no memory is freed
+                with suppress(Exception):
+                    torch._C._cuda_endAllocateToPool(device.index, pool)
+                raise
         self.inputs = held
         self.outputs = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
         self.output_class, self.graph = type(outputs), graph

@@ -151,6 +151,10 @@ class _FastForward(Patch):
         inputs = {name: value for name, value in named.items() if value is not None}
         with cache.static_step():
             graph = self._graph_of(cache, new.device)
+            if graph is not None and torch.is_inference_mode_enabled():
+                # a graph holds normal tensors, and steps over others would be compiled anew while it is recorded
+                with normal_tensors():
+                    inputs = {name: value.clone() for name, value in inputs.items()}
             if graph is not None and graph.is_ready(cache, inputs) and self._has_graph(graph, cache, inputs):
                 cache.num_replayed += 1
                 return graph.replay(cache, inputs)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import os
 import warnings
 from collections.abc import Sequence
@@ -99,13 +100,21 @@ def passes_trial(
 ) -> bool:
     """Whether the kernel runs with these sizes and agrees with float64 on the CPU, without and with a mask (`_try`).
 
+    On a GPU also with so many rows that no tokens of a head are split among programs.
+
     Raises:
         torch.OutOfMemoryError: the device is full now; no result is cached, and the next call tries again.
     """
     if _missing(device, dtype):
         return False
     try:
-        found = (_try(device, dtype, groups, head_dim, value_dim, kv_dtype, has_mask) for has_mask in (False, True))
+        batches = [2]
+        if device.type == "cuda":
+            from ssd_cache.kernels.triton_decode import num_multiprocessors
+
+            batches.append(num_multiprocessors(device))
+        cases = itertools.product((False, True), batches)
+        found = (_try(device, dtype, groups, head_dim, value_dim, kv_dtype, *case) for case in cases)
         failed = next(filter(None, found), "")
     except torch.OutOfMemoryError:
         raise
@@ -126,6 +135,7 @@ def _try(
     value_dim: int,
     kv_dtype: str | None,
     has_mask: bool,
+    batch: int,
 ) -> str:
     """The error in output, scores, K or V of one step over 145 columns, of two heads of which one is scored, or ""."""
     num_prompt, num_slots, number, scaling = 5, 150, 139, head_dim**-0.5
@@ -134,9 +144,10 @@ def _try(
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    query, new_key, new_value = random(2, 2, groups, head_dim), random(2, 2, 1, head_dim), random(2, 2, 1, value_dim)
-    keys, values = random(2, 2, num_prompt + num_slots, head_dim), random(2, 2, num_prompt + num_slots, value_dim)
-    heads, mask = torch.tensor([1, 0]), torch.ones(2, num_prompt + num_slots, dtype=torch.bool)
+    query, new_key = random(batch, 2, groups, head_dim), random(batch, 2, 1, head_dim)
+    new_value, columns = random(batch, 2, 1, value_dim), num_prompt + num_slots
+    keys, values = random(batch, 2, columns, head_dim), random(batch, 2, columns, value_dim)
+    heads, mask = torch.tensor([1, 0]), torch.ones(batch, columns, dtype=torch.bool)
     mask[1, :2] = not has_mask
 
     def held() -> list[torch.Tensor]:
@@ -147,9 +158,9 @@ def _try(
         codes = (*quantize(keys[:, :, slots], kv_dtype), *quantize(values[:, :, slots], kv_dtype))
         return [keys[:, :, prompt], values[:, :, prompt], *codes]
 
-    given = [query, new_key, new_value, torch.zeros(2, 1, num_slots), heads, mask, torch.tensor(number), *held()]
+    given = [query, new_key, new_value, torch.zeros(batch, 1, num_slots), heads, mask, torch.tensor(number), *held()]
     given = [tensor.to(device, copy=True) for tensor in given]
-    output = given[0].new_full((2, 2, groups, value_dim), float("nan"))
+    output = given[0].new_full((batch, 2, groups, value_dim), float("nan"))
     scores, *store = ([tensor] for tensor in given[3:9])
     masks = store[1] if has_mask else []
     _launch(*given[:3], *store[3:], scores, store[0], masks, store[2], scaling, output, given[9:], kv_dtype)
@@ -165,7 +176,7 @@ def _try(
     logits = scaling * query[:, heads].double() @ keys[:, :, stored].double().mT
     weights = logits.masked_fill(~mask[:, None, None, stored], float("-inf")).softmax(-1)
     attended = (weights @ values[:, :, stored].double())[:, heads.argsort()]
-    received = torch.zeros(2, num_slots, dtype=torch.float64)
+    received = torch.zeros(batch, num_slots, dtype=torch.float64)
     received[:, : number + 1] = weights[:, 0, :, num_prompt:].sum(1)
     # limits: a few roundings of the output's dtype; scores are float32 sums of at most `groups` weights below 1
     for name, found, exact, limit in (

@@ -204,6 +204,16 @@ def test_a_step_that_does_not_fit_is_refused_before_anything_is_written(changes,
         ("scales", lambda t: [torch.ones(2, 3, 7)] * 2),
         ("counts", lambda t: {**t, "num_evict": 9}),
         ("counts", lambda t: {**t, "num_evict": 0}),
+    ],
+)
+def test_an_eviction_that_does_not_fit_is_refused_before_anything_is_written(name, change):
+    assert_refused(name, change, ())
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
         ("states", lambda t: [t[0].double(), t[1].double()]),
         ("states", lambda t: [t[0], t[1].bfloat16()]),
         ("weights", lambda t: (t[0][:1], *t[1:])),
@@ -211,12 +221,18 @@ def test_a_step_that_does_not_fit_is_refused_before_anything_is_written(changes,
         ("weights", lambda t: (*t[:3], t[3].double())),
     ],
 )
-def test_an_eviction_that_does_not_fit_is_refused_before_anything_is_written(name, change):
+def test_an_eviction_by_a_learned_score_that_does_not_fit_is_refused_too(name, change):
+    weights = torch.randn(2, 4), torch.randn(2, 4), torch.randn(2, 3, 3), torch.randn(2, 3, 5)
+    assert_refused(name, change, weights)
+
+
+def assert_refused(name, change, weights):
+    """A changed argument of an eviction raises an error, and all tensors stay as they are."""
     states = [torch.randn(2, 3, 2 + 8, 4) for _ in range(2)]
     counts = {"num_prompt": 2, "num_evict": 3, "num_seen": 8, "num_recent": 0, "num_sinks": 0}
     given = {"positions": torch.arange(8, dtype=torch.int32).repeat(2, 3, 1), "ranks": torch.rand(2, 2, 8)}
     given |= {"received": torch.rand(2, 2, 8), "states": states, "scales": [], "counts": counts}
-    given["weights"] = torch.randn(2, 4), torch.randn(2, 4), torch.randn(2, 3, 3), torch.randn(2, 3, 5)
+    given["weights"] = weights
     before = [tensor.clone() for tensor in (given["positions"], given["received"], *states)]
     with pytest.raises(ValueError, match="evict"):
         cpu_kernels.evict(**{**given, name: change(given[name])})
